@@ -1,0 +1,83 @@
+"""Launch configurations per (op, shape class, architecture), and what to compile to check them.
+
+Nothing is tuned at run time: a configuration is looked up from static shapes, so results never
+depend on a timing, on the cache's capacity or on what a batch contains.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Config:
+    """One launch configuration; `blocks` are constexpr arguments by their name in the kernel."""
+
+    blocks: Mapping[str, int]
+    num_warps: int
+    num_stages: int = 1
+
+
+# (op, architecture) -> {largest size of the class: configuration}. "any" serves architectures
+# without an entry of their own. What "size" counts is said beside each op.
+CONFIGS: dict[tuple[str, str], dict[int, Config]] = {
+    # size = rows. One program scores SPLIT_BLOCKS blocks of BLOCK_V logits of one row; few rows
+    # are cut finely enough to fill 132 SMs, many rows coarsely enough to amortise the combine.
+    ("token_confidence", "any"): {
+        128: Config({"BLOCK_V": 4096, "SPLIT_BLOCKS": 1}, num_warps=4),
+        512: Config({"BLOCK_V": 4096, "SPLIT_BLOCKS": 4}, num_warps=4),
+        1 << 62: Config({"BLOCK_V": 4096, "SPLIT_BLOCKS": 8}, num_warps=4),
+    },
+}
+
+
+def configuration(op: str, size: int, architecture: str) -> Config:
+    """The configuration of `op` for the smallest shape class that holds `size`.
+
+    Raises:
+        ValueError: the op has no class this large.
+    """
+    table = CONFIGS.get((op, architecture)) or CONFIGS[op, "any"]
+    for limit, config in sorted(table.items()):
+        if size <= limit:
+            return config
+    raise ValueError(f"{op}: size {size}: accepted is at most {max(table)}")
+
+
+@functools.cache
+def architecture_of(device: torch.device) -> str:
+    """ "sm_90" and the like; the interpreter runs what sm_90 would."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return "sm_90"
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"
+
+
+@dataclass(frozen=True)
+class CompileCase:
+    """One kernel in one production configuration, as `dsb_kernels.resources` compiles it.
+
+    Every op module lists its own in a module-level `compile_cases() -> list[CompileCase]`.
+    `expects_*` and `max_*` are asserted for sm_90 only.
+    """
+
+    op: str  # public name of the op
+    name: str  # which kernel, variant and shape class
+    kernel: Any  # the `@jit` function
+    signature: Mapping[str, str]  # runtime arguments: {"x_ptr": "*bf16", "length": "i32", ...}
+    constexprs: Mapping[str, Any]  # the tl.constexpr arguments
+    num_warps: int
+    num_stages: int = 1
+    divisible: tuple[str, ...] = ()  # runtime arguments known to be divisible by 16 (pointers too)
+    architectures: tuple[str, ...] = ("sm_80", "sm_90", "sm_100")
+    expects_tensor_cores: bool = False  # HGMMA on sm_90
+    expects_wide_loads: bool = False  # 128-bit global loads, and none of a single element
+    max_exponentials: float | None = None  # exponentials per element of the scored input ...
+    element_bytes: int | None = None  # ... whose elements are this wide (count from load widths)
+    elements_per_thread: float | None = None  # ... or, without such loads, this many per thread
+    options: Mapping[str, Any] = field(default_factory=dict)  # further compiler options

@@ -1,0 +1,76 @@
+"""Deliberate mistakes in kernels, and running the kernels at all where there is no GPU.
+
+Tests of kernels run in one ordinary pytest process: `tests/conftest.py` sets `TRITON_INTERPRET=1`
+before anything imports Triton where there is no GPU, and `kernels()` sends an op's CPU tensors to
+the (interpreted) kernel. Whatever has to compile for a GPU (`dsb_kernels.resources`) runs in a
+subprocess without that variable.
+
+A check that passes for the real kernel must fail for a broken one:
+
+    def check(): ...                      # runs the op under kernels(), compares, asserts
+    check()
+    with mutated(module, "_kernel", "index < V", "index < V - 1"):
+        with pytest.raises(AssertionError):
+            check()
+
+or, the same in one line, `assert_caught(check, module, "_kernel", old, new)`.
+"""
+
+from __future__ import annotations
+import __future__
+
+import contextlib
+import inspect
+import linecache
+import os
+from collections.abc import Callable, Iterator
+from types import ModuleType
+
+import pytest
+import torch
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@contextlib.contextmanager
+def kernels() -> Iterator[None]:
+    """Ops run their Triton kernel inside, on a GPU or under the interpreter."""
+    before = os.environ.get("DSB_BACKEND")
+    os.environ["DSB_BACKEND"] = "triton"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["DSB_BACKEND"]
+        else:
+            os.environ["DSB_BACKEND"] = before
+
+
+@contextlib.contextmanager
+def mutated(module: ModuleType, name: str, old: str, new: str) -> Iterator[None]:
+    """Replace `module.name` (a kernel or a jitted helper) by a copy in which the only occurrence
+    of `old` in its source reads `new`. Kernels find helpers through the module, so a mutated
+    helper reaches every kernel of that module."""
+    original = getattr(module, name)
+    source = inspect.getsource(original.fn)
+    assert source.count(old) == 1, f"{name}: {source.count(old)} occurrences of {old!r}"
+    source = source.replace(old, new)
+    # Triton reads a kernel's source again, through linecache.
+    filename = f"<{name} with {new!r}>"
+    linecache.cache[filename] = (len(source), None, source.splitlines(keepends=True), filename)
+    flags = __future__.annotations.compiler_flag
+    exec(compile(source, filename, "exec", flags=flags), module.__dict__)
+    try:
+        yield
+    finally:
+        setattr(module, name, original)
+        del linecache.cache[filename]
+
+
+def assert_caught(
+    check: Callable[[], None], module: ModuleType, name: str, old: str, new: str
+) -> None:
+    """`check` passes for the real kernel and fails an assertion for the mutated one."""
+    check()
+    with mutated(module, name, old, new), pytest.raises(AssertionError):
+        check()
