@@ -1,0 +1,7 @@
+"""`python -m dsb_runtime` is the `dsb` command."""
+
+import sys
+
+from dsb_runtime.cli import main
+
+sys.exit(main())

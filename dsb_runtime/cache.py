@@ -1,0 +1,89 @@
+"""WindowCache: one preallocated K/V buffer per layer, written in place at each row's window.
+
+Keys are stored after rotation. Positions hold what the last forward that covered them computed,
+which is the whole of DSB Cache: a refresh writes every position, a window step writes a few.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+
+class WindowLayer(CacheLayerMixin):
+    """K/V of one layer: (B, H_kv, L + 1, D); slot L takes what lies past a row's window."""
+
+    is_compileable = False
+    is_sliding = False
+
+    def __init__(self, target: WriteTarget) -> None:
+        super().__init__()
+        self.target = target
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        target = self.target
+        shape = (target.batch, key_states.shape[1], target.length + 1, key_states.shape[3])
+        self.keys = key_states.new_zeros(shape)
+        self.values = value_states.new_zeros(shape)
+        self.is_initialized = True
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Write (b, H_kv, W, D) states at the target's rows and positions; return those rows'
+        whole K/V (b, H_kv, L, D)."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        return self._write(self.keys, key_states), self._write(self.values, value_states)
+
+    def _write(self, buffer: Tensor, states: Tensor) -> Tensor:
+        target = self.target
+        length = target.length
+        if target.positions is None:  # a refresh: every position
+            if target.rows is None:
+                buffer[:, :, :length].copy_(states)
+            else:
+                buffer[target.rows, :, :length] = states
+            return states
+        if target.rows is None:
+            index = target.positions[:, None, :, None].expand_as(states)
+            buffer.scatter_(2, index, states)
+            return buffer[:, :, :length]
+        buffer[target.rows[:, None], :, target.positions] = states.transpose(1, 2)
+        return buffer[target.rows, :, :length]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.target.length, 0
+
+    def get_seq_length(self) -> int:
+        return 0
+
+    def get_max_length(self) -> int:
+        return self.target.length
+
+    def get_max_cache_shape(self) -> int:
+        return self.target.length
+
+
+class WriteTarget:
+    """Where the coming forward's K/V go. `rows`: (b,) batch rows, None for all. `positions`:
+    (b, W) canvas indices (L for a row past its window), None for every position."""
+
+    def __init__(self, batch: int, length: int) -> None:
+        self.batch, self.length = batch, length
+        self.rows: Tensor | None = None
+        self.positions: Tensor | None = None
+
+
+class WindowCache(Cache):
+    """A transformers Cache for window forwards over a canvas of fixed length."""
+
+    def __init__(self, num_layers: int, batch: int, length: int) -> None:
+        self.target = WriteTarget(batch, length)
+        super().__init__(layers=[WindowLayer(self.target) for _ in range(num_layers)])
+
+    def point(self, rows: Tensor | None, positions: Tensor | None) -> None:
+        """Say where the coming forward writes."""
+        self.target.rows, self.target.positions = rows, positions

@@ -1,0 +1,213 @@
+"""The `dsb` command: `dsb generate`, `dsb eval`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from dsb_runtime import evaluate
+from dsb_runtime.config import CACHES, REFRESH_COMMITS, SCHEDULES, DecodingConfig
+from dsb_runtime.decode import GenerationOutput, StepEvent, generate
+from dsb_runtime.demo import MODEL_DIR
+from dsb_runtime.families import FAMILIES
+from dsb_runtime.live import LiveCanvas
+from dsb_runtime.load import load_model, load_tokenizer
+from dsb_runtime.trace import Trace
+
+COUNTING = (
+    "A row's tokens are its response positions up to and including its first EOS: never the "
+    "prompt, never what follows the EOS."
+)
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("model")
+    group.add_argument(
+        "--model",
+        default=str(MODEL_DIR),
+        metavar="DIR-OR-HUB-ID",
+        help="checkpoint folder or hub id (default: the embedded model)",
+    )
+    group.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
+    group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")
+    group.add_argument("--family", choices=sorted(FAMILIES), help="where config.json does not say")
+    group.add_argument("--mask-id", type=int, help="where config.json names no mask token")
+
+
+def add_decoding(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("decoding")
+    group.add_argument(
+        "--gen-length",
+        type=int,
+        help="response positions (default: as the checkpoint says, or 256)",
+    )
+    group.add_argument(
+        "--block-length", type=int, help="initial block (default: gen-length / 4, at most 32)"
+    )
+    group.add_argument("--schedule", choices=SCHEDULES, default="dsb")
+    group.add_argument("--max-block-length", type=int, help="default: unbounded (greedy)")
+    group.add_argument("--cache", choices=CACHES, default="dsb")
+    group.add_argument("--prefix-window", type=int, help="default: the family's published value")
+    rules = parser.add_argument_group("selection rule, at most one (default: --threshold 0.9)")
+    rules.add_argument("--threshold", type=float, help="commit every confidence of at least this")
+    rules.add_argument("--factor", type=float, help="Fast-dLLM's factor rule")
+    rules.add_argument("--frechet", type=float, help="Fréchet bound")
+    rules.add_argument("--steps", type=int, help="a fixed number of steps")
+    sampling = parser.add_argument_group("sampling and ending")
+    sampling.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
+    sampling.add_argument("--top-p", type=float, help="Dream only")
+    sampling.add_argument("--top-k", type=int, help="Dream only")
+    sampling.add_argument("--seed", type=int, help="of the random numbers at temperature > 0")
+    sampling.add_argument("--stop-at-eos", action=argparse.BooleanOptionalAction, default=True)
+    sampling.add_argument("--refresh-commit", choices=REFRESH_COMMITS)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="dsb", description="Decode diffusion language models with DSB and DSB Cache."
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    gen = commands.add_parser("generate", help="answer a prompt", epilog=COUNTING)
+    gen.add_argument("prompt", help="the prompt, or - to read it from standard input")
+    add_model(gen)
+    add_decoding(gen)
+    output = gen.add_argument_group("output")
+    output.add_argument("--raw", action="store_true", help="do not apply the chat template")
+    output.add_argument("--live", action="store_true", help="show the canvas while it fills")
+    output.add_argument("--frame-seconds", type=float, default=0.1, help="pause between frames")
+    output.add_argument("--trace", type=Path, metavar="FILE.png", help="draw position × forward")
+    output.add_argument("--json", action="store_true", help="print one JSON object")
+    gen.set_defaults(run=run_generate)
+    ev = commands.add_parser(
+        "eval", help="the embedded model on held-out problems, all settings", epilog=COUNTING
+    )
+    add_model(ev)
+    evaluate.add_arguments(ev)
+    ev.set_defaults(run=run_eval)
+    return parser
+
+
+def load(args: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    model = load_model(
+        args.model, dtype=args.dtype, device=args.device, family=args.family, mask_id=args.mask_id
+    )
+    tokenizer = load_tokenizer(args.model)
+    if tokenizer.mask_token_id is None:
+        tokenizer.mask_token = tokenizer.convert_ids_to_tokens(model.dsb.mask_id)
+    return model, tokenizer
+
+
+def decoding_config(args: argparse.Namespace, model: PreTrainedModel) -> DecodingConfig:
+    """The settings named on the command line over the CLI's defaults."""
+    gen_length = args.gen_length
+    if gen_length is None:
+        gen_length = model.generation_config.max_new_tokens or 256
+    block_length = args.block_length
+    if block_length is None:
+        block_length = max(1, min(32, gen_length // 4))
+    names = set(DecodingConfig.__dataclass_fields__) - {"gen_length", "block_length"}
+    settings = {name: getattr(args, name) for name in names}
+    return DecodingConfig(gen_length=gen_length, block_length=block_length, **settings)
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, prompt: str, raw: bool) -> torch.Tensor:
+    """(1, P) ids of the prompt, in the checkpoint's chat format unless `raw`."""
+    if tokenizer.chat_template and not raw:
+        message = [{"role": "user", "content": prompt}]
+        text = tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
+        return tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
+    return tokenizer(prompt, return_tensors="pt").input_ids
+
+
+def answer_of(
+    out: GenerationOutput, row: int, prompt: int, tokenizer: PreTrainedTokenizerBase
+) -> str:
+    """The row's text up to its first EOS."""
+    ids = out.sequences[row, prompt : prompt + out.row_tokens[row]]
+    return tokenizer.decode(ids, skip_special_tokens=True).strip()
+
+
+def run_generate(args: argparse.Namespace) -> int:
+    if args.live and args.json:
+        raise ValueError("--live and --json: expected one of the two")
+    if args.frame_seconds < 0:
+        raise ValueError(f"--frame-seconds {args.frame_seconds:g}: expected at least 0")
+    if args.trace is not None and not args.trace.absolute().parent.is_dir():
+        raise ValueError(f"--trace {args.trace}: no such folder as {args.trace.absolute().parent}")
+    model, tokenizer = load(args)
+    config = decoding_config(args, model)
+    text = sys.stdin.read() if args.prompt == "-" else args.prompt
+    if not text.strip():
+        raise ValueError("prompt: empty; expected some text")
+    input_ids = encode(tokenizer, text, args.raw).to(model.device)
+    prompt = input_ids.shape[1]
+    generator = None
+    if args.seed is not None:
+        generator = torch.Generator(model.device).manual_seed(args.seed)
+
+    trace = Trace(prompt, config.gen_length) if args.trace else None
+    live = None
+    if args.live:
+        live = LiveCanvas(tokenizer, prompt, frame_seconds=args.frame_seconds)
+    watchers = [w for w in (trace, live) if w is not None]
+
+    def on_step(event: StepEvent) -> None:
+        for watcher in watchers:
+            watcher(event)
+
+    with ExitStack() as stack:
+        if live is not None:
+            stack.enter_context(live)
+        began = time.perf_counter()
+        out = generate(
+            model, input_ids, config, generator=generator, on_step=on_step if watchers else None
+        )
+        seconds = time.perf_counter() - began - (live.spent if live else 0.0)
+    if trace is not None:
+        trace.save(args.trace)
+
+    tokens = out.row_tokens[0]
+    answer = answer_of(out, 0, prompt, tokenizer)
+    if args.json:
+        print(json.dumps({
+            "answer": answer, "tokens": tokens, "forwards": out.nfe,
+            "tokens_per_forward": tokens / out.nfe, "tokens_per_second": tokens / seconds,
+            "seconds": seconds, "committed_per_forward": out.tokens_per_forward,
+            "response_ids": out.sequences[0, prompt:].tolist(),
+        }))  # fmt: skip
+        return 0
+    print(answer)
+    print(
+        f"{tokens} tokens, {out.nfe} forwards, {tokens / out.nfe:.2f} tokens per forward, "
+        f"{tokens / seconds:.1f} tokens/s"
+    )
+    return 0
+
+
+def run_eval(args: argparse.Namespace) -> int:
+    model, tokenizer = load(args)
+    return evaluate.run(args, model, tokenizer)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; 0 is success, 2 an error said in one line, 130 an interrupt."""
+    args = build_parser().parse_args(argv)
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        return args.run(args)
+    except KeyboardInterrupt:
+        print("dsb: interrupted", file=sys.stderr)
+        return 130
+    except (ValueError, TypeError, OSError, FloatingPointError, torch.OutOfMemoryError) as error:
+        print(f"dsb: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2

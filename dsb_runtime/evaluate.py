@@ -1,0 +1,205 @@
+"""`dsb eval`: the embedded model on held-out problems, for every schedule, cache and rule.
+
+Exact answers, forwards and tokens per forward, by one counting rule: a row's tokens are the
+response positions up to and including its first EOS.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections import defaultdict
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from dsb_runtime.config import DecodingConfig, check_int
+from dsb_runtime.decode import generate
+from dsb_runtime.demo.problems import Problem, heldout, is_exact
+
+SCHEDULES: dict[str, dict[str, Any]] = {
+    "naive": {"schedule": "naive"},
+    "DSB const": {"schedule": "dsb", "max_block_length": -1},  # -1: equal to block_length
+    "DSB greedy": {"schedule": "dsb"},
+}
+THRESHOLDS = (0.5, 0.7, 0.8, 0.95, 0.99)
+FACTORS = (0.25, 0.5, 1.0, 2.0)
+FRECHETS = (0.0, 0.25, 0.5, 0.9)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One line of the report."""
+
+    rule: str  # "threshold 0.9", ...
+    schedule: str
+    cache: str
+    config: DecodingConfig
+
+
+@dataclass(frozen=True)
+class Score:
+    """What one setting measured over all problems."""
+
+    rule: str
+    schedule: str
+    cache: str
+    problems: int
+    exact: float  # share of exact answers
+    forwards: float  # per problem
+    tokens: float  # per problem
+    tokens_per_forward: float
+    tokens_per_second: float
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--problems", type=int, default=500, help="held-out problems")
+    parser.add_argument("--gen-length", type=int, default=64)
+    parser.add_argument("--block-length", type=int, default=16)
+    parser.add_argument("--batch", type=int, default=25, help="problems decoded together")
+    parser.add_argument("--seed", type=int, default=0, help="of the problems")
+    parser.add_argument("--quick", action="store_true", help="threshold 0.9 only, no sweeps")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the scores here")
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the scores")
+
+
+def build_settings(gen_length: int, block_length: int, quick: bool) -> list[Setting]:
+    """One token a step first; every schedule × cache at 0.9; then each rule's sweep."""
+    shape = {"gen_length": gen_length, "block_length": block_length, "stop_at_eos": True}
+
+    def make(rule: str, schedule: str, cache: str, **values: Any) -> Setting:
+        settings = {**shape, **SCHEDULES[schedule], "cache": cache, **values}
+        if settings.get("max_block_length") == -1:
+            settings["max_block_length"] = block_length
+        return Setting(rule, schedule, cache, DecodingConfig(**settings))
+
+    made = [make("one token a step", "DSB greedy", "none", steps=gen_length)]
+    made += [
+        make("threshold 0.9", schedule, cache, threshold=0.9)
+        for schedule in SCHEDULES
+        for cache in ("none", "dual", "dsb")
+    ]
+    if not quick:
+        for schedule, cache in (("naive", "dual"), ("DSB greedy", "dsb")):
+            made += [make(f"threshold {v:g}", schedule, cache, threshold=v) for v in THRESHOLDS]
+        made += [make(f"factor {v:g}", "DSB greedy", "dsb", factor=v) for v in FACTORS]
+        made += [make(f"frechet {v:g}", "DSB greedy", "dsb", frechet=v) for v in FRECHETS]
+    return made
+
+
+def score(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    batches: list[tuple[list[Problem], torch.Tensor, torch.Tensor]],
+    setting: Setting,
+) -> Score:
+    """Decode every batch with one setting."""
+    exact = forwards = tokens = count = 0
+    began = time.perf_counter()
+    for problems, input_ids, mask in batches:
+        out = generate(model, input_ids, setting.config, attention_mask=mask)
+        prompt = input_ids.shape[1]
+        for row, problem in enumerate(problems):
+            ids = out.sequences[row, prompt : prompt + out.row_tokens[row]]
+            exact += is_exact(problem, tokenizer.decode(ids, skip_special_tokens=True))
+        forwards += sum(out.row_nfe)
+        tokens += sum(out.row_tokens)
+        count += len(problems)
+    seconds = time.perf_counter() - began
+    return Score(
+        setting.rule, setting.schedule, setting.cache, count, exact / count, forwards / count,
+        tokens / count, tokens / forwards, tokens / seconds,
+    )  # fmt: skip
+
+
+def encode_batches(
+    tokenizer: PreTrainedTokenizerBase, problems: list[Problem], size: int, device: torch.device
+) -> list[tuple[list[Problem], torch.Tensor, torch.Tensor]]:
+    """Problems with their left-padded prompts, in order of length so that little is padding."""
+    texts = {
+        p: tokenizer.apply_chat_template(
+            [{"role": "user", "content": p.prompt}], add_generation_prompt=True, tokenize=False
+        )
+        for p in problems
+    }
+    order = sorted(problems, key=lambda p: len(texts[p]))
+    batches = []
+    for at in range(0, len(order), size):
+        part = order[at : at + size]
+        encoded = tokenizer(
+            [texts[p] for p in part],
+            add_special_tokens=False, padding=True, padding_side="left", return_tensors="pt",
+        ).to(device)  # fmt: skip
+        batches.append((part, encoded.input_ids, encoded.attention_mask))
+    return batches
+
+
+def plot(scores: list[Score], path: Path) -> None:
+    """Accuracy against tokens per forward, a line for each rule's sweep."""
+    import matplotlib
+
+    matplotlib.use("Agg", force=False)
+    import matplotlib.pyplot as plt
+
+    lines: dict[str, list[Score]] = defaultdict(list)
+    for item in scores:
+        rule = item.rule.rsplit(" ", 1)[0] if item.rule[-1].isdigit() else item.rule
+        lines[f"{rule}, {item.schedule}, cache {item.cache}"].append(item)
+    figure, axes = plt.subplots(figsize=(9, 5.5), layout="constrained")
+    colors = plt.get_cmap("tab20")
+    for index, (label, items) in enumerate(lines.items()):
+        items = sorted(items, key=lambda s: s.tokens_per_forward)
+        axes.plot(
+            [s.tokens_per_forward for s in items], [100 * s.exact for s in items],
+            marker="o" if len(items) > 1 else "D", label=label, color=colors(index % 20),
+        )  # fmt: skip
+    axes.set(
+        xlabel="tokens per forward", ylabel="exact answers, %",
+        title=f"Embedded model, {scores[0].problems} held-out problems",
+    )  # fmt: skip
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=7, loc="lower left")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def run(
+    args: argparse.Namespace, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> int:
+    """The command: a table, and the files asked for."""
+    check_int("--problems", args.problems, 1)
+    check_int("--batch", args.batch, 1)
+    for name in ("json", "plot"):
+        path = getattr(args, name)
+        if path is not None and not path.absolute().parent.is_dir():
+            raise ValueError(f"--{name} {path}: no such folder as {path.absolute().parent}")
+    problems = heldout(args.problems, seed=args.seed)
+    batches = encode_batches(tokenizer, problems, args.batch, model.device)
+    settings = build_settings(args.gen_length, args.block_length, args.quick)
+    scores = []
+    for setting in tqdm(settings, desc="settings", disable=None):
+        scores.append(score(model, tokenizer, batches, setting))
+        if args.json:  # kept as it grows: an interrupt loses nothing that was measured
+            args.json.write_text(json.dumps([asdict(s) for s in scores], indent=1) + "\n", "utf-8")
+    table = Table(title=f"{args.problems} held-out problems, gen {args.gen_length}, "
+                        f"block {args.block_length}")  # fmt: skip
+    for column in ("rule", "schedule", "cache"):
+        table.add_column(column)
+    for column in ("exact", "forwards", "tokens", "tokens/forward", "tokens/s"):
+        table.add_column(column, justify="right")
+    for s in scores:
+        table.add_row(
+            s.rule, s.schedule, s.cache, f"{100 * s.exact:.1f}%", f"{s.forwards:.1f}",
+            f"{s.tokens:.1f}", f"{s.tokens_per_forward:.2f}", f"{s.tokens_per_second:.0f}",
+        )  # fmt: skip
+    Console().print(table)
+    if args.plot:
+        plot(scores, args.plot)
+    return 0

@@ -1,0 +1,96 @@
+"""From hidden states to proposed tokens: greedy through the scoring op, or sampled.
+
+Sampling follows each family's published code: LLaDA adds Gumbel noise to the logits and keeps the
+untempered probability as confidence; Dream tempers, cuts to top_p and top_k and samples, and its
+confidence is the probability after all of that.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from dsb_kernels.confidence import token_confidence
+from dsb_runtime.config import DecodingConfig
+from dsb_runtime.load import DiffusionInfo
+
+
+def cut_top_p(logits: Tensor, top_p: float) -> Tensor:
+    """Keep the smallest set of most likely tokens whose probability exceeds `top_p`. (N, V)."""
+    ordered, index = logits.sort(dim=-1, descending=True, stable=True)
+    before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)
+    drop = torch.zeros_like(before, dtype=torch.bool).scatter(1, index, before > top_p)
+    return logits.masked_fill(drop, torch.finfo(logits.dtype).min)
+
+
+def cut_top_k(logits: Tensor, top_k: int) -> Tensor:
+    """Keep the `top_k` most likely tokens (more where the last of them ties). (N, V)."""
+    kth = logits.topk(min(top_k, logits.shape[-1]), dim=-1).values[:, -1:]
+    return logits.masked_fill(logits < kth, torch.finfo(logits.dtype).min)
+
+
+def sample_gumbel(
+    logits: Tensor, mask_id: int, temperature: float, generator: torch.Generator | None
+) -> tuple[Tensor, Tensor]:
+    """LLaDA: argmax of exp(logits) / (-log u)^T, in float64 as published. (N, V) -> (N,), (N,)."""
+    logits = logits.double()
+    noise = torch.rand(logits.shape, dtype=torch.float64, device=logits.device, generator=generator)
+    noisy = logits - temperature * torch.log(-torch.log(noise))
+    noisy[:, mask_id] = -torch.inf
+    token = noisy.argmax(-1)
+    probability = logits.softmax(-1).gather(1, token[:, None])[:, 0]
+    return token, probability.float()
+
+
+def sample_nucleus(
+    logits: Tensor, mask_id: int, config: DecodingConfig, generator: torch.Generator | None
+) -> tuple[Tensor, Tensor]:
+    """Dream: temper, cut, sample; confidence after the cuts. (N, V) -> (N,), (N,)."""
+    logits = logits.float()
+    if config.temperature > 0:
+        logits = logits / config.temperature
+    if config.top_p is not None and config.top_p < 1:
+        logits = cut_top_p(logits, config.top_p)
+    if config.top_k is not None:
+        logits = cut_top_k(logits, config.top_k)
+    probability = logits.softmax(-1)
+    allowed = probability.clone()
+    allowed[:, mask_id] = 0
+    if config.temperature > 0:
+        # A row that leaves only the mask token, or holds NaN, cannot be sampled: NaN marks it.
+        broken = ~(allowed.sum(-1, keepdim=True) > 0)
+        token = allowed.masked_fill(broken, 1.0).multinomial(1, generator=generator)
+        probability = probability.masked_fill(broken, torch.nan)
+    else:
+        allowed[:, mask_id] = -1
+        token = allowed.argmax(-1, keepdim=True)
+    return token[:, 0], probability.gather(1, token)[:, 0]
+
+
+def propose(
+    hidden: Tensor,
+    lm_head: torch.nn.Linear,
+    eligible: Tensor,
+    config: DecodingConfig,
+    info: DiffusionInfo,
+    generator: torch.Generator | None,
+) -> tuple[Tensor, Tensor]:
+    """The proposed token and its confidence for every candidate row; never the mask token.
+
+    Args:
+        hidden: (N, E), rows of the last hidden state, after the final norm.
+        lm_head: the model's output layer.
+        eligible: (N,) bool; the others' results are not used.
+
+    Returns:
+        (N,) int64 and (N,) float32. NaN logits give a NaN confidence.
+    """
+    cuts = config.top_p is not None or config.top_k is not None
+    if config.temperature == 0 and not cuts:
+        logits = linear(hidden, lm_head.weight, lm_head.bias)
+        return token_confidence(logits, eligible=eligible, banned=(info.mask_id,))
+    logits = linear(hidden, lm_head.weight, lm_head.bias)
+    if info.family.nucleus:
+        return sample_nucleus(logits, info.mask_id, config, generator)
+    return sample_gumbel(logits, info.mask_id, config.temperature, generator)
