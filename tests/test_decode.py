@@ -1,0 +1,219 @@
+"""generate: caches against no cache, batches against singles, seeds, EOS, events."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import PreTrainedModel
+
+import dsb_runtime as dsb
+from dsb_runtime.decode import count_tokens
+from tests import golden
+
+SCHEDULES = [("naive", None), ("dsb", 8), ("dsb", None)]
+CACHES = ["none", "dual", "dsb"]
+BIAS = {"llada": 16.0, "dream": 8.0}  # EOS then ends some answers early, not all at once
+RULES = [{"threshold": 0.6}, {"factor": 1.0}, {"frechet": 0.0}, {"steps": 12}]
+MATRIX = list(itertools.product(golden.FAMILIES, SCHEDULES, CACHES, RULES))
+
+
+def prompts(count: int, seed: int = 0) -> list[torch.Tensor]:
+    """Random prompts of different lengths."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(2, 500, (5 + 9 * i,), generator=generator) for i in range(count)]
+
+
+def left_pad(rows: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    width = max(len(r) for r in rows)
+    ids = torch.stack([torch.cat([r.new_ones(width - len(r)), r]) for r in rows])
+    mask = torch.stack([torch.cat([r.new_zeros(width - len(r)), r.new_ones(len(r))]) for r in rows])
+    return ids, mask
+
+
+@pytest.mark.parametrize(("family", "schedule", "cache", "rule"), MATRIX)
+def test_batch_rows_equal_single_runs(family, schedule, cache, rule):
+    model = golden.model(family)
+    config = dsb.DecodingConfig(
+        gen_length=24, block_length=8, schedule=schedule[0], max_block_length=schedule[1],
+        cache=cache, **rule,
+    )  # fmt: skip
+    rows = prompts(3)
+    ids, mask = left_pad(rows)
+    batch = dsb.generate(model, ids, config, attention_mask=mask)
+    width = ids.shape[1]
+    for i, row in enumerate(rows):
+        alone = dsb.generate(model, row[None], config)
+        assert batch.sequences[i, width:].tolist() == alone.sequences[0, len(row) :].tolist()
+        assert batch.row_nfe[i] == alone.nfe
+        assert batch.row_tokens[i] == alone.row_tokens[0]
+    assert torch.equal(batch.sequences[:, :width], ids)
+    assert sum(batch.tokens_per_forward) == 3 * 24
+    assert len(batch.tokens_per_forward) == batch.nfe
+
+
+@pytest.mark.parametrize("family", golden.FAMILIES)
+@pytest.mark.parametrize("rule", RULES)
+def test_window_over_everything_equals_no_cache(family, rule):
+    """A prefix window back to position 0 and a block to the end recompute every row."""
+    model, prompt = golden.model(family), prompts(2)[1][None]
+    shape = {"gen_length": 16, "block_length": 16, "refresh_commit": "select"}
+    cached = dsb.generate(model, prompt, cache="dsb", prefix_window=1000, **shape, **rule)
+    del shape["refresh_commit"]
+    plain = dsb.generate(model, prompt, cache="none", **shape, **rule)
+    assert cached.sequences.tolist() == plain.sequences.tolist()
+    assert cached.tokens_per_forward == plain.tokens_per_forward
+
+
+@settings(max_examples=25, deadline=None)
+@given(data=st.data())
+def test_everything_is_committed_once(data):
+    family = data.draw(st.sampled_from(golden.FAMILIES))
+    schedule, top = data.draw(st.sampled_from(SCHEDULES))
+    rule = data.draw(st.sampled_from([{"threshold": 0.5}, {"factor": 1.0}, {"frechet": 0.1}]))
+    seen: set[int] = set()
+    edges = [(0, 0)]
+
+    def watch(event: dsb.StepEvent) -> None:
+        picked = event.position[0][event.commit[0]].tolist()
+        assert picked and not seen & set(picked)
+        seen.update(picked)
+        start, end, _ = event.before[0]
+        assert all(start <= p < end for p in picked)
+        assert start >= edges[-1][0] and end >= edges[-1][1]
+        edges.append((start, end))
+
+    gen = data.draw(st.integers(8, 20))
+    prompt = prompts(1, seed=data.draw(st.integers(0, 99)))[0]
+    out = dsb.generate(
+        golden.model(family), prompt[None], gen_length=gen, block_length=8, schedule=schedule,
+        max_block_length=top, cache=data.draw(st.sampled_from(CACHES)), on_step=watch, **rule,
+    )  # fmt: skip
+    assert seen == set(range(len(prompt), len(prompt) + gen))
+    assert out.nfe <= gen
+    assert not (out.sequences == golden.model(family).dsb.mask_id).any()
+
+
+@contextlib.contextmanager
+def biased_to_eos(family: str) -> Iterator[PreTrainedModel]:
+    """The golden model with its LM head moved towards EOS, so that answers end early."""
+    model = golden.model(family)
+    original, head = model.lm_head, torch.nn.Linear(64, 512, bias=True)
+    with torch.no_grad():
+        head.weight.copy_(original.weight)
+        head.bias.zero_()
+        head.bias[model.dsb.eos_ids[0]] = BIAS[family]
+    model.lm_head = head
+    try:
+        yield model
+    finally:
+        model.lm_head = original
+
+
+@pytest.mark.parametrize("family", golden.FAMILIES)
+@pytest.mark.parametrize("cache", CACHES)
+def test_stop_at_eos_changes_nothing_before_the_eos(family, cache):
+    config = {"gen_length": 32, "block_length": 8, "cache": cache, "threshold": 0.5}
+    ended = 0
+    with biased_to_eos(family) as model:
+        eos = model.dsb.eos_ids[0]
+        for prompt in prompts(4, seed=3):
+            whole = dsb.generate(model, prompt[None], **config)
+            short = dsb.generate(model, prompt[None], stop_at_eos=True, **config)
+            response = whole.sequences[0, len(prompt) :].tolist()
+            stopped = short.sequences[0, len(prompt) :].tolist()
+            length = whole.row_tokens[0]
+            assert stopped[:length] == response[:length]
+            assert set(stopped[length:]) <= {eos}
+            assert short.row_tokens == whole.row_tokens
+            assert whole.tokens_per_forward[: short.nfe] == short.tokens_per_forward
+            ended += short.nfe < whole.nfe
+    assert ended, "at least one run must end early, or this shows nothing"
+
+
+@pytest.mark.parametrize("family", golden.FAMILIES)
+def test_stop_at_eos_in_a_batch(family):
+    rows = prompts(4, seed=3)
+    ids, mask = left_pad(rows)
+    config = dsb.DecodingConfig(gen_length=32, block_length=8, threshold=0.5, stop_at_eos=True)
+    with biased_to_eos(family) as model:
+        batch = dsb.generate(model, ids, config, attention_mask=mask)
+        singles = [dsb.generate(model, row[None], config) for row in rows]
+    for i, alone in enumerate(singles):
+        assert batch.sequences[i, -32:].tolist() == alone.sequences[0, -32:].tolist()
+        assert batch.row_nfe[i] == alone.nfe
+    assert len(set(batch.row_nfe)) > 1, "rows must end at different times, or this shows nothing"
+
+
+@pytest.mark.parametrize("family", golden.FAMILIES)
+def test_same_seed_same_tokens(family):
+    model, prompt = golden.model(family), prompts(1)[0][None]
+
+    def run(seed: int) -> list[int]:
+        generator = torch.Generator().manual_seed(seed)
+        out = dsb.generate(
+            model, prompt, gen_length=24, block_length=8, temperature=1.0, generator=generator
+        )
+        assert not (out.sequences == model.dsb.mask_id).any()
+        return out.sequences[0].tolist()
+
+    assert run(1) == run(1)
+    assert run(1) != run(2)
+
+
+def test_counting_rule():
+    response = torch.tensor([[5, 6, 1, 7], [1, 1, 1, 1], [5, 6, 7, 8], [5, 6, 7, 1]])
+    assert count_tokens(response, (1,)) == [3, 1, 4, 4]
+    assert count_tokens(response, (9, 7)) == [4, 4, 3, 3]
+    assert count_tokens(response, ()) == [4, 4, 4, 4]
+
+
+def test_events_tell_what_happened():
+    model, prompt = golden.model("llada"), prompts(1)[0]
+    events: list[tuple[str, int]] = []
+    out = dsb.generate(
+        model, prompt[None], gen_length=24, block_length=8, threshold=0.5,
+        on_step=lambda e: events.append((e.kind, int(e.commit.sum()))),
+    )  # fmt: skip
+    assert [n for _, n in events] == out.tokens_per_forward
+    assert events[0][0] == "refresh"
+    # A refresh follows as soon as block_length tokens were committed since the last one.
+    since = 0
+    for kind, count in events:
+        assert (kind == "refresh") == (since >= 8 or since == 0)
+        since = (0 if kind == "refresh" else since) + count
+
+
+def test_an_error_in_on_step_leaves_the_next_call_correct():
+    model, prompt = golden.model("llada"), prompts(1)[0][None]
+    config = dsb.DecodingConfig(gen_length=16, block_length=8)
+    before = dsb.generate(model, prompt, config)
+
+    def fail(event: dsb.StepEvent) -> None:
+        if event.index == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        dsb.generate(model, prompt, config, on_step=fail)
+    assert torch.equal(dsb.generate(model, prompt, config).sequences, before.sequences)
+
+
+def test_input_is_not_written_to():
+    prompt = prompts(1)[0][None]
+    kept = prompt.clone()
+    dsb.generate(golden.model("llada"), prompt, gen_length=8, block_length=4)
+    assert torch.equal(prompt, kept)
+
+
+def test_int32_prompt_gives_int64_sequences():
+    model, prompt = golden.model("llada"), prompts(1)[0][None]
+    out = dsb.generate(model, prompt.int(), gen_length=8, block_length=4)
+    assert out.sequences.dtype == torch.int64
+    assert torch.equal(
+        out.sequences, dsb.generate(model, prompt, gen_length=8, block_length=4).sequences
+    )
