@@ -10,8 +10,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dsb_kernels.dispatch import check_tensor, register_op
+from dsb_kernels.dispatch import (
+    check_tensor,
+    jit,
+    launch_options,
+    register_op,
+    tl,
+    triton,
+    use_triton,
+    wrap_triton,
+)
+from dsb_kernels.tuning import Config
 
+# 16 rows of a head of 128: every thread loads 16 bytes of each half.
+TILE = Config({"BLOCK_W": 16}, num_warps=4)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 # --- definition -------------------------------------------------------------------------------
@@ -55,6 +67,93 @@ def rope_write_kv_definition(
     return torch.where(written, rotate(q, cos, sin, is_neox), 0)
 
 
+# --- kernel -----------------------------------------------------------------------------------
+
+
+@jit
+def _rotate_halves(x_ptr, out_ptr, cos, sin, load_mask, store_mask, HALF: tl.constexpr):
+    """Rows of pairs (i, i + D / 2): each half is a contiguous load."""
+    a = tl.load(x_ptr, mask=load_mask, other=0.0).to(tl.float32)
+    b = tl.load(x_ptr + HALF, mask=load_mask, other=0.0).to(tl.float32)
+    dtype = out_ptr.dtype.element_ty
+    tl.store(out_ptr, (a * cos - b * sin).to(dtype), mask=store_mask)
+    tl.store(out_ptr + HALF, (b * cos + a * sin).to(dtype), mask=store_mask)
+
+
+@jit
+def _rotate_pairs(x_ptr, out_ptr, cos, sin, load_mask, store_mask):
+    """Rows of pairs (2i, 2i + 1): one contiguous load, then taken apart in registers."""
+    x = tl.load(x_ptr, mask=load_mask, other=0.0).to(tl.float32)
+    a, b = tl.split(tl.reshape(x, (x.shape[0], x.shape[1] // 2, 2)))
+    x = tl.reshape(tl.join(a * cos - b * sin, b * cos + a * sin), (x.shape[0], x.shape[1]))
+    tl.store(out_ptr, x.to(out_ptr.dtype.element_ty), mask=store_mask)
+
+
+@jit
+def _rope_write_kv_kernel(
+    q_ptr, k_ptr, v_ptr, cos_sin_ptr, k_cache_ptr, v_cache_ptr, out_ptr,
+    window_start_ptr, window_length_ptr, offset_ptr,
+    stride_qb, stride_qh, stride_qw, stride_kb, stride_kh, stride_kw,
+    stride_vb, stride_vh, stride_vw, stride_p,
+    stride_kcb, stride_kch, stride_kcn, stride_vcb, stride_vch, stride_vcn,
+    stride_ob, stride_oh, stride_ow, H, W, C, max_pos,
+    HEAD_DIM: tl.constexpr, NEOX: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """One program: BLOCK_W window rows of one head: a query head, or a key and its value head.
+
+    Rows at or past the window's length (or the cache's end) are neither read nor written, but
+    for the queries' result, which is 0 there.
+    """
+    head = tl.program_id(1).to(tl.int64)
+    b = tl.program_id(2).to(tl.int64)
+    row = tl.program_id(0) * BLOCK_W + tl.arange(0, BLOCK_W)
+    index = tl.load(window_start_ptr + b) + row
+    written = (row < tl.minimum(tl.load(window_length_ptr + b), W)) & (index < C)
+    position = index
+    if offset_ptr is not None:
+        position -= tl.load(offset_ptr + b)
+    position = tl.minimum(tl.maximum(position, 0), max_pos - 1).to(tl.int64)
+    row, index = row.to(tl.int64), index.to(tl.int64)
+
+    HALF: tl.constexpr = HEAD_DIM // 2
+    i = tl.arange(0, BLOCK_D // 2)
+    half_mask = written[:, None] & (i < HALF)[None, :]
+    cos_ptrs = cos_sin_ptr + position[:, None] * stride_p + i[None, :]
+    cos = tl.load(cos_ptrs, mask=half_mask, other=0.0).to(tl.float32)
+    sin = tl.load(cos_ptrs + HALF, mask=half_mask, other=0.0).to(tl.float32)
+    d = tl.arange(0, BLOCK_D)
+    full_mask = written[:, None] & (d < HEAD_DIM)[None, :]
+    if head < H:
+        q_ptrs = q_ptr + b * stride_qb + head * stride_qh + row[:, None] * stride_qw
+        out_ptrs = out_ptr + b * stride_ob + head * stride_oh + row[:, None] * stride_ow
+        inside = (row < W)[:, None]
+        if NEOX:
+            mask = inside & (i < HALF)[None, :]
+            _rotate_halves(
+                q_ptrs + i[None, :], out_ptrs + i[None, :], cos, sin, half_mask, mask, HALF
+            )
+        else:
+            mask = inside & (d < HEAD_DIM)[None, :]
+            _rotate_pairs(q_ptrs + d[None, :], out_ptrs + d[None, :], cos, sin, full_mask, mask)
+    else:
+        head -= H
+        k_ptrs = k_ptr + b * stride_kb + head * stride_kh + row[:, None] * stride_kw
+        v_ptrs = v_ptr + b * stride_vb + head * stride_vh + row[:, None] * stride_vw
+        kc_ptrs = k_cache_ptr + b * stride_kcb + head * stride_kch + index[:, None] * stride_kcn
+        vc_ptrs = v_cache_ptr + b * stride_vcb + head * stride_vch + index[:, None] * stride_vcn
+        v = tl.load(v_ptrs + d[None, :], mask=full_mask)
+        tl.store(vc_ptrs + d[None, :], v, mask=full_mask)
+        if NEOX:
+            _rotate_halves(
+                k_ptrs + i[None, :], kc_ptrs + i[None, :], cos, sin, half_mask, half_mask, HALF
+            )
+        else:
+            _rotate_pairs(k_ptrs + d[None, :], kc_ptrs + d[None, :], cos, sin, full_mask, full_mask)
+
+
+# --- op ---------------------------------------------------------------------------------------
+
+
 @register_op("rope_write_kv", mutates_args=("k_cache", "v_cache"))
 def _rope_write_kv_op(
     q: Tensor,
@@ -68,10 +167,27 @@ def _rope_write_kv_op(
     position_offset: Tensor | None,
     is_neox: bool,
 ) -> Tensor:
-    return rope_write_kv_definition(
-        q, k, v, cos_sin_cache, k_cache, v_cache,
-        window_start, window_length, position_offset, is_neox,
+    out = torch.empty_like(q)
+    if not use_triton(q, k, v, k_cache, v_cache):
+        rotated = rope_write_kv_definition(
+            q, k, v, cos_sin_cache, k_cache, v_cache,
+            window_start, window_length, position_offset, is_neox,
+        )  # fmt: skip
+        return out.copy_(rotated)  # strides as those of the kernel's result
+    B, H, W, D = q.shape
+    if q.numel() == 0:
+        return out
+    grid = (triton.cdiv(W, TILE.blocks["BLOCK_W"]), H + k.shape[1], B)
+    wrap_triton(_rope_write_kv_kernel)[grid](
+        q, k, v, cos_sin_cache, k_cache, v_cache, out,
+        window_start, window_length, position_offset,
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], cos_sin_cache.stride(0),
+        *k_cache.stride()[:3], *v_cache.stride()[:3], *out.stride()[:3],
+        H, W, k_cache.shape[2], cos_sin_cache.shape[0],
+        HEAD_DIM=D, NEOX=is_neox, BLOCK_D=triton.next_power_of_2(D), **TILE.blocks,
+        **launch_options(TILE.num_warps, TILE.num_stages),
     )  # fmt: skip
+    return out
 
 
 def rope_write_kv(

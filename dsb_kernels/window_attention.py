@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from dsb_kernels.dispatch import (
-    check_choice,
     check_tensor,
     jit,
     launch_options,
@@ -27,7 +26,6 @@ from dsb_kernels.dispatch import (
 )
 from dsb_kernels.tuning import Config
 
-HEAD_DIMS = (64, 80, 96, 128, 256)
 MAX_SPLITS, DEFAULT_MAX_SPLITS = 128, 32
 COMBINE_ROWS = 8
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -401,7 +399,7 @@ def window_attention(
     else is read: the rest of the cache may hold anything.
 
     Args:
-        q: (B, H, W, D) bfloat16, float16 or float32; D in 64, 80, 96, 128, 256.
+        q: (B, H, W, D) bfloat16, float16 or float32; D a multiple of 8 up to 256.
         k_window, v_window: (B, H_kv, W, D), H a multiple of H_kv; both None when the window's
             rows have been written into the cache already, which is then read there too.
         k_cache, v_cache: (B, H_kv, C, D).
@@ -430,7 +428,8 @@ def window_attention(
     rows = {"device": q.device, "dtype": q.dtype, "unit_stride": True}
     check_tensor(op, "q", q, dtype=DTYPES, shape=("B", "H", "W", "D"), unit_stride=True)
     B, H, W, D = q.shape
-    check_choice(op, "head dimension of q", D, HEAD_DIMS)
+    if D % 8 or not 8 <= D <= 256:
+        raise ValueError(f"{op}: q has head dimension {D}: accepted is a multiple of 8 up to 256")
     check_tensor(op, "k_cache", k_cache, shape=(B, "H_kv", "C", D), **rows)
     H_kv, C = k_cache.shape[1:3]
     check_tensor(op, "v_cache", v_cache, shape=(B, H_kv, C, D), **rows)
