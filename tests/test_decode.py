@@ -18,7 +18,7 @@ from tests import golden
 
 SCHEDULES = [("naive", None), ("dsb", 8), ("dsb", None)]
 CACHES = ["none", "dual", "dsb"]
-BIAS = {"llada": 16.0, "dream": 8.0}  # EOS then ends some answers early, not all at once
+BIAS = {"llada": 16.0, "dream": 9.0}  # EOS then ends some answers early, not all at once
 RULES = [{"threshold": 0.6}, {"factor": 1.0}, {"frechet": 0.0}, {"steps": 12}]
 MATRIX = list(itertools.product(golden.FAMILIES, SCHEDULES, CACHES, RULES))
 
@@ -122,7 +122,7 @@ def test_stop_at_eos_changes_nothing_before_the_eos(family, cache):
     ended = 0
     with biased_to_eos(family) as model:
         eos = model.dsb.eos_ids[0]
-        for prompt in prompts(4, seed=3):
+        for prompt in prompts(6, seed=3):
             whole = dsb.generate(model, prompt[None], **config)
             short = dsb.generate(model, prompt[None], stop_at_eos=True, **config)
             response = whole.sequences[0, len(prompt) :].tolist()
@@ -138,7 +138,7 @@ def test_stop_at_eos_changes_nothing_before_the_eos(family, cache):
 
 @pytest.mark.parametrize("family", golden.FAMILIES)
 def test_stop_at_eos_in_a_batch(family):
-    rows = prompts(4, seed=3)
+    rows = prompts(6, seed=3)
     ids, mask = left_pad(rows)
     config = dsb.DecodingConfig(gen_length=32, block_length=8, threshold=0.5, stop_at_eos=True)
     with biased_to_eos(family) as model:
