@@ -196,12 +196,7 @@ MUTATIONS = {
     "row_past_the_end": ("rope_write_kv_kernel", "start_middle_end", "row < tl.m", "row <= tl.m"),
     "last_row_dropped": ("rope_write_kv_kernel", "one_row", "row < tl.min", "row + 1 < tl.min"),
     "padding_added": ("rope_write_kv_kernel", "left_padding", "position -= ", "position += "),
-    "row_shifted": (
-        "rope_write_kv_kernel",
-        "several_tiles",
-        "_start_ptr + b) + row",
-        "_start_ptr + b)",
-    ),
+    "row_shifted": ("rope_write_kv_kernel", "one_row", "ptr + b) + row", "ptr + b) + row - 1"),
     "sine_negated": ("rotate_halves", "gqa_7", "a * cos - b * sin", "a * cos + b * sin"),
     "half_dropped": ("rotate_halves", "gqa_7", "out_ptr + HALF", "out_ptr"),
     "pair_swapped": ("rotate_pairs", "interleaved", "a, b = ", "b, a = "),
