@@ -8,15 +8,35 @@ margin of the two best tokens, or the negative entropy. `V` = vocabulary, `N` = 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from dsb_kernels.dispatch import check_choice, check_tensor, register_op
+from dsb_kernels.dispatch import (
+    check_tensor,
+    jit,
+    launch_options,
+    register_op,
+    tl,
+    triton,
+    use_triton,
+    wrap_triton,
+)
 from dsb_kernels.philox import gumbel_noise
-
-CONFIDENCES = ("probability", "margin", "neg_entropy")
+from dsb_kernels.row_state import (
+    CONFIDENCES,
+    NO_TOKEN,
+    PLANES,
+    check_scoring,
+    combine_kernel,
+    exp_from,
+    first_allowed,
+    gumbel,
+    philox_words,
+)
+from dsb_kernels.tuning import CompileCase, architecture_of, configuration
 
 # --- definition -------------------------------------------------------------------------------
 
@@ -79,7 +99,161 @@ def token_confidence_definition(
     return token, c
 
 
+# --- kernel -----------------------------------------------------------------------------------
+# A tile is a block of BLOCK_V logits of one row, read once; a program carries the row's state (see
+# row_state.py) over SPLIT_BLOCKS of them and writes it as the partial of its split.
+
+
+@jit
+def _score_tile(
+    x, token, first, noise, temperature,
+    maximum, total, score, index, logit, extra,
+    BLOCK: tl.constexpr, BANNED: tl.constexpr, SAMPLE: tl.constexpr, CONFIDENCE: tl.constexpr,
+):  # fmt: skip
+    """Extend a row's state by the logits `x` of tokens `token` = first ... first + BLOCK - 1."""
+    tile_maximum = tl.max(x, 0)
+    m = tl.maximum(maximum, tile_maximum)
+    # One exponential per element; a maximum of -inf has none (e^(-inf - 0) is 0, not NaN).
+    reference = tl.where(m == -float("inf"), 0.0, m)
+    distance = tl.where(x == reference, 0.0, x - reference)  # +inf counts as equal to +inf
+    e = tl.exp(distance)
+    scale = exp_from(maximum, m)
+    if CONFIDENCE == "neg_entropy":
+        moved = tl.where(scale > 0, scale * (extra + total * (maximum - m)), 0.0)
+        extra = tl.where(maximum == m, extra, moved)  # maximum - m may be inf - inf
+        extra += tl.sum(tl.where(e > 0, e * distance, 0.0), 0)
+    total = total * scale + tl.sum(e, 0)
+    maximum = m
+
+    allowed = x
+    tile_best = tile_maximum
+    for i in tl.static_range(len(BANNED)):
+        if (BANNED[i] >= first) & (BANNED[i] < first + BLOCK):
+            allowed = tl.where(token == BANNED[i], -float("inf"), allowed)
+            tile_best = tl.max(allowed, 0)
+
+    if CONFIDENCE == "margin":  # noqa: SIM102 (a compile-time and a run-time condition)
+        if tile_best > extra:
+            at = tl.min(tl.where(allowed == tile_best, token, NO_TOKEN), 0)
+            runner_up = tl.max(tl.where(token == at, -float("inf"), allowed), 0)
+            extra = tl.maximum(tl.minimum(tile_best, logit), tl.maximum(runner_up, extra))
+            logit = tl.maximum(logit, tile_best)
+    if SAMPLE:
+        noisy = allowed / temperature + noise
+        tile_score = tl.max(noisy, 0)
+        if tile_score > score:
+            score = tile_score
+            index = tl.min(tl.where(noisy == tile_score, token, NO_TOKEN), 0)
+            if CONFIDENCE != "margin":
+                logit = tl.max(tl.where(token == index, x, -float("inf")), 0)
+    else:
+        if tile_best > score:
+            score = tile_best
+            index = tl.min(tl.where(allowed == tile_best, token, NO_TOKEN), 0)
+            if CONFIDENCE != "margin":
+                logit = tile_best
+    return maximum, total, score, index, logit, extra
+
+
+@jit
+def _score_block(
+    row_ptr, V, block, key, id_low, id_high, temperature,
+    maximum, total, score, index, logit, extra,
+    BLOCK_V: tl.constexpr, BANNED: tl.constexpr, SAMPLE: tl.constexpr,
+    CONFIDENCE: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Load one tile and extend the row's state by it."""
+    first = block * BLOCK_V
+    token = first + tl.arange(0, BLOCK_V)
+    if MASKED:
+        x = tl.load(row_ptr + token, mask=token < V, other=-float("inf"))
+    else:
+        x = tl.load(row_ptr + token)
+    noise = 0.0
+    if SAMPLE:
+        counter = block * (BLOCK_V // 4) + tl.arange(0, BLOCK_V // 4)
+        noise = gumbel(philox_words(key, counter, id_low, id_high))
+    return _score_tile(
+        x.to(tl.float32), token, first, noise, temperature,
+        maximum, total, score, index, logit, extra,
+        BLOCK_V, BANNED, SAMPLE, CONFIDENCE,
+    )  # fmt: skip
+
+
+@jit
+def _token_confidence_kernel(
+    logits_ptr, eligible_ptr, seed_ptr, noise_ids_ptr, partial_ptr, index_ptr,
+    stride_row, rows, V, temperature,
+    BLOCK_V: tl.constexpr, SPLIT_BLOCKS: tl.constexpr, BANNED: tl.constexpr,
+    SAMPLE: tl.constexpr, CONFIDENCE: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Program (row, split): the state of one row over one split of the vocabulary."""
+    row = tl.program_id(0)
+    split = tl.program_id(1)
+    if eligible_ptr is not None:  # noqa: SIM102 (a compile-time and a run-time condition)
+        if tl.load(eligible_ptr + row) == 0:
+            return
+    temperature = tl.cast(temperature, tl.float32)  # Inductor passes scalars as float64
+    row_ptr = logits_ptr + row.to(tl.int64) * stride_row
+    key = 0
+    id_low = 0
+    id_high = 0
+    if SAMPLE:
+        key = tl.load(seed_ptr)
+        noise_id = tl.load(noise_ids_ptr + row)
+        id_low = (noise_id & 0xFFFFFFFF).to(tl.uint32)
+        id_high = ((noise_id >> 32) & 0xFFFFFFFF).to(tl.uint32)
+
+    maximum = tl.full((), -float("inf"), tl.float32)
+    total = tl.full((), 0.0, tl.float32)
+    score = maximum
+    index = tl.full((), NO_TOKEN, tl.int32)
+    logit = maximum
+    extra = total if CONFIDENCE == "neg_entropy" else maximum
+    begin = split * SPLIT_BLOCKS
+    # Only the vocabulary's last block is masked: a mask may narrow the loads of all others.
+    end = tl.minimum(begin + SPLIT_BLOCKS, V // BLOCK_V)
+    for block in tl.range(begin, end, num_stages=STAGES):
+        maximum, total, score, index, logit, extra = _score_block(
+            row_ptr, V, block, key, id_low, id_high, temperature,
+            maximum, total, score, index, logit, extra,
+            BLOCK_V, BANNED, SAMPLE, CONFIDENCE, MASKED=False,
+        )  # fmt: skip
+    if ((begin + SPLIT_BLOCKS) * BLOCK_V > V) & (V % BLOCK_V > 0):
+        maximum, total, score, index, logit, extra = _score_block(
+            row_ptr, V, V // BLOCK_V, key, id_low, id_high, temperature,
+            maximum, total, score, index, logit, extra,
+            BLOCK_V, BANNED, SAMPLE, CONFIDENCE, MASKED=True,
+        )  # fmt: skip
+
+    at = split.to(tl.int64) * rows + row
+    plane = tl.num_programs(1).to(tl.int64) * rows
+    tl.store(partial_ptr + at, maximum)
+    tl.store(partial_ptr + plane + at, total)
+    tl.store(partial_ptr + 2 * plane + at, score)
+    tl.store(partial_ptr + 3 * plane + at, logit)
+    tl.store(partial_ptr + 4 * plane + at, extra)
+    tl.store(index_ptr + at, index)
+
+
 # --- op ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Geometry of a call, from static shapes alone."""
+
+    grid: tuple[int, int]  # (rows, splits)
+    blocks: Mapping[str, int]
+    num_warps: int
+    num_stages: int
+
+
+def launch_of(rows: int, V: int, architecture: str, sample: bool) -> Launch:
+    op = "token_confidence sampled" if sample else "token_confidence"
+    config = configuration(op, rows, architecture)
+    split = config.blocks["BLOCK_V"] * config.blocks["SPLIT_BLOCKS"]
+    return Launch((rows, -(-V // split)), config.blocks, config.num_warps, config.num_stages)
 
 
 @register_op("token_confidence")
@@ -92,43 +266,32 @@ def _token_confidence_op(
     noise_ids: Tensor | None,
     confidence: str,
 ) -> tuple[Tensor, Tensor]:
-    token, c = token_confidence_definition(
-        logits, eligible, banned, temperature, seed, noise_ids, confidence
-    )
-    return token, c.float()
-
-
-def check_scoring(
-    op: str,
-    rows: tuple[int, ...],
-    V: int,
-    device: torch.device,
-    eligible: Tensor | None,
-    banned: tuple[int, ...],
-    temperature: float,
-    seed: Tensor | None,
-    noise_ids: Tensor | None,
-    confidence: str,
-) -> None:
-    """What both scoring ops accept."""
-    check_choice(op, "confidence", confidence, CONFIDENCES)
-    if V < 1:
-        raise ValueError(f"{op}: vocabulary of {V} tokens: accepted is at least 1")
-    for b in banned:
-        if not 0 <= b < V:
-            raise ValueError(f"{op}: banned token {b}: accepted are 0 to {V - 1}")
-    if len(set(banned)) == V:
-        raise ValueError(f"{op}: banned={banned!r} leaves no token of {V} to propose")
-    if not 0 <= temperature < float("inf"):
-        raise ValueError(f"{op}: temperature={temperature}: accepted is a finite number >= 0")
-    if eligible is not None:
-        check_tensor(op, "eligible", eligible, dtype=torch.bool, shape=rows, device=device)
-    if temperature > 0:
-        for name, value in (("seed", seed), ("noise_ids", noise_ids)):
-            if value is None:
-                raise ValueError(f"{op}: {name}=None: temperature > 0 needs an int64 tensor")
-        check_tensor(op, "seed", seed, dtype=torch.int64, shape=(), device=device)
-        check_tensor(op, "noise_ids", noise_ids, dtype=torch.int64, shape=rows, device=device)
+    if not use_triton(logits):
+        token, c = token_confidence_definition(
+            logits, eligible, banned, temperature, seed, noise_ids, confidence
+        )
+        return token, c.float()
+    rows, V = logits.shape
+    if rows == 0:
+        return logits.new_empty(0, dtype=torch.int64), logits.new_empty(0, dtype=torch.float32)
+    launch = launch_of(rows, V, architecture_of(logits.device), temperature > 0)
+    splits = launch.grid[1]
+    partial = logits.new_empty((PLANES, splits, rows), dtype=torch.float32)
+    index = logits.new_empty((splits, rows), dtype=torch.int32)
+    token = logits.new_empty(rows, dtype=torch.int64)
+    c = logits.new_empty(rows, dtype=torch.float32)
+    wrap_triton(_token_confidence_kernel)[launch.grid](
+        logits, eligible, seed, noise_ids, partial, index,
+        logits.stride(0), rows, V, temperature,
+        BANNED=tuple(banned), SAMPLE=temperature > 0, CONFIDENCE=confidence,
+        STAGES=launch.num_stages, **launch.blocks,
+        **launch_options(launch.num_warps, launch.num_stages),
+    )  # fmt: skip
+    wrap_triton(combine_kernel)[(rows,)](
+        partial, index, eligible, token, c, rows, splits, first_allowed(banned), 0,
+        SPLITS=triton.next_power_of_2(splits), CONFIDENCE=confidence, **launch_options(1, 1),
+    )  # fmt: skip
+    return token, c
 
 
 def token_confidence(
@@ -170,6 +333,68 @@ def token_confidence(
     check_scoring(
         op, rows, V, logits.device, eligible, banned, temperature, seed, noise_ids, confidence
     )
-    return _token_confidence_op(
-        logits, eligible, list(banned), temperature, seed, noise_ids, confidence
+    token, c = _token_confidence_op(
+        logits.reshape(-1, V),
+        None if eligible is None else eligible.reshape(-1),
+        list(banned),
+        temperature,
+        seed,
+        None if noise_ids is None else noise_ids.reshape(-1),
+        confidence,
     )
+    return token.reshape(rows), c.reshape(rows)
+
+
+def compile_cases() -> list[CompileCase]:
+    """Every variant at every shape class, LLaDA's vocabulary and banned mask token."""
+    pointers = {
+        "logits_ptr": "*bf16", "eligible_ptr": "*i1", "partial_ptr": "*fp32", "index_ptr": "*i32",
+    }  # fmt: skip
+    scalars = {"stride_row": "i32", "rows": "i32", "V": "i32", "temperature": "fp32"}
+    sampling = {"seed_ptr": "*i64", "noise_ids_ptr": "*i64"}
+    variants = [(rows, "probability", False, "bf16") for rows in (32, 256, 1024)]
+    variants += [(64, c, sample, "bf16") for c in CONFIDENCES for sample in (False, True)][1:]
+    variants += [(64, "probability", False, "fp16"), (64, "probability", False, "fp32")]
+    cases = []
+    for rows, confidence, sample, dtype in variants:
+        launch = launch_of(rows, 126464, "sm_90", sample)
+        signature = pointers | scalars | {"logits_ptr": f"*{dtype}"} | (sampling if sample else {})
+        absent = {} if sample else dict.fromkeys(sampling)
+        cases.append(
+            CompileCase(
+                op="token_confidence",
+                name=f"{confidence}{' sampled' if sample else ''} {dtype} {rows} rows",
+                kernel=_token_confidence_kernel,
+                signature=signature,
+                constexprs={
+                    **launch.blocks, **absent, "BANNED": (126336,), "SAMPLE": sample,
+                    "CONFIDENCE": confidence, "STAGES": launch.num_stages,
+                },
+                num_warps=launch.num_warps,
+                num_stages=launch.num_stages,
+                divisible=(*(n for n, t in signature.items() if t[0] == "*"), "stride_row", "V"),
+                expects_wide_loads=True,
+                scalar_load_bytes=17 if sample else 1,
+                max_exponentials=1.1,
+                # One tile in the loop and the masked last one, both unrolled.
+                elements_per_thread=2 * launch.blocks["BLOCK_V"] / (32 * launch.num_warps),
+            )
+        )  # fmt: skip
+    cases += [
+        CompileCase(
+            op="token_confidence",
+            name=f"combine {confidence} {splits} splits",
+            kernel=combine_kernel,
+            signature={
+                "partial_ptr": "*fp32", "index_ptr": "*i32", "eligible_ptr": "*i1",
+                "token_ptr": "*i64", "confidence_ptr": "*fp32", "rows": "i32", "splits": "i32",
+                "first_allowed": "i32", "token_base": "i32",
+            },
+            constexprs={"SPLITS": splits, "CONFIDENCE": confidence, **ones},
+            num_warps=1,
+        )
+        for confidence in CONFIDENCES
+        # Triton turns arguments equal to 1 into constants, another program to compile.
+        for splits, ones in ((32, {}), (1, {"rows": 1, "splits": 1, "first_allowed": 1}))
+    ]  # fmt: skip
+    return cases

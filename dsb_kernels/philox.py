@@ -9,11 +9,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# One Philox call yields four words. The four serve tokens NOISE_STRIDE apart, so that a kernel
-# uses all of them on contiguous loads.
-NOISE_STRIDE = 1024
-NOISE_BLOCK = 4 * NOISE_STRIDE
-
 
 def philox4x32(
     counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]
@@ -36,13 +31,11 @@ def gumbel_noise(seed: Tensor, noise_ids: Tensor, first: int, last: int, dtype: 
     -log(-log(1 - w)) with w = (word + 1/2) / 2^32: fine steps where the noise is large.
     """
     low = 0xFFFFFFFF
-    begin, end = first // NOISE_BLOCK, -(-last // NOISE_BLOCK)
-    block = torch.arange(begin * NOISE_STRIDE, end * NOISE_STRIDE, device=noise_ids.device)
-    ids = noise_ids.reshape(*noise_ids.shape, 1)
+    # One Philox call yields the words of four consecutive tokens.
+    block = torch.arange(first // 4, -(-last // 4), device=noise_ids.device)
+    ids = noise_ids[..., None]
     counter = torch.broadcast_tensors(block, ids & low, (ids >> 32) & low, torch.zeros_like(ids))
-    words = torch.stack(philox4x32(counter, (seed & low, (seed >> 32) & low)), -2)
-    # (..., word, block * stride) -> (..., block, word, stride), which is token order
-    words = words.unflatten(-1, (end - begin, NOISE_STRIDE)).transpose(-3, -2).flatten(-3)
-    words = words[..., first - begin * NOISE_BLOCK : last - begin * NOISE_BLOCK]
+    words = torch.stack(philox4x32(counter, (seed & low, (seed >> 32) & low)), -1).flatten(-2)
+    words = words[..., first % 4 : first % 4 + last - first]
     w = (words.to(torch.float64) + 0.5) * 2.0**-32
     return -torch.log(-torch.log1p(-w)).to(dtype)

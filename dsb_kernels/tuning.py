@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -30,8 +30,13 @@ CONFIGS: dict[tuple[str, str], dict[int, Config]] = {
     # are cut finely enough to fill 132 SMs, many rows coarsely enough to amortise the combine.
     ("token_confidence", "any"): {
         128: Config({"BLOCK_V": 4096, "SPLIT_BLOCKS": 1}, num_warps=4),
-        512: Config({"BLOCK_V": 4096, "SPLIT_BLOCKS": 4}, num_warps=4),
-        1 << 62: Config({"BLOCK_V": 4096, "SPLIT_BLOCKS": 8}, num_warps=4),
+        512: Config({"BLOCK_V": 4096, "SPLIT_BLOCKS": 4}, num_warps=4, num_stages=3),
+        1 << 62: Config({"BLOCK_V": 4096, "SPLIT_BLOCKS": 8}, num_warps=4, num_stages=3),
+    },
+    # Philox keeps four times the registers busy.
+    ("token_confidence sampled", "any"): {
+        128: Config({"BLOCK_V": 4096, "SPLIT_BLOCKS": 1}, num_warps=8),
+        1 << 62: Config({"BLOCK_V": 4096, "SPLIT_BLOCKS": 4}, num_warps=8),
     },
 }
 
@@ -76,8 +81,7 @@ class CompileCase:
     divisible: tuple[str, ...] = ()  # runtime arguments known to be divisible by 16 (pointers too)
     architectures: tuple[str, ...] = ("sm_80", "sm_90", "sm_100")
     expects_tensor_cores: bool = False  # HGMMA on sm_90
-    expects_wide_loads: bool = False  # 128-bit global loads, and none of a single element
-    max_exponentials: float | None = None  # exponentials per element of the scored input ...
-    element_bytes: int | None = None  # ... whose elements are this wide (count from load widths)
-    elements_per_thread: float | None = None  # ... or, without such loads, this many per thread
-    options: Mapping[str, Any] = field(default_factory=dict)  # further compiler options
+    expects_wide_loads: bool = False  # every global load is of 128 bits, but for ...
+    scalar_load_bytes: int = 0  # ... this many bytes of scalars (a flag, a seed)
+    max_exponentials: float | None = None  # MUFU.EX2 in the code, of a thread, divided by ...
+    elements_per_thread: float | None = None  # ... the elements that this code scores (a loop once)

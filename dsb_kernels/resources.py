@@ -1,0 +1,209 @@
+"""`python -m dsb_kernels.resources`: compile every kernel for every architecture, without a GPU.
+
+Prints what each needs (registers, spills, stack, shared memory, resident blocks per SM) and what
+its disassembly shows (tensor cores, load width, exponentials per element).
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib
+import importlib.util
+import json
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+
+from dsb_kernels.disassembly import disassemble
+from dsb_kernels.dispatch import interpreted, triton
+from dsb_kernels.tuning import CompileCase
+
+OP_MODULES = ("confidence", "lm_head_confidence", "unmask", "window_attention", "rope_kv")
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
+
+
+@dataclass(frozen=True)
+class Chip:
+    """Limits of one SM (CUDA C++ Programming Guide, compute capabilities)."""
+
+    shared_bytes: int  # of an SM
+    shared_bytes_block: int  # largest block
+    registers: int = 65536
+    warps: int = 64
+    blocks: int = 32
+
+    def resident_blocks(self, registers: int, shared: int, warps: int) -> int:
+        """Blocks of a kernel that fit on one SM together."""
+        per_warp = -(-registers * 32 // 256) * 256  # allocated by 256 registers
+        by_registers = self.registers // (per_warp * warps)
+        by_shared = self.shared_bytes // (shared + 1024)  # 1 KiB of each block is reserved
+        return min(by_registers, by_shared, self.warps // warps, self.blocks)
+
+
+CHIPS = {
+    "sm_80": Chip(shared_bytes=164 * 1024, shared_bytes_block=163 * 1024),
+    "sm_90": Chip(shared_bytes=228 * 1024, shared_bytes_block=227 * 1024),
+    "sm_100": Chip(shared_bytes=228 * 1024, shared_bytes_block=227 * 1024),
+}
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What one kernel in one configuration takes on one architecture."""
+
+    op: str
+    name: str
+    architecture: str
+    registers: int
+    spilled_bytes: int
+    stack: int
+    shared_bytes: int
+    resident_blocks: int
+    tensor_cores: str
+    narrow_loads: int  # bytes per thread (static) of global loads of less than 128 bits
+    exponentials: float | None  # per element, where the case says how to count them
+
+
+def compile_cases(ops: Sequence[str] = ()) -> list[CompileCase]:
+    """The cases of every op module, or of the ops named."""
+    cases: list[CompileCase] = []
+    for name in OP_MODULES:
+        if importlib.util.find_spec(f"dsb_kernels.{name}") is None:
+            continue
+        module = importlib.import_module(f"dsb_kernels.{name}")
+        cases += module.compile_cases() if hasattr(module, "compile_cases") else []
+    return [case for case in cases if not ops or case.op in ops]
+
+
+def compile_case(case: CompileCase, architecture: str) -> Resources:
+    """Compile one case with Triton's own compiler and read the result's disassembly."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    names = case.kernel.arg_names
+    attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in case.divisible}
+    signature = {
+        name: "constexpr" if name in case.constexprs else case.signature[name] for name in names
+    }
+    constexprs = {(names.index(name),): value for name, value in case.constexprs.items()}
+    source = ASTSource(case.kernel, signature, constexprs, attributes)
+    target = GPUTarget("cuda", int(architecture.removeprefix("sm_")), 32)
+    options = {
+        "num_warps": case.num_warps,
+        "num_stages": case.num_stages,
+        "enable_fp_fusion": True,
+    }
+    compiled = triton.compile(source, target=target, options=options)
+    code = disassemble(compiled.asm["cubin"])
+    shared = compiled.metadata.shared
+    loads = code.global_loads
+    exponentials = None
+    if case.elements_per_thread is not None:
+        exponentials = code.exponentials / case.elements_per_thread
+    chip = CHIPS[architecture]
+    return Resources(
+        op=case.op,
+        name=case.name,
+        architecture=architecture,
+        registers=code.registers,
+        spilled_bytes=code.spilled_bytes,
+        stack=code.stack,
+        shared_bytes=shared,
+        resident_blocks=chip.resident_blocks(code.registers, shared, case.num_warps),
+        tensor_cores=code.tensor_cores,
+        narrow_loads=sum(width * n for width, n in loads.items() if width < 16),
+        exponentials=exponentials,
+    )
+
+
+def _compile_indexed(job: tuple[int, tuple[str, ...], str]) -> Resources:
+    """Worker: cases hold kernels, which do not pickle, so they are found again by index."""
+    index, ops, architecture = job
+    return compile_case(compile_cases(ops)[index], architecture)
+
+
+def compile_all(
+    architectures: Sequence[str] = ARCHITECTURES, ops: Sequence[str] = (), jobs: int = 1
+) -> list[Resources]:
+    """Resources of every case on every architecture it names, in a fixed order."""
+    ops = tuple(ops)
+    work = [
+        (index, ops, architecture)
+        for index, case in enumerate(compile_cases(ops))
+        for architecture in architectures
+        if architecture in case.architectures
+    ]
+    if jobs == 1:
+        return [_compile_indexed(job) for job in work]
+    with ProcessPoolExecutor(jobs) as pool:
+        return list(pool.map(_compile_indexed, work))
+
+
+def failures(case: CompileCase, found: Resources) -> list[str]:
+    """What keeps a kernel from being fit for sm_90, in words; empty if nothing does."""
+    limit = CHIPS["sm_90"].shared_bytes_block
+    checks = [
+        (found.spilled_bytes == 0, f"{found.spilled_bytes} bytes spilled"),
+        (found.stack == 0, f"{found.stack} bytes of stack"),
+        (found.shared_bytes <= limit, f"{found.shared_bytes} bytes of shared memory"),
+        (found.resident_blocks >= 1, "does not fit on an SM"),
+        (not case.expects_tensor_cores or found.tensor_cores == "HGMMA", "no HGMMA"),
+        (
+            not case.expects_wide_loads or found.narrow_loads <= case.scalar_load_bytes,
+            f"{found.narrow_loads} bytes a thread by loads of less than 128 bits",
+        ),
+    ]
+    if case.max_exponentials is not None:
+        count = found.exponentials
+        # Less than one means that the elements of the code were not counted right.
+        good = count is not None and 1 <= count <= case.max_exponentials
+        checks.append((good, f"{count} exponentials per element"))
+    return [f"{found.op} {found.name}: {words}" for good, words in checks if not good]
+
+
+def print_table(rows: Sequence[Resources]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title="Kernels as compiled (per thread: registers, spills and stack)")
+    for heading in (
+        "op", "kernel", "arch", "regs", "spill B", "stack B", "shared KiB", "blocks/SM",
+        "tensor cores", "narrow loads", "exp/elem",
+    ):  # fmt: skip
+        table.add_column(heading, justify="left" if heading in ("op", "kernel") else "right")
+    for r in rows:
+        exponentials = "" if r.exponentials is None else f"{r.exponentials:.2f}"
+        table.add_row(
+            r.op, r.name, r.architecture, str(r.registers), str(r.spilled_bytes), str(r.stack),
+            f"{r.shared_bytes / 1024:.1f}", str(r.resident_blocks), r.tensor_cores or "-",
+            f"{r.narrow_loads} B", exponentials,
+        )  # fmt: skip
+    Console(width=None if sys.stdout.isatty() else 140).print(table)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m dsb_kernels.resources", description=__doc__)
+    parser.add_argument("--arch", action="append", choices=ARCHITECTURES, help="default: all")
+    parser.add_argument("--op", action="append", default=[], help="only this op (repeatable)")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.add_argument("--jobs", type=int, default=1, help="compiler processes")
+    args = parser.parse_args(arguments)
+    if triton is None:
+        parser.error("Triton is not installed")
+    if interpreted():
+        parser.error("TRITON_INTERPRET is set: kernels cannot be compiled then")
+    rows = compile_all(args.arch or ARCHITECTURES, args.op, args.jobs)
+    if args.json:
+        by_name = {(case.op, case.name): case for case in compile_cases(args.op)}
+        for r in rows:
+            bad = failures(by_name[r.op, r.name], r) if r.architecture == "sm_90" else []
+            print(json.dumps({**dataclasses.asdict(r), "failures": bad}))
+    else:
+        print_table(rows)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
