@@ -8,7 +8,6 @@ are done.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +27,7 @@ from dsb_runtime.check import (
     check_prompt,
 )
 from dsb_runtime.config import DecodingConfig
+from dsb_runtime.forward import Backbone
 from dsb_runtime.load import DiffusionInfo
 from dsb_runtime.sampling import propose
 
@@ -110,8 +110,7 @@ class Decoder:
         self.key_mask = (self.index >= leftpad[:, None])[:, None, None] if self.padded else None
         layers = model.config.num_hidden_layers
         self.cache = WindowCache(layers, rows, length) if config.cache != "none" else None
-        names = inspect.signature(model.model.forward).parameters
-        self.cache_name = "cache" if "cache" in names else "past_key_values"
+        self.backbone = Backbone(model)
 
     def read(self) -> list[list[int]]:
         """The host's one look between steps: a row of numbers for each batch row."""
@@ -120,35 +119,31 @@ class Decoder:
         columns = (s.done, s.failed, s.refresh, s.start, s.end, s.prefix, held)
         return torch.stack([c.int() for c in columns], dim=1).tolist()
 
-    def forward(self, input_ids: Tensor, index: Tensor, rows: Tensor | None) -> Tensor:
-        """Last hidden states (b, W, E) of the tokens at canvas `index` (b, W)."""
-        leftpad = self.leftpad if rows is None else self.leftpad[rows]
-        mask = self.key_mask if rows is None or not self.padded else self.key_mask[rows]
-        arguments: dict[str, Any] = {self.cache_name: self.cache} if self.cache else {}
-        return self.model.model(
-            input_ids=input_ids,
-            position_ids=(index - leftpad[:, None]).clamp(min=0),
-            attention_mask=mask,
-            use_cache=self.cache is not None,
-            **arguments,
-        ).last_hidden_state
-
-    def full(self, rows: Tensor | None) -> Tensor:
-        """Every position: (b, L, E). With a cache, every K/V is stored anew."""
+    def full(self, rows: Tensor | None, keep: Tensor) -> Tensor:
+        """Every position, K/V stored anew where there is a cache: rows `keep` (b, K, E)."""
         ids = self.canvas if rows is None else self.canvas[rows]
         if self.cache is not None:
             self.cache.point(rows, None)
-        return self.forward(ids, self.index.expand_as(ids), rows)
+        return self.forward(ids, self.index.expand_as(ids), keep, rows)
 
-    def window(self, rows: Tensor | None, first: Tensor, last: Tensor, width: int) -> Tensor:
-        """Canvas rows [first, last) of each batch row, padded to `width`: (b, width, E)."""
+    def window(
+        self, rows: Tensor | None, first: Tensor, last: Tensor, width: int, keep: Tensor
+    ) -> Tensor:
+        """Canvas rows [first, last) of each batch row, padded to `width`: rows `keep` (b, K, E)."""
         length = self.canvas.shape[1]
         index = first[:, None] + self.index[:width]
         inside = index < last[:, None]
         canvas = self.canvas if rows is None else self.canvas[rows]
         self.cache.point(rows, torch.where(inside, index, length))
         index = index.clamp(max=length - 1)
-        return self.forward(canvas.gather(1, index), index, rows)
+        return self.forward(canvas.gather(1, index), index, keep, rows)
+
+    def forward(self, ids: Tensor, index: Tensor, keep: Tensor, rows: Tensor | None) -> Tensor:
+        """Tokens `ids` (b, W) at canvas `index` (b, W) through the backbone."""
+        leftpad = self.leftpad if rows is None else self.leftpad[rows]
+        mask = self.key_mask if rows is None or not self.padded else self.key_mask[rows]
+        position_ids = (index - leftpad[:, None]).clamp(min=0)
+        return self.backbone(ids, position_ids, keep, mask, self.cache)
 
     def step(
         self, kind: str, rows: Tensor | None, width: int, held: int
@@ -161,18 +156,17 @@ class Decoder:
         state = self.state
         take = (lambda t: t) if rows is None else (lambda t: t[rows])
         position = take(state.position)[:, :held].long()
+        # The row that predicts a position: its own, or the one before it (row 0 keeps its own).
+        source = (position - int(self.info.family.shift)).clamp(min=0)
         if kind == "refresh":
-            hidden = self.full(rows)
-            first = torch.zeros_like(position[:, 0])
+            hidden = self.full(rows, source)
         else:
             first = (take(state.start) - take(state.prefix)).long()
-            hidden = self.window(rows, first, take(state.end).long(), width)
-        # The row that predicts a position: its own, or the one before it (row 0 keeps its own).
-        source = (position - int(self.info.family.shift)).clamp(min=0) - first[:, None]
+            keep = (source - first[:, None]).clamp(min=0)
+            hidden = self.window(rows, first, take(state.end).long(), width, keep)
         eligible = position >= 0
-        source = source.clamp(min=0)[:, :, None].expand(-1, -1, hidden.shape[-1])
         token, confidence = propose(
-            hidden.gather(1, source).flatten(0, 1),
+            hidden.flatten(0, 1),
             self.model.lm_head,
             eligible.flatten(),
             self.config,
