@@ -56,10 +56,18 @@ def check_attention_mask(input_ids: Tensor, attention_mask: Any) -> Tensor:
     rows, length = input_ids.shape
     if attention_mask is None:
         return torch.zeros(rows, dtype=torch.int32, device=input_ids.device)
-    if not isinstance(attention_mask, Tensor) or attention_mask.shape != input_ids.shape:
-        shape = getattr(attention_mask, "shape", type(attention_mask).__name__)
+    if not isinstance(attention_mask, Tensor):
+        raise TypeError(
+            f"attention_mask={type(attention_mask).__name__}: expected a tensor {(rows, length)}"
+        )
+    if attention_mask.is_floating_point() or attention_mask.is_complex():
+        raise TypeError(
+            f"attention_mask has dtype {attention_mask.dtype}: expected integers or torch.bool"
+        )
+    if attention_mask.shape != input_ids.shape:
         raise ValueError(
-            f"attention_mask has shape {shape}: expected that of input_ids, {(rows, length)}"
+            f"attention_mask has shape {tuple(attention_mask.shape)}: expected that of input_ids, "
+            f"{(rows, length)}"
         )
     if attention_mask.device != input_ids.device:
         raise ValueError(
@@ -90,6 +98,8 @@ def check_no_masks(input_ids: Tensor, leftpad: Tensor, info: DiffusionInfo) -> N
 
 def check_family_settings(info: DiffusionInfo, config: DecodingConfig) -> None:
     """Settings that one family cannot take."""
+    if not isinstance(config, DecodingConfig):
+        raise TypeError(f"config={config!r}: expected a DecodingConfig")
     family = info.family
     if family.shift and config.cache == "dsb" and config.prefix_window == 0:
         raise ValueError(

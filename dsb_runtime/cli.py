@@ -9,24 +9,32 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from dsb_runtime import evaluate
-from dsb_runtime.config import CACHES, REFRESH_COMMITS, SCHEDULES, DecodingConfig
+from dsb_runtime.config import CACHES, REFRESH_COMMITS, SCHEDULES, DecodingConfig, check_int
 from dsb_runtime.decode import GenerationOutput, StepEvent, generate
 from dsb_runtime.demo import MODEL_DIR
 from dsb_runtime.families import FAMILIES
 from dsb_runtime.live import LiveCanvas
 from dsb_runtime.load import load_model, load_tokenizer
-from dsb_runtime.trace import Trace
+from dsb_runtime.trace import Trace, check_picture
 
 COUNTING = (
     "A row's tokens are its response positions up to and including its first EOS: never the "
     "prompt, never what follows the EOS."
 )
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """Says what is wrong in one line, as every other error of the command."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
@@ -72,7 +80,7 @@ def add_decoding(parser: argparse.ArgumentParser) -> None:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         prog="dsb", description="Decode diffusion language models with DSB and DSB Cache."
     )
     commands = parser.add_subparsers(dest="command", required=True)
@@ -100,10 +108,7 @@ def load(args: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenizer
     model = load_model(
         args.model, dtype=args.dtype, device=args.device, family=args.family, mask_id=args.mask_id
     )
-    tokenizer = load_tokenizer(args.model)
-    if tokenizer.mask_token_id is None:
-        tokenizer.mask_token = tokenizer.convert_ids_to_tokens(model.dsb.mask_id)
-    return model, tokenizer
+    return model, load_tokenizer(args.model)
 
 
 def decoding_config(args: argparse.Namespace, model: PreTrainedModel) -> DecodingConfig:
@@ -123,7 +128,12 @@ def encode(tokenizer: PreTrainedTokenizerBase, prompt: str, raw: bool) -> torch.
     """(1, P) ids of the prompt, in the checkpoint's chat format unless `raw`."""
     if tokenizer.chat_template and not raw:
         message = [{"role": "user", "content": prompt}]
-        text = tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
+        try:
+            text = tokenizer.apply_chat_template(
+                message, add_generation_prompt=True, tokenize=False
+            )
+        except Exception as error:  # whatever a template in the checkpoint raises
+            raise ValueError(f"chat template: {error}; --raw leaves it out") from error
         return tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
     return tokenizer(prompt, return_tensors="pt").input_ids
 
@@ -141,8 +151,10 @@ def run_generate(args: argparse.Namespace) -> int:
         raise ValueError("--live and --json: expected one of the two")
     if args.frame_seconds < 0:
         raise ValueError(f"--frame-seconds {args.frame_seconds:g}: expected at least 0")
-    if args.trace is not None and not args.trace.absolute().parent.is_dir():
-        raise ValueError(f"--trace {args.trace}: no such folder as {args.trace.absolute().parent}")
+    if args.trace is not None:
+        check_picture(args.trace)
+    if args.seed is not None:
+        check_int("--seed", args.seed, 0, 2**63 - 1)
     model, tokenizer = load(args)
     config = decoding_config(args, model)
     text = sys.stdin.read() if args.prompt == "-" else args.prompt
@@ -157,7 +169,7 @@ def run_generate(args: argparse.Namespace) -> int:
     trace = Trace(prompt, config.gen_length) if args.trace else None
     live = None
     if args.live:
-        live = LiveCanvas(tokenizer, prompt, frame_seconds=args.frame_seconds)
+        live = LiveCanvas(tokenizer, prompt, model.dsb.mask_id, frame_seconds=args.frame_seconds)
     watchers = [w for w in (trace, live) if w is not None]
 
     def on_step(event: StepEvent) -> None:

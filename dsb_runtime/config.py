@@ -27,7 +27,7 @@ def check_real(name: str, value: Any, low: float, high: float, *, open_low: bool
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}={value!r}: expected {accepted}")
     below = value <= low if open_low else value < low
-    if not math.isfinite(value) or below or value > high:
+    if below or value > high or not math.isfinite(value):
         raise ValueError(f"{name}={value!r}: expected {accepted}")
 
 

@@ -20,8 +20,9 @@ class Family:
     """One family of diffusion language models.
 
     `key_mapping` renames published weights to transformers' names (used where the checkpoint has
-    them). `allowed` lists, for config fields that change the result, the only values whose result
-    is reproduced. `shift`: the logits of row i-1 predict token i. `turn_ends`: ids that end a turn
+    them). `defaults` says what fields absent from a config mean to the published code. `allowed`
+    lists, for config fields that change the result, the only values whose result is reproduced
+    (None: absent). `shift`: the logits of row i-1 predict token i. `turn_ends`: ids that end a turn
     beside the config's EOS, known by that EOS.
     """
 
@@ -29,6 +30,7 @@ class Family:
     model_types: tuple[str, ...]
     model_class: str
     build_config: Callable[[RawConfig], PretrainedConfig]
+    defaults: Callable[[RawConfig], RawConfig]
     key_mapping: Mapping[str, str]
     allowed: Mapping[str, tuple[Any, ...]]
     shift: bool
@@ -38,40 +40,78 @@ class Family:
     turn_ends: Mapping[int, tuple[int, ...]]
 
 
-def rope_parameters(raw: RawConfig, default_theta: float) -> dict[str, Any]:
-    """RoPE settings in transformers 5's form, from `rope_parameters` or `rope_theta`."""
-    given = dict(raw.get("rope_parameters") or {})
-    given.setdefault("rope_type", "default")
-    given.setdefault("rope_theta", raw.get("rope_theta", default_theta))
-    return given
+def real(name: str, value: Any) -> float:
+    """`value` where it is a positive number; ValueError names the field otherwise."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
+        raise ValueError(f"config.json has {name}={value!r}: expected a number above 0")
+    return float(value)
 
 
-def field(raw: RawConfig, *names: str) -> Any:
-    """The first of `names` in the config; KeyError names the first where none is there."""
-    for name in names:
-        if raw.get(name) is not None:
-            return raw[name]
-    raise KeyError(names[0])
+def size(raw: RawConfig, *names: str) -> int:
+    """The first of `names` in the config, a positive int; ValueError names it otherwise."""
+    name = next((name for name in names if name in raw), None)
+    if name is None:
+        raise ValueError(f"config.json has no {' or '.join(names)}: expected an int above 0")
+    value = raw[name]
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"config.json has {name}={value!r}: expected an int above 0")
+    return value
+
+
+def rope_parameters(raw: RawConfig) -> dict[str, Any]:
+    """Plain RoPE in transformers 5's form, from `rope_parameters` or `rope_theta`.
+
+    Scaled and partial RoPE are refused: neither family was published with one.
+    """
+    given = raw.get("rope_parameters", {})
+    plain = isinstance(given, dict) and given.get("rope_type", "default") == "default"
+    if not plain or set(given) - {"rope_type", "rope_theta"}:
+        raise ValueError(
+            f"config.json has rope_parameters={given!r}, not supported: "
+            "expected rope_type='default' and rope_theta only"
+        )
+    theta = given.get("rope_theta", raw.get("rope_theta", 10000.0))
+    if raw.get("rope_theta", theta) != theta:
+        raise ValueError(
+            f"config.json has rope_theta={raw['rope_theta']!r} and {theta!r} in rope_parameters: "
+            "expected one value"
+        )
+    return {"rope_type": "default", "rope_theta": real("rope_theta", theta)}
+
+
+# What an absent field means to LLaDA's configuration class, which inherits GPT-2's values.
+LLADA_DEFAULTS = {
+    "activation_type": "swiglu",
+    "block_type": "sequential",
+    "layer_norm_type": "default",
+    "rope": False,
+    "rms_norm_eps": 1e-5,
+    "weight_tying": True,
+}
+LLAMA_DEFAULTS = {"rms_norm_eps": 1e-6}
+
+
+def llada_defaults(raw: RawConfig) -> RawConfig:
+    return LLADA_DEFAULTS if "d_model" in raw else LLAMA_DEFAULTS
 
 
 def build_llada(raw: RawConfig) -> LlamaConfig:
     """LLaDA's own field names (`d_model`, ...) or Llama's (`hidden_size`, ...)."""
-    hidden = field(raw, "hidden_size", "d_model")
-    heads = field(raw, "num_attention_heads", "n_heads")
-    kv_heads = raw.get("num_key_value_heads") or raw.get("n_kv_heads") or heads
-    mlp = raw.get("intermediate_size") or raw.get("mlp_hidden_size")
+    hidden = size(raw, "hidden_size", "d_model")
+    heads = size(raw, "num_attention_heads", "n_heads")
+    mlp = {"intermediate_size", "mlp_hidden_size"} & set(raw)
     return LlamaConfig(
-        vocab_size=raw.get("embedding_size") or field(raw, "vocab_size"),
+        vocab_size=size(raw, "embedding_size", "vocab_size"),
         hidden_size=hidden,
-        intermediate_size=mlp or field(raw, "mlp_ratio") * hidden,
-        num_hidden_layers=field(raw, "num_hidden_layers", "n_layers"),
+        intermediate_size=size(raw, *mlp) if mlp else size(raw, "mlp_ratio") * hidden,
+        num_hidden_layers=size(raw, "num_hidden_layers", "n_layers"),
         num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        head_dim=raw.get("head_dim") or hidden // heads,
-        max_position_embeddings=field(raw, "max_position_embeddings", "max_sequence_length"),
-        rms_norm_eps=raw.get("rms_norm_eps", 1e-5),
-        rope_parameters=rope_parameters(raw, 10000.0),
-        tie_word_embeddings=bool(raw.get("tie_word_embeddings", raw.get("weight_tying", False))),
+        num_key_value_heads=size({"n": heads, **raw}, "num_key_value_heads", "n_kv_heads", "n"),
+        head_dim=size({"n": hidden // heads, **raw}, "head_dim", "n"),
+        max_position_embeddings=size(raw, "max_position_embeddings", "max_sequence_length"),
+        rms_norm_eps=real("rms_norm_eps", raw["rms_norm_eps"]),
+        rope_parameters=rope_parameters(raw),
+        tie_word_embeddings=bool(raw.get("weight_tying", raw.get("tie_word_embeddings", False))),
         pad_token_id=raw.get("pad_token_id"),
         bos_token_id=raw.get("bos_token_id"),
         eos_token_id=raw.get("eos_token_id"),
@@ -83,15 +123,15 @@ def build_llada(raw: RawConfig) -> LlamaConfig:
 def build_dream(raw: RawConfig) -> Qwen2Config:
     """Dream's config is Qwen2's with a mask id."""
     return Qwen2Config(
-        vocab_size=field(raw, "vocab_size"),
-        hidden_size=field(raw, "hidden_size"),
-        intermediate_size=field(raw, "intermediate_size"),
-        num_hidden_layers=field(raw, "num_hidden_layers"),
-        num_attention_heads=field(raw, "num_attention_heads"),
-        num_key_value_heads=field(raw, "num_key_value_heads"),
-        max_position_embeddings=field(raw, "max_position_embeddings"),
-        rms_norm_eps=raw.get("rms_norm_eps", 1e-6),
-        rope_parameters=rope_parameters(raw, 1e6),
+        vocab_size=size(raw, "vocab_size"),
+        hidden_size=size(raw, "hidden_size"),
+        intermediate_size=size(raw, "intermediate_size"),
+        num_hidden_layers=size(raw, "num_hidden_layers"),
+        num_attention_heads=size(raw, "num_attention_heads"),
+        num_key_value_heads=size(raw, "num_key_value_heads"),
+        max_position_embeddings=size(raw, "max_position_embeddings"),
+        rms_norm_eps=real("rms_norm_eps", raw["rms_norm_eps"]),
+        rope_parameters=rope_parameters(raw),
         tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
         pad_token_id=raw.get("pad_token_id"),
         bos_token_id=raw.get("bos_token_id"),
@@ -108,6 +148,7 @@ LLADA = Family(
     model_types=("llada",),
     model_class="LlamaForCausalLM",
     build_config=build_llada,
+    defaults=llada_defaults,
     key_mapping={
         r"^model\.transformer\.wte\.": "model.embed_tokens.",
         BLOCK + r"q_proj\.": LAYER + "self_attn.q_proj.",
@@ -143,6 +184,8 @@ LLADA = Family(
         "rope": (True, None),
         "rope_scaling": (None,),
         "rope_scaling_factor": (None, 1, 1.0),
+        "partial_rotary_factor": (None, 1, 1.0),
+        "quantization_config": (None,),
     },
     shift=False,
     prefix_window=24,
@@ -156,11 +199,14 @@ DREAM = Family(
     model_types=("Dream", "dream"),
     model_class="Qwen2ForCausalLM",
     build_config=build_dream,
+    defaults=lambda raw: {"rms_norm_eps": 1e-6},
     key_mapping={},
     allowed={
         "hidden_act": ("silu", None),
         "use_sliding_window": (False, None),
         "rope_scaling": (None,),
+        "partial_rotary_factor": (None, 1, 1.0),
+        "quantization_config": (None,),
     },
     shift=True,
     prefix_window=4,
@@ -193,16 +239,20 @@ def find_family(raw: RawConfig, name: str | None = None) -> Family:
     )
 
 
-def check_supported(raw: RawConfig, family: Family) -> None:
-    """Refuse a config whose result would differ from what is computed here.
+def supported_config(raw: RawConfig, family: Family) -> PretrainedConfig:
+    """The transformers config that computes what the published one does.
 
     Raises:
-        ValueError: names the field, its value and the supported value.
+        ValueError: a field that is missing, malformed or would change the result; names the field,
+            its value and what is supported.
     """
+    given = {name: value for name, value in raw.items() if value is not None}
+    full = {**family.defaults(given), **given}
     for name, accepted in family.allowed.items():
-        value = raw.get(name)
+        value = full.get(name)
         if not any(value is a or (type(value) is type(a) and value == a) for a in accepted):
+            said = f"{name}={value!r}" if name in given else f"no {name}, which means {value!r}"
             raise ValueError(
-                f"config.json has {name}={value!r}, not supported for {family.name}: "
-                f"expected {accepted[0]!r}"
+                f"config.json has {said}, not supported for {family.name}: expected {accepted[0]!r}"
             )
+    return family.build_config(full)

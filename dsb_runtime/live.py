@@ -31,11 +31,14 @@ MASK_GLYPH = "▢"
 
 
 def canvas_text(
-    tokenizer: PreTrainedTokenizerBase, event: StepEvent, prompt_length: int, leftpad: int
+    tokenizer: PreTrainedTokenizerBase,
+    event: StepEvent,
+    prompt_length: int,
+    mask_id: int,
+    leftpad: int = 0,
 ) -> Text:
     """Row 0 of the canvas after an event: one styled word a position."""
     ids = event.canvas[0].tolist()
-    mask_id = tokenizer.mask_token_id
     start, end = int(event.state.start[0]), int(event.state.end[0])
     prefix = start - int(event.state.prefix[0])
     picked = event.commit[0].nonzero().flatten()
@@ -44,6 +47,7 @@ def canvas_text(
     for index in range(leftpad, len(ids)):
         masked = index >= prompt_length and ids[index] == mask_id
         word = MASK_GLYPH if masked else tokenizer.convert_ids_to_tokens(ids[index])
+        word = word or f"<{ids[index]}>"  # an id that the tokenizer does not know
         if masked:
             style = "active" if start <= index < end else "mask"
         elif index in new:
@@ -67,11 +71,13 @@ class LiveCanvas:
         self,
         tokenizer: PreTrainedTokenizerBase,
         prompt_length: int,
+        mask_id: int,
         leftpad: int = 0,
         frame_seconds: float = 0.1,
         console: Console | None = None,
     ) -> None:
-        self.tokenizer, self.prompt_length, self.leftpad = tokenizer, prompt_length, leftpad
+        self.tokenizer, self.prompt_length = tokenizer, prompt_length
+        self.mask_id, self.leftpad = mask_id, leftpad
         self.frame_seconds, self.spent = frame_seconds, 0.0
         self.live = Live(console=console, auto_refresh=False)
 
@@ -89,7 +95,7 @@ class LiveCanvas:
             f"forward {event.index + 1}  {event.kind:<7}  {int(event.commit.sum())} committed",
             "bold",
         )
-        canvas = canvas_text(self.tokenizer, event, self.prompt_length, self.leftpad)
+        canvas = canvas_text(self.tokenizer, event, self.prompt_length, self.mask_id, self.leftpad)
         self.live.update(Group(canvas, Text(), status, legend), refresh=True)
         time.sleep(self.frame_seconds)
         self.spent += time.perf_counter() - began

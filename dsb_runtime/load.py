@@ -17,7 +17,7 @@ import transformers
 from safetensors import SafetensorError, safe_open
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from dsb_runtime.families import Family, check_supported, find_family
+from dsb_runtime.families import Family, find_family, supported_config
 
 WANTED = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "merges.txt"]
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -36,6 +36,8 @@ class DiffusionInfo:
 
 def find_folder(source: str | Path, revision: str | None = None) -> Path:
     """A local checkpoint folder, or the local copy of a hub repository."""
+    if not isinstance(source, (str, Path)) or not str(source):
+        raise TypeError(f"model={source!r}: expected a checkpoint folder or a hub id (owner/name)")
     if Path(source).is_dir():
         return Path(source)
     looks_like_path = str(source).startswith((".", "/", "~")) or str(source).count("/") != 1
@@ -57,9 +59,13 @@ def find_folder(source: str | Path, revision: str | None = None) -> Path:
 
 def read_config(folder: Path) -> dict[str, Any]:
     """The checkpoint's config.json as it stands."""
-    path = folder / "config.json"
-    if not path.is_file():
+    if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{folder}: no config.json, so this is no model folder")
+    return read_object(folder / "config.json")
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """A JSON file that holds an object."""
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
@@ -75,12 +81,10 @@ def weight_files(folder: Path) -> list[Path]:
     if (folder / "model.safetensors").is_file():
         return [folder / "model.safetensors"]
     if index.is_file():
-        try:
-            names = sorted(
-                set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-            )
-        except (KeyError, AttributeError, json.JSONDecodeError) as error:
-            raise ValueError(f"{index}: not a safetensors index ({error})") from error
+        shards = read_object(index).get("weight_map")
+        if not isinstance(shards, dict) or not all(isinstance(n, str) for n in shards.values()):
+            raise ValueError(f"{index}: no weight_map of file names, so not a safetensors index")
+        names = sorted(set(shards.values()))
         missing = [name for name in names if not (folder / name).is_file()]
         if missing:
             raise FileNotFoundError(
@@ -102,9 +106,13 @@ def read_shapes(files: list[Path]) -> dict[str, list[int]]:
     for path in files:
         try:
             with safe_open(path, framework="pt") as handle:
-                shapes.update({k: handle.get_slice(k).get_shape() for k in handle.keys()})  # noqa: SIM118 (a handle is no dict)
+                here = {k: handle.get_slice(k).get_shape() for k in handle.keys()}  # noqa: SIM118 (a handle is no dict)
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{path}: not a whole safetensors file ({error})") from error
+        twice = sorted(set(here) & set(shapes))
+        if twice:
+            raise ValueError(f"{path}: weight {twice[0]} is in an earlier shard as well")
+        shapes.update(here)
     return shapes
 
 
@@ -123,7 +131,13 @@ def check_weights(
     """Raise ValueError unless the checkpoint has exactly the model's weights."""
     tied = model.config.tie_word_embeddings
     expected = {k: list(v.shape) for k, v in model.state_dict().items()}
-    found = {rename(k, mapping): (k, s) for k, s in shapes.items() if not IGNORED_WEIGHTS.search(k)}
+    found: dict[str, tuple[str, list[int]]] = {}
+    for name, shape in shapes.items():
+        target = rename(name, mapping)
+        if target in found:
+            raise ValueError(f"weights {found[target][0]} and {name} are the same weight")
+        if not IGNORED_WEIGHTS.search(name):
+            found[target] = (name, shape)
     optional = {"lm_head.weight"} if tied else set()
     missing = sorted(set(expected) - set(found) - optional)
     unexpected = sorted(found[k][0] for k in set(found) - set(expected))
@@ -140,13 +154,13 @@ def check_weights(
 
 def end_ids(folder: Path, raw: dict[str, Any], family: Family, vocab_size: int) -> tuple[int, ...]:
     """EOS ids: config and generation config, and the ids that end a turn in the same vocabulary."""
-    ids: list[int] = []
+    ids: list[Any] = []
     generation = folder / "generation_config.json"
-    sources = [raw] + ([json.loads(generation.read_text("utf-8"))] if generation.is_file() else [])
-    for source in sources:
+    for source in [raw] + ([read_object(generation)] if generation.is_file() else []):
         value = source.get("eos_token_id")
         ids += value if isinstance(value, list) else [value] if value is not None else []
     for eos in list(ids):
+        special_id("eos_token_id", eos, vocab_size, " (or a list of them)")
         ids += [i for i in family.turn_ends.get(eos, ()) if i < vocab_size]
     return tuple(dict.fromkeys(ids))
 
@@ -159,6 +173,8 @@ def pick_device(device: str | torch.device) -> torch.device:
         picked = torch.device(device)
     except RuntimeError as error:
         raise ValueError(f"device={device!r}: expected 'auto' or a torch device") from error
+    if picked.type == "meta":
+        raise ValueError(f"device={device!r}: it holds no weights; expected 'auto' or 'cpu'")
     if picked.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device={device!r}: no CUDA device here; expected 'auto' or 'cpu'")
     return picked
@@ -213,20 +229,19 @@ def load_model(
     folder = find_folder(source, revision)
     raw = read_config(folder)
     found = find_family(raw, family)
-    check_supported(raw, found)
-    try:
-        config = found.build_config(raw)
-    except KeyError as error:
-        raise ValueError(f"{folder / 'config.json'}: no field {error.args[0]!r}") from error
+    config = supported_config(raw, found)
     config.is_causal = False
     vocab = config.vocab_size
     mask = special_id(
         "mask_id", raw.get("mask_token_id") if mask_id is None else mask_id, vocab,
         "" if mask_id is not None else " (config.json has no mask_token_id: name it)",
     )  # fmt: skip
-    ends = end_ids(folder, raw, found, vocab) if eos_ids is None else tuple(eos_ids)
-    for end in ends:
-        special_id("eos_ids", end, vocab, "")
+    if eos_ids is None:
+        ends = end_ids(folder, raw, found, vocab)
+    elif isinstance(eos_ids, (tuple, list)):
+        ends = tuple(special_id("eos_ids", end, vocab, " each") for end in eos_ids)
+    else:
+        raise TypeError(f"eos_ids={eos_ids!r}: expected a tuple of token ids")
     if mask in ends:
         raise ValueError(f"mask_id={mask}: it is also an EOS id; expected different ids")
 
@@ -241,7 +256,7 @@ def load_model(
         check_weights(shapes, mapping, skeleton)
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from None
-    model = model_class.from_pretrained(
+    model, report = model_class.from_pretrained(
         folder,
         config=config,
         key_mapping=mapping or None,
@@ -249,7 +264,18 @@ def load_model(
         attn_implementation="dsb",
         use_safetensors=True,
         local_files_only=True,
+        output_loading_info=True,
     )
+    wrong = [
+        f"{kind.replace('_', ' ')}: {sorted(keys)[0]}" for kind, keys in report.items() if keys
+    ]
+    if wrong:
+        raise ValueError(f"{folder}: not every weight was read ({wrong[0]})")
+    if config.tie_word_embeddings and model.lm_head.weight is not model.model.embed_tokens.weight:
+        raise ValueError(
+            f"{folder}: config.json ties the embeddings, but the checkpoint's output weights "
+            "differ from them"
+        )
     model.dsb = DiffusionInfo(found, mask, ends)
     model.config.mask_token_id = mask
     return model.to(device).eval()
@@ -266,6 +292,9 @@ def load_tokenizer(source: str | Path, revision: str | None = None) -> PreTraine
     try:
         if (folder / "tokenizer.json").is_file():
             return transformers.PreTrainedTokenizerFast.from_pretrained(folder)
+        if all((folder / name).is_file() for name in ("vocab.json", "merges.txt")):
+            # Dream's: its published class is Qwen2's under another name.
+            return transformers.Qwen2Tokenizer.from_pretrained(folder)
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # tokenizers raise bare Exception for a damaged file
         reason = str(error).strip().splitlines()[0] if str(error).strip() else ""

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
+from torch.nn.functional import linear, pad
 
-from dsb_kernels.confidence import token_confidence
+from dsb_kernels.confidence import first_argmax, token_confidence
 from dsb_runtime.config import DecodingConfig
 from dsb_runtime.load import DiffusionInfo
 
@@ -19,7 +19,7 @@ from dsb_runtime.load import DiffusionInfo
 def cut_top_p(logits: Tensor, top_p: float) -> Tensor:
     """Keep the smallest set of most likely tokens whose probability exceeds `top_p`. (N, V)."""
     ordered, index = logits.sort(dim=-1, descending=True, stable=True)
-    before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)
+    before = pad(ordered.softmax(-1).cumsum(-1)[:, :-1], (1, 0))
     drop = torch.zeros_like(before, dtype=torch.bool).scatter(1, index, before > top_p)
     return logits.masked_fill(drop, torch.finfo(logits.dtype).min)
 
@@ -46,8 +46,13 @@ def sample_gumbel(
 def sample_nucleus(
     logits: Tensor, mask_id: int, config: DecodingConfig, generator: torch.Generator | None
 ) -> tuple[Tensor, Tensor]:
-    """Dream: temper, cut, sample; confidence after the cuts. (N, V) -> (N,), (N,)."""
+    """Dream: temper, cut, sample; confidence after the cuts. (N, V) -> (N,), (N,).
+
+    Where the cuts leave nothing but the mask token, the most likely other token is proposed, with
+    the confidence that the cuts gave it: none.
+    """
     logits = logits.float()
+    token = first_argmax(logits, (mask_id,))[:, None]
     if config.temperature > 0:
         logits = logits / config.temperature
     if config.top_p is not None and config.top_p < 1:
@@ -55,16 +60,12 @@ def sample_nucleus(
     if config.top_k is not None:
         logits = cut_top_k(logits, config.top_k)
     probability = logits.softmax(-1)
-    allowed = probability.clone()
-    allowed[:, mask_id] = 0
     if config.temperature > 0:
-        # A row that leaves only the mask token, or holds NaN, cannot be sampled: NaN marks it.
-        broken = ~(allowed.sum(-1, keepdim=True) > 0)
-        token = allowed.masked_fill(broken, 1.0).multinomial(1, generator=generator)
-        probability = probability.masked_fill(broken, torch.nan)
-    else:
-        allowed[:, mask_id] = -1
-        token = allowed.argmax(-1, keepdim=True)
+        allowed = probability.clone()
+        allowed[:, mask_id] = 0
+        barred = ~(allowed.sum(-1, keepdim=True) > 0)  # only the mask token is left, or NaN
+        sampled = allowed.masked_fill(barred, 1.0).multinomial(1, generator=generator)
+        token = torch.where(barred, token, sampled)
     return token[:, 0], probability.gather(1, token)[:, 0]
 
 

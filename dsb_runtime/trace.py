@@ -8,8 +8,18 @@ import matplotlib
 
 matplotlib.use("Agg", force=False)
 import matplotlib.pyplot as plt
+from matplotlib.backend_bases import FigureCanvasBase
 
 from dsb_runtime.decode import StepEvent
+
+
+def check_picture(path: Path) -> None:
+    """Raise ValueError unless a picture can be written there; asked before the decoding."""
+    if not path.absolute().parent.is_dir():
+        raise ValueError(f"trace={str(path)!r}: no such folder as {path.absolute().parent}")
+    known = FigureCanvasBase.get_supported_filetypes()
+    if path.suffix[1:].lower() not in known or path.is_dir():
+        raise ValueError(f"trace={str(path)!r}: expected a file ending in .{', .'.join(known)}")
 
 
 class Trace:
@@ -35,8 +45,9 @@ class Trace:
         """Write the picture (PNG, SVG or PDF by suffix).
 
         Raises:
-            ValueError: nothing was recorded, or matplotlib cannot write the suffix.
+            ValueError: nothing was recorded, or no picture can be written there.
         """
+        check_picture(Path(path))
         if not self.kinds:
             raise ValueError("trace: nothing was recorded; pass it as on_step to generate")
         steps, prompt = len(self.kinds), self.prompt_length
