@@ -20,7 +20,6 @@ from dsb_kernels.dispatch import (
     launch_options,
     register_op,
     tl,
-    triton,
     use_triton,
     wrap_triton,
 )
@@ -29,12 +28,12 @@ from dsb_kernels.row_state import (
     CONFIDENCES,
     NO_TOKEN,
     PLANES,
+    _combine_partials_op,
     check_scoring,
-    combine_kernel,
     exp_from,
-    first_allowed,
     gumbel,
     philox_words,
+    store_state,
 )
 from dsb_kernels.tuning import CompileCase, architecture_of, configuration
 
@@ -182,7 +181,7 @@ def _score_block(
 
 @jit
 def _token_confidence_kernel(
-    logits_ptr, eligible_ptr, seed_ptr, noise_ids_ptr, partial_ptr, index_ptr,
+    logits_ptr, eligible_ptr, seed_ptr, noise_ids_ptr, partial_ptr,
     stride_row, rows, V, temperature,
     BLOCK_V: tl.constexpr, SPLIT_BLOCKS: tl.constexpr, BANNED: tl.constexpr,
     SAMPLE: tl.constexpr, CONFIDENCE: tl.constexpr, STAGES: tl.constexpr,
@@ -226,14 +225,8 @@ def _token_confidence_kernel(
             BLOCK_V, BANNED, SAMPLE, CONFIDENCE, MASKED=True,
         )  # fmt: skip
 
-    at = split.to(tl.int64) * rows + row
-    plane = tl.num_programs(1).to(tl.int64) * rows
-    tl.store(partial_ptr + at, maximum)
-    tl.store(partial_ptr + plane + at, total)
-    tl.store(partial_ptr + 2 * plane + at, score)
-    tl.store(partial_ptr + 3 * plane + at, logit)
-    tl.store(partial_ptr + 4 * plane + at, extra)
-    tl.store(index_ptr + at, index)
+    state_ptr = partial_ptr + split.to(tl.int64) * rows * 6 + row
+    store_state(state_ptr, rows, None, maximum, total, score, logit, extra, index, 0)
 
 
 # --- op ---------------------------------------------------------------------------------------
@@ -275,23 +268,15 @@ def _token_confidence_op(
     if rows == 0:
         return logits.new_empty(0, dtype=torch.int64), logits.new_empty(0, dtype=torch.float32)
     launch = launch_of(rows, V, architecture_of(logits.device), temperature > 0)
-    splits = launch.grid[1]
-    partial = logits.new_empty((PLANES, splits, rows), dtype=torch.float32)
-    index = logits.new_empty((splits, rows), dtype=torch.int32)
-    token = logits.new_empty(rows, dtype=torch.int64)
-    c = logits.new_empty(rows, dtype=torch.float32)
+    partials = logits.new_empty((launch.grid[1], PLANES, rows), dtype=torch.float32)
     wrap_triton(_token_confidence_kernel)[launch.grid](
-        logits, eligible, seed, noise_ids, partial, index,
+        logits, eligible, seed, noise_ids, partials,
         logits.stride(0), rows, V, temperature,
         BANNED=tuple(banned), SAMPLE=temperature > 0, CONFIDENCE=confidence,
         STAGES=launch.num_stages, **launch.blocks,
         **launch_options(launch.num_warps, launch.num_stages),
     )  # fmt: skip
-    wrap_triton(combine_kernel)[(rows,)](
-        partial, index, eligible, token, c, rows, splits, first_allowed(banned), 0,
-        SPLITS=triton.next_power_of_2(splits), CONFIDENCE=confidence, **launch_options(1, 1),
-    )  # fmt: skip
-    return token, c
+    return _combine_partials_op(partials, eligible, banned, confidence)
 
 
 def token_confidence(
@@ -348,7 +333,7 @@ def token_confidence(
 def compile_cases() -> list[CompileCase]:
     """Every variant at every shape class, LLaDA's vocabulary and banned mask token."""
     pointers = {
-        "logits_ptr": "*bf16", "eligible_ptr": "*i1", "partial_ptr": "*fp32", "index_ptr": "*i32",
+        "logits_ptr": "*bf16", "eligible_ptr": "*i1", "partial_ptr": "*fp32",
     }  # fmt: skip
     scalars = {"stride_row": "i32", "rows": "i32", "V": "i32", "temperature": "fp32"}
     sampling = {"seed_ptr": "*i64", "noise_ids_ptr": "*i64"}
@@ -380,21 +365,4 @@ def compile_cases() -> list[CompileCase]:
                 elements_per_thread=2 * launch.blocks["BLOCK_V"] / (32 * launch.num_warps),
             )
         )  # fmt: skip
-    cases += [
-        CompileCase(
-            op="token_confidence",
-            name=f"combine {confidence} {splits} splits",
-            kernel=combine_kernel,
-            signature={
-                "partial_ptr": "*fp32", "index_ptr": "*i32", "eligible_ptr": "*i1",
-                "token_ptr": "*i64", "confidence_ptr": "*fp32", "rows": "i32", "splits": "i32",
-                "first_allowed": "i32", "token_base": "i32",
-            },
-            constexprs={"SPLITS": splits, "CONFIDENCE": confidence, **ones},
-            num_warps=1,
-        )
-        for confidence in CONFIDENCES
-        # Triton turns arguments equal to 1 into constants, another program to compile.
-        for splits, ones in ((32, {}), (1, {"rows": 1, "splits": 1, "first_allowed": 1}))
-    ]  # fmt: skip
     return cases

@@ -9,18 +9,18 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import importlib
-import importlib.util
 import json
+import pkgutil
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 
+import dsb_kernels
 from dsb_kernels.disassembly import disassemble
 from dsb_kernels.dispatch import interpreted, triton
 from dsb_kernels.tuning import CompileCase
 
-OP_MODULES = ("confidence", "lm_head_confidence", "unmask", "window_attention", "rope_kv")
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 
 
@@ -66,14 +66,14 @@ class Resources:
     exponentials: float | None  # per element, where the case says how to count them
 
 
-def compile_cases(ops: Sequence[str] = ()) -> list[CompileCase]:
-    """The cases of every op module, or of the ops named."""
+def collect_cases(ops: Sequence[str] = ()) -> list[CompileCase]:
+    """What every module of the package lists in its `compile_cases()`, or the ops named of it."""
     cases: list[CompileCase] = []
-    for name in OP_MODULES:
-        if importlib.util.find_spec(f"dsb_kernels.{name}") is None:
-            continue
-        module = importlib.import_module(f"dsb_kernels.{name}")
-        cases += module.compile_cases() if hasattr(module, "compile_cases") else []
+    for info in sorted(pkgutil.iter_modules(dsb_kernels.__path__), key=lambda info: info.name):
+        module = importlib.import_module(f"dsb_kernels.{info.name}")
+        listed = getattr(module, "compile_cases", None)
+        if listed is not None and listed.__module__ == module.__name__:
+            cases += listed()
     return [case for case in cases if not ops or case.op in ops]
 
 
@@ -121,7 +121,7 @@ def compile_case(case: CompileCase, architecture: str) -> Resources:
 def _compile_indexed(job: tuple[int, tuple[str, ...], str]) -> Resources:
     """Worker: cases hold kernels, which do not pickle, so they are found again by index."""
     index, ops, architecture = job
-    return compile_case(compile_cases(ops)[index], architecture)
+    return compile_case(collect_cases(ops)[index], architecture)
 
 
 def compile_all(
@@ -131,7 +131,7 @@ def compile_all(
     ops = tuple(ops)
     work = [
         (index, ops, architecture)
-        for index, case in enumerate(compile_cases(ops))
+        for index, case in enumerate(collect_cases(ops))
         for architecture in architectures
         if architecture in case.architectures
     ]
@@ -196,7 +196,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("TRITON_INTERPRET is set: kernels cannot be compiled then")
     rows = compile_all(args.arch or ARCHITECTURES, args.op, args.jobs)
     if args.json:
-        by_name = {(case.op, case.name): case for case in compile_cases(args.op)}
+        by_name = {(case.op, case.name): case for case in collect_cases(args.op)}
         for r in rows:
             bad = failures(by_name[r.op, r.name], r) if r.architecture == "sm_90" else []
             print(json.dumps({**dataclasses.asdict(r), "failures": bad}))

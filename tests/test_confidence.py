@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsb_kernels import confidence as module
-from dsb_kernels import tuning
+from dsb_kernels import row_state, tuning
 from dsb_kernels.confidence import token_confidence, token_confidence_definition
 from dsb_kernels.philox import gumbel_noise, philox4x32
 from dsb_kernels.row_state import CONFIDENCES
@@ -306,11 +306,12 @@ def check_edges():
         ("_score_tile", "tl.where(x == reference, 0.0, x - reference)", "x - reference"),
         ("_score_tile", "total = total * scale", "total = total"),
         ("_score_tile", "tl.where(m == -float(\"inf\"), 0.0, m)", "m"),
-        ("combine_kernel", "tl.min(tl.where(scores == score, indices, NO_TOKEN), 0)",
-         "tl.max(tl.where(scores == score, indices, -1), 0)"),
+        ("combine_kernel", "tl.min(tl.where(scores == score, tokens, NO_TOKEN), 0)",
+         "tl.max(tl.where(scores == score, tokens, -1), 0)"),
         ("combine_kernel", "ok = total > 0", "ok = total == total"),
-        ("combine_kernel", "second = tl.maximum(others,", "second = tl.maximum(-float('inf'),"),
+        ("combine_kernel", "extra = tl.maximum(others,", "extra = tl.maximum(-float('inf'),"),
     ],
 )  # fmt: skip
 def test_deliberate_mistakes_are_caught(kernel, old, new):
-    assert_caught(check_edges, module, kernel, old, new)
+    owner = row_state if kernel == "combine_kernel" else module
+    assert_caught(check_edges, owner, kernel, old, new)
