@@ -70,14 +70,17 @@ def rope_parameters(raw: RawConfig) -> dict[str, Any]:
             f"config.json has rope_parameters={given!r}, not supported: "
             "expected rope_type='default' and rope_theta only"
         )
-    theta = given.get("rope_theta", raw.get("rope_theta", 10000.0))
+    theta = real("rope_theta", given.get("rope_theta", raw.get("rope_theta", 10000.0)))
     if raw.get("rope_theta", theta) != theta:
         raise ValueError(
             f"config.json has rope_theta={raw['rope_theta']!r} and {theta!r} in rope_parameters: "
             "expected one value"
         )
-    return {"rope_type": "default", "rope_theta": real("rope_theta", theta)}
+    return {"rope_type": "default", "rope_theta": theta}
 
+
+# Special ids are checked and kept in `DiffusionInfo`; transformers would fill in its own.
+NO_IDS = {"pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
 
 # What an absent field means to LLaDA's configuration class, which inherits GPT-2's values.
 LLADA_DEFAULTS = {
@@ -112,9 +115,7 @@ def build_llada(raw: RawConfig) -> LlamaConfig:
         rms_norm_eps=real("rms_norm_eps", raw["rms_norm_eps"]),
         rope_parameters=rope_parameters(raw),
         tie_word_embeddings=bool(raw.get("weight_tying", raw.get("tie_word_embeddings", False))),
-        pad_token_id=raw.get("pad_token_id"),
-        bos_token_id=raw.get("bos_token_id"),
-        eos_token_id=raw.get("eos_token_id"),
+        **NO_IDS,
         attention_bias=False,
         mlp_bias=False,
     )
@@ -133,9 +134,7 @@ def build_dream(raw: RawConfig) -> Qwen2Config:
         rms_norm_eps=real("rms_norm_eps", raw["rms_norm_eps"]),
         rope_parameters=rope_parameters(raw),
         tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
-        pad_token_id=raw.get("pad_token_id"),
-        bos_token_id=raw.get("bos_token_id"),
-        eos_token_id=raw.get("eos_token_id"),
+        **NO_IDS,
         use_sliding_window=False,
     )
 

@@ -1,0 +1,96 @@
+"""Tiny checkpoints written into a folder, derived from the golden ones in `tests/data`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from tests import golden
+
+# LLaDA's weight names and Llama's, written out: a second opinion on the runtime's patterns.
+LLAMA_NAMES = {
+    "model.transformer.blocks.": "model.layers.",
+    "attn_out.": "self_attn.o_proj.",
+    "q_proj.": "self_attn.q_proj.",
+    "k_proj.": "self_attn.k_proj.",
+    "v_proj.": "self_attn.v_proj.",
+    "ff_proj.": "mlp.gate_proj.",
+    "up_proj.": "mlp.up_proj.",
+    "attn_norm.": "input_layernorm.",
+    "ff_norm.": "post_attention_layernorm.",
+    "model.transformer.wte.": "model.embed_tokens.",
+    "model.transformer.ln_f.": "model.norm.",
+    "model.transformer.ff_out.": "lm_head.",
+    "ff_out.": "mlp.down_proj.",
+}
+CHAT_TEMPLATE = "{% for m in messages %}w2 {{ m['content'] }} w3{% endfor %}"
+GOLDEN_IDS = load_file(golden.DATA / "llada" / "forward.safetensors")["input_ids"][None]
+
+
+def parts(family: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """A golden checkpoint's config and weights, to be changed and written elsewhere."""
+    folder = golden.DATA / family
+    config = json.loads((folder / "config.json").read_text())
+    return config, load_file(folder / "model.safetensors")
+
+
+def to_llama_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """LLaDA's weights under Llama's names."""
+    renamed = {}
+    for name, weight in weights.items():
+        for old, new in LLAMA_NAMES.items():
+            name = name.replace(old, new)
+        renamed[name] = weight
+    return renamed
+
+
+def write(
+    folder: Path, config: dict[str, Any], weights: dict[str, Tensor], shards: int = 1
+) -> Path:
+    """A checkpoint folder: one safetensors file, or `shards` of them and their index."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    weights = {name: weight.contiguous() for name, weight in weights.items()}
+    if shards == 1:
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        return folder
+    names, where = sorted(weights), {}
+    for shard in range(shards):
+        file = f"model-{shard + 1:05d}-of-{shards:05d}.safetensors"
+        part = {name: weights[name] for name in names[shard::shards]}
+        save_file(part, folder / file, metadata={"format": "pt"})
+        where.update(dict.fromkeys(part, file))
+    index = {"metadata": {}, "weight_map": where}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return folder
+
+
+def logits(model: PreTrainedModel, ids: Tensor = GOLDEN_IDS) -> Tensor:
+    """(L, V) logits of one row of ids."""
+    with torch.no_grad():
+        return model(ids).logits[0]
+
+
+def write_chat_model(folder: Path) -> Path:
+    """The golden LLaDA model with a word-level tokenizer (`w0` ... `w510`) and a chat template."""
+    config, weights = parts("llada")
+    write(folder, config, weights)
+    words = {f"w{i}": i for i in range(511)} | {"<mask>": 511}
+    words["<end>"] = words.pop("w1")  # id 1 is the EOS
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="<end>",
+        mask_token="<mask>",
+        unk_token="w0",
+        chat_template=CHAT_TEMPLATE,
+    ).save_pretrained(folder)
+    return folder

@@ -1,0 +1,302 @@
+"""load_model: every accepted form of a checkpoint gives the same logits as the original."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import LlamaForCausalLM, Qwen2ForCausalLM, Qwen2Tokenizer
+
+import dsb_runtime as dsb
+from tests import golden
+from tests.checkpoints import GOLDEN_IDS, logits, parts, to_llama_names, write
+
+LLADA_8B = {  # the published config.json of LLaDA-8B-Instruct, to be shrunk
+    "activation_type": "silu", "alibi": False, "alibi_bias_max": 8.0,
+    "architectures": ["LLaDAModelLM"], "attention_dropout": 0.0, "attention_layer_norm": False,
+    "attention_layer_norm_with_affine": True,
+    "auto_map": {
+        "AutoConfig": "configuration_llada.LLaDAConfig",
+        "AutoModelForCausalLM": "modeling_llada.LLaDAModelLM",
+        "AutoModel": "modeling_llada.LLaDAModelLM",
+    },
+    "bias_for_layer_norm": False, "block_group_size": 1, "block_type": "llama", "d_model": 4096,
+    "embedding_dropout": 0.0, "embedding_size": 126464, "eos_token_id": 126081,
+    "flash_attention": False, "include_bias": False, "include_qkv_bias": False,
+    "init_cutoff_factor": None, "init_device": "meta", "init_fn": "mitchell", "init_std": 0.02,
+    "input_emb_norm": False, "layer_norm_type": "rms", "layer_norm_with_affine": True,
+    "mask_token_id": 126336, "max_sequence_length": 4096, "mlp_hidden_size": 12288, "mlp_ratio": 4,
+    "model_type": "llada", "multi_query_attention": None, "n_heads": 32, "n_kv_heads": 32,
+    "n_layers": 32, "pad_token_id": 126081, "precision": "amp_bf16", "residual_dropout": 0.0,
+    "rms_norm_eps": 1e-05, "rope": True, "rope_full_precision": True, "rope_theta": 500000.0,
+    "scale_logits": False, "transformers_version": "4.46.3", "use_cache": False,
+    "vocab_size": 126464, "weight_tying": False,
+}  # fmt: skip
+DREAM_7B = {  # of Dream-v0-Instruct-7B
+    "architectures": ["DreamModel"], "attention_dropout": 0.0,
+    "auto_map": {
+        "AutoConfig": "configuration_dream.DreamConfig", "AutoModel": "modeling_dream.DreamModel",
+    },
+    "bos_token_id": 151643, "eos_token_id": 151643, "hidden_act": "silu", "hidden_size": 3584,
+    "initializer_range": 0.02, "intermediate_size": 18944, "mask_token_id": 151666,
+    "max_position_embeddings": 131072, "max_window_layers": 28, "model_type": "Dream",
+    "num_attention_heads": 28, "num_hidden_layers": 28, "num_key_value_heads": 4,
+    "pad_token_id": 151643, "rms_norm_eps": 1e-06, "rope_scaling": None, "rope_theta": 1000000.0,
+    "sliding_window": None, "tie_word_embeddings": False, "torch_dtype": "bfloat16",
+    "transformers_version": "4.46.2", "use_cache": True, "use_sliding_window": False,
+    "vocab_size": 152064,
+}  # fmt: skip
+DREAM_GENERATION = {
+    "_from_model_config": True, "alg": "origin", "alg_temp": None, "bos_token_id": 151643,
+    "eos_token_id": 151643, "eps": 0.001, "mask_token_id": None, "output_history": False,
+    "pad_token_id": 151643, "steps": 512, "temperature": 0.0, "top_k": None, "top_p": None,
+    "transformers_version": "4.46.2",
+}  # fmt: skip
+PUBLISHED = {
+    "llada": (LLADA_8B, {}),
+    "llada-tuned": (LLADA_8B, {"_name_or_path": "GSAI-ML/LLaDA-8B-Instruct", "dtype": "bfloat16"}),
+    "dream": (DREAM_7B, {}),
+    "dream-coder": (DREAM_7B, {"bos_token_id": 151665, "max_position_embeddings": 32768}),
+    "dream-windows-named": (DREAM_7B, {"torch_dtype": "float32", "sliding_window": 131072}),
+}
+IDS = ("mask_token_id", "eos_token_id", "pad_token_id", "bos_token_id")
+
+
+def load(folder: Path, **arguments) -> torch.nn.Module:
+    return dsb.load_model(folder, **{"dtype": "float32", "device": "cpu", **arguments})
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_configs_are_accepted(tmp_path, name):
+    """Every field as published, sizes and ids apart, which are the golden checkpoint's."""
+    published, changes = PUBLISHED[name]
+    family = "llada" if name.startswith("llada") else "dream"
+    small, weights = parts(family)
+    shrunk = {k: v for k, v in small.items() if isinstance(v, int) and not isinstance(v, bool)}
+    config = {**published, **changes, **shrunk}
+    if family == "dream":
+        generation = {k: small["eos_token_id"] if k in IDS and v else v
+                      for k, v in DREAM_GENERATION.items()}  # fmt: skip
+        (tmp_path / "generation_config.json").write_text(json.dumps(generation))
+    model = load(write(tmp_path, config, weights))
+    reference = load_file(golden.DATA / family / "forward.safetensors")
+    found = logits(model, reference["input_ids"][None])
+    assert (found - reference["logits"]).abs().max() < 1e-4
+    assert model.dsb.mask_id == small["mask_token_id"]
+    assert model.dsb.eos_ids == (small["eos_token_id"],)
+    ids = torch.tensor([[5, 6, 7]])
+    expected = dsb.generate(golden.model(family), ids, gen_length=8, block_length=4)
+    got = dsb.generate(model, ids, gen_length=8, block_length=4)
+    assert got.sequences.tolist() == expected.sequences.tolist()
+
+
+@pytest.mark.parametrize(
+    ("family", "model_class", "mask_id", "prefix"),
+    [("llada", LlamaForCausalLM, 511, 24), ("dream", Qwen2ForCausalLM, 511, 4)],
+)
+def test_what_is_returned(family, model_class, mask_id, prefix):
+    model = golden.model(family)
+    assert type(model) is model_class and not model.training
+    assert model.config.is_causal is False and model.config._attn_implementation == "dsb"
+    assert (model.dsb.family.name, model.dsb.mask_id, model.dsb.eos_ids) == (family, mask_id, (1,))
+    assert model.dsb.family.prefix_window == prefix
+
+
+@pytest.mark.parametrize("family", golden.FAMILIES)
+def test_attention_is_bidirectional(family):
+    changed = GOLDEN_IDS.clone()
+    changed[0, -1] = (changed[0, -1] + 1) % 500
+    model = golden.model(family)
+    assert (logits(model)[0] - logits(model, changed)[0]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("family", golden.FAMILIES)
+@pytest.mark.parametrize("shards", [1, 2, 5])
+@pytest.mark.parametrize("model_type", ["own", "unknown"])
+def test_sharded_and_single_files(tmp_path, family, shards, model_type):
+    config, weights = parts(family)
+    if model_type == "unknown":
+        config["model_type"] = "something-tuned"
+    model = load(write(tmp_path, config, weights, shards), family=family)
+    assert torch.equal(logits(model), logits(golden.model(family)))
+
+
+@pytest.mark.parametrize(
+    ("asked", "stored", "expected"),
+    [
+        ("auto", torch.float32, torch.float32),
+        ("auto", torch.bfloat16, torch.bfloat16),
+        ("auto", torch.float16, torch.float16),
+        ("bfloat16", torch.float32, torch.bfloat16),
+        (torch.float16, torch.float32, torch.float16),
+        ("float32", torch.bfloat16, torch.float32),
+    ],
+)
+def test_dtypes(tmp_path, asked, stored, expected):
+    config, weights = parts("llada")
+    weights = {name: weight.to(stored) for name, weight in weights.items()}
+    model = load(write(tmp_path, config, weights), dtype=asked)
+    assert {p.dtype for p in model.parameters()} == {expected}
+    assert torch.equal(
+        model.lm_head.weight, weights["model.transformer.ff_out.weight"].to(expected)
+    )
+    out = dsb.generate(model, torch.tensor([[5, 6, 7]]), gen_length=8, block_length=4)
+    assert not (out.sequences == 511).any()
+
+
+def test_auto_dtype_is_that_of_the_weights_whatever_the_config_says(tmp_path):
+    config, weights = parts("llada")
+    model = load(write(tmp_path, {**config, "torch_dtype": "bfloat16"}, weights), dtype="auto")
+    assert model.dtype == torch.float32
+
+
+def grouped(weights: dict[str, torch.Tensor], repeat: bool) -> dict[str, torch.Tensor]:
+    """The golden K and V of heads 0 and 1 alone, or each twice: the same function."""
+    out = dict(weights)
+    for name, weight in weights.items():
+        if "k_proj" in name or "v_proj" in name:
+            heads = weight[:32].unflatten(0, (2, 16))
+            out[name] = (heads.repeat_interleave(2, 0) if repeat else heads).flatten(0, 1)
+    return out
+
+
+def test_grouped_heads_equal_the_same_heads_written_out(tmp_path):
+    config, weights = parts("llada")
+    narrow = load(write(tmp_path / "a", {**config, "n_kv_heads": 2}, grouped(weights, False)))
+    wide = load(write(tmp_path / "b", config, grouped(weights, True)))
+    assert narrow.model.layers[0].self_attn.k_proj.weight.shape == (32, 64)
+    assert (logits(narrow) - logits(wide)).abs().max() < 1e-5
+    ids = torch.tensor([[5, 6, 7]])
+    pair = [dsb.generate(m, ids, gen_length=16, block_length=8) for m in (narrow, wide)]
+    assert pair[0].sequences.tolist() == pair[1].sequences.tolist()
+
+
+@pytest.mark.parametrize("head", ["absent", "a copy of the embeddings"])
+def test_tied_embeddings_equal_a_head_written_out(tmp_path, head):
+    config, weights = parts("llada")
+    embedding, name = weights["model.transformer.wte.weight"], "model.transformer.ff_out.weight"
+    written = load(write(tmp_path / "a", config, {**weights, name: embedding.clone()}))
+    del weights[name]
+    if head != "absent":
+        weights[name] = embedding.clone()
+    tied = load(write(tmp_path / "b", {**config, "weight_tying": True}, weights))
+    assert tied.lm_head.weight is tied.model.embed_tokens.weight
+    assert torch.equal(logits(tied), logits(written))
+
+
+ILLADA = {  # Llama's field names; no mask id
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 64,
+    "intermediate_size": 160, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "vocab_size": 512, "max_position_embeddings": 1024,
+    "rms_norm_eps": 1e-5, "rope_theta": 500000.0, "tie_word_embeddings": True,
+    "attention_bias": False, "mlp_bias": False, "hidden_act": "silu", "head_dim": 16,
+    "eos_token_id": [1, 2], "bos_token_id": 0, "rope_scaling": None, "pretraining_tp": 1,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("names", ["llama", "llada"])
+def test_llama_fields_grouped_heads_tied_embeddings_and_a_named_mask(tmp_path, names):
+    """The form of iLLaDA, under either set of weight names."""
+    config, weights = parts("llada")
+    weights = grouped(weights, False)
+    del weights["model.transformer.ff_out.weight"]
+    expected = load(
+        write(tmp_path / "a", {**config, "n_kv_heads": 2, "weight_tying": True}, weights)
+    )
+    if names == "llama":
+        weights = to_llama_names(weights)
+        assert "model.layers.2.mlp.down_proj.weight" in weights
+    folder = write(tmp_path / "b", ILLADA, weights, shards=2)
+    with pytest.raises(ValueError, match=r"mask_id=None.*no mask_token_id"):
+        load(folder, family="llada")
+    model = load(folder, family="llada", mask_id=5)
+    assert (model.dsb.mask_id, model.dsb.eos_ids) == (5, (1, 2))
+    assert torch.equal(logits(model), logits(expected))
+    out = dsb.generate(model, torch.tensor([[6, 7, 8]]), gen_length=8, block_length=4)
+    assert not (out.sequences == 5).any()
+
+
+def test_rows_of_the_embedding_count_not_the_vocabulary(tmp_path):
+    """LLaDA's `embedding_size` is padded beyond `vocab_size`; null means the vocabulary."""
+    config, weights = parts("llada")
+    padded = load(write(tmp_path / "a", {**config, "vocab_size": 500}, weights))
+    plain = load(write(tmp_path / "b", {**config, "embedding_size": None}, weights))
+    assert padded.config.vocab_size == plain.config.vocab_size == 512
+    assert torch.equal(logits(padded), logits(plain))
+
+
+def test_mlp_ratio_stands_in_for_the_mlp_size(tmp_path):
+    config, weights = parts("llada")
+    del config["mlp_hidden_size"]
+    config["mlp_ratio"] = 2
+    for name in weights:
+        if "ff_proj" in name or "up_proj" in name:
+            weights[name] = weights[name][:128]
+        elif "blocks" in name and "ff_out" in name:
+            weights[name] = weights[name][:, :128]
+    assert load(write(tmp_path, config, weights)).config.intermediate_size == 128
+
+
+@pytest.mark.parametrize("family", golden.FAMILIES)
+def test_rope_theta_from_either_field(tmp_path, family):
+    config, weights = parts(family)
+    theta = config.pop("rope_theta")
+    new = {**config, "rope_parameters": {"rope_type": "default", "rope_theta": theta}}
+    assert torch.equal(
+        logits(load(write(tmp_path / "a", new, weights))), logits(golden.model(family))
+    )
+    other = load(write(tmp_path / "b", {**config, "rope_theta": 100.0}, weights))
+    assert (logits(other) - logits(golden.model(family))).abs().max() > 1e-3
+    absent = load(write(tmp_path / "c", config, weights))  # both families' classes: 10000
+    assert absent.config.rope_parameters["rope_theta"] == 10000.0
+
+
+@pytest.mark.parametrize("family", golden.FAMILIES)
+def test_norm_epsilon_is_the_checkpoints(tmp_path, family):
+    config, weights = parts(family)
+    model = load(write(tmp_path, {**config, "rms_norm_eps": 0.1}, weights))
+    assert model.model.norm.variance_epsilon == 0.1
+    assert (logits(model) - logits(golden.model(family))).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("config_eos", "generation_eos", "expected"),
+    [(1, None, (1,)), ([1, 3], None, (1, 3)), (1, [3, 1], (1, 3)), (None, None, ())],
+)
+def test_eos_ids_from_both_files(tmp_path, config_eos, generation_eos, expected):
+    config, weights = parts("llada")
+    write(tmp_path, {**config, "eos_token_id": config_eos}, weights)
+    if generation_eos is not None:
+        (tmp_path / "generation_config.json").write_text(
+            json.dumps({"eos_token_id": generation_eos, "max_new_tokens": 48})
+        )
+    model = load(tmp_path)
+    assert model.dsb.eos_ids == expected
+    assert load(tmp_path, eos_ids=[7]).dsb.eos_ids == (7,)
+    assert load(tmp_path, mask_id=9).dsb.mask_id == 9
+
+
+def test_dreams_tokenizer_loads_without_its_remote_code(tmp_path):
+    """Published as `vocab.json` and `merges.txt` with a class that lives in the repository."""
+    letters = [chr(c) for c in range(33, 127)] + ["Ġ", "he", "ll"]
+    (tmp_path / "vocab.json").write_text(json.dumps({t: i for i, t in enumerate(letters)}))
+    (tmp_path / "merges.txt").write_text("#version: 0.2\nh e\nl l\n")
+    special = {"content": "<|mask|>", "lstrip": False, "normalized": False, "rstrip": False,
+               "single_word": False, "special": True}  # fmt: skip
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps({
+            "tokenizer_class": "DreamTokenizer", "mask_token": "<|mask|>",
+            "auto_map": {"AutoTokenizer": ["tokenization_dream.DreamTokenizer", None]},
+            "added_tokens_decoder": {"100": special}, "eos_token": "<|mask|>",
+            "pad_token": "<|mask|>", "unk_token": "<|mask|>",
+            "chat_template": "{{ messages[0]['content'] }}",
+        })
+    )  # fmt: skip
+    tokenizer = dsb.load_tokenizer(tmp_path)
+    assert isinstance(tokenizer, Qwen2Tokenizer)
+    ids = tokenizer("hello<|mask|>").input_ids
+    assert tokenizer.convert_ids_to_tokens(ids) == ["he", "ll", "o", "<|mask|>"]
+    assert tokenizer.decode(ids) == "hello<|mask|>" and tokenizer.chat_template
