@@ -1,0 +1,306 @@
+"""What generate and DecodingConfig refuse: a message of one line, before any compute."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+import dsb_runtime as dsb
+from tests import golden
+
+NAN = math.nan
+PROMPT = torch.tensor([[5, 6, 7, 8]])
+SHAPE = {"gen_length": 16, "block_length": 8}
+
+
+@pytest.fixture(params=golden.FAMILIES)
+def model(request) -> PreTrainedModel:
+    return golden.model(request.param)
+
+
+@contextlib.contextmanager
+def no_compute(model: PreTrainedModel) -> Iterator[None]:
+    """Fails when any module of the model runs."""
+    ran: list[str] = []
+    hooks = [
+        module.register_forward_pre_hook(lambda m, _: ran.append(type(m).__name__))
+        for module in model.modules()
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+    assert not ran
+
+
+def refused(
+    model: PreTrainedModel, kind: type[Exception], *said: str, ids: Any = PROMPT, **arguments: Any
+) -> None:
+    """generate raises `kind` before any compute, with one line that holds all of `said`."""
+    with no_compute(model), pytest.raises(kind) as caught:
+        dsb.generate(model, ids, **arguments)
+    message = str(caught.value)
+    assert "\n" not in message
+    for part in said:
+        assert part in message
+
+
+# --- settings ---------------------------------------------------------------------------------
+
+WRONG_VALUES = [
+    ({"gen_length": 0}, "gen_length=0: expected an int >= 1"),
+    ({"gen_length": -4}, "gen_length=-4"),
+    ({"block_length": 0}, "block_length=0: expected an int from 1 to 16"),
+    ({"block_length": 17}, "block_length=17: expected an int from 1 to 16 (at most gen_length)"),
+    ({"max_block_length": 7}, "max_block_length=7: expected an int >= 8 (at least block_length)"),
+    ({"max_block_length": 0}, "max_block_length=0"),
+    ({"max_block_length": 8, "schedule": "naive"}, "max_block_length=8: only schedule='dsb'"),
+    ({"schedule": "greedy"}, "schedule='greedy': expected one of dsb, naive"),
+    ({"schedule": None}, "schedule=None: expected one of dsb, naive"),
+    ({"cache": "prefix"}, "cache='prefix': expected one of dsb, dual, none"),
+    ({"cache": None}, "cache=None"),
+    ({"prefix_window": -1}, "prefix_window=-1: expected an int >= 0"),
+    ({"prefix_window": 4, "cache": "dual"}, "prefix_window=4: only cache='dsb'"),
+    ({"prefix_window": 4, "cache": "none"}, "prefix_window=4: only cache='dsb'"),
+    ({"threshold": 1.01}, "threshold=1.01: expected a number in [0, 1]"),
+    ({"threshold": -0.1}, "threshold=-0.1"),
+    ({"threshold": NAN}, "threshold=nan"),
+    ({"factor": 0.0}, "factor=0.0: expected a number in (0, 1e+06]"),
+    ({"factor": math.inf}, "factor=inf"),
+    ({"factor": 10**400}, "factor=1"),
+    ({"frechet": 1.5}, "frechet=1.5: expected a number in [-1, 1]"),
+    ({"steps": 0}, "steps=0: expected an int from 1 to 16"),
+    ({"steps": 17}, "steps=17: expected an int from 1 to 16 (at most gen_length)"),
+    ({"steps": 3, "schedule": "naive"}, "steps=3: schedule='naive'"),
+    ({"temperature": -1.0}, "temperature=-1.0"),
+    ({"temperature": NAN}, "temperature=nan"),
+    ({"temperature": math.inf}, "temperature=inf"),
+    ({"top_p": 0.0}, "top_p=0.0: expected a number in (0, 1]"),
+    ({"top_p": 1.5}, "top_p=1.5"),
+    ({"top_k": 0}, "top_k=0: expected an int >= 1"),
+    ({"refresh_commit": "last"}, "refresh_commit='last': expected one of select, first"),
+    ({"refresh_commit": "first", "cache": "none"}, "refresh_commit='first': cache='none'"),
+    ({"threshold": 0.9, "factor": 1.0}, "threshold=0.9, factor=1.0: expected at most one of"),
+    ({"threshold": 0.9, "steps": 4}, "threshold=0.9, steps=4"),
+    ({"factor": 1.0, "frechet": 0.2}, "factor=1.0, frechet=0.2"),
+    (
+        {"threshold": 0.9, "factor": 1.0, "frechet": 0.2, "steps": 4},
+        "threshold=0.9, factor=1.0, frechet=0.2, steps=4: expected at most one of threshold",
+    ),
+]
+INTS = ("gen_length", "block_length", "max_block_length", "prefix_window", "steps", "top_k")
+REALS = ("threshold", "factor", "frechet", "temperature", "top_p")
+
+
+@pytest.mark.parametrize(("settings", "said"), WRONG_VALUES)
+def test_values_of_settings(settings, said):
+    refused(golden.model("llada"), ValueError, said, **{**SHAPE, **settings})
+    with pytest.raises(ValueError) as caught:
+        dsb.DecodingConfig(**{**SHAPE, **settings})
+    assert said in str(caught.value)
+
+
+@pytest.mark.parametrize("name", [*INTS, *REALS, "stop_at_eos"])
+@pytest.mark.parametrize("value", [True, 8.0, "8", [8], 1j])
+def test_types_of_settings(name, value):
+    right = {"stop_at_eos": (bool,), **dict.fromkeys(REALS, (float,))}.get(name, ())
+    if isinstance(value, right) and not (name in REALS and isinstance(value, bool)):
+        value = None if name == "stop_at_eos" else "x"
+    refused(golden.model("llada"), TypeError, f"{name}={value!r}: expected", **{name: value})
+
+
+@pytest.mark.parametrize("value", [None, 1, 8.0])
+def test_required_ints_take_no_none_or_bool(value):
+    if value == 1:
+        value = True
+    refused(golden.model("llada"), TypeError, f"gen_length={value!r}", gen_length=value)
+
+
+def test_the_default_threshold_gives_way():
+    assert dsb.DecodingConfig().threshold == 0.9
+    for rule in ({"factor": 1.0}, {"frechet": 0.2}, {"steps": 4}, {"threshold": 0.0}):
+        config = dsb.DecodingConfig(**rule)
+        named = {n: v for n in ("threshold", "factor", "frechet", "steps")
+                 if (v := getattr(config, n)) is not None}  # fmt: skip
+        assert named == rule
+
+
+def test_names_of_settings(model):
+    refused(model, TypeError, "blocklength=8: expected one of gen_length", blocklength=8)
+    config = dsb.DecodingConfig(**SHAPE)
+    refused(model, TypeError, "config and steps", config=config, steps=4)
+    for wrong in (SHAPE, 16, "dsb"):
+        refused(model, TypeError, f"config={wrong!r}: expected a DecodingConfig", config=wrong)
+
+
+def test_settings_of_the_other_family():
+    llada, dream = golden.model("llada"), golden.model("dream")
+    refused(llada, ValueError, "top_p=0.9: llada samples", **SHAPE, top_p=0.9)
+    refused(llada, ValueError, "top_k=5: llada samples", **SHAPE, top_k=5)
+    said = ("prefix_window=0: dream predicts", "expected at least 1")
+    refused(dream, ValueError, *said, **SHAPE, prefix_window=0)
+    out = dsb.generate(llada, PROMPT, **SHAPE, prefix_window=0)
+    assert not (out.sequences == 511).any()
+
+
+def test_stop_at_eos_needs_an_eos():
+    model = dsb.load_model(golden.DATA / "llada", device="cpu", eos_ids=())
+    refused(model, ValueError, "stop_at_eos=True: the model names no EOS", stop_at_eos=True)
+    assert dsb.generate(model, PROMPT, **SHAPE).row_tokens == [16]
+
+
+# --- prompts ----------------------------------------------------------------------------------
+
+WRONG_PROMPTS = [
+    ([[5, 6]], TypeError, ("input_ids=list: expected an integer tensor",)),
+    (None, TypeError, ("input_ids=NoneType",)),
+    (PROMPT.float(), TypeError, ("torch.float32", "expected torch.int64 or int32")),
+    (PROMPT.bool(), TypeError, ("torch.bool",)),
+    (PROMPT.to(torch.uint8), TypeError, ("torch.uint8",)),
+    (PROMPT[0], ValueError, ("shape (4,)", "expected (B, P)")),
+    (PROMPT[None], ValueError, ("shape (1, 1, 4)",)),
+    (PROMPT[:, :0], ValueError, ("shape (1, 0)", "an empty prompt")),
+    (PROMPT[:0], ValueError, ("shape (0, 4)",)),
+    (PROMPT.to("meta"), ValueError, ("input_ids is on meta", "expected the model's cpu")),
+    (torch.tensor([[5, 512]]), ValueError, ("input_ids holds 512", "0 to 511")),
+    (torch.tensor([[5, -1]]), ValueError, ("input_ids holds -1",)),
+    (torch.tensor([[5, 511, 6]]), ValueError, ("input_ids[0, 1]=511", "mask id")),
+    (torch.tensor([[5, 6], [7, 511]]), ValueError, ("input_ids[1, 1]=511",)),
+]
+
+
+@pytest.mark.parametrize(("ids", "kind", "said"), WRONG_PROMPTS)
+def test_prompts(model, ids, kind, said):
+    refused(model, kind, *said, ids=ids, **SHAPE)
+
+
+@pytest.mark.parametrize(
+    ("family", "room", "prompt"), [("llada", 1024, 1), ("llada", 1024, 1009), ("dream", 2048, 2033)]
+)
+def test_beyond_the_models_positions(family, room, prompt):
+    ids = torch.full((1, prompt), 5)
+    gen = room - prompt + 1
+    said = (f"gen_length={gen}", f"needs {room + 1}", f"at most the model's {room}")
+    refused(golden.model(family), ValueError, *said, ids=ids, gen_length=gen, block_length=8)
+
+
+def test_int32_prompts_and_the_last_position_are_fine():
+    ids = torch.full((1, 1008), 5, dtype=torch.int32)
+    out = dsb.generate(golden.model("llada"), ids, **SHAPE, threshold=0.0)
+    assert out.sequences.shape == (1, 1024) and out.sequences.dtype == torch.int64
+
+
+def masks(rows: list[list[Any]], **how: Any) -> torch.Tensor:
+    return torch.tensor(rows, **how)
+
+
+WRONG_MASKS = [
+    (masks([[1, 1, 1, 0]]), ValueError, ("left padding",)),
+    (masks([[1, 0, 1, 1]]), ValueError, ("left padding",)),
+    (masks([[0, 1, 0, 1]]), ValueError, ("left padding",)),
+    (masks([[0, 0, 0, 0]]), ValueError, ("row 0 is all padding",)),
+    (masks([[1, 1, 1]]), ValueError, ("shape (1, 3)", "(1, 4)")),
+    (masks([1, 1, 1, 1]), ValueError, ("shape (4,)",)),
+    (masks([[0, 1, 2, 1]]), ValueError, ("0 (padding) and 1 (prompt) only",)),
+    (masks([[0, 1, -1, 1]]), ValueError, ("0 (padding) and 1 (prompt) only",)),
+    (masks([[0.0, 0.5, 1.0, 1.0]]), TypeError, ("torch.float32", "integers or torch.bool")),
+    ([[1, 1, 1, 1]], TypeError, ("attention_mask=list",)),
+    (torch.ones(1, 4, dtype=torch.int64, device="meta"), ValueError, ("is on meta",)),
+]
+
+
+@pytest.mark.parametrize(("mask", "kind", "said"), WRONG_MASKS)
+def test_attention_masks(model, mask, kind, said):
+    refused(model, kind, "attention_mask", *said, attention_mask=mask, **SHAPE)
+
+
+def test_a_row_that_is_all_padding_is_named(model):
+    mask = masks([[1, 1, 1, 1], [0, 0, 0, 0]])
+    refused(model, ValueError, "row 1 is all padding", ids=PROMPT.repeat(2, 1),
+            attention_mask=mask, **SHAPE)  # fmt: skip
+
+
+def test_padding_may_hold_the_mask_id_and_the_mask_may_be_bool(model):
+    padded = torch.tensor([[511, 5, 6, 7, 8]])
+    mask = masks([[0, 1, 1, 1, 1]]).bool()
+    out = dsb.generate(model, padded, attention_mask=mask, **SHAPE)
+    alone = dsb.generate(model, PROMPT, **SHAPE)
+    assert out.sequences[0, 5:].tolist() == alone.sequences[0, 4:].tolist()
+
+
+# --- the rest ---------------------------------------------------------------------------------
+
+
+def test_models_and_generators(model):
+    with pytest.raises(TypeError, match="model=Linear: expected a model from"):
+        dsb.generate(torch.nn.Linear(2, 2), PROMPT)
+    refused(model, TypeError, "generator=int: expected a torch.Generator", generator=3, **SHAPE)
+
+
+@contextlib.contextmanager
+def broken_head(model: PreTrainedModel, value: float) -> Iterator[None]:
+    """One weight of the LM head is `value`: every row's logits hold a NaN."""
+    weight = model.lm_head.weight
+    kept = weight[7, 3].item()
+    with torch.no_grad():
+        weight[7, 3] = value
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            weight[7, 3] = kept
+
+
+SAMPLING = [{}, {"temperature": 0.7}]
+
+
+@pytest.mark.parametrize("sampling", SAMPLING)
+@pytest.mark.parametrize("cache", ["none", "dual", "dsb"])
+def test_nan_logits_are_an_error_that_names_the_step(model, sampling, cache):
+    with (
+        broken_head(model, NAN),
+        pytest.raises(FloatingPointError, match=r"^step 0: .* NaN \(row 0\)$"),
+    ):
+        dsb.generate(model, PROMPT, cache=cache, **SHAPE, **sampling)
+
+
+@pytest.mark.parametrize("cuts", [{"top_p": 0.9}, {"top_k": 5}, {"top_k": 5, "temperature": 1.0}])
+def test_nan_logits_under_dreams_cuts(cuts):
+    model = golden.model("dream")
+    with broken_head(model, NAN), pytest.raises(FloatingPointError, match=r"^step 0"):
+        dsb.generate(model, PROMPT, **SHAPE, **cuts)
+
+
+@pytest.mark.parametrize("sampling", SAMPLING)
+def test_nan_logits_of_one_row_name_it(model, sampling):
+    """Token 9 in the second prompt alone has no embedding."""
+    weight = model.get_input_embeddings().weight
+    kept = weight[9].clone()
+    ids = torch.tensor([[5, 6, 7], [5, 9, 7], [5, 6, 8]])
+    with torch.no_grad():
+        weight[9] = NAN
+    try:
+        with pytest.raises(FloatingPointError, match=r"step 0: .*\(row 1\)"):
+            dsb.generate(model, ids, **SHAPE, **sampling)
+    finally:
+        with torch.no_grad():
+            weight[9] = kept
+
+
+def test_nan_logits_later_name_the_later_step(model):
+    """The model breaks after its second forward."""
+    with pytest.raises(FloatingPointError, match=r"^step 2: "), broken_head(model, 0.0):
+
+        def spoil(event: dsb.StepEvent) -> None:
+            if event.index == 1:
+                with torch.no_grad():
+                    model.lm_head.weight[7, 3] = NAN
+
+        dsb.generate(model, PROMPT, on_step=spoil, steps=8, **SHAPE)
