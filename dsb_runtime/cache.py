@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
@@ -24,7 +25,7 @@ class WindowLayer(CacheLayerMixin):
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         target = self.target
-        shape = (target.batch, key_states.shape[1], target.length + 1, key_states.shape[3])
+        shape = (target.batch, key_states.shape[1], target.capacity + 1, key_states.shape[3])
         self.keys = key_states.new_zeros(shape)
         self.values = value_states.new_zeros(shape)
         self.is_initialized = True
@@ -40,7 +41,7 @@ class WindowLayer(CacheLayerMixin):
 
     def _write(self, buffer: Tensor, states: Tensor) -> Tensor:
         target = self.target
-        length = target.length
+        length = target.capacity
         if target.positions is None:  # a refresh: every position
             if target.rows is None:
                 buffer[:, :, :length].copy_(states)
@@ -55,26 +56,31 @@ class WindowLayer(CacheLayerMixin):
         return buffer[target.rows, :, :length]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.target.length, 0
+        return self.target.capacity, 0
 
     def get_seq_length(self) -> int:
         return 0
 
     def get_max_length(self) -> int:
-        return self.target.length
+        return self.target.capacity
 
     def get_max_cache_shape(self) -> int:
-        return self.target.length
+        return self.target.capacity
 
 
 class WriteTarget:
-    """Where the coming forward's K/V go. `rows`: (b,) batch rows, None for all. `positions`:
-    (b, W) canvas indices (L for a row past its window), None for every position."""
+    """Where the coming forward's K/V go.
+
+    `rows`: (b,) batch rows, None for all. `positions`: (b, W) canvas indices (L for a row past its
+    window), None for every position. `start`, `length`: (b,) int32, the same as intervals.
+    """
 
     def __init__(self, batch: int, length: int) -> None:
-        self.batch, self.length = batch, length
+        self.batch, self.capacity = batch, length
         self.rows: Tensor | None = None
         self.positions: Tensor | None = None
+        self.start: Tensor | None = None
+        self.length: Tensor | None = None
 
 
 class WindowCache(Cache):
@@ -84,6 +90,15 @@ class WindowCache(Cache):
         self.target = WriteTarget(batch, length)
         super().__init__(layers=[WindowLayer(self.target) for _ in range(num_layers)])
 
-    def point(self, rows: Tensor | None, positions: Tensor | None) -> None:
-        """Say where the coming forward writes."""
-        self.target.rows, self.target.positions = rows, positions
+    def point(
+        self, rows: Tensor | None, start: Tensor, length: Tensor, width: int | None = None
+    ) -> None:
+        """Say where the coming forward writes: [start, start + length) of each row, (b,) each;
+        `width` is the forward's number of rows, None for every position."""
+        target = self.target
+        target.rows, target.start, target.length = rows, start.int(), length.int()
+        target.positions = None
+        if width is not None:
+            offset = torch.arange(width, device=start.device)
+            index = start[:, None].long() + offset
+            target.positions = torch.where(offset < length[:, None], index, target.capacity)

@@ -123,7 +123,8 @@ class Decoder:
         """Every position, K/V stored anew where there is a cache: rows `keep` (b, K, E)."""
         ids = self.canvas if rows is None else self.canvas[rows]
         if self.cache is not None:
-            self.cache.point(rows, None)
+            zeros = ids.new_zeros(ids.shape[0])
+            self.cache.point(rows, zeros, zeros + ids.shape[1])
         return self.forward(ids, self.index.expand_as(ids), keep, rows)
 
     def window(
@@ -132,9 +133,8 @@ class Decoder:
         """Canvas rows [first, last) of each batch row, padded to `width`: rows `keep` (b, K, E)."""
         length = self.canvas.shape[1]
         index = first[:, None] + self.index[:width]
-        inside = index < last[:, None]
         canvas = self.canvas if rows is None else self.canvas[rows]
-        self.cache.point(rows, torch.where(inside, index, length))
+        self.cache.point(rows, first, last - first, width)
         index = index.clamp(max=length - 1)
         return self.forward(canvas.gather(1, index), index, keep, rows)
 
