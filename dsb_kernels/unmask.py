@@ -13,6 +13,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dsb_kernels.dispatch import check_choice, check_tensor, register_op, use_triton
+from dsb_kernels.unmask_kernel import compile_cases as compile_cases
+from dsb_kernels.unmask_kernel import launch
+
+SCHEDULES = ("dsb", "naive")
+CACHES = ("dsb", "dual", "none")
+REFRESH_COMMITS = ("select", "first")
+INT_FIELDS = ("start", "end", "prefix", "committed", "since_refresh", "step")
+BOOL_FIELDS = ("refresh", "done", "failed")
+
 
 @dataclass(frozen=True)
 class UnmaskSpec:
@@ -243,6 +253,58 @@ def initial_state(canvas: Tensor, leftpad: Tensor, spec: UnmaskSpec) -> WindowSt
     )
 
 
+# --- op ---------------------------------------------------------------------------------------
+
+
+@register_op(
+    "unmask_and_slide",
+    mutates_args=(
+        "canvas", "start", "end", "prefix", "committed", "since_refresh", "step",
+        "refresh", "done", "failed", "position",
+    ),
+)  # fmt: skip
+def _unmask_and_slide_op(
+    canvas: Tensor,
+    token: Tensor,
+    confidence: Tensor,
+    start: Tensor,
+    end: Tensor,
+    prefix: Tensor,
+    committed: Tensor,
+    since_refresh: Tensor,
+    step: Tensor,
+    refresh: Tensor,
+    done: Tensor,
+    failed: Tensor,
+    position: Tensor,
+    active: Tensor,
+    leftpad: Tensor,
+    prompt_length: int,
+    block_length: int,
+    max_block_length: int | None,
+    schedule: str,
+    cache: str,
+    prefix_window: int,
+    min_prefix: int,
+    rule: str,
+    rule_value: float,
+    steps: int,
+    refresh_commit: str,
+    mask_id: int,
+    eos_ids: list[int],
+    stop_at_eos: bool,
+) -> Tensor:
+    state = WindowState(
+        start, end, prefix, committed, since_refresh, step, refresh, done, failed, position
+    )
+    spec = UnmaskSpec(
+        prompt_length, block_length, max_block_length, schedule, cache, prefix_window, min_prefix,
+        rule, rule_value, steps, refresh_commit, mask_id, tuple(eos_ids), stop_at_eos,
+    )  # fmt: skip
+    step_of = launch if use_triton(canvas, confidence) else unmask_and_slide_definition
+    return step_of(canvas, token, confidence, state, active, leftpad, spec)
+
+
 def unmask_and_slide(
     canvas: Tensor,
     token: Tensor,
@@ -265,5 +327,45 @@ def unmask_and_slide(
 
     Returns:
         (B, K) bool, the candidates that were committed.
+
+    Raises:
+        TypeError, ValueError: a tensor of the wrong dtype, shape, device or stride (canvas may
+            have any row stride, the rest is contiguous), or a spec that is not defined.
     """
-    return unmask_and_slide_definition(canvas, token, confidence, state, active, leftpad, spec)
+    op = "unmask_and_slide"
+    check_tensor(op, "canvas", canvas, dtype=torch.int64, shape=("B", "L"), unit_stride=True)
+    B, L = canvas.shape
+    check_tensor(op, "state.position", state.position, dtype=torch.int32, shape=(B, "K"),
+                 device=canvas.device, contiguous=True)  # fmt: skip
+    per_row, candidates_shape = (B,), tuple(state.position.shape)
+    for name, tensor, dtype, shape in (
+        ("token", token, torch.int64, candidates_shape),
+        ("confidence", confidence, torch.float32, candidates_shape),
+        *((f"state.{n}", getattr(state, n), torch.int32, per_row) for n in INT_FIELDS),
+        *((f"state.{n}", getattr(state, n), torch.bool, per_row) for n in BOOL_FIELDS),
+        ("active", active, torch.bool, per_row),
+        ("leftpad", leftpad, torch.int32, per_row),
+    ):
+        check_tensor(
+            op, name, tensor, dtype=dtype, shape=shape, device=canvas.device, contiguous=True
+        )
+    check_choice(op, "schedule", spec.schedule, SCHEDULES)
+    check_choice(op, "cache", spec.cache, CACHES)
+    check_choice(op, "rule", spec.rule, tuple(RULES))
+    check_choice(op, "refresh_commit", spec.refresh_commit, REFRESH_COMMITS)
+    if candidates_shape[1] < 1:
+        raise ValueError(f"{op}: state.position has no candidates: accepted is K >= 1")
+    if not 0 <= spec.prompt_length <= L:
+        raise ValueError(f"{op}: prompt_length={spec.prompt_length}: accepted are 0 to {L}")
+    if spec.block_length < 1:
+        raise ValueError(f"{op}: block_length={spec.block_length}: accepted is at least 1")
+    if spec.rule == "quota" and spec.steps < 1:
+        raise ValueError(f"{op}: steps={spec.steps}: the quota rule accepts at least 1")
+    return _unmask_and_slide_op(
+        canvas, token, confidence, state.start, state.end, state.prefix, state.committed,
+        state.since_refresh, state.step, state.refresh, state.done, state.failed, state.position,
+        active, leftpad, spec.prompt_length, spec.block_length, spec.max_block_length,
+        spec.schedule, spec.cache, spec.prefix_window, spec.min_prefix, spec.rule,
+        spec.rule_value, spec.steps, spec.refresh_commit, spec.mask_id, list(spec.eos_ids),
+        spec.stop_at_eos,
+    )  # fmt: skip

@@ -14,6 +14,8 @@ from dsb_kernels import rope_kv as module
 from dsb_kernels.rope_kv import rope_write_kv, rope_write_kv_definition, rotate
 from tests.mutations import DEVICE, assert_caught, kernels
 
+SLOW = pytest.mark.slow
+
 
 def ints(*values: int) -> Tensor:
     return torch.tensor(values, dtype=torch.int32, device=DEVICE)
@@ -217,11 +219,12 @@ def test_opcheck() -> None:
     torch.library.opcheck(op, arguments)
 
 
-def test_compiles_without_a_graph_break() -> None:
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=SLOW)])
+def test_compiles_without_a_graph_break(backend: str) -> None:
     case = CASES["left_padding"]
     tensors, metadata = case.tensors(), case.metadata()
     expected = case.expected(tensors, double=False)
-    q = torch.compile(rope_write_kv, fullgraph=True)(*tensors, **metadata)
+    q = torch.compile(rope_write_kv, fullgraph=True, backend=backend)(*tensors, **metadata)
     for result, exact in zip((q, *tensors[4:]), expected, strict=True):
         assert torch.allclose(result, exact, atol=1e-6)
 

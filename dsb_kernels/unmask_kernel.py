@@ -1,0 +1,288 @@
+"""The Triton kernel of unmask_and_slide: one launch per step, one program per batch row.
+
+It restates the definition in `dsb_kernels.unmask` without sharing code with it. Sorting is by
+counting: a candidate's rank is one more than the number of candidates before it in the order
+(confidence descending, then position ascending).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from dsb_kernels.dispatch import jit, launch_options, tl, triton, wrap_triton
+from dsb_kernels.tuning import CompileCase
+
+if TYPE_CHECKING:
+    from dsb_kernels.unmask import UnmaskSpec, WindowState
+
+
+@jit
+def _valid_candidates(k, K, canvas_ptr, position_ptr, end, mask_id):
+    """Canvas index of candidates `k` and whether they may be committed: masked, before `end`."""
+    at = tl.load(position_ptr + k, mask=k < K, other=-1)
+    held = (at >= 0) & (at < end)
+    return at, held & (tl.load(canvas_ptr + at, mask=held, other=0) == mask_id)
+
+
+@jit
+def _commit_count(
+    c, rank, total_before, valid, m, K, due, RULE: tl.constexpr, RULE_VALUE: tl.constexpr
+):
+    """How many of the best-ranked candidates the rule commits, before the bounds 1 and m.
+
+    c: confidences (float64), -inf where not valid; total_before: the sum of the confidences of
+    rank at most one's own. A new rule is one more branch.
+    """
+    if RULE == "threshold":
+        count = tl.sum((c >= RULE_VALUE).to(tl.int32), 0)
+    elif RULE == "quota":
+        count = due
+    elif RULE == "factor":
+        bound = tl.where(rank == 1, -1.0, 1.0 - RULE_VALUE / (rank + 1).to(tl.float64))
+        first = tl.min(tl.where(valid & (c < bound), rank, K + 1), 0)
+        count = tl.where(first >= m, m, first - 1)
+    else:
+        tl.static_assert(RULE == "frechet")
+        bound = total_before - (rank - 1).to(tl.float64) - (1.0 - c)
+        count = tl.sum((valid & (bound > RULE_VALUE)).to(tl.int32), 0)
+    return count
+
+
+@jit
+def _unmask_kernel(
+    canvas_ptr, token_ptr, confidence_ptr, commit_ptr,
+    start_ptr, end_ptr, prefix_ptr, committed_ptr, since_ptr, step_ptr,
+    refresh_ptr, done_ptr, failed_ptr, position_ptr, active_ptr, leftpad_ptr,
+    stride_cb, L, K, prompt, size, max_size, prefix_window, min_prefix, steps, mask_id,
+    SCHEDULE: tl.constexpr, CACHE: tl.constexpr, RULE: tl.constexpr, RULE_VALUE: tl.constexpr,
+    BOUNDED: tl.constexpr, REFRESH_FIRST: tl.constexpr, EOS_IDS: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_L: tl.constexpr,
+):  # fmt: skip
+    """One program: one row. Candidates are held in registers, BLOCK_K of them; the response is
+    read in pieces of BLOCK_L. EOS_IDS is empty where a row does not stop at an EOS."""
+    b = tl.program_id(0).to(tl.int64)
+    canvas_ptr += b * stride_cb
+    position_ptr += b * K
+    confidence_ptr += b * K
+    old_start = tl.load(start_ptr + b)
+    old_end = tl.load(end_ptr + b)
+    old_step = tl.load(step_ptr + b)
+    old_committed = tl.load(committed_ptr + b)
+    old_refresh = tl.load(refresh_ptr + b) != 0
+    takes_part = (tl.load(active_ptr + b) != 0) & (tl.load(done_ptr + b) == 0)
+
+    # Select: rank every candidate against pieces of BLOCK_J candidates. What a row does not do is
+    # an empty range: a scalar condition in a vector mask is more than Triton's interpreter takes.
+    k = tl.arange(0, BLOCK_K)
+    limit = tl.where(takes_part, old_end, 0)
+    at, valid = _valid_candidates(k, K, canvas_ptr, position_ptr, limit, mask_id)
+    c = tl.load(confidence_ptr + k, mask=valid, other=float("-inf"))
+    failed = tl.max((c != c).to(tl.int32), 0) > 0
+    moved = takes_part & (failed == 0)
+    limit = tl.where(moved, old_end, 0)
+    valid = valid & (k < tl.where(moved, K, 0))
+    m = tl.sum(valid.to(tl.int32), 0)
+    rank = tl.full((BLOCK_K,), 1, tl.int32)
+    total_before = tl.zeros((BLOCK_K,), tl.float64)
+    for base in range(0, K, BLOCK_J):
+        j = base + tl.arange(0, BLOCK_J)
+        _, other = _valid_candidates(j, K, canvas_ptr, position_ptr, limit, mask_id)
+        cj = tl.load(confidence_ptr + j, mask=other, other=float("-inf"))[None, :]
+        precedes = (cj > c[:, None]) | ((cj == c[:, None]) & (j[None, :] < k[:, None]))
+        precedes = precedes & other[None, :]
+        rank += tl.sum(precedes.to(tl.int32), 1)
+        if RULE == "frechet":  # float64, so that the order of adding does not matter
+            total_before += tl.sum(tl.where(precedes, cj.to(tl.float64), 0.0), 1)
+    c = tl.where(valid, c, float("-inf")).to(tl.float64)
+
+    due = 0
+    if RULE == "quota":
+        if SCHEDULE == "naive":
+            masks = tl.minimum(tl.maximum(L - old_start, 0), size)
+            so_far = old_committed - (old_start - prompt)
+        else:
+            masks = L - prompt
+            so_far = old_committed
+        planned = (old_step + 1) * (masks // steps) + tl.minimum(old_step + 1, masks % steps)
+        due = tl.where(old_step + 1 >= steps, masks, planned) - so_far
+    count = _commit_count(c, rank, total_before + c, valid, m, K, due, RULE, RULE_VALUE)
+    commit = valid & (rank <= tl.maximum(count, 1))
+    if REFRESH_FIRST:
+        first = tl.min(tl.where(valid, k, K), 0)
+        commit = tl.where(old_refresh, valid & (k == first), commit)
+    token = tl.load(token_ptr + b * K + k, mask=commit, other=0)
+    tl.store(canvas_ptr + at, token, mask=commit)
+    tl.store(commit_ptr + b * K + k, commit, mask=k < K)
+    new = tl.sum(commit.to(tl.int32), 0)
+    tl.debug_barrier()  # the canvas is read again, by other threads
+
+    # The first mask and the first EOS of the response.
+    first_masked = L
+    first_eos = L
+    stop = tl.where(moved, L, 0)
+    for base in range(prompt // BLOCK_L * BLOCK_L, stop, BLOCK_L):
+        index = base + tl.arange(0, BLOCK_L)
+        inside = (index >= prompt) & (index < stop)
+        piece = tl.load(canvas_ptr + index, mask=inside, other=-1)
+        masked = inside & (piece == mask_id)
+        first_masked = tl.minimum(first_masked, tl.min(tl.where(masked, index, L), 0))
+        for i in tl.static_range(len(EOS_IDS)):
+            eos = inside & (piece == EOS_IDS[i])
+            first_eos = tl.minimum(first_eos, tl.min(tl.where(eos, index, L), 0))
+    stopped = moved & (first_eos < first_masked)
+    done = (first_masked >= L) | stopped
+
+    # Slide.
+    committed = old_committed + new
+    if SCHEDULE == "naive":
+        start = tl.where(first_masked >= L, L, prompt + (first_masked - prompt) // size * size)
+        end = tl.minimum(start + size, L)
+        step = tl.where(start != old_start, 0, old_step + 1)
+    else:
+        start = first_masked
+        end = tl.minimum(prompt + size + committed, L)
+        if BOUNDED:
+            end = tl.minimum(end, first_masked + max_size)
+        step = old_step + 1
+    since = tl.where(old_refresh, 0, tl.load(since_ptr + b)) + new
+    if CACHE == "none":
+        refresh = moved
+        prefix = 0
+    else:
+        refresh = since >= size
+        if CACHE == "dsb":
+            prefix = tl.maximum(start - old_start, prefix_window)
+        else:
+            # Dual: recompute from where the block stood at its refresh.
+            prefix = tl.where(old_refresh, 0, tl.load(prefix_ptr + b)) + start - old_start
+            prefix = tl.maximum(tl.where(refresh, 0, prefix), min_prefix)
+        prefix = tl.minimum(prefix, start - tl.load(leftpad_ptr + b))
+    tl.store(start_ptr + b, start, mask=moved)
+    tl.store(end_ptr + b, end, mask=moved)
+    tl.store(prefix_ptr + b, prefix, mask=moved)
+    tl.store(committed_ptr + b, committed, mask=moved)
+    tl.store(since_ptr + b, since, mask=moved)
+    tl.store(step_ptr + b, step, mask=moved)
+    tl.store(refresh_ptr + b, refresh, mask=moved)
+    tl.store(done_ptr + b, done, mask=moved)
+    tl.store(failed_ptr + b, failed, mask=failed)
+
+    # The next candidates, in order: the masked positions before the window's end.
+    held = 0
+    stop = tl.where(moved & (done == 0), end, 0)
+    for base in range(first_masked // BLOCK_L * BLOCK_L, stop, BLOCK_L):
+        index = base + tl.arange(0, BLOCK_L)
+        inside = (index >= prompt) & (index < stop)
+        masked = inside & (tl.load(canvas_ptr + index, mask=inside, other=-1) == mask_id)
+        slot = held + tl.cumsum(masked.to(tl.int32), 0) - 1
+        tl.store(position_ptr + slot, index, mask=masked & (slot < K))
+        held += tl.sum(masked.to(tl.int32), 0)
+    tl.store(position_ptr + k, k * 0 - 1, mask=(k >= held) & (k < tl.where(moved, K, 0)))
+
+    # After an EOS with no mask to its left comes nothing but that EOS.
+    if len(EOS_IDS) > 0:
+        fill = tl.load(canvas_ptr + first_eos, mask=stopped, other=0)
+        for base in range(tl.where(stopped, first_eos // BLOCK_L * BLOCK_L, L), L, BLOCK_L):
+            index = base + tl.arange(0, BLOCK_L)
+            tl.store(canvas_ptr + index, fill, mask=(index > first_eos) & (index < L))
+
+
+def launch(
+    canvas: Tensor,
+    token: Tensor,
+    confidence: Tensor,
+    state: WindowState,
+    active: Tensor,
+    leftpad: Tensor,
+    spec: UnmaskSpec,
+) -> Tensor:
+    """As `unmask_and_slide_definition`."""
+    B, K = state.position.shape
+    commit = torch.empty_like(state.position, dtype=torch.bool)
+    if B == 0:
+        return commit
+    wrap_triton(_unmask_kernel)[(B,)](
+        canvas, token, confidence, commit,
+        state.start, state.end, state.prefix, state.committed, state.since_refresh, state.step,
+        state.refresh, state.done, state.failed, state.position, active, leftpad,
+        canvas.stride(0), canvas.shape[1], K, spec.prompt_length, spec.block_length,
+        spec.max_block_length or 0, spec.prefix_window, spec.min_prefix, max(spec.steps, 1),
+        spec.mask_id,
+        **constants(
+            K, spec.schedule, spec.max_block_length, spec.cache, spec.rule, spec.rule_value,
+            spec.refresh_commit, spec.eos_ids if spec.stop_at_eos else (),
+        ),
+        **launch_options(num_warps=4, num_stages=1),
+    )  # fmt: skip
+    return commit
+
+
+def constants(
+    K: int,
+    schedule: str,
+    max_block_length: int | None,
+    cache: str,
+    rule: str,
+    rule_value: float,
+    refresh_commit: str,
+    eos_ids: tuple[int, ...],
+) -> dict[str, object]:
+    """The kernel's compile-time arguments."""
+    block_k = triton.next_power_of_2(K)
+    return {
+        "SCHEDULE": schedule,
+        "CACHE": cache,
+        "RULE": rule,
+        "RULE_VALUE": float(rule_value),  # a runtime float would be rounded to float32
+        "BOUNDED": max_block_length is not None,
+        "REFRESH_FIRST": refresh_commit == "first",
+        "EOS_IDS": eos_ids,
+        "BLOCK_K": block_k,
+        "BLOCK_J": max(1, min(block_k, 4096 // block_k)),
+        "BLOCK_L": 1024,
+    }
+
+
+def compile_cases() -> list[CompileCase]:
+    """Every rule, schedule and cache policy; K = 32 as published and the widest window."""
+    pointers = {
+        **dict.fromkeys(("canvas_ptr", "token_ptr"), "*i64"),
+        **dict.fromkeys(
+            ("commit_ptr", "refresh_ptr", "done_ptr", "failed_ptr", "active_ptr"), "*i1"
+        ),
+        **dict.fromkeys(("start_ptr", "end_ptr", "prefix_ptr", "committed_ptr"), "*i32"),
+        **dict.fromkeys(("since_ptr", "step_ptr", "position_ptr", "leftpad_ptr"), "*i32"),
+        "confidence_ptr": "*fp32",
+    }
+    scalars = dict.fromkeys(
+        ("stride_cb", "L", "K", "prompt", "size", "max_size", "prefix_window", "min_prefix",
+         "steps", "mask_id"), "i32",
+    )  # fmt: skip
+    variants = (
+        # K, schedule, S_max, cache, rule, value, refresh commits, stops at EOS
+        (32, "dsb", 32, "dsb", "threshold", 0.9, "select", True),
+        (32, "dsb", None, "dsb", "threshold", 0.9, "first", True),
+        (32, "dsb", None, "dsb", "frechet", 0.25, "select", True),
+        (32, "dsb", None, "none", "factor", 1.0, "select", False),
+        (32, "naive", None, "dual", "threshold", 0.9, "first", True),
+        (32, "naive", None, "none", "quota", 0.0, "select", False),
+        (256, "dsb", None, "dsb", "threshold", 0.9, "select", True),
+        (256, "dsb", None, "dsb", "frechet", 0.25, "select", True),
+    )
+    return [
+        CompileCase(
+            op="unmask_and_slide",
+            name=f"{schedule} cache={cache} {rule} K={K}" + " first" * (commit == "first"),
+            kernel=_unmask_kernel,
+            signature=pointers | scalars,
+            constexprs=constants(
+                K, schedule, max_size, cache, rule, value, commit, (126081, 126348) if stop else ()
+            ),
+            num_warps=4,
+            divisible=tuple(pointers),
+        )
+        for K, schedule, max_size, cache, rule, value, commit, stop in variants
+    ]

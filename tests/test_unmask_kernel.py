@@ -1,0 +1,358 @@
+"""unmask_and_slide: the kernel's commits and states equal the definition's, step by step."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from dataclasses import dataclass, fields, replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from dsb_kernels import unmask_kernel as module
+from dsb_kernels.unmask import (
+    BOOL_FIELDS,
+    INT_FIELDS,
+    UnmaskSpec,
+    WindowState,
+    initial_state,
+    unmask_and_slide,
+    unmask_and_slide_definition,
+)
+from tests.mutations import DEVICE, assert_caught, kernels
+
+SLOW = pytest.mark.slow
+MASK = 99
+# Confidences on a coarse grid tie often and fall on thresholds.
+GRID = tuple(i / 16 for i in range(17))
+
+
+def ints(*values: int) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32, device=DEVICE)
+
+
+@dataclass
+class Run:
+    """Several steps over one canvas, with tokens and confidences drawn from a seed."""
+
+    schedule: str = "dsb"
+    max_block_length: int | None = None
+    cache: str = "dsb"
+    rule: str = "threshold"
+    rule_value: float = 0.75
+    prompt: int = 5
+    response: int = 24
+    block: int = 8
+    rows: int = 3
+    steps: int = 5
+    quota_steps: int = 0
+    refresh_commit: str = "select"
+    min_prefix: int = 1
+    prefix_window: int = 4
+    stop_at_eos: bool = True
+    values: tuple[float, ...] = GRID
+    leftpads: tuple[int, ...] = (0, 2, 4)
+    inactive: float = 0.1  # share of rows that sit a step out
+    seed: int = 0
+
+    def spec(self) -> UnmaskSpec:
+        return UnmaskSpec(
+            prompt_length=self.prompt,
+            block_length=self.block,
+            max_block_length=self.max_block_length,
+            schedule=self.schedule,
+            cache=self.cache,
+            prefix_window=self.prefix_window,
+            min_prefix=self.min_prefix,
+            rule=self.rule,
+            rule_value=self.rule_value,
+            steps=self.quota_steps,
+            refresh_commit=self.refresh_commit,
+            mask_id=MASK,
+            eos_ids=(3, 7),
+            stop_at_eos=self.stop_at_eos,
+        )
+
+    def canvas(self) -> Tensor:
+        generator = torch.Generator().manual_seed(self.seed)
+        shape = (self.rows, self.prompt + self.response)
+        canvas = torch.randint(0, 50, shape, generator=generator)
+        canvas[:, self.prompt :] = MASK
+        return canvas.to(DEVICE)
+
+    def check(self) -> None:
+        generator = torch.Generator().manual_seed(self.seed + 1)
+        spec, canvas = self.spec(), self.canvas()
+        leftpad = ints(*(self.leftpads * self.rows)[: self.rows])
+        state = initial_state(canvas, leftpad, spec)
+        expected_canvas, expected_state = canvas.clone(), copy.deepcopy(state)
+        shape = state.position.shape
+        values = torch.tensor(self.values)
+        for _ in range(self.steps):
+            # Tokens include the mask itself and both EOS ids.
+            token = torch.randint(0, 20, shape, generator=generator)
+            token[torch.rand(shape, generator=generator) < 0.02] = MASK
+            confidence = values[torch.randint(0, len(values), shape, generator=generator)]
+            active = torch.rand(self.rows, generator=generator) >= self.inactive
+            step = (token.to(DEVICE), confidence.to(DEVICE))
+            active = active.to(DEVICE)
+            with kernels():
+                commit = unmask_and_slide(canvas, *step, state, active, leftpad, spec)
+            expected = unmask_and_slide_definition(
+                expected_canvas, *step, expected_state, active, leftpad, spec
+            )
+            assert torch.equal(commit, expected)
+            assert torch.equal(canvas, expected_canvas)
+            for field in fields(WindowState):
+                found, wanted = (getattr(s, field.name) for s in (state, expected_state))
+                assert found.dtype == wanted.dtype
+                assert torch.equal(found, wanted), field.name
+
+
+RULES = {"threshold": 0.75, "factor": 1.0, "frechet": 0.25, "quota": 0.0}
+
+
+def run_of(rule: str, schedule: str, **settings: object) -> Run:
+    quota_steps = 0
+    if rule == "quota":
+        quota_steps = 12 if schedule == "dsb" else 4
+    # The definition's factor bound is rounded to float32, the kernel's is not: stay off a tie.
+    values = tuple(v + 1e-3 for v in GRID) if rule == "factor" else GRID
+    settings = {"values": values, "quota_steps": quota_steps} | settings
+    return Run(rule=rule, rule_value=RULES[rule], schedule=schedule, **settings)
+
+
+WAYS = [("dsb", None), ("dsb", 8), ("dsb", 12), ("naive", None)]
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize(("schedule", "max_block_length"), WAYS)
+def test_every_rule_and_schedule(rule: str, schedule: str, max_block_length: int | None) -> None:
+    run_of(rule, schedule, max_block_length=max_block_length, steps=4).check()
+
+
+@pytest.mark.parametrize("cache", ["dual", "none"])
+@pytest.mark.parametrize(("schedule", "max_block_length"), WAYS)
+def test_every_cache(cache: str, schedule: str, max_block_length: int | None) -> None:
+    run = run_of("threshold", schedule, max_block_length=max_block_length, cache=cache)
+    replace(run, refresh_commit="first" if cache == "dual" else "select").check()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize(("schedule", "max_block_length"), WAYS)
+def test_every_combination(rule: str, schedule: str, max_block_length: int | None) -> None:
+    for cache, commit, stop in itertools.product(
+        ("dsb", "dual", "none"), ("select", "first"), (False, True)
+    ):
+        settings = {"cache": cache, "refresh_commit": commit, "stop_at_eos": stop, "steps": 7}
+        run_of(rule, schedule, max_block_length=max_block_length, **settings).check()
+
+
+NAN, INF = float("nan"), float("inf")
+CASES = {
+    "to_the_end": Run(steps=9, rows=2, stop_at_eos=False),
+    "one_row": Run(rows=1, inactive=0.0),
+    "one_candidate": Run(block=1, response=4, inactive=0.0),
+    "one_position": Run(block=1, response=1, steps=2, inactive=0.0),
+    "block_is_response": Run(block=24, response=24),
+    "last_block_is_shorter": Run(schedule="naive", response=21, steps=8, values=(0.8,)),
+    "all_equal": Run(values=(0.5,), steps=6),
+    "all_above": Run(values=(0.75,), steps=6, inactive=0.0, stop_at_eos=False),
+    "nan": Run(values=(0.5, 0.75, 0.9, NAN), steps=3),
+    "infinite": Run(values=(0.5, INF, -INF), steps=4),
+    "infinite_frechet": Run(values=(0.5, INF), steps=4, rule="frechet", rule_value=0.25),
+    "negative": Run(values=(-3.0, -1e-30, -2e38), steps=3),
+    "many_eos": Run(values=(0.9,), steps=3, seed=4),
+    "candidates_in_pieces": Run(block=100, response=150, steps=3),
+    "candidates_in_pieces_frechet": Run(
+        block=100, response=150, steps=2, rule="frechet", rule_value=0.0, values=(0.99, 0.999, 1.0)
+    ),
+    "canvas_in_pieces": Run(prompt=1018, response=12, block=6, rows=2, inactive=0.0),
+    "no_prompt": Run(prompt=0, leftpads=(0,)),
+    "padded": Run(prefix_window=50, leftpads=(5, 0, 4)),
+    "no_prefix": Run(prefix_window=0, min_prefix=0),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_edge_cases(name: str) -> None:
+    CASES[name].check()
+
+
+@pytest.mark.slow
+def test_many_candidates_of_a_long_response() -> None:
+    Run(schedule="naive", block=1100, response=2200, rows=1, steps=2, inactive=0.0).check()
+
+
+def test_thresholds_are_compared_in_float64() -> None:
+    """0.9 as a float32 is below 0.9: such a confidence does not pass."""
+    values = (0.9, torch.nextafter(torch.tensor(0.9), torch.tensor(1.0)).item(), 0.5)
+    Run(rule_value=0.9, values=values, steps=3).check()
+
+
+@st.composite
+def runs(draw: st.DrawFn) -> Run:
+    rule = draw(st.sampled_from(list(RULES)))
+    schedule, bounded = draw(st.sampled_from([("dsb", False), ("dsb", True), ("naive", False)]))
+    block = draw(st.integers(1, 12))
+    response = block * draw(st.integers(1, 4))
+    run = run_of(rule, schedule, block=block, response=response)
+    blocks = response // block
+    quota_steps = draw(st.integers(1, response if schedule == "dsb" else block))
+    prompt = draw(st.integers(1, 9))
+    return replace(
+        run,
+        max_block_length=draw(st.integers(block, block + 8)) if bounded else None,
+        cache=draw(st.sampled_from(["dsb", "dual", "none"])),
+        quota_steps=quota_steps if rule == "quota" else 0,
+        refresh_commit=draw(st.sampled_from(["select", "first"])),
+        stop_at_eos=draw(st.booleans()),
+        prompt=prompt,
+        leftpads=draw(st.tuples(*[st.integers(0, prompt)] * 2)),
+        rows=draw(st.integers(1, 2)),
+        steps=draw(st.integers(1, 4 + blocks)),
+        min_prefix=draw(st.integers(0, 1)),
+        prefix_window=draw(st.integers(0, 30)),
+        seed=draw(st.integers(0, 2**31)),
+    )
+
+
+@settings(max_examples=6, deadline=None)
+@given(runs())
+def test_any_run(run: Run) -> None:
+    run.check()
+
+
+@pytest.mark.slow
+@settings(max_examples=200, deadline=None)
+@given(runs())
+def test_any_run_at_length(run: Run) -> None:
+    run.check()
+
+
+LOOP = "prompt // BLOCK_L * BLOCK_L, stop"
+MUTATIONS = {
+    # kernel, case, what stands there, the mistake
+    "ties_to_the_higher": ("unmask_kernel", "all_equal", "j[None, :] < k[", "j[None, :] > k["),
+    "window_end_included": ("valid_candidates", "late_candidate", "at < end", "at <= end"),
+    "last_candidate_dropped": ("valid_candidates", "all_above", "mask=k < K", "mask=k < K - 1"),
+    "threshold_excluded": ("commit_count", "all_above", "c >= RULE_VALUE", "c > RULE_VALUE"),
+    "nothing_committed": ("unmask_kernel", "all_equal", "tl.maximum(count, 1)", "count"),
+    "refresh_counts_on": ("unmask_kernel", "to_the_end", "0, tl.load(since_", "1, tl.load(since_"),
+    "end_does_not_grow": ("unmask_kernel", "to_the_end", "size + committed", "size"),
+    "eos_after_a_mask": ("unmask_kernel", "eos", "first_eos < first_masked", "first_eos < L"),
+    "candidate_lost": ("unmask_kernel", "to_the_end", "0) - 1\n", "0)\n"),
+    "padding_recomputed": ("unmask_kernel", "padded", "start - tl.load", "L - tl.load"),
+    "piece_dropped": ("unmask_kernel", "canvas_in_pieces", LOOP, LOOP + " - BLOCK_L"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS)
+def test_mistakes_are_caught(mutation: str) -> None:
+    kernel, name, old, new = MUTATIONS[mutation]
+    check = {
+        "late_candidate": check_late_candidate,
+        "eos": replace(CASES["to_the_end"], stop_at_eos=True, steps=6).check,
+    }.get(name) or CASES[name].check
+    assert_caught(check, module, f"_{kernel}", old, new)
+
+
+def arguments(run: Run) -> dict[str, object]:
+    canvas, spec = run.canvas(), run.spec()
+    leftpad = ints(*(run.leftpads * run.rows)[: run.rows])
+    state = initial_state(canvas, leftpad, spec)
+    return {
+        "canvas": canvas,
+        "token": torch.zeros_like(state.position, dtype=torch.int64) + 11,
+        "confidence": torch.zeros_like(state.position, dtype=torch.float32) + 0.8,
+        "state": state,
+        "active": torch.ones_like(state.done),
+        "leftpad": leftpad,
+        "spec": spec,
+    }
+
+
+def check_late_candidate() -> None:
+    """A candidate at the window's end, or one that is no longer masked, is not committed."""
+    found = arguments(Run(rows=2))
+    found["state"].position[0, -1] = found["state"].end[0]
+    found["canvas"][1, 6] = 0
+    expected = copy.deepcopy(found)
+    with kernels():
+        commit = unmask_and_slide(**found)
+    assert torch.equal(commit, unmask_and_slide_definition(**expected))
+    assert torch.equal(found["canvas"], expected["canvas"])
+
+
+def test_late_candidates_are_not_committed() -> None:
+    check_late_candidate()
+
+
+def test_canvas_of_any_row_stride() -> None:
+    found = arguments(Run())
+    expected = copy.deepcopy(found)
+    wide = torch.full((3, 100), MASK, device=DEVICE)
+    found["canvas"] = wide[:, 4:33].copy_(found["canvas"])
+    with kernels():
+        commit = unmask_and_slide(**found)
+    assert torch.equal(commit, unmask_and_slide_definition(**expected))
+    assert torch.equal(found["canvas"], expected["canvas"])
+    assert (wide[:, :4] == MASK).all() and (wide[:, 33:] == MASK).all()
+
+
+def flat(values: dict[str, object]) -> tuple[object, ...]:
+    """Arguments of the op as it is registered."""
+    state, spec = values["state"], values["spec"]
+    settings = [getattr(spec, f.name) for f in fields(UnmaskSpec)]
+    settings[-2] = list(settings[-2])
+    tensors = (values["canvas"], values["token"], values["confidence"])
+    fields_of_state = (getattr(state, f.name) for f in fields(WindowState))
+    return (*tensors, *fields_of_state, values["active"], values["leftpad"], *settings)
+
+
+def test_opcheck() -> None:
+    op = torch.ops.dsb.unmask_and_slide
+    with kernels():
+        names = ("test_schema", "test_faketensor")
+        torch.library.opcheck(op, flat(arguments(Run())), test_utils=names)
+    torch.library.opcheck(op, flat(arguments(Run())))
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=SLOW)])
+def test_compiles_without_a_graph_break(backend: str) -> None:
+    found = arguments(Run())
+    expected = copy.deepcopy(found)
+    commit = torch.compile(unmask_and_slide, fullgraph=True, backend=backend)(**found)
+    assert torch.equal(commit, unmask_and_slide_definition(**expected))
+    assert torch.equal(found["canvas"], expected["canvas"])
+    for name in (*INT_FIELDS, *BOOL_FIELDS, "position"):
+        assert torch.equal(getattr(found["state"], name), getattr(expected["state"], name)), name
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "error", "message"),
+    [
+        ("canvas", lambda t: t.int(), TypeError, "canvas has dtype int32"),
+        ("canvas", lambda t: t.repeat(1, 2)[:, ::2], ValueError, "canvas has stride 2"),
+        ("token", lambda t: t[:, 1:], ValueError, r"token has shape \(3, 7\)"),
+        ("confidence", lambda t: t.double(), TypeError, "confidence has dtype float64"),
+        ("active", lambda t: t.int(), TypeError, "active has dtype int32"),
+        ("leftpad", lambda t: t.to("meta"), ValueError, "leftpad is on meta"),
+        ("state", lambda s: replace(s, end=s.end.long()), TypeError, "state.end has dtype int64"),
+        ("state", lambda s: replace(s, done=s.done[:2]), ValueError, "state.done has shape"),
+        ("spec", lambda s: replace(s, rule="best"), ValueError, "rule='best': accepted are"),
+        ("spec", lambda s: replace(s, schedule="x"), ValueError, "schedule='x': accepted are"),
+        ("spec", lambda s: replace(s, prompt_length=30), ValueError, "prompt_length=30"),
+        ("spec", lambda s: replace(s, block_length=0), ValueError, "block_length=0"),
+        ("spec", lambda s: replace(s, rule="quota"), ValueError, "steps=0: the quota rule"),
+    ],
+)
+def test_bad_input_is_named(name: str, change, error: type[Exception], message: str) -> None:
+    values = arguments(Run())
+    values[name] = change(values[name])
+    with pytest.raises(error, match=f"unmask_and_slide: {message}"):
+        unmask_and_slide(**values)
