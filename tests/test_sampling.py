@@ -1,0 +1,225 @@
+"""Proposals against the families' published sampling, and against their distributions."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.distributions import Categorical
+
+import dsb_runtime as dsb
+from dsb_runtime.sampling import cut_top_k, cut_top_p, propose, sample_gumbel, sample_nucleus
+from tests import golden
+
+PROMPT = torch.tensor([[5, 6, 7, 8, 9, 10]])
+SHAPE = {"gen_length": 16, "block_length": 8}
+MASK = 15
+CUTS = list(itertools.product([None, 0.1, 0.5, 0.9, 1.0], [None, 1, 3, 100]))
+
+
+def random_logits(rows: int, vocab: int = 16, seed: int = 0, scale: float = 2.0) -> Tensor:
+    return scale * torch.randn(rows, vocab, generator=torch.Generator().manual_seed(seed))
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def settings(**values: Any) -> dsb.DecodingConfig:
+    return dsb.DecodingConfig(**SHAPE, **values)
+
+
+# --- Dream, row by row as it is published: temper, cut to top_p, cut to top_k, softmax ----------
+
+
+def published_row(
+    logits: list[float], temperature: float, top_p: float | None, top_k: int | None
+) -> list[float]:
+    """The probabilities that Dream samples from, one row, in plain Python floats."""
+    values = [x / temperature for x in logits] if temperature > 0 else list(logits)
+
+    def softmax(row: list[float]) -> list[float]:
+        exp = [math.exp(x - max(row)) for x in row]
+        return [e / sum(exp) for e in exp]
+
+    if top_p is not None and top_p < 1:
+        probability, before, kept = softmax(values), 0.0, set()
+        for index in sorted(range(len(values)), key=lambda i: -values[i]):
+            if before > top_p and kept:  # the token that crosses top_p is kept, and the first
+                break
+            kept.add(index)
+            before += probability[index]
+        values = [x if i in kept else -math.inf for i, x in enumerate(values)]
+    if top_k is not None:
+        lowest = sorted(values, reverse=True)[min(top_k, len(values)) - 1]
+        values = [x if x >= lowest else -math.inf for x in values]
+    return softmax(values)
+
+
+@pytest.mark.parametrize(("top_p", "top_k"), CUTS)
+@pytest.mark.parametrize("temperature", [0.0, 0.5, 2.0])
+def test_dreams_confidence_is_the_probability_after_temperature_and_cuts(temperature, top_p, top_k):
+    """The mask token is the least likely here, so that it decides nothing."""
+    logits = random_logits(40)
+    logits[:, MASK] = -30.0
+    config = settings(temperature=temperature, top_p=top_p, top_k=top_k)
+    token, confidence = sample_nucleus(logits.clone(), MASK, config, seeded(1))
+    for row, chosen, found in zip(logits.tolist(), token.tolist(), confidence, strict=True):
+        expected = published_row(row, temperature, top_p, top_k)
+        assert expected[chosen] > 0
+        assert found.item() == pytest.approx(expected[chosen], abs=1e-6)
+        if temperature == 0:
+            assert expected[chosen] == max(expected)
+
+
+@pytest.mark.parametrize(("top_p", "top_k"), CUTS)
+def test_dream_samples_what_the_cuts_leave(top_p, top_k):
+    """20000 draws of one row against its probabilities without the mask token: chi-square."""
+    row = random_logits(1, seed=3)
+    config = settings(temperature=0.8, top_p=top_p, top_k=top_k)
+    token, _ = sample_nucleus(row.repeat(20000, 1), MASK, config, seeded(2))
+    expected = torch.tensor(published_row(row[0].tolist(), 0.8, top_p, top_k))
+    expected[MASK] = 0
+    check_counts(token, expected / expected.sum())
+
+
+def check_counts(token: Tensor, probability: Tensor) -> None:
+    """Draws agree with a distribution: nothing impossible, chi-square within five sigma."""
+    counts = torch.bincount(token, minlength=len(probability)).double()
+    expected = probability.double() * len(token)
+    assert (counts[expected == 0] == 0).all()
+    often = expected > 5
+    chi = ((counts - expected)[often] ** 2 / expected[often]).sum().item()
+    freedom = max(int(often.sum()) - 1, 1)
+    assert chi < freedom + 5 * math.sqrt(2 * freedom)
+
+
+def test_top_p_keeps_the_token_that_crosses_and_always_one():
+    row = torch.tensor([[0.5, 0.25, 0.125, 0.125]]).log()
+    low = torch.finfo(row.dtype).min
+
+    def kept(top_p: float) -> int:
+        return int((cut_top_p(row, top_p) > low).sum())
+
+    assert [kept(p) for p in (0.01, 0.49, 0.51, 0.74, 0.76, 0.87, 0.88)] == [1, 1, 2, 2, 3, 3, 4]
+
+
+def test_top_k_keeps_ties_and_all_when_larger_than_the_vocabulary():
+    row = torch.tensor([[3.0, 1.0, 2.0, 2.0]])
+    low = torch.finfo(row.dtype).min
+    kept = [int((cut_top_k(row, k) > low).sum()) for k in (1, 2, 3, 4, 99)]
+    assert kept == [1, 3, 3, 4, 4]
+
+
+# --- LLaDA: Gumbel-max in float64, the untempered probability as confidence ---------------------
+
+
+@pytest.mark.parametrize("temperature", [0.3, 1.0, 2.5])
+def test_llada_samples_the_tempered_distribution(temperature):
+    row = random_logits(1, seed=5, scale=1.5)
+    token, confidence = sample_gumbel(row.repeat(20000, 1), MASK, temperature, seeded(3))
+    tempered = row[0] / temperature
+    tempered[MASK] = -math.inf
+    check_counts(token, tempered.softmax(-1))
+    expected = row[0].double().softmax(-1)[token].float()
+    assert torch.allclose(confidence, expected, atol=1e-7)
+
+
+def test_llada_equals_the_published_formula_on_the_same_noise():
+    """Published: argmax of exp(logits) / (-log u)^T in float64."""
+    logits = random_logits(200, 64)
+    token, _ = sample_gumbel(logits, 63, 0.7, seeded(4))
+    noise = torch.rand(logits.shape, dtype=torch.float64, generator=seeded(4))
+    scores = logits.double().exp() / (-noise.log()) ** 0.7
+    scores[:, 63] = -1
+    assert torch.equal(token, scores.argmax(-1))
+
+
+# --- both ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", golden.FAMILIES)
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_the_mask_token_is_never_proposed_but_stays_in_the_softmax(family, temperature):
+    """Its logit is by far the largest; everything else is drawn as usual, with little mass."""
+    info = golden.model(family).dsb
+    hidden, head = torch.eye(8), torch.nn.Linear(8, 512, bias=False)
+    with torch.no_grad():
+        head.weight[info.mask_id] = 25.0
+    token, confidence = propose(
+        hidden, head, torch.ones(8, dtype=torch.bool), settings(temperature=temperature), info,
+        seeded(0),
+    )  # fmt: skip
+    assert (token != info.mask_id).all() and (confidence < 1e-4).all()
+    if temperature == 0:
+        logits = head.weight.T.clone()
+        logits[:, info.mask_id] = -math.inf
+        assert torch.equal(token, logits.argmax(-1))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+@pytest.mark.parametrize("cut", [{"top_k": 1}, {"top_p": 0.1}])
+def test_cuts_that_leave_only_the_mask_token(cut, temperature):
+    """The best other token is proposed, with no confidence: it is committed last."""
+    logits = random_logits(10)
+    logits[:5, MASK] = 20.0
+    config = settings(temperature=temperature, **cut)
+    token, confidence = sample_nucleus(logits.clone(), MASK, config, seeded(0))
+    assert torch.equal(token[:5], logits[:5, :MASK].argmax(-1))
+    assert (confidence[:5] == 0).all() and (confidence[5:] > 0).all()
+    assert (token != MASK).all()
+
+
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+@pytest.mark.parametrize("family", golden.FAMILIES)
+@pytest.mark.parametrize("cache", ["none", "dsb"])
+def test_the_same_seed_gives_the_same_tokens(family, cache, temperature):
+    model, runs = golden.model(family), []
+    for seed in (1, 1, 2):
+        out = dsb.generate(
+            model, PROMPT, cache=cache, temperature=temperature, generator=seeded(seed), **SHAPE
+        )
+        assert not (out.sequences == model.dsb.mask_id).any()
+        runs.append(out.sequences.tolist())
+    assert runs[0] == runs[1] != runs[2]
+
+
+@pytest.mark.parametrize("family", golden.FAMILIES)
+def test_without_a_generator_torchs_own_seed_counts(family):
+    runs = []
+    for _ in range(2):
+        torch.manual_seed(11)
+        out = dsb.generate(golden.model(family), PROMPT, temperature=1.0, **SHAPE)
+        runs.append(out.sequences.tolist())
+    assert runs[0] == runs[1]
+
+
+def test_a_low_temperature_decodes_as_greedy():
+    """LLaDA's, whose confidence is not tempered; Dream's would saturate and change the order."""
+    model = golden.model("llada")
+    greedy = dsb.generate(model, PROMPT, steps=16, **SHAPE)
+    cold = dsb.generate(model, PROMPT, steps=16, temperature=1e-4, generator=seeded(0), **SHAPE)
+    assert cold.sequences.tolist() == greedy.sequences.tolist()
+
+
+def test_top_k_one_at_temperature_is_greedy_for_dream():
+    model = golden.model("dream")
+    greedy = dsb.generate(model, PROMPT, steps=16, top_k=1, **SHAPE)
+    cold = dsb.generate(model, PROMPT, steps=16, top_k=1, temperature=1.0, **SHAPE)
+    assert cold.sequences.tolist() == greedy.sequences.tolist()
+
+
+def test_a_categorical_draw_has_dreams_distribution():
+    """torch's Categorical is what Dream calls: the same counts, to sampling noise."""
+    row = random_logits(1, seed=9)
+    token, _ = sample_nucleus(row.repeat(20000, 1), MASK, settings(temperature=1.0), seeded(6))
+    torch.manual_seed(0)
+    logits = row[0].clone()
+    logits[MASK] = -math.inf
+    theirs = Categorical(logits=logits).sample((20000,))
+    ours, other = (torch.bincount(t, minlength=16).double() for t in (token, theirs))
+    assert ((ours - other).abs() < 5 * (ours + other + 1).sqrt()).all()
