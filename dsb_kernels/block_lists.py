@@ -1,0 +1,144 @@
+"""Lists of KV blocks for window_attention, in FlexAttention's layout.
+
+A list names the blocks of `block_size` cached positions that a row (or a KV head of a row) visits
+outside its window: `kv_num_blocks` (B,) or (B, H_kv) int32, and `kv_indices` (B, N) or
+(B, H_kv, N) int32 with N = ceil(capacity / block_size), of which the first `kv_num_blocks` count.
+Lists are ascending and made of device tensors alone: nothing is read by the host, every shape is
+known beforehand. Positions before the padding's end, past what is stored or inside the window are
+left out by window_attention itself, whatever a list names.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dsb_kernels.dispatch import check_tensor
+
+BlockLists = tuple[Tensor, Tensor]
+
+
+def lists_of(visited: Tensor) -> BlockLists:
+    """Lists of the blocks that are True in `visited` (..., N) bool, ascending."""
+    order = visited.int().argsort(dim=-1, descending=True, stable=True)
+    return visited.sum(-1, dtype=torch.int32), order.int()
+
+
+def _blocks(capacity: int, block_size: int, like: Tensor) -> Tensor:
+    """First position of each block, (N,) int32."""
+    for name, value in (("capacity", capacity), ("block_size", block_size)):
+        if value < 1:
+            raise ValueError(f"block lists: {name}={value}: accepted is at least 1")
+    return torch.arange(0, capacity, block_size, dtype=torch.int32, device=like.device)
+
+
+def _check_rows(**tensors: Tensor | None) -> None:
+    first = next(iter(tensors.values()))
+    for name, tensor in tensors.items():
+        if tensor is not None:
+            check_tensor(
+                "block lists", name, tensor, dtype=torch.int32,
+                shape=("B",) if tensor is first else first.shape, device=first.device,
+            )  # fmt: skip
+
+
+def blocks_all(cache_seqlens: Tensor, capacity: int, block_size: int = 64) -> BlockLists:
+    """Every block in which something is stored.
+
+    Args:
+        cache_seqlens: (B,) int32, end of what is stored.
+        capacity: positions of the cache.
+        block_size: positions of a block.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong dtype, shape, device or value.
+    """
+    _check_rows(cache_seqlens=cache_seqlens)
+    return lists_of(_blocks(capacity, block_size, cache_seqlens) < cache_seqlens[:, None])
+
+
+def blocks_left_padding(
+    cache_seqlens: Tensor, cache_leftpad: Tensor, capacity: int, block_size: int = 64
+) -> BlockLists:
+    """Every block in which something is stored, without those that are all left padding.
+
+    Args:
+        cache_leftpad: (B,) int32, where what is stored begins.
+        cache_seqlens, capacity, block_size: as `blocks_all`; errors too.
+    """
+    _check_rows(cache_seqlens=cache_seqlens, cache_leftpad=cache_leftpad)
+    first = _blocks(capacity, block_size, cache_seqlens)
+    stored = first < cache_seqlens[:, None]
+    return lists_of(stored & (first + block_size > cache_leftpad[:, None]))
+
+
+def blocks_near_window(
+    window_start: Tensor,
+    window_length: Tensor,
+    cache_seqlens: Tensor,
+    capacity: int,
+    num_after: int,
+    block_size: int = 64,
+    cache_leftpad: Tensor | None = None,
+) -> BlockLists:
+    """The blocks before the window and `num_after` blocks after it: far masks are skipped.
+
+    The block in which the window ends is visited besides (it may also hold positions after it);
+    `num_after` counts from the next.
+
+    Args:
+        window_start, window_length: (B,) int32, the window in the canvas.
+        num_after: blocks after the window, at least 0.
+        cache_leftpad: (B,) int32 or None (zeros).
+        cache_seqlens, capacity, block_size: as `blocks_all`; errors too.
+    """
+    _check_rows(
+        window_start=window_start, window_length=window_length, cache_seqlens=cache_seqlens,
+        cache_leftpad=cache_leftpad,
+    )  # fmt: skip
+    if num_after < 0:
+        raise ValueError(f"block lists: num_after={num_after}: accepted is at least 0")
+    first = _blocks(capacity, block_size, cache_seqlens)
+    end = (window_start + window_length)[:, None]
+    # Blocks that begin before the window's end are before it, or hold part of it.
+    after = (end + block_size - 1) // block_size * block_size
+    visited = (first < cache_seqlens[:, None]) & (first < after + num_after * block_size)
+    if cache_leftpad is not None:
+        visited &= first + block_size > cache_leftpad[:, None]
+    return lists_of(visited)
+
+
+def blocks_top_k(
+    scores: Tensor, k: int, cache_seqlens: Tensor | None = None, block_size: int = 64
+) -> BlockLists:
+    """The `k` blocks of the highest score, ties to the lower block.
+
+    Args:
+        scores: (B, N) or (B, H_kv, N) floating point; a block of score -inf or NaN is never
+            visited.
+        k: blocks per list, at least 0; fewer where fewer may be visited.
+        cache_seqlens: (B,) int32 or None; blocks from there on are never visited.
+        block_size: positions of a block.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong dtype, shape, device or value.
+    """
+    if scores.ndim not in (2, 3):
+        shape = tuple(scores.shape)
+        raise ValueError(f"block lists: scores has shape {shape}: accepted is (B, N), (B, H_kv, N)")
+    floats = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+    check_tensor("block lists", "scores", scores, dtype=floats, shape=("...",))
+    if k < 0:
+        raise ValueError(f"block lists: k={k}: accepted is at least 0")
+    allowed = scores > -torch.inf  # NaN is not
+    if cache_seqlens is not None:
+        check_tensor(
+            "block lists", "cache_seqlens", cache_seqlens, dtype=torch.int32,
+            shape=scores.shape[:1], device=scores.device,
+        )  # fmt: skip
+        first = _blocks(scores.shape[-1] * block_size, block_size, scores)
+        rows = cache_seqlens.view(-1, *(1,) * (scores.ndim - 1))
+        allowed = allowed & (first < rows)
+    order = torch.where(allowed, scores, -torch.inf).argsort(dim=-1, descending=True, stable=True)
+    best = torch.zeros_like(allowed).scatter(-1, order[..., :k], True)
+    return lists_of(best & allowed)
