@@ -1,0 +1,279 @@
+"""The `dsb` command: what it prints, its exit codes, one line for every error."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import dsb_runtime as dsb
+from dsb_runtime.cli import main
+from tests import golden
+from tests.checkpoints import parts, write, write_chat_model
+
+PROMPT = "w10 w20 w30"
+IDS = [[2, 10, 20, 30, 3]]  # in the chat template
+SHORT = ("--gen-length", "16", "--block-length", "8")
+COUNTS = r"(\d+) tokens, (\d+) forwards, ([\d.]+) tokens per forward, [\d.]+ tokens/s"
+
+
+@pytest.fixture(scope="module")
+def chat(tmp_path_factory) -> Path:
+    return write_chat_model(tmp_path_factory.mktemp("chat"))
+
+
+def direct(ids: list[list[int]] = IDS, **settings: Any) -> dsb.GenerationOutput:
+    """The same decoding through Python. The golden model is the chat model."""
+    shape = {"gen_length": 16, "block_length": 8, "stop_at_eos": True}
+    return dsb.generate(golden.model("llada"), torch.tensor(ids), **{**shape, **settings})
+
+
+def run_json(capsys: pytest.CaptureFixture, folder: Path, *options: str) -> dict[str, Any]:
+    assert main(["generate", PROMPT, "--model", str(folder), "--json", *options]) == 0
+    captured = capsys.readouterr()
+    assert captured.err == "" and captured.out.count("\n") == 1
+    return json.loads(captured.out)
+
+
+def words(ids: list[int]) -> str:
+    return " ".join(f"w{i}" for i in ids)
+
+
+def test_answer_and_counts(chat, capsys):
+    assert main(["generate", PROMPT, "--model", str(chat), *SHORT]) == 0
+    out = direct()
+    answer, counts = capsys.readouterr().out.splitlines()
+    assert answer == words(out.sequences[0, 5:].tolist())
+    tokens, forwards, ratio = re.fullmatch(COUNTS, counts).groups()
+    assert (int(tokens), int(forwards)) == (16, out.nfe)
+    assert float(ratio) == pytest.approx(16 / out.nfe, abs=0.005)
+
+
+def test_json(chat, capsys):
+    found, out = run_json(capsys, chat, *SHORT), direct()
+    assert found["response_ids"] == out.sequences[0, 5:].tolist()
+    assert found["answer"] == words(found["response_ids"])
+    assert found["committed_per_forward"] == out.tokens_per_forward
+    assert (found["tokens"], found["forwards"]) == (16, out.nfe)
+    assert found["tokens_per_forward"] == 16 / out.nfe
+    assert found["tokens_per_second"] == pytest.approx(16 / found["seconds"])
+
+
+@pytest.mark.parametrize(
+    ("options", "settings"),
+    [
+        (("--schedule", "naive", "--cache", "dual"), {"schedule": "naive", "cache": "dual"}),
+        (("--max-block-length", "8", "--threshold", "0.5"),
+         {"max_block_length": 8, "threshold": 0.5}),
+        (("--prefix-window", "2", "--refresh-commit", "first"),
+         {"prefix_window": 2, "refresh_commit": "first"}),
+        (("--factor", "1", "--cache", "none"), {"factor": 1.0, "cache": "none"}),
+        (("--frechet", "0.1"), {"frechet": 0.1}),
+        (("--steps", "8", "--no-stop-at-eos"), {"steps": 8, "stop_at_eos": False}),
+    ],
+)  # fmt: skip
+def test_options_are_the_settings(chat, capsys, options, settings):
+    found, out = run_json(capsys, chat, *SHORT, *options), direct(**settings)
+    assert found["response_ids"] == out.sequences[0, 5:].tolist()
+    assert found["committed_per_forward"] == out.tokens_per_forward
+
+
+def test_raw_leaves_the_chat_template_out(chat, capsys):
+    found = run_json(capsys, chat, *SHORT, "--raw")
+    assert found["response_ids"] == direct([[10, 20, 30]]).sequences[0, 3:].tolist()
+    assert found["response_ids"] != run_json(capsys, chat, *SHORT)["response_ids"]
+
+
+def test_the_prompt_from_standard_input(chat, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"{PROMPT}\n"))
+    assert main(["generate", "-", "--model", str(chat), "--json", *SHORT]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["response_ids"] == direct().sequences[0, 5:].tolist()
+
+
+def test_tokens_are_counted_to_the_first_eos(tmp_path, capsys):
+    """A token that the model does produce is named the EOS: the answer ends there."""
+    free = direct().sequences[0, 5:].tolist()
+    eos = free[6]
+    config, weights = parts("llada")
+    folder = write_chat_model(tmp_path)
+    write(folder, {**config, "eos_token_id": eos}, weights)
+    for option in ("--stop-at-eos", "--no-stop-at-eos"):
+        found = run_json(capsys, folder, *SHORT, option)
+        count = free.index(eos) + 1
+        assert found["tokens"] == count
+        assert found["answer"] == words(free[:count])
+        assert found["tokens_per_forward"] == count / found["forwards"]
+        rest = found["response_ids"][count:]
+        assert (set(rest) == {eos}) == (option == "--stop-at-eos")
+
+
+def test_seeds(chat, capsys):
+    hot = (*SHORT, "--temperature", "3")
+    runs = [run_json(capsys, chat, *hot, "--seed", s)["response_ids"] for s in ("1", "1", "2")]
+    assert runs[0] == runs[1] != runs[2]
+
+
+def test_default_lengths(tmp_path, capsys):
+    """The checkpoint's `max_new_tokens`, and a quarter of it a block."""
+    folder = write_chat_model(tmp_path)
+    (folder / "generation_config.json").write_text('{"max_new_tokens": 12, "eos_token_id": 1}')
+    expected = direct(gen_length=12, block_length=3)
+    assert run_json(capsys, folder)["response_ids"] == expected.sequences[0, 5:].tolist()
+
+
+@pytest.mark.parametrize("suffix", ["png", "svg", "PNG"])
+def test_trace(chat, capsys, tmp_path, suffix):
+    path = tmp_path / f"trace.{suffix}"
+    found = run_json(capsys, chat, *SHORT, "--trace", str(path))
+    assert found["response_ids"] == direct().sequences[0, 5:].tolist()
+    assert path.read_bytes().startswith(b"<?xml" if suffix == "svg" else b"\x89PNG")
+
+
+def test_live_to_a_pipe_shows_the_last_canvas_without_escapes(chat, capsys):
+    options = ("--live", "--frame-seconds", "0")
+    assert main(["generate", PROMPT, "--model", str(chat), *SHORT, *options]) == 0
+    out, response = capsys.readouterr().out, direct()
+    assert "\x1b" not in out
+    assert f"forward {response.nfe}" in out and "prefix window" in out
+    flat = " ".join(out.split())
+    assert f"{words(IDS[0])} {words(response.sequences[0, 5:].tolist())}" in flat
+    assert re.search(COUNTS, out)
+
+
+# --- errors -----------------------------------------------------------------------------------
+
+
+def refused(capsys: pytest.CaptureFixture, *argv: object, said: str) -> None:
+    """The command says one line on stderr, nothing on stdout, and exits 2."""
+    try:
+        code = main([str(a) for a in argv])
+    except SystemExit as stop:  # argparse
+        code = stop.code
+    captured = capsys.readouterr()
+    assert code == 2 and captured.out == ""
+    assert captured.err.count("\n") == 1 and captured.err.startswith("dsb")
+    assert said in captured.err
+
+
+WRONG = [
+    (("--gen-length", 0), "gen_length=0"),
+    (("--gen-length", 16, "--block-length", 17), "block_length=17"),
+    (("--block-length", 8, "--max-block-length", 4), "max_block_length=4"),
+    (("--gen-length", 1020), "gen_length=1020 after a prompt of 5 needs 1025 positions"),
+    (("--threshold", 2), "threshold=2.0"),
+    (("--threshold", 0.5, "--factor", 1), "threshold=0.5, factor=1.0: expected at most one"),
+    (("--steps", 4, "--frechet", 0), "frechet=0.0, steps=4"),
+    (("--top-p", 0.9), "top_p=0.9: llada samples"),
+    (("--temperature", "nan"), "temperature=nan"),
+    (("--cache", "none", "--prefix-window", 4), "prefix_window=4"),
+    (("--seed", -1), "--seed=-1"),
+    (("--seed", 2**63), "--seed="),
+    (("--mask-id", 9999), "mask_id=9999"),
+    (("--dtype", "int8"), "dtype='int8'"),
+    (("--device", "gpu9"), "device='gpu9'"),
+    (("--live", "--json"), "--live and --json"),
+    (("--live", "--frame-seconds", -1), "--frame-seconds -1"),
+    (("--trace", "/no/such/folder/a.png"), "no such folder"),
+    (("--trace", "a.txt"), "trace='a.txt': expected a file ending in"),
+    (("--trace", "picture"), "trace='picture'"),
+    (("--schedule", "fast"), "argument --schedule: invalid choice: 'fast'"),
+    (("--gen-length", "many"), "argument --gen-length: invalid int value: 'many'"),
+    (("--family", "gpt2"), "argument --family"),
+    (("--no-such-option",), "--no-such-option"),
+]
+
+
+@pytest.mark.parametrize(("options", "said"), WRONG)
+def test_wrong_options(chat, capsys, options, said):
+    refused(capsys, "generate", PROMPT, "--model", chat, *options, said=said)
+
+
+@pytest.mark.parametrize("argv", [(), ("generate",), ("decode", "x"), ("generate", "a", "b")])
+def test_wrong_commands(capsys, argv):
+    refused(capsys, *argv, said="--help")
+
+
+@pytest.mark.parametrize("prompt", ["", "  \n", "-"])
+def test_empty_prompts(chat, capsys, monkeypatch, prompt):
+    monkeypatch.setattr(sys, "stdin", io.StringIO(" \n"))
+    refused(capsys, "generate", prompt, "--model", chat, said="prompt: empty")
+
+
+def test_a_template_that_makes_nothing_or_fails(tmp_path, capsys):
+    folder = write_chat_model(tmp_path)
+    template = folder / "chat_template.jinja"
+    cases = {
+        "{{ '' }}": "an empty prompt",
+        "{{ 1 / 0 }}": "chat template: division",
+        "{% if %}": "chat template: ",
+    }
+    for text, said in cases.items():
+        template.write_text(text)
+        refused(capsys, "generate", PROMPT, "--model", folder, *SHORT, said=said)
+
+
+def test_models_that_cannot_be_used(tmp_path, capsys):
+    def generate(folder: object, said: str) -> None:
+        refused(capsys, "generate", PROMPT, "--model", folder, *SHORT, said=said)
+
+    generate(golden.DATA / "llada", "no tokenizer that can be read")
+    generate("/no/such/folder", "expected a checkpoint folder or a hub id")
+    generate(tmp_path, "no config.json, so this is no model folder")
+    folder = write_chat_model(tmp_path / "cut")
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:5000])
+    generate(folder, "not a whole safetensors file")
+    config, weights = parts("llada")
+    weights["model.transformer.ff_out.weight"][3] = float("nan")
+    generate(write(folder, config, weights), "step 0: the model's logits are NaN")
+
+
+def test_ctrl_c(chat, capsys, monkeypatch):
+    class Interrupted(io.StringIO):
+        def read(self, *args: Any) -> str:
+            signal.raise_signal(signal.SIGINT)
+            return ""
+
+    monkeypatch.setattr(sys, "stdin", Interrupted())
+    assert main(["generate", "-", "--model", str(chat)]) == 130
+    assert capsys.readouterr().err == "dsb: interrupted\n"
+
+
+# --- as a process -----------------------------------------------------------------------------
+
+
+def process(*argv: str, **how: Any) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    return subprocess.run(
+        [sys.executable, "-m", "dsb_runtime", *argv],
+        env=environment, capture_output=True, text=True, check=False, **how,
+    )  # fmt: skip
+
+
+def test_help():
+    done = process("--help")
+    assert done.returncode == 0 and done.stderr == ""
+    assert "generate" in done.stdout and "eval" in done.stdout
+
+
+def test_a_process_that_answers(chat):
+    done = process("generate", "-", "--model", str(chat), *SHORT, input=PROMPT)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.splitlines()[0] == words(direct().sequences[0, 5:].tolist())
+
+
+def test_a_process_that_fails():
+    done = process("generate", "hi", "--model", "nobody/nothing")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("dsb: model='nobody/nothing': neither a folder nor a hub id")
+    assert done.stderr.count("\n") == 1
