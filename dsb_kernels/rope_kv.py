@@ -20,7 +20,7 @@ from dsb_kernels.dispatch import (
     use_triton,
     wrap_triton,
 )
-from dsb_kernels.tuning import Config
+from dsb_kernels.tuning import CompileCase, Config
 
 # 16 rows of a head of 128: every thread loads 16 bytes of each half.
 TILE = Config({"BLOCK_W": 16}, num_warps=4)
@@ -279,3 +279,33 @@ def rope_write_kv(
         q, k, v, cos_sin_cache, k_cache, v_cache,
         window_start, window_length, position_offset, is_neox,
     )  # fmt: skip
+
+
+def compile_cases() -> list[CompileCase]:
+    """The models' head dim in both layouts; a table in float32 and in the model's dtype."""
+    names = _rope_write_kv_kernel.arg_names
+    integers = dict.fromkeys(("window_start_ptr", "window_length_ptr", "offset_ptr"), "*i32")
+    cases = []
+    for D, is_neox, table in ((128, True, "fp32"), (128, True, "bf16"), (128, False, "fp32")):
+        constexprs = {"HEAD_DIM": D, "NEOX": is_neox, "BLOCK_D": D, **TILE.blocks}
+        kinds = integers | {"cos_sin_ptr": f"*{table}"}
+        signature = {
+            n: kinds.get(n, "*bf16" if n.endswith("_ptr") else "i32")
+            for n in names
+            if n not in constexprs
+        }
+        cases.append(
+            CompileCase(
+                op="rope_write_kv",
+                name=f"head dim {D} {'neox' if is_neox else 'interleaved'} table {table}",
+                kernel=_rope_write_kv_kernel,
+                signature=signature,
+                constexprs=constexprs,
+                num_warps=TILE.num_warps,
+                num_stages=TILE.num_stages,
+                divisible=tuple(n for n in signature if n not in ("H", "max_pos")),
+                expects_wide_loads=True,
+                scalar_load_bytes=12,  # the row's start, length and offset
+            )
+        )
+    return cases
