@@ -1,0 +1,368 @@
+"""The Triton kernels of window_attention: attention over splits of the keys, and their combine.
+
+They restate the definition in `dsb_kernels.window_attention` without sharing code with it, whose
+shape letters they use.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import torch
+from torch import Tensor
+
+from dsb_kernels.dispatch import jit, launch_options, tl, triton, wrap_triton
+from dsb_kernels.tuning import CompileCase, Config
+
+MAX_SPLITS, DEFAULT_MAX_SPLITS = 128, 32
+COMBINE_ROWS = 8
+
+# Head dim up to -> query rows of a KV head (G * W) up to -> tile. 64 rows and up run on wgmma; K/V
+# tiles of 64 positions, two ahead in flight, saturate memory with one program per SM.
+TILES: dict[int, dict[int, Config]] = {
+    128: {
+        16: Config({"BLOCK_M": 16, "BLOCK_N": 64}, num_warps=4, num_stages=3),
+        32: Config({"BLOCK_M": 32, "BLOCK_N": 64}, num_warps=4, num_stages=3),
+        64: Config({"BLOCK_M": 64, "BLOCK_N": 64}, num_warps=4, num_stages=3),
+        1 << 62: Config({"BLOCK_M": 128, "BLOCK_N": 64}, num_warps=8, num_stages=3),
+    },
+    256: {
+        16: Config({"BLOCK_M": 16, "BLOCK_N": 32}, num_warps=4, num_stages=3),
+        64: Config({"BLOCK_M": 64, "BLOCK_N": 32}, num_warps=4, num_stages=3),
+        1 << 62: Config({"BLOCK_M": 128, "BLOCK_N": 32}, num_warps=8, num_stages=2),
+    },
+}
+FLOAT32_TILE = Config({"BLOCK_M": 32, "BLOCK_N": 32}, num_warps=4)  # tests only: no tensor cores
+
+
+def tile_of(rows: int, D: int, dtype: torch.dtype) -> Config:
+    """The tile for `rows` query rows of a KV head."""
+    if dtype == torch.float32:
+        return FLOAT32_TILE
+    classes = TILES[128 if D <= 128 else 256]
+    return next(config for limit, config in classes.items() if rows <= limit)
+
+
+def choose_splits(programs: int, sm_count: int) -> int:
+    """The fewest splits within 85% of the best share of busy SMs (FlashAttention-3's rule)."""
+    share = []
+    for splits in range(1, DEFAULT_MAX_SPLITS + 1):
+        waves = programs * splits / sm_count
+        share.append(waves / math.ceil(waves))
+    return next(i for i, s in enumerate(share, 1) if s >= 0.85 * max(share))
+
+
+@functools.cache
+def sm_count(device: torch.device) -> int:
+    """Streaming multiprocessors; the interpreter stands in for an H100."""
+    if device.type != "cuda":
+        return 132
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@jit
+def _attention_kernel(
+    q_ptr, kw_ptr, vw_ptr, kc_ptr, vc_ptr, out_ptr, lse_ptr,
+    window_start_ptr, window_length_ptr, seqlens_ptr, leftpad_ptr, num_blocks_ptr, indices_ptr,
+    stride_qb, stride_qh, stride_qw,
+    stride_kwb, stride_kwh, stride_kwn, stride_vwb, stride_vwh, stride_vwn,
+    stride_kcb, stride_kch, stride_kcn, stride_vcb, stride_vch, stride_vcn,
+    stride_ob, stride_os, stride_oh, stride_ow,
+    stride_nb, stride_nh, stride_ib, stride_ih,
+    H_kv, W, C, softmax_scale,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, NUM_SPLITS: tl.constexpr,
+    WINDOW_IN_CACHE: tl.constexpr, KV_BLOCK: tl.constexpr, RETURN_LSE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """One program: BLOCK_M query rows of one KV head against one split of its keys.
+
+    Row r of a KV head's G * W rows is window row r // G of the group's head r % G, so that the
+    rows in use are the first ones and all of a group's share the K/V that is loaded.
+    Keys are visited in blocks of BLOCK_N, cached ones first, then the window's; a block reads one
+    of the two. Invariant: acc and total are sums over the visited keys weighted with
+    2^(score - top), scores in units of log2, top the largest score so far.
+    """
+    # Neighbouring programs share K/V: they run together and find it in the L2 cache.
+    split = tl.program_id(1)
+    b = (tl.program_id(2) // H_kv).to(tl.int64)
+    kv_head = (tl.program_id(2) % H_kv).to(tl.int64)
+    window_start = tl.load(window_start_ptr + b)
+    window_length = tl.minimum(tl.load(window_length_ptr + b), W)
+    seqlen = tl.minimum(tl.load(seqlens_ptr + b), C)
+    leftpad = 0
+    if leftpad_ptr is not None:
+        leftpad = tl.load(leftpad_ptr + b)
+    window_end = window_start + window_length
+
+    # The visit list: n_cached blocks of the cache, then those of the window.
+    if indices_ptr is not None:
+        indices_ptr += b * stride_ib + kv_head * stride_ih
+        n_cached = tl.load(num_blocks_ptr + b * stride_nb + kv_head * stride_nh)
+        n_cached *= KV_BLOCK // BLOCK_N
+        before, first, second = n_cached, 0, 0
+    else:
+        # Blocks that overlap [leftpad, window_start) and [window_end, seqlen), each once.
+        first = leftpad // BLOCK_N
+        before_end = tl.cdiv(tl.minimum(window_start, seqlen), BLOCK_N)
+        before = tl.maximum(before_end - first, 0)
+        second = tl.maximum(tl.maximum(window_end, leftpad) // BLOCK_N, first + before)
+        n_cached = before + tl.maximum(tl.cdiv(seqlen, BLOCK_N) - second, 0)
+    n_blocks = n_cached + tl.cdiv(window_length, BLOCK_N)
+    per_split = tl.cdiv(n_blocks, NUM_SPLITS)
+    low = split * per_split
+    high = tl.minimum(low + per_split, n_blocks)
+
+    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    window_row = (row // GROUP).to(tl.int64)
+    head = kv_head * GROUP + row % GROUP
+    valid = window_row < window_length
+    if tl.program_id(0) * BLOCK_M >= window_length * GROUP:
+        high = low  # a tile past the window's end visits nothing
+    d = tl.arange(0, BLOCK_D)
+    q_ptrs = q_ptr + b * stride_qb + head[:, None] * stride_qh + window_row[:, None] * stride_qw
+    if HEAD_DIM == BLOCK_D:
+        q = tl.load(q_ptrs + d[None, :], mask=valid[:, None], other=0.0)
+    else:
+        q = tl.load(q_ptrs + d[None, :], mask=valid[:, None] & (d < HEAD_DIM)[None, :], other=0.0)
+    scale = tl.cast(softmax_scale, tl.float32) * 1.4426950408889634  # log2(e)
+
+    kc_ptr += b * stride_kcb + kv_head * stride_kch
+    vc_ptr += b * stride_vcb + kv_head * stride_vch
+    if WINDOW_IN_CACHE:
+        kw_ptr = kc_ptr + window_start.to(tl.int64) * stride_kcn
+        vw_ptr = vc_ptr + window_start.to(tl.int64) * stride_vcn
+    else:
+        kw_ptr += b * stride_kwb + kv_head * stride_kwh
+        vw_ptr += b * stride_vwb + kv_head * stride_vwh
+
+    top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    for j in range(low, high):
+        fresh = j >= n_cached
+        if indices_ptr is not None:
+            part = KV_BLOCK // BLOCK_N
+            n0 = tl.load(indices_ptr + j // part, mask=j < n_cached, other=0) * KV_BLOCK
+            n0 += j % part * BLOCK_N
+        else:
+            n0 = tl.where(j < before, first + j, second + j - before) * BLOCK_N
+        n0 = tl.where(fresh, (j - n_cached) * BLOCK_N, n0)
+        n = n0 + tl.arange(0, BLOCK_N)
+        # Fresh: [0, window_length). Cached: [leftpad, seqlen) without the window.
+        seen = (n >= tl.where(fresh, 0, leftpad)) & (n < tl.where(fresh, window_length, seqlen))
+        seen &= (n < tl.where(fresh, W, window_start)) | (n >= tl.where(fresh, 0, window_end))
+        k_ptr = tl.where(fresh, kw_ptr, kc_ptr)
+        v_ptr = tl.where(fresh, vw_ptr, vc_ptr)
+        stride_kn = tl.where(fresh, stride_kwn, stride_kcn)
+        stride_vn = tl.where(fresh, stride_vwn, stride_vcn)
+        k_ptr += n0.to(tl.int64) * stride_kn
+        v_ptr += n0.to(tl.int64) * stride_vn
+        offset = tl.arange(0, BLOCK_N)[:, None]
+        mask = seen[:, None]
+        if HEAD_DIM != BLOCK_D:
+            mask = mask & (d < HEAD_DIM)[None, :]
+        k = tl.load(k_ptr + (offset * stride_kn + d[None, :]), mask=mask, other=0.0)
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+        scores = tl.where(seen[None, :], scores, float("-inf"))
+        new_top = tl.maximum(top, tl.max(scores, 1))
+        # Nothing seen yet: -inf - -inf would be NaN.
+        shift = tl.where(new_top == float("-inf"), 0.0, new_top)
+        p = tl.exp2(scores - shift[:, None])
+        decay = tl.exp2(top - shift)
+        total = total * decay + tl.sum(p, 1)
+        v = tl.load(v_ptr + (offset * stride_vn + d[None, :]), mask=mask, other=0.0)
+        acc = tl.dot(p.to(v.dtype), v, acc * decay[:, None], input_precision="ieee")
+        top = new_top
+
+    # Nothing seen: acc is 0 and top is -inf, as the result should be.
+    total = tl.where(total == 0.0, 1.0, total)
+    acc = tl.where(valid[:, None], acc / total[:, None], 0.0)
+    out_ptrs = out_ptr + b * stride_ob + split * stride_os + head[:, None] * stride_oh
+    out_ptrs += window_row[:, None] * stride_ow + d[None, :]
+    # Partial results of rows past the window are not read.
+    stored = (window_row < W) if NUM_SPLITS == 1 else valid
+    mask = stored[:, None] & (d < HEAD_DIM)[None, :]
+    tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=mask)
+    if RETURN_LSE or NUM_SPLITS > 1:
+        lse = (top + tl.log2(total)) * 0.6931471805599453  # ln(2)
+        lse = tl.where(valid, lse, float("-inf"))
+        lse_ptrs = lse_ptr + ((b * NUM_SPLITS + split) * H_kv * GROUP + head) * W + window_row
+        tl.store(lse_ptrs, lse, mask=stored)
+
+
+@jit
+def _combine_kernel(
+    partial_ptr, partial_lse_ptr, out_ptr, lse_ptr, window_length_ptr,
+    stride_ob, stride_oh, stride_ow, H, W,
+    HEAD_DIM: tl.constexpr, NUM_SPLITS: tl.constexpr, RETURN_LSE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """One program: the splits of BLOCK_M of a batch row's H * W query rows, in a fixed order."""
+    b = tl.program_id(1).to(tl.int64)
+    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    head, window_row = (row // W).to(tl.int64), (row % W).to(tl.int64)
+    inside = row < H * W
+    valid = inside & (window_row < tl.load(window_length_ptr + b))
+    d = tl.arange(0, BLOCK_D)
+    mask = (d < HEAD_DIM)[None, :]
+    partial_lse_ptrs = partial_lse_ptr + b * NUM_SPLITS * H * W + row
+    top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    for split in range(NUM_SPLITS):
+        lse = tl.load(partial_lse_ptrs + split * H * W, mask=valid, other=float("-inf"))
+        top = tl.maximum(top, lse)
+    shift = tl.where(top == float("-inf"), 0.0, top)
+    partial_ptrs = partial_ptr + (b * NUM_SPLITS * H * W + row)[:, None] * HEAD_DIM + d[None, :]
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    for split in range(NUM_SPLITS):
+        lse = tl.load(partial_lse_ptrs + split * H * W, mask=valid, other=float("-inf"))
+        weight = tl.exp(lse - shift)
+        total += weight
+        part = tl.load(partial_ptrs + split * H * W * HEAD_DIM, mask=valid[:, None] & mask, other=0)
+        acc += part * weight[:, None]
+    total = tl.where(total == 0.0, 1.0, total)
+    acc = acc / total[:, None]
+    out_ptrs = out_ptr + b * stride_ob + head[:, None] * stride_oh + window_row[:, None] * stride_ow
+    tl.store(out_ptrs + d[None, :], acc.to(out_ptr.dtype.element_ty), mask=inside[:, None] & mask)
+    if RETURN_LSE:
+        tl.store(lse_ptr + b * H * W + row, top + tl.log(total), mask=inside)
+
+
+def launch(
+    q: Tensor,
+    k_window: Tensor | None,
+    v_window: Tensor | None,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    window_start: Tensor,
+    window_length: Tensor,
+    cache_seqlens: Tensor,
+    cache_leftpad: Tensor | None,
+    kv_num_blocks: Tensor | None,
+    kv_indices: Tensor | None,
+    kv_block_size: int,
+    softmax_scale: float,
+    num_splits: int | None,
+    return_lse: bool,
+) -> tuple[Tensor, Tensor]:
+    """As `window_attention`; without `return_lse` the second tensor is empty."""
+    B, H, W, D = q.shape
+    H_kv, C = k_cache.shape[1:3]
+    out = torch.empty_like(q)
+    lse = q.new_empty((B, H, W) if return_lse else 0, dtype=torch.float32)
+    if q.numel() == 0:
+        return out, lse
+    config = tile_of(H // H_kv * W, D, q.dtype)
+    blocks = dict(config.blocks, BLOCK_D=max(64, triton.next_power_of_2(D)))
+    if kv_indices is not None:
+        blocks["BLOCK_N"] = min(blocks["BLOCK_N"], kv_block_size)
+    tiles = triton.cdiv(H // H_kv * W, blocks["BLOCK_M"])
+    if num_splits is None:
+        num_splits = choose_splits(B * H_kv * tiles, sm_count(q.device))
+    target, target_lse = out, lse
+    if num_splits > 1:
+        target = q.new_empty(B, num_splits, H, W, D, dtype=torch.float32)
+        target_lse = q.new_empty(B, num_splits, H, W, dtype=torch.float32)
+    window = (k_cache, v_cache) if k_window is None else (k_window, v_window)
+    lists = (0, 0, 0, 0)
+    if kv_indices is not None:
+        per_head = kv_indices.ndim == 3
+        lists = (
+            kv_num_blocks.stride(0), kv_num_blocks.stride(1) if per_head else 0,
+            kv_indices.stride(0), kv_indices.stride(1) if per_head else 0,
+        )  # fmt: skip
+    wrap_triton(_attention_kernel)[(tiles, num_splits, B * H_kv)](
+        q, *window, k_cache, v_cache, target, target_lse,
+        window_start, window_length, cache_seqlens, cache_leftpad, kv_num_blocks, kv_indices,
+        *q.stride()[:3], *window[0].stride()[:3], *window[1].stride()[:3],
+        *k_cache.stride()[:3], *v_cache.stride()[:3],
+        target.stride(0), 0 if num_splits == 1 else target.stride(1), *target.stride()[-3:-1],
+        *lists, H_kv, W, C, softmax_scale,
+        GROUP=H // H_kv, HEAD_DIM=D, NUM_SPLITS=num_splits, WINDOW_IN_CACHE=k_window is None,
+        KV_BLOCK=kv_block_size, RETURN_LSE=return_lse,
+        **blocks, **launch_options(config.num_warps, config.num_stages),
+    )  # fmt: skip
+    if num_splits > 1:
+        wrap_triton(_combine_kernel)[(triton.cdiv(H * W, COMBINE_ROWS), B)](
+            target, target_lse, out, lse, window_length, *out.stride()[:3], H, W,
+            HEAD_DIM=D, NUM_SPLITS=num_splits, RETURN_LSE=return_lse,
+            BLOCK_M=COMBINE_ROWS, BLOCK_D=blocks["BLOCK_D"], **launch_options(4, 1),
+        )  # fmt: skip
+    return out, lse
+
+
+def compile_cases() -> list[CompileCase]:
+    """LLaDA-8B, iLLaDA-8B and Dream-7B at every window capacity, and the other head dims.
+
+    Capacities that share tile and splits are one case. The KV cache has been written (as the
+    runtime does it) or the window is fresh, all blocks are visited or listed ones.
+    """
+    shapes = [  # name, heads, KV heads, head dim, window capacities
+        ("LLaDA-8B", 32, 32, 128, (32, 64, 128, 256)),
+        ("iLLaDA-8B", 32, 8, 128, (32, 64, 128, 256)),
+        ("Dream-7B", 28, 4, 128, (32, 64, 128, 256)),
+        *((f"head dim {d}", 16, 16, d, (64, 128)) for d in (64, 80, 96, 256)),
+    ]
+    cases = {}
+    for name, H, H_kv, D, capacities in shapes:
+        for W in capacities:
+            rows = H // H_kv * W
+            ways = [(True, False), (False, True)] if D == 128 else [(True, False)]
+            for in_cache, listed in ways:
+                words = f"{name} {min(rows, 128)} rows {'in cache' if in_cache else 'fresh'}"
+                words += " listed" * listed
+                cases.setdefault(words, _attention_case(words, H, H_kv, W, D, in_cache, listed, 4))
+    cases["one split"] = _attention_case("LLaDA-8B one split", 32, 32, 64, 128, True, False, 1)
+    for D, splits in ((128, 4), (128, 32), (256, 4)):
+        constexprs = {
+            "HEAD_DIM": D, "NUM_SPLITS": splits, "RETURN_LSE": False, "BLOCK_M": COMBINE_ROWS,
+            "BLOCK_D": D,
+        }  # fmt: skip
+        pointers = {"partial_ptr": "*fp32", "partial_lse_ptr": "*fp32", "out_ptr": "*bf16"}
+        pointers |= {"lse_ptr": "*fp32", "window_length_ptr": "*i32"}
+        strides = dict.fromkeys(("stride_ob", "stride_oh", "stride_ow", "H", "W"), "i32")
+        cases[f"combine {D} {splits}"] = CompileCase(
+            op="window_attention",
+            name=f"combine {splits} splits, head dim {D}",
+            kernel=_combine_kernel,
+            signature=pointers | strides,
+            constexprs=constexprs,
+            num_warps=4,
+            divisible=(*pointers, "stride_ob", "stride_oh", "stride_ow", "W"),
+        )
+    return list(cases.values())
+
+
+def _attention_case(
+    name: str, H: int, H_kv: int, W: int, D: int, in_cache: bool, listed: bool, splits: int
+) -> CompileCase:
+    config = tile_of(H // H_kv * W, D, torch.bfloat16)
+    lists = ("num_blocks_ptr", "indices_ptr")
+    constexprs = {
+        "GROUP": H // H_kv, "HEAD_DIM": D, "NUM_SPLITS": splits, "WINDOW_IN_CACHE": in_cache,
+        "KV_BLOCK": 64, "RETURN_LSE": False, **config.blocks,
+        "BLOCK_D": max(64, triton.next_power_of_2(D)),
+        **({} if listed else dict.fromkeys(lists)),
+    }  # fmt: skip
+    names = _attention_kernel.arg_names
+    values = {"softmax_scale": "fp32", "out_ptr": "*bf16" if splits == 1 else "*fp32"}
+    integers = ("window_start_ptr", "window_length_ptr", "seqlens_ptr", "leftpad_ptr", *lists)
+    values |= {"lse_ptr": "*fp32", **dict.fromkeys(integers, "*i32")}
+    signature = {n: values.get(n, "*bf16" if n.endswith("_ptr") else "i32") for n in names}
+    signature = {n: kind for n, kind in signature.items() if n not in constexprs}
+    uneven = ("H_kv", "softmax_scale", "stride_nb", "stride_nh", "stride_ib", "stride_ih")
+    return CompileCase(
+        op="window_attention",
+        name=name,
+        kernel=_attention_kernel,
+        signature=signature,
+        constexprs=constexprs,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        divisible=tuple(n for n in signature if n not in uneven),
+        expects_tensor_cores=config.blocks["BLOCK_M"] >= 64,
+        expects_wide_loads=True,
+        # Start, length, end and padding of the row; a list's length and (unrolled) entries.
+        scalar_load_bytes=32 if listed else 16,
+    )
