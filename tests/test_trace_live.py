@@ -1,0 +1,208 @@
+"""The live canvas and the trace picture, fed by real decodings."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import matplotlib.image
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+from transformers import PreTrainedTokenizerBase
+
+import dsb_runtime as dsb
+from dsb_runtime.live import LEGEND, MASK_GLYPH, STYLES, LiveCanvas, canvas_text
+from dsb_runtime.trace import Trace, check_picture
+from tests import golden
+from tests.checkpoints import write_chat_model
+
+PROMPT = torch.tensor([[5, 6, 7, 8, 9]])
+SHAPE = {"gen_length": 24, "block_length": 8, "prefix_window": 3}
+MASK = 511
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory) -> PreTrainedTokenizerBase:
+    return dsb.load_tokenizer(write_chat_model(tmp_path_factory.mktemp("chat")))
+
+
+def decode(watch, ids: torch.Tensor = PROMPT, family: str = "llada", **settings):
+    return dsb.generate(golden.model(family), ids, on_step=watch, **{**SHAPE, **settings})
+
+
+# --- trace ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", golden.FAMILIES)
+@pytest.mark.parametrize("cache", ["dsb", "dual", "none"])
+def test_a_trace_holds_every_commit_and_window(family, cache):
+    trace = Trace(5, 24)
+    prefix = {"prefix_window": 3 if cache == "dsb" else None}
+    out = decode(trace, family=family, cache=cache, **prefix)
+    assert len(trace.kinds) == len(trace.windows) == len(trace.commits) == out.nfe
+    assert [len(c) for c in trace.commits] == out.tokens_per_forward
+    positions = [p for commit in trace.commits for p, _ in commit]
+    assert sorted(positions) == list(range(5, 29))
+    for (start, end, prefix), commit in zip(trace.windows, trace.commits, strict=True):
+        assert all(start <= p < end and 0 < c <= 1 for p, c in commit)
+        assert 0 <= prefix <= start
+    assert trace.kinds[0] == "refresh"
+    assert ("window" in trace.kinds) == (cache != "none")
+
+
+def test_a_trace_of_one_row_of_a_batch():
+    ids = torch.tensor([[5, 6, 7], [8, 9, 10], [11, 12, 13]])
+    traces = [Trace(3, 24, row) for row in range(3)]
+    out = decode(lambda event: [t(event) for t in traces], ids)
+    assert [len(t.kinds) for t in traces] == out.row_nfe
+    for row, trace in enumerate(traces):
+        alone = Trace(3, 24)
+        decode(alone, ids[row : row + 1])
+        assert (trace.kinds, trace.windows) == (alone.kinds, alone.windows)
+
+
+@pytest.mark.parametrize("cache", ["dsb", "none"])
+def test_the_picture_shows_windows_and_commits(tmp_path, cache):
+    trace = Trace(5, 24)
+    decode(trace, cache=cache, prefix_window=3 if cache == "dsb" else None)
+    trace.save(tmp_path / "a.png", title="a title")
+    picture = (matplotlib.image.imread(tmp_path / "a.png")[:, :, :3] * 255).round()
+
+    def painted(color: str) -> bool:
+        rgb = [int(color[i : i + 2], 16) for i in (1, 3, 5)]
+        return bool((np.abs(picture - rgb).max(-1) <= 1).sum() > 20)
+
+    assert painted("#fbe7b2") and painted("#dfe7f5")  # active block, refresh rows
+    assert painted("#bcd0ee") == (cache == "dsb")  # prefix window
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.svg", "a.pdf", "A.PNG"])
+def test_pictures_by_suffix(tmp_path, name):
+    trace = Trace(5, 24)
+    decode(trace)
+    trace.save(tmp_path / name)
+    assert (tmp_path / name).stat().st_size > 1000
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("a.txt", "ending in"), ("a", "ending in"), ("no/a.png", "no such folder"), ("", "ending in")],
+)
+def test_places_that_take_no_picture(tmp_path: Path, name, said):
+    with pytest.raises(ValueError, match=said) as caught:
+        check_picture(tmp_path / name)
+    assert repr(str(tmp_path / name)) in str(caught.value)
+
+
+def test_an_empty_trace_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match="nothing was recorded"):
+        Trace(5, 24).save(tmp_path / "a.png")
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- live canvas ------------------------------------------------------------------------------
+
+
+def styles(text) -> list[tuple[str, str]]:
+    """(word, style) of each position."""
+    return [(text.plain[span.start : span.end], span.style) for span in text.spans]
+
+
+def test_every_position_has_the_style_of_its_state(tokenizer):
+    seen: set[str] = set()
+    done: set[int] = set()
+    names = {style: name for name, style in STYLES.items()}
+
+    def watch(event: dsb.StepEvent) -> None:
+        drawn = styles(canvas_text(tokenizer, event, 5, MASK))
+        assert len(drawn) == 29
+        start, end = int(event.state.start[0]), int(event.state.end[0])
+        new = set(event.position[0][event.commit[0]].tolist())
+        done.update(new)
+        for index, (word, style) in enumerate(drawn):
+            name = names[style]
+            seen.add(name)
+            if index >= 5 and index not in done:
+                assert word == MASK_GLYPH
+                assert name == ("active" if start <= index < end else "mask")
+                continue
+            assert word == f"w{int(event.canvas[0, index])}"
+            if index in new:
+                assert name == "new"
+            elif start - int(event.state.prefix[0]) <= index < start:
+                assert name == "prefix"
+            else:
+                assert name == ("prompt" if index < 5 else "committed")
+
+    decode(watch)
+    assert seen == set(STYLES) == set(LEGEND)
+
+
+def test_left_padding_is_not_drawn(tokenizer):
+    padded = torch.cat([torch.ones(1, 3, dtype=torch.int64), PROMPT], dim=1)
+    mask = torch.tensor([[0] * 3 + [1] * 5])
+    counts: list[int] = []
+    decode(
+        lambda e: counts.append(len(canvas_text(tokenizer, e, 8, MASK, leftpad=3).spans)),
+        padded,
+        attention_mask=mask,
+    )
+    assert set(counts) == {29}
+
+
+def test_an_id_without_a_word_shows_its_number(tokenizer):
+    """LLaDA's embedding has rows beyond its tokenizer's last word."""
+    lines: list[str] = []
+
+    def watch(event: dsb.StepEvent) -> None:
+        event.canvas[0, 0] = 9999
+        lines.append(canvas_text(tokenizer, event, 5, MASK).plain)
+        event.canvas[0, 0] = 5
+
+    decode(watch)
+    assert all(line.startswith("<9999> w6 w7") for line in lines)
+
+
+def test_mask_ids_in_the_prompt_are_words(tokenizer):
+    """Only the response has masks to fill; a padded prompt may hold the id."""
+    lines: list[str] = []
+    decode(lambda e: lines.append(canvas_text(tokenizer, e, 5, 7).plain))
+    assert all(" w7 " in line for line in lines)
+
+
+def test_a_terminal_gets_every_frame(tokenizer):
+    stream = io.StringIO()
+    console = Console(file=stream, force_terminal=True, width=60, color_system="truecolor")
+    with LiveCanvas(tokenizer, 5, MASK, frame_seconds=0.001, console=console) as live:
+        out = decode(live)
+    shown = stream.getvalue()
+    assert "\x1b[" in shown
+    for index in range(out.nfe):
+        assert f"forward {index + 1} " in shown
+    for word in LEGEND.values():
+        assert word.split()[0] in shown
+    assert MASK_GLYPH in shown
+    assert live.spent >= 0.001 * out.nfe
+
+
+def test_anything_else_gets_the_last_frame(tokenizer):
+    stream = io.StringIO()
+    with LiveCanvas(tokenizer, 5, MASK, frame_seconds=0, console=Console(file=stream)) as live:
+        out = decode(live)
+    shown = stream.getvalue()
+    assert "\x1b" not in shown and shown.count("forward ") == 1
+    words = [f"w{i}" for i in out.sequences[0].tolist()]
+    assert " ".join(words) in " ".join(shown.split())
+
+
+def test_watching_changes_nothing(tokenizer):
+    trace = Trace(5, 24)
+    with LiveCanvas(
+        tokenizer, 5, MASK, frame_seconds=0, console=Console(file=io.StringIO())
+    ) as live:
+        watched = decode(lambda event: (trace(event), live(event)))
+    alone = decode(None)
+    assert watched.sequences.tolist() == alone.sequences.tolist()
+    assert watched.tokens_per_forward == alone.tokens_per_forward
