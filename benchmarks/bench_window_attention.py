@@ -5,8 +5,8 @@
 The window's rows are in the cache already, every stored position is visible and all of the cache is
 in use, so that every contender computes the same thing from the same tensors; each result is
 compared with the definition's before it is timed. On a GPU `extra_info` holds microseconds with a
-cold and a warm L2, the share of the copy bandwidth, and TFLOP/s; on a CPU the shapes are small, and "op" (the public
-function) runs the definition.
+cold and a warm L2, the share of the copy bandwidth, and TFLOP/s; on a CPU the shapes are small, and
+"op" (the public function) runs the definition.
 """
 
 from __future__ import annotations
