@@ -36,18 +36,20 @@ def _commit_count(
     c: confidences (float64), -inf where not valid; total_before: the sum of the confidences of
     rank at most one's own. A new rule is one more branch.
     """
+    # Triton 3.6 rounds a literal to float32 before it meets a float64 tensor.
+    value = tl.full(c.shape, RULE_VALUE, tl.float64)
     if RULE == "threshold":
-        count = tl.sum((c >= RULE_VALUE).to(tl.int32), 0)
+        count = tl.sum((c >= value).to(tl.int32), 0)
     elif RULE == "quota":
         count = due
     elif RULE == "factor":
-        bound = tl.where(rank == 1, -1.0, 1.0 - RULE_VALUE / (rank + 1).to(tl.float64))
+        bound = tl.where(rank == 1, -1.0, 1.0 - value / (rank + 1).to(tl.float64))
         first = tl.min(tl.where(valid & (c < bound), rank, K + 1), 0)
         count = tl.where(first >= m, m, first - 1)
     else:
         tl.static_assert(RULE == "frechet")
         bound = total_before - (rank - 1).to(tl.float64) - (1.0 - c)
-        count = tl.sum((valid & (bound > RULE_VALUE)).to(tl.int32), 0)
+        count = tl.sum((valid & (bound > value)).to(tl.int32), 0)
     return count
 
 

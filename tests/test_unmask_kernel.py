@@ -240,7 +240,7 @@ MUTATIONS = {
     "ties_to_the_higher": ("unmask_kernel", "all_equal", "j[None, :] < k[", "j[None, :] > k["),
     "window_end_included": ("valid_candidates", "late_candidate", "at < end", "at <= end"),
     "last_candidate_dropped": ("valid_candidates", "all_above", "mask=k < K", "mask=k < K - 1"),
-    "threshold_excluded": ("commit_count", "all_above", "c >= RULE_VALUE", "c > RULE_VALUE"),
+    "threshold_excluded": ("commit_count", "all_above", "c >= value", "c > value"),
     "nothing_committed": ("unmask_kernel", "all_equal", "tl.maximum(count, 1)", "count"),
     "refresh_counts_on": ("unmask_kernel", "to_the_end", "0, tl.load(since_", "1, tl.load(since_"),
     "end_does_not_grow": ("unmask_kernel", "to_the_end", "size + committed", "size"),
