@@ -8,7 +8,8 @@ order. A state is six float32 planes:
     1 total    sum of e^(x - m)
     2 score    best allowed score: logit, or logit / temperature + noise when sampling
     3 logit    "margin": the largest allowed logit; else the logit of `token`
-    4 extra    "margin": the second largest allowed logit; "neg_entropy": sum of e^(x - m) (x - m)
+    4 extra    "margin": the second largest allowed logit; "neg_entropy": sum of e^(x - m) (x - m);
+               else unused
     5 token    lowest token with the best score; NO_TOKEN where every allowed logit is -inf
 
 A NaN logit makes `total` NaN, whatever max does with NaN; `token` is then meaningless. "Allowed"
@@ -33,6 +34,7 @@ from dsb_kernels.dispatch import (
     use_triton,
     wrap_triton,
 )
+from dsb_kernels.philox import gumbel_noise
 from dsb_kernels.tuning import CompileCase
 
 CONFIDENCES = ("probability", "margin", "neg_entropy")
@@ -42,6 +44,40 @@ _NO_TOKEN = 1 << 30
 NO_TOKEN = tl.constexpr(_NO_TOKEN) if tl else _NO_TOKEN
 
 # --- definition -------------------------------------------------------------------------------
+
+
+def state_definition(
+    logits: Tensor,
+    banned: Sequence[int],
+    temperature: float,
+    seed: Tensor | None,
+    noise_ids: Tensor | None,
+    confidence: str,
+    vocab_start: int,
+) -> Tensor:
+    """The state of logits (N, V) whose first column is token `vocab_start`: (6, N) float32, or
+    float64 for float64 logits. `banned` are columns."""
+    x = logits if logits.dtype == torch.float64 else logits.float()
+    maximum = x.amax(-1)
+    # Finite where nothing is, so that e is 0 there; +inf counts as equal to +inf.
+    reference = maximum.clamp(min=torch.finfo(x.dtype).min)[:, None]
+    distance = torch.where(x == reference, 0.0, x - reference)
+    e = distance.exp()
+    scores = allowed = x.clone()
+    for b in banned:
+        allowed[:, b] = -torch.inf
+    if temperature > 0:
+        noise = gumbel_noise(seed, noise_ids, vocab_start, vocab_start + x.shape[-1], x.dtype)
+        scores = allowed / temperature + noise
+    score, column = scores.max(-1)
+    logit, extra = allowed.gather(-1, column[:, None])[:, 0], torch.zeros_like(maximum)
+    if confidence == "margin":
+        best = torch.nn.functional.pad(allowed, (0, 1), value=-torch.inf).topk(2, dim=-1).values
+        logit, extra = best.unbind(-1)
+    elif confidence == "neg_entropy":
+        extra = torch.where(e > 0, e * distance, 0.0).sum(-1)
+    token = torch.where(score == -torch.inf, _NO_TOKEN, column + vocab_start).to(x.dtype)
+    return torch.stack([maximum, e.sum(-1), score, logit, extra, token])
 
 
 def combine_partials_definition(
@@ -143,7 +179,7 @@ def combine_kernel(
     token = tl.min(tl.where(scores == score, tokens, NO_TOKEN), 0)
     if CONFIDENCE == "probability":
         logit = tl.max(tl.where(tokens == token, logits, -float("inf")), 0)
-        extra = logit
+        extra = tl.zeros_like(logit)
         confidence = exp_from(logit, maximum) / total
     elif CONFIDENCE == "margin":
         extras = tl.load(part_ptr + 4 * rows, mask=valid, other=-float("inf"))

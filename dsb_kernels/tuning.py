@@ -23,6 +23,16 @@ class Config:
     num_stages: int = 1
 
 
+def _head(block_v: int, block_n: int, columns: int, *, programs: int) -> dict[str, int]:
+    return {
+        "BLOCK_V": block_v,
+        "BLOCK_N": block_n,
+        "BLOCK_K": 64,
+        "COLUMNS": columns,
+        "PROGRAMS": programs,
+    }
+
+
 # (op, architecture) -> {largest size of the class: configuration}. "any" serves architectures
 # without an entry of their own. What "size" counts is said beside each op.
 CONFIGS: dict[tuple[str, str], dict[int, Config]] = {
@@ -37,6 +47,22 @@ CONFIGS: dict[tuple[str, str], dict[int, Config]] = {
     ("token_confidence sampled", "any"): {
         128: Config({"BLOCK_V": 4096, "SPLIT_BLOCKS": 1}, num_warps=8),
         1 << 62: Config({"BLOCK_V": 4096, "SPLIT_BLOCKS": 4}, num_warps=8),
+    },
+    # size = rows. PROGRAMS share the vocabulary evenly (one or two to each of 132 SMs); each scores
+    # its share in tiles of BLOCK_V weight rows (M of the tensor cores) by BLOCK_N hidden rows,
+    # COLUMNS of them at a time. A wide tile for many rows: it reads the hidden rows less often.
+    ("lm_head_confidence", "any"): {
+        16: Config(_head(128, 16, 16, programs=264), num_warps=8, num_stages=4),
+        32: Config(_head(128, 32, 32, programs=264), num_warps=8, num_stages=4),
+        64: Config(_head(128, 64, 32, programs=264), num_warps=8, num_stages=4),
+        1 << 62: Config(_head(256, 128, 16, programs=132), num_warps=16, num_stages=4),
+    },
+    # A Philox call for every logit leaves fewer registers for the tile.
+    ("lm_head_confidence sampled", "any"): {
+        16: Config(_head(128, 16, 16, programs=264), num_warps=8, num_stages=4),
+        32: Config(_head(128, 32, 16, programs=264), num_warps=8, num_stages=4),
+        64: Config(_head(128, 64, 16, programs=132), num_warps=8, num_stages=4),
+        1 << 62: Config(_head(128, 128, 16, programs=132), num_warps=8, num_stages=4),
     },
 }
 

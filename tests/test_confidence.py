@@ -113,6 +113,7 @@ def test_production_configuration(production, V, sample):
     compare(x, **(sampling(3) if sample else {}))
 
 
+@pytest.mark.slow
 def test_production_configuration_of_many_rows(production):
     compare(torch.randn(129, 5000, generator=torch.Generator().manual_seed(5))[:, :4999])
 

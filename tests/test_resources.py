@@ -1,0 +1,92 @@
+"""What sm_90 code must look like. Compiling needs a process without the interpreter."""
+
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+from dsb_kernels.disassembly import Disassembly
+from dsb_kernels.resources import CHIPS, Resources, collect_cases, failures
+
+ROOT = Path(__file__).parent.parent
+
+
+def run_resources(*arguments: str) -> subprocess.CompletedProcess:
+    environment = {name: v for name, v in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "dsb_kernels.resources", *arguments]
+    return subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
+
+
+def test_every_op_lists_its_cases():
+    ops = {case.op for case in collect_cases()}
+    assert {"token_confidence", "lm_head_confidence", "combine_partials"} <= ops
+    names = [(case.op, case.name) for case in collect_cases()]
+    assert len(names) == len(set(names))
+
+
+@pytest.mark.slow
+def test_one_kernel_compiles_and_its_table_is_printed():
+    result = run_resources("--arch", "sm_90", "--op", "combine_partials")
+    assert result.returncode == 0, result.stderr
+    assert "combine_partials" in result.stdout and "sm_90" in result.stdout
+
+
+def test_it_says_why_it_cannot_compile_under_the_interpreter(monkeypatch):
+    command = [sys.executable, "-m", "dsb_kernels.resources"]
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    result = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 2 and "TRITON_INTERPRET is set" in result.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_100"])
+def test_every_kernel_is_fit_for_the_chip(architecture):
+    """On sm_90: no spills, no stack, shared memory of a block, tensor cores, 128-bit loads and
+    1.1 exponentials per element where the case asks for them. Elsewhere: it compiles and fits."""
+    result = run_resources("--arch", architecture, "--json", "--jobs", "2")
+    assert result.returncode == 0, result.stderr
+    rows = [json.loads(line) for line in result.stdout.splitlines()]
+    assert len(rows) == sum(architecture in case.architectures for case in collect_cases())
+    bad = [words for row in rows for words in row["failures"]]
+    assert not bad, "\n".join(bad)
+    limit = CHIPS[architecture].shared_bytes_block
+    assert all(row["shared_bytes"] <= limit for row in rows)
+    assert all(row["resident_blocks"] >= 1 for row in rows)
+
+
+def test_resident_blocks():
+    """Against the CUDA occupancy calculator's results for these limits."""
+    chip = CHIPS["sm_90"]
+    assert chip.resident_blocks(registers=32, shared=0, warps=4) == 16  # 64 warps
+    assert chip.resident_blocks(registers=128, shared=0, warps=4) == 4  # 65536 registers
+    assert chip.resident_blocks(registers=33, shared=0, warps=1) == 32  # 32 blocks
+    assert chip.resident_blocks(registers=32, shared=100 * 1024, warps=4) == 2
+    assert chip.resident_blocks(registers=32, shared=227 * 1024, warps=4) == 1
+
+
+def test_opcodes_are_read_as_what_they_are():
+    code = Disassembly(
+        40, 0,
+        Counter({"LDG.E.128": 2, "LDG.E.U8": 1, "LDGSTS.E.BYPASS.128": 3, "STL.64": 2, "LDL": 5,
+                 "MUFU.EX2": 7, "MUFU.LG2": 1, "HGMMA.64x32x16.F32.BF16": 4, "HMMA.16816.F32": 1}),
+    )  # fmt: skip
+    assert code.global_loads == {16: 5, 1: 1}
+    assert code.spilled_bytes == 16
+    assert code.exponentials == 7
+    assert code.tensor_cores == "HGMMA"
+
+
+def test_failures_are_named():
+    case = next(case for case in collect_cases() if case.op == "token_confidence")
+    good = Resources("op", "k", "sm_90", 90, 0, 0, 0, 5, "", 1, 1.03)
+    assert failures(case, good) == []
+    bad = Resources("op", "k", "sm_90", 90, 8, 16, 0, 5, "", 64, 3.0)
+    words = " ".join(failures(case, bad))
+    for expected in ("8 bytes spilled", "16 bytes of stack", "less than 128 bits", "3.0 expo"):
+        assert expected in words
