@@ -16,8 +16,10 @@ import torch
 import transformers
 from safetensors import SafetensorError, safe_open
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.distributed import DistributedConfig
 
 from dsb_runtime.families import Family, find_family, supported_config
+from dsb_runtime.parallel import check_distributed
 
 WANTED = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "merges.txt"]
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -206,6 +208,7 @@ def load_model(
     mask_id: int | None = None,
     eos_ids: tuple[int, ...] | list[int] | None = None,
     revision: str | None = None,
+    distributed_config: DistributedConfig | None = None,
 ) -> PreTrainedModel:
     """Load a LLaDA- or Dream-format checkpoint as a bidirectional Llama or Qwen2.
 
@@ -216,6 +219,8 @@ def load_model(
         family: "llada" or "dream", where config.json's `model_type` does not say.
         mask_id, eos_ids: override what the config says (iLLaDA's config names no mask id).
         revision: branch, tag or commit of a hub repository.
+        distributed_config: transformers' own: `DistributedConfig(tp_plan="auto")` splits the model
+            over the processes that `torchrun` started, each on its own device.
 
     Returns:
         `LlamaForCausalLM` or `Qwen2ForCausalLM` in eval mode, `model.dsb` telling family, mask id
@@ -225,12 +230,15 @@ def load_model(
         FileNotFoundError, OSError: no such folder, file or hub repository.
         ValueError: unsupported config field, wrong weight, damaged file, bad argument.
     """
+    if distributed_config is not None and device != "auto":
+        raise ValueError(f"device={device!r}: distributed_config picks it; expected 'auto'")
     device, dtype = pick_device(device), pick_dtype(dtype)
     folder = find_folder(source, revision)
     raw = read_config(folder)
     found = find_family(raw, family)
     config = supported_config(raw, found)
     config.is_causal = False
+    split = distributed_config is not None and check_distributed(distributed_config, config) > 1
     vocab = config.vocab_size
     mask = special_id(
         "mask_id", raw.get("mask_token_id") if mask_id is None else mask_id, vocab,
@@ -265,6 +273,7 @@ def load_model(
         use_safetensors=True,
         local_files_only=True,
         output_loading_info=True,
+        distributed_config=distributed_config if split else None,
     )
     wrong = [
         f"{kind.replace('_', ' ')}: {sorted(keys)[0]}" for kind, keys in report.items() if keys
@@ -278,7 +287,7 @@ def load_model(
         )
     model.dsb = DiffusionInfo(found, mask, ends)
     model.config.mask_token_id = mask
-    return model.to(device).eval()
+    return model.eval() if split else model.to(device).eval()
 
 
 def load_tokenizer(source: str | Path, revision: str | None = None) -> PreTrainedTokenizerBase:

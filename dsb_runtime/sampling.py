@@ -14,6 +14,7 @@ from torch.nn.functional import linear, pad
 from dsb_kernels.confidence import first_argmax, token_confidence
 from dsb_runtime.config import DecodingConfig
 from dsb_runtime.load import DiffusionInfo
+from dsb_runtime.parallel import agree, is_sharded, score_sharded
 
 
 def cut_top_p(logits: Tensor, top_p: float) -> Tensor:
@@ -88,10 +89,18 @@ def propose(
         (N,) int64 and (N,) float32. NaN logits give a NaN confidence.
     """
     cuts = config.top_p is not None or config.top_k is not None
+    sharded = is_sharded(lm_head)
     if config.temperature == 0 and not cuts:
+        if sharded:
+            return score_sharded(hidden, lm_head, eligible, info.mask_id)
         logits = linear(hidden, lm_head.weight, lm_head.bias)
         return token_confidence(logits, eligible=eligible, banned=(info.mask_id,))
-    logits = linear(hidden, lm_head.weight, lm_head.bias)
+    # A sharded head's own forward gathers the vocabulary, which sampling needs as a whole.
+    logits = lm_head(hidden) if sharded else linear(hidden, lm_head.weight, lm_head.bias)
     if info.family.nucleus:
-        return sample_nucleus(logits, info.mask_id, config, generator)
-    return sample_gumbel(logits, info.mask_id, config.temperature, generator)
+        token, confidence = sample_nucleus(logits, info.mask_id, config, generator)
+    else:
+        token, confidence = sample_gumbel(logits, info.mask_id, config.temperature, generator)
+    if sharded:
+        agree(lm_head, token, confidence)
+    return token, confidence
