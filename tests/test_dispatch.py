@@ -1,0 +1,178 @@
+"""The dispatch rule, registration and the shared argument checks."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from dsb_kernels import dispatch, tuning
+from dsb_kernels.dispatch import check_choice, check_tensor, use_triton
+
+ROOT = Path(__file__).parent.parent
+CPU = torch.zeros(2)
+pytestmark = pytest.mark.skipif(dispatch.triton is None, reason="Triton is not installed")
+
+
+def on(device: str) -> torch.Tensor:
+    with FakeTensorMode():
+        return torch.empty(2, device=device)
+
+
+@pytest.mark.parametrize(
+    ("backend", "device", "expected"),
+    [
+        (None, "cpu", False), (None, "cuda", True),
+        ("eager", "cpu", False), ("eager", "cuda", False), ("triton", "cuda", True),
+    ],
+)  # fmt: skip
+def test_rule(monkeypatch, backend, device, expected):
+    monkeypatch.delenv("DSB_BACKEND", raising=False)
+    if backend is not None:
+        monkeypatch.setenv("DSB_BACKEND", backend)
+    assert use_triton(on(device), None, on(device)) is expected
+
+
+def test_mixed_devices_take_the_definition(monkeypatch):
+    monkeypatch.delenv("DSB_BACKEND", raising=False)
+    assert not use_triton(on("cuda"), on("cpu"))
+
+
+def test_triton_on_cpu_needs_the_interpreter(monkeypatch):
+    monkeypatch.setenv("DSB_BACKEND", "triton")
+    monkeypatch.setattr(dispatch, "interpreted", lambda: True)
+    assert use_triton(CPU)
+    assert not use_triton(on("cpu"))  # tracing sees the definition
+    monkeypatch.setattr(dispatch, "interpreted", lambda: False)
+    with pytest.raises(RuntimeError, match=r"^DSB_BACKEND=triton on CPU.*TRITON_INTERPRET=1$"):
+        use_triton(CPU)
+
+
+@pytest.mark.parametrize("value", ["cuda", "Triton", "1"])
+def test_invalid_backend_is_named(monkeypatch, value):
+    monkeypatch.setenv("DSB_BACKEND", value)
+    with pytest.raises(ValueError, match=f"DSB_BACKEND='{value}': accepted are 'eager', 'triton'"):
+        use_triton(CPU)
+
+
+WITHOUT_TRITON = """
+import sys
+sys.modules["triton"] = None  # importing it fails, as where it does not exist
+import torch
+import dsb_kernels.confidence, dsb_kernels.lm_head_confidence, dsb_kernels.rope_kv
+import dsb_kernels.unmask, dsb_kernels.window_attention
+from dsb_kernels.confidence import token_confidence
+from dsb_kernels.lm_head_confidence import lm_head_confidence
+x = torch.tensor([[0.0, 3.0, 1.0]])
+token, confidence = token_confidence(x, banned=(1,))
+assert token.tolist() == [2] and abs(confidence.item() - x.softmax(-1)[0, 2].item()) < 1e-6
+assert lm_head_confidence(torch.eye(3), torch.eye(3))[0].tolist() == [0, 1, 2]
+compiled = torch.compile(lambda x: token_confidence(x), backend="aot_eager", fullgraph=True)
+assert compiled(x)[0].tolist() == [1]
+"""
+
+
+def test_definitions_work_without_triton():
+    result = subprocess.run(
+        [sys.executable, "-c", WITHOUT_TRITON], cwd=ROOT, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+
+
+def test_launches_set_fp_fusion_explicitly():
+    with torch._library.triton.set_wrap_triton_enabled(False):  # as in an eager call
+        options = dispatch.launch_options(4, 2)
+    assert options == {"num_warps": 4, "num_stages": 2, "enable_fp_fusion": True}
+    assert "enable_fp_fusion" not in dispatch.launch_options(4, 2)  # as while tracing
+
+
+TRACE_FOR_CUDA = """
+import torch, triton
+from functorch.compile import aot_function, make_boxed_func
+from torch._subclasses.fake_tensor import FakeTensorMode
+from triton.backends.compiler import GPUTarget
+from dsb_kernels import confidence, lm_head_confidence
+
+class Driver:  # what tracing asks of a GPU's driver
+    def get_current_target(self):
+        return GPUTarget("cuda", 90, 32)
+    def get_current_device(self):
+        return 0
+
+triton.runtime.driver.set_active(Driver())
+with FakeTensorMode():
+    x = torch.empty(4, 64, device="cuda")
+graphs = []
+
+def keep(graph, _):
+    graphs.append(graph)
+    return make_boxed_func(graph)
+
+ops = torch.ops.dsb
+for call in (
+    lambda x: ops.token_confidence(x, None, [3], 0.0, None, None, "probability"),
+    lambda x: ops.lm_head_confidence(x, x, None, None, [], 0.0, None, None, "margin"),
+):
+    try:
+        aot_function(call, fw_compiler=keep)(x)
+    except RuntimeError as error:  # running the graph needs the GPU
+        assert "cuda" in str(error).lower(), error
+assert len(graphs) == 2
+for graph in graphs:
+    names = [str(node.target) for node in graph.graph.nodes if node.op == "call_function"]
+    assert sum("triton_kernel_wrapper" in name for name in names) == 2, names
+"""
+
+
+@pytest.mark.slow
+def test_cuda_calls_are_traced_to_kernel_launches():
+    """What torch.compile sees of a CUDA call are the kernels. In a process without the
+    interpreter, with fake tensors."""
+    environment = {name: v for name, v in os.environ.items() if name != "TRITON_INTERPRET"}
+    result = subprocess.run(
+        [sys.executable, "-c", TRACE_FOR_CUDA], cwd=ROOT, capture_output=True, text=True,
+        env=environment,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert "Encountered an exception" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        ({"dtype": torch.float16, "shape": (2, 3)}, TypeError, "x has dtype float32: accepted are"),
+        ({"shape": (3, 3)}, ValueError, r"x has shape \(2, 3\): accepted is \(3, 3\)"),
+        ({"shape": ("...", "A", "B", "C")}, ValueError, r"accepted is \(..., A, B, C\)"),
+        ({"shape": (2, 3), "device": torch.device("meta")}, ValueError, "x is on cpu: accepted is"),
+    ],
+)
+def test_check_tensor_names_argument_value_and_what_is_accepted(options, error, words):
+    with pytest.raises(error, match=f"op: .*{words}"):
+        check_tensor("op", "x", torch.zeros(2, 3), **{"dtype": torch.float32, **options})
+
+
+def test_check_tensor_strides():
+    x = torch.zeros(4, 3).T
+    for rule in ("contiguous", "unit_stride"):
+        with pytest.raises(ValueError, match="op: x has stride"):
+            check_tensor("op", "x", x, dtype=torch.float32, shape=(3, 4), **{rule: True})
+    check_tensor("op", "x", x, dtype=(torch.float16, torch.float32), shape=("...", 4))
+
+
+def test_check_choice():
+    with pytest.raises(ValueError, match="op: rule='x': accepted are 'a', 'b'"):
+        check_choice("op", "rule", "x", ("a", "b"))
+
+
+def test_configuration_of_a_class_and_an_architecture(monkeypatch):
+    small, large, own = (tuning.Config({"BLOCK": n}, num_warps=4) for n in (1, 2, 3))
+    monkeypatch.setitem(tuning.CONFIGS, ("op", "any"), {8: small, 64: large})
+    monkeypatch.setitem(tuning.CONFIGS, ("op", "sm_100"), {64: own})
+    assert tuning.configuration("op", 8, "sm_90") is small
+    assert tuning.configuration("op", 9, "sm_90") is large
+    assert tuning.configuration("op", 1, "sm_100") is own
+    with pytest.raises(ValueError, match="op: size 65: accepted is at most 64"):
+        tuning.configuration("op", 65, "sm_90")
