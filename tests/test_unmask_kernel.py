@@ -228,7 +228,7 @@ def test_any_run(run: Run) -> None:
 
 
 @pytest.mark.slow
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(runs())
 def test_any_run_at_length(run: Run) -> None:
     run.check()
