@@ -7,6 +7,7 @@ being in memory: FlashSampling (arXiv 2603.15854) for proposing and scoring. `V`
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -149,9 +150,9 @@ def _lm_head_kernel(
             return
     temperature = tl.cast(temperature, tl.float32)  # Inductor passes scalars as float64
     k = tl.arange(0, BLOCK_K)
-    # Rows past the end repeat the last one: no mask on the loads, nothing more from memory.
-    row_source = tl.minimum(row, rows - 1).to(tl.int64)
-    hidden_ptrs = hidden_ptr + row_source[None, :] * stride_hn + k[:, None]
+    hidden_ptrs = hidden_ptr + row.to(tl.int64)[None, :] * stride_hn + k[:, None]
+    # Whole rows are masked, never parts of one: the loads stay wide and fetch nothing twice.
+    hidden_mask = (row < rows)[None, :]
 
     first = program * share
     last = tl.minimum(first + share, V)
@@ -159,19 +160,20 @@ def _lm_head_kernel(
     part_ptr = partial_ptr + part * rows * 6
     for tile in range(first, last, BLOCK_V):
         token = tile + tl.arange(0, BLOCK_V)
-        token_source = tl.minimum(token, last - 1).to(tl.int64)  # as with the rows
-        weight_ptrs = weight_ptr + token_source[:, None] * stride_wv + k[None, :]
+        weight_ptrs = weight_ptr + token.to(tl.int64)[:, None] * stride_wv + k[None, :]
+        weight_mask = (token < last)[:, None]
         x = tl.zeros((BLOCK_V, BLOCK_N), tl.float32)
         for at in range(0, E, BLOCK_K):
             if EVEN_K:
-                w = tl.load(weight_ptrs + at)
-                h = tl.load(hidden_ptrs + at)
+                w = tl.load(weight_ptrs + at, mask=weight_mask, other=0.0)
+                h = tl.load(hidden_ptrs + at, mask=hidden_mask, other=0.0)
             else:
-                w = tl.load(weight_ptrs + at, mask=at + k[None, :] < E, other=0.0)
-                h = tl.load(hidden_ptrs + at, mask=at + k[:, None] < E, other=0.0)
+                inside = at + k < E
+                w = tl.load(weight_ptrs + at, mask=weight_mask & inside[None, :], other=0.0)
+                h = tl.load(hidden_ptrs + at, mask=hidden_mask & inside[:, None], other=0.0)
             x = tl.dot(w, h, x, input_precision="ieee")
         if bias_ptr is not None:
-            x += tl.load(bias_ptr + token_source).to(tl.float32)[:, None]
+            x += tl.load(bias_ptr + token, mask=token < last, other=0.0).to(tl.float32)[:, None]
         _store_states(
             x, tile, last, tl.program_id(1) * BLOCK_N, rows, part_ptr, seed_ptr, noise_ids_ptr,
             token_base, temperature, BLOCK_V, BLOCK_N, COLUMNS, BANNED, SAMPLE, CONFIDENCE,
@@ -371,8 +373,9 @@ def compile_cases() -> list[CompileCase]:
     variants += [(32, c, True, "bf16") for c in CONFIDENCES[1:]]
     variants += [(32, "probability", False, "fp16")]
     cases = []
-    for rows, confidence, sample, dtype in variants:
-        launch = launch_of(rows, 126464, "sm_90", sample)
+    for architecture, variant in itertools.product(("sm_80", "sm_90", "sm_100"), variants):
+        rows, confidence, sample, dtype = variant
+        launch = launch_of(rows, 126464, architecture, sample)
         signature = {
             "weight_ptr": f"*{dtype}", "hidden_ptr": f"*{dtype}", "eligible_ptr": "*i1",
             "partial_ptr": "*fp32", "stride_wv": "i32", "stride_hn": "i32", "rows": "i32",
@@ -395,6 +398,7 @@ def compile_cases() -> list[CompileCase]:
                 num_warps=launch.num_warps,
                 num_stages=launch.num_stages,
                 divisible=(*pointers, "stride_wv", "stride_hn", "V", "E"),
+                architectures=(architecture,),
                 expects_tensor_cores=True,
             )
         )  # fmt: skip

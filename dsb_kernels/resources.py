@@ -64,6 +64,7 @@ class Resources:
     tensor_cores: str
     narrow_loads: int  # bytes per thread (static) of global loads of less than 128 bits
     exponentials: float | None  # per element, where the case says how to count them
+    failures: tuple[str, ...] = ()  # what keeps it from being fit for sm_90, in words
 
 
 def collect_cases(ops: Sequence[str] = ()) -> list[CompileCase]:
@@ -103,7 +104,7 @@ def compile_case(case: CompileCase, architecture: str) -> Resources:
     if case.elements_per_thread is not None:
         exponentials = code.exponentials / case.elements_per_thread
     chip = CHIPS[architecture]
-    return Resources(
+    found = Resources(
         op=case.op,
         name=case.name,
         architecture=architecture,
@@ -116,6 +117,9 @@ def compile_case(case: CompileCase, architecture: str) -> Resources:
         narrow_loads=sum(width * n for width, n in loads.items() if width < 16),
         exponentials=exponentials,
     )
+    if architecture != "sm_90":
+        return found
+    return dataclasses.replace(found, failures=tuple(failures(case, found)))
 
 
 def _compile_indexed(job: tuple[int, tuple[str, ...], str]) -> Resources:
@@ -196,10 +200,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("TRITON_INTERPRET is set: kernels cannot be compiled then")
     rows = compile_all(args.arch or ARCHITECTURES, args.op, args.jobs)
     if args.json:
-        by_name = {(case.op, case.name): case for case in collect_cases(args.op)}
         for r in rows:
-            bad = failures(by_name[r.op, r.name], r) if r.architecture == "sm_90" else []
-            print(json.dumps({**dataclasses.asdict(r), "failures": bad}))
+            print(json.dumps(dataclasses.asdict(r)))
     else:
         print_table(rows)
     return 0

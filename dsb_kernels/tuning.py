@@ -57,6 +57,20 @@ CONFIGS: dict[tuple[str, str], dict[int, Config]] = {
         64: Config(_head(128, 64, 32, programs=264), num_warps=8, num_stages=4),
         1 << 62: Config(_head(256, 128, 16, programs=132), num_warps=16, num_stages=4),
     },
+    # 163 KiB of shared memory a block, and no accumulators of 64 rows a warp.
+    ("lm_head_confidence", "sm_80"): {
+        16: Config(_head(128, 16, 16, programs=216), num_warps=8, num_stages=3),
+        32: Config(_head(128, 32, 32, programs=216), num_warps=8, num_stages=3),
+        64: Config(_head(128, 64, 32, programs=216), num_warps=8, num_stages=3),
+        1 << 62: Config(_head(128, 128, 32, programs=108), num_warps=8, num_stages=4),
+    },
+    # 148 SMs; its tensor cores do not take 16 warps.
+    ("lm_head_confidence", "sm_100"): {
+        16: Config(_head(128, 16, 16, programs=296), num_warps=8, num_stages=4),
+        32: Config(_head(128, 32, 16, programs=296), num_warps=8, num_stages=4),
+        64: Config(_head(128, 64, 16, programs=296), num_warps=8, num_stages=4),
+        1 << 62: Config(_head(128, 128, 16, programs=148), num_warps=8, num_stages=4),
+    },
     # A Philox call for every logit leaves fewer registers for the tile.
     ("lm_head_confidence sampled", "any"): {
         16: Config(_head(128, 16, 16, programs=264), num_warps=8, num_stages=4),

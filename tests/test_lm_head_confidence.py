@@ -283,10 +283,10 @@ def check_edges():
     ("kernel", "old", "new"),
     [
         ("_lm_head_kernel", "tl.minimum(first + share, V)", "tl.minimum(first + share, V - 1)"),
-        ("_lm_head_kernel", "tl.minimum(token, last - 1)", "tl.minimum(token, last - 2)"),
-        ("_lm_head_kernel", "mask=at + k[None, :] < E", "mask=at + k[None, :] < E - 1"),
+        ("_lm_head_kernel", "(token < last)[:, None]", "(token < last - 1)[:, None]"),
+        ("_lm_head_kernel", "inside = at + k < E", "inside = at + k < E - 1"),
         ("_lm_head_kernel", "tl.cdiv(share, BLOCK_V)", "(share // BLOCK_V)"),
-        ("_lm_head_kernel", "bias_ptr + token_source", "bias_ptr + 0 * token_source"),
+        ("_lm_head_kernel", "bias_ptr + token,", "bias_ptr + 0 * token,"),
         ("_store_states", "token[:, None] < last", "token[:, None] <= last"),
         ("_store_states", "first_row + BLOCK_N // 2", "first_row + BLOCK_N // 4"),
         ("_store_states", "tl.min(tl.where(scores == score[None, :], token[:, None], NO_TOKEN)",

@@ -26,7 +26,7 @@ def run_resources(*arguments: str) -> subprocess.CompletedProcess:
 def test_every_op_lists_its_cases():
     ops = {case.op for case in collect_cases()}
     assert {"token_confidence", "lm_head_confidence", "combine_partials"} <= ops
-    names = [(case.op, case.name) for case in collect_cases()]
+    names = [(case.op, case.name, a) for case in collect_cases() for a in case.architectures]
     assert len(names) == len(set(names))
 
 
