@@ -8,11 +8,13 @@ margin of the two best tokens, or the negative entropy. `V` = vocabulary, `N` = 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import threshold_
 
 from dsb_kernels.dispatch import (
     check_tensor,
@@ -79,7 +81,11 @@ def token_confidence_definition(
     token = first_argmax(scores, banned)
     # The softmax's limit at +inf: +inf logits as so many equal largest ones (their e is 1).
     reference = x.amax(-1, keepdim=True).clamp(max=torch.finfo(x.dtype).max)
-    e = (x - reference).clamp_(max=0).exp_()
+    # Where exp underflows a CPU takes ten times as long: stop at the smallest normal number and
+    # take that for the 0 that it stands for.
+    tiny = torch.finfo(x.dtype).tiny
+    e = (x - reference).clamp_(min=math.log(tiny), max=0).exp_()
+    e = threshold_(e, 2 * tiny, 0.0)
     total = e.sum(-1, keepdim=True)
     if confidence == "probability":
         c = (e.gather(-1, token[..., None]) / total)[..., 0]

@@ -83,7 +83,7 @@ def count_quota(c: Tensor, rank: Tensor, m: Tensor, value: float, due: Tensor) -
 
 def count_factor(c: Tensor, rank: Tensor, m: Tensor, value: float, due: Tensor) -> Tensor:
     """The ranks before the first c_(j) < 1 - value / (j + 1); all if none or the last fails."""
-    bound = torch.where(rank == 1, -1.0, 1.0 - value / (rank + 1))
+    bound = torch.where(rank == 1, -1.0, 1.0 - value / (rank + 1).double())
     fails = (c < bound) & (rank <= m[:, None])
     first = torch.where(fails, rank, c.shape[-1] + 1).amin(-1)
     return torch.where(first >= m, m, first - 1)
@@ -129,7 +129,7 @@ def select(confidence: Tensor, valid: Tensor, due: Tensor, spec: UnmaskSpec) -> 
     m = valid.sum(-1)
     count = RULES[spec.rule](c, rank, m, spec.rule_value, due).clamp(min=1).minimum(m)
     chosen = rank <= count[:, None]
-    return torch.zeros_like(chosen).scatter(1, order, chosen)
+    return torch.zeros_like(chosen).scatter(1, order, chosen) & valid
 
 
 def window_of(first_masked: Tensor, committed: Tensor, length: int, spec: UnmaskSpec) -> tuple:

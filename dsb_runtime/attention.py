@@ -1,11 +1,14 @@
 """The "dsb" attention implementation in transformers' registries.
 
-A mask of None means that every query attends to every key: the mask function leaves it out only
-for bidirectional attention without padding, so the attention function needs no other sign.
+It serves any transformers decoder: the mask function writes every mask out (causal, sliding,
+padded), and a mask of None means that every query attends to every key. What only a model's own
+eager attention computes (soft-capping, sinks, position biases) is left to that, with one warning.
 """
 
 from __future__ import annotations
 
+import sys
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,11 +16,84 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
+from transformers.utils import logging
+
+from dsb_kernels.dispatch import use_triton
+from dsb_kernels.window_attention import window_attention
+
+logger = logging.get_logger(__name__)
+
+# Arguments that change the result in a way that SDPA has no argument for.
+EAGER_ONLY = frozenset(
+    ("softcap", "s_aux", "sinks", "position_bias", "indices", "block_indices", "output_attentions")
+)
+
+
+@dataclass(frozen=True)
+class Window:
+    """Where each batch row's queries lie among the cached positions, which hold them already.
+
+    All (B,) int32 on the keys' device: `start`, `length` of the window, `seqlens` end of what is
+    stored, `leftpad` start of what is stored (None: 0).
+    """
+
+    start: Tensor
+    length: Tensor
+    seqlens: Tensor
+    leftpad: Tensor | None = None
 
 
 def dsb_mask(*args: Any, allow_is_causal_skip: bool = True, **kwargs: Any) -> Tensor | None:
     """SDPA's boolean mask; a causal one is always written out."""
     return sdpa_mask(*args, allow_is_causal_skip=False, **kwargs)
+
+
+def causal_by_default(module: torch.nn.Module) -> bool:
+    """Whether a layer that got no mask is a causal one."""
+    config = getattr(module, "config", None)
+    return getattr(config, "is_causal", True) and getattr(module, "is_causal", True)
+
+
+def causal_mask(module: torch.nn.Module, query: Tensor, key: Tensor) -> Tensor:
+    """(1, 1, W, W), for a causal model that does not ask the mask registry for one."""
+    rows, columns = query.shape[2], key.shape[2]
+    if rows != columns:
+        raise ValueError(
+            f"attn_implementation='dsb': {type(module).__name__} is causal and gave no mask for "
+            f"{rows} queries of {columns} keys; expected a mask"
+        )
+    square = torch.ones(1, 1, rows, columns, dtype=torch.bool, device=query.device)
+    return square.tril()
+
+
+def eager_attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    named: list[str],
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """The attention in the model's own file, for what SDPA cannot compute.
+
+    Raises:
+        NotImplementedError: the model's file has none.
+    """
+    kind = type(module).__name__
+    own = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    if own is None:
+        raise NotImplementedError(
+            f"attn_implementation='dsb': {kind} uses {', '.join(named)}, which it does not serve; "
+            "expected attn_implementation='eager'"
+        )
+    logger.warning_once(
+        f"attn_implementation='dsb': {kind} uses {', '.join(named)}; its eager attention runs"
+    )
+    if mask is not None and mask.dtype == torch.bool:  # eager attention adds its mask
+        low = torch.finfo(query.dtype).min
+        mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, low)
+    return own(module, query, key, value, mask, **kwargs)
 
 
 def dsb_attention(
@@ -28,17 +104,51 @@ def dsb_attention(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
+    is_causal: bool | None = None,
+    window: Window | None = None,
     **kwargs: Any,
-) -> tuple[Tensor, None]:
+) -> tuple[Tensor, Tensor | None]:
     """Attention of window or full queries over all cached positions.
 
     Args:
         query: (B, H, W, D). key, value: (B, H_kv, L, D), H a multiple of H_kv.
-        attention_mask: broadcastable to (B, H, W, L), True where attended; None is everywhere.
+        attention_mask: broadcastable to (B, H, W, L), True where attended, or a float mask that is
+            added; None is everywhere, unless the layer is causal.
+        window: the queries' places, for the window kernel in place of SDPA; says what
+            `attention_mask` says of padding. Rows past a window's length are then 0.
 
     Returns:
         (B, W, H, D), and None in place of attention weights.
+
+    Raises:
+        ValueError, NotImplementedError: a layer that cannot be served.
     """
+    if kwargs and not EAGER_ONLY.isdisjoint(kwargs):
+        used = {name for name in EAGER_ONLY & kwargs.keys() if kwargs[name] is not None}
+        named = sorted(name for name in used if kwargs[name] is not False)
+    else:
+        named = []
+    unmasked = attention_mask is None and is_causal is not False and query.shape[2] > 1
+    if unmasked and (is_causal or causal_by_default(module)):
+        attention_mask = causal_mask(module, query, key)
+    if named:
+        kwargs.update(scaling=scaling, dropout=dropout)
+        return eager_attention(module, query, key, value, attention_mask, named, **kwargs)
+    # One dispatch rule with the kernels, but on CPU SDPA is faster than their definition.
+    if window is not None and not query.requires_grad and use_triton(query, key, value):
+        out = window_attention(
+            query,
+            None,
+            None,
+            key,
+            value,
+            window_start=window.start,
+            window_length=window.length,
+            cache_seqlens=window.seqlens,
+            cache_leftpad=window.leftpad,
+            softmax_scale=scaling,
+        )
+        return out.transpose(1, 2).contiguous(), None
     out = scaled_dot_product_attention(
         query,
         key,
@@ -48,7 +158,7 @@ def dsb_attention(
         scale=scaling,
         enable_gqa=query.shape[1] != key.shape[1],
     )
-    return out.transpose(1, 2), None
+    return out.transpose(1, 2).contiguous(), None
 
 
 AttentionInterface.register("dsb", dsb_attention)

@@ -49,6 +49,9 @@ class WindowLayer(CacheLayerMixin):
                 buffer[target.rows, :, :length] = states
             return states
         if target.rows is None:
+            if target.batch == 1:  # the same write, without an index for every element
+                buffer.index_copy_(2, target.positions[0], states)
+                return buffer[:, :, :length]
             index = target.positions[:, None, :, None].expand_as(states)
             buffer.scatter_(2, index, states)
             return buffer[:, :, :length]
@@ -73,6 +76,7 @@ class WriteTarget:
 
     `rows`: (b,) batch rows, None for all. `positions`: (b, W) canvas indices (L for a row past its
     window), None for every position. `start`, `length`: (b,) int32, the same as intervals.
+    `leftpad`: (B,) int32, positions before each row's prompt.
     """
 
     def __init__(self, batch: int, length: int) -> None:
@@ -81,13 +85,17 @@ class WriteTarget:
         self.positions: Tensor | None = None
         self.start: Tensor | None = None
         self.length: Tensor | None = None
+        self.leftpad: Tensor | None = None
 
 
 class WindowCache(Cache):
     """A transformers Cache for window forwards over a canvas of fixed length."""
 
-    def __init__(self, num_layers: int, batch: int, length: int) -> None:
+    def __init__(
+        self, num_layers: int, batch: int, length: int, leftpad: Tensor | None = None
+    ) -> None:
         self.target = WriteTarget(batch, length)
+        self.target.leftpad = leftpad
         super().__init__(layers=[WindowLayer(self.target) for _ in range(num_layers)])
 
     def point(

@@ -109,8 +109,9 @@ class Decoder:
         # (B, 1, 1, L): keys that exist. Without padding there is nothing to mask.
         self.key_mask = (self.index >= leftpad[:, None])[:, None, None] if self.padded else None
         layers = model.config.num_hidden_layers
-        self.cache = WindowCache(layers, rows, length) if config.cache != "none" else None
-        self.backbone = Backbone(model)
+        cached = config.cache != "none"
+        self.cache = WindowCache(layers, rows, length, leftpad) if cached else None
+        self.backbone = Backbone(model, length)
 
     def read(self) -> list[list[int]]:
         """The host's one look between steps: a row of numbers for each batch row."""

@@ -3,6 +3,10 @@
 Every row's keys and values are needed in every layer, but what follows them in the last layer
 (queries, attention, MLP, final norm) is needed for the rows to be scored alone: at a refresh that
 is `block_length` rows out of the whole canvas.
+
+Where the kernels run, a layer's rotary embedding and cache write are one launch and its attention
+reads the cache as it is; elsewhere the layers run as transformers wrote them, through the cache's
+`update` and the "dsb" attention.
 """
 
 from __future__ import annotations
@@ -14,7 +18,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from dsb_runtime.attention import dsb_attention
+from dsb_kernels.dispatch import use_triton
+from dsb_kernels.rope_kv import rope_write_kv
+from dsb_runtime.attention import Window, dsb_attention
 from dsb_runtime.cache import WindowCache
 
 
@@ -29,43 +35,101 @@ def take_rows(x: Tensor, index: Tensor) -> Tensor:
     return x.gather(1, index[:, :, None].expand(-1, -1, x.shape[-1]))
 
 
-def last_layer(
-    layer: torch.nn.Module,
-    hidden: Tensor,
+def heads(x: Tensor, dim: int, norm: torch.nn.Module | None) -> Tensor:
+    """(b, W, H * D) -> (b, H, W, D), normed where the family norms heads (Qwen3)."""
+    x = x.unflatten(-1, (-1, dim))
+    return (x if norm is None else norm(x)).transpose(1, 2)
+
+
+def project(attn: torch.nn.Module, x: Tensor, names: str) -> list[Tensor]:
+    """The projections "q", "k", "v" named, as heads: (b, H or H_kv, W, D) each."""
+    made = []
+    for name in names:
+        norm = getattr(attn, f"{name}_norm", None)
+        made.append(heads(getattr(attn, f"{name}_proj")(x), attn.head_dim, norm))
+    return made
+
+
+def kept_attention(
+    attn: torch.nn.Module,
+    x: Tensor,
     keep: Tensor,
     rotary: tuple[Tensor, Tensor],
     mask: Tensor | None,
     cache: WindowCache | None,
     layer_idx: int,
 ) -> Tensor:
-    """The layer's K/V for all rows, its output for rows `keep`: (b, W, E) -> (b, K, E)."""
-    attn = layer.self_attn
+    """Attention with the K/V of all rows and the queries of rows `keep`: (b, K, H * D)."""
     cos, sin = rotary
-    x = layer.input_layernorm(hidden)
-
-    def heads(y: Tensor) -> Tensor:
-        return y.unflatten(-1, (-1, attn.head_dim)).transpose(1, 2)
-
-    key = rotate(heads(attn.k_proj(x)), cos, sin)
-    value = heads(attn.v_proj(x))
+    key, value = project(attn, x, "kv")
+    key = rotate(key, cos, sin)
     if cache is not None:
         key, value = cache.update(key, value, layer_idx)
-    query = heads(attn.q_proj(take_rows(x, keep)))
+    (query,) = project(attn, take_rows(x, keep), "q")
     query = rotate(query, take_rows(cos, keep), take_rows(sin, keep))
-    out, _ = dsb_attention(attn, query, key, value, mask, scaling=attn.scaling)
-    hidden = take_rows(hidden, keep) + attn.o_proj(out.flatten(-2))
-    return hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+    out, _ = dsb_attention(attn, query, key, value, mask, scaling=attn.scaling, is_causal=False)
+    return out.flatten(-2)
+
+
+def fused_attention(
+    attn: torch.nn.Module,
+    x: Tensor,
+    keep: Tensor | None,
+    cos_sin: Tensor,
+    mask: Tensor | None,
+    cache: WindowCache,
+    layer_idx: int,
+) -> Tensor:
+    """The same for all rows (or rows `keep`) with one launch for rotary and cache write.
+
+    cos_sin: (L, D), cosines and sines of half a head each. Returns (b, W or K, H * D).
+    """
+    target = cache.target
+    query, key, value = project(attn, x, "qkv")
+    layer = cache.layers[layer_idx]
+    if not layer.is_initialized:
+        layer.lazy_initialization(key, value)
+    query = rope_write_kv(
+        query, key, value, cos_sin, layer.keys, layer.values,
+        window_start=target.start, window_length=target.length, position_offset=target.leftpad,
+    )  # fmt: skip
+    start, length = target.start, target.length
+    if keep is not None:
+        index = keep[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[-1])
+        query = query.gather(2, index)
+        # Scattered rows: any K stored positions may stand for their window, which is written.
+        start, length = target.leftpad, torch.full_like(length, keep.shape[1])
+    stored = slice(0, target.capacity)
+    seqlens = torch.full_like(start, target.capacity)
+    window = None
+    if target.positions is not None:  # a refresh is dense: SDPA has the best kernels for it
+        window = Window(start, length, seqlens, target.leftpad)
+    out, _ = dsb_attention(
+        attn, query, layer.keys[:, :, stored], layer.values[:, :, stored], mask,
+        scaling=attn.scaling, is_causal=False, window=window,
+    )  # fmt: skip
+    return out.flatten(-2)
 
 
 class Backbone:
-    """A Llama's or Qwen2's layers over a window of rows or the whole canvas."""
+    """A decoder's layers over a window of rows or the whole canvas of `length` positions."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, length: int) -> None:
         self.model = model.model
         layer = self.model.layers[0]
         # Newer transformers renamed the layers' cache argument.
         names = inspect.signature(inspect.unwrap(type(layer).forward)).parameters
         self.cache_name = "cache" if "cache" in names else "past_key_values"
+        self.length, self.cos_sin = length, None
+
+    def table(self, hidden: Tensor) -> Tensor:
+        """(L, D) float32: cosines and sines of every position, half a head each."""
+        if self.cos_sin is None:
+            index = torch.arange(self.length, device=hidden.device)[None]
+            cos, sin = self.model.rotary_emb(hidden.float(), position_ids=index)
+            half = cos.shape[-1] // 2
+            self.cos_sin = torch.cat([cos[0, :, :half], sin[0, :, :half]], dim=-1)
+        return self.cos_sin
 
     def __call__(
         self,
@@ -87,6 +151,21 @@ class Backbone:
             (b, K, E), after the final norm.
         """
         hidden = self.model.embed_tokens(input_ids)
+        if cache is not None and cache.target.rows is None and use_triton(hidden):
+            hidden = self.fused_layers(hidden, keep, mask, cache)
+        else:
+            hidden = self.layers(hidden, position_ids, keep, mask, cache)
+        return self.model.norm(hidden)
+
+    def layers(
+        self,
+        hidden: Tensor,
+        position_ids: Tensor,
+        keep: Tensor,
+        mask: Tensor | None,
+        cache: WindowCache | None,
+    ) -> Tensor:
+        """The layers as transformers wrote them, the last for rows `keep`: (b, K, E)."""
         rotary = self.model.rotary_emb(hidden, position_ids=position_ids)
         arguments: dict[str, Any] = {self.cache_name: cache, "use_cache": cache is not None}
         *layers, last = self.model.layers
@@ -96,8 +175,28 @@ class Backbone:
                 attention_mask=mask,
                 position_ids=position_ids,
                 position_embeddings=rotary,
+                is_causal=False,
                 **arguments,
             )
-        cos, sin = (t.expand(input_ids.shape[0], -1, -1) for t in rotary)
-        hidden = last_layer(last, hidden, keep, (cos, sin), mask, cache, len(layers))
-        return self.model.norm(hidden)
+        cos, sin = (t.expand(hidden.shape[0], -1, -1) for t in rotary)
+        x = last.input_layernorm(hidden)
+        out = kept_attention(last.self_attn, x, keep, (cos, sin), mask, cache, len(layers))
+        return finish_layer(last, take_rows(hidden, keep), out)
+
+    def fused_layers(
+        self, hidden: Tensor, keep: Tensor, mask: Tensor | None, cache: WindowCache
+    ) -> Tensor:
+        """The layers over the kernels, the last for rows `keep`: (b, K, E)."""
+        cos_sin, last = self.table(hidden), len(self.model.layers) - 1
+        for i, layer in enumerate(self.model.layers):
+            kept = keep if i == last else None
+            x = layer.input_layernorm(hidden)
+            out = fused_attention(layer.self_attn, x, kept, cos_sin, mask, cache, i)
+            hidden = finish_layer(layer, hidden if kept is None else take_rows(hidden, keep), out)
+        return hidden
+
+
+def finish_layer(layer: torch.nn.Module, residual: Tensor, out: Tensor) -> Tensor:
+    """What follows attention: output projection, MLP and both residual additions."""
+    hidden = residual + layer.self_attn.o_proj(out)
+    return hidden + layer.mlp(layer.post_attention_layernorm(hidden))

@@ -119,9 +119,7 @@ def run_of(rule: str, schedule: str, **settings: object) -> Run:
     quota_steps = 0
     if rule == "quota":
         quota_steps = 12 if schedule == "dsb" else 4
-    # The definition's factor bound is rounded to float32, the kernel's is not: stay off a tie.
-    values = tuple(v + 1e-3 for v in GRID) if rule == "factor" else GRID
-    settings = {"values": values, "quota_steps": quota_steps} | settings
+    settings = {"values": GRID, "quota_steps": quota_steps} | settings
     return Run(rule=rule, rule_value=RULES[rule], schedule=schedule, **settings)
 
 
