@@ -21,6 +21,7 @@ from dsb_kernels.dispatch import (
     jit,
     launch_options,
     register_op,
+    takes_definition,
     tl,
     use_triton,
     wrap_triton,
@@ -324,7 +325,7 @@ def token_confidence(
     check_scoring(
         op, rows, V, logits.device, eligible, banned, temperature, seed, noise_ids, confidence
     )
-    token, c = _token_confidence_op(
+    arguments = (
         logits.reshape(-1, V),
         None if eligible is None else eligible.reshape(-1),
         list(banned),
@@ -333,6 +334,10 @@ def token_confidence(
         None if noise_ids is None else noise_ids.reshape(-1),
         confidence,
     )
+    if takes_definition(logits):
+        token, c = token_confidence_definition(*arguments)
+    else:
+        token, c = _token_confidence_op(*arguments)
     return token.reshape(rows), c.reshape(rows)
 
 

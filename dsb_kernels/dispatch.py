@@ -66,6 +66,12 @@ def use_triton(*tensors: Tensor | None) -> bool:
     return True
 
 
+def takes_definition(*tensors: Tensor | None) -> bool:
+    """Whether a public function may call the definition itself instead of the op, which does the
+    same 70 us later. The compiler is given the op, whose dispatch it can trace."""
+    return not torch.compiler.is_compiling() and not use_triton(*tensors)
+
+
 def register_op(name: str, *, mutates_args: Sequence[str] = ()) -> Callable:
     """Decorator: make a function the op `dsb::name`, transparent to `torch.compile`.
 

@@ -20,6 +20,7 @@ from dsb_kernels.dispatch import (
     jit,
     launch_options,
     register_op,
+    takes_definition,
     tl,
     triton,
     use_triton,
@@ -363,6 +364,8 @@ def lm_head_confidence(
         return empty if partial else (empty[0].long(), empty[0])
     if partial:
         return _lm_head_partial_op(hidden, weight, bias, *scoring, vocab_start)
+    if takes_definition(hidden, weight):
+        return lm_head_confidence_definition(hidden, weight, bias, *scoring)
     return _lm_head_confidence_op(hidden, weight, bias, *scoring)
 
 
