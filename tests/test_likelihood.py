@@ -1,0 +1,185 @@
+"""Monte-Carlo log-likelihoods against exact enumeration; the greedy flag against a plain loop."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+import dsb_runtime as dsb
+from dsb_runtime.demo import MODEL_DIR
+from dsb_runtime.demo.problems import heldout
+from dsb_runtime.demo.tokenizer import chat_text
+from dsb_runtime.likelihood import (
+    Scored,
+    are_greedy,
+    draw_masks,
+    log_likelihoods,
+    masked_log_probs,
+)
+from tests import golden
+
+ITEM = Scored((5, 6, 7, 8), (40, 300, 12))
+LONGER = [Scored((9,), (40, 300, 12, 7, 8)), ITEM, Scored((3, 4, 5, 6, 7, 8, 10), (21,))]
+
+
+def all_masks(length: int) -> Iterator[Tensor]:
+    """Every mask with something masked."""
+    for bits in itertools.product([False, True], repeat=length):
+        if any(bits):
+            yield torch.tensor(bits)
+
+
+def plain_log_prob(family: str, item: Scored, mask: Tensor) -> float:
+    """By transformers' own forward on one row, without padding."""
+    model = golden.model(family)
+    ids = torch.tensor(item.prompt + item.text)
+    at = len(item.prompt) + mask.nonzero()[:, 0]
+    noised = ids.clone()
+    noised[at] = model.dsb.mask_id
+    with torch.no_grad():
+        logits = model(noised[None]).logits[0].double().log_softmax(-1)
+    rows = at - 1 if family == "dream" else at
+    return logits[rows, ids[at]].sum().item()
+
+
+def enumerated(family: str, item: Scored) -> tuple[float, float]:
+    """The estimate's exact expectation, and the standard deviation of one draw."""
+    length = len(item.text)
+    mean = square = 0.0
+    for mask in all_masks(length):
+        masked = int(mask.sum())
+        probability = 1 / length / math.comb(length, masked)
+        value = length / masked * plain_log_prob(family, item, mask)
+        mean += probability * value
+        square += probability * value**2
+    return mean, math.sqrt(square - mean**2)
+
+
+# --- masks ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("length", "samples"), [(1, 16), (3, 64), (7, 5), (40, 128)])
+def test_mask_sizes_are_spread_evenly(length, samples):
+    masks, weights = draw_masks(length, samples, seed=3)
+    sizes = masks.sum(-1)
+    draws = weights * sizes * samples / length  # how often each mask was drawn
+    assert torch.allclose(draws, draws.round()) and draws.sum().round() == samples
+    assert len(masks.unique(dim=0)) == len(masks) <= samples
+    for size in range(1, length + 1):
+        share = draws[sizes == size].sum() / samples
+        assert abs(share - 1 / length) <= 1 / samples + 1e-9
+
+
+def test_every_position_is_masked_as_often():
+    count = torch.zeros(6)
+    for seed in range(200):
+        masks, weights = draw_masks(6, 12, seed)
+        count += (masks * (weights * masks.sum(-1))[:, None]).sum(0) / 6
+    assert (count / 200 - 3.5 / 6).abs().max() < 0.05
+
+
+def test_one_token_takes_one_forward():
+    masks, weights = draw_masks(1, 128, seed=0)
+    assert masks.tolist() == [[True]] and weights.tolist() == [1.0]
+
+
+def test_masks_follow_from_the_seed():
+    first, again, other = (draw_masks(9, 20, seed)[0].tolist() for seed in (5, 5, 6))
+    assert first == again != other
+
+
+# --- the estimate --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", golden.FAMILIES)
+def test_masked_log_probs_are_transformers_own(family):
+    pairs = [(item, mask) for item in LONGER for mask in all_masks(len(item.text))]
+    items, masks = [item for item, _ in pairs], [mask for _, mask in pairs]
+    found = masked_log_probs(golden.model(family), items, masks)
+    expected = [plain_log_prob(family, item, mask) for item, mask in pairs]
+    assert found == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize("family", golden.FAMILIES)
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_the_estimate_is_within_sampling_error_of_the_enumeration(family, seed):
+    exact, deviation = enumerated(family, ITEM)
+    samples = 4096
+    (found,) = log_likelihoods(
+        golden.model(family), [ITEM], samples=samples, seed=seed, batch_size=8
+    )
+    assert deviation > 0.1, "masks must matter, or this shows nothing"
+    assert abs(found - exact) < 4 * deviation / math.sqrt(samples)
+
+
+@pytest.mark.parametrize("family", golden.FAMILIES)
+def test_few_samples_are_right_on_average(family):
+    exact, deviation = enumerated(family, ITEM)
+    seeds, samples = 60, 2
+    found = [
+        log_likelihoods(golden.model(family), [ITEM], samples=samples, seed=seed, batch_size=2)[0]
+        for seed in range(seeds)
+    ]
+    error = abs(sum(found) / seeds - exact)
+    assert error < 4 * deviation / math.sqrt(seeds * samples)
+    assert len({round(value, 3) for value in found}) > 3
+
+
+@pytest.mark.parametrize("family", golden.FAMILIES)
+@pytest.mark.parametrize("batch_size", [1, 3, 64])
+def test_neither_batch_nor_order_changes_an_estimate(family, batch_size):
+    model = golden.model(family)
+    alone = [log_likelihoods(model, [item], samples=9)[0] for item in LONGER]
+    done: list[int] = []
+    found = log_likelihoods(
+        model, LONGER[::-1], samples=9, batch_size=batch_size, on_done=done.append
+    )
+    assert found[::-1] == pytest.approx(alone, abs=1e-4)
+    assert sum(done) == len(LONGER)
+
+
+# --- the greedy flag -----------------------------------------------------------------------------
+
+
+def most_confident_first(family: str, prompt: tuple[int, ...], length: int) -> list[int]:
+    """One token a step, the most confident one, in ten lines."""
+    model = golden.model(family)
+    mask = model.dsb.mask_id
+    ids = torch.tensor([*prompt, *[mask] * length])
+    while (open_ := (ids == mask).nonzero()[:, 0]).numel():
+        with torch.no_grad():
+            p = model(ids[None]).logits[0].softmax(-1)
+        p = p[open_ - 1 if family == "dream" else open_]
+        p[:, mask] = 0
+        best, token = p.max(-1)
+        ids[open_[best.argmax()]] = token[best.argmax()]
+    return ids[len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize("family", golden.FAMILIES)
+def test_the_greedy_flag(family):
+    prompts = [(5, 6, 7, 8), (9, 10), (30, 31, 32, 33, 34)]
+    greedy = {prompt: most_confident_first(family, prompt, 4) for prompt in prompts}
+    items = [Scored(p, tuple(g)) for p, g in greedy.items()]
+    items += [Scored(p, (*g[:3], (g[3] + 1) % 500)) for p, g in greedy.items()]
+    items.append(Scored(prompts[0], tuple(most_confident_first(family, prompts[0], 2))))
+    found = are_greedy(golden.model(family), items, batch_size=4)
+    assert found == [True] * 3 + [False] * 3 + [True]
+
+
+def test_a_right_answer_is_likelier_than_wrong_ones():
+    model, tokenizer = dsb.load_model(MODEL_DIR, device="cpu"), dsb.load_tokenizer(MODEL_DIR)
+    items = []
+    for problem in heldout(10, steps=1):
+        prompt = tokenizer.encode(chat_text(problem.prompt), add_special_tokens=False)
+        solution = problem.response.removesuffix(f"{problem.answer}.")
+        for answer in (problem.answer, (problem.answer + 1) % 100, (problem.answer + 10) % 100):
+            text = tokenizer.encode(f"{solution}{answer}.", add_special_tokens=False)
+            items.append(Scored(tuple(prompt), tuple(text)))
+    found = torch.tensor(log_likelihoods(model, items, samples=16, batch_size=32)).view(-1, 3)
+    assert (found.argmax(-1) == 0).sum() >= 9
