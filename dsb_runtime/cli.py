@@ -1,4 +1,4 @@
-"""The `dsb` command: `dsb generate`, `dsb eval`."""
+"""The `dsb` command: `dsb generate`, `dsb eval`, `dsb convert`."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from transformers.utils import logging as transformers_logging
 
 from dsb_runtime import evaluate
 from dsb_runtime.config import CACHES, REFRESH_COMMITS, SCHEDULES, DecodingConfig, check_int
+from dsb_runtime.convert import convert
 from dsb_runtime.decode import GenerationOutput, StepEvent, generate
 from dsb_runtime.demo import MODEL_DIR
 from dsb_runtime.families import FAMILIES
@@ -101,6 +102,14 @@ def build_parser() -> argparse.ArgumentParser:
     add_model(ev)
     evaluate.add_arguments(ev)
     ev.set_defaults(run=run_eval)
+    copy = commands.add_parser("convert", help="write a checkpoint for plain transformers")
+    copy.add_argument("source", metavar="SRC", help="checkpoint folder or hub id")
+    copy.add_argument("target", metavar="DST", help="a new or an empty folder")
+    copy.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
+    copy.add_argument("--family", choices=sorted(FAMILIES), help="where config.json does not say")
+    copy.add_argument("--mask-id", type=int, help="where config.json names no mask token")
+    copy.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="default: 5GB")
+    copy.set_defaults(run=run_convert)
     return parser
 
 
@@ -208,6 +217,15 @@ def run_generate(args: argparse.Namespace) -> int:
 def run_eval(args: argparse.Namespace) -> int:
     model, tokenizer = load(args)
     return evaluate.run(args, model, tokenizer)
+
+
+def run_convert(args: argparse.Namespace) -> int:
+    transformers_logging.enable_progress_bar()
+    convert(
+        args.source, args.target, dtype=args.dtype, family=args.family, mask_id=args.mask_id,
+        max_shard_size=args.max_shard_size,
+    )  # fmt: skip
+    return 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:

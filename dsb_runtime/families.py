@@ -218,11 +218,14 @@ FAMILIES: dict[str, Family] = {family.name: family for family in (LLADA, DREAM)}
 
 
 def find_family(raw: RawConfig, name: str | None = None) -> Family:
-    """The family of a checkpoint's config.
+    """The family of a checkpoint's config: by `name`, by the `dsb_family` that `dsb convert`
+    writes, or by its `model_type`.
 
     Raises:
         ValueError: `name` is not a family, or the config's `model_type` belongs to none.
     """
+    if name is None:
+        name = raw.get("dsb_family")
     if name is not None:
         if name not in FAMILIES:
             raise ValueError(f"family={name!r}: expected one of {', '.join(FAMILIES)}")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,12 @@ from typing import Any
 import torch
 import transformers
 from safetensors import SafetensorError, safe_open
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.distributed import DistributedConfig
 
 from dsb_runtime.families import Family, find_family, supported_config
@@ -36,8 +42,11 @@ class DiffusionInfo:
     eos_ids: tuple[int, ...]
 
 
-def find_folder(source: str | Path, revision: str | None = None) -> Path:
-    """A local checkpoint folder, or the local copy of a hub repository."""
+def find_folder(source: str | Path, revision: str | None = None, **hub: Any) -> Path:
+    """A local checkpoint folder, or the local copy of a hub repository.
+
+    `hub`: further arguments of the download (token, cache_dir, ...).
+    """
     if not isinstance(source, (str, Path)) or not str(source):
         raise TypeError(f"model={source!r}: expected a checkpoint folder or a hub id (owner/name)")
     if Path(source).is_dir():
@@ -50,7 +59,7 @@ def find_folder(source: str | Path, revision: str | None = None) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(str(source), revision=revision, allow_patterns=WANTED))
+        return Path(snapshot_download(str(source), revision=revision, allow_patterns=WANTED, **hub))
     except Exception as error:  # the hub client raises many types; all mean the same to a user
         reason = str(error).strip().splitlines()[0] if str(error).strip() else ""
         raise OSError(
@@ -239,41 +248,76 @@ def load_model(
     config = supported_config(raw, found)
     config.is_causal = False
     split = distributed_config is not None and check_distributed(distributed_config, config) > 1
-    vocab = config.vocab_size
+    info = diffusion_info(folder, raw, found, config.vocab_size, mask_id, eos_ids)
+    model_class = getattr(transformers, found.model_class)
+    model, _ = read_model(
+        model_class,
+        model_class.from_pretrained,
+        folder,
+        config,
+        info,
+        dtype=dtype,
+        attn_implementation="dsb",
+        distributed_config=distributed_config if split else None,
+    )
+    return model.eval() if split else model.to(device).eval()
+
+
+def diffusion_info(
+    folder: Path,
+    raw: dict[str, Any],
+    family: Family,
+    vocab_size: int,
+    mask_id: int | None = None,
+    eos_ids: tuple[int, ...] | list[int] | None = None,
+) -> DiffusionInfo:
+    """The checkpoint's mask and EOS ids, those named taking precedence."""
     mask = special_id(
-        "mask_id", raw.get("mask_token_id") if mask_id is None else mask_id, vocab,
+        "mask_id", raw.get("mask_token_id") if mask_id is None else mask_id, vocab_size,
         "" if mask_id is not None else " (config.json has no mask_token_id: name it)",
     )  # fmt: skip
     if eos_ids is None:
-        ends = end_ids(folder, raw, found, vocab)
+        ends = end_ids(folder, raw, family, vocab_size)
     elif isinstance(eos_ids, (tuple, list)):
-        ends = tuple(special_id("eos_ids", end, vocab, " each") for end in eos_ids)
+        ends = tuple(special_id("eos_ids", end, vocab_size, " each") for end in eos_ids)
     else:
         raise TypeError(f"eos_ids={eos_ids!r}: expected a tuple of token ids")
     if mask in ends:
         raise ValueError(f"mask_id={mask}: it is also an EOS id; expected different ids")
+    return DiffusionInfo(family, mask, ends)
 
+
+def read_model(
+    model_class: type[PreTrainedModel],
+    from_pretrained: Callable[..., tuple[PreTrainedModel, dict[str, Any]]],
+    folder: Path,
+    config: PretrainedConfig,
+    info: DiffusionInfo,
+    **arguments: Any,
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """The model with every weight checked, `model.dsb` attached, and transformers' loading report.
+
+    `from_pretrained` is transformers' own; `arguments` are passed on to it.
+    """
     files = weight_files(folder)
     shapes = read_shapes(files)
-    published = any(re.search(p, name) for p in found.key_mapping for name in shapes)
-    mapping = dict(found.key_mapping) if published else {}
-    model_class = getattr(transformers, found.model_class)
+    patterns = info.family.key_mapping
+    published = any(re.search(p, name) for p in patterns for name in shapes)
+    mapping = dict(patterns) if published else {}
     with torch.device("meta"):
         skeleton = model_class(config)
     try:
         check_weights(shapes, mapping, skeleton)
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from None
-    model, report = model_class.from_pretrained(
+    model, report = from_pretrained(
         folder,
         config=config,
         key_mapping=mapping or None,
-        dtype=dtype,
-        attn_implementation="dsb",
         use_safetensors=True,
         local_files_only=True,
         output_loading_info=True,
-        distributed_config=distributed_config if split else None,
+        **arguments,
     )
     wrong = [
         f"{kind.replace('_', ' ')}: {sorted(keys)[0]}" for kind, keys in report.items() if keys
@@ -285,9 +329,11 @@ def load_model(
             f"{folder}: config.json ties the embeddings, but the checkpoint's output weights "
             "differ from them"
         )
-    model.dsb = DiffusionInfo(found, mask, ends)
-    model.config.mask_token_id = mask
-    return model.eval() if split else model.to(device).eval()
+    model.dsb = info
+    # A saved copy has the names that the model has now, and says what it is.
+    model._weight_conversions = None
+    model.config.mask_token_id, model.config.dsb_family = info.mask_id, info.family.name
+    return model, report
 
 
 def load_tokenizer(source: str | Path, revision: str | None = None) -> PreTrainedTokenizerBase:

@@ -1,0 +1,257 @@
+"""attn_implementation="dsb" against transformers' own, on small random decoders."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GemmaConfig,
+    GptOssConfig,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from dsb_runtime import attention
+from dsb_runtime.attention import Window, dsb_attention
+from dsb_runtime.cache import WindowCache
+
+SIZES = {
+    "vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
+    "max_position_embeddings": 128, "pad_token_id": 0, "bos_token_id": None, "eos_token_id": None,
+}  # fmt: skip
+SLIDING = {"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"]}
+CONFIGS = {
+    "llama": (LlamaConfig, {}),
+    "qwen2": (Qwen2Config, {}),
+    "qwen2-sliding": (
+        Qwen2Config,
+        {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
+    ),
+    "qwen3": (Qwen3Config, {}),
+    "mistral": (MistralConfig, {"sliding_window": 5}),
+    "gemma": (GemmaConfig, {}),
+    "gemma2": (Gemma2Config, {**SLIDING, "attn_logit_softcapping": 1.0}),
+    "gemma3": (Gemma3TextConfig, SLIDING),
+    "gpt-oss": (GptOssConfig, {**SLIDING, "num_local_experts": 2, "num_experts_per_tok": 1}),
+}
+EAGER = {"gemma2", "gpt-oss"}  # soft-capping, sinks: transformers' SDPA does not serve them either
+LENGTH = 14
+
+
+def model_of(name: str, causal: bool = True) -> PreTrainedModel:
+    kind, more = CONFIGS[name]
+    config = kind(**SIZES, **more)
+    if not causal:
+        config.is_causal = False
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    for weight in model.parameters():  # scores of a size that a wrong mask or scale would show in
+        weight.data.mul_(4) if weight.ndim == 2 else None
+    return model
+
+
+def inputs(padding: str) -> tuple[Tensor, Tensor | None]:
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(1, 97, (3, LENGTH), generator=generator)
+    if padding == "none":
+        return ids, None
+    mask = torch.ones_like(ids)
+    mask[0, : LENGTH // 2], mask[1, :3] = 0, 0
+    mask = mask if padding == "left" else mask.flip(1)
+    return ids.masked_fill(mask == 0, 0), mask
+
+
+@torch.no_grad()
+def logits(model: PreTrainedModel, name: str, ids: Tensor, mask: Tensor | None, **more) -> Tensor:
+    model.set_attn_implementation(name)
+    return model(input_ids=ids, attention_mask=mask, **more).logits
+
+
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_logits_equal_those_of_transformers(name, causal):
+    model = model_of(name, causal)
+    reference = "eager" if name in EAGER else "sdpa"
+    for padding in ("none", "left", "right"):
+        ids, mask = inputs(padding)
+        found = logits(model, "dsb", ids, mask)
+        assert model.config._attn_implementation == "dsb"
+        expected = logits(model, reference, ids, mask)
+        real = slice(None) if mask is None else mask.bool()
+        assert (found - expected)[real].abs().max() < 1e-5, padding
+        assert expected[real].std() > 0.1, "logits must vary, or this shows nothing"
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2"])
+def test_bidirectional_differs_from_causal(name):
+    ids, mask = inputs("none")
+    difference = logits(model_of(name, False), "dsb", ids, mask) - logits(
+        model_of(name, True), "dsb", ids, mask
+    )
+    assert difference.abs().max() > 0.1
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_causal_generation_gives_the_same_tokens(name, cache):
+    model = model_of(name)
+    ids, mask = inputs("left")
+    tokens = {}
+    for implementation in ("dsb", "eager" if name in EAGER else "sdpa"):
+        model.set_attn_implementation(implementation)
+        tokens[implementation] = model.generate(
+            ids, attention_mask=mask, max_new_tokens=8, do_sample=False, disable_compile=True,
+            cache_implementation=cache,
+        ).tolist()  # fmt: skip
+    first, second = tokens.values()
+    assert first == second
+
+
+def test_from_pretrained_takes_the_name(tmp_path):
+    model = model_of("qwen3")
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="dsb")
+    assert loaded.config._attn_implementation == "dsb"
+    ids, mask = inputs("left")
+    found = logits(loaded, "dsb", ids, mask)
+    assert (found - logits(model, "sdpa", ids, mask))[mask.bool()].abs().max() < 1e-5
+
+
+def test_dropout_and_gradients_as_with_sdpa():
+    model = model_of("llama").train()
+    for layer in model.model.layers:
+        layer.self_attn.attention_dropout = 0.3
+    ids, _ = inputs("none")
+    results = []
+    for implementation in ("dsb", "sdpa"):
+        model.set_attn_implementation(implementation)
+        model.zero_grad()
+        torch.manual_seed(5)
+        loss = model(input_ids=ids, attention_mask=inputs("left")[1], labels=ids).loss
+        loss.backward()
+        results.append((loss.item(), model.model.embed_tokens.weight.grad.clone()))
+    assert results[0][0] == pytest.approx(results[1][0], abs=1e-5)
+    assert (results[0][1] - results[1][1]).abs().max() < 1e-5
+
+
+def test_softcapping_warns_once_and_names_the_layer(monkeypatch):
+    heard: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: heard.append(record.getMessage())
+    monkeypatch.setattr(attention.logger, "handlers", [handler])
+    attention.logger.warning_once.cache_clear()
+    model, (ids, mask) = model_of("gemma2"), inputs("none")
+    logits(model, "dsb", ids, mask)
+    logits(model, "dsb", ids, mask)
+    assert len(heard) == 1 and "Gemma2Attention uses softcap" in heard[0]
+
+
+class Lonely(nn.Module):
+    """A layer whose file has no eager attention."""
+
+    config = SimpleNamespace()
+    is_causal = True
+
+
+def qkv(queries: int = 6, keys: int = 6) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.randn(1, 4, queries, 8), torch.randn(1, 2, keys, 8), torch.randn(1, 2, keys, 8)
+
+
+def test_what_cannot_be_served_is_an_error():
+    with pytest.raises(NotImplementedError, match=r"Lonely uses s_aux.*expected .*'eager'"):
+        dsb_attention(Lonely(), *qkv(), None, s_aux=torch.ones(4))
+    with pytest.raises(ValueError, match="Lonely is causal and gave no mask for 4 queries of 6"):
+        dsb_attention(Lonely(), *qkv(4, 6), None)
+
+
+def test_a_causal_layer_without_a_mask_stays_causal():
+    """Models that build masks themselves leave a plain causal one out."""
+    q, k, v = qkv()
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        q, k, v, is_causal=True, enable_gqa=True
+    )
+    for more in ({}, {"is_causal": True}):
+        found, _ = dsb_attention(Lonely(), q, k, v, None, softcap=None, **more)
+        assert (found.transpose(1, 2) - expected).abs().max() < 1e-6
+    free, _ = dsb_attention(Lonely(), q, k, v, None, is_causal=False)
+    assert (free.transpose(1, 2) - expected).abs().max() > 1e-2
+    last, _ = dsb_attention(Lonely(), q[:, :, -1:], k, v, None)
+    assert (last.transpose(1, 2) - expected[:, :, -1:]).abs().max() < 1e-6
+
+
+# --- windows ----------------------------------------------------------------------------------
+
+
+def cache_argument(model: PreTrainedModel) -> str:
+    names = inspect.signature(inspect.unwrap(type(model).forward)).parameters
+    return "cache" if "cache" in names else "past_key_values"
+
+
+def window_logits(
+    model: PreTrainedModel, ids: Tensor, mask: Tensor | None, first: int, last: int, **more
+) -> tuple[Tensor, Tensor]:
+    """Logits of rows [first, last) by a full forward, and by a window forward after it."""
+    length = ids.shape[1]
+    positions = torch.arange(length).expand_as(ids)
+    if mask is not None:
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    cache = WindowCache(model.config.num_hidden_layers, *ids.shape)
+    given = {cache_argument(model): cache, "attention_mask": mask}
+
+    def rows(value: int) -> Tensor:
+        return torch.full((len(ids),), value)
+
+    cache.point(None, rows(0), rows(length))
+    with torch.no_grad():
+        full = model(input_ids=ids, position_ids=positions, **given).logits
+        cache.point(None, rows(first), rows(last - first), last - first)
+        part = model(
+            input_ids=ids[:, first:last], position_ids=positions[:, first:last], **given, **more
+        ).logits
+    return full[:, first:last], part
+
+
+@pytest.mark.parametrize("padding", ["none", "left", "right"])
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "gemma"])
+def test_a_window_forward_equals_the_rows_of_the_full_one(name, padding):
+    model = model_of(name, causal=False)
+    model.set_attn_implementation("dsb")
+    ids, mask = inputs(padding)
+    full, part = window_logits(model, ids, mask, 8, 12)
+    real = slice(None) if mask is None else mask[:, 8:12].bool()
+    assert (full - part)[real].abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("padding", ["none", "left"])
+def test_the_window_kernel_serves_the_backend(monkeypatch, padding):
+    """`window=` says where the queries lie; on a GPU, or interpreted, the kernel then runs."""
+    monkeypatch.setenv("DSB_BACKEND", "triton")
+    calls: list[Tensor] = []
+    kernel = attention.window_attention
+    monkeypatch.setattr(
+        attention, "window_attention", lambda *a, **k: calls.append(a[0]) or kernel(*a, **k)
+    )
+    model = model_of("llama", causal=False)
+    model.set_attn_implementation("dsb")
+    ids, mask = inputs(padding)
+    leftpad = None if mask is None else (LENGTH - mask.sum(-1)).int()
+
+    def rows(value: int) -> Tensor:
+        return torch.full((len(ids),), value, dtype=torch.int32)
+
+    window = Window(rows(8), rows(4), rows(LENGTH), leftpad)
+    full, part = window_logits(model, ids, mask, 8, 12, window=window)
+    assert len(calls) == 2, "one call a layer, in the window forward alone"
+    assert (full - part).abs().max() < 1e-4

@@ -1,0 +1,178 @@
+"""AutoConfig, AutoModelForCausalLM and AutoTokenizer on LLaDA and Dream folders, natively."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaForCausalLM,
+    Qwen2ForCausalLM,
+    Qwen2Tokenizer,
+)
+
+import dsb_runtime as dsb
+from tests import golden
+from tests.checkpoints import parts, write, write_chat_model
+
+KINDS = {"llada": LlamaForCausalLM, "dream": Qwen2ForCausalLM}
+REMOTE = {  # as the published repositories have it
+    "llada": {
+        "AutoConfig": "configuration_llada.LLaDAConfig",
+        "AutoModelForCausalLM": "modeling_llada.LLaDAModelLM",
+        "AutoModel": "modeling_llada.LLaDAModelLM",
+    },
+    "dream": {
+        "AutoConfig": "configuration_dream.DreamConfig",
+        "AutoModel": "modeling_dream.DreamModel",
+    },
+}
+
+
+def published(folder: Path, family: str, **changes: Any) -> Path:
+    config, weights = parts(family)
+    return write(folder, {**config, "auto_map": REMOTE[family], **changes}, weights)
+
+
+def reference(family: str) -> tuple[Tensor, Tensor]:
+    saved = load_file(golden.DATA / family / "forward.safetensors")
+    return saved["input_ids"][None], saved["logits"]
+
+
+def error_of(model: torch.nn.Module, family: str) -> float:
+    ids, logits = reference(family)
+    with torch.no_grad():
+        return float((model(ids).logits[0] - logits).abs().max())
+
+
+@pytest.fixture(autouse=True)
+def no_prompt(monkeypatch):
+    """transformers asks on the terminal where it would run a repository's code."""
+
+    def asked(*args: Any) -> str:
+        raise AssertionError("transformers asked whether to trust remote code")
+
+    monkeypatch.setattr("builtins.input", asked)
+
+
+@pytest.mark.parametrize("auto", [AutoModelForCausalLM, AutoModel])
+@pytest.mark.parametrize("trust", [{}, {"trust_remote_code": True}], ids=["default", "trust"])
+@pytest.mark.parametrize("family", golden.FAMILIES)
+def test_published_folders_load_natively(tmp_path, family, trust, auto):
+    model = auto.from_pretrained(published(tmp_path, family), **trust)
+    assert isinstance(model, KINDS[family]) and not model.training
+    assert model.config._attn_implementation == "dsb"
+    assert model.dsb == golden.model(family).dsb
+    assert error_of(model, family) < 1e-4
+
+
+@pytest.mark.parametrize("family", golden.FAMILIES)
+def test_generate_takes_the_model(family):
+    model = AutoModelForCausalLM.from_pretrained(golden.DATA / family, dtype="float32")
+    case = golden.cases(family)[0]
+    out = dsb.generate(model, torch.tensor([case["prompt"]]), **golden.settings(case))
+    assert out.sequences[0].tolist() == case["sequence"]
+
+
+def test_config_tells_the_network(tmp_path):
+    config = AutoConfig.from_pretrained(published(tmp_path, "llada"))
+    assert (config.model_type, config.hidden_size, config.num_hidden_layers) == ("llada", 64, 3)
+    assert config.is_causal is False and config.mask_token_id == 511
+    assert not hasattr(config, "auto_map"), "a saved copy must not name a repository's code"
+
+
+def test_both_spellings_of_dream(tmp_path):
+    folder = published(tmp_path, "dream", model_type="dream")
+    assert error_of(AutoModelForCausalLM.from_pretrained(folder), "dream") < 1e-4
+
+
+@pytest.mark.parametrize("family", golden.FAMILIES)
+def test_saved_models_load_again(tmp_path, family):
+    model = AutoModelForCausalLM.from_pretrained(published(tmp_path / "a", family))
+    model.save_pretrained(tmp_path / "b", max_shard_size="100KB")
+    assert (tmp_path / "b" / "model.safetensors.index.json").is_file()
+    for again in (
+        AutoModelForCausalLM.from_pretrained(tmp_path / "b"),
+        dsb.load_model(tmp_path / "b", device="cpu"),
+    ):
+        assert error_of(again, family) < 1e-4
+        assert again.dsb == model.dsb
+
+
+def test_a_saved_load_model_loads_again(tmp_path):
+    """Its config is a Llama's, its names must be as well, and it says what it is."""
+    dsb.load_model(golden.DATA / "llada", device="cpu").save_pretrained(tmp_path)
+    assert error_of(dsb.load_model(tmp_path, device="cpu"), "llada") < 1e-4
+    assert error_of(LlamaForCausalLM.from_pretrained(tmp_path), "llada") < 1e-4
+
+
+def test_arguments_reach_transformers(tmp_path):
+    folder = published(tmp_path, "llada")
+    model, report = AutoModelForCausalLM.from_pretrained(
+        folder, dtype="bfloat16", attn_implementation="sdpa", output_loading_info=True
+    )
+    assert model.dtype == torch.bfloat16 and model.config._attn_implementation == "sdpa"
+    assert not any(report.values())
+    config = AutoConfig.from_pretrained(folder)
+    config.max_position_embeddings = 77
+    model = AutoModelForCausalLM.from_pretrained(folder, config=config, eos_ids=(3, 4))
+    assert model.config.max_position_embeddings == 77
+    assert model.dsb.eos_ids == (3, 4)
+
+
+def test_from_config_knows_its_ids():
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(golden.DATA / "dream"))
+    assert model.dsb == golden.model("dream").dsb
+
+
+def test_load_models_checks_hold(tmp_path):
+    config, weights = parts("llada")
+    dropped = next(name for name in weights if "attn_out" in name)
+    folder = write(tmp_path / "a", config, {k: v for k, v in weights.items() if k != dropped})
+    with pytest.raises(ValueError, match="missing weight"):
+        AutoModelForCausalLM.from_pretrained(folder)
+    with pytest.raises(ValueError, match="alibi=True, not supported"):
+        AutoConfig.from_pretrained(write(tmp_path / "b", {**config, "alibi": True}, weights))
+    del config["mask_token_id"]
+    folder = write(tmp_path / "c", config, weights)
+    with pytest.raises(ValueError, match="no mask_token_id: name it"):
+        AutoModelForCausalLM.from_pretrained(folder)
+    assert AutoModelForCausalLM.from_pretrained(folder, mask_id=511).dsb.mask_id == 511
+
+
+def test_lladas_tokenizer(tmp_path):
+    folder = write_chat_model(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert tokenizer("w5 w6").input_ids == dsb.load_tokenizer(folder)("w5 w6").input_ids == [5, 6]
+
+
+def write_dream_tokenizer(folder: Path) -> None:
+    """As Dream publishes it: a vocabulary, merges and a class in the repository."""
+    vocab = {"<|endoftext|>": 0, "a": 1, "b": 2, "ab": 3}
+    (folder / "vocab.json").write_text(json.dumps(vocab))
+    (folder / "merges.txt").write_text("#version: 0.2\na b\n")
+    settings = {
+        "tokenizer_class": "DreamTokenizer",
+        "auto_map": {"AutoTokenizer": ["tokenization_dream.DreamTokenizer", None]},
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+
+
+def test_dreams_tokenizer(tmp_path):
+    folder = published(tmp_path, "dream")
+    write_dream_tokenizer(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert isinstance(tokenizer, Qwen2Tokenizer)
+    assert tokenizer("abb").input_ids == [3, 2]
+    tokenizer.save_pretrained(tmp_path / "again")
+    write(tmp_path / "again", *parts("dream"))
+    assert AutoTokenizer.from_pretrained(tmp_path / "again")("abb").input_ids == [3, 2]

@@ -1,0 +1,123 @@
+"""dsb convert: the copy gives the golden logits in a process that knows nothing of this package."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import dsb_runtime as dsb
+from dsb_runtime.cli import main
+from dsb_runtime.convert import convert
+from tests import golden
+from tests.checkpoints import CHAT_TEMPLATE, parts, write, write_chat_model
+from tests.test_auto import published, write_dream_tokenizer
+
+# Prints the largest difference from the golden logits, as the named class and as the Auto class.
+PLAIN = """
+import sys
+import torch, transformers
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+folder, reference, name, text = sys.argv[1:]
+saved = load_file(reference)
+for kind in (getattr(transformers, name), AutoModelForCausalLM):
+    model = kind.from_pretrained(folder)
+    with torch.no_grad():
+        logits = model(saved["input_ids"][None]).logits[0]
+    print(float((logits - saved["logits"]).abs().max()))
+print(*AutoTokenizer.from_pretrained(folder)(text).input_ids)
+assert not any(module.startswith("dsb") for module in sys.modules)
+"""
+
+
+@pytest.mark.parametrize("family", golden.FAMILIES)
+def test_plain_transformers_loads_the_copy(tmp_path, family):
+    source, target = tmp_path / "source", tmp_path / "target"
+    if family == "llada":
+        write_chat_model(source)
+    else:
+        published(source, family)
+        write_dream_tokenizer(source)
+    convert(source, target, max_shard_size="100KB", say=lambda line: None)
+    assert (target / "model.safetensors.index.json").is_file()
+    config = json.loads((target / "config.json").read_text())
+    assert config["is_causal"] is False and "auto_map" not in config
+
+    name = {"llada": "LlamaForCausalLM", "dream": "Qwen2ForCausalLM"}[family]
+    text = {"llada": "w5 w6", "dream": "abb"}[family]
+    reference = golden.DATA / family / "forward.safetensors"
+    done = subprocess.run(
+        [sys.executable, "-c", PLAIN, target, reference, name, text],
+        capture_output=True, text=True, cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    named, auto, ids = done.stdout.splitlines()
+    assert float(named) < 1e-4 and float(auto) < 1e-4
+    assert ids == {"llada": "5 6", "dream": "3 2"}[family]
+
+    model = dsb.load_model(target, device="cpu")
+    assert model.dsb == golden.model(family).dsb
+    case = golden.cases(family)[0]
+    out = dsb.generate(model, torch.tensor([case["prompt"]]), **golden.settings(case))
+    assert out.sequences[0].tolist() == case["sequence"]
+    if family == "llada":
+        assert dsb.load_tokenizer(target).chat_template == CHAT_TEMPLATE
+
+
+def test_the_command_says_what_it_does(tmp_path, capsys):
+    assert main(["convert", str(golden.DATA / "llada"), str(tmp_path / "copy")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3
+    assert lines[0].startswith("reading") and "no tokenizer in the source" in lines[1]
+    assert lines[2].startswith("LlamaForCausalLM (llada), 0.00 GB")
+    weights = load_file(tmp_path / "copy" / "model.safetensors")
+    assert all(name.startswith(("model.", "lm_head.")) for name in weights)
+
+
+def test_the_command_takes_what_the_config_does_not_say(tmp_path, capsys):
+    config, weights = parts("dream")
+    del config["mask_token_id"]
+    source = write(tmp_path / "source", {**config, "model_type": "qwen2"}, weights)
+    arguments = ["convert", str(source), str(tmp_path / "copy")]
+    assert main(arguments) == 2
+    assert "model_type='qwen2'" in capsys.readouterr().err
+    assert main([*arguments, "--family", "dream"]) == 2
+    assert "mask_token_id" in capsys.readouterr().err
+    more = ["--family", "dream", "--mask-id", "511", "--dtype", "bfloat16"]
+    assert main(arguments + more) == 0
+    model = dsb.load_model(tmp_path / "copy", device="cpu")
+    assert model.dtype == torch.bfloat16 and model.dsb.family.name == "dream"
+
+
+def test_nothing_is_overwritten(tmp_path, capsys):
+    source, target = str(golden.DATA / "llada"), tmp_path / "copy"
+    target.mkdir()
+    kept = target / "mine.txt"
+    kept.write_text("mine")
+    assert main(["convert", source, str(target)]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "expected a new or an empty folder" in error
+    assert [p.name for p in target.iterdir()] == ["mine.txt"]
+    assert main(["convert", source, str(kept)]) == 2
+    kept.unlink()
+    assert main(["convert", source, str(target)]) == 0, "an empty folder is taken"
+
+
+def test_a_failure_leaves_nothing_behind(tmp_path, capsys):
+    source = published(tmp_path / "source", "llada")
+    (source / "tokenizer.json").write_text("{")
+    assert main(["convert", str(source), str(tmp_path / "copy")]) == 2
+    assert "no tokenizer that can be read" in capsys.readouterr().err
+    assert [p.name for p in tmp_path.iterdir()] == ["source"]
+
+
+def test_an_unknown_family_in_a_config_is_an_error(tmp_path):
+    config, weights = parts("llada")
+    folder = write(tmp_path, {**config, "dsb_family": "other"}, weights)
+    with pytest.raises(ValueError, match="family='other': expected one of llada, dream"):
+        dsb.load_model(folder)
