@@ -29,9 +29,9 @@ SCHEDULES: dict[str, dict[str, Any]] = {
     "DSB const": {"schedule": "dsb", "max_block_length": -1},  # -1: equal to block_length
     "DSB greedy": {"schedule": "dsb"},
 }
-THRESHOLDS = (0.5, 0.7, 0.8, 0.95, 0.99)
-FACTORS = (0.25, 0.5, 1.0, 2.0)
-FRECHETS = (0.0, 0.25, 0.5, 0.9)
+THRESHOLDS = (0.2, 0.3, 0.4, 0.5, 0.7, 0.95, 0.99)
+FACTORS = (0.25, 1.0, 4.0, 8.0)
+FRECHETS = (-0.9, -0.5, 0.0, 0.25, 0.9)
 
 
 @dataclass(frozen=True)
@@ -191,7 +191,7 @@ def run(
     table = Table(title=f"{args.problems} held-out problems, gen {args.gen_length}, "
                         f"block {args.block_length}")  # fmt: skip
     for column in ("rule", "schedule", "cache"):
-        table.add_column(column)
+        table.add_column(column, no_wrap=True)
     for column in ("exact", "forwards", "tokens", "tokens/forward", "tokens/s"):
         table.add_column(column, justify="right")
     for s in scores:

@@ -61,9 +61,10 @@ class Trace:
             else:
                 axes.barh(step, prefix, left=start - prefix - prompt, height=1, color="#bcd0ee")
             axes.barh(step, end - start, left=start - prompt, height=1, color="#fbe7b2")
-        edges = [[w[i] - prompt for w in self.windows] for i in (0, 1)]
-        for edge in edges:
-            axes.step(edge, range(steps), where="mid", color="#b07d00", lw=1)
+        rows = range(steps)
+        for edge in (0, 1):
+            x = [w[edge] - prompt for w in self.windows]
+            axes.vlines(x, [r - 0.5 for r in rows], [r + 0.5 for r in rows], color="#b07d00")
         points = [(p - prompt + 0.5, s, c) for s, row in enumerate(self.commits) for p, c in row]
         x, y, confidence = zip(*points, strict=True)
         dots = axes.scatter(x, y, c=confidence, cmap="viridis", vmin=0, vmax=1, s=16, zorder=3)

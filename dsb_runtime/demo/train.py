@@ -31,6 +31,7 @@ from dsb_runtime.demo import problems
 from dsb_runtime.demo.tokenizer import build_tokenizer, chat_text
 
 CANVAS = 96  # the longest response in training, in tokens: decode at most this many
+GEN_LENGTH = 64  # what the exported generation config proposes
 MAX_SEQUENCE_LENGTH = 512
 VOCAB_MULTIPLE = 64  # the LM head has unused rows, as LLaDA's has: kernels like round sizes
 
@@ -368,6 +369,8 @@ def export(model: LlamaForCausalLM, out: Path) -> None:
     weights = {llada_name(k): v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
     save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
     (out / "config.json").write_text(json.dumps(llada_config(model, tokenizer), indent=1) + "\n")
+    generation = json.dumps({"max_new_tokens": GEN_LENGTH}, indent=2)
+    (out / "generation_config.json").write_text(generation + "\n")
     tokenizer.save_pretrained(out)
 
 

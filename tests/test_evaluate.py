@@ -1,0 +1,97 @@
+"""`dsb eval` and the demo, with the embedded model."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+import dsb_runtime as dsb
+from dsb_runtime import cli
+from dsb_runtime.demo import MODEL_DIR
+from dsb_runtime.demo.problems import heldout, is_exact
+from dsb_runtime.evaluate import build_settings, encode_batches, score
+
+
+@pytest.fixture(scope="module")
+def model():
+    return dsb.load_model(MODEL_DIR, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return dsb.load_tokenizer(MODEL_DIR)
+
+
+def test_the_embedded_model_solves_held_out_problems(model, tokenizer):
+    """One token a step: the model's own ability, schedule and cache aside."""
+    setting = build_settings(64, 16, quick=True)[0]
+    assert setting.config.steps == 64 and setting.config.cache == "none"
+    batches = encode_batches(tokenizer, heldout(24, seed=5), 12, model.device)
+    measured = score(model, tokenizer, batches, setting)
+    assert measured.exact >= 0.8  # 90% are promised over 500 problems; 24 scatter
+    assert measured.problems == 24
+
+
+def test_settings_cover_every_schedule_cache_and_rule():
+    quick = build_settings(64, 16, quick=True)
+    nine = {(s.schedule, s.cache) for s in quick if s.rule == "threshold 0.9"}
+    assert len(nine) == 9
+    rules = {s.config.rule for s in build_settings(64, 16, quick=False)}
+    assert rules == {"threshold", "quota", "factor", "frechet"}
+
+
+def test_scores_follow_the_counting_rule(model, tokenizer):
+    problems = heldout(3, seed=2, steps=2)
+    batches = encode_batches(tokenizer, problems, 3, model.device)
+    setting = build_settings(64, 16, quick=True)[-1]
+    measured = score(model, tokenizer, batches, setting)
+    tokens = forwards = exact = 0
+    for problem in problems:
+        ((_, ids, _),) = encode_batches(tokenizer, [problem], 1, model.device)
+        out = dsb.generate(model, ids, setting.config)
+        response = out.sequences[0, ids.shape[1] :].tolist()
+        eos = model.dsb.eos_ids[0]
+        length = response.index(eos) + 1 if eos in response else len(response)
+        tokens, forwards = tokens + length, forwards + out.nfe
+        exact += is_exact(problem, tokenizer.decode(response[: length - 1]))
+    assert measured.tokens == pytest.approx(tokens / 3)
+    assert measured.forwards == pytest.approx(forwards / 3)
+    assert measured.tokens_per_forward == pytest.approx(tokens / forwards)
+    assert measured.exact == pytest.approx(exact / 3)
+
+
+def test_command_writes_json_and_plot(tmp_path, capsys):
+    scores, picture = tmp_path / "scores.json", tmp_path / "scores.png"
+    arguments = ["eval", "--problems", "2", "--batch", "2", "--quick", "--device", "cpu"]
+    assert cli.main([*arguments, "--json", str(scores), "--plot", str(picture)]) == 0
+    assert len(json.loads(scores.read_text())) == 10
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert "DSB greedy" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--problems", "0"], "--problems"),
+        (["--batch", "0"], "--batch"),
+        (["--json", "/nowhere/at/all.json"], "--json"),
+        (["--gen-length", "8"], "block_length"),
+    ],
+)
+def test_bad_arguments_are_one_line(arguments, named, capsys):
+    assert cli.main(["eval", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert named in error and error.count("\n") == 1
+
+
+def test_batching_does_not_change_answers(model, tokenizer):
+    problems = heldout(5, seed=9)
+    config = build_settings(64, 16, quick=True)[-1].config
+    ((order, ids, mask),) = encode_batches(tokenizer, problems, 5, model.device)
+    together = dsb.generate(model, ids, config, attention_mask=mask)
+    for row, problem in enumerate(order):
+        ((_, alone, _),) = encode_batches(tokenizer, [problem], 1, model.device)
+        single = dsb.generate(model, alone, config)
+        assert torch.equal(together.sequences[row, -64:], single.sequences[0, -64:])
