@@ -30,7 +30,7 @@ test-oldest: $(OLDEST)/.installed
 $(STAMP): setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet $(PINS) -e ".[test]"
+	$(BIN)/python -m pip install --quiet $(PINS) -e ".[test,eval]"
 	@touch $@
 
 $(OLDEST)/.installed: setup.py constraints-oldest.txt

@@ -7,11 +7,12 @@ from setuptools import find_namespace_packages, setup
 setup(
     name="dsb-kernels",
     version="0.1.0",
-    description="Exact, fast decoding of diffusion language models (LLaDA, Dream): DSB and DSB Cache",
+    description="Exact, fast decoding of diffusion language models: DSB and DSB Cache",
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",
+    py_modules=["dsb_lm_eval"],
     packages=find_namespace_packages(include=["dsb_kernels*", "dsb_runtime*"]),
     package_data={"dsb_runtime.demo": ["model/*"]},
     install_requires=[
@@ -26,8 +27,14 @@ setup(
         "matplotlib",
     ],
     extras_require={
+        "eval": ["lm-eval>=0.4.13", "accelerate"],
         "flash": ["flash-attn"],
         "test": ["pytest", "pytest-benchmark", "pytest-xdist", "hypothesis", "ruff", "accelerate"],
     },
-    entry_points={"console_scripts": ["dsb = dsb_runtime.cli:main"]},
+    entry_points={
+        "console_scripts": ["dsb = dsb_runtime.cli:main"],
+        "lm_eval.models": ["dsb = dsb_runtime.lm_eval_model:DSBLM"],
+        # The same for lm-eval up to 0.4.13, which reads no entry points: see dsb_lm_eval.py.
+        "torch.backends": ["dsb_lm_eval = dsb_lm_eval:register"],
+    },
 )

@@ -87,6 +87,8 @@ class LiveCanvas:
 
     def __exit__(self, *exc: object) -> None:
         self.live.__exit__(*exc)
+        if not self.live.console.is_terminal:  # rich leaves out the last newline there
+            self.live.console.print()
 
     def __call__(self, event: StepEvent) -> None:
         began = time.perf_counter()

@@ -77,5 +77,6 @@ class Trace:
             ylabel="forward pass",
             title=title or "blue rows: refresh; yellow: active block; light blue: prefix window",
         )
+        axes.yaxis.get_major_locator().set_params(integer=True)
         figure.savefig(path, dpi=120)
         plt.close(figure)

@@ -1,0 +1,418 @@
+"""The model `dsb` of lm-evaluation-harness, on the embedded model and local tasks."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import dsb_runtime as dsb
+from dsb_runtime.demo import MODEL_DIR
+from dsb_runtime.demo.problems import heldout
+from dsb_runtime.demo.tokenizer import chat_text
+from dsb_runtime.likelihood import Scored, are_greedy, log_likelihoods
+
+lm_eval = pytest.importorskip("lm_eval", reason="needs the extra: pip install .[eval]")
+
+from lm_eval.api.instance import Instance  # noqa: E402
+from lm_eval.tasks import TaskManager  # noqa: E402
+
+from dsb_runtime.lm_eval_model import DSBLM, SETTINGS, cut_at_stop  # noqa: E402
+
+ROOT = Path(__file__).parents[1]
+PROBLEMS = [p for steps in (1, 2, 3) for p in heldout(3, steps=steps)]
+PROMPTS = [chat_text(problem.prompt) for problem in PROBLEMS]
+
+
+def make(arguments: str = "", **more: Any) -> DSBLM:
+    """As the harness makes it: from a string, and from its own options."""
+    arguments = f"pretrained={MODEL_DIR}," + arguments
+    return DSBLM.create_from_arg_string(arguments, {"device": "cpu", "batch_size": 4, **more})
+
+
+@pytest.fixture(scope="module")
+def lm() -> DSBLM:
+    return make("mc_num=8,gen_length=64")
+
+
+def requests(kind: str, arguments: list[tuple[Any, ...]]) -> list[Instance]:
+    return [Instance(kind, {}, a, 0, metadata=("task", i, 1)) for i, a in enumerate(arguments)]
+
+
+def answers(lm: DSBLM, prompts: list[str] = PROMPTS, **asked: Any) -> list[str]:
+    return lm.generate_until(requests("generate_until", [(p, asked) for p in prompts]))
+
+
+# --- arguments -----------------------------------------------------------------------------------
+
+ARGUMENTS = [
+    "gen_length=48,block_length=8,schedule=dsb,max_block_length=16,cache=dsb,prefix_window=6,"
+    "threshold=0.8,temperature=0.5,stop_at_eos=False,refresh_commit=first",
+    "gen_length=48,block_length=8,factor=1.5,top_p=0.9,top_k=5",
+    "gen_length=48,block_length=8,frechet=0.25",
+    "gen_length=48,block_length=8,steps=12,schedule=naive,cache=dual",
+]
+
+
+@pytest.mark.parametrize("text", ARGUMENTS)
+def test_settings_are_read_from_model_args(text):
+    expected = {k: yaml.safe_load(v) for k, v in (pair.split("=") for pair in text.split(","))}
+    expected.setdefault("stop_at_eos", True)
+    assert make(text).decoding_config({}) == dsb.DecodingConfig(**expected)
+
+
+def test_every_setting_is_covered_above():
+    assert {pair.split("=")[0] for text in ARGUMENTS for pair in text.split(",")} == set(SETTINGS)
+
+
+@pytest.mark.parametrize(
+    ("text", "error", "message"),
+    [
+        ("treshold=0.9", TypeError, "treshold=0.9: no such argument .* threshold"),
+        ("threshold=1.5", ValueError, r"threshold=1.5: expected a number in \[0, 1\]"),
+        ("threshold=high", TypeError, r"threshold='high': expected a number"),
+        ("block_length=abc", TypeError, "block_length='abc': expected an int"),
+        ("gen_length=64.5", TypeError, "gen_length=64.5: expected an int"),
+        ("schedule=fast", ValueError, "schedule='fast': expected one of dsb, naive"),
+        ("stop_at_eos=1", TypeError, "stop_at_eos=1: expected True or False"),
+        ("threshold=0.9,factor=1.0", ValueError, "at most one of threshold, factor"),
+        ("mc_num=0", ValueError, "mc_num=0: expected an int >= 1"),
+        ("seed=-1", ValueError, "seed=-1: expected an int from 0"),
+        ("check_greedy=1", TypeError, "check_greedy=1: expected True or False"),
+        ("max_length=100000", ValueError, "max_length=100000: expected an int from 2 to 512"),
+        ("dtype=int7", ValueError, "dtype='int7': expected"),
+    ],
+)
+def test_wrong_arguments_are_said_in_one_line(text, error, message):
+    with pytest.raises(error, match=message) as caught:
+        make(text)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_batch_size_that_is_no_number():
+    with pytest.raises(TypeError, match="batch_size='auto': expected an int"):
+        make(batch_size="auto")
+
+
+def test_what_a_request_asks_for(lm):
+    """Fields of one configuration, for `generation_kwargs` beside gen_length=64."""
+
+    def read(name: str, **asked: Any) -> Any:
+        return getattr(lm.decoding_config(asked), name)
+
+    assert read("gen_length") == 64 and read("block_length") == 16
+    assert read("gen_length", max_gen_toks=10) == 10 and read("block_length", max_gen_toks=10) == 2
+    assert read("gen_length", max_gen_toks=500) == 64
+    assert read("gen_length", max_new_tokens=7) == 7
+    assert read("threshold") == 0.9 and read("threshold", threshold=0.5) == 0.5
+    assert read("threshold", steps=8) is None and read("steps", steps=8) == 8
+    assert read("temperature", temperature=0.7, do_sample=True) == 0.7
+    assert read("temperature", temperature=0.7, do_sample=False) == 0
+    assert read("top_p", temperature=0.7, top_p=0.9) == 0.9
+    assert read("top_p", temperature=0.0, top_p=0.9) is None
+    with pytest.raises(ValueError, match="max_gen_toks=0: expected an int >= 1"):
+        lm.decoding_config({"max_gen_toks": 0})
+
+
+def test_a_named_block_shrinks_with_a_short_request():
+    config = make("block_length=32").decoding_config({"max_gen_toks": 8})
+    assert (config.gen_length, config.block_length) == (8, 8)
+
+
+def test_what_means_nothing_is_said_once(lm, caplog):
+    with caplog.at_level("WARNING", logger="lm_eval"):
+        lm.warned.clear()
+        answers(lm, PROMPTS[:2], num_beams=1, until=[])
+    assert [r.getMessage() for r in caplog.records] == [
+        "generation_kwargs num_beams=1 means nothing to model dsb"
+    ]
+
+
+# --- generation ----------------------------------------------------------------------------------
+
+
+def test_answers_are_those_of_generate_one_by_one(lm):
+    model, tokenizer = dsb.load_model(MODEL_DIR, device="cpu"), dsb.load_tokenizer(MODEL_DIR)
+    expected, tokens, forwards = [], 0, 0
+    for prompt in PROMPTS:
+        ids = tokenizer(prompt, add_special_tokens=False, return_tensors="pt").input_ids
+        out = dsb.generate(model, ids, gen_length=64, block_length=16, stop_at_eos=True)
+        tokens, forwards = tokens + out.row_tokens[0], forwards + out.nfe
+        text = tokenizer.decode(out.sequences[0, ids.shape[1] :], skip_special_tokens=True)
+        expected.append(text)
+    fresh = make("gen_length=64")
+    assert answers(fresh) == expected
+    assert fresh.measured["answers"] == len(PROMPTS)
+    assert fresh.measured["tokens"] == tokens and fresh.measured["forwards"] == forwards
+    assert fresh.measured["tokens_per_forward"] == tokens / forwards
+    assert fresh.measured["tokens_per_second"] == tokens / fresh.measured["seconds"]
+    exact = sum(f"Answer {p.answer}." in text for p, text in zip(PROBLEMS, expected, strict=True))
+    assert exact >= 7, "the embedded model must answer, or this shows nothing"
+
+
+@pytest.mark.parametrize(
+    ("text", "stops", "expected"),
+    [
+        ("a b c", [], "a b c"),
+        ("a b c", ["c", "b"], "a "),
+        ("a b c", ["", "x"], "a b c"),
+        ("a b c", ["a"], ""),
+    ],
+)
+def test_text_is_cut_at_the_first_stop(text, stops, expected):
+    assert cut_at_stop(text, stops) == expected
+
+
+def test_stop_strings_are_honoured(lm):
+    whole = answers(lm)
+    assert all("Tuesday" in text for text in whole[3:])
+    assert answers(lm, until=["Answer", "Tuesday"]) == [
+        text.split("Answer")[0].split("Tuesday")[0] for text in whole
+    ]
+    assert answers(lm, until="Answer") == [text.split("Answer")[0] for text in whole]
+
+
+def test_special_tokens_stop_too(lm):
+    words = lm.tokenizer.encode("Monday <|user|> Tuesday", add_special_tokens=False)
+    assert lm.answer(words, []) == "Monday Tuesday"
+    assert lm.answer(words, ["<|user|>"]) == "Monday"
+    assert lm.answer([words[0], *lm.model.dsb.eos_ids, words[2]], []) == "Monday"
+
+
+def test_padding_of_the_harness_costs_nothing(lm):
+    """Processes with fewer documents get their last request again."""
+    made = requests("generate_until", [(p, {}) for p in PROMPTS[:2]])
+    before = lm.totals["answers"]
+    found = lm.generate_until([*made, made[-1], made[-1]])
+    assert found[1] == found[2] == found[3]
+    assert lm.totals["answers"] == before + 2
+
+
+def test_a_long_prompt_loses_its_beginning(caplog):
+    short = make("gen_length=16,max_length=40")
+    ids = short.tok_encode(PROMPTS[-1])
+    assert len(ids) > 24
+    with caplog.at_level("WARNING", logger="lm_eval"):
+        assert short.prompt_ids(PROMPTS[-1], 24) == ids[-24:]
+    assert "lose their beginning" in caplog.text
+    with pytest.raises(ValueError, match="gen_length=64: no room for a prompt in 40 positions"):
+        answers(make("gen_length=64,max_length=40"))
+
+
+def test_an_empty_prompt_is_answered(lm):
+    assert isinstance(answers(lm, [""])[0], str)
+
+
+def test_the_chat_template(lm):
+    talk = [{"role": "user", "content": PROBLEMS[0].prompt}]
+    assert lm.apply_chat_template(talk) == PROMPTS[0]
+    assert lm.chat_template(True) == lm.tokenizer.chat_template
+    assert "/" not in lm.tokenizer_name
+    template, lm.tokenizer.chat_template = lm.tokenizer.chat_template, None
+    with pytest.raises(ValueError, match="no chat template; run without --apply_chat_template"):
+        lm.apply_chat_template(talk)
+    lm.tokenizer.chat_template = template
+
+
+def test_sampling_follows_the_seed():
+    first, again, other = (
+        answers(make(f"gen_length=32,temperature=20.0,seed={seed}"), PROMPTS[:3])
+        for seed in (1, 1, 2)
+    )
+    assert first == again != other
+
+
+def test_a_prompt_keeps_the_bos_that_it_has(monkeypatch):
+    lm = make()
+    lm.tokenizer.bos_token = "<|user|>"
+    calls: list[bool] = []
+    monkeypatch.setattr(
+        lm.tokenizer, "encode", lambda text, add_special_tokens: calls.append(add_special_tokens)
+    )
+    lm.tok_encode("<|user|> a")
+    lm.tok_encode("a")
+    assert calls == [False, True]
+
+
+# --- log-likelihood ------------------------------------------------------------------------------
+
+
+def test_loglikelihood(lm):
+    pairs = [
+        (PROMPTS[0], " " + PROBLEMS[0].response),
+        (PROMPTS[4], " Monday 1 + 1 = 3."),
+        ("", "Mia"),
+    ]
+    found = lm.loglikelihood(requests("loglikelihood", pairs), disable_tqdm=True)
+    items = [
+        Scored(
+            tuple(lm.tok_encode(prompt) or [lm.prefix_token_id]),
+            tuple(lm.tok_encode(text, add_special_tokens=False)),
+        )
+        for prompt, text in pairs
+    ]
+    expected = log_likelihoods(lm.model, items, samples=8)
+    assert [total for total, _ in found] == pytest.approx(expected, abs=1e-3)
+    assert [greedy for _, greedy in found] == are_greedy(lm.model, items)
+    assert found[0][1] and not found[1][1]
+    assert found[0][0] > found[1][0]
+    quick = make("mc_num=8,check_greedy=False")
+    assert not any(greedy for _, greedy in quick.loglikelihood(requests("loglikelihood", pairs)))
+
+
+def test_loglikelihood_of_whole_texts(lm):
+    short = make("mc_num=8,max_length=22")
+    text = " ".join(problem.prompt for problem in PROBLEMS[:2])
+    ids = tuple(short.tok_encode(text, add_special_tokens=False))
+    assert 21 < len(ids) < 42
+    rest = ids[21:]
+    windows = [Scored((short.prefix_token_id,), ids[:21]), Scored(ids[len(rest) - 1 : 21], rest)]
+    expected = sum(log_likelihoods(short.model, windows, samples=8))
+    (found,) = short.loglikelihood_rolling(requests("loglikelihood_rolling", [(text,)]))
+    assert found == pytest.approx(expected, abs=1e-3)
+
+
+# --- the harness ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with two tasks over 21 problems (an odd number, for two processes)."""
+    folder = tmp_path_factory.mktemp("tasks")
+    rows = [
+        {
+            "prompt": p.prompt,
+            "answer": str(p.answer),
+            "choices": [p.response, p.response.replace(f"Answer {p.answer}.", "Answer 0.")],
+        }
+        for p in heldout(21, seed=3, steps=2)
+    ]
+    (folder / "problems.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    common = {
+        "dataset_path": "json",
+        "dataset_kwargs": {
+            "data_files": {"test": str(folder / "problems.jsonl")},
+            "cache_dir": str(folder / "cache"),
+        },
+        "test_split": "test",
+        "doc_to_text": "{{prompt}}",
+    }
+    answer = {
+        "task": "word_problems",
+        "output_type": "generate_until",
+        "doc_to_target": "{{answer}}",
+        "generation_kwargs": {"until": ["\n"], "do_sample": False},
+        "filter_list": [
+            {
+                "name": "answer",
+                "filter": [
+                    {"function": "regex", "regex_pattern": "Answer (\\d+)"},
+                    {"function": "take_first"},
+                ],
+            }
+        ],
+        "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
+    }
+    choose = {
+        "task": "word_choices",
+        "output_type": "multiple_choice",
+        "doc_to_choice": "{{choices}}",
+        "doc_to_target": 0,
+        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+    }
+    for task in (answer, choose):
+        (folder / f"{task['task']}.yaml").write_text(yaml.safe_dump({**common, **task}))
+    return folder
+
+
+def test_the_harness_end_to_end(tasks):
+    results = lm_eval.simple_evaluate(
+        model="dsb",
+        model_args=f"pretrained={MODEL_DIR},gen_length=64,mc_num=4,check_greedy=False",
+        tasks=["word_problems", "word_choices"],
+        task_manager=TaskManager(include_path=str(tasks)),
+        device="cpu", batch_size=8, apply_chat_template=True, bootstrap_iters=0,
+    )  # fmt: skip
+    assert results["results"]["word_problems"]["exact_match,answer"] >= 0.9
+    assert results["results"]["word_choices"]["acc,none"] >= 0.9
+    measured = results["config"]["dsb_measured"]
+    assert measured["answers"] == 21
+    assert measured["tokens_per_forward"] == measured["tokens"] / measured["forwards"] > 2
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """A path on which this checkout is an installed package, entry points and all."""
+    folder = tmp_path_factory.mktemp("installed")
+    subprocess.run(
+        [sys.executable, "setup.py", "-q", "egg_info", "--egg-base", str(folder)],
+        cwd=ROOT, check=True, capture_output=True,
+    )  # fmt: skip
+    return {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(folder), str(ROOT)]),
+        "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1",
+    }  # fmt: skip
+
+
+def run_harness(launcher: list[str], tasks: Path, environment: dict[str, str], out: Path) -> dict:
+    """The command of the README; its results with every sample's responses."""
+    command = [
+        *launcher, "-m", "lm_eval", "--model", "dsb", "--model_args",
+        f"pretrained={MODEL_DIR},schedule=dsb,cache=dsb,threshold=0.9,gen_length=64,mc_num=4",
+        "--tasks", "word_problems,word_choices", "--include_path", str(tasks),
+        "--batch_size", "8", "--device", "cpu", "--apply_chat_template",
+        "--output_path", str(out), "--log_samples",
+    ]  # fmt: skip
+    done = subprocess.run(
+        command, cwd=tasks, env=environment, capture_output=True, text=True, timeout=1200
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert "tokens_per_forward" in done.stderr and "exact_match" in done.stdout
+    (file,) = out.rglob("results_*.json")
+    results = json.loads(file.read_text())
+    for name in ("word_problems", "word_choices"):
+        (file,) = out.rglob(f"samples_{name}_*.jsonl")
+        samples = map(json.loads, file.read_text().splitlines())
+        results[name] = {s["doc_id"]: s["filtered_resps"] for s in samples}
+    return results
+
+
+@pytest.mark.slow
+def test_the_command_with_one_and_two_processes(tasks, environment, tmp_path):
+    """`lm_eval --model dsb` by the entry points alone, and dealt out by accelerate."""
+    one = run_harness([sys.executable], tasks, environment, tmp_path / "one")
+    accelerate = [
+        sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2",
+        "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
+    ]  # fmt: skip
+    two = run_harness(accelerate, tasks, environment, tmp_path / "two")
+    assert one["results"]["word_problems"]["exact_match,answer"] >= 0.9
+    for name, metric in (("word_problems", "exact_match,answer"), ("word_choices", "acc,none")):
+        assert one["results"][name][metric] == two["results"][name][metric]
+        assert len(one[name]) == 21
+    assert one["word_problems"] == two["word_problems"]
+    for doc, choices in one["word_choices"].items():
+        for here, there in zip(choices, two["word_choices"][doc], strict=True):
+            assert float(here[0]) == pytest.approx(float(there[0]), abs=1e-3)
+            assert here[1] == there[1]
+    for count in ("answers", "tokens", "forwards"):
+        assert one["config"]["dsb_measured"][count] == two["config"]["dsb_measured"][count]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("code", ["import torch", "import lm_eval, torch"])
+def test_nothing_but_the_name_is_loaded_with_torch(environment, code):
+    """torch's import calls an entry point of this package: it must not load the package."""
+    code += "; import sys; print([m for m in sys.modules if m.startswith('dsb_')])"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "['dsb_lm_eval']"
