@@ -234,6 +234,8 @@ def generate(
             accepted = ", ".join(DecodingConfig.__dataclass_fields__)
             raise TypeError(f"{unknown[0]}={settings[unknown[0]]!r}: expected one of {accepted}")
         config = DecodingConfig(**settings)
+    if on_step is not None and not callable(on_step):
+        raise TypeError(f"on_step={on_step!r}: expected a callable that takes a StepEvent, or None")
     info = check_model(model)
     check_family_settings(info, config)
     check_prompt(model, input_ids, info, config)

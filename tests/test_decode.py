@@ -217,3 +217,9 @@ def test_int32_prompt_gives_int64_sequences():
     assert torch.equal(
         out.sequences, dsb.generate(model, prompt, gen_length=8, block_length=4).sequences
     )
+
+
+def test_on_step_must_be_callable():
+    prompt = prompts(1)[0][None]
+    with pytest.raises(TypeError, match="on_step=3"):
+        dsb.generate(golden.model("llada"), prompt, gen_length=8, block_length=4, on_step=3)
