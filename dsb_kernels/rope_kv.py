@@ -20,10 +20,9 @@ from dsb_kernels.dispatch import (
     use_triton,
     wrap_triton,
 )
-from dsb_kernels.tuning import CompileCase, Config
+from dsb_kernels.tuning import CompileCase, configuration
 
-# 16 rows of a head of 128: every thread loads 16 bytes of each half.
-TILE = Config({"BLOCK_W": 16}, num_warps=4)
+TILE = configuration("rope_write_kv", 0, "any")  # one for every window and architecture
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 # --- definition -------------------------------------------------------------------------------

@@ -78,6 +78,28 @@ CONFIGS: dict[tuple[str, str], dict[int, Config]] = {
         64: Config(_head(128, 64, 16, programs=132), num_warps=8, num_stages=4),
         1 << 62: Config(_head(128, 128, 16, programs=132), num_warps=8, num_stages=4),
     },
+    # size = query rows of a KV head (group x window), head dim up to 128, then up to 256. 64 rows
+    # and up run on wgmma; K/V tiles of 64 positions, two ahead in flight, saturate memory with one
+    # program per SM.
+    ("window_attention 128", "any"): {
+        16: Config({"BLOCK_M": 16, "BLOCK_N": 64}, num_warps=4, num_stages=3),
+        32: Config({"BLOCK_M": 32, "BLOCK_N": 64}, num_warps=4, num_stages=3),
+        64: Config({"BLOCK_M": 64, "BLOCK_N": 64}, num_warps=4, num_stages=3),
+        1 << 62: Config({"BLOCK_M": 128, "BLOCK_N": 64}, num_warps=8, num_stages=3),
+    },
+    ("window_attention 256", "any"): {
+        16: Config({"BLOCK_M": 16, "BLOCK_N": 32}, num_warps=4, num_stages=3),
+        64: Config({"BLOCK_M": 64, "BLOCK_N": 32}, num_warps=4, num_stages=3),
+        1 << 62: Config({"BLOCK_M": 128, "BLOCK_N": 32}, num_warps=8, num_stages=2),
+    },
+    # Tests only: float32 has no tensor cores.
+    ("window_attention float32", "any"): {
+        1 << 62: Config({"BLOCK_M": 32, "BLOCK_N": 32}, num_warps=4),
+    },
+    # size = window rows. 16 rows of a head of 128: every thread loads 16 bytes of each half.
+    ("rope_write_kv", "any"): {1 << 62: Config({"BLOCK_W": 16}, num_warps=4)},
+    # size = batch rows: one program each, whose candidates fit four warps.
+    ("unmask_and_slide", "any"): {1 << 62: Config({}, num_warps=4)},
 }
 
 

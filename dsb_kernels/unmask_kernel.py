@@ -13,10 +13,12 @@ import torch
 from torch import Tensor
 
 from dsb_kernels.dispatch import jit, launch_options, tl, triton, wrap_triton
-from dsb_kernels.tuning import CompileCase
+from dsb_kernels.tuning import CompileCase, configuration
 
 if TYPE_CHECKING:
     from dsb_kernels.unmask import UnmaskSpec, WindowState
+
+CONFIG = configuration("unmask_and_slide", 0, "any")  # one for every batch and architecture
 
 
 @jit
@@ -217,7 +219,7 @@ def launch(
             K, spec.schedule, spec.max_block_length, spec.cache, spec.rule, spec.rule_value,
             spec.refresh_commit, spec.eos_ids if spec.stop_at_eos else (),
         ),
-        **launch_options(num_warps=4, num_stages=1),
+        **launch_options(CONFIG.num_warps, CONFIG.num_stages),
     )  # fmt: skip
     return commit
 
@@ -283,7 +285,7 @@ def compile_cases() -> list[CompileCase]:
             constexprs=constants(
                 K, schedule, max_size, cache, rule, value, commit, (126081, 126348) if stop else ()
             ),
-            num_warps=4,
+            num_warps=CONFIG.num_warps,
             divisible=tuple(pointers),
         )
         for K, schedule, max_size, cache, rule, value, commit, stop in variants

@@ -13,35 +13,16 @@ import torch
 from torch import Tensor
 
 from dsb_kernels.dispatch import jit, launch_options, tl, triton, wrap_triton
-from dsb_kernels.tuning import CompileCase, Config
+from dsb_kernels.tuning import CompileCase, Config, architecture_of, configuration
 
 MAX_SPLITS, DEFAULT_MAX_SPLITS = 128, 32
 COMBINE_ROWS = 8
 
-# Head dim up to -> query rows of a KV head (G * W) up to -> tile. 64 rows and up run on wgmma; K/V
-# tiles of 64 positions, two ahead in flight, saturate memory with one program per SM.
-TILES: dict[int, dict[int, Config]] = {
-    128: {
-        16: Config({"BLOCK_M": 16, "BLOCK_N": 64}, num_warps=4, num_stages=3),
-        32: Config({"BLOCK_M": 32, "BLOCK_N": 64}, num_warps=4, num_stages=3),
-        64: Config({"BLOCK_M": 64, "BLOCK_N": 64}, num_warps=4, num_stages=3),
-        1 << 62: Config({"BLOCK_M": 128, "BLOCK_N": 64}, num_warps=8, num_stages=3),
-    },
-    256: {
-        16: Config({"BLOCK_M": 16, "BLOCK_N": 32}, num_warps=4, num_stages=3),
-        64: Config({"BLOCK_M": 64, "BLOCK_N": 32}, num_warps=4, num_stages=3),
-        1 << 62: Config({"BLOCK_M": 128, "BLOCK_N": 32}, num_warps=8, num_stages=2),
-    },
-}
-FLOAT32_TILE = Config({"BLOCK_M": 32, "BLOCK_N": 32}, num_warps=4)  # tests only: no tensor cores
 
-
-def tile_of(rows: int, D: int, dtype: torch.dtype) -> Config:
+def tile_of(rows: int, D: int, dtype: torch.dtype, architecture: str) -> Config:
     """The tile for `rows` query rows of a KV head."""
-    if dtype == torch.float32:
-        return FLOAT32_TILE
-    classes = TILES[128 if D <= 128 else 256]
-    return next(config for limit, config in classes.items() if rows <= limit)
+    kind = "float32" if dtype == torch.float32 else "128" if D <= 128 else "256"
+    return configuration(f"window_attention {kind}", rows, architecture)
 
 
 def choose_splits(programs: int, sm_count: int) -> int:
@@ -253,7 +234,7 @@ def launch(
     lse = q.new_empty((B, H, W) if return_lse else 0, dtype=torch.float32)
     if q.numel() == 0:
         return out, lse
-    config = tile_of(H // H_kv * W, D, q.dtype)
+    config = tile_of(H // H_kv * W, D, q.dtype, architecture_of(q.device))
     blocks = dict(config.blocks, BLOCK_D=max(64, triton.next_power_of_2(D)))
     if kv_indices is not None:
         blocks["BLOCK_N"] = min(blocks["BLOCK_N"], kv_block_size)
@@ -337,7 +318,7 @@ def compile_cases() -> list[CompileCase]:
 def _attention_case(
     name: str, H: int, H_kv: int, W: int, D: int, in_cache: bool, listed: bool, splits: int
 ) -> CompileCase:
-    config = tile_of(H // H_kv * W, D, torch.bfloat16)
+    config = tile_of(H // H_kv * W, D, torch.bfloat16, "sm_90")
     lists = ("num_blocks_ptr", "indices_ptr")
     constexprs = {
         "GROUP": H // H_kv, "HEAD_DIM": D, "NUM_SPLITS": splits, "WINDOW_IN_CACHE": in_cache,

@@ -134,7 +134,7 @@ def attention_traffic(
     q = torch.zeros(1, group, W, D, dtype=torch.float16)
     kc, vc = torch.zeros(2, 1, 1, C, D, dtype=torch.float16)
     kw, vw = torch.zeros(2, 1, 1, W, D, dtype=torch.float16)
-    tiles = -(-group * W // tile_of(group * W, D, q.dtype).blocks["BLOCK_M"])
+    tiles = -(-group * W // tile_of(group * W, D, q.dtype, "sm_90").blocks["BLOCK_M"])
     splits = choose_splits(kv_heads * tiles, 132)
     metadata = {
         "window_start": ints(start), "window_length": ints(W), "cache_seqlens": ints(stored)
