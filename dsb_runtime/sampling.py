@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, pad
 
-from dsb_kernels.confidence import first_argmax, token_confidence
+from dsb_kernels.confidence import first_argmax
+from dsb_kernels.lm_head_confidence import lm_head_confidence
 from dsb_runtime.config import DecodingConfig
 from dsb_runtime.load import DiffusionInfo
 from dsb_runtime.parallel import agree, is_sharded, score_sharded
@@ -93,8 +94,9 @@ def propose(
     if config.temperature == 0 and not cuts:
         if sharded:
             return score_sharded(hidden, lm_head, eligible, info.mask_id)
-        logits = linear(hidden, lm_head.weight, lm_head.bias)
-        return token_confidence(logits, eligible=eligible, banned=(info.mask_id,))
+        return lm_head_confidence(
+            hidden, lm_head.weight, lm_head.bias, eligible=eligible, banned=(info.mask_id,)
+        )
     # A sharded head's own forward gathers the vocabulary, which sampling needs as a whole.
     logits = lm_head(hidden) if sharded else linear(hidden, lm_head.weight, lm_head.bias)
     if info.family.nucleus:
