@@ -9,6 +9,7 @@ from dsb_runtime.config import DecodingConfig
 from dsb_runtime.decode import GenerationOutput, StepEvent, generate
 from dsb_runtime.hf_generate import custom_generate
 from dsb_runtime.load import load_model, load_tokenizer
+from dsb_runtime.patch import patch, unpatch
 
 __all__ = [
     "DecodingConfig",
@@ -20,4 +21,6 @@ __all__ = [
     "generate",
     "load_model",
     "load_tokenizer",
+    "patch",
+    "unpatch",
 ]

@@ -16,7 +16,7 @@ def check_model(model: Any) -> DiffusionInfo:
     info = getattr(model, "dsb", None)
     if not isinstance(info, DiffusionInfo):
         raise TypeError(
-            f"model={type(model).__name__}: expected a model from dsb_runtime.load_model"
+            f"model={type(model).__name__}: expected a model from dsb_runtime.load_model or patch"
         )
     return info
 

@@ -1,0 +1,119 @@
+"""patch and unpatch: the same tokens as `generate`, and nothing left behind."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+
+import dsb_runtime as dsb
+from dsb_runtime.families import FAMILIES, supported_config
+from dsb_runtime.load import read_config, rename
+from tests import golden
+
+SMALL = {
+    "vocab_size": 512, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256,
+}  # fmt: skip
+KINDS = {"Llama": {}, "Qwen2": {}, "Qwen3": {"head_dim": 16}, "Mistral": {"sliding_window": None}}
+
+
+def in_memory(family: str) -> transformers.PreTrainedModel:
+    """The golden weights in a plain causal model of transformers."""
+    folder = golden.DATA / family
+    config = supported_config(read_config(folder), FAMILIES[family])
+    config.eos_token_id = 1
+    model = getattr(transformers, FAMILIES[family].model_class)(config).eval()
+    mapping = dict(FAMILIES[family].key_mapping)
+    weights = load_file(folder / "model.safetensors")
+    model.load_state_dict({rename(k, mapping): v for k, v in weights.items()})
+    return model
+
+
+def random_model(kind: str) -> transformers.PreTrainedModel:
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{kind}Config")(**SMALL, **KINDS[kind])
+    return getattr(transformers, f"{kind}ForCausalLM")(config).eval()
+
+
+@pytest.mark.parametrize("family", golden.FAMILIES)
+def test_patched_model_decodes_the_golden_trajectories(family):
+    model = dsb.patch(in_memory(family), mask_id=511)
+    for case in golden.cases(family)[:8]:
+        out = model.dsb_generate(torch.tensor([case["prompt"]]), **golden.settings(case))
+        assert out.sequences[0].tolist() == case["sequence"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_unpatch_restores_outputs_and_identities(kind):
+    model = random_model(kind)
+    ids = torch.randint(2, 500, (1, 12), generator=torch.Generator().manual_seed(1))
+    parameters = {k: (id(v), v.data_ptr()) for k, v in model.named_parameters()}
+    attributes = {k: id(v) for k, v in vars(model).items()}
+    modules = {k: (id(m), m.forward.__func__) for k, m in model.named_modules()}
+    config, logits = model.config.to_dict(), model(ids).logits
+
+    dsb.patch(model, family="llada", mask_id=511)
+    assert {k: (id(v), v.data_ptr()) for k, v in model.named_parameters()} == parameters
+    patched = model(ids).logits
+    assert not torch.allclose(patched[:, 0], logits[:, 0]), "attention is bidirectional now"
+    model.dsb_generate(ids, gen_length=8, block_length=4)
+
+    dsb.unpatch(model)
+    assert torch.equal(model(ids).logits, logits)
+    assert {k: id(v) for k, v in vars(model).items()} == attributes
+    assert {k: (id(m), m.forward.__func__) for k, m in model.named_modules()} == modules
+    assert {k: (id(v), v.data_ptr()) for k, v in model.named_parameters()} == parameters
+    assert model.config.to_dict() == config
+    assert not hasattr(model, "dsb_generate")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_window_cache_equals_no_cache_where_everything_is_recomputed(kind):
+    model = dsb.patch(random_model(kind), family="llada", mask_id=511, eos_ids=())
+    ids = torch.randint(2, 500, (1, 12), generator=torch.Generator().manual_seed(1))
+    shape = {"gen_length": 16, "block_length": 16, "threshold": 0.004}
+    cached = model.dsb_generate(ids, cache="dsb", prefix_window=1000, **shape)
+    plain = model.dsb_generate(ids, cache="none", **shape)
+    assert torch.equal(cached.sequences, plain.sequences)
+
+
+def test_patching_twice_is_harmless():
+    model = random_model("Llama")
+    ids = torch.randint(2, 500, (1, 12), generator=torch.Generator().manual_seed(1))
+    logits = model(ids).logits
+    assert dsb.patch(dsb.patch(model, mask_id=511), mask_id=511) is model
+    dsb.unpatch(dsb.unpatch(model))
+    assert torch.equal(model(ids).logits, logits)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "named"),
+    [
+        ({"mask_id": 512}, ValueError, "mask_id=512"),
+        ({}, ValueError, "mask_id=None"),
+        ({"mask_id": 511, "family": "gpt"}, ValueError, "family='gpt'"),
+        ({"mask_id": 511, "eos_ids": [-1]}, ValueError, "eos_ids=-1"),
+    ],
+)
+def test_bad_arguments(arguments, error, named):
+    model = random_model("Llama")
+    before = vars(model.config).copy()
+    with pytest.raises(error, match=named):
+        dsb.patch(model, **arguments)
+    assert vars(model.config) == before and not hasattr(model, "dsb")
+
+
+def test_a_family_has_to_be_named_where_the_class_does_not_say():
+    with pytest.raises(ValueError, match="family=None"):
+        dsb.patch(random_model("Qwen3"), mask_id=511)
+
+
+def test_an_unknown_model_is_refused_with_the_reason():
+    config = transformers.GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=64)
+    with pytest.raises(TypeError, match=r"GPT2LMHeadModel.*LlamaForCausalLM"):
+        dsb.patch(transformers.GPT2LMHeadModel(config))
+    sliding = transformers.MistralConfig(**SMALL, sliding_window=8)
+    with pytest.raises(TypeError, match="sliding"):
+        dsb.patch(transformers.MistralForCausalLM(sliding), family="llada", mask_id=511)
