@@ -31,7 +31,7 @@ for kind in (getattr(transformers, name), AutoModelForCausalLM):
         logits = model(saved["input_ids"][None]).logits[0]
     print(float((logits - saved["logits"]).abs().max()))
 print(*AutoTokenizer.from_pretrained(folder)(text).input_ids)
-assert not any(module.startswith("dsb") for module in sys.modules)
+assert not {"dsb_runtime", "dsb_kernels"} & {module.split(".")[0] for module in sys.modules}
 """
 
 
@@ -47,6 +47,8 @@ def test_plain_transformers_loads_the_copy(tmp_path, family):
     assert (target / "model.safetensors.index.json").is_file()
     config = json.loads((target / "config.json").read_text())
     assert config["is_causal"] is False and "auto_map" not in config
+    settings = json.loads((target / "tokenizer_config.json").read_text())
+    assert "auto_map" not in settings and settings["tokenizer_class"] != "DreamTokenizer"
 
     name = {"llada": "LlamaForCausalLM", "dream": "Qwen2ForCausalLM"}[family]
     text = {"llada": "w5 w6", "dream": "abb"}[family]
