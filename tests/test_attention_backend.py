@@ -107,16 +107,16 @@ def test_bidirectional_differs_from_causal(name):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_causal_generation_gives_the_same_tokens(name, cache):
     model = model_of(name)
-    ids, mask = inputs("left")
-    tokens = {}
-    for implementation in ("dsb", "eager" if name in EAGER else "sdpa"):
-        model.set_attn_implementation(implementation)
-        tokens[implementation] = model.generate(
-            ids, attention_mask=mask, max_new_tokens=8, do_sample=False, disable_compile=True,
-            cache_implementation=cache,
-        ).tolist()  # fmt: skip
-    first, second = tokens.values()
-    assert first == second
+    for padding in ("none", "left"):
+        ids, mask = inputs(padding)
+        tokens = []
+        for implementation in ("dsb", "eager" if name in EAGER else "sdpa"):
+            model.set_attn_implementation(implementation)
+            tokens.append(model.generate(
+                ids, attention_mask=mask, max_new_tokens=8, do_sample=False, disable_compile=True,
+                cache_implementation=cache,
+            ).tolist())  # fmt: skip
+        assert tokens[0] == tokens[1], padding
 
 
 def test_from_pretrained_takes_the_name(tmp_path):

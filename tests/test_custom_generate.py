@@ -84,7 +84,9 @@ def test_sampling():
     assert run(model, ids, do_sample=True, seed=3, **cuts).tolist() == expected(**cuts)
     assert run(model, ids, do_sample=True, generator=made, **cuts).tolist() == expected(**cuts)
     # transformers' own top_k of 50 is not the user's; neither is a temperature without sampling.
-    assert run(model, ids, do_sample=True, seed=3).tolist() == expected(temperature=1.0)
+    hot = {"temperature": 3.0}
+    assert run(model, ids, do_sample=True, seed=3, **hot).tolist() == expected(**hot)
+    assert expected(**hot) != expected(**hot, top_k=50)
     config = GenerationConfig(
         do_sample=True, top_k=7, top_p=0.8, temperature=0.5, max_new_tokens=24
     )
