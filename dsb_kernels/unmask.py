@@ -8,7 +8,6 @@ step, or nothing). `L` = canvas length, `P` = where the response starts, `K` = c
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -16,54 +15,13 @@ from torch import Tensor
 from dsb_kernels.dispatch import check_choice, check_tensor, register_op, use_triton
 from dsb_kernels.unmask_kernel import compile_cases as compile_cases
 from dsb_kernels.unmask_kernel import launch
+from dsb_kernels.window_state import UnmaskSpec, WindowState
 
 SCHEDULES = ("dsb", "naive")
 CACHES = ("dsb", "dual", "none")
 REFRESH_COMMITS = ("select", "first")
 INT_FIELDS = ("start", "end", "prefix", "committed", "since_refresh", "step")
 BOOL_FIELDS = ("refresh", "done", "failed")
-
-
-@dataclass(frozen=True)
-class UnmaskSpec:
-    """What stays fixed during a call of `generate`; every field is a launch constant."""
-
-    prompt_length: int  # P, first response position (rows are left-padded to it)
-    block_length: int  # S_init
-    max_block_length: int | None  # S_max; None is unbounded ("greedy")
-    schedule: str  # "dsb" | "naive"
-    cache: str  # "dsb" | "dual" | "none"
-    prefix_window: int  # l_pm, rows recomputed before the window (cache="dsb")
-    min_prefix: int  # 1 where logits are shifted and a refresh selects, else 0
-    rule: str  # a key of RULES
-    rule_value: float  # threshold, factor, delta; unused by "quota"
-    steps: int  # quota: steps for the response (dsb) or for one block (naive); else 0
-    refresh_commit: str  # "select" | "first": what a refresh step commits
-    mask_id: int
-    eos_ids: tuple[int, ...]
-    stop_at_eos: bool
-
-
-@dataclass
-class WindowState:
-    """Per-row decoding state, device tensors of fixed shape, updated in place by each step.
-
-    `start`, `end`, `prefix`, `committed`, `since_refresh`, `step`: (B,) int32. Window steps
-    recompute `[start - prefix, end)`. `refresh`, `done`, `failed`: (B,) bool; `failed` is set (and
-    nothing committed) when a candidate's confidence is NaN. `position`: (B, K) int32, the canvas
-    indices that may be unmasked in the coming step, ascending, -1 beyond the last.
-    """
-
-    start: Tensor
-    end: Tensor
-    prefix: Tensor
-    committed: Tensor
-    since_refresh: Tensor
-    step: Tensor
-    refresh: Tensor
-    done: Tensor
-    failed: Tensor
-    position: Tensor
 
 
 # --- selection rules: how many of the sorted candidates are committed -------------------------

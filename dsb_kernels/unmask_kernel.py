@@ -7,16 +7,12 @@ counting: a candidate's rank is one more than the number of candidates before it
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
 from dsb_kernels.dispatch import jit, launch_options, tl, triton, wrap_triton
 from dsb_kernels.tuning import CompileCase, configuration
-
-if TYPE_CHECKING:
-    from dsb_kernels.unmask import UnmaskSpec, WindowState
+from dsb_kernels.window_state import UnmaskSpec, WindowState
 
 CONFIG = configuration("unmask_and_slide", 0, "any")  # one for every batch and architecture
 

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from dsb_kernels.unmask import UnmaskSpec, WindowState, initial_state, unmask_and_slide
+from dsb_kernels.unmask import initial_state, unmask_and_slide
+from dsb_kernels.window_state import UnmaskSpec, WindowState
 from dsb_runtime.cache import WindowCache
 from dsb_runtime.check import (
     check_attention_mask,

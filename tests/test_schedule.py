@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsb_kernels.unmask import UnmaskSpec, initial_state, unmask_and_slide
+from dsb_kernels.unmask import initial_state, unmask_and_slide
+from dsb_kernels.window_state import UnmaskSpec
 from tests.transcription import EOS, MASK, Row, choose
 
 RULE_VALUES = {
