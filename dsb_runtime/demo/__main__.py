@@ -9,8 +9,8 @@ from rich.console import Console
 from dsb_runtime.cli import main
 from dsb_runtime.demo.problems import heldout
 
-# A small block and a high threshold: more forwards to watch than the defaults' two or three.
-SETTINGS = ["--block-length", "8", "--threshold", "0.99"]
+# A high threshold: some twenty forwards to watch, where the defaults take two or three.
+SETTINGS = ["--block-length", "16", "--max-block-length", "24", "--threshold", "0.999"]
 
 
 def run() -> int:
@@ -20,7 +20,7 @@ def run() -> int:
     ]:
         console.rule(style="dim")
         console.print(problem.prompt, style="bold")
-        status = main(["generate", problem.prompt, "--live", "--frame-seconds", "0.5", *SETTINGS])
+        status = main(["generate", problem.prompt, "--live", "--frame-seconds", "0.25", *SETTINGS])
         if status:
             return status
         console.print(f"expected: {problem.response}", style="dim")
