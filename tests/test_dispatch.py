@@ -127,17 +127,76 @@ for graph in graphs:
 """
 
 
+LAUNCH_FOR_CUDA = """
+import torch, triton
+from torch._subclasses.fake_tensor import FakeTensorMode
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import MockTensor
+from dsb_kernels import confidence, lm_head_confidence, row_state
+
+class Driver:
+    def get_current_target(self):
+        return GPUTarget("cuda", 90, 32)
+    def get_current_device(self):
+        return 0
+    def get_current_stream(self, device):
+        return 0
+
+triton.runtime.driver.set_active(Driver())
+launched = []
+
+class Warmup:  # everything that a launch does but the launch
+    def __init__(self, kernel):
+        self.kernel = kernel
+    def __getitem__(self, grid):
+        def launch(*args, **options):
+            assert all(0 < n < 2**31 for n in grid[:1]) and all(n < 65536 for n in grid[1:])
+            args = [MockTensor(a.dtype) if isinstance(a, torch.Tensor) else a for a in args]
+            compiled = self.kernel.warmup(*args, grid=grid, **options)
+            assert compiled.metadata.enable_fp_fusion
+            launched.append(self.kernel.__name__)
+        return launch
+
+for module in (confidence, lm_head_confidence, row_state):
+    module.wrap_triton = Warmup
+token_op, head_op, partial_op = (
+    op._init_fn for op in (confidence._token_confidence_op,
+        lm_head_confidence._lm_head_confidence_op, lm_head_confidence._lm_head_partial_op))
+with torch._library.triton.set_wrap_triton_enabled(False), FakeTensorMode():
+    def cuda(*shape, dtype=torch.bfloat16):
+        return torch.empty(shape, device="cuda", dtype=dtype)
+    for rows, V in ((1, 1), (1, 126464), (300, 1001)):
+        eligible, seed = cuda(rows, dtype=torch.bool), cuda(dtype=torch.int64)
+        ids, logits = cuda(rows, dtype=torch.int64), cuda(rows, V)
+        token_op(logits, None, [], 0.0, None, None, "probability")
+        token_op(logits, eligible, [0][: V - 1], 0.7, seed, ids, "margin")
+    for rows, V in ((1, 16), (128, 1001)):
+        hidden, weight, bias = cuda(rows, 128), cuda(V, 128), cuda(V)
+        head_op(hidden, weight, bias, cuda(rows, dtype=torch.bool), [0], 0.0, None, None, "margin")
+        partial_op(hidden, weight, None, None, [], 0.0, None, None, "probability", 7)
+assert len(launched) == 20, launched
+"""
+
+
+def without_interpreter(code: str) -> subprocess.CompletedProcess:
+    environment = {name: v for name, v in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
+
+
 @pytest.mark.slow
 def test_cuda_calls_are_traced_to_kernel_launches():
-    """What torch.compile sees of a CUDA call are the kernels. In a process without the
-    interpreter, with fake tensors."""
-    environment = {name: v for name, v in os.environ.items() if name != "TRITON_INTERPRET"}
-    result = subprocess.run(
-        [sys.executable, "-c", TRACE_FOR_CUDA], cwd=ROOT, capture_output=True, text=True,
-        env=environment,
-    )  # fmt: skip
+    """What torch.compile sees of a CUDA call are the kernels."""
+    result = without_interpreter(TRACE_FOR_CUDA)
     assert result.returncode == 0, result.stderr
     assert "Encountered an exception" not in result.stderr
+
+
+@pytest.mark.slow
+def test_arguments_of_a_cuda_launch_bind_and_compile():
+    """The interpreter binds arguments its own way: none is a constant because it is 1 or None."""
+    result = without_interpreter(LAUNCH_FOR_CUDA)
+    assert result.returncode == 0, result.stderr
 
 
 @pytest.mark.parametrize(
