@@ -75,6 +75,7 @@ assert compiled(x)[0].tolist() == [1]
 """
 
 
+@pytest.mark.slow
 def test_definitions_work_without_triton():
     result = subprocess.run(
         [sys.executable, "-c", WITHOUT_TRITON], cwd=ROOT, capture_output=True, text=True
