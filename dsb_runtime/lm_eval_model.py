@@ -32,7 +32,6 @@ from dsb_runtime.load import load_model, load_tokenizer
 logger = logging.getLogger("lm_eval.dsb")  # shown as the harness shows its own
 SETTINGS = tuple(DecodingConfig.__dataclass_fields__)
 LENGTH_NAMES = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
-DEFAULT_GEN_LENGTH = 256
 
 
 def read_batch_size(value: Any) -> int:
@@ -84,7 +83,6 @@ class DSBLM(TemplateLM):
         mask_id: int | None = None,
         revision: str | None = None,
         batch_size: int | str = 1,
-        max_batch_size: int | None = None,
         mc_num: int = 128,
         seed: int = 0,
         check_greedy: bool = True,
@@ -100,8 +98,6 @@ class DSBLM(TemplateLM):
                 f"mc_num, seed, check_greedy, max_length, {', '.join(SETTINGS)}"
             )
         self.batch_size = read_batch_size(batch_size)
-        if max_batch_size is not None and read_batch_size(max_batch_size) < self.batch_size:
-            raise ValueError(f"max_batch_size={max_batch_size}: expected at least batch_size")
         check_int("mc_num", mc_num, 1)
         check_int("seed", seed, 0, 2**31 - 1)
         if not isinstance(check_greedy, bool):
@@ -109,15 +105,14 @@ class DSBLM(TemplateLM):
         self.mc_num, self.seed, self.check_greedy = mc_num, seed, check_greedy
         self.settings = settings
         self.decoding_config({})  # a wrong setting is said before the weights are read
-        device = device or "auto"
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             from accelerate import PartialState
 
-            state = PartialState(cpu=device == "cpu")
+            state = PartialState(cpu=device == "cpu" or not torch.accelerator.is_available())
             self._rank, self._world_size = state.process_index, state.num_processes
             device = str(state.device)
         self.model = load_model(
-            pretrained, dtype=dtype, device=device, family=family, mask_id=mask_id,
+            pretrained, dtype=dtype, device=device or "auto", family=family, mask_id=mask_id,
             revision=revision,
         )  # fmt: skip
         self.tokenizer = load_tokenizer(tokenizer or pretrained, None if tokenizer else revision)
@@ -173,9 +168,8 @@ class DSBLM(TemplateLM):
     @property
     def max_gen_toks(self) -> int:
         """Response positions where neither model_args nor a request says."""
-        model = getattr(self, "model", None)
-        named = None if model is None else model.generation_config.max_new_tokens
-        return named or DEFAULT_GEN_LENGTH
+        known = hasattr(self, "model") and self.model.generation_config.max_new_tokens
+        return known or DecodingConfig.gen_length
 
     # --- text and tokens ----------------------------------------------------------------------
 
@@ -252,11 +246,7 @@ class DSBLM(TemplateLM):
                 continue
             first.setdefault(id(request), i)
             groups[json.dumps(request.args[1], sort_keys=True)].append(i)
-        bar = tqdm(
-            total=len(requests) - len(copies),
-            desc="generate_until",
-            disable=disable_tqdm or self._rank != 0,
-        )
+        bar = self.bar(len(requests) - len(copies), "generate_until", disable_tqdm)
         began = time.perf_counter()
         for members in groups.values():
             asked = requests[members[0]].args[1]
@@ -290,11 +280,9 @@ class DSBLM(TemplateLM):
 
     def decode(self, prompts: list[list[int]], config: DecodingConfig) -> list[list[int]]:
         """Response ids of one batch, each up to and including its first EOS."""
-        ids, mask = left_pad(prompts)
-        out = generate(
-            self.model, ids.to(self._device), config, attention_mask=mask.to(self._device),
-            generator=self.generator if config.temperature > 0 else None,
-        )  # fmt: skip
+        ids, mask = (t.to(self._device) for t in left_pad(prompts))
+        generator = self.generator if config.temperature > 0 else None
+        out = generate(self.model, ids, config, attention_mask=mask, generator=generator)
         self.totals["answers"] += len(prompts)
         self.totals["tokens"] += sum(out.row_tokens)
         self.totals["forwards"] += sum(out.row_nfe)
@@ -308,8 +296,7 @@ class DSBLM(TemplateLM):
         **kwargs: Any,
     ) -> list[tuple[float, bool]]:
         items = [self.scored(prompt, text) for _, prompt, text in requests]
-        bar = self.bar(len(items), "loglikelihood", disable_tqdm)
-        totals = self.score(items, bar)
+        totals = self.score(items, self.bar(len(items), "loglikelihood", disable_tqdm))
         greedy = [False] * len(items)
         if self.check_greedy:
             greedy = are_greedy(self.model, items, batch_size=self.batch_size)
@@ -333,10 +320,10 @@ class DSBLM(TemplateLM):
             for prompt, text in map(make_disjoint_window, windows):
                 items.append(self.scored(prompt, text))
                 owner.append(i)
-        bar = self.bar(len(items), "loglikelihood_rolling", disable_tqdm)
+        scores = self.score(items, self.bar(len(items), "loglikelihood_rolling", disable_tqdm))
         totals = [0.0] * len(requests)
-        for i, total in zip(owner, self.score(items, bar), strict=True):
-            totals[i] += total
+        for i, score in zip(owner, scores, strict=True):
+            totals[i] += score
         for request, total in zip(requests, totals, strict=True):
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
         return totals
@@ -366,8 +353,8 @@ class DSBLM(TemplateLM):
 
     def add_up(self) -> dict[str, float]:
         """Over all processes: tokens and forwards of every answer, seconds of the slowest."""
-        mine = torch.tensor(list(self.totals.values()), dtype=torch.float64)
-        parts = self.all_gather(mine.to(self._device)).view(-1, len(mine)).cpu()
+        mine = torch.tensor([*self.totals.values()], dtype=torch.float64, device=self._device)
+        parts = self.all_gather(mine).view(-1, len(mine)).cpu()
         answers, tokens, forwards, _ = parts.sum(0).tolist()
         seconds = parts[:, -1].max().item()
         if not forwards:
@@ -379,6 +366,7 @@ class DSBLM(TemplateLM):
             "tokens_per_forward": tokens / forwards,
             "tokens_per_second": tokens / seconds,
             "seconds": seconds,
+            "processes": self._world_size,
         }
 
     def get_model_info(self) -> dict[str, Any]:
