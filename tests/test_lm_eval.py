@@ -194,6 +194,9 @@ def test_a_long_prompt_loses_its_beginning(caplog):
     with caplog.at_level("WARNING", logger="lm_eval"):
         assert short.prompt_ids(PROMPTS[-1], 24) == ids[-24:]
     assert "lose their beginning" in caplog.text
+    assert short.scored(ids * 2, [5, 6]) == Scored(tuple((ids * 2)[-38:]), (5, 6))
+    with pytest.raises(ValueError, match="a continuation of 40 tokens: expected 1 to 39"):
+        short.scored(ids, [5] * 40)
     with pytest.raises(ValueError, match="gen_length=64: no room for a prompt in 40 positions"):
         answers(make("gen_length=64,max_length=40"))
 
