@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from transformers import LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.distributed import DistributedConfig
 
 import dsb_runtime as dsb
@@ -43,6 +43,16 @@ def decode_batch(model: Any, **settings: Any) -> list[list[int]]:
     return out.sequences.tolist()
 
 
+def decode_patched(family: str) -> list[int]:
+    """The first golden trajectory, by a model that transformers itself loaded and split."""
+    model = AutoModelForCausalLM.from_pretrained(
+        golden.DATA / family, dtype="float32", distributed_config=DistributedConfig(tp_plan="auto")
+    )
+    case = golden.cases(family)[0]
+    out = dsb.patch(model).dsb_generate(torch.tensor([case["prompt"]]), **golden.settings(case))
+    return out.sequences[0].tolist()
+
+
 def work(folder: Path) -> None:
     """What each process does: decode, and write down what came out."""
     torch.set_num_threads(1)
@@ -64,6 +74,7 @@ def work(folder: Path) -> None:
             ],
             "batch": decode_batch(model),
             "sampled": decode_batch(model, **SAMPLING[family]),
+            "patched": decode_patched(family),
         }  # fmt: skip
     (folder / f"rank{dist.get_rank()}.json").write_text(json.dumps(results))
     dist.destroy_process_group()
@@ -109,6 +120,11 @@ def test_two_processes_decode_the_golden_trajectories(ranks, family):
 @pytest.mark.parametrize("family", golden.FAMILIES)
 def test_two_processes_decode_a_batch_as_one_does(ranks, family):
     assert ranks[0][family]["batch"] == decode_batch(golden.model(family))
+
+
+@pytest.mark.parametrize("family", golden.FAMILIES)
+def test_a_patched_model_may_be_split(ranks, family):
+    assert ranks[0][family]["patched"] == golden.cases(family)[0]["sequence"]
 
 
 @pytest.mark.parametrize("family", golden.FAMILIES)
