@@ -143,17 +143,16 @@ def encode_batches(
 
 def plot(scores: list[Score], path: Path) -> None:
     """Accuracy against tokens per forward, a line for each rule's sweep."""
-    import matplotlib
-
-    matplotlib.use("Agg", force=False)
-    import matplotlib.pyplot as plt
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
 
     lines: dict[str, list[Score]] = defaultdict(list)
     for item in scores:
         rule = item.rule.rsplit(" ", 1)[0] if item.rule[-1].isdigit() else item.rule
         lines[f"{rule}, {item.schedule}, cache {item.cache}"].append(item)
-    figure, axes = plt.subplots(figsize=(9, 5.5), layout="constrained")
-    colors = plt.get_cmap("tab20")
+    figure = Figure(figsize=(9, 5.5), layout="constrained")
+    axes = figure.subplots()
+    colors = colormaps["tab20"]
     for index, (label, items) in enumerate(lines.items()):
         items = sorted(items, key=lambda s: s.tokens_per_forward)
         axes.plot(
@@ -167,7 +166,6 @@ def plot(scores: list[Score], path: Path) -> None:
     axes.grid(alpha=0.3)
     axes.legend(fontsize=7, loc="lower left")
     figure.savefig(path, dpi=120)
-    plt.close(figure)
 
 
 def run(

@@ -18,16 +18,19 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from dsb_kernels import rope_kv
 from dsb_kernels.dispatch import use_triton
-from dsb_kernels.rope_kv import rope_write_kv
 from dsb_runtime.attention import Window, dsb_attention
 from dsb_runtime.cache import WindowCache
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding as Llama applies it. x: (b, H, W, D); cos, sin: (b, W, D)."""
-    left, right = x.chunk(2, dim=-1)
-    return x * cos[:, None] + torch.cat([-right, left], dim=-1) * sin[:, None]
+    """Rotary embedding by transformers' tables, which hold each angle twice.
+
+    x: (b, H, W, D); cos, sin: (b, W, D).
+    """
+    half = x.shape[-1] // 2
+    return rope_kv.rotate(x, cos[:, None, :, :half], sin[:, None, :, :half], is_neox=True)
 
 
 def take_rows(x: Tensor, index: Tensor) -> Tensor:
@@ -89,7 +92,7 @@ def fused_attention(
     layer = cache.layers[layer_idx]
     if not layer.is_initialized:
         layer.lazy_initialization(key, value)
-    query = rope_write_kv(
+    query = rope_kv.rope_write_kv(
         query, key, value, cos_sin, layer.keys, layer.values,
         window_start=target.start, window_length=target.length, position_offset=target.leftpad,
     )  # fmt: skip

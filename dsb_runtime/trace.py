@@ -4,12 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg", force=False)
-import matplotlib.pyplot as plt
-from matplotlib.backend_bases import FigureCanvasBase
-
 from dsb_runtime.decode import StepEvent
 
 
@@ -17,6 +11,8 @@ def check_picture(path: Path) -> None:
     """Raise ValueError unless a picture can be written there; asked before the decoding."""
     if not path.absolute().parent.is_dir():
         raise ValueError(f"trace={str(path)!r}: no such folder as {path.absolute().parent}")
+    from matplotlib.backend_bases import FigureCanvasBase  # slow to import: only where asked for
+
     known = FigureCanvasBase.get_supported_filetypes()
     if path.suffix[1:].lower() not in known or path.is_dir():
         raise ValueError(f"trace={str(path)!r}: expected a file ending in .{', .'.join(known)}")
@@ -47,14 +43,17 @@ class Trace:
         Raises:
             ValueError: nothing was recorded, or no picture can be written there.
         """
+        from matplotlib.figure import Figure
+
         check_picture(Path(path))
         if not self.kinds:
             raise ValueError("trace: nothing was recorded; pass it as on_step to generate")
         steps, prompt = len(self.kinds), self.prompt_length
-        figure, axes = plt.subplots(
+        figure = Figure(
             figsize=(min(4 + self.gen_length / 14, 16), min(2.4 + steps / 5, 12)),
             layout="constrained",
         )
+        axes = figure.subplots()
         for step, (start, end, prefix) in enumerate(self.windows):
             if self.kinds[step] == "refresh":
                 axes.axhspan(step - 0.5, step + 0.5, color="#dfe7f5", lw=0)
@@ -79,4 +78,3 @@ class Trace:
         )
         axes.yaxis.get_major_locator().set_params(integer=True)
         figure.savefig(path, dpi=120)
-        plt.close(figure)
