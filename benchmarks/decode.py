@@ -16,64 +16,17 @@ import json
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 import dsb_runtime as dsb
 from benchmarks.eager import eager_generate
 from benchmarks.floor import ForwardRows, LinearFloor
+from benchmarks.presets import PRESETS, random_model, random_prompt
 from dsb_runtime.families import LLADA
-from dsb_runtime.load import DiffusionInfo
-
-
-@dataclass(frozen=True)
-class Preset:
-    """Shape of a random model."""
-
-    hidden: int
-    layers: int
-    heads: int
-    kv_heads: int
-    mlp: int
-    vocab: int
-
-
-PRESETS = {
-    "tiny": Preset(64, 2, 4, 4, 160, 512),
-    "60m": Preset(512, 8, 8, 8, 1536, 32000),
-    "120m": Preset(768, 12, 12, 12, 2048, 32000),
-}
-
-
-def random_model(preset: Preset, dtype: torch.dtype, device: str, seed: int) -> LlamaForCausalLM:
-    """A bidirectional Llama with random weights, built on the device."""
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=preset.vocab,
-        hidden_size=preset.hidden,
-        intermediate_size=preset.mlp,
-        num_hidden_layers=preset.layers,
-        num_attention_heads=preset.heads,
-        num_key_value_heads=preset.kv_heads,
-        max_position_embeddings=32768,
-        rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
-        attn_implementation="dsb",
-    )
-    config.is_causal = False
-    with torch.device(device):
-        model = LlamaForCausalLM(config).to(dtype).eval()
-    # Weights of unit gain: with the usual small ones every mask looks alike and all of a window
-    # commits at once, or nothing does.
-    with torch.no_grad():
-        for weight in model.model.parameters():
-            if weight.ndim == 2:
-                weight.normal_(0, weight.shape[1] ** -0.5)
-    model.dsb = DiffusionInfo(LLADA, preset.vocab - 1, ())
-    return model
 
 
 @torch.no_grad()
@@ -124,9 +77,7 @@ def main() -> None:
         raise SystemExit("--device cuda: no CUDA device here; expected cpu")
     preset = PRESETS[args.preset]
     model = random_model(preset, torch.float32, args.device, args.seed)
-    generator = torch.Generator().manual_seed(args.seed)
-    prompt = torch.randint(0, preset.vocab - 1, (1, args.prompt), generator=generator)
-    prompt = prompt.to(args.device)
+    prompt = random_prompt(preset, 1, args.prompt, args.seed).to(args.device)
     settings = {
         "gen_length": args.gen, "block_length": args.block, "schedule": "dsb", "cache": "dsb",
         "threshold": args.threshold,
@@ -144,7 +95,7 @@ def main() -> None:
 
     def run_eager() -> object:
         return eager_generate(
-            model, prompt, mask_id=preset.vocab - 1, gen_length=args.gen, block_length=args.block,
+            model, prompt, mask_id=preset.mask_id, gen_length=args.gen, block_length=args.block,
             max_block_length=None, prefix_window=LLADA.prefix_window, threshold=args.threshold,
         )  # fmt: skip
 
