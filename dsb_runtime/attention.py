@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
-from transformers.utils import logging
+from transformers.modeling_flash_attention_utils import _flash_attention_forward
+from transformers.utils import is_flash_attn_2_available, logging
 
 from dsb_kernels.dispatch import use_triton
 from dsb_kernels.window_attention import window_attention
@@ -96,6 +97,54 @@ def eager_attention(
     return own(module, query, key, value, mask, **kwargs)
 
 
+def takes_flash(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float
+) -> bool:
+    """Whether flash-attn, where it is installed, serves this call: a full pass that masks nothing.
+
+    Decided from shapes and dtypes alone. A padding mask is left to SDPA: flash-attn wants its rows
+    packed, and packing reads the mask on the host.
+    """
+    return (
+        mask is None
+        and dropout == 0
+        and query.is_cuda
+        and query.dtype in (torch.float16, torch.bfloat16)
+        and query.dtype == key.dtype == value.dtype
+        and query.shape[2] == key.shape[2]
+        and query.shape[3] == value.shape[3] <= 256
+    )
+
+
+def flash_installed(device: torch.device) -> bool:
+    """Whether `pip install .[flash]` was done and this GPU (sm_80 and up) is one that it serves."""
+    return is_flash_attn_2_available() and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def flash_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor:
+    """Every query over every key by flash-attn 2, through transformers' own integration.
+
+    Untested on a GPU: the tests run it with a stand-in for flash-attn's function alone.
+
+    Args:
+        query: (B, H, L, D). key, value: (B, H_kv, L, D).
+
+    Returns:
+        (B, L, H, D).
+    """
+    # Not `flash_attention_forward`: it takes the implementation's name, "dsb", from the config.
+    return _flash_attention_forward(
+        query.transpose(1, 2),
+        key.transpose(1, 2),
+        value.transpose(1, 2),
+        attention_mask=None,
+        query_length=query.shape[2],
+        is_causal=False,
+        softmax_scale=scaling,
+        attn_implementation="flash_attention_2",
+    )
+
+
 def dsb_attention(
     module: torch.nn.Module,
     query: Tensor,
@@ -149,6 +198,9 @@ def dsb_attention(
             softmax_scale=scaling,
         )
         return out.transpose(1, 2).contiguous(), None
+    flash = takes_flash(query, key, value, attention_mask, dropout)
+    if flash and flash_installed(query.device):
+        return flash_attention(query, key, value, scaling), None
     out = scaled_dot_product_attention(
         query,
         key,

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import inspect
 import logging
-from types import SimpleNamespace
+import sys
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
@@ -20,10 +22,17 @@ from transformers import (
     PreTrainedModel,
     Qwen2Config,
     Qwen3Config,
+    modeling_flash_attention_utils,
 )
 
 from dsb_runtime import attention
-from dsb_runtime.attention import Window, dsb_attention
+from dsb_runtime.attention import (
+    Window,
+    dsb_attention,
+    flash_attention,
+    flash_installed,
+    takes_flash,
+)
 from dsb_runtime.cache import WindowCache
 
 SIZES = {
@@ -189,6 +198,107 @@ def test_a_causal_layer_without_a_mask_stays_causal():
     assert (free.transpose(1, 2) - expected).abs().max() > 1e-2
     last, _ = dsb_attention(Lonely(), q[:, :, -1:], k, v, None)
     assert (last.transpose(1, 2) - expected[:, :, -1:]).abs().max() < 1e-6
+
+
+# --- flash-attn -------------------------------------------------------------------------------
+
+
+def on_cuda(heads: int, rows: int, dim: int = 64, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """A CUDA tensor without a GPU: its metadata is true, its data do not exist."""
+    with FakeTensorMode():
+        return torch.empty(2, heads, rows, dim, dtype=dtype, device="cuda")
+
+
+def test_flash_takes_full_passes_without_a_mask_in_half_precision():
+    for dtype in (torch.bfloat16, torch.float16):
+        q, kv = on_cuda(8, 48, dtype=dtype), on_cuda(2, 48, dtype=dtype)
+        assert takes_flash(q, kv, kv, None, 0.0)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"mask": torch.ones(2, 1, 1, 48, dtype=torch.bool)},
+        {"dropout": 0.1},
+        {"query": on_cuda(8, 16)},  # a window's rows
+        {"query": on_cuda(8, 48, dtype=torch.float32)},
+        {"key": on_cuda(2, 48, dtype=torch.float16)},
+        {name: on_cuda(8, 48, dim=288) for name in ("query", "key", "value")},
+        {name: torch.empty(2, 8, 48, 64, dtype=torch.bfloat16) for name in ("query", "key")},
+    ],
+    ids=["mask", "dropout", "window", "float32", "mixed", "head-dim", "cpu"],
+)
+def test_flash_is_left_out_of_what_it_cannot_serve(change):
+    arguments = {
+        "query": on_cuda(8, 48), "key": on_cuda(2, 48), "value": on_cuda(2, 48), "mask": None,
+        "dropout": 0.0,
+    }  # fmt: skip
+    assert takes_flash(**arguments)
+    assert not takes_flash(**{**arguments, **change})
+
+
+def flash_attn_func(
+    q: Tensor, k: Tensor, v: Tensor, dropout_p: float = 0.0, softmax_scale: float | None = None,
+    causal: bool = False, window_size: tuple[int, int] = (-1, -1), softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None, deterministic: bool = False,
+) -> Tensor:  # fmt: skip
+    """flash-attn's function of that name by its documentation: (B, L, H, D) in and out."""
+    assert (dropout_p, window_size, softcap, alibi_slopes) == (0.0, (-1, -1), 0.0, None)
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    out = torch.nn.functional.scaled_dot_product_attention(
+        q, k, v, is_causal=causal, scale=softmax_scale, enable_gqa=True
+    )
+    return out.transpose(1, 2)
+
+
+@pytest.fixture
+def flash_stand_in(monkeypatch):
+    """transformers' own code down to flash-attn's function, for which a definition stands in."""
+    package, padding = ModuleType("flash_attn"), ModuleType("flash_attn.bert_padding")
+    package.flash_attn_func = package.flash_attn_varlen_func = flash_attn_func
+    package.flash_attn_with_kvcache = padding.pad_input = padding.unpad_input = None
+    monkeypatch.setitem(sys.modules, "flash_attn", package)
+    monkeypatch.setitem(sys.modules, "flash_attn.bert_padding", padding)
+    monkeypatch.setattr(modeling_flash_attention_utils, "is_flash_attn_2_available", lambda: True)
+    for name, value in vars(modeling_flash_attention_utils).items():  # restored by monkeypatch
+        if name == "_loaded_implementation" or name.endswith("_fn"):
+            monkeypatch.setattr(modeling_flash_attention_utils, name, value)
+
+
+def test_transformers_integration_is_called_as_it_wants(flash_stand_in):
+    q, k, v = qkv(6, 6)
+    found = flash_attention(q, k, v, 0.3)
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        q, k, v, scale=0.3, enable_gqa=True
+    ).transpose(1, 2)
+    assert found.shape == (1, 6, 4, 8) and torch.equal(found, expected)
+
+
+def test_a_bidirectional_model_takes_flash_where_nothing_is_masked(flash_stand_in, monkeypatch):
+    calls: list[tuple[int, ...]] = []
+
+    def called(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *more) -> bool:
+        calls.append(tuple(query.shape))
+        return mask is None
+
+    monkeypatch.setattr(attention, "takes_flash", called)
+    monkeypatch.setattr(attention, "flash_installed", lambda device: True)
+    real, model = attention.flash_attention, model_of("llama", causal=False)
+    taken: list[Tensor] = []
+    monkeypatch.setattr(attention, "flash_attention", lambda *a: taken.append(a[0]) or real(*a))
+    for padding, count in (("none", 2), ("left", 0)):
+        ids, mask = inputs(padding)
+        found = logits(model, "dsb", ids, mask)
+        assert (len(taken), len(calls)) == (count, 2)
+        expected = logits(model, "sdpa", ids, mask)
+        kept = slice(None) if mask is None else mask.bool()
+        assert (found - expected)[kept].abs().max() < 1e-5
+        taken.clear(), calls.clear()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="flash-attn may be installed there")
+def test_nothing_changes_where_flash_is_not_installed():
+    assert not flash_installed(torch.device("cuda"))
 
 
 # --- windows ----------------------------------------------------------------------------------
