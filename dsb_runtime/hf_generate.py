@@ -51,6 +51,8 @@ CALL_ONLY = (
     "assistant_model", "logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn",
     "negative_prompt_ids",
 )  # fmt: skip
+# Arguments of the model's forward that transformers passes through and no loop of ours reads.
+FORWARD_ONLY = ("cache", "past_key_values", "inputs_embeds", "position_ids")
 # What transformers itself makes of fields that are honoured here.
 OWN_PROCESSORS = ("TemperatureLogitsWarper", "TopKLogitsWarper", "TopPLogitsWarper")
 OWN_CRITERIA = ("MaxLengthCriteria", "EosTokenCriteria")
@@ -113,6 +115,10 @@ def check_fields(
     for name in CALL_ONLY:
         value = call.get(name)
         if value is not None and not (isinstance(value, list) and not value):
+            refuse(name, type(value).__name__, None)
+    for name in FORWARD_ONLY:
+        value = call.get("kwargs", {}).get(name)
+        if value is not None:
             refuse(name, type(value).__name__, None)
     for name, made, own in (
         ("logits_processor", processors, OWN_PROCESSORS),
@@ -196,13 +202,15 @@ def custom_generate(
     Args:
         model: from `load_model` or `AutoModelForCausalLM`.
         generation_config: `max_new_tokens` is `gen_length`; with `do_sample`, `temperature`,
-            `top_p` and `top_k` are taken (a GenerationConfig's top_k of 50 is transformers'
-            default and counts as not set); `eos_token_id`; `return_dict_in_generate`.
+            `top_p` and `top_k` are taken; `eos_token_id`; `return_dict_in_generate`. A top_k of
+            50 there is transformers' own default and counts as not set: `generate(top_k=50)`,
+            named in the call, is taken.
         streamer: fed token by token as the finished prefix grows, one prompt at a time.
         generator, seed: source of randomness; neither is torch's global one.
         stop_at_eos: None is True where the model has an EOS, as everywhere in transformers.
         block_length: None is 32, at most `max_new_tokens`.
-        cache_policy: `DecodingConfig.cache` ("cache" is transformers' own argument).
+        cache_policy: `DecodingConfig.cache`. `cache` is transformers' own argument, a Cache
+            object: a policy under that name is an error before this function is called.
         The others are `DecodingConfig`'s fields.
 
     Returns:

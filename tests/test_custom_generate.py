@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from threading import Thread
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
+    DynamicCache,
     GenerationConfig,
     LogitsProcessorList,
     MinLengthLogitsProcessor,
@@ -98,6 +100,42 @@ def test_sampling():
     assert run(model, ids, do_sample=True, temperature=2.0).tolist() == free.tolist()
     greedy = dsb.generate(model, ids, stop_at_eos=True, **SAME).sequences.tolist()
     assert run(model, ids, do_sample=False, temperature=1.0).tolist() == greedy
+
+
+def test_a_top_k_of_50_counts_where_the_call_names_it():
+    """In a GenerationConfig it cannot be told from transformers' own default."""
+    model, ids = golden.model("dream"), prompts(1)[0][None]
+
+    def found(*config: GenerationConfig, **more: Any) -> list[list[int]]:
+        more = {"do_sample": True, "temperature": 3.0, "seed": 3, **SHAPE, **more}
+        return model.generate(ids, *config, custom_generate=dsb.custom_generate, **more).tolist()
+
+    unset = found()
+    assert found(GenerationConfig(top_k=50)) == unset
+    assert found(GenerationConfig(top_k=49)) != unset
+    assert found(top_k=50) != unset
+
+
+def test_the_cache_policy_has_a_name_of_its_own():
+    model, ids = golden.model("llada"), prompts(1)[0][None]
+    expected = dsb.generate(model, ids, cache="dual", stop_at_eos=True, **SAME)
+    out = run(model, ids, cache_policy="dual", return_dict_in_generate=True)
+    assert (out.sequences.tolist(), out.nfe) == (expected.sequences.tolist(), expected.nfe)
+    # transformers stumbles over a string there, in words that differ by version.
+    with pytest.raises((AttributeError, ValueError), match=r"_is_user_defined|'cache'"):
+        run(model, ids, cache="dual")
+
+
+def test_arguments_of_the_forward_are_refused():
+    model, ids = golden.model("llada"), prompts(1)[0][None]
+    names = inspect.signature(inspect.unwrap(type(model).forward)).parameters
+    cache = "cache" if "cache" in names else "past_key_values"
+    with pytest.raises(ValueError, match=rf"^{cache}='DynamicCache': custom_generate cannot"):
+        run(model, ids, **{cache: DynamicCache()})
+    with pytest.raises(ValueError, match=r"^position_ids='Tensor'"):
+        run(model, ids, position_ids=torch.arange(ids.shape[1])[None] + 3)
+    with pytest.raises(ValueError, match=r"^inputs_embeds='Tensor'"):
+        run(model, ids, inputs_embeds=model.get_input_embeddings()(ids))
 
 
 def test_eos():
