@@ -38,7 +38,8 @@ def problem(model: str, B: int, W: int, C: int) -> tuple[list[Tensor], list[Tens
     caches = (random(kv_heads, C).contiguous(), random(kv_heads, C).contiguous())
     table = torch.randn(C, 128, device=device())
     start = torch.full((B,), (C - W) // 2, dtype=torch.int32, device=device())
-    return [q, k, v, table, *caches], [start, torch.full_like(start, W), torch.zeros_like(start)]
+    metadata = [start, torch.full_like(start, W), torch.zeros_like(start), None]
+    return [q, k, v, table, *caches], metadata
 
 
 def call_of(contender: str) -> Callable[..., Tensor]:

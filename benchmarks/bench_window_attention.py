@@ -50,7 +50,7 @@ class Problem:
     def definition(self) -> Tensor:
         rows = (self.start, self.length, self.seqlens)
         scale = 1 / math.sqrt(self.q.shape[-1])
-        tensors = (self.q, None, None, self.k, self.v, *rows, None, None, None, 64, scale)
+        tensors = (self.q, None, None, self.k, self.v, *rows, None, None, None, None, 64, scale)
         return window_attention_definition(*tensors)[0]
 
     def op(self) -> Tensor:

@@ -3,6 +3,7 @@
 Rotary embedding as in RoFormer (arXiv 2104.09864) in the two layouts in use: `is_neox` pairs
 element i with i + D/2 (LLaMA, Qwen2), otherwise 2i with 2i + 1 (GPT-J). `H` = query heads,
 `H_kv` = KV heads, `W` = window capacity (rows), `C` = cache capacity (positions), `D` = head dim.
+`cache_batch_idx` is FlashAttention's: a batch may be some of the cache's rows, in any order.
 """
 
 from __future__ import annotations
@@ -47,23 +48,28 @@ def rope_write_kv_definition(
     window_start: Tensor,
     window_length: Tensor,
     position_offset: Tensor | None,
+    cache_batch_idx: Tensor | None,
     is_neox: bool,
 ) -> Tensor:
     """In the wider of the precisions of `q` and `cos_sin_cache`; one rounding at the end."""
     W, C = q.shape[2], k_cache.shape[2]
     row = torch.arange(W, device=q.device)
     index = window_start[:, None].long() + row
-    written = ((row < window_length[:, None]) & (index < C))[:, None, :, None]
+    written = (row < window_length[:, None]) & (index < C)
     position = index if position_offset is None else index - position_offset[:, None]
     position = position.clamp(0, cos_sin_cache.shape[0] - 1)
     cos, sin = cos_sin_cache[position][:, None].chunk(2, -1)
-    # W <= C, so the wrapped indices of a row differ: those not written store what they hold.
-    at = (index % C)[:, None, :, None].expand_as(k)
-    k_cache.scatter_(
-        2, at, torch.where(written, rotate(k, cos, sin, is_neox), k_cache.gather(2, at))
-    )
-    v_cache.scatter_(2, at, torch.where(written, v, v_cache.gather(2, at)))
-    return torch.where(written, rotate(q, cos, sin, is_neox), 0)
+    # An element that is not written stands for one that is (or, if none is, stores what the cache
+    # holds): rows without a window may share a cache row with one that has a window.
+    writes = written[:, :1]
+    b = torch.arange(q.shape[0], device=q.device)[:, None]
+    b = torch.where(writes, b, writes.int().argmax(0))
+    w = torch.where(written, row, 0)
+    cache_row = b if cache_batch_idx is None else cache_batch_idx.long()[b]
+    at = cache_row, slice(None), index[b, w] % C
+    for cache, x in ((k_cache, rotate(k, cos, sin, is_neox)), (v_cache, v)):
+        cache[at] = torch.where(writes.any(), x[b, :, w], cache[at])
+    return torch.where(written[:, None, :, None], rotate(q, cos, sin, is_neox), 0)
 
 
 # --- kernel -----------------------------------------------------------------------------------
@@ -91,7 +97,7 @@ def _rotate_pairs(x_ptr, out_ptr, cos, sin, load_mask, store_mask):
 @jit
 def _rope_write_kv_kernel(
     q_ptr, k_ptr, v_ptr, cos_sin_ptr, k_cache_ptr, v_cache_ptr, out_ptr,
-    window_start_ptr, window_length_ptr, offset_ptr,
+    window_start_ptr, window_length_ptr, offset_ptr, batch_idx_ptr,
     stride_qb, stride_qh, stride_qw, stride_kb, stride_kh, stride_kw,
     stride_vb, stride_vh, stride_vw, stride_p,
     stride_kcb, stride_kch, stride_kcn, stride_vcb, stride_vch, stride_vcn,
@@ -136,10 +142,15 @@ def _rope_write_kv_kernel(
             _rotate_pairs(q_ptrs + d[None, :], out_ptrs + d[None, :], cos, sin, full_mask, mask)
     else:
         head -= H
+        cache_b = b
+        if batch_idx_ptr is not None:
+            cache_b = tl.load(batch_idx_ptr + b).to(tl.int64)
         k_ptrs = k_ptr + b * stride_kb + head * stride_kh + row[:, None] * stride_kw
         v_ptrs = v_ptr + b * stride_vb + head * stride_vh + row[:, None] * stride_vw
-        kc_ptrs = k_cache_ptr + b * stride_kcb + head * stride_kch + index[:, None] * stride_kcn
-        vc_ptrs = v_cache_ptr + b * stride_vcb + head * stride_vch + index[:, None] * stride_vcn
+        kc_ptrs = k_cache_ptr + cache_b * stride_kcb + head * stride_kch
+        kc_ptrs += index[:, None] * stride_kcn
+        vc_ptrs = v_cache_ptr + cache_b * stride_vcb + head * stride_vch
+        vc_ptrs += index[:, None] * stride_vcn
         v = tl.load(v_ptrs + d[None, :], mask=full_mask)
         tl.store(vc_ptrs + d[None, :], v, mask=full_mask)
         if NEOX:
@@ -164,22 +175,23 @@ def _rope_write_kv_op(
     window_start: Tensor,
     window_length: Tensor,
     position_offset: Tensor | None,
+    cache_batch_idx: Tensor | None,
     is_neox: bool,
 ) -> Tensor:
-    out = torch.empty_like(q)
+    out = torch.empty_like(q)  # in the stride order of q
+    if q.numel() == 0:
+        return out
     if not use_triton(q, k, v, k_cache, v_cache):
         rotated = rope_write_kv_definition(
             q, k, v, cos_sin_cache, k_cache, v_cache,
-            window_start, window_length, position_offset, is_neox,
+            window_start, window_length, position_offset, cache_batch_idx, is_neox,
         )  # fmt: skip
         return out.copy_(rotated)  # strides as those of the kernel's result
     B, H, W, D = q.shape
-    if q.numel() == 0:
-        return out
     grid = (triton.cdiv(W, TILE.blocks["BLOCK_W"]), H + k.shape[1], B)
     wrap_triton(_rope_write_kv_kernel)[grid](
         q, k, v, cos_sin_cache, k_cache, v_cache, out,
-        window_start, window_length, position_offset,
+        window_start, window_length, position_offset, cache_batch_idx,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], cos_sin_cache.stride(0),
         *k_cache.stride()[:3], *v_cache.stride()[:3], *out.stride()[:3],
         H, W, k_cache.shape[2], cos_sin_cache.shape[0],
@@ -200,6 +212,7 @@ def rope_write_kv(
     window_start: Tensor,
     window_length: Tensor,
     position_offset: Tensor | None = None,
+    cache_batch_idx: Tensor | None = None,
     is_neox: bool = True,
 ) -> Tensor:
     """Rotate the window's Q and K; write K, V into the cache at `[start, start + length)`.
@@ -209,17 +222,22 @@ def rope_write_kv(
         k, v: (B, H_kv, W, D), same dtype.
         cos_sin_cache: (max_pos, D), cosines of the D / 2 angles, then their sines; float32 or
             the dtype of `q`. The rotation is computed in float32 and rounded once.
-        k_cache, v_cache: (B, H_kv, C, D), C >= W, written in place; the rest stays as it is.
+        k_cache, v_cache: (B, H_kv, C, D), C >= W, written in place; the rest stays as it is. With
+            `cache_batch_idx` their batch may be of any size from 1.
         window_start: (B,) int32, canvas index of row 0, >= 0.
         window_length: (B,) int32, rows of the window, 0 to W; rows past it are not written.
         position_offset: (B,) int32 or None (zeros); the rotary position of canvas index i is
             i - offset (left padding), held within [0, max_pos).
+        cache_batch_idx: (B,) int32, the row of the caches that each row of q, k and v writes; None
+            is row b itself. Rows with a window must differ (not checked); a row of length 0 writes
+            nothing, and its index may be any row's.
         is_neox: pair element i with i + D / 2 (True) or 2i with 2i + 1 (False).
 
     Every tensor may have any strides with the last dimension contiguous.
 
     Returns:
-        The rotated queries, (B, H, W, D); 0 in rows past the window's end or the cache's.
+        The rotated queries, (B, H, W, D), in the stride order of q; 0 in rows past the window's end
+        or the cache's.
 
     Raises:
         TypeError, ValueError: an argument of the wrong dtype, shape, device or stride.
@@ -227,29 +245,15 @@ def rope_write_kv(
     op = "rope_write_kv"
     check_tensor(op, "q", q, dtype=DTYPES, shape=("B", "H", "W", "D"), unit_stride=True)
     B, H, W, D = q.shape
-    check_tensor(
-        op,
-        "k_cache",
-        k_cache,
-        dtype=q.dtype,
-        shape=(B, "H_kv", "C", D),
-        device=q.device,
-        unit_stride=True,
-    )
-    H_kv, C = k_cache.shape[1:3]
-    check_tensor(
-        op,
-        "v_cache",
-        v_cache,
-        dtype=q.dtype,
-        shape=(B, H_kv, C, D),
-        device=q.device,
-        unit_stride=True,
-    )
+    same = {"dtype": q.dtype, "device": q.device, "unit_stride": True}
+    batch = B if cache_batch_idx is None else "cache batch"
+    check_tensor(op, "k_cache", k_cache, shape=(batch, "H_kv", "C", D), **same)
+    batch, H_kv, C = k_cache.shape[:3]
+    check_tensor(op, "v_cache", v_cache, shape=(batch, H_kv, C, D), **same)
+    if batch == 0 < B:
+        raise ValueError(f"{op}: k_cache has 0 batch rows: accepted is at least 1")
     for name, value in (("k", k), ("v", v)):
-        check_tensor(
-            op, name, value, dtype=q.dtype, shape=(B, H_kv, W, D), device=q.device, unit_stride=True
-        )
+        check_tensor(op, name, value, shape=(B, H_kv, W, D), **same)
     check_tensor(
         op,
         "cos_sin_cache",
@@ -271,32 +275,41 @@ def rope_write_kv(
         ("window_start", window_start),
         ("window_length", window_length),
         ("position_offset", position_offset),
+        ("cache_batch_idx", cache_batch_idx),
     ):
         if value is not None:
             check_tensor(op, name, value, dtype=torch.int32, shape=(B,), device=q.device)
     return _rope_write_kv_op(
         q, k, v, cos_sin_cache, k_cache, v_cache,
-        window_start, window_length, position_offset, is_neox,
+        window_start, window_length, position_offset, cache_batch_idx, is_neox,
     )  # fmt: skip
 
 
 def compile_cases() -> list[CompileCase]:
-    """The models' head dim in both layouts; a table in float32 and in the model's dtype."""
+    """The models' head dim in both layouts; a table in float32 and in the model's dtype; a batch
+    that is the cache's and one that is some of its rows."""
     names = _rope_write_kv_kernel.arg_names
-    integers = dict.fromkeys(("window_start_ptr", "window_length_ptr", "offset_ptr"), "*i32")
+    integers = ("window_start_ptr", "window_length_ptr", "offset_ptr", "batch_idx_ptr")
     cases = []
-    for D, is_neox, table in ((128, True, "fp32"), (128, True, "bf16"), (128, False, "fp32")):
-        constexprs = {"HEAD_DIM": D, "NEOX": is_neox, "BLOCK_D": D, **TILE.blocks}
-        kinds = integers | {"cos_sin_ptr": f"*{table}"}
+    for is_neox, table, indexed in (
+        (True, "fp32", False),
+        (True, "fp32", True),
+        (True, "bf16", False),
+        (False, "fp32", False),
+    ):
+        constexprs = {"HEAD_DIM": 128, "NEOX": is_neox, "BLOCK_D": 128, **TILE.blocks}
+        constexprs |= {} if indexed else {"batch_idx_ptr": None}
+        kinds = dict.fromkeys(integers, "*i32") | {"cos_sin_ptr": f"*{table}"}
         signature = {
             n: kinds.get(n, "*bf16" if n.endswith("_ptr") else "i32")
             for n in names
             if n not in constexprs
         }
+        layout = "neox" if is_neox else "interleaved"
         cases.append(
             CompileCase(
                 op="rope_write_kv",
-                name=f"head dim {D} {'neox' if is_neox else 'interleaved'} table {table}",
+                name=f"head dim 128 {layout} table {table}{' indexed' * indexed}",
                 kernel=_rope_write_kv_kernel,
                 signature=signature,
                 constexprs=constexprs,
@@ -304,7 +317,8 @@ def compile_cases() -> list[CompileCase]:
                 num_stages=TILE.num_stages,
                 divisible=tuple(n for n in signature if n not in ("H", "max_pos")),
                 expects_wide_loads=True,
-                scalar_load_bytes=12,  # the row's start, length and offset
+                # The row's start, length and offset, and the cache's row.
+                scalar_load_bytes=16 if indexed else 12,
             )
         )
     return cases

@@ -41,12 +41,15 @@ def window_attention_definition(
     window_length: Tensor,
     cache_seqlens: Tensor,
     cache_leftpad: Tensor | None,
+    cache_batch_idx: Tensor | None,
     kv_num_blocks: Tensor | None,
     kv_indices: Tensor | None,
     kv_block_size: int,
     softmax_scale: float,
 ) -> tuple[Tensor, Tensor]:
     """In the precision of `q`; a query that sees nothing gives 0 and -inf."""
+    if cache_batch_idx is not None:
+        k_cache, v_cache = k_cache[cache_batch_idx], v_cache[cache_batch_idx]
     B, W = q.shape[0], q.shape[2]
     H_kv, C = k_cache.shape[1], k_cache.shape[2]
     position, row = torch.arange(C, device=q.device), torch.arange(W, device=q.device)
@@ -90,6 +93,7 @@ def _window_attention_op(
     window_length: Tensor,
     cache_seqlens: Tensor,
     cache_leftpad: Tensor | None,
+    cache_batch_idx: Tensor | None,
     kv_num_blocks: Tensor | None,
     kv_indices: Tensor | None,
     kv_block_size: int,
@@ -100,14 +104,14 @@ def _window_attention_op(
     if not use_triton(q, k_window, v_window, k_cache, v_cache):
         out, lse = window_attention_definition(
             q, k_window, v_window, k_cache, v_cache, window_start, window_length, cache_seqlens,
-            cache_leftpad, kv_num_blocks, kv_indices, kv_block_size, softmax_scale,
+            cache_leftpad, cache_batch_idx, kv_num_blocks, kv_indices, kv_block_size, softmax_scale,
         )  # fmt: skip
         lse = lse.float() if return_lse else q.new_empty(0, dtype=torch.float32)
         return torch.empty_like(q).copy_(out), lse  # strides as those of the kernel's result
     return launch(
         q, k_window, v_window, k_cache, v_cache, window_start, window_length, cache_seqlens,
-        cache_leftpad, kv_num_blocks, kv_indices, kv_block_size, softmax_scale, num_splits,
-        return_lse,
+        cache_leftpad, cache_batch_idx, kv_num_blocks, kv_indices, kv_block_size, softmax_scale,
+        num_splits, return_lse,
     )  # fmt: skip
 
 
@@ -122,6 +126,7 @@ def window_attention(
     window_length: Tensor,
     cache_seqlens: Tensor,
     cache_leftpad: Tensor | None = None,
+    cache_batch_idx: Tensor | None = None,
     kv_num_blocks: Tensor | None = None,
     kv_indices: Tensor | None = None,
     kv_block_size: int = 64,
@@ -139,11 +144,13 @@ def window_attention(
         q: (B, H, W, D) bfloat16, float16 or float32; D a multiple of 8 up to 256.
         k_window, v_window: (B, H_kv, W, D), H a multiple of H_kv; both None when the window's
             rows have been written into the cache already, which is then read there too.
-        k_cache, v_cache: (B, H_kv, C, D).
+        k_cache, v_cache: (B, H_kv, C, D); with `cache_batch_idx` of any batch size from 1.
         window_start: (B,) int32, canvas index of row 0, 0 to C - window_length.
         window_length: (B,) int32, rows of the window, 0 to W.
         cache_seqlens: (B,) int32, end of what is stored, 0 to C.
         cache_leftpad: (B,) int32 or None (zeros), start of what is stored.
+        cache_batch_idx: (B,) int32, the row of the caches that each row of q reads, as in
+            FlashAttention; None is row b itself. A row of length 0 reads nothing.
         kv_num_blocks, kv_indices: (B,) and (B, N), or (B, H_kv) and (B, H_kv, N) int32: the KV
             blocks visited outside the window (no block twice); both None visits all.
         kv_block_size: positions of a listed block, a power of two from 16.
@@ -155,8 +162,8 @@ def window_attention(
     Every tensor may have any strides with the last dimension contiguous.
 
     Returns:
-        out (B, H, W, D), 0 in rows past window_length and where nothing is visible; with
-        `return_lse` also lse (B, H, W) float32, natural logarithm, -inf in those rows.
+        out (B, H, W, D) in the stride order of q, 0 in rows past window_length and where nothing
+        is visible; with `return_lse` also lse (B, H, W) float32, natural logarithm, -inf there.
 
     Raises:
         TypeError, ValueError: an argument of the wrong dtype, shape, device, stride or value.
@@ -167,9 +174,12 @@ def window_attention(
     B, H, W, D = q.shape
     if D % 8 or not 8 <= D <= 256:
         raise ValueError(f"{op}: q has head dimension {D}: accepted is a multiple of 8 up to 256")
-    check_tensor(op, "k_cache", k_cache, shape=(B, "H_kv", "C", D), **rows)
-    H_kv, C = k_cache.shape[1:3]
-    check_tensor(op, "v_cache", v_cache, shape=(B, H_kv, C, D), **rows)
+    batch = B if cache_batch_idx is None else "cache batch"
+    check_tensor(op, "k_cache", k_cache, shape=(batch, "H_kv", "C", D), **rows)
+    batch, H_kv, C = k_cache.shape[:3]
+    check_tensor(op, "v_cache", v_cache, shape=(batch, H_kv, C, D), **rows)
+    if batch == 0 < B:
+        raise ValueError(f"{op}: k_cache has 0 batch rows: accepted is at least 1")
     if H_kv == 0 or H % H_kv:
         raise ValueError(f"{op}: q has {H} heads: accepted is a multiple of k_cache's {H_kv}")
     if W > C:
@@ -184,6 +194,8 @@ def window_attention(
     check_tensor(op, "cache_seqlens", cache_seqlens, shape=(B,), **counts)
     if cache_leftpad is not None:
         check_tensor(op, "cache_leftpad", cache_leftpad, shape=(B,), **counts)
+    if cache_batch_idx is not None:
+        check_tensor(op, "cache_batch_idx", cache_batch_idx, shape=(B,), **counts)
     _check_pair(op, "kv_num_blocks", kv_num_blocks, "kv_indices", kv_indices)
     if kv_num_blocks is not None:
         lists = (B,) if kv_num_blocks.ndim == 1 else (B, H_kv)
@@ -199,8 +211,8 @@ def window_attention(
         raise ValueError(f"{op}: num_splits={num_splits}: accepted are 1 to {MAX_SPLITS} or None")
     out, lse = _window_attention_op(
         q, k_window, v_window, k_cache, v_cache, window_start, window_length, cache_seqlens,
-        cache_leftpad, kv_num_blocks, kv_indices, kv_block_size, softmax_scale, num_splits,
-        return_lse,
+        cache_leftpad, cache_batch_idx, kv_num_blocks, kv_indices, kv_block_size, softmax_scale,
+        num_splits, return_lse,
     )  # fmt: skip
     return (out, lse) if return_lse else out
 

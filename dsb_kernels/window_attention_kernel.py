@@ -45,7 +45,8 @@ def sm_count(device: torch.device) -> int:
 @jit
 def _attention_kernel(
     q_ptr, kw_ptr, vw_ptr, kc_ptr, vc_ptr, out_ptr, lse_ptr,
-    window_start_ptr, window_length_ptr, seqlens_ptr, leftpad_ptr, num_blocks_ptr, indices_ptr,
+    window_start_ptr, window_length_ptr, seqlens_ptr, leftpad_ptr, batch_idx_ptr,
+    num_blocks_ptr, indices_ptr,
     stride_qb, stride_qh, stride_qw,
     stride_kwb, stride_kwh, stride_kwn, stride_vwb, stride_vwh, stride_vwn,
     stride_kcb, stride_kch, stride_kcn, stride_vcb, stride_vch, stride_vcn,
@@ -108,8 +109,11 @@ def _attention_kernel(
         q = tl.load(q_ptrs + d[None, :], mask=valid[:, None] & (d < HEAD_DIM)[None, :], other=0.0)
     scale = tl.cast(softmax_scale, tl.float32) * 1.4426950408889634  # log2(e)
 
-    kc_ptr += b * stride_kcb + kv_head * stride_kch
-    vc_ptr += b * stride_vcb + kv_head * stride_vch
+    cache_b = b
+    if batch_idx_ptr is not None:
+        cache_b = tl.load(batch_idx_ptr + b).to(tl.int64)
+    kc_ptr += cache_b * stride_kcb + kv_head * stride_kch
+    vc_ptr += cache_b * stride_vcb + kv_head * stride_vch
     if WINDOW_IN_CACHE:
         kw_ptr = kc_ptr + window_start.to(tl.int64) * stride_kcn
         vw_ptr = vc_ptr + window_start.to(tl.int64) * stride_vcn
@@ -220,6 +224,7 @@ def launch(
     window_length: Tensor,
     cache_seqlens: Tensor,
     cache_leftpad: Tensor | None,
+    cache_batch_idx: Tensor | None,
     kv_num_blocks: Tensor | None,
     kv_indices: Tensor | None,
     kv_block_size: int,
@@ -255,7 +260,8 @@ def launch(
         )  # fmt: skip
     wrap_triton(_attention_kernel)[(tiles, num_splits, B * H_kv)](
         q, *window, k_cache, v_cache, target, target_lse,
-        window_start, window_length, cache_seqlens, cache_leftpad, kv_num_blocks, kv_indices,
+        window_start, window_length, cache_seqlens, cache_leftpad, cache_batch_idx,
+        kv_num_blocks, kv_indices,
         *q.stride()[:3], *window[0].stride()[:3], *window[1].stride()[:3],
         *k_cache.stride()[:3], *v_cache.stride()[:3],
         target.stride(0), 0 if num_splits == 1 else target.stride(1), *target.stride()[-3:-1],
@@ -277,7 +283,8 @@ def compile_cases() -> list[CompileCase]:
     """LLaDA-8B, iLLaDA-8B and Dream-7B at every window capacity, and the other head dims.
 
     Capacities that share tile and splits are one case. The KV cache has been written (as the
-    runtime does it) or the window is fresh, all blocks are visited or listed ones.
+    runtime does it) and is the batch's or has other rows too, or the window is fresh and listed
+    blocks are visited.
     """
     shapes = [  # name, heads, KV heads, head dim, window capacities
         ("LLaDA-8B", 32, 32, 128, (32, 64, 128, 256)),
@@ -289,12 +296,10 @@ def compile_cases() -> list[CompileCase]:
     for name, H, H_kv, D, capacities in shapes:
         for W in capacities:
             rows = H // H_kv * W
-            ways = [(True, False), (False, True)] if D == 128 else [(True, False)]
-            for in_cache, listed in ways:
-                words = f"{name} {min(rows, 128)} rows {'in cache' if in_cache else 'fresh'}"
-                words += " listed" * listed
-                cases.setdefault(words, _attention_case(words, H, H_kv, W, D, in_cache, listed, 4))
-    cases["one split"] = _attention_case("LLaDA-8B one split", 32, 32, 64, 128, True, False, 1)
+            for way in ("in cache", "in cache indexed", "fresh listed")[: 3 if D == 128 else 1]:
+                words = f"{name} {min(rows, 128)} rows {way}"
+                cases.setdefault(words, _attention_case(words, H, H_kv, W, D, way, 4))
+    cases["one split"] = _attention_case("LLaDA-8B one split", 32, 32, 64, 128, "in cache", 1)
     for D, splits in ((128, 4), (128, 32), (256, 4)):
         constexprs = {
             "HEAD_DIM": D, "NUM_SPLITS": splits, "RETURN_LSE": False, "BLOCK_M": COMBINE_ROWS,
@@ -316,20 +321,21 @@ def compile_cases() -> list[CompileCase]:
 
 
 def _attention_case(
-    name: str, H: int, H_kv: int, W: int, D: int, in_cache: bool, listed: bool, splits: int
+    name: str, H: int, H_kv: int, W: int, D: int, way: str, splits: int
 ) -> CompileCase:
     config = tile_of(H // H_kv * W, D, torch.bfloat16, "sm_90")
+    listed, indexed = "listed" in way, "indexed" in way
     lists = ("num_blocks_ptr", "indices_ptr")
+    absent = (*(() if listed else lists), *(() if indexed else ("batch_idx_ptr",)))
     constexprs = {
-        "GROUP": H // H_kv, "HEAD_DIM": D, "NUM_SPLITS": splits, "WINDOW_IN_CACHE": in_cache,
-        "KV_BLOCK": 64, "RETURN_LSE": False, **config.blocks,
-        "BLOCK_D": max(64, triton.next_power_of_2(D)),
-        **({} if listed else dict.fromkeys(lists)),
+        "GROUP": H // H_kv, "HEAD_DIM": D, "NUM_SPLITS": splits,
+        "WINDOW_IN_CACHE": "in cache" in way, "KV_BLOCK": 64, "RETURN_LSE": False, **config.blocks,
+        "BLOCK_D": max(64, triton.next_power_of_2(D)), **dict.fromkeys(absent),
     }  # fmt: skip
     names = _attention_kernel.arg_names
     values = {"softmax_scale": "fp32", "out_ptr": "*bf16" if splits == 1 else "*fp32"}
-    integers = ("window_start_ptr", "window_length_ptr", "seqlens_ptr", "leftpad_ptr", *lists)
-    values |= {"lse_ptr": "*fp32", **dict.fromkeys(integers, "*i32")}
+    integers = ("window_start_ptr", "window_length_ptr", "seqlens_ptr", "leftpad_ptr")
+    values |= {"lse_ptr": "*fp32", **dict.fromkeys((*integers, "batch_idx_ptr", *lists), "*i32")}
     signature = {n: values.get(n, "*bf16" if n.endswith("_ptr") else "i32") for n in names}
     signature = {n: kind for n, kind in signature.items() if n not in constexprs}
     uneven = ("H_kv", "softmax_scale", "stride_nb", "stride_nh", "stride_ib", "stride_ih")
@@ -344,6 +350,7 @@ def _attention_case(
         divisible=tuple(n for n in signature if n not in uneven),
         expects_tensor_cores=config.blocks["BLOCK_M"] >= 64,
         expects_wide_loads=True,
-        # Start, length, end and padding of the row; a list's length and (unrolled) entries.
-        scalar_load_bytes=32 if listed else 16,
+        # Start, length, end and padding of the row, its row of the cache; a list's length and
+        # (unrolled) entries.
+        scalar_load_bytes=16 + 4 * indexed + 16 * listed,
     )

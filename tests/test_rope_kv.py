@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass, replace
 
 import pytest
@@ -40,6 +41,8 @@ class Case:
     starts: tuple[int, ...] = (0, 20, 42)
     lengths: tuple[int, ...] = (8, 5, 8)
     offsets: tuple[int, ...] | None = None
+    cache_rows: tuple[int, ...] | None = None  # cache_batch_idx
+    cache_batch: int | None = None
     max_pos: int = 50
     is_neox: bool = True
     dtype: torch.dtype = torch.float32
@@ -51,7 +54,7 @@ class Case:
         generator = torch.Generator().manual_seed(self.seed)
         B = len(self.starts)
 
-        def rows(heads: int, n: int) -> Tensor:
+        def rows(heads: int, n: int, B: int = B) -> Tensor:
             x = torch.randn(B, n, heads, self.D, generator=generator).to(self.dtype)
             return x.transpose(1, 2).to(DEVICE)  # (B, heads, n, D) strided as a model's
 
@@ -59,7 +62,7 @@ class Case:
         for b, length in enumerate(self.lengths):
             for x in (q, k, v):
                 x[b, :, length:] = torch.nan
-        caches = rows(self.kv_heads, self.C), rows(self.kv_heads, self.C)
+        caches = [rows(self.kv_heads, self.C, self.cache_batch or B) for _ in range(2)]
         return [q, k, v, angles(self.max_pos, self.D, self.cos_sin_dtype), *caches]
 
     def metadata(self) -> dict[str, Tensor | None]:
@@ -67,6 +70,7 @@ class Case:
             "window_start": ints(*self.starts),
             "window_length": ints(*self.lengths),
             "position_offset": None if self.offsets is None else ints(*self.offsets),
+            "cache_batch_idx": None if self.cache_rows is None else ints(*self.cache_rows),
         }
 
     def expected(self, tensors: list[Tensor], double: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -108,6 +112,11 @@ CASES = {
     "past_the_cache": Case(starts=(0, 20, 46)),
     "position_past_the_table": Case(max_pos=30),
     "negative_position": Case(offsets=(5, 0, 0)),
+    "cache_rows": Case(cache_rows=(4, 0, 2), cache_batch=5),
+    "one_cache_row": Case(
+        starts=(0, 20, 9), lengths=(0, 5, 0), cache_rows=(0, 0, 0), cache_batch=1
+    ),
+    "no_cache_row_written": Case(lengths=(0, 0, 0), cache_rows=(1, 1, 0), cache_batch=2),
     **{f"head_dim_{d}": Case(D=d) for d in (16, 80, 96, 128, 256)},
     "head_dim_80_interleaved": Case(D=80, is_neox=False),
 }
@@ -143,6 +152,22 @@ def test_definition_multiplies_complex_numbers(is_neox: bool) -> None:
     assert torch.allclose(rotate(x, cos, sin, is_neox), expected, atol=1e-14)
 
 
+def test_definition_with_cache_rows_is_a_loop_over_rows() -> None:
+    case = Case(starts=(7, 3, 9, 42), lengths=(0, 5, 8, 0), cache_rows=(3, 0, 3, 3), cache_batch=4)
+    tensors = case.tensors()
+    rotated, k_cache, v_cache = case.expected(tensors, double=False)
+    for b, row in enumerate(case.cache_rows):
+        one = replace(case, starts=case.starts[b : b + 1], lengths=case.lengths[b : b + 1])
+        one.cache_rows = one.cache_batch = None
+        q, k, v, table, *caches = tensors
+        alone = [x[b : b + 1] for x in (q, k, v)] + [table] + [x[row : row + 1] for x in caches]
+        expected, k_row, v_row = one.expected(alone, double=False)
+        assert torch.equal(rotated[b], expected[0])
+        tensors[4][row], tensors[5][row] = k_row[0], v_row[0]
+    assert torch.equal(k_cache, tensors[4])
+    assert torch.equal(v_cache, tensors[5])
+
+
 def test_definition_matches_transformers() -> None:
     llama = pytest.importorskip("transformers.models.llama.modeling_llama")
     case = replace(CASES["left_padding"], lengths=(8, 8, 8))
@@ -165,6 +190,13 @@ def cases(draw: st.DrawFn) -> Case:
     C = draw(st.integers(1, 60))
     W = draw(st.integers(1, min(C, 40)))
     lengths = tuple(draw(st.integers(0, W)) for _ in range(B))
+    cache_rows = cache_batch = None
+    if draw(st.booleans()):  # distinct where there is a window, anything elsewhere
+        written = sum(n > 0 for n in lengths)
+        cache_batch = draw(st.integers(max(written, 1), 5))
+        free = iter(draw(st.permutations(range(cache_batch))))
+        any_row = st.integers(0, cache_batch - 1)
+        cache_rows = tuple(next(free) if n else draw(any_row) for n in lengths)
     return Case(
         heads=kv_heads * draw(st.sampled_from([1, 2, 7])),
         kv_heads=kv_heads,
@@ -174,6 +206,8 @@ def cases(draw: st.DrawFn) -> Case:
         starts=tuple(draw(st.integers(0, C - n)) for n in lengths),
         lengths=lengths,
         offsets=draw(st.none() | st.tuples(*[st.integers(0, C)] * B)),
+        cache_rows=cache_rows,
+        cache_batch=cache_batch,
         max_pos=draw(st.integers(1, 80)),
         is_neox=draw(st.booleans()),
         seed=draw(st.integers(0, 2**31)),
@@ -199,6 +233,7 @@ MUTATIONS = {
     "last_row_dropped": ("rope_write_kv_kernel", "one_row", "row < tl.min", "row + 1 < tl.min"),
     "padding_added": ("rope_write_kv_kernel", "left_padding", "position -= ", "position += "),
     "row_shifted": ("rope_write_kv_kernel", "one_row", "ptr + b) + row", "ptr + b) + row - 1"),
+    "index_ignored": ("rope_write_kv_kernel", "cache_rows", "tl.load(batch_idx_ptr + b)", "(b)"),
     "sine_negated": ("rotate_halves", "gqa_7", "a * cos - b * sin", "a * cos + b * sin"),
     "half_dropped": ("rotate_halves", "gqa_7", "out_ptr + HALF", "out_ptr"),
     "pair_swapped": ("rotate_pairs", "interleaved", "a, b = ", "b, a = "),
@@ -212,16 +247,18 @@ def test_mistakes_are_caught(mutation: str) -> None:
 
 
 def test_opcheck() -> None:
-    op, case = torch.ops.dsb.rope_write_kv, CASES["left_padding"]
-    arguments = (*case.tensors(), *case.metadata().values(), True)
-    with kernels():
-        torch.library.opcheck(op, arguments, test_utils=("test_schema", "test_faketensor"))
-    torch.library.opcheck(op, arguments)
+    op = torch.ops.dsb.rope_write_kv
+    for case in (CASES["left_padding"], CASES["cache_rows"]):
+        arguments = (*case.tensors(), *case.metadata().values(), True)
+        with kernels():
+            torch.library.opcheck(op, arguments, test_utils=("test_schema", "test_faketensor"))
+        torch.library.opcheck(op, arguments)
 
 
+@pytest.mark.parametrize("name", ["left_padding", "cache_rows"])
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=SLOW)])
-def test_compiles_without_a_graph_break(backend: str) -> None:
-    case = CASES["left_padding"]
+def test_compiles_without_a_graph_break(backend: str, name: str) -> None:
+    case = CASES[name]
     tensors, metadata = case.tensors(), case.metadata()
     expected = case.expected(tensors, double=False)
     q = torch.compile(rope_write_kv, fullgraph=True, backend=backend)(*tensors, **metadata)
@@ -240,6 +277,18 @@ def test_any_strides() -> None:
         assert torch.equal(result, expected)
 
 
+@pytest.mark.parametrize("backend", ["definition", "kernel"])
+def test_output_has_the_stride_order_of_q(backend: str) -> None:
+    case = CASES["gqa_7"]
+    q, *rest = case.tensors()
+    B, H, W, D = q.shape
+    packed = torch.zeros(B, W, H + 5, D, device=DEVICE)[:, :, :H].transpose(1, 2)
+    with kernels() if backend == "kernel" else contextlib.nullcontext():
+        for x in (q, packed):
+            assert rope_write_kv(x, *rest, **case.metadata()).transpose(1, 2).is_contiguous()
+        assert rope_write_kv(q.contiguous(), *rest, **case.metadata()).is_contiguous()
+
+
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
@@ -253,6 +302,13 @@ def test_any_strides() -> None:
         ({"v_cache": torch.zeros(3, 2, 49, 64)}, ValueError, "v_cache has shape"),
         ({"window_start": torch.zeros(3)}, TypeError, "window_start has dtype float32"),
         ({"window_length": ints(1)}, ValueError, "window_length has shape"),
+        ({"cache_batch_idx": ints(0, 1)}, ValueError, r"cache_batch_idx has shape \(2,\)"),
+        ({"cache_batch_idx": ints(0, 1, 2).long()}, TypeError, "cache_batch_idx has dtype int64"),
+        ({"k_cache": torch.zeros(4, 2, 50, 64)}, ValueError, r"k_cache has shape \(4, 2, 50, 64\)"),
+        ({"cache_batch_idx": ints(0, 1, 2), "v_cache": torch.zeros(4, 2, 50, 64)}, ValueError,
+         r"v_cache has shape \(4, 2, 50, 64\): accepted is \(3, 2, 50, 64\)"),
+        ({"cache_batch_idx": ints(0, 1, 2), "k_cache": torch.zeros(0, 2, 50, 64),
+          "v_cache": torch.zeros(0, 2, 50, 64)}, ValueError, "k_cache has 0 batch rows"),
         ({"position_offset": ints(1, 2, 3).to("meta")}, ValueError, "position_offset is on meta"),
     ],
 )  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import subprocess
@@ -39,6 +40,8 @@ class Case:
     lengths: tuple[int, ...] = (8,)
     seqlens: tuple[int, ...] = (90,)
     leftpads: tuple[int, ...] | None = None
+    cache_rows: tuple[int, ...] | None = None  # cache_batch_idx
+    cache_batch: int | None = None
     lists: tuple[Tensor, Tensor] | None = None
     kv_block_size: int = 64
     in_cache: bool = False
@@ -52,7 +55,7 @@ class Case:
         generator = torch.Generator().manual_seed(self.seed)
         B = len(self.starts)
 
-        def rows(heads: int, n: int) -> Tensor:
+        def rows(heads: int, n: int, B: int = B) -> Tensor:
             x = torch.randn(B, n, heads, self.D, generator=generator).to(self.dtype)
             return x.transpose(1, 2).to(DEVICE)  # (B, heads, n, D) strided as a model's
 
@@ -61,16 +64,21 @@ class Case:
             rows(self.kv_heads, self.W),
             rows(self.kv_heads, self.W),
         )
-        kc, vc = rows(self.kv_heads, self.C), rows(self.kv_heads, self.C)
+        kc, vc = (rows(self.kv_heads, self.C, self.cache_batch or B) for _ in range(2))
+        unread = torch.ones(len(kc), self.C, dtype=torch.bool, device=DEVICE)
         for b in range(B):
+            if self.lengths[b] == 0:
+                continue
             start, end = self.starts[b], self.starts[b] + self.lengths[b]
-            unread = torch.ones(self.C, dtype=torch.bool, device=DEVICE)
-            unread[0 if self.leftpads is None else self.leftpads[b] : self.seqlens[b]] = False
-            unread[start:end] = not self.in_cache
-            for fresh, cache in ((kw, kc), (vw, vc)):
-                cache[b, :, unread] = torch.nan
-                fresh[b, :, self.lengths[b] :] = torch.nan
-            q[b, :, self.lengths[b] :] = torch.nan
+            cache_row = b if self.cache_rows is None else self.cache_rows[b]
+            leftpad = 0 if self.leftpads is None else self.leftpads[b]
+            unread[cache_row, leftpad : self.seqlens[b]] = False
+            unread[cache_row, start:end] = not self.in_cache
+        for cache in (kc, vc):
+            cache.transpose(1, 2)[unread] = torch.nan
+        for b, length in enumerate(self.lengths):
+            for x in (q, kw, vw):
+                x[b, :, length:] = torch.nan
         return [q, None, None, kc, vc] if self.in_cache else [q, kw, vw, kc, vc]
 
     def metadata(self) -> dict[str, Tensor | None]:
@@ -80,6 +88,7 @@ class Case:
             "window_length": ints(*self.lengths),
             "cache_seqlens": ints(*self.seqlens),
             "cache_leftpad": None if self.leftpads is None else ints(*self.leftpads),
+            "cache_batch_idx": None if self.cache_rows is None else ints(*self.cache_rows),
             "kv_num_blocks": num_blocks,
             "kv_indices": indices,
         }
@@ -171,6 +180,15 @@ CASES = {
     ),
     "lists_of_large_blocks": Case(
         C=300, starts=(40,), seqlens=(290,), kv_block_size=128, lists=block_lists([2, 0])
+    ),
+    "cache_rows": Case(cache_rows=(4, 0, 2), cache_batch=5, leftpads=(0, 33, 0), **THREE),
+    "one_cache_row": Case(
+        starts=(0, 40, 82), lengths=(0, 5, 0), seqlens=(90, 70, 90), num_splits=2,
+        cache_rows=(0, 0, 0), cache_batch=1,
+    ),
+    "cache_rows_and_lists": Case(
+        C=300, starts=(70, 0), lengths=(8, 8), seqlens=(300, 280), cache_rows=(2, 1),
+        cache_batch=3, lists=block_lists([[0, 4], [2]], [[1], [1, 2, 3, 4]]),
     ),
     "scale": Case(softmax_scale=0.5, **THREE),
     "many_keys": Case(heads=2, kv_heads=1, C=700, starts=(300,), seqlens=(650,), num_splits=4),
@@ -305,7 +323,12 @@ def cases(draw: st.DrawFn) -> Case:
     lengths = tuple(draw(st.integers(0, W)) for _ in range(B))
     starts = tuple(draw(st.integers(0, C - n)) for n in lengths)
     size = draw(st.sampled_from([16, 32, 64]))
-    lists = None
+    cache_rows = cache_batch = lists = None
+    if draw(st.booleans()):  # distinct where there is a window, anything elsewhere
+        cache_batch = draw(st.integers(max(sum(n > 0 for n in lengths), 1), 4))
+        free = iter(draw(st.permutations(range(cache_batch))))
+        any_row = st.integers(0, cache_batch - 1)
+        cache_rows = tuple(next(free) if n else draw(any_row) for n in lengths)
     if draw(st.booleans()):
         blocks = st.lists(st.integers(0, (C - 1) // size), unique=True)
         lists = block_lists(*(draw(blocks) for _ in range(B)))
@@ -318,6 +341,8 @@ def cases(draw: st.DrawFn) -> Case:
         lengths=lengths,
         seqlens=tuple(draw(st.integers(0, C)) for _ in range(B)),
         leftpads=draw(st.none() | st.tuples(*[st.integers(0, C)] * B)),
+        cache_rows=cache_rows,
+        cache_batch=cache_batch,
         lists=lists,
         kv_block_size=size,
         in_cache=draw(st.booleans()),
@@ -348,6 +373,7 @@ MUTATIONS = {
     "window_end": ("attention", "start_middle_end", ">= tl.where(fresh, 0, window_end)", ">"),
     "stored_end": ("attention", "left_padding", "< tl.where(fresh, window_length, seqlen)", "<="),
     "left_padding": ("attention", "left_padding", ">= tl.where(fresh, 0, leftpad)", ">"),
+    "index_ignored": ("attention", "cache_rows", "tl.load(batch_idx_ptr + b)", "(b)"),
     "last_block_dropped": ("attention", "many_keys", "n_blocks)\n", "n_blocks - 1)\n"),
     "head_dropped": ("attention", "gqa_7", "row % GROUP\n", "row % (GROUP - 1)\n"),
     "no_rescaling": ("attention", "many_keys", "acc * decay[:, None]", "acc"),
@@ -372,19 +398,20 @@ def test_mistakes_are_caught(mutation: str) -> None:
 
 
 def test_opcheck() -> None:
-    for name in ("lists", "left_padding"):
+    for name in ("lists", "left_padding", "cache_rows"):
         case = CASES[name]
         settings = (case.kv_block_size, 0.125, 2, True)
         arguments = (*case.tensors(), *case.metadata().values(), *settings)
         op = torch.ops.dsb.window_attention
         with kernels():
             torch.library.opcheck(op, arguments, test_utils=("test_schema", "test_faketensor"))
-    torch.library.opcheck(op, arguments)
+        torch.library.opcheck(op, arguments)
 
 
+@pytest.mark.parametrize("name", ["start_middle_end", "cache_rows"])
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=SLOW)])
-def test_compiles_without_a_graph_break(backend: str) -> None:
-    case = CASES["start_middle_end"]
+def test_compiles_without_a_graph_break(backend: str, name: str) -> None:
+    case = CASES[name]
     tensors, metadata = case.tensors(), case.metadata()
     compiled = torch.compile(window_attention, fullgraph=True, backend=backend)
     out = compiled(*tensors, **metadata)
@@ -421,14 +448,15 @@ def keep(graph, _):
     return make_boxed_func(graph)
 
 def in_cache(q, c, row):
-    rows, rest = (row, row, row), (None, None, None, 64, 1.0, None, False)
+    rows, rest = (row, row, row), (None, None, None, None, 64, 1.0, None, False)
     return ops.window_attention(q, None, None, c, c, *rows, *rest)[0]
 
 def fresh(q, k, c, row, lists):
-    return ops.window_attention(q, k, k, c, c, row, row, row, row, row, lists, 64, 1.0, 4, True)
+    rows = (row, row, row, row, row, row)
+    return ops.window_attention(q, k, k, c, c, *rows, lists, 64, 1.0, 4, True)
 
 def rotate(q, k, table, c, row):
-    return ops.rope_write_kv(q, k, k, table, c, c.clone(), row, row, None, True)
+    return ops.rope_write_kv(q, k, k, table, c, c.clone(), row, row, None, row, True)
 
 def unmask(canvas, token, confidence, row, flag, position):
     ints, flags = [row.clone() for _ in range(6)], [flag.clone() for _ in range(3)]
@@ -476,6 +504,19 @@ def test_any_strides() -> None:
     assert torch.equal(lse_again, lse)
 
 
+@pytest.mark.parametrize("backend", ["definition", "kernel", "splits"])
+def test_output_has_the_stride_order_of_q(backend: str) -> None:
+    case = CASES["gqa_7"]
+    q, *rest = case.tensors()
+    B, H, W, D = q.shape
+    packed = torch.zeros(B, W, H + 5, D, device=DEVICE)[:, :, :H].transpose(1, 2)
+    options = case.metadata() | {"num_splits": 2 if backend == "splits" else 1}
+    with contextlib.nullcontext() if backend == "definition" else kernels():
+        for x in (q, packed):
+            assert window_attention(x, *rest, **options).transpose(1, 2).is_contiguous()
+        assert window_attention(q.contiguous(), *rest, **options).is_contiguous()
+
+
 def test_empty_batch() -> None:
     q = torch.empty(0, 4, 8, 64, device=DEVICE)
     cache = torch.empty(0, 2, 16, 64, device=DEVICE)
@@ -516,6 +557,13 @@ def bad(**changes: object) -> dict[str, object]:
         ({"window_length": ints(1, 2)}, ValueError, r"window_length has shape \(2,\)"),
         ({"cache_seqlens": ints(1, 2, 3).to("meta")}, ValueError, "cache_seqlens is on meta"),
         ({"cache_leftpad": ints(1)}, ValueError, "cache_leftpad has shape"),
+        ({"cache_batch_idx": ints(0, 1)}, ValueError, r"cache_batch_idx has shape \(2,\)"),
+        ({"cache_batch_idx": ints(0, 1, 2).long()}, TypeError, "cache_batch_idx has dtype int64"),
+        ({"k_cache": torch.zeros(4, 2, 90, 64)}, ValueError, r"k_cache has shape \(4, 2, 90, 64\)"),
+        ({"cache_batch_idx": ints(0, 1, 2), "v_cache": torch.zeros(4, 2, 90, 64)}, ValueError,
+         r"v_cache has shape \(4, 2, 90, 64\): accepted is \(3, 2, 90, 64\)"),
+        ({"cache_batch_idx": ints(0, 1, 2), "k_cache": torch.zeros(0, 2, 90, 64),
+          "v_cache": torch.zeros(0, 2, 90, 64)}, ValueError, "k_cache has 0 batch rows"),
         ({"kv_indices": ints(1, 2, 3)[:, None]}, ValueError, "kv_num_blocks=None: kv_indices"),
         ({"kv_block_size": 48}, ValueError, "kv_block_size=48: accepted is a power of 2"),
         ({"softmax_scale": math.inf}, ValueError, "softmax_scale=inf"),
