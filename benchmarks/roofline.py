@@ -1,0 +1,352 @@
+"""The budget of a decoding step: bytes, FLOPs and the least time they take, phase by phase.
+
+    python -m benchmarks.roofline --preset llada-8b --gpu h100
+
+counts both kinds of step from the model's shapes (`step_cost.py`) and divides by a bandwidth and a
+speed of matrix products: the data sheet's (`--gpu`), given ones (`--bandwidth`, `--tflops`), or
+those that `benchmarks/decode.py` measured (`--measured`, whose times then stand beside the floor).
+A floor is not a measurement. What a phase hands on may stay in the L2 cache, so that a step can be
+faster than its floor by what the activations take, and by no more.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.presets import PRESETS, Preset
+from benchmarks.step_cost import (
+    LAYER_PHASES,
+    PHASES,
+    StepShape,
+    step_cost,
+    total,
+    total_cost,
+    weight_bytes,
+)
+from dsb_runtime.cli import OneLineParser
+
+KINDS = ("window", "refresh")
+ITEMSIZE = {"bfloat16": 2, "float16": 2, "float32": 4}
+# What --measured says of a run where the command line does not.
+SHAPE_DEFAULTS = {
+    "preset": None, "prompt": 1024, "gen": 256, "block": 32, "batch": 1, "dtype": "bfloat16",
+    "tokens_per_forward": 3.5,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """What the floors divide by."""
+
+    gb_per_s: float
+    tflops: float  # dense
+    source: str
+
+    @property
+    def bandwidth(self) -> float:
+        return self.gb_per_s * 1e9
+
+    @property
+    def flops(self) -> float:
+        return self.tflops * 1e12
+
+
+# Memory bandwidth and dense bfloat16 (half of the sheets' figure, which is with sparsity).
+GPUS = {
+    "h100": Ceilings(3350, 989.5, "NVIDIA H100 data sheet, SXM"),
+    "h200": Ceilings(4800, 989.5, "NVIDIA H200 data sheet, SXM"),
+    "b200": Ceilings(8000, 2250, "NVIDIA HGX B200 data sheet, one of eight GPUs"),
+}
+
+
+@dataclass(frozen=True)
+class Budget:
+    """One kind of step at its floor."""
+
+    kind: str
+    shape: StepShape
+    phases: dict[str, dict[str, Any]]  # by phase: bytes, FLOPs, floor_us, one_layer_us, limit
+    floor_ms: float
+    weights_ms: float  # the weights alone, once
+    products_ms: float  # the matrix products alone
+
+
+def budget(preset: Preset, kind: str, shape: StepShape, ceilings: Ceilings) -> Budget:
+    """Cost and floor of every phase of a step."""
+    phases = {}
+    for name, costs in step_cost(preset, shape).items():
+        seconds = [cost.seconds(ceilings.bandwidth, ceilings.flops) for cost in costs]
+        middle = (len(costs) - 1) // 2  # not the last layer, which is cheaper
+        by_flops = costs[middle].flops / ceilings.flops == seconds[middle]
+        phases[name] = {
+            **asdict(total(costs)),
+            "bytes": total(costs).bytes,
+            "floor_us": sum(seconds) * 1e6,
+            "one_layer_us": seconds[middle] * 1e6 if name in LAYER_PHASES else None,
+            "limit": "FLOPs" if by_flops else "bytes",
+        }
+    whole = total_cost(preset, shape)
+    return Budget(
+        kind,
+        shape,
+        phases,
+        floor_ms=sum(phase["floor_us"] for phase in phases.values()) * 1e-3,
+        weights_ms=whole.weights / ceilings.bandwidth * 1e3,
+        products_ms=whole.flops / ceilings.flops * 1e3,
+    )
+
+
+def refresh_share(block: int, tokens_per_forward: float) -> float:
+    """Share of refreshes among forwards: the forward after `block` commits is one."""
+    return 1 / math.ceil(block / tokens_per_forward)
+
+
+def step_shapes(
+    preset: Preset, batch: int, prompt: int, gen: int, block: int, rows: int | None, itemsize: int
+) -> dict[str, StepShape]:
+    """Shapes of both kinds of step, every batch row in the same one. `rows`: of a window, None for
+    the block and the family's prefix window."""
+    length = prompt + gen
+    window = min(block + preset.family.prefix_window, length) if rows is None else rows
+    scored = batch * block
+    return {
+        "window": StepShape(batch, batch * window, scored, length, gen, itemsize),
+        "refresh": StepShape(batch, batch * length, scored, length, gen, itemsize),
+    }
+
+
+def read_measured(path: Path, batch: int | None) -> dict[str, Any]:
+    """The run of that batch in a file that `benchmarks/decode.py` wrote, with the file's settings.
+
+    Raises:
+        ValueError: not such a file, or no run of that batch.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        runs = {run["batch"]: run for run in found["runs"]}
+        run = runs[batch] if batch is not None else next(iter(runs.values()))
+        wanted = ("window_step_ms", "refresh_step_ms", "window_rows")
+        measured = {**found["settings"], **found["ceilings"], "device": found["device"], **run}
+        missing = [name for name in wanted if name not in run]
+    except OSError as error:
+        raise ValueError(f"--measured {path}: {error.strerror}; expected a file") from error
+    except KeyError as error:
+        if error.args[0] == batch:
+            raise ValueError(f"--batch {batch}: --measured {path} has {sorted(runs)}") from error
+        missing = [error.args[0]]
+    except (ValueError, TypeError, AttributeError, StopIteration) as error:
+        raise ValueError(f"--measured {path}: expected the JSON of benchmarks/decode.py") from error
+    if missing:
+        raise ValueError(f"--measured {path} has no {missing[0]}: expected that of decode.py")
+    return measured
+
+
+def find_ceilings(args: argparse.Namespace, measured: dict[str, Any] | None) -> Ceilings:
+    """Given ones before the data sheet's before measured ones.
+
+    Raises:
+        ValueError: none, or one of a pair, or a data sheet's for another dtype.
+    """
+    if (args.bandwidth is None) != (args.tflops is None):
+        given = "--bandwidth" if args.tflops is None else "--tflops"
+        raise ValueError(f"{given} alone: expected --bandwidth and --tflops together")
+    if args.bandwidth is not None:
+        return Ceilings(args.bandwidth, args.tflops, "given")
+    if args.gpu is not None:
+        if args.dtype == "float32":
+            raise ValueError(
+                "--dtype float32: data sheet figures are for 16 bits; expected bfloat16 or "
+                "float16, or --bandwidth and --tflops"
+            )
+        return GPUS[args.gpu]
+    if measured is not None:
+        gb_per_s, tflops = measured["copy_gb_per_s"], measured["matmul_tflops"]
+        return Ceilings(gb_per_s, tflops, f"measured on {measured['device']}")
+    raise ValueError("no ceilings: expected --gpu, --bandwidth and --tflops, or --measured")
+
+
+def settle(args: argparse.Namespace) -> dict[str, Any] | None:
+    """Fill in the shape from the measurement or the defaults; returns the measurement.
+
+    Raises:
+        ValueError: an argument that contradicts another or the measurement.
+    """
+    measured = None if args.measured is None else read_measured(args.measured, args.batch)
+    for name, default in SHAPE_DEFAULTS.items():
+        given, flag = getattr(args, name), "--" + name.replace("_", "-")
+        found = default if measured is None else measured.get(name, default)
+        if given is None:
+            setattr(args, name, found)
+        elif measured is not None and name != "tokens_per_forward" and given != found:
+            raise ValueError(f"{flag} {given}: --measured {args.measured} has {found}")
+    if args.rows is None and measured is not None:
+        args.rows = round(measured["window_rows"])
+    if args.preset not in PRESETS:
+        raise ValueError(f"--preset {args.preset}: expected one of {', '.join(PRESETS)}")
+    length = args.prompt + args.gen
+    if args.block > args.gen:
+        raise ValueError(f"--block {args.block}: expected at most --gen, {args.gen}")
+    if args.rows is not None and args.rows > length:
+        raise ValueError(f"--rows {args.rows}: expected at most --prompt + --gen, {length}")
+    if args.tokens_per_forward > args.block:
+        raise ValueError(
+            f"--tokens-per-forward {args.tokens_per_forward:g}: expected at most --block, "
+            f"{args.block}"
+        )
+    return measured
+
+
+def table_of(step: Budget, measured: dict[str, Any] | None) -> Table:
+    """Phases down, cost and floor across, the measurement beside where there is one."""
+    shape = step.shape
+    table = Table(
+        title=f"{step.kind} step: batch {shape.batch}, {shape.rows} rows, {shape.scored} scored, "
+        f"{shape.length} positions",
+        title_justify="left",
+    )
+    for name in ("phase", "weights MB", "K/V MB", "activations MB", "GFLOP", "floor µs",
+                 "limited by", "one layer µs"):  # fmt: skip
+        table.add_column(name, justify="left" if name in ("phase", "limited by") else "right")
+    times = None
+    if measured is not None:
+        times = measured.get("phase_us", {}).get(step.kind, {})
+        table.add_column("measured µs", justify="right")
+        table.add_column("floor / measured", justify="right")
+
+    def beside(floor_us: float, us: float | None) -> list[str]:
+        if times is None:
+            return []
+        return ["", ""] if us is None else [f"{us:.1f}", f"{floor_us / us:.0%}"]
+
+    for name in PHASES:
+        phase = step.phases[name]
+        one, floor = phase["one_layer_us"], phase["floor_us"]
+        table.add_row(
+            name if one is None else f"layer: {name}",
+            *(f"{phase[kind] / 1e6:.1f}" for kind in ("weights", "cache", "activations")),
+            f"{phase['flops'] / 1e9:.1f}", f"{floor:.1f}", phase["limit"],
+            "" if one is None else f"{one:.2f}", *beside(floor, (times or {}).get(name)),
+        )  # fmt: skip
+    table.add_section()
+    sums = [sum(p[kind] for p in step.phases.values())
+            for kind in ("weights", "cache", "activations", "flops")]  # fmt: skip
+    floor = step.floor_ms * 1e3
+    whole = None if measured is None else measured[f"{step.kind}_step_ms"]
+    table.add_row(
+        "sum", *(f"{x / 1e6:.1f}" for x in sums[:3]), f"{sums[3] / 1e9:.1f}", f"{floor:.1f}", "",
+        "", *beside(floor, None if whole is None else whole * 1e3), style="bold",
+    )  # fmt: skip
+    return table
+
+
+def positive(kind: type, low: float = 0) -> Any:
+    """A parser of numbers above `low`."""
+
+    def parse(text: str) -> Any:
+        accepted = "an int" if kind is int else "a number"
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not (value > low and math.isfinite(value)):
+            raise argparse.ArgumentTypeError(f"{text!r}: expected {accepted} above {low:g}")
+        return value
+
+    return parse
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = OneLineParser(prog="roofline", description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("--preset", choices=PRESETS, help="which model's shapes")
+    add("--gpu", choices=GPUS, help="ceilings of its data sheet")
+    add("--bandwidth", type=positive(float), help="ceiling in GB/s, with --tflops")
+    add("--tflops", type=positive(float), help="ceiling in dense TFLOP/s, with --bandwidth")
+    add("--prompt", type=positive(int), help="prompt tokens (1024)")
+    add("--gen", type=positive(int), help="response positions (256)")
+    add("--block", type=positive(int), help="block length (32)")
+    add("--rows", type=positive(int), help="rows of a window (block + prefix window)")
+    add("--batch", type=positive(int), help="prompts decoded together (1)")
+    add("--dtype", choices=ITEMSIZE, help="of weights and activations (bfloat16)")
+    add("--tokens-per-forward", type=positive(float), help="committed by a row's forward (3.5)")
+    add("--refresh-share", type=positive(float), help="of forwards (one a --block commits)")
+    add("--measured", type=Path, help="JSON of benchmarks/decode.py, to stand beside")
+    add("--json", type=Path, help="write the figures here")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    try:
+        measured = settle(args)
+        ceilings = find_ceilings(args, measured)
+        share = args.refresh_share or (measured or {}).get("refresh_share")
+        share = share or refresh_share(args.block, args.tokens_per_forward)
+        if share > 1:
+            raise ValueError(f"--refresh-share {share:g}: expected a number in (0, 1]")
+        if args.json and not args.json.absolute().parent.is_dir():
+            raise ValueError(f"--json {args.json}: no such folder as {args.json.parent}")
+    except ValueError as error:
+        parser.error(str(error))
+    preset = PRESETS[args.preset]
+    shapes = step_shapes(
+        preset, args.batch, args.prompt, args.gen, args.block, args.rows, ITEMSIZE[args.dtype]
+    )
+    steps = {kind: budget(preset, kind, shapes[kind], ceilings) for kind in KINDS}
+
+    def mean_ms(window: float, refresh: float) -> float:
+        return (1 - share) * window + share * refresh
+
+    step_ms = mean_ms(*(steps[kind].floor_ms for kind in KINDS))
+    tokens = args.batch * args.tokens_per_forward
+    result = {
+        "preset": args.preset, "dtype": args.dtype, "prompt": args.prompt, "gen": args.gen,
+        "block": args.block, "batch": args.batch, "ceilings": asdict(ceilings),
+        "weight_bytes": weight_bytes(preset, ITEMSIZE[args.dtype]),
+        "tokens_per_forward": args.tokens_per_forward, "refresh_share": share,
+        "steps": {kind: asdict(step) for kind, step in steps.items()},
+        "step_ms": step_ms, "tokens_per_second": tokens / step_ms * 1e3,
+    }  # fmt: skip
+
+    console = Console(width=None if Console().is_terminal else 150)
+    console.print(
+        f"{args.preset}, {args.dtype}, {result['weight_bytes'] / 1e9:.2f} GB of weights; ceilings "
+        f"{ceilings.gb_per_s:g} GB/s and {ceilings.tflops:g} TFLOP/s ({ceilings.source})"
+    )
+    for step in steps.values():
+        console.print(table_of(step, measured))
+        console.print(
+            f"{step.kind} step: floor {step.floor_ms:.3f} ms; weights alone "
+            f"{step.weights_ms:.3f} ms, matrix products alone {step.products_ms:.3f} ms\n"
+        )
+    said = [("floor", step_ms)]
+    if measured is not None:
+        found = mean_ms(*(measured[f"{kind}_step_ms"] for kind in KINDS))
+        result["measured"] = {
+            "window_step_ms": measured["window_step_ms"],
+            "refresh_step_ms": measured["refresh_step_ms"],
+            "step_ms": found, "tokens_per_second": tokens / found * 1e3,
+            "share_of_floor": step_ms / found,
+        }  # fmt: skip
+        said.append((f"measured on {measured['device']}", found))
+    for name, ms in said:
+        console.print(
+            f"{name}: {ms:.3f} ms a step with {share:.1%} refreshes; {tokens / ms * 1e3:.1f} "
+            f"tokens/s at {args.tokens_per_forward:g} tokens per forward"
+        )
+    if args.json:
+        args.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,274 @@
+"""The budget: bytes and FLOPs against hand counts, the models' parameters and torch's counter."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.presets import PRESETS, random_model, random_prompt
+from benchmarks.roofline import GPUS, Ceilings, budget, main, refresh_share, step_shapes
+from benchmarks.step_cost import (
+    LAYER_PHASES,
+    PHASES,
+    Cost,
+    StepShape,
+    layer_cost,
+    step_cost,
+    total,
+    total_cost,
+    weight_bytes,
+)
+
+TINY, DREAM = PRESETS["tiny"], PRESETS["tiny-dream"]
+SHAPE = StepShape(batch=1, rows=40, scored=16, length=96, gen=64, itemsize=2)
+
+
+def run(capsys: pytest.CaptureFixture, *options: str) -> str:
+    main(options)
+    return capsys.readouterr().out
+
+
+def test_first_layer_by_hand():
+    """40 rows of 64 numbers; 4 heads of 16; MLP 160; 96 positions; 2 bytes a number."""
+    assert layer_cost(TINY, SHAPE, 0) == {
+        # Two gains of 64. Read 40 x 64 and write their norm; read twice and write twice the next.
+        "norm": Cost(256, 0, 2 * 2560 * 2 + 4 * 2560 * 2),
+        # (192, 64) weights; 2560 in, 7680 out.
+        "qkv": Cost(24576, 0, 5120 + 15360, 2 * 40 * 64 * 192),
+        # 7680 in and out; 40 rows of 16 float32 cosines and sines.
+        "rope+write": Cost(0, 0, 2 * 15360 + 40 * 64),
+        # 96 x 64 keys and as many values; 2560 in and out; two products of 4 x 40 x 96 x 16.
+        "attention": Cost(0, 24576, 2 * 5120, 2 * 2 * 4 * 40 * 96 * 16),
+        "out": Cost(8192, 0, 2 * 5120, 2 * 40 * 64 * 64),
+        # Three (160, 64); 2560 in, 6400 out; 6400 in, 2560 out.
+        "mlp": Cost(61440, 0, 2 * (5120 + 12800), 2 * 3 * 40 * 64 * 160),
+    }
+
+
+def test_last_layer_by_hand():
+    """K and V of 40 rows, what follows of 16; 7 heads of 16 and one KV head; biases."""
+    assert layer_cost(DREAM, SHAPE, 1) == {
+        # 40 x 112: read twice, write twice; then 16 x 112 likewise.
+        "norm": Cost(448, 0, 4 * 8960 + 4 * 3584),
+        # (112 + 32, 112) weights and 144 biases; out: 16 x 112 and 40 x 32.
+        "qkv": Cost(32256 + 288, 0, 8960 + 3584 + 2560, 2 * 112 * (16 * 112 + 40 * 32)),
+        "rope+write": Cost(0, 0, 2 * (3584 + 2560) + 2560),
+        "attention": Cost(0, 96 * 32 * 2, 2 * 3584, 4 * 7 * 16 * 96 * 16),
+        "out": Cost(25088, 0, 2 * 3584, 2 * 16 * 112 * 112),
+        "mlp": Cost(107520, 0, 2 * (3584 + 5120), 6 * 16 * 112 * 160),
+    }
+
+
+def test_outside_the_layers_by_hand():
+    found = step_cost(TINY, SHAPE)
+    assert tuple(found) == PHASES
+    assert found["embed"] == [Cost(0, 0, 40 * 8 + 2 * 5120)]
+    assert found["final norm"] == [Cost(128, 0, 3 * 16 * 64 * 2)]
+    assert found["score"] == [Cost(65536, 0, 16 * (128 + 12), 2 * 16 * 64 * 512)]
+    assert found["unmask"] == [Cost(0, 0, 64 * 8 + 16 * (8 + 4 + 4 + 4 + 8))]
+    assert [len(found[name]) for name in LAYER_PHASES] == [2] * 6
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("name", PRESETS)
+def test_weights_are_the_models_own(name, dtype):
+    model = random_model(PRESETS[name], dtype, "meta")
+    assert {p.dtype for p in model.parameters()} == {dtype}
+    assert weight_bytes(PRESETS[name], dtype.itemsize) == sum(p.nbytes for p in model.parameters())
+
+
+@pytest.mark.parametrize(("name", "billions"), [("llada-8b", 8.02), ("illada-8b", 7.62)])
+def test_published_sizes(name, billions):
+    assert weight_bytes(PRESETS[name], 1) / 1e9 == pytest.approx(billions, abs=0.005)
+
+
+@pytest.mark.parametrize("name", ["tiny", "tiny-dream"])
+def test_flops_are_those_that_torch_counts(name):
+    """A full forward through transformers, every row scored; two prompts."""
+    preset, L = PRESETS[name], 48
+    model = random_model(preset, torch.float32, "cpu")
+    model.set_attn_implementation("eager")  # products that the counter knows
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(random_prompt(preset, 2, L))
+    expected = total_cost(preset, StepShape(2, 2 * L, 2 * L, L, 16, 4)).flops
+    assert counter.get_total_flops() == expected
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_what_grows_with_what(name):
+    preset = PRESETS[name]
+
+    def cost(**change: int) -> Cost:
+        return total_cost(preset, dataclasses.replace(SHAPE, **change))
+
+    one = cost()
+    batch = cost(batch=2, rows=80, scored=32)
+    assert batch == Cost(one.weights, 2 * one.cache, 2 * one.activations, 2 * one.flops)
+    wide = cost(itemsize=4)
+    assert (wide.weights, wide.cache) == (2 * one.weights, 2 * one.cache)
+    assert wide.flops == one.flops and one.activations < wide.activations < 2 * one.activations
+    rows = [cost(rows=n) for n in (40, 41, 42)]
+    assert all(r.weights == one.weights and r.cache == one.cache for r in rows)
+    for kind in ("activations", "flops"):
+        a, b, c = (getattr(r, kind) for r in rows)
+        assert 0 < b - a == c - b
+    longer = cost(length=2 * 96)
+    assert longer.cache == 2 * one.cache and longer.weights == one.weights
+    attention = total(step_cost(preset, SHAPE)["attention"]).flops
+    assert longer.flops == one.flops + attention
+
+
+def test_floor_is_the_slower_of_both():
+    cost = Cost(weights=600, cache=300, activations=100, flops=5000)
+    assert cost.seconds(1e3, 1e6) == 1.0
+    assert cost.seconds(1e6, 1e3) == 5.0
+
+
+def test_budget_sums_the_phases():
+    ceilings = Ceilings(1e-3, 1e-5, "made up")  # 1e6 B/s, 1e7 FLOP/s
+    found = budget(TINY, "window", SHAPE, ceilings)
+    assert found.phases["mlp"]["limit"] == "FLOPs" and found.phases["norm"]["limit"] == "bytes"
+    by_layer = [layer_cost(TINY, SHAPE, i)["mlp"].flops / 1e7 * 1e6 for i in (0, 1)]
+    assert found.phases["mlp"]["floor_us"] == pytest.approx(sum(by_layer))
+    assert found.phases["mlp"]["one_layer_us"] == pytest.approx(by_layer[0])
+    floors = [phase["floor_us"] for phase in found.phases.values()]
+    assert found.floor_ms == pytest.approx(sum(floors) / 1e3)
+    whole = total_cost(TINY, SHAPE)
+    assert found.weights_ms == pytest.approx(whole.weights / 1e6 * 1e3)
+    assert found.products_ms == pytest.approx(whole.flops / 1e7 * 1e3)
+    assert found.floor_ms >= max(found.weights_ms, found.products_ms)
+
+
+def test_step_shapes_and_refreshes():
+    shapes = step_shapes(TINY, 2, 100, 64, 16, None, 2)
+    assert shapes["window"] == StepShape(2, 2 * (16 + 24), 32, 164, 64, 2)
+    assert shapes["refresh"] == StepShape(2, 2 * 164, 32, 164, 64, 2)
+    assert step_shapes(DREAM, 1, 100, 64, 16, None, 2)["window"].rows == 16 + 4
+    assert step_shapes(TINY, 2, 100, 64, 16, 50, 2)["window"].rows == 100
+    assert refresh_share(32, 4) == 1 / 8
+    assert refresh_share(32, 3.5) == 1 / 10  # 9 forwards commit 31.5
+    assert refresh_share(32, 32) == 1
+
+
+@pytest.mark.parametrize("gpu", GPUS)
+@pytest.mark.parametrize("name", ["llada-8b", "illada-8b", "dream-7b"])
+def test_command(name, gpu, capsys, tmp_path):
+    path = tmp_path / "budget.json"
+    said = run(capsys, "--preset", name, "--gpu", gpu, "--json", str(path))
+    found = json.loads(path.read_text())
+    steps = found["steps"]
+    for phase in PHASES:
+        assert said.count(phase if phase not in LAYER_PHASES else f"layer: {phase}") >= 2
+    mean = 0.9 * steps["window"]["floor_ms"] + 0.1 * steps["refresh"]["floor_ms"]
+    assert found["step_ms"] == pytest.approx(mean)
+    assert found["tokens_per_second"] == pytest.approx(3.5 / mean * 1e3)
+    assert f"{found['tokens_per_second']:.1f} tokens/s" in said and "measured" not in said
+    # An 8B model's window step is bound by its weights, its refresh by its products.
+    assert 0.9 < steps["window"]["weights_ms"] / steps["window"]["floor_ms"] < 1
+    assert 0.8 < steps["refresh"]["products_ms"] / steps["refresh"]["floor_ms"] < 1
+
+
+def test_given_ceilings_and_shape(capsys, tmp_path):
+    path = tmp_path / "budget.json"
+    options = (
+        "--preset tiny --bandwidth 10 --tflops 0.05 --prompt 64 --gen 32 --block 8 --rows 12 "
+        "--batch 3 --dtype float32 --tokens-per-forward 2 --refresh-share 0.5"
+    )
+    run(capsys, *options.split(), "--json", str(path))
+    found = json.loads(path.read_text())
+    window, refresh = (found["steps"][kind] for kind in ("window", "refresh"))
+    assert window["shape"] == dataclasses.asdict(StepShape(3, 36, 24, 96, 32, 4))
+    assert refresh["shape"] == dataclasses.asdict(StepShape(3, 288, 24, 96, 32, 4))
+    expected = budget(TINY, "window", StepShape(3, 36, 24, 96, 32, 4), Ceilings(10, 0.05, ""))
+    assert window["floor_ms"] == expected.floor_ms
+    assert found["step_ms"] == pytest.approx((window["floor_ms"] + refresh["floor_ms"]) / 2)
+    assert found["tokens_per_second"] == pytest.approx(6 / found["step_ms"] * 1e3)
+
+
+@pytest.fixture
+def measured(tmp_path) -> Path:
+    """The keys of a measurement that the budget reads; `test_benchmarks.py` takes a real one."""
+    path = tmp_path / "measured.json"
+    run = {"batch": 2, "window_rows": 12.4, "window_step_ms": 4.0, "refresh_step_ms": 9.0,
+           "tokens_per_forward": 3.0, "refresh_share": 0.25,
+           "phase_us": {"window": {"mlp": 100.0}}}  # fmt: skip
+    found = {
+        "device": "a machine",
+        "settings": {"preset": "tiny", "dtype": "float32", "prompt": 64, "gen": 32, "block": 8},
+        "ceilings": {"copy_gb_per_s": 10.0, "matmul_tflops": 0.05},
+        "runs": [run],
+    }
+    path.write_text(json.dumps(found))
+    return path
+
+
+def test_measurement_beside(measured, capsys, tmp_path):
+    path = tmp_path / "budget.json"
+    said = run(capsys, "--measured", str(measured), "--json", str(path))
+    found = json.loads(path.read_text())
+    window = found["steps"]["window"]
+    assert window["shape"] == dataclasses.asdict(StepShape(2, 24, 16, 96, 32, 4))
+    assert found["ceilings"] == {"gb_per_s": 10.0, "tflops": 0.05,
+                                 "source": "measured on a machine"}  # fmt: skip
+    assert (found["refresh_share"], found["tokens_per_forward"]) == (0.25, 3.0)
+    assert found["measured"]["step_ms"] == pytest.approx(0.75 * 4 + 0.25 * 9)
+    assert found["measured"]["share_of_floor"] == pytest.approx(found["step_ms"] / 5.25)
+    assert f"{window['floor_ms'] / 4:.0%}" in next(s for s in said.splitlines() if "sum" in s)
+    mlp = next(s for s in said.splitlines() if "layer: mlp" in s)
+    assert "100.0" in mlp and f"{window['phases']['mlp']['floor_us'] / 100:.0%}" in mlp
+    run(capsys, "--measured", str(measured), "--bandwidth", "20", "--tflops", "1", "--json",
+        str(path))  # fmt: skip
+    assert json.loads(path.read_text())["ceilings"]["source"] == "given"
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ("--preset tiny", "no ceilings: expected --gpu, --bandwidth and --tflops, or --measured"),
+        ("--gpu h100", "--preset None: expected one of llada-8b"),
+        ("--preset gpt --gpu h100", "argument --preset: invalid choice: 'gpt'"),
+        ("--preset tiny --gpu a100", "argument --gpu: invalid choice: 'a100'"),
+        ("--preset tiny --gpu h100 --prompt 0", "--prompt: '0': expected an int above 0"),
+        ("--preset tiny --gpu h100 --batch 1.5", "--batch: '1.5': expected an int above 0"),
+        ("--preset tiny --bandwidth nan --tflops 1", "'nan': expected a number above 0"),
+        ("--preset tiny --tflops 3", "--tflops alone: expected --bandwidth and --tflops"),
+        ("--preset tiny --gpu h100 --dtype float32", "--dtype float32: data sheet figures"),
+        ("--preset tiny --gpu h100 --block 300", "--block 300: expected at most --gen, 256"),
+        ("--preset tiny --gpu h100 --rows 2000", "--rows 2000: expected at most --prompt + --gen"),
+        ("--preset tiny --gpu h100 --tokens-per-forward 33", "33: expected at most --block, 32"),
+        ("--preset tiny --gpu h100 --refresh-share 2", "--refresh-share 2: expected a number in"),
+        ("--preset tiny --gpu h100 --json /nope/x.json", "no such folder as /nope"),
+        ("--measured /nope.json", "--measured /nope.json: No such file"),
+        ("--measured {measured} --batch 4", "--batch 4: --measured {measured} has [2]"),
+        ("--measured {measured} --prompt 65", "--prompt 65: --measured {measured} has 64"),
+    ],
+)
+def test_bad_arguments_take_one_line(options, said, measured, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(options.format(measured=measured).split())
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count("\n") == 1
+    assert error.startswith("roofline: ") and said.format(measured=measured) in error
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("{", "expected the JSON of"),
+        ("[]", "expected the JSON of"),
+        ('{"runs": []}', "expected the JSON of"),
+        ('{"runs": [{"batch": 1}]}', "has no settings"),
+    ],
+)
+def test_a_file_that_is_no_measurement(text, said, tmp_path, capsys):
+    path = tmp_path / "x.json"
+    path.write_text(text)
+    with pytest.raises(SystemExit):
+        main(["--measured", str(path)])
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and said in error
