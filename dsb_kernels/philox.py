@@ -39,3 +39,12 @@ def gumbel_noise(seed: Tensor, noise_ids: Tensor, first: int, last: int, dtype: 
     words = words[..., first % 4 : first % 4 + last - first]
     w = (words.to(torch.float64) + 0.5) * 2.0**-32
     return -torch.log(-torch.log1p(-w)).to(dtype)
+
+
+def uniform(seed: Tensor, noise_ids: Tensor) -> Tensor:
+    """One float64 in [0, 1) for each noise id (N,), independent of its Gumbel noise."""
+    low = 0xFFFFFFFF
+    zero, one = torch.zeros_like(noise_ids), torch.ones_like(noise_ids)
+    counter = (zero, noise_ids & low, (noise_ids >> 32) & low, one)
+    high, more, _, _ = philox4x32(counter, (seed & low, (seed >> 32) & low))
+    return ((high << 21) | (more >> 11)).double() * 2.0**-53

@@ -6,13 +6,14 @@ and Dream with its Auto classes.
 
 from dsb_runtime import attention, auto
 from dsb_runtime.config import DecodingConfig
-from dsb_runtime.decode import GenerationOutput, StepEvent, generate
+from dsb_runtime.decode import Engine, GenerationOutput, StepEvent, generate
 from dsb_runtime.hf_generate import custom_generate
 from dsb_runtime.load import load_model, load_tokenizer
 from dsb_runtime.patch import patch, unpatch
 
 __all__ = [
     "DecodingConfig",
+    "Engine",
     "GenerationOutput",
     "StepEvent",
     "attention",

@@ -9,6 +9,8 @@ from typing import Any
 SCHEDULES = ("dsb", "naive")
 CACHES = ("dsb", "dual", "none")
 REFRESH_COMMITS = ("select", "first")
+REFRESH_POLICIES = ("full", "response")
+DEFAULT_FULL_EVERY = 4
 DEFAULT_THRESHOLD = 0.9
 
 
@@ -61,6 +63,8 @@ class DecodingConfig:
     top_k: int | None = None  # Dream only, >= 1
     stop_at_eos: bool = False  # a row ends at an EOS with no mask to its left
     refresh_commit: str | None = None  # what a refresh commits; None: the family's way
+    refresh_policy: str = "full"  # "response": most refreshes leave the prompt's K/V as they are
+    full_refresh_every: int | None = None  # >= 2, of "response": refreshes per full one; None: 4
 
     def __post_init__(self) -> None:
         check_int("gen_length", self.gen_length, 1)
@@ -99,6 +103,20 @@ class DecodingConfig:
                     f"refresh_commit={self.refresh_commit!r}: cache='none' has no refresh steps; "
                     "expected None"
                 )
+
+        check_choice("refresh_policy", self.refresh_policy, REFRESH_POLICIES)
+        if self.refresh_policy != "full" and self.cache == "none":
+            raise ValueError(
+                f"refresh_policy={self.refresh_policy!r}: cache='none' keeps no K/V; "
+                "expected 'full'"
+            )
+        if self.full_refresh_every is not None:
+            if self.refresh_policy == "full":
+                raise ValueError(
+                    f"full_refresh_every={self.full_refresh_every!r}: every refresh is full with "
+                    "refresh_policy='full'; expected None"
+                )
+            check_int("full_refresh_every", self.full_refresh_every, 2)
 
     def _check_rule(self) -> None:
         named = [
@@ -143,3 +161,10 @@ class DecodingConfig:
     def rule_value(self) -> float:
         """The rule's number (0 for a quota, which counts in `steps`)."""
         return 0.0 if self.rule == "quota" else float(getattr(self, self.rule))
+
+    @property
+    def full_every(self) -> int:
+        """Of how many refreshes one is full; the first always is."""
+        if self.refresh_policy == "full":
+            return 1
+        return self.full_refresh_every or DEFAULT_FULL_EVERY

@@ -1,13 +1,14 @@
-"""generate: one loop for every schedule, cache policy and selection rule.
+"""generate: one engine for every schedule, cache policy and selection rule.
 
 A forward is either full (every position) or a window of rows; what it computes is scored, some of
-it is committed, and the window slides: `dsb_kernels.unmask` decides all of that on the device.
-The host looks once per forward, between steps: which rows refresh, which move their window, which
-are done.
+it is committed, and the window slides: `dsb_kernels.unmask` decides all of that on the device
+(`dsb_runtime.step`), and the host launches step after step (`dsb_runtime.runner`).
 """
 
 from __future__ import annotations
 
+import threading
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -16,9 +17,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from dsb_kernels.unmask import initial_state, unmask_and_slide
-from dsb_kernels.window_state import UnmaskSpec, WindowState
-from dsb_runtime.cache import WindowCache
+from dsb_kernels.window_state import WindowState
+from dsb_runtime.capture import Capture, CudaGraphs
 from dsb_runtime.check import (
     check_attention_mask,
     check_family_settings,
@@ -28,9 +28,12 @@ from dsb_runtime.check import (
     check_prompt,
 )
 from dsb_runtime.config import DecodingConfig
-from dsb_runtime.forward import Backbone
-from dsb_runtime.load import DiffusionInfo
-from dsb_runtime.sampling import propose
+from dsb_runtime.forward import Phase, no_phase
+from dsb_runtime.parallel import agree, is_sharded
+from dsb_runtime.runner import Runner, StepDone
+
+ENGINE = "_dsb_engine"  # where a model keeps the engine that `generate` made for it
+PROMPT_MULTIPLE = 64  # captured steps serve prompts up to the next multiple, padded on the left
 
 
 @dataclass
@@ -50,7 +53,7 @@ class StepEvent:
     must outlast the call."""
 
     index: int  # forwards before this one
-    kind: str  # "refresh" (every position) or "window"
+    kind: str  # "refresh" (every position), "response" (without the prompt) or "window"
     rows: list[int]  # batch rows that took part
     before: list[tuple[int, int, int]]  # their (start, end, prefix) in this forward
     canvas: Tensor  # (B, L) after the commit
@@ -58,136 +61,6 @@ class StepEvent:
     commit: Tensor  # (B, K) bool
     confidence: Tensor  # (B, K)
     state: WindowState  # what comes next
-
-
-def spec_of(config: DecodingConfig, info: DiffusionInfo, prompt_length: int) -> UnmaskSpec:
-    """The launch constants of a call, family defaults filled in."""
-    family = info.family
-    cached = config.cache != "none"
-    refresh_commit = config.refresh_commit or (family.refresh_commit if cached else "select")
-    prefix = family.prefix_window if config.prefix_window is None else config.prefix_window
-    naive = config.schedule == "naive"
-    return UnmaskSpec(
-        prompt_length=prompt_length,
-        block_length=config.block_length,
-        max_block_length=config.max_block_length,
-        schedule=config.schedule,
-        cache=config.cache,
-        prefix_window=prefix,
-        min_prefix=int(family.shift and refresh_commit == "select"),
-        rule=config.rule,
-        rule_value=config.rule_value,
-        steps=(config.steps or 0) // (config.num_blocks if naive else 1),
-        refresh_commit=refresh_commit,
-        mask_id=info.mask_id,
-        eos_ids=info.eos_ids,
-        stop_at_eos=config.stop_at_eos,
-    )
-
-
-class Decoder:
-    """The tensors of one call and the step over them."""
-
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        input_ids: Tensor,
-        leftpad: Tensor,
-        config: DecodingConfig,
-        info: DiffusionInfo,
-        generator: torch.Generator | None,
-    ) -> None:
-        self.model, self.config, self.info, self.generator = model, config, info, generator
-        rows, prompt = input_ids.shape
-        response = input_ids.new_full((rows, config.gen_length), info.mask_id)
-        self.canvas = torch.cat([input_ids, response], dim=1).long()
-        self.leftpad = leftpad
-        self.spec = spec_of(config, info, prompt)
-        self.state = initial_state(self.canvas, leftpad, self.spec)
-        length = self.canvas.shape[1]
-        self.index = torch.arange(length, device=self.canvas.device)
-        self.padded = bool((leftpad > 0).any())
-        # (B, 1, 1, L): keys that exist. Without padding there is nothing to mask.
-        self.key_mask = (self.index >= leftpad[:, None])[:, None, None] if self.padded else None
-        layers = model.config.num_hidden_layers
-        cached = config.cache != "none"
-        self.cache = WindowCache(layers, rows, length, leftpad) if cached else None
-        self.backbone = Backbone(model, length)
-
-    def read(self) -> list[list[int]]:
-        """The host's one look between steps: a row of numbers for each batch row."""
-        s = self.state
-        held = (s.position >= 0).sum(-1)
-        columns = (s.done, s.failed, s.refresh, s.start, s.end, s.prefix, held)
-        return torch.stack([c.int() for c in columns], dim=1).tolist()
-
-    def full(self, rows: Tensor | None, keep: Tensor) -> Tensor:
-        """Every position, K/V stored anew where there is a cache: rows `keep` (b, K, E)."""
-        ids = self.canvas if rows is None else self.canvas[rows]
-        if self.cache is not None:
-            zeros = ids.new_zeros(ids.shape[0])
-            self.cache.point(rows, zeros, zeros + ids.shape[1])
-        return self.forward(ids, self.index.expand_as(ids), keep, rows)
-
-    def window(
-        self, rows: Tensor | None, first: Tensor, last: Tensor, width: int, keep: Tensor
-    ) -> Tensor:
-        """Canvas rows [first, last) of each batch row, padded to `width`: rows `keep` (b, K, E)."""
-        length = self.canvas.shape[1]
-        index = first[:, None] + self.index[:width]
-        canvas = self.canvas if rows is None else self.canvas[rows]
-        self.cache.point(rows, first, last - first, width)
-        index = index.clamp(max=length - 1)
-        return self.forward(canvas.gather(1, index), index, keep, rows)
-
-    def forward(self, ids: Tensor, index: Tensor, keep: Tensor, rows: Tensor | None) -> Tensor:
-        """Tokens `ids` (b, W) at canvas `index` (b, W) through the backbone."""
-        leftpad = self.leftpad if rows is None else self.leftpad[rows]
-        mask = self.key_mask if rows is None or not self.padded else self.key_mask[rows]
-        position_ids = (index - leftpad[:, None]).clamp(min=0)
-        return self.backbone(ids, position_ids, keep, mask, self.cache)
-
-    def step(
-        self, kind: str, rows: Tensor | None, width: int, held: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """One forward of batch `rows` (None for all) and its commit. No host read.
-
-        `width`: rows of the widest window; `held`: candidates of the row that has most.
-        Returns candidates (B, K), commits (B, K) and confidences (B, K).
-        """
-        state = self.state
-        take = (lambda t: t) if rows is None else (lambda t: t[rows])
-        position = take(state.position)[:, :held].long()
-        # The row that predicts a position: its own, or the one before it (row 0 keeps its own).
-        source = (position - int(self.info.family.shift)).clamp(min=0)
-        if kind == "refresh":
-            hidden = self.full(rows, source)
-        else:
-            first = (take(state.start) - take(state.prefix)).long()
-            keep = (source - first[:, None]).clamp(min=0)
-            hidden = self.window(rows, first, take(state.end).long(), width, keep)
-        eligible = position >= 0
-        token, confidence = propose(
-            hidden.flatten(0, 1),
-            self.model.lm_head,
-            eligible.flatten(),
-            self.config,
-            self.info,
-            self.generator,
-        )
-        shape = state.position.shape
-        all_tokens = self.canvas.new_zeros(shape)
-        all_confidence = torch.zeros(shape, dtype=torch.float32, device=self.canvas.device)
-        active = torch.ones_like(state.done) if rows is None else torch.zeros_like(state.done)
-        where = slice(None) if rows is None else rows
-        all_tokens[where, :held] = token.view_as(position)
-        all_confidence[where, :held] = confidence.view_as(position)
-        active[where] = True
-        candidates = state.position.clone()
-        commit = unmask_and_slide(
-            self.canvas, all_tokens, all_confidence, state, active, self.leftpad, self.spec
-        )
-        return candidates, commit, all_confidence
 
 
 def count_tokens(response: Tensor, eos_ids: tuple[int, ...]) -> list[int]:
@@ -198,7 +71,164 @@ def count_tokens(response: Tensor, eos_ids: tuple[int, ...]) -> list[int]:
     return (torch.where(eos, index, length - 1).amin(-1) + 1).tolist()
 
 
-@torch.no_grad()
+class Engine(Runner):
+    """Decodes with one model and keeps what that takes, the K/V cache and captured steps, between
+    calls. `dsb_runtime.generate` keeps one for each model; make your own to set how it runs.
+
+    Args:
+        model: from `load_model` or `patch`.
+        graphs: capture steps as CUDA graphs and replay them; None does so on a GPU.
+        capture: how a step is captured; None takes CUDA graphs.
+        phase: entered around each phase of a step by its name, for a profiler.
+
+    Raises:
+        TypeError: not such a model. ValueError: graphs without a GPU.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        graphs: bool | None = None,
+        capture: Capture | None = None,
+        phase: Phase = no_phase,
+    ) -> None:
+        check_model(model)
+        on_gpu = model.get_input_embeddings().weight.is_cuda
+        if graphs and capture is None and not on_gpu:
+            raise ValueError("graphs=True: the model is not on a CUDA device; expected False")
+        if graphs is None:
+            graphs = on_gpu or capture is not None
+        if graphs and capture is None:
+            capture = CudaGraphs()
+        super().__init__(model, capture if graphs else None, phase)
+        self.device = model.get_input_embeddings().weight.device
+        self.lock, self.decoding = threading.RLock(), False
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        """A copied or pickled model has no engine: it makes its own."""
+        return type(None), ()
+
+    def in_call(self) -> bool:
+        """Whether this thread is inside a call (another one waits for its turn)."""
+        if not self.lock.acquire(blocking=False):
+            return False
+        try:
+            return self.decoding
+        finally:
+            self.lock.release()
+
+    @torch.no_grad()
+    def generate(
+        self,
+        input_ids: Tensor,
+        config: DecodingConfig | None = None,
+        *,
+        attention_mask: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        on_step: Callable[[StepEvent], None] | None = None,
+        **settings: Any,
+    ) -> GenerationOutput:
+        """As `dsb_runtime.generate` with this engine's model. Threads take turns.
+
+        Raises:
+            RuntimeError: called by `on_step` of a call of this engine.
+        """
+        config = config_of(config, settings)
+        if on_step is not None and not callable(on_step):
+            raise TypeError(
+                f"on_step={on_step!r}: expected a callable that takes a StepEvent, or None"
+            )
+        info = check_model(self.model)
+        check_family_settings(info, config)
+        check_prompt(self.model, input_ids, info, config)
+        leftpad = check_attention_mask(input_ids, attention_mask)
+        check_no_masks(input_ids, leftpad, info)
+        check_generator(generator, input_ids.device)
+        if self.in_call():
+            raise RuntimeError(
+                "Engine.generate: called by its own on_step; expected another engine"
+            )
+        with self.lock:
+            self.decoding = True
+            try:
+                return self.decode(config, input_ids, leftpad, generator, on_step)
+            finally:
+                self.decoding = False
+
+    def decode(
+        self,
+        config: DecodingConfig,
+        input_ids: Tensor,
+        leftpad: Tensor,
+        generator: torch.Generator | None,
+        on_step: Callable[[StepEvent], None] | None,
+    ) -> GenerationOutput:
+        """`generate` of arguments that have been checked."""
+        batch, prompt = input_ids.shape
+        watched = on_step is not None
+        pad = 0 if watched or self.capture is None else -prompt % PROMPT_MULTIPLE
+        session = self.session(config, input_ids, leftpad, pad)
+        state, info = session.state, self.model.dsb
+        if config.temperature > 0:
+            device = input_ids.device
+            seed = torch.randint(2**62, (), dtype=torch.int64, generator=generator, device=device)
+            if is_sharded(self.model.lm_head):
+                agree(self.model.lm_head, seed)
+            state.seed.copy_(seed)
+        commits: list[int] = []
+        row_nfe = [0] * batch
+
+        def each(done: StepDone) -> None:
+            commits.append(sum(f.new for f in done.after if f.took_part))
+            for row in done.rows:
+                row_nfe[row] += 1
+            if on_step is not None:
+                before = [(f.start, f.end, f.prefix) for f in done.before]
+                on_step(
+                    StepEvent(
+                        len(commits) - 1, done.shape.kind, done.rows,
+                        [before[row] for row in done.rows], state.canvas,
+                        state.candidates.clone(), state.commit.clone(), state.confidence.clone(),
+                        state.window,
+                    )
+                )  # fmt: skip
+
+        self.run(session, each, ahead=not watched)
+        canvas = state.canvas[:, pad:].clone()
+        return GenerationOutput(
+            sequences=canvas,
+            nfe=len(commits),
+            tokens_per_forward=commits,
+            row_nfe=row_nfe,
+            row_tokens=count_tokens(canvas[:, prompt:], info.eos_ids),
+        )
+
+
+def config_of(config: DecodingConfig | None, settings: dict[str, Any]) -> DecodingConfig:
+    """One of a config and its fields by name."""
+    if config is not None and settings:
+        raise TypeError(f"config and {sorted(settings)[0]}: expected settings in one of the two")
+    if config is not None:
+        return config
+    unknown = sorted(set(settings) - set(DecodingConfig.__dataclass_fields__))
+    if unknown:
+        accepted = ", ".join(DecodingConfig.__dataclass_fields__)
+        raise TypeError(f"{unknown[0]}={settings[unknown[0]]!r}: expected one of {accepted}")
+    return DecodingConfig(**settings)
+
+
+def engine_of(model: PreTrainedModel) -> Engine:
+    """The engine that `generate` keeps with a model, made at its first call; another one inside a
+    call of that."""
+    check_model(model)
+    engine = vars(model).get(ENGINE)
+    if engine is None or engine.device != model.get_input_embeddings().weight.device:
+        # A proxy: the model must not be kept alive by what it holds itself.
+        engine = vars(model)[ENGINE] = Engine(weakref.proxy(model))
+    return Engine(model) if engine.in_call() else engine
+
+
 def generate(
     model: PreTrainedModel,
     input_ids: Tensor,
@@ -212,7 +242,7 @@ def generate(
     """Decode `gen_length` positions after each prompt with DSB and DSB Cache (arXiv 2602.05992).
 
     Args:
-        model: from `load_model`.
+        model: from `load_model` or `patch`.
         input_ids: (B, P) int64 or int32 on the model's device, left-padded where lengths differ.
         config: the settings; or name its fields as keyword arguments, not both.
         attention_mask: (B, P), 0 for left padding; None means none.
@@ -226,62 +256,9 @@ def generate(
         TypeError, ValueError: bad input, before any compute; the message names argument, value and
             what is accepted.
         FloatingPointError: the model's logits are NaN; the message names the step and the row.
+        torch.OutOfMemoryError: the message names the bytes asked for and a setting that fits.
     """
-    if config is not None and settings:
-        raise TypeError(f"config and {sorted(settings)[0]}: expected settings in one of the two")
-    if config is None:
-        unknown = sorted(set(settings) - set(DecodingConfig.__dataclass_fields__))
-        if unknown:
-            accepted = ", ".join(DecodingConfig.__dataclass_fields__)
-            raise TypeError(f"{unknown[0]}={settings[unknown[0]]!r}: expected one of {accepted}")
-        config = DecodingConfig(**settings)
-    if on_step is not None and not callable(on_step):
-        raise TypeError(f"on_step={on_step!r}: expected a callable that takes a StepEvent, or None")
-    info = check_model(model)
-    check_family_settings(info, config)
-    check_prompt(model, input_ids, info, config)
-    leftpad = check_attention_mask(input_ids, attention_mask)
-    check_no_masks(input_ids, leftpad, info)
-    check_generator(generator, input_ids.device)
-
-    decoder = Decoder(model, input_ids, leftpad, config, info, generator)
-    batch = input_ids.shape[0]
-    commits: list[Tensor] = []
-    row_nfe = [0] * batch
-    while True:
-        flags = decoder.read()
-        failed = [row for row, flag in enumerate(flags) if flag[1]]
-        if failed:
-            raise FloatingPointError(
-                f"step {len(commits) - 1}: the model's logits are NaN (row {failed[0]})"
-            )
-        live = [row for row, flag in enumerate(flags) if not flag[0]]
-        if not live:
-            break
-        for kind in ("refresh", "window"):
-            group = [row for row in live if bool(flags[row][2]) == (kind == "refresh")]
-            if not group:
-                continue
-            rows = torch.tensor(group, device=input_ids.device) if len(group) < batch else None
-            before = [(flags[row][3], flags[row][4], flags[row][5]) for row in group]
-            width = max(end - start + prefix for start, end, prefix in before)
-            held = max(flags[row][6] for row in group)
-            candidates, commit, confidence = decoder.step(kind, rows, width, held)
-            commits.append(commit.sum())
-            for row in group:
-                row_nfe[row] += 1
-            if on_step is not None:
-                on_step(
-                    StepEvent(
-                        len(commits) - 1, kind, group, before, decoder.canvas,
-                        candidates, commit, confidence, decoder.state,
-                    )
-                )  # fmt: skip
-    prompt = input_ids.shape[1]
-    return GenerationOutput(
-        sequences=decoder.canvas,
-        nfe=len(commits),
-        tokens_per_forward=torch.stack(commits).tolist(),
-        row_nfe=row_nfe,
-        row_tokens=count_tokens(decoder.canvas[:, prompt:], info.eos_ids),
-    )
+    return engine_of(model).generate(
+        input_ids, config, attention_mask=attention_mask, generator=generator, on_step=on_step,
+        **settings,
+    )  # fmt: skip

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
@@ -67,12 +68,20 @@ def group_of(lm_head: torch.nn.Linear) -> dist.ProcessGroup:
 
 
 def score_sharded(
-    hidden: Tensor, lm_head: torch.nn.Linear, eligible: Tensor, mask_id: int
+    hidden: Tensor,
+    lm_head: torch.nn.Linear,
+    *,
+    eligible: Tensor,
+    banned: Sequence[int],
+    temperature: float,
+    seed: Tensor | None,
+    noise_ids: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Greedy token and confidence; each process scores its share and no logits are exchanged.
+    """Token and confidence as by `lm_head_confidence`; each process scores its share of the
+    vocabulary and no logits are exchanged.
 
     Args:
-        hidden: (N, E), the same in every process. eligible: (N,) bool.
+        hidden: (N, E), the same in every process, as is the rest.
 
     Returns:
         (N,) int64 and (N,) float32, the same in every process.
@@ -84,17 +93,18 @@ def score_sharded(
         hidden,
         weight,
         bias,
-        banned=(mask_id,),
+        banned=banned,
+        temperature=temperature,
+        seed=seed,
+        noise_ids=noise_ids,
         partial=True,
         vocab_start=dist.get_rank(group) * weight.shape[0],
     )
     states = state.new_empty((dist.get_world_size(group), *state.shape))
     dist.all_gather(list(states.unbind()), state, group=group)  # into it, in the ranks' order
-    return combine_partials(states, eligible=eligible, banned=(mask_id,))
+    return combine_partials(states, eligible=eligible, banned=banned)
 
 
-def agree(lm_head: torch.nn.Linear, *decisions: Tensor) -> None:
-    """Take the first process's decisions: random numbers differ between processes."""
-    group = group_of(lm_head)
-    for decision in decisions:
-        dist.broadcast(decision, group=group, group_src=0)
+def agree(lm_head: torch.nn.Linear, seed: Tensor) -> None:
+    """Take the first process's seed: random generators differ between processes."""
+    dist.broadcast(seed, group=group_of(lm_head), group_src=0)

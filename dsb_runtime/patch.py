@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from dsb_runtime.decode import GenerationOutput, generate
+from dsb_runtime.decode import ENGINE, GenerationOutput, generate
 from dsb_runtime.families import FAMILIES
 from dsb_runtime.load import DiffusionInfo, special_id
 
@@ -107,6 +107,7 @@ def unpatch(model: PreTrainedModel) -> PreTrainedModel:
     if not hasattr(model, "_dsb_kept"):
         return model
     before, kept = model._dsb_kept
+    vars(model).pop(ENGINE, None)
     model.set_attn_implementation(before)
     for target, name, value in reversed(kept):
         if value is ABSENT:

@@ -1,8 +1,10 @@
-"""From hidden states to proposed tokens: greedy through the scoring op, or sampled.
+"""From hidden states to proposed tokens: through the scoring op, or by Dream's cuts.
 
 Sampling follows each family's published code: LLaDA adds Gumbel noise to the logits and keeps the
-untempered probability as confidence; Dream tempers, cuts to top_p and top_k and samples, and its
-confidence is the probability after all of that.
+untempered probability as confidence, which the scoring op does; Dream tempers, cuts to top_p and
+top_k and samples, and its confidence is the probability after all of that. Random numbers are a
+function of a seed and of a noise id for each row (`dsb_kernels.philox`), not of what was drawn
+before.
 """
 
 from __future__ import annotations
@@ -13,9 +15,10 @@ from torch.nn.functional import linear, pad
 
 from dsb_kernels.confidence import first_argmax
 from dsb_kernels.lm_head_confidence import lm_head_confidence
+from dsb_kernels.philox import uniform
 from dsb_runtime.config import DecodingConfig
 from dsb_runtime.load import DiffusionInfo
-from dsb_runtime.parallel import agree, is_sharded, score_sharded
+from dsb_runtime.parallel import is_sharded, score_sharded
 
 
 def cut_top_p(logits: Tensor, top_p: float) -> Tensor:
@@ -32,21 +35,12 @@ def cut_top_k(logits: Tensor, top_k: int) -> Tensor:
     return logits.masked_fill(logits < kth, torch.finfo(logits.dtype).min)
 
 
-def sample_gumbel(
-    logits: Tensor, mask_id: int, temperature: float, generator: torch.Generator | None
-) -> tuple[Tensor, Tensor]:
-    """LLaDA: argmax of exp(logits) / (-log u)^T, in float64 as published. (N, V) -> (N,), (N,)."""
-    logits = logits.double()
-    noise = torch.rand(logits.shape, dtype=torch.float64, device=logits.device, generator=generator)
-    noisy = logits - temperature * torch.log(-torch.log(noise))
-    noisy[:, mask_id] = -torch.inf
-    token = noisy.argmax(-1)
-    probability = logits.softmax(-1).gather(1, token[:, None])[:, 0]
-    return token, probability.float()
-
-
 def sample_nucleus(
-    logits: Tensor, mask_id: int, config: DecodingConfig, generator: torch.Generator | None
+    logits: Tensor,
+    mask_id: int,
+    config: DecodingConfig,
+    seed: Tensor | None = None,
+    noise_ids: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Dream: temper, cut, sample; confidence after the cuts. (N, V) -> (N,), (N,).
 
@@ -66,8 +60,10 @@ def sample_nucleus(
         allowed = probability.clone()
         allowed[:, mask_id] = 0
         barred = ~(allowed.sum(-1, keepdim=True) > 0)  # only the mask token is left, or NaN
-        sampled = allowed.masked_fill(barred, 1.0).multinomial(1, generator=generator)
-        token = torch.where(barred, token, sampled)
+        # The inverse of the distribution function: the first token whose sum exceeds the draw.
+        sums = allowed.masked_fill(barred, 1.0).double().cumsum(-1)
+        draw = uniform(seed, noise_ids)[:, None] * sums[:, -1:]
+        token = torch.where(barred, token, torch.searchsorted(sums, draw, right=True))
     return token[:, 0], probability.gather(1, token)[:, 0]
 
 
@@ -77,7 +73,8 @@ def propose(
     eligible: Tensor,
     config: DecodingConfig,
     info: DiffusionInfo,
-    generator: torch.Generator | None,
+    seed: Tensor | None = None,
+    noise_ids: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The proposed token and its confidence for every candidate row; never the mask token.
 
@@ -85,24 +82,21 @@ def propose(
         hidden: (N, E), rows of the last hidden state, after the final norm.
         lm_head: the model's output layer.
         eligible: (N,) bool; the others' results are not used.
+        seed, noise_ids: () int64 and (N,) int64, at a temperature: what the noise is a function of.
 
     Returns:
         (N,) int64 and (N,) float32. NaN logits give a NaN confidence.
     """
-    cuts = config.top_p is not None or config.top_k is not None
     sharded = is_sharded(lm_head)
-    if config.temperature == 0 and not cuts:
+    cuts = config.top_p is not None or config.top_k is not None
+    if not cuts and (config.temperature == 0 or not info.family.nucleus):
+        scoring = {
+            "eligible": eligible, "banned": (info.mask_id,), "temperature": config.temperature,
+            "seed": seed, "noise_ids": noise_ids,
+        }  # fmt: skip
         if sharded:
-            return score_sharded(hidden, lm_head, eligible, info.mask_id)
-        return lm_head_confidence(
-            hidden, lm_head.weight, lm_head.bias, eligible=eligible, banned=(info.mask_id,)
-        )
-    # A sharded head's own forward gathers the vocabulary, which sampling needs as a whole.
+            return score_sharded(hidden, lm_head, **scoring)
+        return lm_head_confidence(hidden, lm_head.weight, lm_head.bias, **scoring)
+    # A sharded head's own forward gathers the vocabulary, which the cuts need as a whole.
     logits = lm_head(hidden) if sharded else linear(hidden, lm_head.weight, lm_head.bias)
-    if info.family.nucleus:
-        token, confidence = sample_nucleus(logits, info.mask_id, config, generator)
-    else:
-        token, confidence = sample_gumbel(logits, info.mask_id, config.temperature, generator)
-    if sharded:
-        agree(lm_head, token, confidence)
-    return token, confidence
+    return sample_nucleus(logits, info.mask_id, config, seed, noise_ids)

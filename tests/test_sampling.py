@@ -12,7 +12,10 @@ from torch import Tensor
 from torch.distributions import Categorical
 
 import dsb_runtime as dsb
-from dsb_runtime.sampling import cut_top_k, cut_top_p, propose, sample_gumbel, sample_nucleus
+from dsb_kernels.philox import gumbel_noise, uniform
+from dsb_runtime.families import LLADA
+from dsb_runtime.load import DiffusionInfo
+from dsb_runtime.sampling import cut_top_k, cut_top_p, propose, sample_nucleus
 from tests import golden
 
 PROMPT = torch.tensor([[5, 6, 7, 8, 9, 10]])
@@ -27,6 +30,22 @@ def random_logits(rows: int, vocab: int = 16, seed: int = 0, scale: float = 2.0)
 
 def seeded(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
+
+
+def noise(seed: int, rows: int) -> dict[str, Tensor]:
+    """The seed and a noise id for each row."""
+    return {"seed": torch.tensor(seed), "noise_ids": torch.arange(rows)}
+
+
+def llada_proposals(logits: Tensor, temperature: float, seed: int) -> tuple[Tensor, Tensor]:
+    """What LLaDA proposes for rows of logits (N, V): an LM head that gives them from unit rows."""
+    head = torch.nn.Linear(*logits.shape, bias=False)
+    head.weight.data = logits.T.contiguous()
+    info = DiffusionInfo(LLADA, logits.shape[1] - 1, ())
+    rows = len(logits)
+    config = dsb.DecodingConfig(**SHAPE, temperature=temperature)
+    eligible = torch.ones(rows, dtype=torch.bool)
+    return propose(torch.eye(rows), head, eligible, config, info, **noise(seed, rows))
 
 
 def settings(**values: Any) -> dsb.DecodingConfig:
@@ -67,7 +86,7 @@ def test_dreams_confidence_is_the_probability_after_temperature_and_cuts(tempera
     logits = random_logits(40)
     logits[:, MASK] = -30.0
     config = settings(temperature=temperature, top_p=top_p, top_k=top_k)
-    token, confidence = sample_nucleus(logits.clone(), MASK, config, seeded(1))
+    token, confidence = sample_nucleus(logits.clone(), MASK, config, **noise(1, 40))
     for row, chosen, found in zip(logits.tolist(), token.tolist(), confidence, strict=True):
         expected = published_row(row, temperature, top_p, top_k)
         assert expected[chosen] > 0
@@ -81,7 +100,7 @@ def test_dream_samples_what_the_cuts_leave(top_p, top_k):
     """20000 draws of one row against its probabilities without the mask token: chi-square."""
     row = random_logits(1, seed=3)
     config = settings(temperature=0.8, top_p=top_p, top_k=top_k)
-    token, _ = sample_nucleus(row.repeat(20000, 1), MASK, config, seeded(2))
+    token, _ = sample_nucleus(row.repeat(20000, 1), MASK, config, **noise(2, 20000))
     expected = torch.tensor(published_row(row[0].tolist(), 0.8, top_p, top_k))
     expected[MASK] = 0
     check_counts(token, expected / expected.sum())
@@ -115,28 +134,43 @@ def test_top_k_keeps_ties_and_all_when_larger_than_the_vocabulary():
     assert kept == [1, 3, 3, 4, 4]
 
 
-# --- LLaDA: Gumbel-max in float64, the untempered probability as confidence ---------------------
+# --- LLaDA: Gumbel-max, the untempered probability as confidence --------------------------------
 
 
 @pytest.mark.parametrize("temperature", [0.3, 1.0, 2.5])
 def test_llada_samples_the_tempered_distribution(temperature):
     row = random_logits(1, seed=5, scale=1.5)
-    token, confidence = sample_gumbel(row.repeat(20000, 1), MASK, temperature, seeded(3))
+    tokens = []
+    for seed in range(5):
+        token, confidence = llada_proposals(row.repeat(4000, 1), temperature, seed)
+        expected = row[0].double().softmax(-1)[token].float()
+        assert torch.allclose(confidence, expected, atol=1e-6)
+        tokens.append(token)
     tempered = row[0] / temperature
     tempered[MASK] = -math.inf
-    check_counts(token, tempered.softmax(-1))
-    expected = row[0].double().softmax(-1)[token].float()
-    assert torch.allclose(confidence, expected, atol=1e-7)
+    check_counts(torch.cat(tokens), tempered.softmax(-1))
 
 
 def test_llada_equals_the_published_formula_on_the_same_noise():
     """Published: argmax of exp(logits) / (-log u)^T in float64."""
     logits = random_logits(200, 64)
-    token, _ = sample_gumbel(logits, 63, 0.7, seeded(4))
-    noise = torch.rand(logits.shape, dtype=torch.float64, generator=seeded(4))
-    scores = logits.double().exp() / (-noise.log()) ** 0.7
+    token, _ = llada_proposals(logits, 0.7, seed=4)
+    gumbel = gumbel_noise(torch.tensor(4), torch.arange(200), 0, 64, torch.float64)
+    u = torch.exp(-torch.exp(-gumbel))  # whose -log(-log u) it is
+    scores = logits.double().exp() / (-u.log()) ** 0.7
     scores[:, 63] = -1
     assert torch.equal(token, scores.argmax(-1))
+
+
+def test_uniform_draws_are_uniform_and_not_the_gumbel_noise():
+    ids = torch.arange(20000)
+    draws = uniform(torch.tensor(3), ids)
+    assert ((draws >= 0) & (draws < 1)).all() and len(draws.unique()) == 20000
+    counts = torch.histc(draws.float(), 50, 0, 1)
+    assert ((counts - 400).abs() < 5 * 20).all()
+    assert abs(torch.corrcoef(torch.stack([draws[1:], draws[:-1]]))[0, 1]) < 0.03
+    other = gumbel_noise(torch.tensor(3), ids, 0, 1, torch.float64)[:, 0]
+    assert abs(torch.corrcoef(torch.stack([draws, other]))[0, 1]) < 0.03
 
 
 # --- both ---------------------------------------------------------------------------------------
@@ -152,7 +186,7 @@ def test_the_mask_token_is_never_proposed_but_stays_in_the_softmax(family, tempe
         head.weight[info.mask_id] = 25.0
     token, confidence = propose(
         hidden, head, torch.ones(8, dtype=torch.bool), settings(temperature=temperature), info,
-        seeded(0),
+        **noise(0, 8),
     )  # fmt: skip
     assert (token != info.mask_id).all() and (confidence < 1e-4).all()
     if temperature == 0:
@@ -168,7 +202,7 @@ def test_cuts_that_leave_only_the_mask_token(cut, temperature):
     logits = random_logits(10)
     logits[:5, MASK] = 20.0
     config = settings(temperature=temperature, **cut)
-    token, confidence = sample_nucleus(logits.clone(), MASK, config, seeded(0))
+    token, confidence = sample_nucleus(logits.clone(), MASK, config, **noise(0, 10))
     assert torch.equal(token[:5], logits[:5, :MASK].argmax(-1))
     assert (confidence[:5] == 0).all() and (confidence[5:] > 0).all()
     assert (token != MASK).all()
@@ -216,7 +250,9 @@ def test_top_k_one_at_temperature_is_greedy_for_dream():
 def test_a_categorical_draw_has_dreams_distribution():
     """torch's Categorical is what Dream calls: the same counts, to sampling noise."""
     row = random_logits(1, seed=9)
-    token, _ = sample_nucleus(row.repeat(20000, 1), MASK, settings(temperature=1.0), seeded(6))
+    token, _ = sample_nucleus(
+        row.repeat(20000, 1), MASK, settings(temperature=1.0), **noise(6, 20000)
+    )
     torch.manual_seed(0)
     logits = row[0].clone()
     logits[MASK] = -math.inf

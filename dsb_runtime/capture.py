@@ -1,0 +1,60 @@
+"""Two ways to drive a step: call it, or capture it once and replay what it launched.
+
+A capture is a function that takes a function without arguments and returns another that repeats
+its launches on the same memory. `CudaGraphs` is the one for GPUs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+Capture = Callable[[Callable[[], None]], Callable[[], None]]
+
+# Capacities that a captured step is made for; a number of rows takes the smallest that holds it.
+WIDTHS = (16, 32, 48, 64, 96, 128, 160, 192, 256, 320, 384, 512, 768, 1024)
+
+
+def width_class(width: int, most: int) -> int:
+    """Window positions that a captured step has room for, given `width` and at most `most`."""
+    return min(next((w for w in WIDTHS if w >= width), most), most)
+
+
+def row_class(rows: int, most: int) -> int:
+    """Batch rows that a captured step has room for: powers of two up to `most`."""
+    return min(1 << (rows - 1).bit_length(), most)
+
+
+class CudaGraphs:
+    """Captures into CUDA graphs that share one pool of memory (they run one at a time)."""
+
+    def __init__(self) -> None:
+        self.pool = torch.cuda.graph_pool_handle()
+
+    def __call__(self, run: Callable[[], None]) -> Callable[[], None]:
+        graph = torch.cuda.CUDAGraph()
+        # Other threads go on allocating and launching.
+        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+            run()
+        return graph.replay
+
+
+class HostCopy:
+    """A copy of a small device tensor on its way to the host."""
+
+    def __init__(self, source: Tensor) -> None:
+        if source.is_cuda:
+            self.values = torch.empty(source.shape, dtype=source.dtype, pin_memory=True)
+            self.values.copy_(source, non_blocking=True)
+            self.arrived = torch.cuda.Event()
+            self.arrived.record()
+        else:
+            self.values, self.arrived = source.clone(), None
+
+    def wait(self) -> Tensor:
+        """The copy, once it is complete."""
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        return self.values

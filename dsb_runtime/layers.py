@@ -1,0 +1,153 @@
+"""A decoder layer as the engine runs it: what comes before attention and what follows it.
+
+`PackedLayer` runs q, k, v as one matmul and gate, up as one, with the residual added by the matmul
+that produces the other summand. It serves plain linear layers; a model whose layers are anything
+else (DTensors of tensor parallelism, quantised or adapted linear layers, hooks) runs module by
+module in `ModuleLayer`. N = rows of all sequences, E = hidden size, D = head dim.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import rms_norm, silu
+
+from dsb_runtime.packing import packed_linear
+
+# Norms that F.rms_norm computes from `weight` and `variance_epsilon`.
+RMS_NORMS = ("LlamaRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm", "MistralRMSNorm")
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
+MLP = ("gate_proj", "up_proj", "down_proj")
+
+
+def norm_of(module: nn.Module) -> Callable[[Tensor], Tensor]:
+    """A norm as one call where it is RMSNorm, the module itself otherwise."""
+    if type(module).__name__ not in RMS_NORMS or not is_plain(module):
+        return module
+    weight = module.weight.data
+    return functools.partial(
+        rms_norm, normalized_shape=weight.shape, weight=weight, eps=module.variance_epsilon
+    )
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Whether calling a module does no more than its class's forward on ordinary tensors."""
+    hooks = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
+    return not hooks and all(
+        type(p) is nn.Parameter and p.is_floating_point() for p in module.parameters()
+    )
+
+
+def can_pack(layer: nn.Module) -> bool:
+    """Whether `PackedLayer` computes what the layer's modules would."""
+    attn, mlp = layer.self_attn, layer.mlp
+    linears = [getattr(attn, name, None) for name in PROJECTIONS]
+    linears += [getattr(mlp, name, None) for name in MLP]
+    if any(type(linear) is not nn.Linear for linear in linears):
+        return False
+    o_proj, gate, up, down = linears[3:]
+    biases = {linear.bias is None for linear in linears[:3]}
+    return (
+        all(is_plain(m) for m in (layer, attn, mlp, *linears))
+        and len({(p.weight.dtype, p.weight.device) for p in linears}) == 1
+        and len(biases) == 1
+        and all(linear.bias is None for linear in (o_proj, gate, up, down))
+        and type(mlp.act_fn).__name__ in ("SiLU", "SiLUActivation")
+    )
+
+
+def silu_mul(gate_up: Tensor) -> Tensor:
+    """silu(gate) * up of (N, 2 F): (N, F)."""
+    gate, up = gate_up.chunk(2, -1)
+    return silu(gate) * up
+
+
+@functools.cache
+def fused_silu_mul() -> Callable[[Tensor], Tensor]:
+    """`silu_mul` as one kernel. The compiler is imported where it is used: on a GPU."""
+    return torch.compile(silu_mul, dynamic=True)
+
+
+class PackedLayer:
+    """A layer of plain linear modules."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        attn, mlp = layer.self_attn, layer.mlp
+        self.head_dim, self.scaling, self.attn = attn.head_dim, attn.scaling, attn
+        self.input_norm = norm_of(layer.input_layernorm)
+        self.post_norm = norm_of(layer.post_attention_layernorm)
+        self.q_norm, self.k_norm = (
+            norm_of(norm) if (norm := getattr(attn, name, None)) is not None else None
+            for name in ("q_norm", "k_norm")
+        )
+        projections = [attn.q_proj, attn.k_proj, attn.v_proj]
+        self.sizes = [p.out_features // self.head_dim for p in projections]
+        weight, self.qkv_bias = packed_linear(projections)
+        gate_up, _ = packed_linear([mlp.gate_proj, mlp.up_proj])
+        # (in, out): what a matmul takes, a view made once.
+        self.qkv_weight, self.gate_up = weight.t(), gate_up.t()
+        self.out, self.down = attn.o_proj.weight.data.t(), mlp.down_proj.weight.data.t()
+
+    def qkv(self, x: Tensor, width: int) -> list[Tensor]:
+        """x (N, E) of sequences of `width` rows: q (b, H, W, D), k and v (b, H_kv, W, D)."""
+        if self.qkv_bias is None:
+            made = x.mm(self.qkv_weight)
+        else:
+            made = torch.addmm(self.qkv_bias, x, self.qkv_weight)
+        heads, D = sum(self.sizes), self.head_dim
+        # (b, W, H, D) seen as (b, H, W, D).
+        shape, strides = (len(x) // width, heads, width, D), (width * heads * D, D, heads * D, 1)
+        q, k, v = made.as_strided(shape, strides).split(self.sizes, 1)
+        if self.q_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        return [q, k, v]
+
+    def finish(self, hidden: Tensor, out: Tensor) -> Tensor:
+        """Output projection and residual: hidden (N, E), which is overwritten, out (N, H * D)."""
+        return hidden.addmm_(out, self.out)
+
+    def mlp(self, hidden: Tensor) -> Tensor:
+        """MLP and residual: hidden (N, E), which is overwritten."""
+        gate_up = self.post_norm(hidden).mm(self.gate_up)
+        act = fused_silu_mul()(gate_up) if gate_up.is_cuda else silu_mul(gate_up)
+        return hidden.addmm_(act, self.down)
+
+
+class ModuleLayer:
+    """The same through the layer's own modules, whatever they are."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        self.layer, self.attn = layer, layer.self_attn
+        self.head_dim, self.scaling = self.attn.head_dim, self.attn.scaling
+        self.input_norm = layer.input_layernorm
+
+    def qkv(self, x: Tensor, width: int) -> list[Tensor]:
+        made = []
+        for name in "qkv":
+            heads = getattr(self.attn, f"{name}_proj")(x)
+            heads = heads.view(-1, width, heads.shape[-1] // self.head_dim, self.head_dim)
+            norm = getattr(self.attn, f"{name}_norm", None)
+            made.append((heads if norm is None else norm(heads)).transpose(1, 2))
+        return made
+
+    def finish(self, hidden: Tensor, out: Tensor) -> Tensor:
+        return hidden + self.attn.o_proj(out)
+
+    def mlp(self, hidden: Tensor) -> Tensor:
+        return hidden + self.layer.mlp(self.layer.post_attention_layernorm(hidden))
+
+
+def layers_of(model: nn.Module) -> list[PackedLayer | ModuleLayer]:
+    """The layers of a decoder (`LlamaModel` or alike), packed where every one of them can be."""
+    kind = PackedLayer if all(can_pack(layer) for layer in model.layers) else ModuleLayer
+    return [kind(layer) for layer in model.layers]
+
+
+def fingerprint(model: nn.Module) -> list[int]:
+    """What a backbone and captured steps rely on: equal while each of the model's weights is where
+    it was and its layers are what they were."""
+    weights = [getattr(p, "_local_tensor", p).data_ptr() for p in model.parameters()]
+    return [*weights, id(model.lm_head), *(can_pack(layer) for layer in model.model.layers)]

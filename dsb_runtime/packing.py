@@ -1,0 +1,52 @@
+"""One matmul where a layer has several with the same input: q, k, v and gate, up.
+
+Their weights are moved into one storage and the model's own parameters become views of it: the
+same `Parameter` objects with the same values, nothing held twice, and what is written into them is
+seen by both. The layout is read off the parameters each time, so moving the model (`.to`), which
+gives each a storage of its own again, only means that they are packed anew.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+PACKING = threading.Lock()  # two threads that meet a model for the first time
+
+
+def neighbours(tensors: Sequence[Tensor]) -> bool:
+    """Whether contiguous tensors of the same row width follow each other in one storage."""
+    first = tensors[0]
+    end = first.data_ptr() + first.nbytes
+    for tensor in tensors[1:]:
+        same = tensor.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+        if not same or tensor.data_ptr() != end:
+            return False
+        end += tensor.nbytes
+    return True
+
+
+def packed(parameters: Sequence[nn.Parameter]) -> Tensor:
+    """The parameters (n_i, ...) one after the other as one tensor (sum n_i, ...), which they are
+    views of afterwards."""
+    first = parameters[0].data
+    if not neighbours([p.data for p in parameters]):
+        with PACKING, torch.no_grad():
+            if not neighbours([p.data for p in parameters]):
+                whole = torch.cat([p.data for p in parameters])
+                parts = whole.split([len(p) for p in parameters])
+                for parameter, part in zip(parameters, parts, strict=True):
+                    parameter.data = part
+                first = parameters[0].data
+    rows = sum(len(p) for p in parameters)
+    return first.as_strided((rows, *first.shape[1:]), first.stride())
+
+
+def packed_linear(linears: Sequence[nn.Linear]) -> tuple[Tensor, Tensor | None]:
+    """Weight (sum out, in) and bias (sum out,) of linear layers that share their input."""
+    weight = packed([linear.weight for linear in linears])
+    bias = None if linears[0].bias is None else packed([linear.bias for linear in linears])
+    return weight, bias
