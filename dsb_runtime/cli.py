@@ -1,9 +1,10 @@
-"""The `dsb` command: `dsb generate`, `dsb eval`, `dsb convert`."""
+"""The `dsb` command: `dsb generate`, `dsb bench`, `dsb eval`, `dsb convert`."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from dsb_runtime import evaluate
+from dsb_runtime import bench, evaluate
 from dsb_runtime.config import CACHES, REFRESH_COMMITS, SCHEDULES, DecodingConfig, check_int
 from dsb_runtime.convert import convert
 from dsb_runtime.decode import GenerationOutput, StepEvent, generate
@@ -75,7 +76,7 @@ def add_decoding(parser: argparse.ArgumentParser) -> None:
     sampling.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
     sampling.add_argument("--top-p", type=float, help="Dream only")
     sampling.add_argument("--top-k", type=int, help="Dream only")
-    sampling.add_argument("--seed", type=int, help="of the random numbers at temperature > 0")
+    sampling.add_argument("--seed", type=int, help="of the random numbers")
     sampling.add_argument("--stop-at-eos", action=argparse.BooleanOptionalAction, default=True)
     sampling.add_argument("--refresh-commit", choices=REFRESH_COMMITS)
 
@@ -96,6 +97,15 @@ def build_parser() -> argparse.ArgumentParser:
     output.add_argument("--trace", type=Path, metavar="FILE.png", help="draw position × forward")
     output.add_argument("--json", action="store_true", help="print one JSON object")
     gen.set_defaults(run=run_generate)
+    timing = commands.add_parser(
+        "bench", help="time per step against its limit, tokens/s by batch",
+        epilog=f"{COUNTING} Random prompts have no answers that end: here no id counts as an EOS "
+        "unless --stop-at-eos is named.",
+    )  # fmt: skip
+    add_model(timing)
+    add_decoding(timing)
+    bench.add_arguments(timing)
+    timing.set_defaults(run=run_bench, stop_at_eos=False)
     ev = commands.add_parser(
         "eval", help="the embedded model on held-out problems, all settings", epilog=COUNTING
     )
@@ -214,7 +224,21 @@ def run_generate(args: argparse.Namespace) -> int:
     return 0
 
 
+def run_bench(args: argparse.Namespace) -> int:
+    if args.kept is not None:
+        if args.json is not None:
+            raise ValueError("--from and --json: expected one of the two")
+        return bench.run_kept(args.kept, args.plot)
+    bench.check_arguments(args)
+    model, tokenizer = load(args)
+    return bench.run(args, model, tokenizer, decoding_config(args, model), args.command_line)
+
+
 def run_eval(args: argparse.Namespace) -> int:
+    if args.kept is not None:
+        if args.json is not None:
+            raise ValueError("--from and --json: expected one of the two")
+        return evaluate.run_kept(args.kept, args.plot)
     model, tokenizer = load(args)
     return evaluate.run(args, model, tokenizer)
 
@@ -230,7 +254,9 @@ def run_convert(args: argparse.Namespace) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; 0 is success, 2 an error said in one line, 130 an interrupt."""
-    args = build_parser().parse_args(argv)
+    given = sys.argv[1:] if argv is None else argv
+    args = build_parser().parse_args(given)
+    args.command_line = shlex.join(["dsb", *given])
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:

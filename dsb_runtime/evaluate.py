@@ -9,12 +9,12 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections import defaultdict
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
@@ -23,6 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from dsb_runtime.config import DecodingConfig, check_int
 from dsb_runtime.decode import generate
 from dsb_runtime.demo.problems import Problem, heldout, is_exact
+from dsb_runtime.plots import check_files, draw_scores, read_kept
 
 SCHEDULES: dict[str, dict[str, Any]] = {
     "naive": {"schedule": "naive"},
@@ -68,6 +69,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quick", action="store_true", help="threshold 0.9 only, no sweeps")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the scores here")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the scores")
+    parser.add_argument("--from", dest="kept", type=Path, metavar="FILE",
+                        help="measure nothing: print and draw what --json kept")  # fmt: skip
 
 
 def build_settings(gen_length: int, block_length: int, quick: bool) -> list[Setting]:
@@ -141,31 +144,37 @@ def encode_batches(
     return batches
 
 
-def plot(scores: list[Score], path: Path) -> None:
-    """Accuracy against tokens per forward, a line for each rule's sweep."""
-    from matplotlib import colormaps
-    from matplotlib.figure import Figure
-
-    lines: dict[str, list[Score]] = defaultdict(list)
-    for item in scores:
-        rule = item.rule.rsplit(" ", 1)[0] if item.rule[-1].isdigit() else item.rule
-        lines[f"{rule}, {item.schedule}, cache {item.cache}"].append(item)
-    figure = Figure(figsize=(9, 5.5), layout="constrained")
-    axes = figure.subplots()
-    colors = colormaps["tab20"]
-    for index, (label, items) in enumerate(lines.items()):
-        items = sorted(items, key=lambda s: s.tokens_per_forward)
-        axes.plot(
-            [s.tokens_per_forward for s in items], [100 * s.exact for s in items],
-            marker="o" if len(items) > 1 else "D", label=label, color=colors(index % 20),
+def print_table(title: str, scores: list[Score]) -> None:
+    # Narrow enough for 80 columns, in which a box would cut the figures.
+    table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    for column in ("rule", "schedule", "cache"):
+        table.add_column(column, no_wrap=True)
+    for column in ("exact", "forwards", "tokens", "tokens/\nforward", "tokens/\ns"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for s in scores:
+        table.add_row(
+            s.rule, s.schedule, s.cache, f"{100 * s.exact:.1f}%", f"{s.forwards:.1f}",
+            f"{s.tokens:.1f}", f"{s.tokens_per_forward:.2f}", f"{s.tokens_per_second:.0f}",
         )  # fmt: skip
-    axes.set(
-        xlabel="tokens per forward", ylabel="exact answers, %",
-        title=f"Embedded model, {scores[0].problems} held-out problems",
-    )  # fmt: skip
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=7, loc="lower left")
-    figure.savefig(path, dpi=120)
+    Console().print(table)
+
+
+def show(title: str, scores: list[Score], plot: Path | None) -> None:
+    print_table(title, scores)
+    if plot is not None:
+        draw_scores([asdict(s) for s in scores], plot)
+
+
+def run_kept(path: Path, plot: Path | None) -> int:
+    """`dsb eval --from`: the table and the picture of what was measured before."""
+    check_files(None, plot)
+    kept = read_kept(path)
+    try:
+        scores = [Score(**item) for item in kept]
+        show(f"{scores[0].problems} held-out problems", scores, plot)
+    except (TypeError, ValueError, IndexError) as error:
+        raise ValueError(f"--from {path}: expected what dsb eval --json writes") from error
+    return 0
 
 
 def run(
@@ -174,10 +183,7 @@ def run(
     """The command: a table, and the files asked for."""
     check_int("--problems", args.problems, 1)
     check_int("--batch", args.batch, 1)
-    for name in ("json", "plot"):
-        path = getattr(args, name)
-        if path is not None and not path.absolute().parent.is_dir():
-            raise ValueError(f"--{name} {path}: no such folder as {path.absolute().parent}")
+    check_files(args.json, args.plot)
     problems = heldout(args.problems, seed=args.seed)
     batches = encode_batches(tokenizer, problems, args.batch, model.device)
     settings = build_settings(args.gen_length, args.block_length, args.quick)
@@ -186,18 +192,6 @@ def run(
         scores.append(score(model, tokenizer, batches, setting))
         if args.json:  # kept as it grows: an interrupt loses nothing that was measured
             args.json.write_text(json.dumps([asdict(s) for s in scores], indent=1) + "\n", "utf-8")
-    table = Table(title=f"{args.problems} held-out problems, gen {args.gen_length}, "
-                        f"block {args.block_length}")  # fmt: skip
-    for column in ("rule", "schedule", "cache"):
-        table.add_column(column, no_wrap=True)
-    for column in ("exact", "forwards", "tokens", "tokens/forward", "tokens/s"):
-        table.add_column(column, justify="right")
-    for s in scores:
-        table.add_row(
-            s.rule, s.schedule, s.cache, f"{100 * s.exact:.1f}%", f"{s.forwards:.1f}",
-            f"{s.tokens:.1f}", f"{s.tokens_per_forward:.2f}", f"{s.tokens_per_second:.0f}",
-        )  # fmt: skip
-    Console().print(table)
-    if args.plot:
-        plot(scores, args.plot)
+    title = f"{args.problems} held-out problems, gen {args.gen_length}, block {args.block_length}"
+    show(title, scores, args.plot)
     return 0

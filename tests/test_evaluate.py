@@ -69,6 +69,16 @@ def test_command_writes_json_and_plot(tmp_path, capsys):
     assert len(json.loads(scores.read_text())) == 10
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert "DSB greedy" in capsys.readouterr().out
+    again, other = tmp_path / "again.png", tmp_path / "other.png"
+    assert cli.main(["eval", "--from", str(scores), "--plot", str(again)]) == 0
+    assert again.read_bytes() == picture.read_bytes()
+    assert "DSB greedy" in capsys.readouterr().out
+    changed = json.loads(scores.read_text())
+    changed[3]["exact"] = 0.25
+    scores.write_text(json.dumps(changed))
+    assert cli.main(["eval", "--from", str(scores), "--plot", str(other)]) == 0
+    assert other.read_bytes() != picture.read_bytes()
+    assert "25.0%" in capsys.readouterr().out, "no figure is cut in 80 columns"
 
 
 @pytest.mark.parametrize(
@@ -78,12 +88,25 @@ def test_command_writes_json_and_plot(tmp_path, capsys):
         (["--batch", "0"], "--batch"),
         (["--json", "/nowhere/at/all.json"], "--json"),
         (["--gen-length", "8"], "block_length"),
+        (["--plot", "scores.txt"], "--plot scores.txt: expected a file ending in"),
+        (["--from", "/nowhere/at/all.json"], "/nowhere/at/all.json"),
+        (["--from", "setup.py"], "--from setup.py: expected a JSON file"),
+        (["--from", "a.json", "--json", "b.json"], "--from and --json"),
     ],
 )
 def test_bad_arguments_are_one_line(arguments, named, capsys):
     assert cli.main(["eval", *arguments]) == 2
     error = capsys.readouterr().err
     assert named in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", "3", '[{"rule": "none"}]'])
+def test_kept_files_that_are_not_its_own(text, tmp_path, capsys):
+    kept = tmp_path / "kept.json"
+    kept.write_text(text)
+    assert cli.main(["eval", "--from", str(kept)]) == 2
+    error = capsys.readouterr().err
+    assert "expected what dsb eval --json writes" in error and error.count("\n") == 1
 
 
 def test_batching_does_not_change_answers(model, tokenizer):

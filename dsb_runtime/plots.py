@@ -1,0 +1,127 @@
+"""The pictures of `dsb eval` and `dsb bench`, drawn from the JSON that the commands keep.
+
+matplotlib is imported where a picture is drawn: it is slow to import.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+STEP_COLORS = {"window": "#5b8cc9", "refresh": "#e0a63a"}
+
+
+def check_files(json_file: Path | None, plot_file: Path | None) -> None:
+    """Raise ValueError unless both can be written (None: not asked for); before any work."""
+    for name, path in (("--json", json_file), ("--plot", plot_file)):
+        if path is None:
+            continue
+        if not path.absolute().parent.is_dir():
+            raise ValueError(f"{name} {path}: no such folder as {path.absolute().parent}")
+        if path.is_dir():
+            raise ValueError(f"{name} {path}: a folder; expected a file")
+    if plot_file is not None:
+        from matplotlib.backend_bases import FigureCanvasBase
+
+        known = FigureCanvasBase.get_supported_filetypes()
+        if plot_file.suffix[1:].lower() not in known:
+            raise ValueError(f"--plot {plot_file}: expected a file ending in .{', .'.join(known)}")
+
+
+def read_kept(path: Path) -> Any:
+    """The JSON in a file named by `--from`.
+
+    Raises:
+        OSError, ValueError: no such file, or no JSON in it.
+    """
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except ValueError as error:  # JSON's and UTF-8's
+        raise ValueError(f"--from {path}: expected a JSON file ({error})") from error
+
+
+def draw_scores(scores: list[dict[str, Any]], path: Path) -> None:
+    """Accuracy against tokens per forward, a line for each rule's sweep; scores of `dsb eval`."""
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+
+    lines: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for item in scores:
+        rule = item["rule"]
+        rule = rule.rsplit(" ", 1)[0] if rule[-1].isdigit() else rule
+        lines[f"{rule}, {item['schedule']}, cache {item['cache']}"].append(item)
+    figure = Figure(figsize=(9, 5.5), layout="constrained")
+    axes = figure.subplots()
+    colors = colormaps["tab20"]
+    for index, (label, items) in enumerate(lines.items()):
+        items = sorted(items, key=lambda s: s["tokens_per_forward"])
+        axes.plot(
+            [s["tokens_per_forward"] for s in items], [100 * s["exact"] for s in items],
+            marker="o" if len(items) > 1 else "D", label=label, color=colors(index % 20),
+        )  # fmt: skip
+    axes.set(
+        xlabel="tokens per forward", ylabel="exact answers, %",
+        title=f"Embedded model, {scores[0]['problems']} held-out problems",
+    )  # fmt: skip
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=7, loc="lower left")
+    figure.savefig(path, dpi=120)
+
+
+def draw_bench(record: dict[str, Any], path: Path) -> None:
+    """Time per step against its limit, and tokens/s by batch; the record of `dsb bench`."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    draw_steps(left, record["batches"])
+    sizes = [b["batch"] for b in record["batches"]]
+    rates = [b["tokens_per_second"] for b in record["batches"]]
+    right.plot(sizes, rates, marker="o", color="#3b7a57")
+    for size, rate in zip(sizes, rates, strict=True):
+        right.annotate(f"{rate:.0f}", (size, rate), (0, 6), textcoords="offset points", ha="center")
+    right.set(
+        xlabel="batch", ylabel="tokens/s", title="throughput by batch", xticks=sizes,
+        ylim=(0, 1.15 * max(rates)),
+    )  # fmt: skip
+    right.grid(alpha=0.3)
+    length = record["settings"]["gen_length"]
+    figure.suptitle(
+        f"{record['model']}, {record['machine']['device']}: "
+        f"prompt {record['prompt_length']}, gen {length}",
+        fontsize=10,
+    )
+    figure.savefig(path, dpi=120)
+
+
+def draw_steps(axes: Axes, batches: list[dict[str, Any]]) -> None:
+    """Bars of ms per step, and on each the marks of what the step cannot go below."""
+    width, named = 0.38, set()
+
+    def once(label: str) -> str | None:
+        return None if label in named else named.add(label) or label
+
+    for place, batch in enumerate(batches):
+        for kind, step in batch["steps"].items():
+            x = place + (-0.5 if kind == "window" else 0.5) * width
+            axes.bar(x, step["ms"], 0.95 * width, color=STEP_COLORS[kind], label=once(kind))
+            edges = (x - 0.5 * width, x + 0.5 * width)
+            axes.hlines(
+                step["linear_ms"], *edges, color="black", lw=2, label=once("linear layers alone")
+            )
+            if step["weights_ms"] is not None:
+                axes.hlines(
+                    step["weights_ms"], *edges, color="#b02a2a", lw=2, ls=":",
+                    label=once("weights at copy bandwidth"),
+                )  # fmt: skip
+    axes.set(
+        xlabel="batch", ylabel="ms per step", title="time per step against its limit",
+        xticks=range(len(batches)), xticklabels=[b["batch"] for b in batches],
+    )  # fmt: skip
+    axes.grid(axis="y", alpha=0.3)
+    axes.legend(fontsize=8, loc="upper left")

@@ -1,0 +1,251 @@
+"""`dsb bench` on the embedded model: what it counts, what it keeps, what it draws."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import dsb_runtime as dsb
+from dsb_runtime import cli
+from dsb_runtime.bench import (
+    LinearLayers,
+    Round,
+    Step,
+    StepClock,
+    random_prompts,
+    summarize,
+    summarize_steps,
+)
+from dsb_runtime.decode import GenerationOutput
+from dsb_runtime.demo import MODEL_DIR
+from dsb_runtime.plots import draw_bench
+
+SMALL = ["--device", "cpu", "--prompt-length", "12", "--gen-length", "24", "--block-length", "8"]
+STEP_KEYS = {
+    "steps", "rows", "scored", "ms", "linear_ms", "linear_share", "weights_ms", "weights_share",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def model():
+    return dsb.load_model(MODEL_DIR, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return dsb.load_tokenizer(MODEL_DIR)
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory) -> tuple[dict[str, Any], Path, list[str]]:
+    """One run of the command: its record, its picture, its arguments."""
+    folder = tmp_path_factory.mktemp("bench")
+    kept, picture = folder / "bench.json", folder / "bench.png"
+    argv = ["bench", *SMALL, "--batch", "1", "3", "--rounds", "2", "--steps", "12"]
+    argv += ["--json", str(kept), "--plot", str(picture)]
+    assert cli.main(argv) == 0
+    return json.loads(kept.read_text()), picture, argv
+
+
+def test_the_record_says_what_was_measured_where(measured):
+    record, _, argv = measured
+    assert record["model"] == "embedded model" and record["dtype"] == "float32"
+    assert shlex.split(record["command"]) == ["dsb", *argv]
+    assert record["settings"] == vars(
+        dsb.DecodingConfig(gen_length=24, block_length=8, steps=12, stop_at_eos=False)
+    )
+    assert (record["prompt_length"], record["rounds"], record["seed"]) == (12, 2, 0)
+    assert record["versions"]["torch"] == torch.__version__
+    assert record["machine"]["threads"] == torch.get_num_threads()
+    assert record["machine"]["device"] and record["date"].endswith("+00:00")
+    assert record["copy_bandwidth"] is None, "no GPU, no second limit"
+
+
+def test_tokens_and_forwards_are_those_of_generate(measured, model, tokenizer):
+    record, _, _ = measured
+    config = dsb.DecodingConfig(gen_length=24, block_length=8, steps=12)
+    prompts = random_prompts(model, tokenizer, 3, 12, seed=0)
+    assert [b["batch"] for b in record["batches"]] == [1, 3]
+    for batch in record["batches"]:
+        out = dsb.generate(model, prompts[: batch["batch"]], config)
+        assert (batch["tokens"], batch["forwards"]) == (24 * batch["batch"], out.nfe)
+        assert batch["tokens_per_forward"] == batch["tokens"] / sum(out.row_nfe) == 2
+        assert batch["tokens_per_second"] == batch["tokens"] / batch["seconds"] > 0
+        assert set(batch["steps"]) == {"window", "refresh"}
+        for step in batch["steps"].values():
+            assert set(step) == STEP_KEYS
+            assert min(step[key] for key in ("ms", "linear_ms", "linear_share")) > 0
+            assert step["weights_ms"] is None
+        refresh = batch["steps"]["refresh"]
+        assert refresh["rows"] == 36 * batch["batch"] > batch["steps"]["window"]["rows"]
+        # Each of two rounds has 12 steps, the first of which is left out.
+        assert refresh["steps"] + batch["steps"]["window"]["steps"] == 2 * 11
+
+
+def test_stop_at_eos_ends_rows_by_the_counting_rule(model, tokenizer, tmp_path):
+    kept = tmp_path / "bench.json"
+    argv = ["bench", *SMALL, "--batch", "4", "--rounds", "1", "--json", str(kept), "--stop-at-eos"]
+    assert cli.main([*argv, "--seed", "5"]) == 0
+    (batch,) = json.loads(kept.read_text())["batches"]
+    prompts = random_prompts(model, tokenizer, 4, 12, seed=5)
+    out = dsb.generate(model, prompts, gen_length=24, block_length=8, stop_at_eos=True)
+    assert sum(out.row_tokens) < 96, "a row must end early, or this shows nothing"
+    assert batch["tokens"] == sum(out.row_tokens)
+    assert batch["tokens_per_forward"] == sum(out.row_tokens) / sum(out.row_nfe)
+
+
+def test_the_clock_counts_the_rows_of_every_forward(model, tokenizer):
+    prompts = random_prompts(model, tokenizer, 2, 12, seed=1)
+    shape = {"gen_length": 24, "block_length": 8, "steps": 24}
+    clock = StepClock(36, model.device)
+    dsb.generate(model, prompts, on_step=clock, cache="none", **shape)
+    assert [s.rows for s in clock.steps] == [2 * 36] * 24
+    assert [s.scored for s in clock.steps] == [2 * min(8, 24 - n) for n in range(24)]
+    assert len(clock.seconds) == 24 and min(clock.seconds) > 0
+    # A window of 8 (block by block, each token a step), and the whole canvas where it moves.
+    clock = StepClock(36, model.device)
+    dsb.generate(model, prompts, on_step=clock, schedule="naive", cache="dual", **shape)
+    assert [(s.kind, s.rows) for s in clock.steps] == 3 * [
+        ("refresh", 72), *(7 * [("window", 16)])
+    ]  # fmt: skip
+    assert [s.scored for s in clock.steps] == 3 * [2 * (8 - n) for n in range(8)]
+    clock = StepClock(36, model.device)
+    settings = {"schedule": "naive", "cache": "dsb", "prefix_window": 4}
+    dsb.generate(model, prompts, on_step=clock, **settings, **shape)
+    assert [s.rows for s in clock.steps if s.kind == "window"] == 21 * [2 * (8 + 4)]
+
+
+def test_the_limit_multiplies_what_a_step_needs(model):
+    limit = LinearLayers(model, 100)
+    d, mlp, vocab = 128, 512, 192
+    late = 2 * d * d + 3 * d * mlp + vocab * d  # last layer's q, output and MLP; LM head
+    early = 3 * (4 * d * d + 3 * d * mlp) + 2 * d * d
+    with FlopCounterMode(display=False) as counter:
+        limit.run(Step("window", 100, 7))
+    assert counter.get_total_flops() == 2 * (100 * early + 7 * late)
+    assert limit.bytes == 4 * (early + late)
+
+
+def test_prompts_have_no_special_ids(model, tokenizer):
+    first = random_prompts(model, tokenizer, 2, 4000, seed=3)
+    assert set(first.flatten().tolist()) == set(range(5, len(tokenizer)))
+    assert torch.equal(random_prompts(model, tokenizer, 2, 4000, seed=3), first)
+    assert not torch.equal(random_prompts(model, tokenizer, 2, 4000, seed=4), first)
+
+
+# --- figures ----------------------------------------------------------------------------------
+
+
+def made_round() -> Round:
+    out = GenerationOutput(torch.zeros(1, 8), 3, [1, 2, 1], [3], [4])
+    steps = [Step("refresh", 8, 4), Step("window", 4, 4), Step("window", 4, 2)]
+    return Round(out, 0.5, steps, [0.9, 0.2, 0.4], [0.3, 0.1, 0.1])
+
+
+def test_medians_by_hand():
+    window = summarize_steps([made_round()], "window", 0.1)
+    assert window == pytest.approx(
+        {
+            "steps": 2, "rows": 4, "scored": 3, "ms": 300, "linear_ms": 100,
+            "linear_share": 0.375, "weights_ms": 100, "weights_share": 0.375,
+        }
+    )  # fmt: skip
+    # The first step of a call counts where a call has no other of its kind.
+    assert summarize_steps([made_round()], "refresh", None)["ms"] == 900
+    longer = made_round()
+    longer.steps.append(Step("refresh", 8, 4))
+    longer.step_seconds.append(0.5)
+    longer.linear_seconds.append(0.3)
+    refresh = summarize_steps([longer], "refresh", None)
+    assert (refresh["steps"], refresh["ms"], refresh["weights_ms"]) == (1, 500, None)
+    whole = summarize([made_round()], None)
+    assert (whole["tokens_per_second"], whole["tokens_per_forward"]) == (8, 4 / 3)
+    without = Round(made_round().out, 0.5, made_round().steps[:1], [0.9], [0.3])
+    assert set(summarize([without], None)["steps"]) == {"refresh"}
+
+
+def test_the_picture_is_drawn_from_the_record(measured, tmp_path, capsys):
+    record, picture, _ = measured
+    first = picture.read_bytes()
+    assert first.startswith(b"\x89PNG")
+    kept, again = tmp_path / "kept.json", tmp_path / "again.png"
+    kept.write_text(json.dumps(record))
+    assert cli.main(["bench", "--from", str(kept), "--plot", str(again)]) == 0
+    assert again.read_bytes() == first
+    assert "embedded model" in capsys.readouterr().out
+
+    def changed(*path: str | int, value: object) -> bytes:
+        other: Any = copy.deepcopy(record)
+        at = other
+        for key in path[:-1]:
+            at = at[key]
+        at[path[-1]] = value
+        draw_bench(other, again)
+        return again.read_bytes()
+
+    pictures = [
+        first,
+        changed("batches", 0, "steps", "window", "ms", value=7.0),
+        changed("batches", 0, "steps", "window", "linear_ms", value=0.5),
+        changed("batches", 0, "steps", "window", "weights_ms", value=0.5),
+        changed("batches", 1, "tokens_per_second", value=1.0),
+    ]
+    assert len(set(pictures)) == len(pictures)
+
+
+# --- errors -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--batch", "2", "0"], "--batch=0: expected an int >= 1"),
+        (["--batch", "two"], "argument --batch: invalid int value: 'two'"),
+        (["--prompt-length", "0"], "--prompt-length=0"),
+        (["--prompt-length", "500", "--gen-length", "64"], "needs 564 positions"),
+        (["--rounds", "0"], "--rounds=0"),
+        (["--seed", "-1"], "--seed=-1"),
+        (["--gen-length", "8", "--block-length", "9"], "block_length=9"),
+        (["--threshold", "0.5", "--steps", "4"], "expected at most one of"),
+        (["--top-p", "0.5"], "top_p=0.5: llada samples"),
+        (["--json", "/nowhere/at/all.json"], "--json /nowhere/at/all.json: no such folder"),
+        (["--plot", "/nowhere/at/all.png"], "--plot /nowhere/at/all.png: no such folder"),
+        (["--plot", "picture.txt"], "--plot picture.txt: expected a file ending in"),
+        (["--json", "/"], "--json /: a folder"),
+        (["--from", "/nowhere/at/all.json"], "/nowhere/at/all.json"),
+        (["--from", "a.json", "--json", "b.json"], "--from and --json"),
+        (["--model", "/no/such/folder"], "expected a checkpoint folder or a hub id"),
+    ],
+)
+def test_bad_arguments_are_one_line(options, said, capsys):
+    try:
+        code = cli.main(["bench", "--device", "cpu", *options])
+    except SystemExit as stop:  # argparse
+        code = stop.code
+    captured = capsys.readouterr()
+    assert code == 2 and said in captured.err
+    assert captured.err.count("\n") == 1 and captured.out == ""
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("{", "expected a JSON file"),
+        ("[]", "expected what dsb bench --json writes"),
+        ('{"batches": []}', "expected what dsb bench --json writes"),
+        ('"batches"', "expected what dsb bench --json writes"),
+    ],
+)
+def test_kept_files_that_are_not_its_own(text, said, tmp_path, capsys):
+    kept = tmp_path / "kept.json"
+    kept.write_text(text)
+    assert cli.main(["bench", "--from", str(kept)]) == 2
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1
