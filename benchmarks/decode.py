@@ -1,12 +1,21 @@
-"""Decoding end to end against a plain eager loop and against the bare linear layers.
+"""Decoding end to end against a plain eager loop, the bare linear layers and the machine's limits.
 
-    python -m benchmarks.decode --preset 60m --device cpu
+    python -m benchmarks.decode --preset 60m --device cpu --json decode.json --plot decode.png
+    python -m benchmarks.decode --preset llada-8b --device cuda --dtype bfloat16 --batch 1 8 32
 
-builds a random LLaDA-format model, scales its LM head so that several tokens commit per forward,
-checks that both loops return the same tokens, then times them in turn with the bare linear layers
-of the same forwards, and prints medians and ratios (pair by pair, so that a drifting machine
-cancels). Two floors: the LM head on the rows that can be unmasked, as ours, or on all rows of a
-forward, as published loops.
+builds a random model of real shapes on the device and decodes with it in this package and in the
+loop of `eager.py`, which runs the prompts of a batch one after another.
+
+float32: the LM head is scaled so that the threshold rule commits about `--tokens-per-forward`;
+unless both loops commit the same tokens at the same forwards, nothing is timed. 16 bits: rounding
+flips near ties, so our run under the quota rule, of gen / tokens-per-forward forwards, is recorded
+and the eager loop is driven along it: each forward starts from the recorded canvas and window, and
+the share of decisions on which both agree there is printed.
+
+Timed in turn with both loops are the linear layers alone, of the same forwards (`floor.py`): with
+the LM head on the rows that can be unmasked, as ours, or on all rows of a forward, as published
+loops. Ratios are medians pair by pair, so that a drifting machine cancels. Steps are timed in
+further runs, in which the host waits for each.
 """
 
 from __future__ import annotations
@@ -14,130 +23,269 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
-from transformers import LlamaForCausalLM
+from transformers import PreTrainedModel
 
 import dsb_runtime as dsb
-from benchmarks.eager import eager_generate
+from benchmarks.ceilings import (
+    copy_gb_per_s,
+    gpu_idle_share,
+    matmul_tflops,
+    peak_memory,
+    reset_peak_memory,
+)
+from benchmarks.decode_report import draw_runs, print_runs, step_figures
+from benchmarks.eager import EagerOutput, eager_generate
 from benchmarks.floor import ForwardRows, LinearFloor
-from benchmarks.presets import PRESETS, random_model, random_prompt
-from dsb_runtime.families import LLADA
+from benchmarks.presets import PRESETS, Preset, random_model, random_prompt
+from benchmarks.roofline import Ceilings, positive
+from benchmarks.trajectory import Agreement, Recorder, StepClock, agreement, synchronize
+from dsb_runtime.bench import describe_machine, describe_versions
+from dsb_runtime.cli import OneLineParser
+from dsb_runtime.plots import check_files
+
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 @torch.no_grad()
 def scale_head(
-    model: LlamaForCausalLM, prompt: torch.Tensor, settings: dict, target: float
-) -> float:
-    """Scale the LM head until about `target` tokens commit per forward; returns what commits.
+    model: PreTrainedModel, prompt: Tensor, settings: dict[str, Any], target: float
+) -> None:
+    """Scale the logits until about `target` tokens commit per forward.
 
-    A random model is never sure; sharper logits stand in for a trained one's confidence.
+    A random model is never sure; sharper logits stand in for a trained one's confidence. The final
+    norm's gain is scaled, since the LM head may be the embedding as well.
     """
-    low, high, original = 8.0, 512.0, model.lm_head.weight.clone()
-    reached = 0.0
+    gain = model.model.norm.weight
+    low, high, original = 8.0, 512.0, gain.clone()
     for _ in range(8):
         scale = (low * high) ** 0.5
-        model.lm_head.weight.copy_(original * scale)
-        out = dsb.generate(model, prompt, **settings)
-        reached = settings["gen_length"] / out.nfe
+        gain.copy_(original * scale)
+        reached = settings["gen_length"] / dsb.generate(model, prompt, **settings).nfe
         if abs(reached - target) < 0.5:
-            break
+            return
         low, high = (scale, high) if reached < target else (low, scale)
-    return reached
 
 
-def timed(run: Callable[[], object]) -> float:
+class Case:
+    """One batch of prompts: both loops over it, checked against each other when it is made.
+
+    Raises:
+        SystemExit: the loops commit different tokens.
+    """
+
+    def __init__(self, model: PreTrainedModel, prompt: Tensor, settings: dict[str, Any]) -> None:
+        self.model, self.prompt, self.settings = model, prompt, settings
+        self.exact = model.dtype == torch.float32
+        self.record = Recorder(prompt.shape[1], model.dtype.itemsize)
+        reset_peak_memory(model.device)
+        self.out = self.ours(self.record)
+        self.peak = peak_memory(model.device)
+        # What is timed is not watched, and a watched run launches nothing ahead.
+        free = self.ours()
+        self.repeats = torch.equal(free.sequences, self.out.sequences)
+        self.agreed = self.check(self.eager())
+        if self.exact and not self.repeats:
+            raise SystemExit("decode: a watched run returns other tokens: nothing is timed")
+
+    def ours(self, on_step: Callable[[dsb.StepEvent], None] | None = None) -> dsb.GenerationOutput:
+        return dsb.generate(self.model, self.prompt, on_step=on_step, **self.settings)
+
+    def eager(self, clock: StepClock | None = None) -> list[EagerOutput]:
+        """One prompt after another, driven along our run where rounding may flip a decision."""
+        names = ("gen_length", "block_length", "max_block_length", "threshold", "steps")
+        settings = {name: self.settings.get(name) for name in names}
+        found = []
+        for row in range(len(self.prompt)):
+            if clock is not None:
+                clock.restart()
+            found.append(
+                eager_generate(
+                    self.model,
+                    self.prompt[row : row + 1],
+                    prefix_window=self.settings["prefix_window"],
+                    follow=None if self.exact else self.record.rows[row],
+                    on_step=clock,
+                    **settings,
+                )
+            )
+        return found
+
+    def check(self, eager: list[EagerOutput]) -> Agreement:
+        """How far both loops' decisions agree; float32 accepts nothing but all."""
+        found = Agreement(0, 0, 0)
+        for row, other in enumerate(eager):
+            steps = self.record.rows[row]
+            if self.exact and not torch.equal(self.out.sequences[row], other.sequences[0]):
+                raise SystemExit("decode: the loops return different tokens: nothing is timed")
+            if self.exact and [step.commits for step in steps] != other.commits:
+                raise SystemExit("decode: the loops commit differently: nothing is timed")
+            found += agreement(steps, other.commits)
+        return found
+
+
+def timed(run: Callable[[], object], device: torch.device) -> float:
+    synchronize(device)
     start = time.perf_counter()
     run()
+    synchronize(device)
     return time.perf_counter() - start
 
 
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--preset", choices=PRESETS, default="60m")
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--prompt", type=int, default=512, help="prompt tokens")
-    parser.add_argument("--gen", type=int, default=128, help="response positions")
-    parser.add_argument("--block", type=int, default=32, help="block length")
-    parser.add_argument("--threshold", type=float, default=0.9)
-    parser.add_argument("--tokens-per-forward", type=float, default=3.5, help="aimed at")
-    parser.add_argument("--rounds", type=int, default=7, help="timed rounds")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path, help="write the figures here")
-    return parser.parse_args()
-
-
-def main() -> None:
-    args = parse()
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise SystemExit("--device cuda: no CUDA device here; expected cpu")
-    preset = PRESETS[args.preset]
-    model = random_model(preset, torch.float32, args.device, args.seed)
-    prompt = random_prompt(preset, 1, args.prompt, args.seed).to(args.device)
-    settings = {
-        "gen_length": args.gen, "block_length": args.block, "schedule": "dsb", "cache": "dsb",
-        "threshold": args.threshold,
-    }  # fmt: skip
-    reached = scale_head(model, prompt, settings, args.tokens_per_forward)
-
-    forwards: list[ForwardRows] = []
-
-    def note(event: dsb.StepEvent) -> None:
-        start, end, prefix = event.before[0]
-        rows = args.prompt + args.gen if event.kind == "refresh" else end - start + prefix
-        forwards.append(ForwardRows(rows, int((event.position >= 0).sum())))
-
-    ours = dsb.generate(model, prompt, on_step=note, **settings)
-
-    def run_eager() -> object:
-        return eager_generate(
-            model, prompt, mask_id=preset.mask_id, gen_length=args.gen, block_length=args.block,
-            max_block_length=None, prefix_window=LLADA.prefix_window, threshold=args.threshold,
-        )  # fmt: skip
-
-    eager = run_eager()
-    if not torch.equal(ours.sequences, eager.sequences):
-        raise SystemExit("the two loops return different tokens: nothing is timed")
-    if ours.tokens_per_forward != eager.tokens_per_forward:
-        raise SystemExit("the two loops commit differently: nothing is timed")
-
-    floor = LinearFloor(model)
-    runs = {
-        "ours": lambda: dsb.generate(model, prompt, **settings),
-        "eager": run_eager,
+def measure(case: Case, ceilings: Ceilings, preset: Preset, rounds: int) -> dict[str, Any]:
+    """Everything that is reported of one batch."""
+    device, record = case.model.device, case.record
+    forwards = record.forwards
+    floor = LinearFloor(case.model, max(f.hidden for f in forwards))
+    ours, eager = StepClock(device), StepClock(device)
+    runs: dict[str, Callable[[], object]] = {
+        "ours": case.ours,
+        "eager": lambda: case.eager(eager),
         "floor": lambda: floor.run(forwards),
         "floor_all_rows": lambda: floor.run([ForwardRows(f.hidden, f.hidden) for f in forwards]),
     }
     seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in tqdm(range(args.rounds), desc="rounds", disable=None):
+    for _ in tqdm(range(rounds), desc=f"batch {len(case.prompt)}", disable=None):
         for name, run in runs.items():
-            seconds[name].append(timed(run))
+            seconds[name].append(timed(run, device))
+        ours.restart()
+        case.ours(ours)
 
     def ratio(a: str, b: str) -> float:
         return statistics.median(x / y for x, y in zip(seconds[a], seconds[b], strict=True))
 
-    result = {
-        "preset": args.preset, "device": args.device, "threads": torch.get_num_threads(),
-        "torch": torch.__version__, "prompt": args.prompt, "gen": args.gen, "block": args.block,
-        "forwards": ours.nfe, "tokens_per_forward": reached,
-        "seconds": {name: statistics.median(values) for name, values in seconds.items()},
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    tokens = sum(case.out.row_tokens)
+    steps = step_figures(record, ours, preset, ceilings)
+    window = [w for w, kind in zip(record.windows, record.kinds, strict=True) if kind == "window"]
+    eager_ms = {
+        kind: 1e3 * statistics.median(found)
+        for kind in ("window", "refresh")
+        if (found := [s for s, k in zip(eager.seconds, eager.kinds, strict=True) if k == kind])
+    }
+    return {
+        "batch": len(case.prompt),
+        "forwards": case.out.nfe,
+        "tokens": tokens,
+        "tokens_per_forward": record.tokens / record.row_forwards,
+        "refresh_share": record.kinds.count("refresh") / len(record.kinds),
+        "window_rows": statistics.mean(window) if window else None,
+        "check": {
+            "same_tokens": case.exact,
+            "decisions": case.agreed.decisions,
+            "positions_agreed": case.agreed.positions / case.agreed.decisions,
+            "decisions_agreed": case.agreed.both / case.agreed.decisions,
+            "timed_run_repeats_the_recorded": case.repeats,
+        },
+        "seconds": medians,
+        "tokens_per_second": tokens / medians["ours"],
+        "eager_tokens_per_second": tokens / medians["eager"],
+        "ours_over_eager": ratio("ours", "eager"),
         "ours_over_floor": ratio("ours", "floor"),
         "ours_over_floor_all_rows": ratio("ours", "floor_all_rows"),
-        "ours_over_eager": ratio("ours", "eager"),
         "floor_over_eager": ratio("floor", "eager"),
         "floor_all_rows_over_eager": ratio("floor_all_rows", "eager"),
+        "steps": steps,
+        "window_step_ms": steps["window"]["ms"] if "window" in steps else None,
+        "refresh_step_ms": steps["refresh"]["ms"] if "refresh" in steps else None,
+        "eager_window_step_ms": eager_ms.get("window"),
+        "eager_refresh_step_ms": eager_ms.get("refresh"),
+        "gpu_idle_share": gpu_idle_share(case.ours, device),
+        "peak_memory_bytes": case.peak,
+    }
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = OneLineParser(prog="decode", description=__doc__.split("\n")[0])
+    add, above = parser.add_argument, positive(int)
+    add("--preset", choices=PRESETS, default="60m")
+    add("--device", choices=["cpu", "cuda"], default="cpu")
+    add("--dtype", choices=DTYPES, help="bfloat16 on cuda, float32 on cpu")
+    add("--batch", type=above, nargs="+", default=[1], metavar="N", help="one run for each")
+    add("--prompt", type=above, default=512, help="prompt tokens")
+    add("--gen", type=above, default=128, help="response positions")
+    add("--block", type=above, default=32, help="block length")
+    add("--max-block", type=above, help="maximal block length; unbounded without it")
+    add("--prefix-window", type=int, help="rows before the window; the family's without it")
+    add("--threshold", type=float, default=0.9, help="of the rule in float32")
+    add("--tokens-per-forward", type=positive(float), default=3.5, help="aimed at")
+    add("--rounds", type=above, default=7, help="timed rounds")
+    add("--seed", type=int, default=0)
+    add("--json", type=Path, metavar="FILE", help="write the figures here")
+    add("--plot", type=Path, metavar="FILE.png", help="draw them")
+    return parser
+
+
+def settings_of(args: argparse.Namespace, preset: Preset) -> dict[str, Any]:
+    """The decoding's settings; ValueError for what cannot be."""
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: no CUDA device here; expected cpu")
+    if args.tokens_per_forward > args.block:
+        raise ValueError(
+            f"--tokens-per-forward {args.tokens_per_forward:g}: expected at most --block, "
+            f"{args.block}"
+        )
+    check_files(args.json, args.plot)
+    args.dtype = args.dtype or ("bfloat16" if args.device == "cuda" else "float32")
+    prefix = preset.family.prefix_window if args.prefix_window is None else args.prefix_window
+    rule: dict[str, Any] = {"threshold": args.threshold}
+    if args.dtype != "float32":
+        rule = {"steps": max(1, round(args.gen / args.tokens_per_forward))}
+    settings = {
+        "gen_length": args.gen, "block_length": args.block, "max_block_length": args.max_block,
+        "prefix_window": prefix, "schedule": "dsb", "cache": "dsb", **rule,
     }  # fmt: skip
-    for name, value in result["seconds"].items():
-        print(f"{name:>14}  {value * 1e3:8.1f} ms  {args.gen / value:8.1f} tokens/s")
-    print(f"forwards {ours.nfe}, tokens per forward {reached:.2f}, same tokens in both loops")
-    for name in (n for n in result if "_over_" in n):
-        print(f"{name.replace('_', ' ')}: {result[name]:.3f}")
+    dsb.DecodingConfig(**settings)
+    return settings
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    preset = PRESETS[args.preset]
+    try:
+        settings = settings_of(args, preset)
+    except (ValueError, TypeError) as error:
+        parser.error(str(error))
+    dtype, device = getattr(torch, args.dtype), torch.device(args.device)
+    model = random_model(preset, dtype, device, args.seed)
+    batches = list(dict.fromkeys(args.batch))
+    prompts = random_prompt(preset, max(batches), args.prompt, args.seed).to(device)
+    if dtype == torch.float32:
+        scale_head(model, prompts[:1], settings, args.tokens_per_forward)
+    ceilings = Ceilings(copy_gb_per_s(device), matmul_tflops(dtype, device), "this run")
+    result: dict[str, Any] = {
+        "benchmark": "decode",
+        "command": " ".join(["python -m benchmarks.decode", *(argv or sys.argv[1:])]),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "device": describe_machine(device)["device"],
+        "machine": describe_machine(device),
+        "versions": describe_versions(),
+        "settings": {
+            "preset": args.preset, "dtype": args.dtype, "prompt": args.prompt, "gen": args.gen,
+            "block": args.block, "seed": args.seed, "rounds": args.rounds, **settings,
+        },
+        "ceilings": {"copy_gb_per_s": ceilings.gb_per_s, "matmul_tflops": ceilings.tflops},
+        "eager": "the prompts of a batch one after another",
+        "runs": [],
+    }  # fmt: skip
+    for batch in batches:
+        case = Case(model, prompts[:batch], settings)
+        result["runs"].append(measure(case, ceilings, preset, args.rounds))
+    print_runs(result)
     if args.json:
         args.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    if args.plot:
+        draw_runs(result, args.plot)
 
 
 if __name__ == "__main__":

@@ -2,18 +2,22 @@
 on purpose.
 
 Logits for all rows of a forward, softmax in float64, keys cached before rotation and rotated
-again at every step, and the host asked (`.item()`) at every decision. One row, LLaDA format,
-threshold rule, DSB schedule with DSB Cache.
+again at every step, and the host asked (`.item()`) at every decision. One prompt, as published:
+a batch is decoded one prompt after another. DSB schedule with DSB Cache; LLaDA's and Dream's
+format.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention, silu
-from transformers import LlamaForCausalLM
+from transformers import PreTrainedModel
+
+from benchmarks.trajectory import RowStep
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -24,19 +28,25 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 @dataclass
 class EagerOutput:
-    sequences: Tensor
-    tokens_per_forward: list[int]
-    rows_per_forward: list[int]
+    """What the loop decided at each forward; where it follows a trajectory, not what it took."""
+
+    sequences: Tensor  # (1, P + G)
+    rows_per_forward: list[int] = field(default_factory=list)
+    commits: list[dict[int, int]] = field(default_factory=list)  # position -> token
+
+    @property
+    def tokens_per_forward(self) -> list[int]:
+        return [len(commits) for commits in self.commits]
 
 
 class EagerModel:
-    """Forward passes over a Llama's own weights with a cache of unrotated keys."""
+    """Forward passes over a Llama's or Qwen2's own weights with a cache of unrotated keys."""
 
-    def __init__(self, model: LlamaForCausalLM, length: int) -> None:
+    def __init__(self, model: PreTrainedModel, length: int) -> None:
         self.model = model
         self.heads = model.config.num_attention_heads
         self.kv_heads = model.config.num_key_value_heads
-        self.dim = model.config.head_dim
+        self.dim = model.model.layers[0].self_attn.head_dim
         position = torch.arange(length, device=model.device)[None]
         weight = model.lm_head.weight
         cos, sin = model.model.rotary_emb(weight.new_zeros(1), position)
@@ -78,53 +88,91 @@ class EagerModel:
         return self.model.lm_head(self.model.model.norm(hidden))
 
 
+def quota_due(step: int, steps: int, gen_length: int, committed: int) -> int:
+    """Tokens to commit now for an even spread of the response over `steps` forwards."""
+    if step + 1 >= steps:
+        return gen_length - committed
+    most = min(step + 1, gen_length % steps)
+    return (step + 1) * (gen_length // steps) + most - committed
+
+
 @torch.no_grad()
 def eager_generate(
-    model: LlamaForCausalLM,
+    model: PreTrainedModel,
     input_ids: Tensor,
     *,
-    mask_id: int,
     gen_length: int,
     block_length: int,
     max_block_length: int | None,
     prefix_window: int,
-    threshold: float,
+    threshold: float | None = None,
+    steps: int | None = None,
+    follow: Sequence[RowStep] | None = None,
+    on_step: Callable[[str], None] | None = None,
 ) -> EagerOutput:
-    """Decode one prompt (1, P): DSB schedule, DSB Cache, the host asked at each decision."""
+    """Decode one prompt (1, P): DSB schedule, DSB Cache, the host asked at each decision.
+
+    Args:
+        model: with `.dsb`, whose family says whether logits are shifted and what a refresh commits.
+        threshold, steps: one of the two is the selection rule.
+        follow: a recorded trajectory. Each forward then starts from its canvas and window, and
+            what the loop decided there is returned but not taken.
+        on_step: called after each forward and its decisions with "refresh" or "window".
+    """
+    family, mask_id = model.dsb.family, model.dsb.mask_id
     prompt = input_ids.shape[1]
     length = prompt + gen_length
     x = torch.cat([input_ids, input_ids.new_full((1, gen_length), mask_id)], dim=1)
-    runner = EagerModel(model, length)
-    start, end, moved, committed, since, refresh = prompt, prompt + block_length, 0, 0, 0, True
-    tokens_per_forward, rows_per_forward = [], []
+    runner, out = EagerModel(model, length), EagerOutput(x)
+    start, end, prefix, committed, since, refresh = prompt, prompt + block_length, 0, 0, 0, True
+    step = 0
     while (x == mask_id).any().item():
-        first = 0 if refresh else start - min(max(moved, prefix_window), start)
+        if follow is not None:
+            now = follow[step]
+            start, end, prefix, refresh = now.start, now.end, now.prefix, now.kind == "refresh"
+        first = 0 if refresh else start - prefix
         ids = x if refresh else x[:, first:end]
         logits = runner.forward(ids, first, full=refresh)
+        if family.shift:
+            logits = torch.cat([logits[:, :1], logits[:, :-1]], dim=1)
         probability = torch.softmax(logits.double(), dim=-1)
         logits[..., mask_id] = -torch.inf
         token = logits.argmax(-1)
         confidence = probability.gather(-1, token[..., None])[..., 0]
         since = 0 if refresh else since
 
-        candidate = (ids == mask_id) & (torch.arange(first, first + ids.shape[1]) < end)
+        index = torch.arange(first, first + ids.shape[1], device=x.device)
+        candidate = (ids == mask_id) & (index < end)
         confidence = torch.where(candidate, confidence, -torch.inf)
-        best = confidence[0].argmax().item()
-        count = 0
-        for row in range(ids.shape[1]):
-            if not candidate[0, row].item():
-                continue
-            if confidence[0, row].item() >= threshold or row == best:
-                x[0, first + row] = token[0, row]
-                count += 1
-        committed, since = committed + count, since + count
+        order = confidence[0].argsort(descending=True, stable=True)
+        order = order[: candidate.sum().item()]
+        if refresh and family.refresh_commit == "first":
+            picked = [order.min().item()]
+        elif steps is not None:
+            due = quota_due(step, steps, gen_length, committed)
+            picked = order[: max(due, 1)].tolist()
+        else:
+            picked = [order[0].item()]
+            picked += [r for r in order[1:].tolist() if confidence[0, r].item() >= threshold]
+        commits = {first + row: token[0, row].item() for row in picked}
+        out.commits.append(commits)
+        out.rows_per_forward.append(ids.shape[1])
+
+        if follow is None:
+            for position, token_id in commits.items():
+                x[0, position] = token_id
+            count = len(commits)
+        else:
+            x[0] = follow[step].canvas
+            count = len(follow[step].commits)
+        committed, since, step = committed + count, since + count, step + 1
         masked = (x[0] == mask_id).nonzero()
         new_start = masked[0].item() if len(masked) else length
-        moved, start = new_start - start, new_start
-        end = min(prompt + block_length + committed, length)
+        prefix = min(max(new_start - start, prefix_window), new_start)
+        start, end = new_start, min(prompt + block_length + committed, length)
         if max_block_length is not None:
             end = min(end, start + max_block_length)
-        refresh = since >= block_length
-        tokens_per_forward.append(count)
-        rows_per_forward.append(ids.shape[1])
-    return EagerOutput(x, tokens_per_forward, rows_per_forward)
+        was, refresh = refresh, since >= block_length
+        if on_step is not None:
+            on_step("refresh" if was else "window")
+    return out

@@ -19,16 +19,16 @@ class ForwardRows:
 
 
 class LinearFloor:
-    """Every linear layer of a model's forwards, with nothing between them."""
+    """Every linear layer of a model's forwards of up to `rows` rows, with nothing between them."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, rows: int) -> None:
         self.weights = [
             module.weight for module in model.model.modules() if isinstance(module, nn.Linear)
         ]
         self.head = model.lm_head.weight
         widths = {w.shape[1] for w in self.weights} | {self.head.shape[1]}
         self.inputs = {
-            width: torch.randn(8192, width, device=self.head.device).to(self.head.dtype)
+            width: torch.randn(rows, width, device=self.head.device).to(self.head.dtype)
             for width in widths
         }
 

@@ -95,8 +95,11 @@ def test_flops_are_those_that_torch_counts(name):
     model.set_attn_implementation("eager")  # products that the counter knows
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(random_prompt(preset, 2, L))
-    expected = total_cost(preset, StepShape(2, 2 * L, 2 * L, L, 16, 4)).flops
-    assert counter.get_total_flops() == expected
+    counts = counter.get_flop_counts()
+    # Some versions multiply positions by frequencies in a matrix product.
+    angles = counts.get(f"{type(model).__name__}.model.rotary_emb", {})
+    found = counter.get_total_flops() - sum(angles.values())
+    assert found == total_cost(preset, StepShape(2, 2 * L, 2 * L, L, 16, 4)).flops
 
 
 @pytest.mark.parametrize("name", PRESETS)

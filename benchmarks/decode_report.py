@@ -1,0 +1,207 @@
+"""What `decode.py` says of its runs: figures of a step, tables, a picture."""
+
+from __future__ import annotations
+
+import statistics
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.presets import Preset
+from benchmarks.roofline import KINDS, Ceilings, budget
+from benchmarks.trajectory import Recorder, StepClock
+
+ROW_CLASSES = (32, 64, 128, 256)  # widest window of a forward; the last class is what is wider
+
+
+def row_class(rows: int) -> str:
+    return next((f"<= {most}" for most in ROW_CLASSES if rows <= most), f"> {ROW_CLASSES[-1]}")
+
+
+def summarize(seconds: list[float], budgets: list[Any], rows: list[int]) -> dict[str, Any]:
+    """Figures of steps alike: their time, what they moved and multiplied, and its limits."""
+    time = sum(seconds)
+
+    def share(milliseconds: list[float]) -> float:
+        return 1e-3 * sum(milliseconds) / time
+
+    moved = sum(phase["bytes"] for b in budgets for phase in b.phases.values())
+    flops = sum(phase["flops"] for b in budgets for phase in b.phases.values())
+    return {
+        "steps": len(seconds),
+        "rows": statistics.mean(rows),
+        "ms": 1e3 * statistics.median(seconds),
+        "gb_per_s": 1e-9 * moved / time,
+        "tflops": 1e-12 * flops / time,
+        "floor_ms": statistics.median(b.floor_ms for b in budgets),
+        "weights_ms": statistics.median(b.weights_ms for b in budgets),
+        "products_ms": statistics.median(b.products_ms for b in budgets),
+        "share_of_floor": share([b.floor_ms for b in budgets]),
+        "share_of_weights_limit": share([b.weights_ms for b in budgets]),
+        "share_of_products_limit": share([b.products_ms for b in budgets]),
+    }
+
+
+def step_figures(
+    record: Recorder, clock: StepClock, preset: Preset, ceilings: Ceilings
+) -> dict[str, dict[str, Any]]:
+    """By kind, and for window steps by width: medians over the rounds of each forward, then over
+    forwards. A call's first step also makes the call's tensors: it is left out where others are of
+    its kind.
+
+    Raises:
+        RuntimeError: the timed runs were not the recorded one.
+    """
+    count = len(record.kinds)
+    rounds = len(clock.kinds) // max(count, 1)
+    if clock.kinds != record.kinds * rounds:
+        raise RuntimeError("timed runs took other steps than the recorded one: nothing is reported")
+    seconds = [statistics.median(clock.seconds[i::count]) for i in range(count)]
+    budgets = [
+        budget(preset, kind, shape, ceilings)
+        for kind, shape in zip(record.kinds, record.shapes, strict=True)
+    ]
+
+    def of(picked: list[int]) -> dict[str, Any]:
+        return summarize(
+            [seconds[i] for i in picked],
+            [budgets[i] for i in picked],
+            [record.windows[i] for i in picked],
+        )
+
+    found: dict[str, dict[str, Any]] = {}
+    for kind in KINDS:
+        steps = [i for i in range(count) if record.kinds[i] == kind]
+        steps = [i for i in steps if i > 0] or steps
+        if steps:
+            found[kind] = of(steps)
+    if "window" in found:
+        classes: dict[str, list[int]] = {}
+        for i in sorted(range(count), key=lambda i: record.windows[i]):
+            if record.kinds[i] == "window":
+                classes.setdefault(row_class(record.windows[i]), []).append(i)
+        found["window"]["by_rows"] = {name: of(steps) for name, steps in classes.items()}
+    return found
+
+
+def table(title: str, columns: list[str]) -> Table:
+    made = Table(title=title, title_justify="left")
+    for index, name in enumerate(columns):
+        made.add_column(name, justify="right" if index else "left")
+    return made
+
+
+def step_table(run: dict[str, Any]) -> Table:
+    """Ours by kind and width, with the limits."""
+    made = table(
+        f"batch {run['batch']}: time per step against its limits",
+        ["step", "rows", "steps", "ms", "eager ms", "GB/s", "TFLOP/s", "floor ms", "of floor",
+         "weights ms", "of weights", "products ms", "of products"],
+    )  # fmt: skip
+    lines = []
+    for kind in KINDS:
+        if kind in run["steps"]:
+            step = run["steps"][kind]
+            lines.append((kind, step, run[f"eager_{kind}_step_ms"]))
+            if len(step.get("by_rows", {})) > 1:
+                lines += [(f"  {name} rows", s, None) for name, s in step["by_rows"].items()]
+    for name, s, eager in lines:
+        made.add_row(
+            name, f"{s['rows']:.0f}", str(s["steps"]), f"{s['ms']:.2f}",
+            "" if eager is None else f"{eager:.2f}", f"{s['gb_per_s']:.1f}",
+            f"{s['tflops']:.3g}", f"{s['floor_ms']:.3f}", f"{s['share_of_floor']:.0%}",
+            f"{s['weights_ms']:.3f}", f"{s['share_of_weights_limit']:.0%}",
+            f"{s['products_ms']:.3f}", f"{s['share_of_products_limit']:.0%}",
+        )  # fmt: skip
+    return made
+
+
+def print_runs(result: dict[str, Any]) -> None:
+    console = Console(width=None if Console().is_terminal else 150)
+    say, settings, ceilings = console.print, result["settings"], result["ceilings"]
+    say(
+        f"{settings['preset']}, {settings['dtype']}, on {result['device']}: copy "
+        f"{ceilings['copy_gb_per_s']:.1f} GB/s, matrix product {ceilings['matmul_tflops']:.3g} "
+        "TFLOP/s, measured in this run"
+    )
+    for run in result["runs"]:
+        say()
+        say(step_table(run))
+        made = table(
+            f"batch {run['batch']}: prompt {settings['prompt']}, gen {settings['gen_length']}, "
+            f"medians of {settings['rounds']} rounds",
+            ["", "ms", "tokens/s", "ours over it"],
+        )
+        ratios = {
+            "eager": "ours_over_eager",
+            "floor": "ours_over_floor",
+            "floor_all_rows": "ours_over_floor_all_rows",
+        }
+        for name, seconds in run["seconds"].items():
+            ratio = f"{run[ratios[name]]:.3f}" if name in ratios else ""
+            made.add_row(
+                name.replace("_", " "), f"{1e3 * seconds:.1f}", f"{run['tokens'] / seconds:.1f}",
+                ratio,
+            )  # fmt: skip
+        say(made)
+        check = run["check"]
+        if check["same_tokens"]:
+            say("the same tokens at the same forwards from both loops")
+        else:
+            say(
+                f"{check['decisions']} decisions of one trajectory: both loops agree on "
+                f"{check['decisions_agreed']:.1%} (position and token), on the position alone in "
+                f"{check['positions_agreed']:.1%}"
+            )
+            if not check["timed_run_repeats_the_recorded"]:
+                say("the timed run decided differently from the recorded one, in as many forwards")
+        idle = run["gpu_idle_share"]
+        say(
+            f"{run['forwards']} forwards, {run['refresh_share']:.1%} of them refreshes, "
+            f"{run['tokens_per_forward']:.2f} tokens per forward; peak memory "
+            f"{run['peak_memory_bytes'] / 1e9:.2f} GB"
+            + ("" if idle is None else f"; GPU idle {idle:.1%}")
+        )
+
+
+def draw_runs(result: dict[str, Any], path: Path) -> None:
+    """Time per step against its limit; for several batches tokens/s as well."""
+    from matplotlib.figure import Figure
+
+    runs, several = result["runs"], len(result["runs"]) > 1
+    figure = Figure(figsize=(11 if several else 6.5, 4.5), layout="constrained")
+    axes = figure.subplots(1, 2 if several else 1, squeeze=False)[0]
+    width = 0.38
+    colors = {"window": "#5b8cc9", "refresh": "#e0a63a"}
+    for kind, side in (("window", -0.5), ("refresh", 0.5)):
+        places = [(i + side * width, r["steps"][kind]) for i, r in enumerate(runs)
+                  if kind in r["steps"]]  # fmt: skip
+        if not places:
+            continue
+        x = [place for place, _ in places]
+        axes[0].bar(x, [s["ms"] for _, s in places], 0.95 * width, color=colors[kind], label=kind)
+        low, high = [v - width / 2 for v in x], [v + width / 2 for v in x]
+        axes[0].hlines([s["floor_ms"] for _, s in places], low, high, color="black",
+                       label="floor of bytes and FLOPs" if kind == "window" else None)  # fmt: skip
+    axes[0].set(
+        xlabel="batch", ylabel="ms per step", title="time per step against its limit",
+        xticks=range(len(runs)), xticklabels=[run["batch"] for run in runs],
+    )  # fmt: skip
+    axes[0].legend(fontsize=8)
+    if several:
+        batches = [run["batch"] for run in runs]
+        for label, key in (("ours", "tokens_per_second"), ("eager", "eager_tokens_per_second")):
+            axes[1].plot(batches, [run[key] for run in runs], marker="o", label=label)
+        axes[1].set(
+            xlabel="batch", ylabel="tokens/s", title="throughput by batch", xticks=batches, ylim=0
+        )
+        axes[1].legend(fontsize=8)
+        axes[1].grid(alpha=0.3)
+    settings = result["settings"]
+    figure.suptitle(
+        f"{settings['preset']}, {settings['dtype']}, {result['device']}: prompt "
+        f"{settings['prompt']}, gen {settings['gen_length']}", fontsize=10,
+    )  # fmt: skip
+    figure.savefig(path, dpi=120)

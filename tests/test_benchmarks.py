@@ -1,0 +1,350 @@
+"""benchmarks/decode.py for real at tiny shapes: its loops, its checks, what it writes."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import dsb_runtime as dsb
+from benchmarks import ceilings, decode, roofline
+from benchmarks.decode import Case, scale_head
+from benchmarks.decode_report import row_class, step_figures
+from benchmarks.eager import eager_generate, quota_due
+from benchmarks.floor import ForwardRows, LinearFloor
+from benchmarks.presets import PRESETS, random_model, random_prompt
+from benchmarks.roofline import Ceilings, budget
+from benchmarks.step_cost import StepShape
+from benchmarks.trajectory import Agreement, Recorder, RowStep, StepClock, agreement
+
+ROOT = Path(__file__).parents[1]
+SHAPE = ("--prompt", "24", "--gen", "32", "--block", "8", "--rounds", "2")
+SETTINGS = {"gen_length": 32, "block_length": 8, "schedule": "dsb", "cache": "dsb"}
+
+
+def case_of(name: str, batch: int = 1, dtype: torch.dtype = torch.float32, **more: Any) -> Case:
+    preset = PRESETS[name]
+    settings = {**SETTINGS, "prefix_window": preset.family.prefix_window, **more}
+    model = random_model(preset, dtype, "cpu")
+    prompts = random_prompt(preset, batch, 24)
+    if settings.get("threshold"):
+        scale_head(model, prompts[:1], settings, 3.0)
+    return Case(model, prompts, settings)
+
+
+OPTIONS = {
+    "exact": ("--preset", "tiny", "--batch", "1", "2", "--tokens-per-forward", "3"),
+    "rounded": ("--preset", "tiny-dream", "--dtype", "bfloat16", "--batch", "2"),
+}
+
+
+def written(folder: Path, said: str) -> dict[str, Any]:
+    assert (folder / "found.png").read_bytes().startswith(b"\x89PNG")
+    file = folder / "found.json"
+    return {"said": said, "file": file, **json.loads(file.read_text())}
+
+
+def files(folder: Path) -> tuple[str, ...]:
+    return ("--json", str(folder / "found.json"), "--plot", str(folder / "found.png"))
+
+
+def measured(folder: Path, *options: str) -> dict[str, Any]:
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        decode.main([*SHAPE, *options, *files(folder)])
+    return written(folder, said.getvalue())
+
+
+@pytest.fixture(scope="module")
+def exact(tmp_path_factory) -> dict[str, Any]:
+    return measured(tmp_path_factory.mktemp("exact"), *OPTIONS["exact"])
+
+
+@pytest.fixture(scope="module")
+def rounded(tmp_path_factory) -> dict[str, Any]:
+    return measured(tmp_path_factory.mktemp("rounded"), *OPTIONS["rounded"])
+
+
+@pytest.fixture(scope="module")
+def command(tmp_path_factory) -> dict[str, Any]:
+    """As a user runs it."""
+    folder = tmp_path_factory.mktemp("command")
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.decode", *SHAPE, *OPTIONS["exact"], *files(folder)],
+        cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return written(folder, done.stdout)
+
+
+@pytest.mark.parametrize(
+    "which", ["exact", "rounded", pytest.param("command", marks=pytest.mark.slow)]
+)
+def test_what_is_written(which, request):
+    found = request.getfixturevalue(which)
+    settings = found["settings"]
+    assert found["command"].startswith("python -m benchmarks.decode --prompt 24")
+    assert found["versions"]["torch"] == torch.__version__
+    assert found["device"] == found["machine"]["device"] and found["date"].startswith("20")
+    assert (settings["prompt"], settings["gen"], settings["rounds"]) == (24, 32, 2)
+    assert min(found["ceilings"].values()) > 0
+    for run in found["runs"]:
+        batch = run["batch"]
+        assert run["tokens"] == 32 * batch and f"batch {batch}:" in found["said"]
+        seconds = run["seconds"]
+        assert set(seconds) == {"ours", "eager", "floor", "floor_all_rows"}
+        assert min(seconds.values()) > 0
+        assert run["tokens_per_second"] == pytest.approx(32 * batch / seconds["ours"])
+        assert run["eager_tokens_per_second"] == pytest.approx(32 * batch / seconds["eager"])
+        # A loop holds its own linear layers.
+        assert run["floor_over_eager"] < 1 and run["ours_over_floor"] > 1
+        for kind in ("window", "refresh"):
+            step = run["steps"][kind]
+            assert run[f"{kind}_step_ms"] == step["ms"] > 0
+            assert run[f"eager_{kind}_step_ms"] > 0
+            assert 0 < step["share_of_floor"] < 1
+            assert step["floor_ms"] >= max(step["weights_ms"], step["products_ms"])
+        assert run["window_rows"] < 56 == run["steps"]["refresh"]["rows"]
+        by_rows = run["steps"]["window"]["by_rows"].values()
+        assert sum(s["steps"] for s in by_rows) == run["steps"]["window"]["steps"]
+        assert run["peak_memory_bytes"] > 1e8 and run["gpu_idle_share"] is None
+
+
+def test_both_loops_commit_the_same_in_float32(exact):
+    for run in exact["runs"]:
+        check = run["check"]
+        assert check["same_tokens"] and check["decisions"] == run["tokens"]
+        assert check["decisions_agreed"] == check["positions_agreed"] == 1
+    assert exact["said"].count("the same tokens at the same forwards from both loops") == 2
+    assert [run["batch"] for run in exact["runs"]] == [1, 2]
+
+
+def test_one_trajectory_in_bfloat16(rounded):
+    (run,) = rounded["runs"]
+    assert run["forwards"] == rounded["settings"]["steps"] == round(32 / 3.5)
+    assert run["tokens_per_forward"] == pytest.approx(32 / 9)
+    check = run["check"]
+    assert not check["same_tokens"] and check["timed_run_repeats_the_recorded"]
+    assert check["decisions"] == 64
+    assert 0.5 < check["decisions_agreed"] <= check["positions_agreed"] <= 1
+    assert f"agree on {check['decisions_agreed']:.1%}" in rounded["said"]
+
+
+def test_the_budget_stands_beside_it(exact, rounded, capsys, tmp_path):
+    for found, batch in ((exact, 2), (rounded, None)):
+        path = tmp_path / "budget.json"
+        options = ["--measured", str(found["file"]), "--json", str(path)]
+        roofline.main(options + ([] if batch is None else ["--batch", str(batch)]))
+        budget, run = json.loads(path.read_text()), found["runs"][-1]
+        assert (
+            budget["batch"] == run["batch"] == 2 and budget["dtype"] == found["settings"]["dtype"]
+        )
+        assert budget["ceilings"]["gb_per_s"] == found["ceilings"]["copy_gb_per_s"]
+        assert budget["refresh_share"] == run["refresh_share"]
+        assert budget["measured"]["window_step_ms"] == run["window_step_ms"]
+        assert 0 < budget["measured"]["share_of_floor"] < 1
+        # All rows of a refresh are the same in both; a window's are the mean of many.
+        refresh = budget["steps"]["refresh"]
+        assert refresh["shape"]["rows"] == 2 * 56
+        assert f"measured on {found['device']}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["tiny", "tiny-dream"])
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"threshold": 0.9},
+        {"threshold": 0.9, "max_block_length": 8},
+        {"threshold": 0.9, "prefix_window": 1, "max_block_length": 12},
+        {"steps": 11},
+        {"steps": 32, "max_block_length": 8},
+    ],
+)
+def test_the_eager_loop_is_the_method(name, more):
+    """Making a case compares tokens and commits, forward by forward."""
+    case = case_of(name, 2, **more)
+    assert case.agreed == Agreement(64, 64, 64)
+    assert {step.kind for step in case.record.rows[1]} == {"refresh", "window"}
+    assert case.record.tokens == 64
+
+
+def test_another_loop_stops_it(monkeypatch, capsys, tmp_path):
+    path = tmp_path / "found.json"
+    options = ["--preset", "tiny", *SHAPE, "--tokens-per-forward", "3", "--json", str(path)]
+
+    def other(*args: Any, threshold: float, **settings: Any) -> Any:
+        return eager_generate(*args, threshold=threshold - 0.5, **settings)
+
+    def never(*args: Any) -> float:
+        raise AssertionError("timed in spite of it")
+
+    monkeypatch.setattr(decode, "eager_generate", other)
+    monkeypatch.setattr(decode, "timed", never)
+    with pytest.raises(SystemExit, match=r"decode: the loops .*: nothing is timed"):
+        decode.main(options)
+    assert not path.exists()
+
+
+def test_a_wrong_token_stops_it(monkeypatch):
+    """One token of the last row."""
+
+    def other(*args: Any, **settings: Any) -> Any:
+        out = eager_generate(*args, **settings)
+        out.sequences[0, -1] = (out.sequences[0, -1] + 1) % 500
+        return out
+
+    case = case_of("tiny", 2, threshold=0.9)
+    monkeypatch.setattr(decode, "eager_generate", other)
+    with pytest.raises(SystemExit, match="return different tokens: nothing is timed"):
+        case.check(case.eager())
+
+
+def test_following_takes_the_recorded_path_and_decides_freely():
+    """Driven along another model's trajectory, the loop goes its way and decides as it would."""
+    case = case_of("tiny", dtype=torch.float32, steps=9)
+    path = case.record.rows[0]
+    clock = StepClock(torch.device("cpu"))
+    settings = {"gen_length": 32, "block_length": 8, "max_block_length": None,
+                "prefix_window": 24, "steps": 9, "follow": path, "on_step": clock}  # fmt: skip
+    same = eager_generate(case.model, case.prompt, **settings)
+    assert agreement(path, same.commits) == Agreement(32, 32, 32)
+    stranger = random_model(PRESETS["tiny"], torch.float32, "cpu", seed=1)
+    other = eager_generate(stranger, case.prompt, **settings)
+    assert torch.equal(other.sequences, case.out.sequences)
+    assert other.tokens_per_forward == case.out.tokens_per_forward
+    expected = [56 if step.kind == "refresh" else step.window for step in path]
+    assert other.rows_per_forward == expected == case.record.windows
+    assert clock.kinds == 2 * [step.kind for step in path] and min(clock.seconds) > 0
+    found = agreement(path, other.commits)
+    assert found.both < 8 and found.both <= found.positions < 32
+
+
+def test_agreement_counts_positions_and_tokens():
+    canvas = torch.zeros(4)
+    steps = [RowStep("refresh", 0, 4, 0, {0: 7, 2: 8}, canvas),
+             RowStep("window", 1, 4, 1, {1: 9}, canvas)]  # fmt: skip
+    assert agreement(steps, [{0: 7, 1: 8}, {1: 3}]) == Agreement(3, 2, 1)
+    with pytest.raises(ValueError, match="shorter"):
+        agreement(steps, [{0: 7}])
+
+
+def test_quota_is_spread_evenly():
+    committed, found = 0, []
+    for step in range(9):
+        found.append(quota_due(step, 9, 32, committed))
+        committed += found[-1]
+    assert found == [4] * 5 + [3] * 4
+    assert quota_due(3, 9, 32, 10) == 6  # what an earlier window could not supply
+
+
+def test_the_floor_multiplies_every_weight():
+    model = random_model(PRESETS["tiny-dream"], torch.float32, "cpu")
+    floor = LinearFloor(model, 40)
+    with FlopCounterMode(display=False) as counter:
+        floor.run([ForwardRows(40, 8), ForwardRows(20, 4)])
+    layers = sum(p.numel() for n, p in model.model.named_parameters()
+                 if p.ndim == 2 and "embed" not in n)  # fmt: skip
+    assert counter.get_total_flops() == 2 * (60 * layers + 12 * model.lm_head.weight.numel())
+
+
+def test_recorded_shapes_are_those_of_the_forwards():
+    case = case_of("tiny", 2, threshold=0.9)
+    record, length = case.record, 56
+    assert len(record.shapes) == case.out.nfe
+    assert record.row_forwards == sum(case.out.row_nfe)
+    for kind, shape, forward in zip(record.kinds, record.shapes, record.forwards, strict=True):
+        assert (shape.length, shape.gen, shape.itemsize) == (length, 32, 4)
+        assert shape.rows == shape.batch * length if kind == "refresh" else shape.rows < 2 * length
+        assert 1 <= shape.scored <= 8 * shape.batch
+        assert forward == ForwardRows(shape.rows, shape.scored)
+    assert record.shapes[0] == StepShape(2, 112, 16, 56, 32, 4)
+
+
+def test_step_figures_by_hand():
+    preset, limits = PRESETS["tiny"], Ceilings(10, 0.1, "")
+    record = Recorder(24, 4)
+    shapes = {"refresh": StepShape(1, 56, 8, 56, 32, 4), "window": StepShape(1, 40, 8, 56, 32, 4)}
+    for kind in ("refresh", "window", "window", "refresh"):
+        record.kinds.append(kind)
+        record.shapes.append(shapes[kind])
+        record.windows.append(shapes[kind].rows)
+    clock = StepClock(torch.device("cpu"))
+    clock.kinds = 3 * record.kinds
+    clock.seconds = [9, 1, 2, 5, 8, 3, 2, 4, 7, 2, 2, 6]  # a call a third; the first step is left
+    found = step_figures(record, clock, preset, limits)
+    window, refresh = found["window"], found["refresh"]
+    assert (window["steps"], window["rows"], window["ms"]) == (2, 40, 2000)
+    assert (refresh["steps"], refresh["rows"], refresh["ms"]) == (1, 56, 5000)
+    one = budget(preset, "window", shapes["window"], limits)
+    assert window["share_of_floor"] == pytest.approx(one.floor_ms / 2000)
+    assert window["share_of_weights_limit"] == pytest.approx(one.weights_ms / 2000)
+    moved = sum(phase["bytes"] for phase in one.phases.values())
+    flops = sum(phase["flops"] for phase in one.phases.values())
+    assert window["gb_per_s"] == pytest.approx(moved / 2e9)
+    assert window["tflops"] == pytest.approx(flops / 2e12)
+    assert list(window["by_rows"]) == ["<= 64"] and window["by_rows"]["<= 64"]["steps"] == 2
+    clock.kinds[1] = "refresh"
+    with pytest.raises(RuntimeError, match="other steps than the recorded"):
+        step_figures(record, clock, preset, limits)
+    assert [row_class(n) for n in (1, 32, 33, 256, 257)] == [
+        "<= 32", "<= 32", "<= 64", "<= 256", "> 256",
+    ]  # fmt: skip
+
+
+def test_ceilings_count_what_they_move(monkeypatch):
+    device = torch.device("cpu")
+    assert ceilings.copy_gb_per_s(device) > 0.1
+    assert ceilings.matmul_tflops(torch.float32, device) > 1e-4
+    monkeypatch.setattr(ceilings, "median_seconds", lambda run, device: run() is None or 2.0)
+    assert ceilings.copy_gb_per_s(device) == 2**28 / 1e9  # read and written in two seconds
+    monkeypatch.setattr(ceilings, "CPU_SIZES", (64,))
+    assert ceilings.matmul_tflops(torch.float32, device) == 64**3 * 1e-12
+    assert ceilings.gpu_idle_share(lambda: None, device) is None
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ("--preset gpt", "argument --preset: invalid choice: 'gpt'"),
+        ("--batch 0", "argument --batch: '0': expected an int above 0"),
+        ("--block 200", "block_length=200: expected an int from 1 to 128"),
+        ("--max-block 8", "max_block_length=8: expected an int >= 32"),
+        ("--threshold 2", "threshold=2.0: expected a number in [0, 1]"),
+        ("--prefix-window -1", "prefix_window=-1: expected an int >= 0"),
+        ("--tokens-per-forward 40", "--tokens-per-forward 40: expected at most --block, 32"),
+        ("--json /nope/x.json", "--json /nope/x.json: no such folder"),
+        ("--plot x.txt", "--plot x.txt: expected a file ending in"),
+        pytest.param("--device cuda", "--device cuda: no CUDA device here; expected cpu",
+                     marks=pytest.mark.skipif(torch.cuda.is_available(), reason="has one")),
+    ],
+)  # fmt: skip
+def test_bad_arguments_take_one_line(options, said, capsys):
+    with pytest.raises(SystemExit) as stop:
+        decode.main(options.split())
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count("\n") == 1
+    assert error.startswith("decode: ") and said in error
+
+
+def test_prompts_hold_no_mask():
+    for preset in PRESETS.values():
+        ids = random_prompt(preset, 2, 4000)
+        assert not (ids == preset.mask_id).any() and ids.min() >= 0 and ids.max() < preset.vocab
+    tiny = random_prompt(PRESETS["tiny-dream"], 1, 20000)
+    assert set(range(512)) - set(tiny[0].tolist()) == {500}
+
+
+def test_a_tied_head_is_the_embedding():
+    preset = PRESETS["tiny"]
+    model = random_model(dataclasses.replace(preset, tied=True), torch.bfloat16, "cpu")
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert dsb.generate(model, random_prompt(preset, 1, 8), **SETTINGS).nfe > 0
