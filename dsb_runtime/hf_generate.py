@@ -27,7 +27,7 @@ from transformers.utils import ModelOutput
 
 from dsb_runtime.check import check_model
 from dsb_runtime.config import DecodingConfig, check_int
-from dsb_runtime.decode import StepEvent, generate
+from dsb_runtime.decode import ENGINE, StepEvent, generate
 
 DEFAULT_BLOCK = 32
 DEFAULT_TOP_K = 50  # what transformers fills in where nobody named one
@@ -155,7 +155,11 @@ def sampling(
 def with_ends(
     model: PreTrainedModel, settings: GenerationConfig, named: int | list[int] | None
 ) -> PreTrainedModel:
-    """The model, or the same one with the EOS ids that the call or its config names."""
+    """The model, or the same one with the EOS ids that the call or its config names.
+
+    The latter has no engine, which would decode with the model's own ids: it makes one for the
+    call, buffers and captured steps included.
+    """
     info = check_model(model)
     if named is None and settings.eos_token_id != model.generation_config.eos_token_id:
         named = settings.eos_token_id
@@ -165,6 +169,7 @@ def with_ends(
     for end in ends:
         check_int("eos_token_id", end, 0, model.config.vocab_size - 1)
     view = copy.copy(model)  # the same modules and weights
+    vars(view).pop(ENGINE, None)
     view.dsb = dataclasses.replace(info, eos_ids=ends)
     return view
 
@@ -195,6 +200,8 @@ def custom_generate(
     frechet: float | None = None,
     steps: int | None = None,
     refresh_commit: str | None = None,
+    refresh_policy: str | None = None,
+    full_refresh_every: int | None = None,
     **model_kwargs: Any,
 ) -> Tensor | DiffusionGenerateOutput:
     """`dsb_runtime.generate` as `model.generate(input_ids, custom_generate=custom_generate, ...)`.
@@ -230,7 +237,8 @@ def custom_generate(
             "block_length": block_length, "cache": cache_policy, "schedule": schedule,
             "max_block_length": max_block_length, "prefix_window": prefix_window,
             "threshold": threshold, "factor": factor, "frechet": frechet, "steps": steps,
-            "refresh_commit": refresh_commit, "stop_at_eos": stop_at_eos,
+            "refresh_commit": refresh_commit, "refresh_policy": refresh_policy,
+            "full_refresh_every": full_refresh_every, "stop_at_eos": stop_at_eos,
             **sampling(generation_config, temperature, top_p, top_k),
         }  # fmt: skip
         if block_length is None:

@@ -116,6 +116,15 @@ def test_a_top_k_of_50_counts_where_the_call_names_it():
     assert found(top_k=50) != unset
 
 
+def test_refresh_settings():
+    model, ids = golden.model("llada"), prompts(1)[0][None]
+    settings = {"refresh_policy": "response", "full_refresh_every": 3}
+    expected = dsb.generate(model, ids, stop_at_eos=True, **SAME, **settings)
+    assert run(model, ids, **settings).tolist() == expected.sequences.tolist()
+    with pytest.raises(ValueError, match=r"^full_refresh_every=3: every refresh is full"):
+        run(model, ids, full_refresh_every=3)
+
+
 def test_the_cache_policy_has_a_name_of_its_own():
     model, ids = golden.model("llada"), prompts(1)[0][None]
     expected = dsb.generate(model, ids, cache="dual", stop_at_eos=True, **SAME)
@@ -149,7 +158,7 @@ def test_eos():
             own.sequences[0, ids.shape[1] :].tolist()[: own.row_tokens[0]]
             == (response[: own.row_tokens[0]])
         )
-        other = response[3]
+        other = next(token for token in response if token not in model.dsb.eos_ids)
         config = GenerationConfig(eos_token_id=other, max_new_tokens=24)
         for found in (
             run(model, ids, threshold=0.5, eos_token_id=[other], return_dict_in_generate=True),
@@ -158,7 +167,9 @@ def test_eos():
                 return_dict_in_generate=True,
             ),
         ):  # fmt: skip
-            assert found.row_tokens == [response.index(other) + 1]
+            assert found.row_tokens == [response.index(other) + 1] != own.row_tokens
+            end = ids.shape[1] + found.row_tokens[0]
+            assert found.sequences[0, end:].tolist() == [other] * (24 - found.row_tokens[0])
         assert model.dsb == golden.model("llada").dsb, "the model keeps its own"
 
 
