@@ -14,7 +14,6 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from importlib import metadata
@@ -24,8 +23,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
-from torch.nn.functional import linear
+from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -33,10 +31,10 @@ from dsb_runtime.config import DecodingConfig, check_int
 from dsb_runtime.decode import GenerationOutput, StepEvent, generate
 from dsb_runtime.demo import MODEL_DIR
 from dsb_runtime.plots import check_files, draw_bench, read_kept
+from dsb_runtime.step_limit import LinearLayers, StepRows, copy_bandwidth, synchronize, timed
 
 BATCHES = (1, 2, 4, 8)
-KINDS = ("window", "refresh")
-COPY_BYTES = 1 << 30
+KINDS = ("window", "response", "refresh")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -53,100 +51,39 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 @dataclass(frozen=True)
-class Step:
-    """What one forward has to multiply, over all batch rows."""
-
-    kind: str  # "window" or "refresh" (every position)
-    rows: int  # rows through the layers
-    scored: int  # rows through the LM head
-
-
-@dataclass(frozen=True)
 class Round:
     """One round at one batch size."""
 
     out: GenerationOutput
     seconds: float  # of the whole call, which nothing watched
-    steps: list[Step]
+    steps: list[StepRows]
     step_seconds: list[float]  # of a second call's steps
     linear_seconds: list[float]  # of the same steps' linear layers
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def timed(run: Callable[[], Any], device: torch.device) -> tuple[Any, float]:
-    """What `run` returns, and its seconds."""
-    synchronize(device)
-    began = time.perf_counter()
-    result = run()
-    synchronize(device)
-    return result, time.perf_counter() - began
 
 
 class StepClock:
     """An `on_step` callback: every forward's kind, rows and seconds since the one before it."""
 
-    def __init__(self, canvas_length: int, device: torch.device) -> None:
-        self.canvas_length, self.device = canvas_length, device
-        self.steps: list[Step] = []
+    def __init__(self, model: PreTrainedModel, prompt_length: int, gen_length: int) -> None:
+        # Positions of the forwards whose size no window says. Where a token is predicted from the
+        # row before it, the response needs the prompt's last row.
+        shift = int(model.dsb.family.shift)
+        self.whole = {"refresh": prompt_length + gen_length, "response": gen_length + shift}
+        self.device = model.device
+        self.steps: list[StepRows] = []
         self.seconds: list[float] = []
-        synchronize(device)
+        synchronize(self.device)
         self.began = time.perf_counter()
 
     def __call__(self, event: StepEvent) -> None:
         synchronize(self.device)
         self.seconds.append(time.perf_counter() - self.began)
-        full = event.kind == "refresh"
         rows = sum(
-            self.canvas_length if full else end - start + prefix
-            for start, end, prefix in event.before
+            self.whole.get(event.kind, end - start + prefix) for start, end, prefix in event.before
         )
         scored = int((event.position[event.rows] >= 0).sum())
-        self.steps.append(Step(event.kind, rows, scored))
+        self.steps.append(StepRows(event.kind, rows, scored))
         self.began = time.perf_counter()  # the lines above are not the step's
-
-
-class LinearLayers:
-    """The linear layers of a model's steps, with nothing between them.
-
-    What follows the last layer's keys and values is read at the scored rows alone, so that it is
-    multiplied with those alone.
-    """
-
-    def __init__(self, model: PreTrainedModel, most_rows: int) -> None:
-        self.full: list[Tensor] = []  # multiplied with all rows of a step
-        self.scored: list[Tensor] = [model.lm_head.weight]  # with those to be scored
-        last = len(model.model.layers) - 1
-        for index, layer in enumerate(model.model.layers):
-            for name, module in layer.named_modules():
-                if isinstance(module, nn.Linear):
-                    late = index == last and not name.endswith(("k_proj", "v_proj"))
-                    (self.scored if late else self.full).append(module.weight)
-        weights = self.full + self.scored
-        self.bytes = sum(w.numel() * w.element_size() for w in weights)
-        self.inputs = {
-            width: torch.randn(most_rows, width, device=model.device).to(model.dtype)
-            for width in {w.shape[1] for w in weights}
-        }
-
-    def run(self, step: Step) -> None:
-        for weights, rows in ((self.full, step.rows), (self.scored, step.scored)):
-            for weight in weights:
-                linear(self.inputs[weight.shape[1]][:rows], weight)
-
-
-def copy_bandwidth(device: torch.device) -> float | None:
-    """Bytes per second, read plus written, of a large copy on the GPU; None on a CPU."""
-    if device.type != "cuda":
-        return None
-    size = min(COPY_BYTES, torch.cuda.mem_get_info(device)[0] // 4)
-    source = torch.empty(size, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    seconds = [timed(lambda: target.copy_(source), device)[1] for _ in range(12)]
-    return 2 * size / statistics.median(seconds[2:])
 
 
 def random_prompts(
@@ -177,8 +114,14 @@ def one_round(
         generator = torch.Generator(device).manual_seed(seed)
         return generate(model, input_ids, config, generator=generator, on_step=clock)
 
+    # A GPU's captured steps may have made room for another batch's since the last round.
+    warm = device.type == "cuda"
+    if warm:
+        decode()
     out, seconds = timed(decode, device)
-    clock = StepClock(input_ids.shape[1] + config.gen_length, device)
+    if warm:
+        decode(StepClock(model, input_ids.shape[1], config.gen_length))
+    clock = StepClock(model, input_ids.shape[1], config.gen_length)
     decode(clock)
     linear_seconds = [timed(lambda step=step: limit.run(step), device)[1] for step in clock.steps]
     return Round(out, seconds, clock.steps, clock.seconds, linear_seconds)

@@ -17,7 +17,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from dsb_runtime import bench, evaluate
-from dsb_runtime.config import CACHES, REFRESH_COMMITS, SCHEDULES, DecodingConfig, check_int
+from dsb_runtime.config import (
+    CACHES,
+    DEFAULT_FULL_EVERY,
+    REFRESH_COMMITS,
+    REFRESH_POLICIES,
+    SCHEDULES,
+    DecodingConfig,
+    check_int,
+)
 from dsb_runtime.convert import convert
 from dsb_runtime.decode import GenerationOutput, StepEvent, generate
 from dsb_runtime.demo import MODEL_DIR
@@ -78,7 +86,13 @@ def add_decoding(parser: argparse.ArgumentParser) -> None:
     sampling.add_argument("--top-k", type=int, help="Dream only")
     sampling.add_argument("--seed", type=int, help="of the random numbers")
     sampling.add_argument("--stop-at-eos", action=argparse.BooleanOptionalAction, default=True)
-    sampling.add_argument("--refresh-commit", choices=REFRESH_COMMITS)
+    refresh = parser.add_argument_group("refreshes")
+    refresh.add_argument("--refresh-commit", choices=REFRESH_COMMITS,
+                         help="default: the family's way")  # fmt: skip
+    refresh.add_argument("--refresh-policy", choices=REFRESH_POLICIES, default="full",
+                         help="response: most of them leave the prompt's K/V")  # fmt: skip
+    refresh.add_argument("--full-refresh-every", type=int, metavar="N",
+                         help=f"of response: default {DEFAULT_FULL_EVERY}")  # fmt: skip
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-STEP_COLORS = {"window": "#5b8cc9", "refresh": "#e0a63a"}
+STEP_COLORS = {"window": "#5b8cc9", "response": "#7fb069", "refresh": "#e0a63a"}
 
 
 def check_files(json_file: Path | None, plot_file: Path | None) -> None:
@@ -101,14 +101,15 @@ def draw_bench(record: dict[str, Any], path: Path) -> None:
 
 def draw_steps(axes: Axes, batches: list[dict[str, Any]]) -> None:
     """Bars of ms per step, and on each the marks of what the step cannot go below."""
-    width, named = 0.38, set()
+    kinds = [kind for kind in STEP_COLORS if any(kind in b["steps"] for b in batches)]
+    width, named = 0.76 / len(kinds), set()
 
     def once(label: str) -> str | None:
         return None if label in named else named.add(label) or label
 
     for place, batch in enumerate(batches):
         for kind, step in batch["steps"].items():
-            x = place + (-0.5 if kind == "window" else 0.5) * width
+            x = place + (kinds.index(kind) - 0.5 * (len(kinds) - 1)) * width
             axes.bar(x, step["ms"], 0.95 * width, color=STEP_COLORS[kind], label=once(kind))
             edges = (x - 0.5 * width, x + 0.5 * width)
             axes.hlines(

@@ -15,9 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import dsb_runtime as dsb
 from dsb_runtime import cli
 from dsb_runtime.bench import (
-    LinearLayers,
     Round,
-    Step,
     StepClock,
     random_prompts,
     summarize,
@@ -26,6 +24,7 @@ from dsb_runtime.bench import (
 from dsb_runtime.decode import GenerationOutput
 from dsb_runtime.demo import MODEL_DIR
 from dsb_runtime.plots import draw_bench
+from dsb_runtime.step_limit import LinearLayers, StepRows
 
 SMALL = ["--device", "cpu", "--prompt-length", "12", "--gen-length", "24", "--block-length", "8"]
 STEP_KEYS = {
@@ -104,22 +103,27 @@ def test_stop_at_eos_ends_rows_by_the_counting_rule(model, tokenizer, tmp_path):
 def test_the_clock_counts_the_rows_of_every_forward(model, tokenizer):
     prompts = random_prompts(model, tokenizer, 2, 12, seed=1)
     shape = {"gen_length": 24, "block_length": 8, "steps": 24}
-    clock = StepClock(36, model.device)
+    clock = StepClock(model, 12, 24)
     dsb.generate(model, prompts, on_step=clock, cache="none", **shape)
     assert [s.rows for s in clock.steps] == [2 * 36] * 24
     assert [s.scored for s in clock.steps] == [2 * min(8, 24 - n) for n in range(24)]
     assert len(clock.seconds) == 24 and min(clock.seconds) > 0
     # A window of 8 (block by block, each token a step), and the whole canvas where it moves.
-    clock = StepClock(36, model.device)
+    clock = StepClock(model, 12, 24)
     dsb.generate(model, prompts, on_step=clock, schedule="naive", cache="dual", **shape)
     assert [(s.kind, s.rows) for s in clock.steps] == 3 * [
         ("refresh", 72), *(7 * [("window", 16)])
     ]  # fmt: skip
     assert [s.scored for s in clock.steps] == 3 * [2 * (8 - n) for n in range(8)]
-    clock = StepClock(36, model.device)
+    clock = StepClock(model, 12, 24)
     settings = {"schedule": "naive", "cache": "dsb", "prefix_window": 4}
     dsb.generate(model, prompts, on_step=clock, **settings, **shape)
     assert [s.rows for s in clock.steps if s.kind == "window"] == 21 * [2 * (8 + 4)]
+    clock = StepClock(model, 12, 24)
+    settings = {"schedule": "naive", "cache": "dual", "refresh_policy": "response"}
+    dsb.generate(model, prompts, on_step=clock, **settings, **shape)
+    found = [(s.kind, s.rows) for s in clock.steps if s.kind != "window"]
+    assert found == [("refresh", 72), ("response", 48), ("response", 48)]
 
 
 def test_the_limit_multiplies_what_a_step_needs(model):
@@ -128,7 +132,7 @@ def test_the_limit_multiplies_what_a_step_needs(model):
     late = 2 * d * d + 3 * d * mlp + vocab * d  # last layer's q, output and MLP; LM head
     early = 3 * (4 * d * d + 3 * d * mlp) + 2 * d * d
     with FlopCounterMode(display=False) as counter:
-        limit.run(Step("window", 100, 7))
+        limit.run(StepRows("window", 100, 7))
     assert counter.get_total_flops() == 2 * (100 * early + 7 * late)
     assert limit.bytes == 4 * (early + late)
 
@@ -145,7 +149,7 @@ def test_prompts_have_no_special_ids(model, tokenizer):
 
 def made_round() -> Round:
     out = GenerationOutput(torch.zeros(1, 8), 3, [1, 2, 1], [3], [4])
-    steps = [Step("refresh", 8, 4), Step("window", 4, 4), Step("window", 4, 2)]
+    steps = [StepRows("refresh", 8, 4), StepRows("window", 4, 4), StepRows("window", 4, 2)]
     return Round(out, 0.5, steps, [0.9, 0.2, 0.4], [0.3, 0.1, 0.1])
 
 
@@ -160,7 +164,7 @@ def test_medians_by_hand():
     # The first step of a call counts where a call has no other of its kind.
     assert summarize_steps([made_round()], "refresh", None)["ms"] == 900
     longer = made_round()
-    longer.steps.append(Step("refresh", 8, 4))
+    longer.steps.append(StepRows("refresh", 8, 4))
     longer.step_seconds.append(0.5)
     longer.linear_seconds.append(0.3)
     refresh = summarize_steps([longer], "refresh", None)
