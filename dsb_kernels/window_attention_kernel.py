@@ -17,6 +17,7 @@ from dsb_kernels.tuning import CompileCase, Config, architecture_of, configurati
 
 MAX_SPLITS, DEFAULT_MAX_SPLITS = 128, 32
 COMBINE_ROWS = 8
+FRUGAL_POSITIONS = 4096  # where partial results should stay within a tenth of K and V
 
 
 def tile_of(rows: int, D: int, dtype: torch.dtype, architecture: str) -> Config:
@@ -25,13 +26,19 @@ def tile_of(rows: int, D: int, dtype: torch.dtype, architecture: str) -> Config:
     return configuration(f"window_attention {kind}", rows, architecture)
 
 
-def choose_splits(programs: int, sm_count: int) -> int:
-    """The fewest splits within 85% of the best share of busy SMs (FlashAttention-3's rule)."""
+def choose_splits(programs: int, sm_count: int, rows: int) -> int:
+    """The fewest splits within 85% of the best share of busy SMs (FlashAttention-3's rule).
+
+    Partial results are `rows` (query rows of a KV head) x splits / positions of the bytes of K and
+    V. Where fewer splits keep them within a tenth, the SMs may be busy to 65% of the best share.
+    """
     share = []
     for splits in range(1, DEFAULT_MAX_SPLITS + 1):
         waves = programs * splits / sm_count
         share.append(waves / math.ceil(waves))
-    return next(i for i, s in enumerate(share, 1) if s >= 0.85 * max(share))
+    splits = next(i for i, s in enumerate(share, 1) if s >= 0.85 * max(share))
+    frugal = min(splits, max(1, FRUGAL_POSITIONS // (10 * rows)))
+    return frugal if share[frugal - 1] >= 0.65 * max(share) else splits
 
 
 @functools.cache
@@ -205,7 +212,7 @@ def _combine_kernel(
         weight = tl.exp(lse - shift)
         total += weight
         part = tl.load(partial_ptrs + split * H * W * HEAD_DIM, mask=valid[:, None] & mask, other=0)
-        acc += part * weight[:, None]
+        acc += part.to(tl.float32) * weight[:, None]
     total = tl.where(total == 0.0, 1.0, total)
     acc = acc / total[:, None]
     out_ptrs = out_ptr + b * stride_ob + head[:, None] * stride_oh + window_row[:, None] * stride_ow
@@ -245,10 +252,11 @@ def launch(
         blocks["BLOCK_N"] = min(blocks["BLOCK_N"], kv_block_size)
     tiles = triton.cdiv(H // H_kv * W, blocks["BLOCK_M"])
     if num_splits is None:
-        num_splits = choose_splits(B * H_kv * tiles, sm_count(q.device))
+        num_splits = choose_splits(B * H_kv * tiles, sm_count(q.device), H // H_kv * W)
     target, target_lse = out, lse
     if num_splits > 1:
-        target = q.new_empty(B, num_splits, H, W, D, dtype=torch.float32)
+        # Each is normalised: rounded like a result, weighted in float32.
+        target = q.new_empty(B, num_splits, H, W, D)
         target_lse = q.new_empty(B, num_splits, H, W, dtype=torch.float32)
     window = (k_cache, v_cache) if k_window is None else (k_window, v_window)
     lists = (0, 0, 0, 0)
@@ -305,7 +313,7 @@ def compile_cases() -> list[CompileCase]:
             "HEAD_DIM": D, "NUM_SPLITS": splits, "RETURN_LSE": False, "BLOCK_M": COMBINE_ROWS,
             "BLOCK_D": D,
         }  # fmt: skip
-        pointers = {"partial_ptr": "*fp32", "partial_lse_ptr": "*fp32", "out_ptr": "*bf16"}
+        pointers = {"partial_ptr": "*bf16", "partial_lse_ptr": "*fp32", "out_ptr": "*bf16"}
         pointers |= {"lse_ptr": "*fp32", "window_length_ptr": "*i32"}
         strides = dict.fromkeys(("stride_ob", "stride_oh", "stride_ow", "H", "W"), "i32")
         cases[f"combine {D} {splits}"] = CompileCase(
@@ -316,6 +324,8 @@ def compile_cases() -> list[CompileCase]:
             constexprs=constexprs,
             num_warps=4,
             divisible=(*pointers, "stride_ob", "stride_oh", "stride_ow", "W"),
+            expects_wide_loads=True,
+            scalar_load_bytes=4 + 2 * 4 * splits,  # the row's length; each log-sum-exp, twice
         )
     return list(cases.values())
 
@@ -333,7 +343,7 @@ def _attention_case(
         "BLOCK_D": max(64, triton.next_power_of_2(D)), **dict.fromkeys(absent),
     }  # fmt: skip
     names = _attention_kernel.arg_names
-    values = {"softmax_scale": "fp32", "out_ptr": "*bf16" if splits == 1 else "*fp32"}
+    values = {"softmax_scale": "fp32"}
     integers = ("window_start_ptr", "window_length_ptr", "seqlens_ptr", "leftpad_ptr")
     values |= {"lse_ptr": "*fp32", **dict.fromkeys((*integers, "batch_idx_ptr", *lists), "*i32")}
     signature = {n: values.get(n, "*bf16" if n.endswith("_ptr") else "i32") for n in names}
@@ -350,7 +360,7 @@ def _attention_case(
         divisible=tuple(n for n in signature if n not in uneven),
         expects_tensor_cores=config.blocks["BLOCK_M"] >= 64,
         expects_wide_loads=True,
-        # Start, length, end and padding of the row, its row of the cache; a list's length and
-        # (unrolled) entries.
-        scalar_load_bytes=16 + 4 * indexed + 16 * listed,
+        # Start, length, end and padding of the row, its row of the cache; a list's length and an
+        # entry for each stage.
+        scalar_load_bytes=16 + 4 * indexed + 4 * (1 + config.num_stages) * listed,
     )

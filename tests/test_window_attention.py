@@ -208,7 +208,8 @@ LOW = [torch.float16] if DEVICE.type == "cpu" else [torch.float16, torch.bfloat1
 
 @pytest.mark.parametrize("dtype", LOW, ids=str)
 @pytest.mark.parametrize(
-    "name", ["start_middle_end", "gqa_7", "splits", "lists", "left_padding", "head_dim_80"]
+    "name",
+    ["start_middle_end", "gqa_7", "splits", "lists", "left_padding", "head_dim_80", "many_keys"],
 )
 def test_low_precision_error_is_at_most_twice_the_plain_one(name: str, dtype: torch.dtype) -> None:
     replace(CASES[name], dtype=dtype).check()
@@ -380,7 +381,7 @@ MUTATIONS = {
     "fresh_values": ("attention", "gqa_4", "tl.where(fresh, vw_ptr, vc_ptr)", "vc_ptr"),
     "list_part": ("attention", "lists_of_large_blocks", "j % part * BLOCK_N", "0 * BLOCK_N"),
     "split_dropped": ("combine", "splits", "weight = ", "weight = (split > 0) * "),
-    "unweighted": ("combine", "splits", "part * weight[:, None]", "part"),
+    "unweighted": ("combine", "splits", "to(tl.float32) * weight[:, None]", "to(tl.float32)"),
     "window_length": ("combine", "splits", "window_row < tl.load", "window_row + 1 < tl.load"),
     "rows_swapped": ("combine", "splits", "(row // W)", "(H - 1 - row // W)"),
 }
@@ -529,10 +530,18 @@ def test_empty_batch() -> None:
 
 
 def test_splits_depend_on_static_shapes_only() -> None:
-    assert module.choose_splits(128, 132) == 1
-    assert module.choose_splits(32, 132) == 4
-    assert module.choose_splits(28, 132) == 4
-    assert module.choose_splits(1, 132) == 28
+    assert module.choose_splits(128, 132, 64) == 1
+    assert module.choose_splits(32, 132, 64) == 4
+    assert module.choose_splits(28, 132, 64) == 4
+    assert module.choose_splits(1, 132, 8) == 28
+
+
+def test_fewer_splits_where_their_results_would_be_more_than_a_tenth() -> None:
+    assert module.choose_splits(1, 132, 16) == 25
+    assert module.choose_splits(32, 132, 128) == 3
+    assert module.choose_splits(64, 132, 256) == 2  # one split would use 64 of 132 SMs
+    assert module.choose_splits(8, 132, 128) == 14
+    assert module.choose_splits(28, 132, 896) == 4
 
 
 def bad(**changes: object) -> dict[str, object]:
