@@ -214,17 +214,19 @@ class Runner:
         flags = read_flags(HostCopy(session.state.flags).wait())
         under_way: deque[Launched] = deque()
         recent: deque[int] = deque([session.step.config.block_length], maxlen=8)
-        steps = 0
+        steps, moved = 0, True
         while any(f.needs != NOTHING for f in flags):
             if not under_way:
                 under_way.append(self.launch(session, self.shape_for(session, flags)))
-            if ahead and len(under_way) == 1:
+            # After a wrong guess the host looks before it guesses again.
+            if ahead and moved and len(under_way) == 1:
                 guess = self.foresee(session, flags, under_way[0].shape, max(recent))
                 if guess is not None:
                     under_way.append(self.launch(session, guess))
             done, before = under_way.popleft(), flags
             flags = read_flags(done.flags.wait())
-            if not any(f.took_part for f in flags):
+            moved = any(f.took_part for f in flags)
+            if not moved:
                 continue
             recent.append(max(f.new for f in flags if f.took_part))
             if steps == 0:

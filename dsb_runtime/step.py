@@ -144,11 +144,12 @@ class Step:
         eligible = (position >= 0) & active[:, None]
         noise_ids = None
         if self.config.temperature > 0:
-            # Of the batch row, its steps so far and the position: no other row, and no step that
-            # the row did not take part in, changes its noise.
+            # Of the batch row, its steps so far and the place in the response: no other row, no
+            # padding, and no step that the row did not take part in, changes its noise.
             row = torch.arange(len(state.needs), device=position.device)
             row, count = (row, state.forwards) if rows is None else (rows, state.forwards[rows])
-            noise_ids = ((row << 42) | (count << 21))[:, None] | position.clamp(min=0)
+            at = (position - self.spec.prompt_length).clamp(min=0)
+            noise_ids = ((row << 42) | (count << 21))[:, None] | at
             noise_ids = noise_ids.flatten()
         token, confidence = propose(
             hidden.flatten(0, 1), self.lm_head, eligible.flatten(), self.config, self.info,

@@ -1,0 +1,343 @@
+"""The engine: captured steps against direct ones, buffers, faults, threads."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import pickle
+import threading
+import weakref
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import dsb_runtime as dsb
+from dsb_runtime.runner import SESSIONS
+from dsb_runtime.state import KINDS, NOTHING, read_flags
+from dsb_runtime.step import StepShape
+from tests import golden
+from tests.mutations import kernels
+from tests.recorded import Recorder
+from tests.test_decode import biased_to_eos, left_pad, prompts
+from tests.test_kernels_end_to_end import QUICK
+
+CASES = [(f, i) for f in golden.FAMILIES for i in range(len(golden.cases(f)))]
+SHAPE = {"gen_length": 24, "block_length": 8}
+
+
+def recording_engine(family: str) -> dsb.Engine:
+    return dsb.Engine(golden.model(family), capture=Recorder())
+
+
+# --- two ways to drive a step -----------------------------------------------------------------
+
+
+def check_trajectory(family: str, index: int) -> dsb.Engine:
+    case, engine = golden.cases(family)[index], recording_engine(family)
+    out = engine.generate(torch.tensor([case["prompt"]]), **golden.settings(case))
+    assert out.sequences[0].tolist() == case["sequence"]
+    assert case["nfe"] in (None, out.nfe)
+    assert case.get("tokens_per_forward") in (None, out.tokens_per_forward)
+    # Again, now from recordings alone.
+    recorded = len(engine.capture.recordings)
+    again = engine.generate(torch.tensor([case["prompt"]]), **golden.settings(case))
+    assert again.sequences[0].tolist() == case["sequence"] and again.nfe == out.nfe
+    assert engine.capture.replays > 0 and len(engine.capture.recordings) == recorded
+    return engine
+
+
+@pytest.mark.parametrize(("family", "index"), CASES)
+def test_captured_trajectory(family, index):
+    check_trajectory(family, index)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("family", "index"), QUICK)
+def test_captured_trajectory_by_kernel(family, index):
+    with kernels():
+        engine = check_trajectory(family, index)
+    names = {n for r in engine.capture.recordings for n in r.names}
+    assert {"dsb.rope_write_kv", "dsb.window_attention", "dsb.unmask_and_slide"} <= names
+
+
+@pytest.mark.parametrize("family", golden.FAMILIES)
+@pytest.mark.parametrize("cache", ["none", "dual", "dsb"])
+@pytest.mark.parametrize("rule", [{"threshold": 0.6}, {"steps": 12}])
+def test_captured_batch_rows_equal_single_runs(family, cache, rule):
+    rows = prompts(3)
+    ids, mask = left_pad(rows)
+    engine, alone = recording_engine(family), dsb.Engine(golden.model(family), graphs=False)
+    batch = engine.generate(ids, attention_mask=mask, cache=cache, **SHAPE, **rule)
+    for i, row in enumerate(rows):
+        single = alone.generate(row[None], cache=cache, **SHAPE, **rule)
+        assert batch.sequences[i, -24:].tolist() == single.sequences[0, -24:].tolist()
+        assert batch.row_nfe[i] == single.nfe
+    assert torch.equal(batch.sequences[:, :-24], ids)
+
+
+@pytest.mark.parametrize("family", golden.FAMILIES)
+def test_captured_steps_serve_other_prompts_and_lengths(family):
+    """A prompt is padded to the next multiple, so that steps recorded for one serve another."""
+    engine = recording_engine(family)
+    for prompt in prompts(4):
+        expected = dsb.generate(golden.model(family), prompt[None], **SHAPE)
+        out = engine.generate(prompt[None], **SHAPE)
+        assert torch.equal(out.sequences, expected.sequences) and out.nfe == expected.nfe
+    assert len(engine.sessions) == 1
+
+
+@pytest.mark.parametrize("family", golden.FAMILIES)
+@pytest.mark.parametrize("options", [{}, {"top_p": 0.9}])
+def test_the_same_seed_gives_the_same_tokens_captured_or_not(family, options):
+    if options and family == "llada":
+        options = {"threshold": 0.5}
+    ids, mask = left_pad(prompts(3))
+    runs = []
+    for engine in (recording_engine(family), dsb.Engine(golden.model(family), graphs=False)):
+        for seed in (1, 2):
+            out = engine.generate(
+                ids, attention_mask=mask, temperature=1.0,
+                generator=torch.Generator().manual_seed(seed), **SHAPE, **options,
+            )  # fmt: skip
+            runs.append(out.sequences.tolist())
+    assert runs[:2] == runs[2:] and runs[0] != runs[1]
+
+
+@pytest.mark.parametrize("family", golden.FAMILIES)
+def test_rows_of_a_batch_draw_different_noise(family):
+    prompt = prompts(1)[0]
+    out = dsb.generate(golden.model(family), prompt.repeat(4, 1), temperature=1.5, **SHAPE)
+    assert len({tuple(row) for row in out.sequences.tolist()}) == 4
+
+
+def test_a_step_is_launched_before_its_predecessor_is_known():
+    """With one token a step what comes next is certain: the host is one step behind but for
+    refreshes, and no step is wasted."""
+    engine, launched = recording_engine("llada"), []
+    launch = engine.launch
+    engine.launch = lambda session, shape: launched.append(shape) or launch(session, shape)
+    waits = []
+    run = engine.foresee
+    engine.foresee = lambda *a: waits.append(run(*a)) or waits[-1]
+    out = engine.generate(prompts(1)[0][None], gen_length=24, block_length=8, steps=24)
+    assert out.nfe == 24 == len(launched)
+    assert sum(w is not None for w in waits) >= 15
+
+
+def test_a_wrong_guess_changes_nothing():
+    """A window step is foreseen after every step; refreshes and ends are then missed at first."""
+    engine, launched = recording_engine("llada"), []
+    launch, widest = engine.launch, 32
+
+    def guess(session, flags, shape, most):
+        missed = flags[0].needs != KINDS[shape.kind]  # the step under way is such a guess
+        return None if missed else StepShape("window", 1, widest, 8)
+
+    engine.launch = lambda session, shape: launched.append(shape) or launch(session, shape)
+    engine.foresee = guess
+    for prompt in prompts(3):
+        expected = dsb.generate(golden.model("llada"), prompt[None], **SHAPE)
+        out = engine.generate(prompt[None], **SHAPE)
+        assert torch.equal(out.sequences, expected.sequences)
+        assert out.tokens_per_forward == expected.tokens_per_forward
+    assert len(launched) > 3 * expected.nfe, "some guesses must be wrong, or this shows nothing"
+
+
+@settings(max_examples=30, deadline=None)
+@given(data=st.data())
+def test_no_step_can_be_wrong(data):
+    """Any steps in any order, room for too few rows, positions or candidates among them, lead a
+    batch to the tokens that its rows get alone."""
+    family = data.draw(st.sampled_from(golden.FAMILIES))
+    rows = prompts(3)
+    ids, mask = left_pad(rows)
+    leftpad = (mask.shape[1] - mask.sum(-1)).int()
+    policy = data.draw(st.sampled_from(["full", "response"]))
+    config = dsb.DecodingConfig(threshold=0.5, refresh_policy=policy, **SHAPE)
+    engine = dsb.Engine(golden.model(family), graphs=False)
+    with torch.no_grad():
+        session = engine.session(config, ids, leftpad, 0)
+        length = session.state.canvas.shape[1]
+        for _ in range(400):
+            flags = read_flags(session.state.flags)
+            if all(f.needs == NOTHING for f in flags):
+                break
+            if data.draw(st.integers(0, 3)) == 0:
+                session.step(engine.shape_for(session, flags))
+                continue
+            kind = data.draw(st.sampled_from(["window", "refresh", "response"]))
+            width = {"refresh": length, "response": 25}.get(kind)
+            width = width or data.draw(st.integers(1, length))
+            count, held = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 8))
+            session.step(StepShape(kind, count, width, held))
+    for i, row in enumerate(rows):
+        alone = dsb.generate(golden.model(family), row[None], config)
+        assert session.state.canvas[i, -24:].tolist() == alone.sequences[0, -24:].tolist()
+        assert session.state.forwards[i] == alone.nfe
+
+
+# --- buffers ----------------------------------------------------------------------------------
+
+
+def test_memory_is_reused_and_grows():
+    engine = dsb.Engine(golden.model("llada"), graphs=False)
+    small, large = prompts(4)[1][None], prompts(4)[3][None]
+
+    def run(ids: torch.Tensor) -> int:
+        out = engine.generate(ids, **SHAPE)
+        assert torch.equal(
+            out.sequences, dsb.generate(golden.model("llada"), ids, **SHAPE).sequences
+        )
+        return engine.storage[0].data_ptr()
+
+    first = run(small)
+    size = engine.storage[0].shape[1]
+    assert run(small) == first, "the same memory serves the next call"
+    run(large)
+    assert engine.storage[0].shape[1] > size
+    grown = engine.storage[0].data_ptr()
+    assert run(small) == run(small.repeat(2, 1)[:1]) == grown, "a smaller call leaves it as it is"
+    engine.release()
+    assert engine.storage == [] and run(small)
+
+
+def test_a_batch_and_a_long_row_share_memory():
+    """Rows times positions is what is reserved, not the largest of each."""
+    engine = dsb.Engine(golden.model("llada"), graphs=False)
+    engine.generate(torch.full((8, 4), 7), **SHAPE)
+    held = engine.storage[0].shape[1]
+    assert held == 8 * 29
+    long = torch.arange(2, 202)[None]
+    out = engine.generate(long, **SHAPE)
+    assert engine.storage[0].shape[1] == held
+    assert torch.equal(out.sequences, dsb.generate(golden.model("llada"), long, **SHAPE).sequences)
+
+
+def test_captured_steps_are_kept_for_a_few_settings_only():
+    engine = recording_engine("llada")
+    for threshold in range(SESSIONS + 3):
+        engine.generate(prompts(1)[0][None], threshold=threshold / 20, **SHAPE)
+    assert len(engine.sessions) == SESSIONS
+
+
+def test_growth_drops_steps_that_point_into_the_old_memory():
+    engine = recording_engine("llada")
+    for prompt in (prompts(1)[0], torch.arange(2, 102), prompts(1)[0]):
+        expected = dsb.generate(golden.model("llada"), prompt[None], **SHAPE)
+        assert torch.equal(engine.generate(prompt[None], **SHAPE).sequences, expected.sequences)
+
+
+def test_changed_weights_are_noticed():
+    """In place: seen by all. Replaced or moved: packed and captured anew."""
+    model = copy.deepcopy(golden.model("llada"))
+    engine, prompt = dsb.Engine(model, capture=Recorder()), prompts(1)[0][None]
+    first = engine.generate(prompt, **SHAPE).sequences
+
+    def matches() -> bool:
+        fresh = dsb.Engine(copy.deepcopy(model), graphs=False).generate(prompt, **SHAPE).sequences
+        assert torch.equal(engine.generate(prompt, **SHAPE).sequences, fresh)
+        return torch.equal(fresh, first)
+
+    assert matches()
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight.mul_(-3)
+    assert not matches()
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight.div_(-3)
+    model.model.layers[1].self_attn.q_proj.weight.data = torch.randn(64, 64)
+    assert not matches()
+    model.double()
+    model.float()
+    assert not matches()
+    with biased_to_eos("llada") as biased:
+        model.lm_head = biased.lm_head
+        assert not matches()
+
+
+# --- faults -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("captured", [False, True])
+@pytest.mark.parametrize("when", [1, 3, 6])
+def test_an_interrupt_leaves_the_next_call_correct(captured, when):
+    """Ctrl-C in the middle of a forward, also while it is being recorded."""
+    model, prompt = golden.model("llada"), prompts(1)[0][None]
+    engine = dsb.Engine(model, capture=Recorder() if captured else None)
+    expected = dsb.Engine(model, graphs=False).generate(prompt, **SHAPE).sequences
+    calls = []
+
+    def interrupt(module, args):
+        calls.append(1)
+        if len(calls) == when:
+            raise KeyboardInterrupt
+
+    hook = model.model.embed_tokens.register_forward_pre_hook(interrupt)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            engine.generate(prompt, **SHAPE)
+    finally:
+        hook.remove()
+    for _ in range(2):
+        assert torch.equal(engine.generate(prompt, **SHAPE).sequences, expected)
+
+
+def test_threads_do_not_mix():
+    """Four threads: two share a model's own engine, two have engines of their own."""
+    model = golden.model("llada")
+    rows = prompts(4)
+    expected = [dsb.generate(model, row[None], **SHAPE).sequences for row in rows]
+    wrong: list[int] = []
+
+    def work(i: int) -> None:
+        engine = dsb.Engine(model, graphs=False) if i % 2 else None
+        for _ in range(4):
+            run = engine.generate if engine else lambda ids, **s: dsb.generate(model, ids, **s)
+            if not torch.equal(run(rows[i][None], **SHAPE).sequences, expected[i]):
+                wrong.append(i)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_a_call_inside_a_call():
+    model, prompt = golden.model("llada"), prompts(2)
+    inner, plain = [], dsb.generate(model, prompt[1][None], **SHAPE).sequences
+
+    def again(event: dsb.StepEvent) -> None:
+        inner.append(dsb.generate(model, prompt[1][None], **SHAPE).sequences)
+
+    outer = dsb.generate(model, prompt[0][None], on_step=again, **SHAPE)
+    assert torch.equal(outer.sequences, dsb.generate(model, prompt[0][None], **SHAPE).sequences)
+    assert all(torch.equal(i, plain) for i in inner) and len(inner) == outer.nfe
+    engine = dsb.Engine(model)
+    with pytest.raises(RuntimeError, match="on_step"):
+        engine.generate(prompt[0][None], on_step=lambda e: engine.generate(prompt[1][None]))
+
+
+def test_a_model_with_an_engine_can_be_copied_pickled_and_freed():
+    model = copy.deepcopy(golden.model("llada"))
+    prompt = prompts(1)[0][None]
+    expected = dsb.generate(model, prompt, **SHAPE).sequences
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(dsb.generate(other, prompt, **SHAPE).sequences, expected)
+    gone = weakref.ref(model)
+    gc.disable()
+    try:
+        del model
+        assert gone() is None, "the engine keeps the model alive"
+    finally:
+        gc.enable()
+
+
+def test_graphs_need_a_gpu():
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="graphs=True"):
+            dsb.Engine(golden.model("llada"), graphs=True)
+    with pytest.raises(TypeError, match="model=int"):
+        dsb.Engine(3)
