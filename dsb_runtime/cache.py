@@ -49,7 +49,7 @@ class WriteTarget:
     def __init__(self, batch: int, capacity: int) -> None:
         self.batch, self.capacity = batch, capacity
         self.place: Place | None = None
-        self.slots: Tensor | None = None  # (b, W), made once per forward for all layers
+        self.slots: Tensor | None = None  # (b, W), made by the first layer that writes there
 
 
 class WindowLayer(CacheLayerMixin):
@@ -82,6 +82,8 @@ class WindowLayer(CacheLayerMixin):
 
     def _write(self, buffer: Tensor, states: Tensor) -> Tensor:
         target = self.target
+        if target.slots is None:
+            target.slots = target.place.slots(target.capacity)
         place, slots = target.place, target.slots
         if target.batch == 1:
             buffer.index_copy_(2, slots[0], states)
@@ -141,8 +143,7 @@ class WindowCache(Cache):
 
     def put(self, place: Place) -> None:
         """Say where the coming forward's K/V go."""
-        self.target.place = place
-        self.target.slots = place.slots(self.target.capacity)
+        self.target.place, self.target.slots = place, None
 
     def point(
         self, rows: Tensor | None, start: Tensor, length: Tensor, width: int | None = None

@@ -1,0 +1,143 @@
+"""What a step asks of the device: no host reads, shapes fixed by what the host picked, few calls.
+
+Counted from the operators that a dispatch mode sees. A device kernel is one matmul, one custom op
+or one run of elementwise operators that a compiler fuses; on a GPU RMSNorm is one operator.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+import dsb_runtime as dsb
+from dsb_runtime.families import LLADA
+from dsb_runtime.layers import silu_mul
+from dsb_runtime.load import DiffusionInfo
+from dsb_runtime.step import StepShape
+from tests import golden
+from tests.mutations import kernels
+from tests.recorded import Recording
+
+VIEWS = {
+    "view", "transpose", "as_strided", "split", "split_with_sizes", "slice", "unsqueeze", "expand",
+    "_unsafe_view", "t", "alias", "detach",
+}  # fmt: skip
+RMS_NORM = ["pow", "mean", "add_", "rsqrt", "mul", "mul"]
+SILU_MUL = ["silu", "mul"]
+SHAPES = {
+    "window": StepShape("window", 1, 24, 8),
+    "refresh": StepShape("refresh", 1, 40, 8),
+    "response": StepShape("response", 1, 25, 8),
+}
+
+
+def model_of(layers: int) -> PreTrainedModel:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=128, hidden_size=32, intermediate_size=48, num_hidden_layers=layers,
+        num_attention_heads=2, num_key_value_heads=1, attn_implementation="dsb",
+    )  # fmt: skip
+    config.is_causal = False
+    model = LlamaForCausalLM(config).eval()
+    model.dsb = DiffusionInfo(LLADA, 127, (1,))
+    return model
+
+
+def record(
+    model: PreTrainedModel, kind: str, *, steps: int = 0, rows: int = 2, **settings: object
+) -> Recording:
+    """A step of one row out of `rows`, after `steps` steps, as it is recorded."""
+    engine = dsb.Engine(model, graphs=False)
+    config = dsb.DecodingConfig(
+        gen_length=24, block_length=8, refresh_policy="response", stop_at_eos=True, **settings
+    )
+    ids = torch.arange(2, 18).repeat(rows, 1)
+    with torch.no_grad():
+        session = engine.session(config, ids, torch.tensor([3] + [0] * (rows - 1)).int(), 0)
+        for _ in range(steps):
+            session.step(StepShape("refresh", rows, 40, 8))
+            session.step(StepShape("window", rows, 40, 8))
+        with Recording() as recording:
+            session.step(SHAPES[kind])
+    return recording
+
+
+@pytest.mark.parametrize("kind", SHAPES)
+@pytest.mark.parametrize("layers", [1, 2, 5])
+def test_no_step_reads_on_the_host(kind, layers):
+    recording = record(model_of(layers), kind)
+    assert len(recording.calls) > 20 * layers and recording.host_reads() == []
+
+
+@pytest.mark.parametrize("family", golden.FAMILIES)
+@pytest.mark.parametrize("settings", [{"temperature": 0.7}, {"frechet": 0.1}, {"factor": 1.0}])
+def test_no_rule_and_no_sampling_reads_on_the_host(family, settings):
+    if "temperature" in settings and family == "dream":
+        settings = {**settings, "top_p": 0.9, "top_k": 40}
+    assert record(golden.model(family), "window", steps=1, **settings).host_reads() == []
+
+
+def test_host_reads_are_seen():
+    with Recording() as recording:
+        x = torch.arange(4)
+        x.sum().item(), x.nonzero(), bool(x.any())
+    assert len(recording.host_reads()) == 3
+
+
+@pytest.mark.parametrize("kind", SHAPES)
+def test_shapes_do_not_depend_on_data(kind):
+    """The same operators with results of the same shape, wherever the windows stand."""
+
+    def shapes(recording: Recording) -> list[tuple]:
+        results = [tree_leaves(result) for *_, result in recording.calls]
+        sizes = [[tuple(t.shape) for t in r if isinstance(t, Tensor)] for r in results]
+        return list(zip(recording.names, sizes, strict=True))
+
+    first, later = (shapes(record(golden.model("llada"), kind, steps=n)) for n in (0, 2))
+    assert first == later
+
+
+def layer_calls(recording: Recording) -> list[str]:
+    """The operators of one layer in the middle, from a cache write to the next."""
+    writes = [i for i, name in enumerate(recording.names) if name == "dsb.rope_write_kv"]
+    assert len(writes) == 4
+    return recording.names[writes[1] : writes[2]]
+
+
+def device_kernels(calls: list[str]) -> list[str]:
+    """Those of a list of operators, by name."""
+    names = [call.split(".")[1] for call in calls if call.split(".")[1] not in VIEWS]
+    found: list[str] = []
+    while names:
+        for group, label in ((RMS_NORM, "rms norm"), (SILU_MUL, "silu * mul")):
+            if names[: len(group)] == group:
+                found.append(label)
+                names = names[len(group) :]
+                break
+        else:
+            name = names.pop(0)
+            found.append(
+                {"mm": "matmul", "addmm": "matmul", "addmm_": "matmul + residual"}.get(name, name)
+            )
+    return found
+
+
+def test_a_layer_is_nine_kernels_and_at_most_25_calls():
+    with kernels():
+        calls = layer_calls(record(model_of(4), "window", rows=1))
+    assert len(calls) <= 25, calls
+    assert device_kernels(calls) == [
+        "rope_write_kv", "window_attention", "matmul + residual", "rms norm", "matmul",
+        "silu * mul", "matmul + residual", "rms norm", "matmul",
+    ]  # fmt: skip
+
+
+def test_silu_mul_compiles_to_what_it_is():
+    """The region that is compiled on a GPU, by the compiler's front end on a CPU."""
+    x = torch.randn(5, 16)
+    compiled = torch.compile(silu_mul, dynamic=True, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(x), silu_mul(x))
+    assert torch.allclose(silu_mul(x), torch.sigmoid(x[:, :8]) * x[:, :8] * x[:, 8:], atol=1e-6)
