@@ -1,0 +1,92 @@
+"""Running out of memory: what was asked for, what would fit, and an engine that still works."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import dsb_runtime as dsb
+from dsb_runtime.memory import allocate, largest, layout_of
+from tests import golden
+from tests.recorded import Recorder
+from tests.test_decode import prompts
+
+ROOT = Path(__file__).parents[1]
+SHAPE = {"gen_length": 24, "block_length": 8}
+
+# A real limit on this process's memory, so that a real allocation fails.
+LIMITED = """
+import resource, torch
+import dsb_runtime as dsb
+from tests import golden
+from tests.test_decode import prompts
+
+torch.set_num_threads(1)
+model, prompt = golden.model("llada"), prompts(1)[0][None]
+engine = dsb.Engine(model)
+settings = {"gen_length": 24, "block_length": 8}
+expected = engine.generate(prompt, **settings).sequences
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + (160 << 20), resource.RLIM_INFINITY))
+ids = torch.arange(2, 402).repeat(2000, 1)
+try:
+    engine.generate(ids, **settings)
+except torch.OutOfMemoryError as error:
+    print("refused:", error)
+assert torch.equal(engine.generate(prompt, **settings).sequences, expected)
+print("still right")
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits memory as Linux does")
+def test_a_cache_that_does_not_fit():
+    done = subprocess.run(
+        [sys.executable, "-c", LIMITED], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = re.search(r"batch of 2000 with 424 positions each: ([\d,]+) bytes asked", done.stdout)
+    layout = layout_of(golden.model("llada"))
+    assert int(found[1].replace(",", "")) == 2000 * 425 * layout.slot_bytes
+    fits = int(re.search(r"a batch of (\d+) fits", done.stdout)[1])
+    assert 0 < fits < 2000 and fits * 425 * layout.slot_bytes < 160 << 20
+    assert "still right" in done.stdout
+
+
+def test_largest_finds_the_edge():
+    for edge in range(12):
+        assert largest(11, lambda n, edge=edge: n <= edge) == min(edge, 11)
+    assert largest(0, lambda n: True) == 0
+
+
+def test_other_errors_of_an_allocation_pass_through():
+    layout = layout_of(golden.model("llada"))
+    with pytest.raises(RuntimeError, match="negative"):
+        allocate(layout, -2, 10)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_step_that_runs_out_of_memory_while_captured(rows):
+    """The message says what would fit; what was captured is dropped and made again."""
+    tight = [False]
+
+    class Failing(Recorder):
+        def __call__(self, run):
+            if tight[0]:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+            return super().__call__(run)
+
+    model, ids = golden.model("llada"), prompts(1)[0].repeat(rows, 1)
+    engine = dsb.Engine(model, capture=Failing())
+    expected = dsb.Engine(model, graphs=False).generate(ids, **SHAPE).sequences
+    tight[0] = True
+    advice = "a shorter prompt or gen_length" if rows == 1 else "a batch of 1"
+    with pytest.raises(torch.OutOfMemoryError, match=rf"refresh step.*2.00 GiB.*{advice}"):
+        engine.generate(ids, **SHAPE)
+    assert not engine.sessions
+    tight[0] = False
+    assert torch.equal(engine.generate(ids, **SHAPE).sequences, expected)
