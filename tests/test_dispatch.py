@@ -133,7 +133,8 @@ import torch, triton
 from torch._subclasses.fake_tensor import FakeTensorMode
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import MockTensor
-from dsb_kernels import confidence, lm_head_confidence, row_state
+from dsb_kernels import confidence, lm_head_confidence, rope_kv, row_state
+from dsb_kernels import window_attention, window_attention_kernel
 
 class Driver:
     def get_current_target(self):
@@ -158,11 +159,13 @@ class Warmup:  # everything that a launch does but the launch
             launched.append(self.kernel.__name__)
         return launch
 
-for module in (confidence, lm_head_confidence, row_state):
+for module in (confidence, lm_head_confidence, row_state, rope_kv, window_attention_kernel):
     module.wrap_triton = Warmup
-token_op, head_op, partial_op = (
+window_attention_kernel.sm_count = lambda device: 132
+token_op, head_op, partial_op, rope_op, attention_op = (
     op._init_fn for op in (confidence._token_confidence_op,
-        lm_head_confidence._lm_head_confidence_op, lm_head_confidence._lm_head_partial_op))
+        lm_head_confidence._lm_head_confidence_op, lm_head_confidence._lm_head_partial_op,
+        rope_kv._rope_write_kv_op, window_attention._window_attention_op))
 with torch._library.triton.set_wrap_triton_enabled(False), FakeTensorMode():
     def cuda(*shape, dtype=torch.bfloat16):
         return torch.empty(shape, device="cuda", dtype=dtype)
@@ -175,7 +178,19 @@ with torch._library.triton.set_wrap_triton_enabled(False), FakeTensorMode():
         hidden, weight, bias = cuda(rows, 128), cuda(V, 128), cuda(V)
         head_op(hidden, weight, bias, cuda(rows, dtype=torch.bool), [0], 0.0, None, None, "margin")
         partial_op(hidden, weight, None, None, [], 0.0, None, None, "probability", 7)
-assert len(launched) == 20, launched
+    assert len(launched) == 20, launched
+    table = cuda(96, 128, dtype=torch.float32)
+    for B, W, cache_batch in ((1, 1, 1), (3, 32, 5)):
+        q, k, cache = cuda(B, 8, W, 128), cuda(B, 2, W, 128), cuda(cache_batch, 2, 96, 128)
+        row, lists = cuda(B, dtype=torch.int32), cuda(B, 1, dtype=torch.int32)
+        index = row if cache_batch > B else None
+        rope_op(q, k, k, table, cache, cache, row, row, None, index, True)
+        rope_op(q, k, k, table, cache, cache, row, row, row, index, False)
+        attention_op(q, None, None, cache, cache, row, row, row, None, index, None, None,
+            64, 1.0, 1, False)
+        attention_op(q, k, k, cache, cache, row, row, row, row, index, row, lists,
+            64, 1.0, None, True)
+assert len(launched) == 20 + 2 * 5, launched
 """
 
 
