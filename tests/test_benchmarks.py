@@ -35,11 +35,11 @@ SETTINGS = {"gen_length": 32, "block_length": 8, "schedule": "dsb", "cache": "ds
 def case_of(name: str, batch: int = 1, dtype: torch.dtype = torch.float32, **more: Any) -> Case:
     preset = PRESETS[name]
     settings = {**SETTINGS, "prefix_window": preset.family.prefix_window, **more}
-    model = random_model(preset, dtype, "cpu")
+    engine = dsb.Engine(random_model(preset, dtype, "cpu"))
     prompts = random_prompt(preset, batch, 24)
     if settings.get("threshold"):
-        scale_head(model, prompts[:1], settings, 3.0)
-    return Case(model, prompts, settings)
+        scale_head(engine, prompts[:1], settings, 3.0)
+    return Case(engine, prompts, settings)
 
 
 OPTIONS = {
@@ -304,7 +304,7 @@ def test_ceilings_count_what_they_move(monkeypatch):
     device = torch.device("cpu")
     assert ceilings.copy_gb_per_s(device) > 0.1
     assert ceilings.matmul_tflops(torch.float32, device) > 1e-4
-    monkeypatch.setattr(ceilings, "median_seconds", lambda run, device: run() is None or 2.0)
+    monkeypatch.setattr(ceilings, "best_seconds", lambda run, device: run() is None or 2.0)
     assert ceilings.copy_gb_per_s(device) == 2**28 / 1e9  # read and written in two seconds
     monkeypatch.setattr(ceilings, "CPU_SIZES", (64,))
     assert ceilings.matmul_tflops(torch.float32, device) == 64**3 * 1e-12
@@ -321,6 +321,7 @@ def test_ceilings_count_what_they_move(monkeypatch):
         ("--threshold 2", "threshold=2.0: expected a number in [0, 1]"),
         ("--prefix-window -1", "prefix_window=-1: expected an int >= 0"),
         ("--tokens-per-forward 40", "--tokens-per-forward 40: expected at most --block, 32"),
+        ("--no-graphs", "--no-graphs: a CPU has none; expected it with --device cuda"),
         ("--json /nope/x.json", "--json /nope/x.json: no such folder"),
         ("--plot x.txt", "--plot x.txt: expected a file ending in"),
         pytest.param("--device cuda", "--device cuda: no CUDA device here; expected cpu",
@@ -348,3 +349,21 @@ def test_a_tied_head_is_the_embedding():
     model = random_model(dataclasses.replace(preset, tied=True), torch.bfloat16, "cpu")
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert dsb.generate(model, random_prompt(preset, 1, 8), **SETTINGS).nfe > 0
+
+
+def test_a_run_that_differs_when_watched_stops_it(monkeypatch):
+    """In 16 bits other tokens may be taken where nothing watches, but not more or fewer."""
+    free = dsb.Engine.generate
+
+    def other(self: dsb.Engine, *args: Any, on_step: Any = None, **settings: Any) -> Any:
+        if on_step is None:
+            settings = {**settings, **unwatched}
+        return free(self, *args, on_step=on_step, **settings)
+
+    monkeypatch.setattr(dsb.Engine, "generate", other)
+    unwatched: dict[str, Any] = {"max_block_length": 8}
+    case = case_of("tiny", dtype=torch.bfloat16, steps=9, max_block_length=32)
+    assert not case.repeats and case.agreed.decisions == 32
+    unwatched["steps"] = 10
+    with pytest.raises(SystemExit, match="a watched run decides differently: nothing is timed"):
+        case_of("tiny", dtype=torch.bfloat16, steps=9)
