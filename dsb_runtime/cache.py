@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from dsb_runtime.attention import CanvasOffset
+
 
 @dataclass(frozen=True)
 class Place:
@@ -107,6 +109,14 @@ class WindowLayer(CacheLayerMixin):
         return self.target.capacity if place is None else place.canvas_length, 0
 
     def get_seq_length(self) -> int:
+        """Where a model's forward takes its queries to begin if it got no `position_ids`.
+
+        Raises:
+            ValueError: a window forward, whose queries begin elsewhere.
+        """
+        place = self.target.place
+        if place is not None and not place.full:
+            raise ValueError("position_ids=None: expected the positions of a window's rows")
         return 0
 
     def get_max_length(self) -> int:
@@ -140,6 +150,9 @@ class WindowCache(Cache):
             layer.keys, layer.values = slots.view(2, batch, heads, capacity + 1, dim)
             layer.is_initialized = True
         return cache
+
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        return CanvasOffset(0)
 
     def put(self, place: Place) -> None:
         """Say where the coming forward's K/V go."""

@@ -344,6 +344,32 @@ def test_a_window_forward_equals_the_rows_of_the_full_one(name, padding):
     assert (full - part)[real].abs().max() < 1e-5
 
 
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen2-sliding", "mistral", "gemma3"])
+def test_a_window_forward_of_a_causal_or_sliding_model_is_an_error(name):
+    for causal in (True, False):
+        model = model_of(name, causal)
+        if not causal and "sliding_window" not in CONFIGS[name][1]:
+            continue
+        model.set_attn_implementation("dsb")
+        with pytest.raises(ValueError, match="a WindowCache with a causal or sliding-window mask"):
+            window_logits(model, *inputs("none"), 8, 12)
+
+
+def test_a_window_forward_wants_its_positions():
+    model, (ids, _) = model_of("llama", causal=False), inputs("none")
+    model.set_attn_implementation("dsb")
+    cache = WindowCache(model.config.num_hidden_layers, *ids.shape)
+    given, rows = {cache_argument(model): cache}, torch.full((len(ids),), 8)
+    cache.point(None, rows * 0, rows * 0 + LENGTH)
+    with torch.no_grad():
+        full = model(input_ids=ids, **given).logits
+    assert (full - logits(model, "sdpa", ids, None)).abs().max() < 1e-5
+    model.set_attn_implementation("dsb")
+    cache.point(None, rows, rows * 0 + 4, 4)
+    with pytest.raises(ValueError, match="position_ids=None"):
+        model(input_ids=ids[:, 8:12], **given)
+
+
 @pytest.mark.parametrize("padding", ["none", "left"])
 def test_the_window_kernel_serves_the_backend(monkeypatch, padding):
     """`window=` says where the queries lie; on a GPU, or interpreted, the kernel then runs."""
