@@ -33,6 +33,9 @@ SCHEDULES: dict[str, dict[str, Any]] = {
 THRESHOLDS = (0.2, 0.3, 0.4, 0.5, 0.7, 0.95, 0.99)
 FACTORS = (0.25, 1.0, 4.0, 8.0)
 FRECHETS = (-0.9, -0.5, 0.0, 0.25, 0.9)
+# Of how many refreshes one is full; None is refresh_policy="full".
+FULL_EVERY = (None, 4, 1000)
+SMALL_BLOCK = 4  # for many refreshes
 
 
 @dataclass(frozen=True)
@@ -74,11 +77,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def build_settings(gen_length: int, block_length: int, quick: bool) -> list[Setting]:
-    """One token a step first; every schedule × cache at 0.9; then each rule's sweep."""
+    """One token a step first; every schedule × cache at 0.9; then each rule's sweep, and refreshes
+    that leave the prompt's K/V as they are."""
     shape = {"gen_length": gen_length, "block_length": block_length, "stop_at_eos": True}
 
     def make(rule: str, schedule: str, cache: str, **values: Any) -> Setting:
-        settings = {**shape, **SCHEDULES[schedule], "cache": cache, **values}
+        settings = {**shape, **SCHEDULES[schedule], "cache": cache.split(",")[0], **values}
         if settings.get("max_block_length") == -1:
             settings["max_block_length"] = block_length
         return Setting(rule, schedule, cache, DecodingConfig(**settings))
@@ -94,6 +98,14 @@ def build_settings(gen_length: int, block_length: int, quick: bool) -> list[Sett
             made += [make(f"threshold {v:g}", schedule, cache, threshold=v) for v in THRESHOLDS]
         made += [make(f"factor {v:g}", "DSB greedy", "dsb", factor=v) for v in FACTORS]
         made += [make(f"frechet {v:g}", "DSB greedy", "dsb", frechet=v) for v in FRECHETS]
+        small = min(SMALL_BLOCK, block_length)
+        for every in FULL_EVERY:
+            policy: dict[str, Any] = {"steps": gen_length, "block_length": small}
+            label = f"dsb, block {small}"
+            if every is not None:
+                policy |= {"refresh_policy": "response", "full_refresh_every": every}
+                label += f", response/{every}"
+            made.append(make("one token a step", "DSB greedy", label, **policy))
     return made
 
 
@@ -162,7 +174,8 @@ def print_table(title: str, scores: list[Score]) -> None:
 def show(title: str, scores: list[Score], plot: Path | None) -> None:
     print_table(title, scores)
     if plot is not None:
-        draw_scores([asdict(s) for s in scores], plot)
+        # The refresh policies are compared in the table; in the picture they would lie on one spot.
+        draw_scores([asdict(s) for s in scores if "," not in s.cache], plot)
 
 
 def run_kept(path: Path, plot: Path | None) -> int:
