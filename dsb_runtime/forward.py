@@ -15,9 +15,10 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from dsb_kernels import rope_kv
@@ -25,7 +26,7 @@ from dsb_kernels.dispatch import use_triton
 from dsb_kernels.window_attention import window_attention
 from dsb_runtime.attention import dsb_attention
 from dsb_runtime.cache import Place, WindowCache, WindowLayer
-from dsb_runtime.layers import ModuleLayer, PackedLayer, fingerprint, layers_of, norm_of
+from dsb_runtime.layers import fingerprint, layers_of, norm_of, project
 
 Phase = Callable[[str], AbstractContextManager[None]]
 
@@ -96,12 +97,17 @@ class Backbone:
                 q, k, v = layer.qkv(x, place.width)
             stored = None if cache is None else cache.layers[i]
             with self.phase(f"layer {i}: rope+write"):
-                q, k, v = self.rope_write(q, k, v, place, stored, rotary)
+                if rotary is None:
+                    q, k, v = rope_write(q, k, v, place, stored, self.cos_sin, place.leftpad)
+                else:
+                    q, k = (rope_kv.rotate(x, *rotary, is_neox=True) for x in (q, k))
+                    k, v = (k, v) if stored is None else stored.update(k, v)
             if i == last:
                 q = q.gather(2, keep[:, None, :, None].expand(-1, q.shape[1], -1, q.shape[3]))
                 hidden = take_rows(hidden.unflatten(0, input_ids.shape), keep).flatten(0, 1)
             with self.phase(f"layer {i}: attention"):
-                out = self.attend(layer, q, k, v, place, mask, kept=i == last)
+                out = attend(layer.attn, q, k, v, place, mask, kept=i == last)
+                out = out.reshape(len(hidden), -1)
             with self.phase(f"layer {i}: out"):
                 hidden = layer.finish(hidden, out)
             with self.phase(f"layer {i}: mlp"):
@@ -116,58 +122,99 @@ class Backbone:
             position = (position - place.leftpad[:, None]).clamp(min=0)
         return self.cos_sin[position][:, None].chunk(2, -1)
 
-    def rope_write(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        place: Place,
-        stored: WindowLayer | None,
-        rotary: tuple[Tensor, Tensor] | None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Rotated queries, and the keys and values to attend to: the cache's own buffers where
-        the kernels read them in place, else (b, H_kv, L, D)."""
-        if stored is not None and not stored.is_initialized:
-            stored.lazy_initialization(k, v)
-        if rotary is None:
-            keys, values = stored.keys, stored.values
-            if place.rows is None and len(keys) > len(q):
-                keys, values = keys[: len(q)], values[: len(q)]
-            q = rope_kv.rope_write_kv(
-                q, k, v, self.cos_sin, keys, values,
-                window_start=place.start, window_length=place.length,
-                position_offset=place.leftpad, cache_batch_idx=place.rows,
-            )  # fmt: skip
-            if place.full:  # dense: SDPA and flash-attn have the best kernels for it
-                return q, stored.stored(stored.keys), stored.stored(stored.values)
-            return q, keys, values
-        q, k = (rope_kv.rotate(x, *rotary, is_neox=True) for x in (q, k))
-        return (q, k, v) if stored is None else (q, *stored.update(k, v))
 
-    def attend(
-        self,
-        layer: PackedLayer | ModuleLayer,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        place: Place,
-        mask: Tensor | None,
-        kept: bool,
-    ) -> Tensor:
-        """q (b, H, W or K, D) over k, v: (b * W or b * K, H * D)."""
-        if place.full or not use_triton(q, k, v):
-            out, _ = dsb_attention(
-                layer.attn, q, k, v, mask, scaling=layer.scaling, is_causal=False
-            )
-            return out.reshape(-1, q.shape[1] * q.shape[3])
-        start, length = place.start, place.length
-        if kept:
-            # Scattered rows: the window, which is written, may stand anywhere among what is stored.
-            start = torch.zeros_like(start) if place.leftpad is None else place.leftpad
-            length = (length > 0).int() * q.shape[2]
-        out = window_attention(
-            q, None, None, k, v, window_start=start, window_length=length,
-            cache_seqlens=place.seqlens, cache_leftpad=place.leftpad, cache_batch_idx=place.rows,
-            softmax_scale=layer.scaling,
-        )  # fmt: skip
-        return out.transpose(1, 2).reshape(-1, q.shape[1] * q.shape[3])
+def rope_write(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    place: Place,
+    stored: WindowLayer,
+    cos_sin: Tensor,
+    offset: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Rotary embedding and cache write in one launch.
+
+    Args:
+        q, k, v: (b, H or H_kv, W, D).
+        cos_sin: (positions, D), cosines, then sines; row j of sequence i is rotated by row
+            `place.start[i] + j - offset[i]` of it.
+
+    Returns:
+        Rotated queries, and the keys and values to attend to: the cache's buffers, which
+        `window_attention` reads in place, or at a refresh what they hold, (b, H_kv, L, D).
+    """
+    if not stored.is_initialized:
+        stored.lazy_initialization(k, v)
+    keys, values = stored.keys, stored.values
+    if place.rows is None and len(keys) > len(q):
+        keys, values = keys[: len(q)], values[: len(q)]
+    q = rope_kv.rope_write_kv(
+        q, k, v, cos_sin, keys, values, window_start=place.start, window_length=place.length,
+        position_offset=offset, cache_batch_idx=place.rows,
+    )  # fmt: skip
+    if place.full:  # dense: SDPA and flash-attn have the best kernels for it
+        return q, stored.stored(stored.keys), stored.stored(stored.values)
+    return q, keys, values
+
+
+def attend(
+    attn: nn.Module,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    place: Place,
+    mask: Tensor | None,
+    kept: bool = False,
+) -> Tensor:
+    """q (b, H, W, D) over what `rope_write` returned: (b, W, H, D). `kept`: q are only some rows
+    of the window."""
+    if place.full or not use_triton(q, k, v):
+        return dsb_attention(attn, q, k, v, mask, scaling=attn.scaling, is_causal=False)[0]
+    start, length = place.start, place.length
+    if kept:
+        # Scattered rows: the window, which is written, may stand anywhere among what is stored.
+        start = torch.zeros_like(start) if place.leftpad is None else place.leftpad
+        length = (length > 0).int() * q.shape[2]
+    out = window_attention(
+        q, None, None, k, v, window_start=start, window_length=length,
+        cache_seqlens=place.seqlens, cache_leftpad=place.leftpad, cache_batch_idx=place.rows,
+        softmax_scale=attn.scaling,
+    )  # fmt: skip
+    return out.transpose(1, 2)
+
+
+def patched_attention(
+    attn: nn.Module,
+    original: Callable[..., tuple[Tensor, Tensor | None]],
+    hidden_states: Tensor,
+    position_embeddings: tuple[Tensor, Tensor],
+    attention_mask: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """An attention module's forward that takes a window forward through the kernels.
+
+    For a `WindowCache` on a GPU, with rows at the same positions in every sequence: rotary
+    embedding and cache write in one launch, attention over the cache in place. Anything else is
+    `original`'s.
+
+    Args:
+        hidden_states: (b, W, E).
+        position_embeddings: cosines and sines, (1 or b, W, D) each.
+        attention_mask: None where every stored position is attended to.
+    """
+    cache = kwargs.get("cache", kwargs.get("past_key_values"))
+    cos, sin = position_embeddings
+    fused = isinstance(cache, WindowCache) and attention_mask is None and len(cos) == 1
+    if not fused or hidden_states.requires_grad or not use_triton(hidden_states):
+        return original(
+            hidden_states,
+            position_embeddings=position_embeddings,
+            attention_mask=attention_mask,
+            **kwargs,
+        )
+    place, half = cache.target.place, cos.shape[-1] // 2
+    table = torch.cat([cos[0, :, :half], sin[0, :, :half]], -1)  # row j is the window's row j
+    q, k, v = project(attn, hidden_states.flatten(0, 1), place.width)
+    stored = cache.layers[attn.layer_idx]
+    out = attend(attn, *rope_write(q, k, v, place, stored, table, place.start), place, None)
+    return attn.o_proj(out.flatten(2)), None

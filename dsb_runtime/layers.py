@@ -19,6 +19,7 @@ from dsb_runtime.packing import packed_linear
 
 # Norms that F.rms_norm computes from `weight` and `variance_epsilon`.
 RMS_NORMS = ("LlamaRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm", "MistralRMSNorm")
+SAME_RESULT = "_dsb_same_result"  # marks a forward of ours that computes what it replaces
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
 
@@ -35,8 +36,9 @@ def norm_of(module: nn.Module) -> Callable[[Tensor], Tensor]:
 
 def is_plain(module: nn.Module) -> bool:
     """Whether calling a module does no more than its class's forward on ordinary tensors."""
-    hooks = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
-    return not hooks and all(
+    forward = vars(module).get("forward")
+    replaced = forward is not None and not hasattr(forward, SAME_RESULT)
+    return not (module._forward_hooks or module._forward_pre_hooks or replaced) and all(
         type(p) is nn.Parameter and p.is_floating_point() for p in module.parameters()
     )
 
@@ -116,6 +118,18 @@ class PackedLayer:
         return hidden.addmm_(act, self.down)
 
 
+def project(attn: nn.Module, x: Tensor, width: int) -> list[Tensor]:
+    """x (N, E) of sequences of `width` rows through an attention module's own projections: q
+    (b, H, W, D), k and v (b, H_kv, W, D)."""
+    made = []
+    for name in "qkv":
+        heads = getattr(attn, f"{name}_proj")(x)
+        heads = heads.view(-1, width, heads.shape[-1] // attn.head_dim, attn.head_dim)
+        norm = getattr(attn, f"{name}_norm", None)
+        made.append((heads if norm is None else norm(heads)).transpose(1, 2))
+    return made
+
+
 class ModuleLayer:
     """The same through the layer's own modules, whatever they are."""
 
@@ -125,13 +139,7 @@ class ModuleLayer:
         self.input_norm = layer.input_layernorm
 
     def qkv(self, x: Tensor, width: int) -> list[Tensor]:
-        made = []
-        for name in "qkv":
-            heads = getattr(self.attn, f"{name}_proj")(x)
-            heads = heads.view(-1, width, heads.shape[-1] // self.head_dim, self.head_dim)
-            norm = getattr(self.attn, f"{name}_norm", None)
-            made.append((heads if norm is None else norm(heads)).transpose(1, 2))
-        return made
+        return project(self.attn, x, width)
 
     def finish(self, hidden: Tensor, out: Tensor) -> Tensor:
         return hidden + self.attn.o_proj(out)

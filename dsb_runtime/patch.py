@@ -1,6 +1,6 @@
 """patch and unpatch: DSB decoding for a model that is in memory already.
 
-No parameter is copied: patching sets a few attributes, and `unpatch` puts every one back.
+No parameter is held twice: patching sets a few attributes, and `unpatch` puts every one back.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from transformers import PreTrainedModel
 
 from dsb_runtime.decode import ENGINE, GenerationOutput, generate
 from dsb_runtime.families import FAMILIES
+from dsb_runtime.forward import patched_attention
+from dsb_runtime.layers import SAME_RESULT, layers_of
 from dsb_runtime.load import DiffusionInfo, special_id
 
 # Model class -> family that its logits follow; None has to be named. All share Llama's modules.
@@ -55,8 +57,10 @@ def patch(
 ) -> PreTrainedModel:
     """Make a Llama, Qwen2, Qwen3 or Mistral in memory decode with DSB; returns the model.
 
-    Its attention becomes bidirectional and runs through the "dsb" implementation, which serves
-    window forwards over a `WindowCache`; it gains `model.dsb_generate(input_ids, **settings)`.
+    Its attention becomes bidirectional and runs through the "dsb" implementation; its forward
+    passes over a `WindowCache` take the kernels (`patched_attention`); its q, k, v and gate, up
+    weights become views of one storage each (`dsb_runtime.packing`), which they stay; and it gains
+    `model.dsb_generate(input_ids, **settings)`, which scores without logits.
 
     Args:
         model: a causal or bidirectional model whose weights are a diffusion model's.
@@ -91,6 +95,12 @@ def patch(
     set_kept(config, "mask_token_id", mask, kept)
     before = config._attn_implementation
     model.set_attn_implementation("dsb")
+    for layer in model.model.layers:
+        attn = layer.self_attn
+        forward = functools.partial(patched_attention, attn, attn.forward)
+        setattr(forward, SAME_RESULT, True)
+        set_kept(attn, "forward", forward, kept)
+    layers_of(model.model)  # q, k, v and gate, up into one storage each
     set_kept(model, "dsb", DiffusionInfo(FAMILIES[name], mask, ends), kept)
     set_kept(model, "dsb_generate", functools.partial(dsb_generate, model), kept)
     set_kept(model, "_dsb_kept", (before, kept), kept)

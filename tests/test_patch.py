@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
 
 import dsb_runtime as dsb
+from dsb_runtime import forward
+from dsb_runtime.cache import WindowCache
 from dsb_runtime.families import FAMILIES, supported_config
+from dsb_runtime.layers import layers_of
 from dsb_runtime.load import read_config, rename
 from tests import golden
+from tests.mutations import kernels
+from tests.test_attention_backend import cache_argument
 
 SMALL = {
     "vocab_size": 512, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
@@ -119,3 +126,53 @@ def test_an_unknown_model_is_refused_with_the_reason():
     sliding = transformers.MistralConfig(**SMALL, sliding_window=8)
     with pytest.raises(TypeError, match="sliding"):
         dsb.patch(transformers.MistralForCausalLM(sliding), family="llada", mask_id=511)
+
+
+def window_logits(model: transformers.PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
+    """Logits of rows 4 to 11 by a forward of everything and then one of those rows alone."""
+    cache = WindowCache(model.config.num_hidden_layers, *ids.shape)
+    named = {cache_argument(model): cache}
+    zero = torch.zeros(len(ids), dtype=torch.int32)
+    with torch.no_grad():
+        cache.point(None, zero, zero + ids.shape[1])
+        model(ids, **named)
+        cache.point(None, zero + 4, zero + 8, 8)
+        return model(ids[:, 4:12], position_ids=torch.arange(4, 12)[None], **named).logits
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_patched_models_own_forward_takes_the_kernels(kind, monkeypatch):
+    model, taken = dsb.patch(random_model(kind), family="llada", mask_id=511), []
+    assert all(type(layer).__name__ == "PackedLayer" for layer in layers_of(model.model))
+    ids = torch.randint(2, 500, (2, 16), generator=torch.Generator().manual_seed(1))
+    full = model(ids).logits[:, 4:12]
+    assert (window_logits(model, ids) - full).abs().max() < 1e-5
+    wrapped = forward.rope_write
+    monkeypatch.setattr(forward, "rope_write", lambda *a: taken.append(1) or wrapped(*a))
+    with kernels():
+        assert (window_logits(model, ids) - full).abs().max() < 1e-5
+    assert len(taken) == 2 * model.config.num_hidden_layers
+    # A mask is transformers' own to apply: the kernels are told of none.
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+    plain = dsb.unpatch(model)
+    plain.config.is_causal = False
+    expected = plain(ids, attention_mask=mask).logits
+    dsb.patch(model, family="llada", mask_id=511)
+    with kernels():
+        found = model(ids, attention_mask=mask).logits
+    assert (found - expected)[mask.bool()].abs().max() < 1e-5
+
+
+def test_a_patched_model_can_be_copied():
+    model = dsb.patch(in_memory("llada"), mask_id=511)
+    other = copy.deepcopy(model)
+    for a, b in zip(model.model.layers, other.model.layers, strict=True):
+        assert b.self_attn.forward.args[0] is b.self_attn is not a.self_attn
+    ids = torch.arange(2, 14)[None]
+    with torch.no_grad():
+        model.model.layers[0].self_attn.q_proj.weight.zero_()
+    assert not torch.equal(model(ids).logits, other(ids).logits)
+    case = golden.cases("llada")[0]
+    out = dsb.generate(other, torch.tensor([case["prompt"]]), **golden.settings(case))
+    assert out.sequences[0].tolist() == case["sequence"]
