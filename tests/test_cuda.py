@@ -1,0 +1,63 @@
+"""The engine on a GPU: CUDA graphs against direct steps, and the golden trajectories by kernel."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import dsb_runtime as dsb
+from dsb_kernels.lm_head_confidence import lm_head_confidence
+from tests import golden
+from tests.test_decode import left_pad, prompts
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+CASES = [(f, i) for f in golden.FAMILIES for i in range(len(golden.cases(f)))]
+SHAPE = {"gen_length": 24, "block_length": 8}
+
+
+@pytest.fixture(scope="module")
+def engines() -> dict[tuple[str, bool], dsb.Engine]:
+    made = {}
+    for family in golden.FAMILIES:
+        model = dsb.load_model(golden.DATA / family, dtype="float32", device="cuda")
+        for graphs in (False, True):
+            made[family, graphs] = dsb.Engine(model, graphs=graphs)
+    return made
+
+
+@pytest.mark.parametrize("graphs", [False, True])
+@pytest.mark.parametrize(("family", "index"), CASES)
+def test_trajectory(engines, family, index, graphs):
+    case = golden.cases(family)[index]
+    for _ in range(2):  # captured, then replayed
+        out = engines[family, graphs].generate(
+            torch.tensor([case["prompt"]], device="cuda"), **golden.settings(case)
+        )
+        assert out.sequences[0].tolist() == case["sequence"]
+        assert case["nfe"] in (None, out.nfe)
+
+
+@pytest.mark.parametrize("family", golden.FAMILIES)
+def test_batches_seeds_and_policies_are_the_same_with_graphs(engines, family):
+    ids, mask = (t.cuda() for t in left_pad(prompts(3)))
+    for settings in ({}, {"temperature": 1.0}, {"refresh_policy": "response"}, {"cache": "none"}):
+        runs = [
+            engines[family, graphs].generate(
+                ids, attention_mask=mask, generator=torch.Generator("cuda").manual_seed(1),
+                **SHAPE, **settings,
+            ).sequences.tolist()
+            for graphs in (False, True, True)
+        ]  # fmt: skip
+        assert runs[0] == runs[1] == runs[2]
+
+
+def test_bfloat16_scores_as_its_definition():
+    """The dots that the interpreter cannot compute."""
+    torch.manual_seed(0)
+    hidden = torch.randn(48, 256, dtype=torch.bfloat16, device="cuda")
+    weight = torch.randn(5000, 256, dtype=torch.bfloat16, device="cuda")
+    token, confidence = lm_head_confidence(hidden, weight)
+    exact = (hidden.double() @ weight.double().T).softmax(-1)
+    plain = torch.nn.functional.linear(hidden, weight).float().softmax(-1)
+    error = (plain.amax(-1) - exact.amax(-1)).abs().max()
+    assert (confidence - exact.gather(1, token[:, None])[:, 0]).abs().max() <= 2 * error
