@@ -32,7 +32,8 @@ from dsb_runtime.demo import MODEL_DIR
 from dsb_runtime.families import FAMILIES
 from dsb_runtime.live import LiveCanvas
 from dsb_runtime.load import load_model, load_tokenizer
-from dsb_runtime.trace import Trace, check_picture
+from dsb_runtime.plots import check_files
+from dsb_runtime.trace import Trace
 
 COUNTING = (
     "A row's tokens are its response positions up to and including its first EOS: never the "
@@ -185,7 +186,7 @@ def run_generate(args: argparse.Namespace) -> int:
     if args.frame_seconds < 0:
         raise ValueError(f"--frame-seconds {args.frame_seconds:g}: expected at least 0")
     if args.trace is not None:
-        check_picture(args.trace)
+        check_files(None, args.trace, names=("--json", "--trace"))
     if args.seed is not None:
         check_int("--seed", args.seed, 0, 2**63 - 1)
     model, tokenizer = load(args)

@@ -16,9 +16,14 @@ if TYPE_CHECKING:
 STEP_COLORS = {"window": "#5b8cc9", "response": "#7fb069", "refresh": "#e0a63a"}
 
 
-def check_files(json_file: Path | None, plot_file: Path | None) -> None:
-    """Raise ValueError unless both can be written (None: not asked for); before any work."""
-    for name, path in (("--json", json_file), ("--plot", plot_file)):
+def check_files(
+    json_file: Path | None, plot_file: Path | None, names: tuple[str, str] = ("--json", "--plot")
+) -> None:
+    """Raise ValueError unless both can be written (None: not asked for); before any work.
+
+    `names` are the arguments that named them.
+    """
+    for name, path in zip(names, (json_file, plot_file), strict=True):
         if path is None:
             continue
         if not path.absolute().parent.is_dir():
@@ -30,7 +35,8 @@ def check_files(json_file: Path | None, plot_file: Path | None) -> None:
 
         known = FigureCanvasBase.get_supported_filetypes()
         if plot_file.suffix[1:].lower() not in known:
-            raise ValueError(f"--plot {plot_file}: expected a file ending in .{', .'.join(known)}")
+            endings = ", .".join(known)
+            raise ValueError(f"{names[1]} {plot_file}: expected a file ending in .{endings}")
 
 
 def read_kept(path: Path) -> Any:

@@ -5,17 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from dsb_runtime.decode import StepEvent
+from dsb_runtime.plots import check_files
 
-
-def check_picture(path: Path) -> None:
-    """Raise ValueError unless a picture can be written there; asked before the decoding."""
-    if not path.absolute().parent.is_dir():
-        raise ValueError(f"trace={str(path)!r}: no such folder as {path.absolute().parent}")
-    from matplotlib.backend_bases import FigureCanvasBase  # slow to import: only where asked for
-
-    known = FigureCanvasBase.get_supported_filetypes()
-    if path.suffix[1:].lower() not in known or path.is_dir():
-        raise ValueError(f"trace={str(path)!r}: expected a file ending in .{', .'.join(known)}")
+REFRESH_COLOR, RESPONSE_COLOR = "#dfe7f5", "#d3e8cd"  # what a forward recomputes, ...
+BLOCK_COLOR, PREFIX_COLOR = "#fbe7b2", "#bcd0ee"  # ... and the window in it
 
 
 class Trace:
@@ -45,7 +38,7 @@ class Trace:
         """
         from matplotlib.figure import Figure
 
-        check_picture(Path(path))
+        check_files(None, Path(path), names=("json", "path"))
         if not self.kinds:
             raise ValueError("trace: nothing was recorded; pass it as on_step to generate")
         steps, prompt = len(self.kinds), self.prompt_length
@@ -56,10 +49,12 @@ class Trace:
         axes = figure.subplots()
         for step, (start, end, prefix) in enumerate(self.windows):
             if self.kinds[step] == "refresh":
-                axes.axhspan(step - 0.5, step + 0.5, color="#dfe7f5", lw=0)
+                axes.axhspan(step - 0.5, step + 0.5, color=REFRESH_COLOR, lw=0)
+            elif self.kinds[step] == "response":
+                axes.barh(step, self.gen_length, height=1, color=RESPONSE_COLOR)
             else:
-                axes.barh(step, prefix, left=start - prefix - prompt, height=1, color="#bcd0ee")
-            axes.barh(step, end - start, left=start - prompt, height=1, color="#fbe7b2")
+                axes.barh(step, prefix, left=start - prefix - prompt, height=1, color=PREFIX_COLOR)
+            axes.barh(step, end - start, left=start - prompt, height=1, color=BLOCK_COLOR)
         rows = range(steps)
         for edge in (0, 1):
             x = [w[edge] - prompt for w in self.windows]
@@ -74,7 +69,12 @@ class Trace:
             ylim=(steps - 0.5, -0.5),
             xlabel="response position",
             ylabel="forward pass",
-            title=title or "blue rows: refresh; yellow: active block; light blue: prefix window",
         )
+        axes.set_title(title or self.legend(), fontsize=9)
         axes.yaxis.get_major_locator().set_params(integer=True)
         figure.savefig(path, dpi=120)
+
+    def legend(self) -> str:
+        """What the colours mean."""
+        response = "green: response refresh;\n" if "response" in self.kinds else ""
+        return f"blue rows: refresh; {response}yellow: active block; light blue: prefix window"

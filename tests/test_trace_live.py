@@ -14,7 +14,13 @@ from transformers import PreTrainedTokenizerBase
 
 import dsb_runtime as dsb
 from dsb_runtime.live import LEGEND, MASK_GLYPH, STYLES, LiveCanvas, canvas_text
-from dsb_runtime.trace import Trace, check_picture
+from dsb_runtime.trace import (
+    BLOCK_COLOR,
+    PREFIX_COLOR,
+    REFRESH_COLOR,
+    RESPONSE_COLOR,
+    Trace,
+)
 from tests import golden
 from tests.checkpoints import write_chat_model
 
@@ -63,19 +69,41 @@ def test_a_trace_of_one_row_of_a_batch():
         assert (trace.kinds, trace.windows) == (alone.kinds, alone.windows)
 
 
+def painted(path: Path, color: str) -> np.ndarray:
+    """Where a picture has a colour: (height, width) bool."""
+    picture = (matplotlib.image.imread(path)[:, :, :3] * 255).round()
+    rgb = [int(color[i : i + 2], 16) for i in (1, 3, 5)]
+    return np.abs(picture - rgb).max(-1) <= 1
+
+
 @pytest.mark.parametrize("cache", ["dsb", "none"])
 def test_the_picture_shows_windows_and_commits(tmp_path, cache):
     trace = Trace(5, 24)
     decode(trace, cache=cache, prefix_window=3 if cache == "dsb" else None)
-    trace.save(tmp_path / "a.png", title="a title")
-    picture = (matplotlib.image.imread(tmp_path / "a.png")[:, :, :3] * 255).round()
+    path = tmp_path / "a.png"
+    trace.save(path, title="a title")
+    assert painted(path, BLOCK_COLOR).sum() > 20 and painted(path, REFRESH_COLOR).sum() > 20
+    assert (painted(path, PREFIX_COLOR).sum() > 20) == (cache == "dsb")
+    assert not painted(path, RESPONSE_COLOR).any()
 
-    def painted(color: str) -> bool:
-        rgb = [int(color[i : i + 2], 16) for i in (1, 3, 5)]
-        return bool((np.abs(picture - rgb).max(-1) <= 1).sum() > 20)
 
-    assert painted("#fbe7b2") and painted("#dfe7f5")  # active block, refresh rows
-    assert painted("#bcd0ee") == (cache == "dsb")  # prefix window
+def test_the_picture_shows_response_refreshes(tmp_path):
+    """From the response's start to its end: right of the prompt, beside the active block."""
+    trace = Trace(5, 24)
+    decode(trace, refresh_policy="response", full_refresh_every=8)
+    assert trace.kinds.count("response") == 2 and trace.kinds.count("refresh") == 1
+    path = tmp_path / "a.png"
+    trace.save(path)
+    response, full = painted(path, RESPONSE_COLOR), painted(path, REFRESH_COLOR)
+    # One row of the picture (the first, a refresh) is full; what it has left of x = 0, the
+    # prompt's part of the axes, the response's rows do not have.
+    left, right = np.nonzero(full.any(0))[0][[0, -1]]
+    columns = np.nonzero(response.any(0))[0]
+    assert left < columns[0] and abs(right - columns[-1]) <= 2
+    assert response[full.any(1)].sum() == 0
+    trace.kinds = ["window" if kind == "response" else kind for kind in trace.kinds]
+    trace.save(path)
+    assert not painted(path, RESPONSE_COLOR).any()
 
 
 @pytest.mark.parametrize("name", ["a.png", "a.svg", "a.pdf", "A.PNG"])
@@ -88,12 +116,15 @@ def test_pictures_by_suffix(tmp_path, name):
 
 @pytest.mark.parametrize(
     ("name", "said"),
-    [("a.txt", "ending in"), ("a", "ending in"), ("no/a.png", "no such folder"), ("", "ending in")],
+    [("a.txt", "ending in"), ("a", "ending in"), ("no/a.png", "no such folder"), ("", "a folder")],
 )
 def test_places_that_take_no_picture(tmp_path: Path, name, said):
+    trace = Trace(5, 24)
+    decode(trace)
     with pytest.raises(ValueError, match=said) as caught:
-        check_picture(tmp_path / name)
-    assert repr(str(tmp_path / name)) in str(caught.value)
+        trace.save(tmp_path / name)
+    assert f"path {tmp_path / name}" in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_empty_trace_is_an_error(tmp_path):
