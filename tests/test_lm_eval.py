@@ -48,7 +48,7 @@ ARGUMENTS = [
     "gen_length=48,block_length=8,schedule=dsb,max_block_length=16,cache=dsb,prefix_window=6,"
     "threshold=0.8,temperature=0.5,stop_at_eos=False,refresh_commit=first",
     "gen_length=48,block_length=8,factor=1.5,top_p=0.9,top_k=5",
-    "gen_length=48,block_length=8,frechet=0.25",
+    "gen_length=48,block_length=8,frechet=0.25,refresh_policy=response,full_refresh_every=3",
     "gen_length=48,block_length=8,steps=12,schedule=naive,cache=dual",
 ]
 
