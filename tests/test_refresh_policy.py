@@ -8,6 +8,7 @@ import torch
 import dsb_runtime as dsb
 from dsb_runtime.cache import WindowCache
 from tests import golden
+from tests.test_attention_backend import cache_argument
 from tests.test_decode import left_pad, prompts
 from tests.transcription import Row
 
@@ -44,7 +45,7 @@ def plain_loop(
         kept.point(None, torch.tensor([first]), torch.tensor([last - first]), width)
         positions = torch.arange(first, last)
         logits = model(
-            canvas[None, first:last], position_ids=positions[None], past_key_values=kept
+            canvas[None, first:last], position_ids=positions[None], **{cache_argument(model): kept}
         ).logits[0]
         at = row.candidates()
         scores = logits[[max(i - shift, 0) - first for i in at]].double().softmax(-1)
