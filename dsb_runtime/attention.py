@@ -8,7 +8,6 @@ eager attention computes (soft-capping, sinks, position biases) is left to that,
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,29 +18,12 @@ from transformers.masking_utils import bidirectional_mask_function, sdpa_mask
 from transformers.modeling_flash_attention_utils import _flash_attention_forward
 from transformers.utils import is_flash_attn_2_available, logging
 
-from dsb_kernels.dispatch import use_triton
-from dsb_kernels.window_attention import window_attention
-
 logger = logging.get_logger(__name__)
 
 # Arguments that change the result in a way that SDPA has no argument for.
 EAGER_ONLY = frozenset(
     ("softcap", "s_aux", "sinks", "position_bias", "indices", "block_indices", "output_attentions")
 )
-
-
-@dataclass(frozen=True)
-class Window:
-    """Where each batch row's queries lie among the cached positions, which hold them already.
-
-    All (B,) int32 on the keys' device: `start`, `length` of the window, `seqlens` end of what is
-    stored, `leftpad` start of what is stored (None: 0).
-    """
-
-    start: Tensor
-    length: Tensor
-    seqlens: Tensor
-    leftpad: Tensor | None = None
 
 
 class CanvasOffset(int):
@@ -169,7 +151,6 @@ def dsb_attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     is_causal: bool | None = None,
-    window: Window | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """Attention of window or full queries over all cached positions.
@@ -178,8 +159,6 @@ def dsb_attention(
         query: (B, H, W, D). key, value: (B, H_kv, L, D), H a multiple of H_kv.
         attention_mask: broadcastable to (B, H, W, L), True where attended, or a float mask that is
             added; None is everywhere, unless the layer is causal.
-        window: the queries' places, for the window kernel in place of SDPA; says what
-            `attention_mask` says of padding. Rows past a window's length are then 0.
 
     Returns:
         (B, W, H, D), and None in place of attention weights.
@@ -198,21 +177,6 @@ def dsb_attention(
     if named:
         kwargs.update(scaling=scaling, dropout=dropout)
         return eager_attention(module, query, key, value, attention_mask, named, **kwargs)
-    # One dispatch rule with the kernels, but on CPU SDPA is faster than their definition.
-    if window is not None and not query.requires_grad and use_triton(query, key, value):
-        out = window_attention(
-            query,
-            None,
-            None,
-            key,
-            value,
-            window_start=window.start,
-            window_length=window.length,
-            cache_seqlens=window.seqlens,
-            cache_leftpad=window.leftpad,
-            softmax_scale=scaling,
-        )
-        return out.transpose(1, 2).contiguous(), None
     flash = takes_flash(query, key, value, attention_mask, dropout)
     if flash and flash_installed(query.device):
         return flash_attention(query, key, value, scaling), None

@@ -27,7 +27,6 @@ from transformers import (
 
 from dsb_runtime import attention
 from dsb_runtime.attention import (
-    Window,
     dsb_attention,
     flash_attention,
     flash_installed,
@@ -368,26 +367,3 @@ def test_a_window_forward_wants_its_positions():
     cache.point(None, rows, rows * 0 + 4, 4)
     with pytest.raises(ValueError, match="position_ids=None"):
         model(input_ids=ids[:, 8:12], **given)
-
-
-@pytest.mark.parametrize("padding", ["none", "left"])
-def test_the_window_kernel_serves_the_backend(monkeypatch, padding):
-    """`window=` says where the queries lie; on a GPU, or interpreted, the kernel then runs."""
-    monkeypatch.setenv("DSB_BACKEND", "triton")
-    calls: list[Tensor] = []
-    kernel = attention.window_attention
-    monkeypatch.setattr(
-        attention, "window_attention", lambda *a, **k: calls.append(a[0]) or kernel(*a, **k)
-    )
-    model = model_of("llama", causal=False)
-    model.set_attn_implementation("dsb")
-    ids, mask = inputs(padding)
-    leftpad = None if mask is None else (LENGTH - mask.sum(-1)).int()
-
-    def rows(value: int) -> Tensor:
-        return torch.full((len(ids),), value, dtype=torch.int32)
-
-    window = Window(rows(8), rows(4), rows(LENGTH), leftpad)
-    full, part = window_logits(model, ids, mask, 8, 12, window=window)
-    assert len(calls) == 2, "one call a layer, in the window forward alone"
-    assert (full - part).abs().max() < 1e-4
