@@ -1,4 +1,4 @@
-"""The `dsb` command: `dsb generate`, `dsb bench`, `dsb eval`, `dsb convert`."""
+"""The `dsb` command: `dsb generate`, `bench`, `profile`, `eval`, `convert`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from dsb_runtime import bench, evaluate
+from dsb_runtime import bench, evaluate, profile
 from dsb_runtime.config import (
     CACHES,
     DEFAULT_FULL_EVERY,
@@ -121,6 +121,18 @@ def build_parser() -> argparse.ArgumentParser:
     add_decoding(timing)
     bench.add_arguments(timing)
     timing.set_defaults(run=run_bench, stop_at_eos=False)
+    # No abbreviations: the command line is printed again without --torch.
+    prof = commands.add_parser(
+        "profile", help="some steps under Nsight or torch's profiler", epilog=profile.NOTE,
+        allow_abbrev=False,
+    )  # fmt: skip
+    add_model(prof)
+    add_decoding(prof)
+    prompts = prof.add_argument_group("prompts")
+    prompts.add_argument("--batch", type=int, default=1, metavar="B", help="default: 1")
+    prompts.add_argument("--prompt-length", type=int, default=128, help="random tokens a prompt")
+    profile.add_arguments(prof)
+    prof.set_defaults(run=run_profile, stop_at_eos=False)
     ev = commands.add_parser(
         "eval", help="the embedded model on held-out problems, all settings", epilog=COUNTING
     )
@@ -249,6 +261,19 @@ def run_bench(args: argparse.Namespace) -> int:
     return bench.run(args, model, tokenizer, decoding_config(args, model), args.command_line)
 
 
+def run_profile(args: argparse.Namespace) -> int:
+    check_int("--batch", args.batch, 1)
+    check_int("--prompt-length", args.prompt_length, 1)
+    if args.seed is not None:
+        check_int("--seed", args.seed, 0, 2**63 - 1)
+    profile.check_arguments(args)
+    model, tokenizer = load(args)
+    config = decoding_config(args, model)
+    seed = args.seed or 0
+    prompts = bench.random_prompts(model, tokenizer, args.batch, args.prompt_length, seed)
+    return profile.run(args, model, prompts, config, args.process)
+
+
 def run_eval(args: argparse.Namespace) -> int:
     if args.kept is not None:
         if args.json is not None:
@@ -272,6 +297,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = sys.argv[1:] if argv is None else argv
     args = build_parser().parse_args(given)
     args.command_line = shlex.join(["dsb", *given])
+    # What starts the same process again, however this one was started.
+    args.process = sys.orig_argv if argv is None else ["dsb", *given]
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:

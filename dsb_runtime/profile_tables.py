@@ -1,0 +1,235 @@
+"""The tables of `dsb profile`, read from the Chrome trace that torch's profiler wrote.
+
+On a GPU the time is that of kernels (and copies), each of which belongs to the range in which the
+host launched it, however it was launched: by an operator, by Triton or by a graph's replay. On a
+CPU it is the host's.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from bisect import bisect_right
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+PREFIX = "dsb: "  # of every range's name
+STEP = re.compile(rf"{PREFIX}(\w+) step \d+")
+LAYER = re.compile(r"layer \d+: ")
+GPU_WORK = ("kernel", "gpu_memcpy", "gpu_memset")
+LAUNCHES = ("cuda_runtime", "cuda_driver")
+OUTSIDE, WHOLE = "outside of phases", "whole step"
+
+Event = dict[str, Any]  # of the trace format: name, cat, ts and dur in µs, tid, args
+
+
+@dataclass(frozen=True)
+class Total:
+    """Everything of one name."""
+
+    name: str
+    calls: int
+    us: float
+
+
+@dataclass(frozen=True)
+class Range:
+    """A range on the host, in µs."""
+
+    name: str
+    start: float
+    end: float
+
+
+class Ranges:
+    """Ranges that do not overlap, to be found by a time in them."""
+
+    def __init__(self, ranges: Iterable[Range]) -> None:
+        self.all = sorted(ranges, key=lambda r: r.start)
+        self.starts = [r.start for r in self.all]
+
+    def at(self, time: float) -> Range | None:
+        index = bisect_right(self.starts, time) - 1
+        if index < 0 or time > self.all[index].end:
+            return None
+        return self.all[index]
+
+
+def read_trace(path: Path) -> list[Event]:
+    """A trace's events that have a duration."""
+    trace = json.loads(path.read_text("utf-8"))
+    return [event for event in trace["traceEvents"] if event.get("ph") == "X"]
+
+
+def gpu_work(events: list[Event]) -> list[Event]:
+    """Kernels and copies.
+
+    Raises:
+        ValueError: there is none.
+    """
+    found = [event for event in events if event.get("cat") in GPU_WORK]
+    if not found:
+        raise ValueError("trace: it holds no kernel; expected a GPU whose tracing is permitted")
+    return found
+
+
+def own_times(events: list[Event]) -> Iterator[tuple[str, int, float]]:
+    """(name, calls, µs) of each operator call, without the operators that it calls itself.
+
+    An operator that only hands on to another of its name is one call together with that.
+    """
+    threads: dict[Any, list[Event]] = defaultdict(list)
+    for event in events:
+        if event.get("cat") == "cpu_op":
+            threads[event["tid"]].append(event)
+    for ops in threads.values():
+        # Callers before what they call, which may start in the same instant.
+        ops.sort(key=lambda op: (op["ts"], -op["dur"]))
+        own = [op["dur"] for op in ops]
+        calls = [1] * len(ops)
+        callers: list[int] = []
+        for index, op in enumerate(ops):
+            while callers and op["ts"] >= ops[callers[-1]]["ts"] + ops[callers[-1]]["dur"]:
+                callers.pop()
+            if callers:
+                own[callers[-1]] -= op["dur"]
+                calls[index] = int(op["name"] != ops[callers[-1]]["name"])
+            callers.append(index)
+        yield from zip((op["name"] for op in ops), calls, own, strict=True)
+
+
+def totals(events: list[Event], on_gpu: bool) -> list[Total]:
+    """Kernels by GPU time, or operators by their own time on the host, longest first."""
+    times = own_times(events)
+    if on_gpu:
+        times = ((event["name"], 1, event["dur"]) for event in gpu_work(events))
+    calls: Counter[str] = Counter()
+    us: Counter[str] = Counter()
+    for name, count, took in times:
+        calls[name] += count
+        us[name] += took
+    return [Total(name, calls[name], took) for name, took in us.most_common()]
+
+
+def longest_table(events: list[Event], on_gpu: bool, count: int = 10) -> Table:
+    """The `count` kernels, on a CPU the operators, that took longest in all."""
+    found = totals(events, on_gpu)
+    whole = sum(total.us for total in found)
+    what = "kernel" if on_gpu else "operator"
+    table = Table(
+        title=f"The {min(count, len(found))} longest {what}s of {len(found)}",
+        caption="shares of all GPU time" if on_gpu else "own time, without operators called inside",
+    )
+    table.add_column(what, overflow="fold")
+    for column in ("calls", "ms", "share"):
+        table.add_column(column, justify="right")
+    for total in found[:count]:
+        table.add_row(
+            total.name, str(total.calls), f"{total.us / 1e3:.3f}", f"{total.us / whole:.1%}"
+        )
+    return table
+
+
+def launched_work(events: list[Event]) -> list[tuple[float, float]]:
+    """(when the host launched it, µs on the GPU) of kernels and copies."""
+    launched = {
+        event["args"]["correlation"]: event["ts"]
+        for event in events
+        if event.get("cat") in LAUNCHES and "correlation" in event.get("args", {})
+    }
+    found = ((launched.get(w["args"].get("correlation")), w["dur"]) for w in gpu_work(events))
+    return [(time, took) for time, took in found if time is not None]
+
+
+def host_work(ranges: Ranges) -> list[tuple[float, float]]:
+    """The same of a CPU: (start, µs) of each range."""
+    return [(r.start, r.end - r.start) for r in ranges.all]
+
+
+@dataclass(frozen=True)
+class KindOfStep:
+    """All steps of one kind."""
+
+    steps: int
+    us: float  # of them together
+    phases: list[Total]  # layers summed, in their order
+
+
+def by_kind(events: list[Event], on_gpu: bool) -> dict[str, KindOfStep]:
+    """Time of each phase, by the kind of step."""
+    named = [
+        Range(event["name"], event["ts"], event["ts"] + event["dur"])
+        for event in events
+        if event.get("cat") == "user_annotation" and event["name"].startswith(PREFIX)
+    ]
+    steps = Ranges(r for r in named if STEP.fullmatch(r.name))
+    phases = Ranges(r for r in named if not STEP.fullmatch(r.name))
+    work = launched_work(events) if on_gpu else None
+    kinds = Counter(kind_of(step) for step in steps.all)
+    whole: Counter[str] = Counter()
+    for time, took in host_work(steps) if work is None else work:
+        if (step := steps.at(time)) is not None:
+            whole[kind_of(step)] += took
+    calls: dict[str, Counter[str]] = {kind: Counter() for kind in kinds}
+    us: dict[str, Counter[str]] = {kind: Counter() for kind in kinds}
+    for phase in phases.all:
+        if (step := steps.at(phase.start)) is not None:
+            calls[kind_of(step)][label_of(phase)] += 1
+    for time, took in host_work(phases) if work is None else work:
+        step, phase = steps.at(time), phases.at(time)
+        if step is not None and phase is not None:
+            us[kind_of(step)][label_of(phase)] += took
+    return {
+        kind: KindOfStep(
+            kinds[kind],
+            whole[kind],
+            [Total(label, n, us[kind][label]) for label, n in calls[kind].items()],
+        )
+        for kind in kinds
+    }
+
+
+def kind_of(step: Range) -> str:
+    return STEP.fullmatch(step.name)[1]
+
+
+def label_of(phase: Range) -> str:
+    """Its name without the layer's number."""
+    return LAYER.sub("layer: ", phase.name.removeprefix(PREFIX))
+
+
+def phase_table(events: list[Event], on_gpu: bool) -> Table:
+    """Time of each phase in an average step of each kind, layers summed."""
+    kinds = by_kind(events, on_gpu)
+    table = Table(
+        title="Phases, layers summed: ms in a step",
+        caption="GPU time of what was launched in the phase" if on_gpu else "time on the host",
+    )
+    table.add_column("phase")
+    table.add_column("ranges", justify="right")
+    labels: dict[str, int] = {}  # with the ranges of a step
+    for kind, found in kinds.items():
+        table.add_column(f"{kind}\n(of {found.steps})", justify="right")
+        table.add_column("share", justify="right")
+        for phase in found.phases:
+            labels.setdefault(phase.name, phase.calls // found.steps)
+
+    def add(label: str, ranges: str, times: list[float]) -> None:
+        cells = [label, ranges]
+        for us, found in zip(times, kinds.values(), strict=True):
+            cells.append(f"{us / found.steps / 1e3:.3f}")
+            cells.append(f"{us / found.us:.1%}" if found.us else "")
+        table.add_row(*cells)
+
+    for label, ranges in labels.items():
+        add(label, str(ranges), [
+            sum(p.us for p in found.phases if p.name == label) for found in kinds.values()
+        ])  # fmt: skip
+    add(OUTSIDE, "", [found.us - sum(p.us for p in found.phases) for found in kinds.values()])
+    add(WHOLE, "1", [found.us for found in kinds.values()])
+    return table

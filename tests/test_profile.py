@@ -1,0 +1,396 @@
+"""`dsb profile` and `benchmarks.profile_step`: ranges, brackets, tables, the lines for Nsight."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity
+
+import dsb_runtime as dsb
+from benchmarks import profile_step
+from benchmarks.presets import PRESETS, random_model, random_prompt
+from dsb_runtime import cli
+from dsb_runtime.bench import random_prompts
+from dsb_runtime.demo import MODEL_DIR
+from dsb_runtime.profile import Bracket, profile_steps, without_torch
+from dsb_runtime.profile_tables import by_kind, phase_table, read_trace, totals
+from tests import golden
+from tests.checkpoints import parts, write
+from tests.recorded import Recorder
+
+# 24 positions, a token a step: a refresh every eighth.
+SMALL = ["--prompt-length", "12", "--gen-length", "24", "--block-length", "8", "--steps", "24"]
+COMMAND = ["profile", "--device", "cpu", *SMALL, "--batch", "2", "--warmup", "3"]
+ROOMS = ["norm", "qkv", "rope+write", "attention", "out", "mlp"]
+ENDS = ["final norm", "score", "unmask"]
+
+
+def config() -> dsb.DecodingConfig:
+    return dsb.DecodingConfig(gen_length=24, block_length=8, steps=24)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return dsb.load_model(MODEL_DIR, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def prompts(model) -> torch.Tensor:
+    return random_prompts(model, dsb.load_tokenizer(MODEL_DIR), 2, 12, seed=0)
+
+
+@pytest.fixture(scope="module")
+def decoded(model, prompts) -> tuple[dsb.GenerationOutput, list[str]]:
+    """The same decoding without a profiler, and the kinds of its steps."""
+    kinds: list[str] = []
+    out = dsb.generate(model, prompts, config(), on_step=lambda event: kinds.append(event.kind))
+    return out, kinds
+
+
+@pytest.fixture(scope="module")
+def profiled(tmp_path_factory) -> tuple[Path, str]:
+    """One run of the command: its trace and what it printed."""
+    trace, said = tmp_path_factory.mktemp("profile") / "trace.json", io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(said):
+        patch.setenv("COLUMNS", "120")
+        assert cli.main([*COMMAND, "--profile-steps", "9", "--torch", str(trace)]) == 0
+    return trace, said.getvalue()
+
+
+def names(trace: Path) -> list[str]:
+    """Ranges of a trace in their order."""
+    found = [e for e in read_trace(trace) if e["cat"] == "user_annotation"]
+    return [e["name"] for e in sorted(found, key=lambda e: (e["ts"], -e["dur"]))]
+
+
+# --- ranges -----------------------------------------------------------------------------------
+
+
+def test_a_trace_names_every_step_and_every_phase(profiled, decoded):
+    trace, _ = profiled
+    expected = []
+    for index in range(3, 12):
+        expected += [f"{decoded[1][index]} step {index}", "embed"]
+        expected += [f"layer {layer}: {room}" for layer in range(4) for room in ROOMS]
+        expected += ENDS
+    assert names(trace) == [f"dsb: {name}" for name in expected]
+    assert decoded[1][3:12].count("refresh") == 1
+
+
+def test_profiling_changes_no_token(model, prompts, decoded, tmp_path):
+    for file in (None, tmp_path / "trace.json"):
+        found = profile_steps(model, prompts, config(), first=2, count=5, trace_file=file)
+        assert torch.equal(found.out.sequences, decoded[0].sequences)
+        assert found.out.tokens_per_forward == decoded[0].tokens_per_forward
+        assert (found.total, found.first, found.kinds) == (24, 2, decoded[1][2:7])
+
+
+def test_the_same_seed_draws_the_same_tokens(model, prompts, tmp_path):
+    settings = {"gen_length": 24, "block_length": 8, "temperature": 1.0}
+    found = profile_steps(model, prompts, dsb.DecodingConfig(**settings), count=2, seed=7,
+                          trace_file=tmp_path / "trace.json")  # fmt: skip
+    alone = dsb.generate(model, prompts, generator=torch.Generator().manual_seed(7), **settings)
+    assert torch.equal(found.out.sequences, alone.sequences)
+
+
+def test_replayed_steps_have_ranges_and_no_phases(model, prompts, decoded, tmp_path):
+    """Steps run ahead of the host's look, as in any captured decoding; some may move no row."""
+    trace = tmp_path / "trace.json"
+    found = profile_steps(model, prompts, config(), first=2, count=99, graphs=True,
+                          capture=Recorder(), trace_file=trace)  # fmt: skip
+    assert torch.equal(found.out.sequences, decoded[0].sequences)
+    assert len(found.kinds) == found.total - 2 >= found.out.nfe - 2 == 22
+    assert names(trace) == [f"dsb: {kind} step {i + 2}" for i, kind in enumerate(found.kinds)]
+    shown = phase_table(read_trace(trace), on_gpu=False)
+    assert list(shown.columns[0].cells) == ["outside of phases", "whole step"]
+
+
+def test_steps_are_as_many_as_there_are(model, prompts, tmp_path, capsys):
+    trace = tmp_path / "trace.json"
+    found = profile_steps(model, prompts, config(), first=20, count=9, trace_file=trace)
+    assert len(found.kinds) == 4 and sum(" step " in name for name in names(trace)) == 4
+    assert cli.main([*COMMAND, "--warmup", "20", "--profile-steps", "9"]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("Profiled steps 20 to 23 (4 window) of a decoding of 24,")
+    assert "; 9 asked for, it has no more." in said.splitlines()[0]
+
+
+def test_a_decoding_that_fails_leaves_no_profiler_running(tmp_path, monkeypatch):
+    model = dsb.load_model(write(tmp_path / "model", *parts("llada")), device="cpu")
+    ids, start, brackets = torch.tensor([[5, 6, 7, 8, 9]]), Bracket.start, []
+
+    def poison(bracket: Bracket) -> None:
+        brackets.append(bracket)
+        start(bracket)
+        model.model.norm.weight.data[3] = float("nan")
+
+    monkeypatch.setattr(Bracket, "start", poison)
+    with pytest.raises(FloatingPointError, match="step 1"):
+        profile_steps(model, ids, config(), first=1, count=5, trace_file=tmp_path / "a.json")
+    assert [bracket.running for bracket in brackets] == [False]
+    monkeypatch.undo()
+    model, trace = golden.model("llada"), tmp_path / "b.json"
+    assert len(profile_steps(model, ids, config(), count=2, trace_file=trace).kinds) == 2
+    assert sum(" step " in name for name in names(trace)) == 2
+
+
+class CudaCalls:
+    """Stands for CUDA where there is none: what is called of it, in order."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.calls: list[str] = []
+
+        @contextlib.contextmanager
+        def nvtx(name: str) -> Any:
+            self.calls.append(f"push {name}")
+            yield
+            self.calls.append("pop")
+
+        patch.setattr(torch.cuda.nvtx, "range", nvtx)
+        patch.setattr(torch.cuda.profiler, "start", lambda: self.calls.append("start"))
+        patch.setattr(torch.cuda.profiler, "stop", lambda: self.calls.append("stop"))
+        patch.setattr(torch.cuda, "synchronize", lambda *_: self.calls.append("wait"))
+
+
+def test_what_a_gpu_is_told(monkeypatch):
+    """Nsight starts and stops between finished steps; each has its NVTX range, phases in it."""
+    cuda = CudaCalls(monkeypatch)
+    bracket = Bracket(torch.device("cuda"), first=1, count=2)
+    for kind in ("refresh", "window", "window", "refresh"):
+        with bracket.step(kind), bracket.range("embed"):
+            pass
+    bracket.stop()
+
+    def step(kind: str, index: int) -> list[str]:
+        return [f"push dsb: {kind} step {index}", "push dsb: embed", "pop", "pop"]
+
+    assert cuda.calls == [
+        *step("refresh", 0), "wait", "start", *step("window", 1), *step("window", 2), "wait",
+        "stop", *step("refresh", 3),
+    ]  # fmt: skip
+
+
+def test_a_cpu_has_no_nvtx(monkeypatch, model, prompts):
+    cuda = CudaCalls(monkeypatch)
+    profile_steps(model, prompts, config(), count=2)
+    assert cuda.calls == []
+
+
+# --- tables -----------------------------------------------------------------------------------
+
+
+def test_the_tables_name_phases_and_operators(profiled):
+    _, said = profiled
+    for label in ("embed", *(f"layer: {room}" for room in ROOMS), *ENDS, "whole step"):
+        assert said.count(f"│ {label} ") == 1
+    for name in ("aten::mm", "dsb::unmask_and_slide", "window", "(of 8)", "refresh", "(of 1)"):
+        assert name in said
+
+
+def test_own_times_are_those_of_torch(tmp_path):
+    """torch sums them up itself, from what it recorded rather than from the file."""
+    x, file = torch.randn(64, 64), tmp_path / "trace.json"
+    with torch.profiler.profile(activities=[ProfilerActivity.CPU]) as profiler:
+        for _ in range(3):
+            torch.nn.functional.rms_norm(x @ x, (64,)).softmax(-1).std()
+    profiler.export_chrome_trace(str(file))
+    theirs = {
+        e.key: (e.count, e.self_cpu_time_total)
+        for e in profiler.key_averages()
+        if e.key.startswith("aten::")
+    }
+    ours = totals(read_trace(file), on_gpu=False)
+    assert {t.name: t.calls for t in ours} == {name: n for name, (n, _) in theirs.items()}
+    for total in ours:  # the file has ns
+        assert total.us == pytest.approx(theirs[total.name][1], abs=0.01 * total.calls)
+    assert [t.us for t in ours] == sorted((t.us for t in ours), reverse=True)
+
+
+def test_phases_and_what_is_outside_of_them_are_the_whole_step(profiled):
+    kinds = by_kind(read_trace(profiled[0]), on_gpu=False)
+    assert {kind: found.steps for kind, found in kinds.items()} == {"window": 8, "refresh": 1}
+    for found in kinds.values():
+        assert [p.name for p in found.phases] == [
+            "embed", *(f"layer: {room}" for room in ROOMS), *ENDS
+        ]  # fmt: skip
+        assert {p.calls // found.steps for p in found.phases} == {1, 4}
+        assert 0.5 * found.us < sum(p.us for p in found.phases) < found.us
+
+
+def gpu_trace() -> list[dict[str, Any]]:
+    """Two window steps as torch records them on a GPU; kernels run later than they are launched."""
+    events: list[dict[str, Any]] = []
+
+    def add(cat: str, name: str, ts: float, dur: float, **args: int) -> None:
+        events.append({"ph": "X", "cat": cat, "name": name, "ts": ts, "dur": dur, "args": args})
+
+    for step in (0, 1):
+        at, number = 1000.0 * step, 10 * step
+        add("user_annotation", f"dsb: window step {step}", at, 100)
+        add("user_annotation", "dsb: layer 0: qkv", at + 10, 20)
+        add("user_annotation", "dsb: layer 1: qkv", at + 30, 20)
+        add("gpu_user_annotation", "dsb: layer 0: qkv", at + 200, 7)
+        add("cuda_runtime", "cudaLaunchKernel", at + 15, 2, correlation=number)
+        add("cuda_driver", "cuLaunchKernelEx", at + 40, 2, correlation=number + 1)
+        add("cuda_runtime", "cudaMemcpyAsync", at + 60, 2, correlation=number + 2)
+        add("cuda_runtime", "cudaLaunchKernel", at + 500, 2, correlation=number + 3)  # no step's
+        add("cpu_op", "aten::mm", at + 12, 10)
+        add("kernel", "gemm", at + 200, 7, correlation=number)
+        add("kernel", "gemm", at + 210, 5, correlation=number + 1)
+        add("gpu_memcpy", "Memcpy DtoH", at + 220, 3, correlation=number + 2)
+        add("kernel", "fill", at + 510, 1, correlation=number + 3)
+    return events
+
+
+def test_gpu_time_belongs_to_where_it_was_launched():
+    events = gpu_trace()
+    (kind,) = by_kind(events, on_gpu=True).values()
+    assert (kind.steps, kind.us) == (2, 30)
+    assert [(p.name, p.calls, p.us) for p in kind.phases] == [("layer: qkv", 4, 24)]
+    found = [(t.name, t.calls, t.us) for t in totals(events, on_gpu=True)]
+    assert found == [("gemm", 4, 24), ("Memcpy DtoH", 2, 6), ("fill", 2, 2)]
+    columns = [list(column.cells) for column in phase_table(events, on_gpu=True).columns]
+    assert columns == [
+        ["layer: qkv", "outside of phases", "whole step"], ["2", "", "1"],
+        ["0.012", "0.003", "0.015"], ["80.0%", "20.0%", "100.0%"],
+    ]  # fmt: skip
+
+
+def test_a_gpu_trace_without_kernels_is_an_error():
+    with pytest.raises(ValueError, match="holds no kernel"):
+        totals([e for e in gpu_trace() if e["cat"] == "cpu_op"], on_gpu=True)
+
+
+# --- the lines for Nsight ---------------------------------------------------------------------
+
+
+def lines_of(said: str) -> list[list[str]]:
+    """The words of each command line that was printed."""
+    lines = said.splitlines()
+    return [shlex.split(line) for line in lines if line.startswith(("nsys ", "ncu "))]
+
+
+def test_the_lines_run_what_was_run(profiled):
+    trace, said = profiled
+    systems, step, phase = lines_of(said)
+    command = ["dsb", *COMMAND, "--profile-steps", "9"]
+    assert systems == [
+        "nsys", "profile", "--capture-range=cudaProfilerApi", "--capture-range-end=stop",
+        "--trace=cuda,nvtx", "--cuda-graph-trace=node", "-o", "dsb_steps", *command,
+    ]  # fmt: skip
+    ncu = ["ncu", "--profile-from-start", "off", "--nvtx", "--nvtx-include"]
+    assert step == [*ncu, "dsb: window step 3/", "-o", "dsb_step", *command]
+    include = phase[len(ncu)]
+    assert phase == [*ncu, include, "--set", "full", "-o", "dsb_phase", *command]
+    assert set(include.split("/")) <= set(names(trace)), "only ranges that there are"
+
+
+def test_the_torch_option_is_left_out():
+    assert without_torch(["a", "--torch", "b.json", "--graphs"]) == ["a", "--graphs"]
+    assert without_torch(["a", "--torch=b.json", "c"]) == ["a", "c"]
+    assert without_torch(["a", "--torch"]) == ["a"]
+
+
+def test_a_process_prints_its_own_command_line(tmp_path):
+    trace = str(tmp_path / "a trace.json")
+    argv = [sys.executable, "-m", "benchmarks.profile_step", "--gen", "16", "--block", "8"]
+    argv += ["--prompt", "8", "--rows", "12", "--profile-steps", "3"]
+    done = subprocess.run(
+        [*argv, "--torch", trace], capture_output=True, text=True, check=True,
+        cwd=Path(__file__).parents[1],
+    )  # fmt: skip
+    found = lines_of(done.stdout)
+    assert len(found) == 3 and all(line[-len(argv) :] == argv for line in found)
+    assert json.loads(Path(trace).read_text())["traceEvents"]
+    assert sum(" step " in name for name in names(Path(trace))) == 3
+
+
+# --- real shapes ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("preset", ["tiny", "tiny-dream"])
+def test_rows_are_those_of_a_window_step(preset):
+    args = ["--preset", preset, "--gen", "32", "--block", "8", "--rows", "20", "--prompt", "40"]
+    args = profile_step.build_parser().parse_args(args)
+    settings = profile_step.settings_of(args, PRESETS[preset])
+    widths: list[int] = []
+
+    def watch(event: dsb.StepEvent) -> None:
+        if event.kind == "window":
+            widths.extend(end - start + prefix for start, end, prefix in event.before)
+
+    model = random_model(PRESETS[preset], torch.float32, "cpu")
+    out = dsb.generate(model, random_prompt(PRESETS[preset], 1, 40), on_step=watch, **settings)
+    assert out.nfe == settings["steps"] == 9
+    assert widths and max(widths) == 20 and widths[0] == 20
+
+
+def test_a_preset_is_profiled_by_the_same_code(tmp_path, capsys):
+    trace = tmp_path / "trace.json"
+    profile_step.main(["--preset", "tiny-dream", "--gen", "24", "--block", "8", "--prompt", "8",
+                       "--batch", "2", "--warmup", "0", "--torch", str(trace)])  # fmt: skip
+    said = capsys.readouterr().out
+    assert said.startswith("Profiled steps 0 to 6 (") and "│ layer: rope+write │      2 │" in said
+    found = names(trace)
+    assert found[:2] == ["dsb: refresh step 0", "dsb: embed"]
+    assert found.count("dsb: layer 1: mlp") == 7 and "dsb: layer 2: mlp" not in found
+
+
+# --- errors -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--profile-steps", "0"], "--profile-steps=0: expected an int >= 1"),
+        (["--warmup", "-1"], "--warmup=-1: expected an int >= 0"),
+        (["--warmup", "24"], "--warmup 24: the decoding has 24 steps; expected at most 23"),
+        (["--batch", "0"], "--batch=0"),
+        (["--prompt-length", "0"], "--prompt-length=0"),
+        (["--seed", "-1"], "--seed=-1"),
+        (["--graphs"], "the model is not on a CUDA device"),
+        (["--torch", "/nowhere/at/all.json"], "--torch /nowhere/at/all.json: no such folder"),
+        (["--torch", "trace.txt"], "--torch trace.txt: expected a file ending in .json"),
+        (["--torch", "/"], "--torch /: a folder"),
+        (["--tor", "trace.json"], "unrecognized arguments: --tor"),
+        (["--model", "/no/such/folder"], "expected a checkpoint folder or a hub id"),
+    ],
+)
+def test_bad_arguments_are_one_line(options, said, capsys):
+    try:
+        code = cli.main(["profile", "--device", "cpu", *SMALL, *options])
+    except SystemExit as stop:  # argparse
+        code = stop.code
+    captured = capsys.readouterr()
+    assert code == 2 and said in captured.err
+    assert captured.err.count("\n") == 1 and captured.out == ""
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--rows", "31"], "--rows 31: expected at least --block, 32"),
+        (["--preset", "tiny-dream", "--rows", "32"], "prefix_window=0"),
+        (["--tokens-per-forward", "33"], "--tokens-per-forward 33: expected at most --block, 32"),
+        (["--graphs"], "--graphs: a CPU has none"),
+        (["--gen", "0"], "argument --gen"),
+        (["--block", "200"], "block_length=200"),
+        (["--warmup", "37"], "--warmup 37: the decoding has 37 steps"),
+        (["--torch", "trace.txt"], "--torch trace.txt: expected a file ending in .json"),
+    ],
+)
+def test_bad_arguments_of_the_benchmark_are_one_line(options, said, capsys):
+    with pytest.raises(SystemExit) as stop:
+        profile_step.main(options)
+    captured = capsys.readouterr()
+    assert stop.value.code == 2 and said in captured.err
+    assert captured.err.count("\n") == 1 and captured.out == ""
