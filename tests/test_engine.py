@@ -77,6 +77,25 @@ def test_captured_batch_rows_equal_single_runs(family, cache, rule):
     assert torch.equal(batch.sequences[:, :-24], ids)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("family", golden.FAMILIES)
+@pytest.mark.parametrize("policy", ["full", "response"])
+def test_a_batch_by_kernel(family, policy):
+    """Rows that step apart: the kernels then serve some of the cache's rows, in any order."""
+    settings = {"gen_length": 8, "block_length": 4, "threshold": 0.6, "refresh_policy": policy}
+    rows = [row[:6] for row in prompts(3)]
+    ids, mask = left_pad(rows)
+    expected = dsb.generate(golden.model(family), ids, attention_mask=mask, **settings)
+    kinds: list[tuple[str, int]] = []
+    with kernels():
+        out = dsb.Engine(golden.model(family), graphs=False).generate(
+            ids, attention_mask=mask, on_step=lambda e: kinds.append((e.kind, len(e.rows))),
+            **settings,
+        )  # fmt: skip
+    assert torch.equal(out.sequences, expected.sequences) and out.row_nfe == expected.row_nfe
+    assert any(0 < count < 3 for _, count in kinds), "rows must step apart, or this shows little"
+
+
 @pytest.mark.parametrize("family", golden.FAMILIES)
 def test_captured_steps_serve_other_prompts_and_lengths(family):
     """A prompt is padded to the next multiple, so that steps recorded for one serve another."""
