@@ -12,7 +12,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from dsb_kernels.dispatch import check_choice, check_tensor, register_op, use_triton
+from dsb_kernels.dispatch import (
+    check_choice,
+    check_tensor,
+    register_op,
+    takes_definition,
+    use_triton,
+)
 from dsb_kernels.unmask_kernel import compile_cases as compile_cases
 from dsb_kernels.unmask_kernel import launch
 from dsb_kernels.window_state import UnmaskSpec, WindowState
@@ -319,6 +325,8 @@ def unmask_and_slide(
         raise ValueError(f"{op}: block_length={spec.block_length}: accepted is at least 1")
     if spec.rule == "quota" and spec.steps < 1:
         raise ValueError(f"{op}: steps={spec.steps}: the quota rule accepts at least 1")
+    if takes_definition(canvas, confidence):
+        return unmask_and_slide_definition(canvas, token, confidence, state, active, leftpad, spec)
     return _unmask_and_slide_op(
         canvas, token, confidence, state.start, state.end, state.prefix, state.committed,
         state.since_refresh, state.step, state.refresh, state.done, state.failed, state.position,
