@@ -166,8 +166,8 @@ class Runner:
         return launched
 
     def shape_for(self, session: Session, flags: list[RowFlags], grown: int = 0) -> StepShape:
-        """The step that rows with these flags need: the kind that waits for fewest positions
-        last. `grown`: positions that windows may have grown by since."""
+        """The step that rows with these flags need. Refreshes first: their rows then join the
+        others' window steps. `grown`: positions that windows may have grown by since."""
         config, state = session.step.config, session.state
         batch, length = state.canvas.shape
         needs = {kind: [f for f in flags if f.needs == kind] for kind in (REFRESH, RESPONSE)}
