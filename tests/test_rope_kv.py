@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from dataclasses import dataclass, replace
 
 import pytest
@@ -141,6 +142,55 @@ def test_low_precision_error_is_at_most_twice_the_plain_one(
     replace(CASES[name], dtype=dtype, cos_sin_dtype=table).check()
 
 
+def check_special(case: Case) -> None:
+    """±inf and NaN in rows that are written: what the definition makes of them, and the rows, heads
+    and cache positions beside them as without them."""
+    clean, tensors = case.tensors(), case.tensors()
+    special = []
+    for x in tensors[:3]:  # head 0, rows 0 to 2: one element of a pair; head 1, row 0: both
+        for row, value in enumerate((torch.inf, -torch.inf, torch.nan)):
+            x[:, 0, row, [row, -1]] = value
+        x[:, 1, 0] = torch.inf
+        special.append(torch.zeros(x.shape[:3], dtype=torch.bool, device=DEVICE))
+        special[-1][:, 0, :3] = special[-1][:, 1, 0] = True
+    for i in (1, 2):  # where the cache holds those rows
+        inside, special[i] = special[i], torch.zeros(clean[4].shape[:3], dtype=torch.bool)
+        for b, start in enumerate(case.starts):
+            row = case.cache_rows[b] if case.cache_rows else b
+            special[i][row, :, start : start + case.W] = inside[b]
+        special[i] = special[i].to(DEVICE)
+    expected = case.expected(tensors, double=True)
+    plain = case.expected(tensors, double=False)
+    with kernels():
+        without = rope_write_kv(*clean, **case.metadata(), is_neox=case.is_neox)
+        q = rope_write_kv(*tensors, **case.metadata(), is_neox=case.is_neox)
+    results, beside = (q, *tensors[4:]), (without, *clean[4:])
+    for result, exact, low, at, other in zip(
+        results, expected, plain, special, beside, strict=True
+    ):
+        for found in (exact.isnan(), exact.isposinf(), exact.isneginf()):
+            assert found[at].any() and not found[~at].any()
+        finite = exact.isfinite()
+        bound = 1e-5 * exact[finite].abs().amax().item()
+        if case.dtype != torch.float32:
+            bound = 2 * (low.double() - exact)[finite].abs().amax().item()
+        torch.testing.assert_close(result.double(), exact, rtol=0, atol=bound, equal_nan=True)
+        assert torch.equal(result[~at], other[~at])
+
+
+SPECIAL_CASES = {
+    "halves": Case(),
+    "pairs": Case(is_neox=False),
+    "cache_rows": Case(cache_rows=(2, 0, 1), cache_batch=3, offsets=(0, 7, 42)),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *LOW], ids=str)
+@pytest.mark.parametrize("name", SPECIAL_CASES)
+def test_infinities_and_nan_stay_in_their_rows(name: str, dtype: torch.dtype) -> None:
+    check_special(replace(SPECIAL_CASES[name], dtype=dtype))
+
+
 @pytest.mark.parametrize("is_neox", [True, False])
 def test_definition_multiplies_complex_numbers(is_neox: bool) -> None:
     x, table = torch.randn(10, 64, dtype=torch.float64), angles(10, 64, torch.float64).cpu()
@@ -238,12 +288,26 @@ MUTATIONS = {
     "half_dropped": ("rotate_halves", "gqa_7", "out_ptr + HALF", "out_ptr"),
     "pair_swapped": ("rotate_pairs", "interleaved", "a, b = ", "b, a = "),
 }
+SPECIAL_MUTATIONS = {
+    "nan_becomes_zero": ("rotate_halves", "halves", "(a * cos",
+                         "(tl.where(a == a, a, 0) * cos"),
+    "infinity_clamped": ("rotate_pairs", "pairs", "b * cos + a", "b * cos + tl.minimum(a, 1e30)"),
+    "row_spoils_its_tile": ("rotate_halves", "cache_rows", "a * cos - b * sin",
+                            "a * cos - b * sin + 0 * tl.sum(a, 0)"),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("mutation", MUTATIONS)
 def test_mistakes_are_caught(mutation: str) -> None:
     kernel, name, old, new = MUTATIONS[mutation]
     assert_caught(CASES[name].check, module, f"_{kernel}", old, new)
+
+
+@pytest.mark.parametrize("mutation", SPECIAL_MUTATIONS)
+def test_mistakes_with_infinities_and_nan_are_caught(mutation: str) -> None:
+    kernel, name, old, new = SPECIAL_MUTATIONS[mutation]
+    case = SPECIAL_CASES[name]
+    assert_caught(functools.partial(check_special, case), module, f"_{kernel}", old, new)
 
 
 def test_opcheck() -> None:
