@@ -134,7 +134,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import MockTensor
 from dsb_kernels import confidence, lm_head_confidence, rope_kv, row_state
-from dsb_kernels import window_attention, window_attention_kernel
+from dsb_kernels import unmask, unmask_kernel, window_attention, window_attention_kernel
 
 class Driver:
     def get_current_target(self):
@@ -159,13 +159,15 @@ class Warmup:  # everything that a launch does but the launch
             launched.append(self.kernel.__name__)
         return launch
 
-for module in (confidence, lm_head_confidence, row_state, rope_kv, window_attention_kernel):
+for module in (confidence, lm_head_confidence, row_state, rope_kv, unmask_kernel,
+        window_attention_kernel):
     module.wrap_triton = Warmup
 window_attention_kernel.sm_count = lambda device: 132
-token_op, head_op, partial_op, rope_op, attention_op = (
+token_op, head_op, partial_op, combine_op, rope_op, unmask_op, attention_op = (
     op._init_fn for op in (confidence._token_confidence_op,
         lm_head_confidence._lm_head_confidence_op, lm_head_confidence._lm_head_partial_op,
-        rope_kv._rope_write_kv_op, window_attention._window_attention_op))
+        row_state._combine_partials_op, rope_kv._rope_write_kv_op, unmask._unmask_and_slide_op,
+        window_attention._window_attention_op))
 with torch._library.triton.set_wrap_triton_enabled(False), FakeTensorMode():
     def cuda(*shape, dtype=torch.bfloat16):
         return torch.empty(shape, device="cuda", dtype=dtype)
@@ -190,7 +192,27 @@ with torch._library.triton.set_wrap_triton_enabled(False), FakeTensorMode():
             64, 1.0, 1, False)
         attention_op(q, k, k, cache, cache, row, row, row, row, index, row, lists,
             64, 1.0, None, True)
-assert len(launched) == 20 + 2 * 5, launched
+    assert len(launched) == 20 + 2 * 5, launched
+    for parts, rows in ((1, 1), (72, 33)):
+        partials = cuda(parts, row_state.PLANES, rows, dtype=torch.float32)
+        combine_op(partials, None, [], "probability")
+        combine_op(partials, cuda(rows, dtype=torch.bool), [0, 1], "margin")
+    assert len(launched) == 20 + 2 * 5 + 4, launched
+    for B, K, L in ((1, 1, 1), (3, 20, 300)):
+        canvas = torch.empty_strided((B, L), (L + 4, 1), device="cuda", dtype=torch.int64)
+        token = cuda(B, K, dtype=torch.int64)
+        field, flag = cuda(B, dtype=torch.int32), cuda(B, dtype=torch.bool)
+        state = [field] * 6 + [flag] * 3 + [cuda(B, K, dtype=torch.int32)]
+        tensors = canvas, token, cuda(B, K, dtype=torch.float32), *state, flag, field
+        for variant in (
+            (None, "dsb", "dsb", 16, 0, "threshold", 0.9, 0, "select", 126336, [126081], True),
+            (64, "dsb", "dsb", 16, 1, "frechet", 0.25, 0, "first", 151666, [1, 151643], True),
+            (1, "dsb", "none", 0, 0, "factor", 1.0, 0, "select", 1, [], False),
+            (None, "naive", "dual", 0, 1, "quota", 0.0, 1, "select", 5, [2], False),
+        ):
+            commit = unmask_op(*tensors, L // 3, 16, *variant)
+            assert commit.shape == (B, K) and commit.dtype == torch.bool
+assert launched[34:] == ["_unmask_kernel"] * 8, launched
 """
 
 
