@@ -290,13 +290,13 @@ def launch(
 def compile_cases() -> list[CompileCase]:
     """LLaDA-8B, iLLaDA-8B and Dream-7B at every window capacity, and the other head dims.
 
-    Capacities that share tile and splits are one case. The KV cache has been written (as the
-    runtime does it) and is the batch's or has other rows too, or the window is fresh and listed
-    blocks are visited.
+    The runtime's capacities start at 16, where Dream's tile is that of 32. Those that share tile
+    and splits are one case. The KV cache has been written (as the runtime does it) and is the
+    batch's or has other rows too, or the window is fresh and listed blocks are visited.
     """
     shapes = [  # name, heads, KV heads, head dim, window capacities
-        ("LLaDA-8B", 32, 32, 128, (32, 64, 128, 256)),
-        ("iLLaDA-8B", 32, 8, 128, (32, 64, 128, 256)),
+        ("LLaDA-8B", 32, 32, 128, (16, 32, 64, 128, 256)),
+        ("iLLaDA-8B", 32, 8, 128, (16, 32, 64, 128, 256)),
         ("Dream-7B", 28, 4, 128, (32, 64, 128, 256)),
         *((f"head dim {d}", 16, 16, d, (64, 128)) for d in (64, 80, 96, 256)),
     ]

@@ -8,11 +8,14 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
 
 from dsb_kernels.disassembly import Disassembly
 from dsb_kernels.resources import CHIPS, Resources, collect_cases, failures
+from dsb_kernels.window_attention_kernel import tile_of
+from dsb_runtime.capture import WIDTHS
 
 ROOT = Path(__file__).parent.parent
 
@@ -28,6 +31,21 @@ def test_every_op_lists_its_cases():
     assert {"token_confidence", "lm_head_confidence", "combine_partials"} <= ops
     names = [(case.op, case.name, a) for case in collect_cases() for a in case.architectures]
     assert len(names) == len(set(names))
+
+
+@pytest.mark.parametrize("way", ["in cache", "in cache indexed", "fresh listed"])
+@pytest.mark.parametrize(("model", "group"), [("LLaDA-8B", 1), ("iLLaDA-8B", 4), ("Dream-7B", 7)])
+def test_every_tile_of_window_attention_that_the_runtime_launches_is_a_case(model, group, way):
+    names = ("GROUP", "HEAD_DIM", "BLOCK_M", "BLOCK_N")
+    listed = {
+        (*(case.constexprs[n] for n in names), case.num_warps, case.num_stages)
+        for case in collect_cases(["window_attention"])
+        if case.name.startswith(f"{model} ") and case.name.endswith(f" rows {way}")
+    }
+    for width in WIDTHS:
+        tile = tile_of(group * width, 128, torch.bfloat16, "sm_90")
+        blocks = tile.blocks["BLOCK_M"], tile.blocks["BLOCK_N"]
+        assert (group, 128, *blocks, tile.num_warps, tile.num_stages) in listed, width
 
 
 @pytest.mark.slow
