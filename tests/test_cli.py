@@ -248,7 +248,12 @@ def test_ctrl_c(chat, capsys, monkeypatch):
             return ""
 
     monkeypatch.setattr(sys, "stdin", Interrupted())
-    assert main(["generate", "-", "--model", str(chat)]) == 130
+    # A shell starts background jobs with the signal ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        assert main(["generate", "-", "--model", str(chat)]) == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert capsys.readouterr().err == "dsb: interrupted\n"
 
 
