@@ -21,9 +21,10 @@ from tests import golden
 from tests.mutations import kernels
 from tests.recorded import Recorder
 from tests.test_decode import biased_to_eos, left_pad, prompts
-from tests.test_kernels_end_to_end import QUICK
+from tests.test_kernels_end_to_end import shortest
 
 CASES = [(f, i) for f in golden.FAMILIES for i in range(len(golden.cases(f)))]
+SHORT = [(f, i) for f in golden.FAMILIES for i in shortest(f, "dsb_cache_greedy", 1)]
 SHAPE = {"gen_length": 24, "block_length": 8}
 
 
@@ -54,7 +55,7 @@ def test_captured_trajectory(family, index):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("family", "index"), QUICK)
+@pytest.mark.parametrize(("family", "index"), SHORT)
 def test_captured_trajectory_by_kernel(family, index):
     with kernels():
         engine = check_trajectory(family, index)

@@ -140,7 +140,10 @@ def window_logits(model: transformers.PreTrainedModel, ids: torch.Tensor) -> tor
         return model(ids[:, 4:12], position_ids=torch.arange(4, 12)[None], **named).logits
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind",
+    ["Llama", "Qwen3", *(pytest.param(k, marks=pytest.mark.slow) for k in ("Qwen2", "Mistral"))],
+)
 def test_a_patched_models_own_forward_takes_the_kernels(kind, monkeypatch):
     model, taken = dsb.patch(random_model(kind), family="llada", mask_id=511), []
     assert all(type(layer).__name__ == "PackedLayer" for layer in layers_of(model.model))
