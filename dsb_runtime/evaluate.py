@@ -34,7 +34,7 @@ THRESHOLDS = (0.2, 0.3, 0.4, 0.5, 0.7, 0.95, 0.99)
 FACTORS = (0.25, 1.0, 4.0, 8.0)
 FRECHETS = (-0.9, -0.5, 0.0, 0.25, 0.9)
 # Of how many refreshes one is full; None is refresh_policy="full".
-FULL_EVERY = (None, 4, 999)
+FULL_EVERY = (None, 4, 99)
 SMALL_BLOCK = 4  # for many refreshes
 
 
@@ -82,7 +82,7 @@ def build_settings(gen_length: int, block_length: int, quick: bool) -> list[Sett
     shape = {"gen_length": gen_length, "block_length": block_length, "stop_at_eos": True}
 
     def make(rule: str, schedule: str, cache: str, **values: Any) -> Setting:
-        settings = {**shape, **SCHEDULES[schedule], "cache": cache.split()[0], **values}
+        settings = {**shape, **SCHEDULES[schedule], "cache": cache.split("/")[0], **values}
         if settings.get("max_block_length") == -1:
             settings["max_block_length"] = block_length
         return Setting(rule, schedule, cache, DecodingConfig(**settings))
@@ -104,7 +104,7 @@ def build_settings(gen_length: int, block_length: int, quick: bool) -> list[Sett
             label = "dsb"
             if every is not None:
                 policy |= {"refresh_policy": "response", "full_refresh_every": every}
-                label = f"dsb resp/{every}"
+                label = f"dsb/{every}"  # response refreshes, one in so many full
             made.append(make(f"1 token, block {small}", "DSB greedy", label, **policy))
     return made
 

@@ -41,7 +41,7 @@ def test_settings_cover_every_schedule_cache_and_rule():
     rules = {s.config.rule for s in build_settings(64, 16, quick=False)}
     assert rules == {"threshold", "quota", "factor", "frechet"}
     whole = build_settings(64, 16, quick=False)
-    assert {s.config.full_every for s in whole} == {1, 4, 999}
+    assert {s.config.full_every for s in whole} == {1, 4, 99}
     assert {s.config.cache for s in whole} == {"none", "dual", "dsb"}
 
 
