@@ -4,13 +4,12 @@ long a GPU idles, how much memory was taken."""
 from __future__ import annotations
 
 import resource
-import time
 from collections.abc import Callable
 
 import torch
 
 from benchmarks.measure import copy_bandwidth
-from benchmarks.trajectory import synchronize
+from dsb_runtime.step_limit import timed
 
 CPU_COPY = 1 << 28  # bytes, past the caches
 GPU_SIZE = 8192  # of the square matrices
@@ -21,14 +20,7 @@ REPEATS = 5
 
 def best_seconds(run: Callable[[], object], device: torch.device) -> float:
     """Of one call, after one that warms up: a ceiling is the best that the machine does."""
-    times = []
-    for _ in range(REPEATS + 1):
-        synchronize(device)
-        began = time.perf_counter()
-        run()
-        synchronize(device)
-        times.append(time.perf_counter() - began)
-    return min(times[1:])
+    return min([timed(run, device)[1] for _ in range(REPEATS + 1)][1:])
 
 
 def copy_gb_per_s(device: torch.device) -> float:
@@ -60,11 +52,7 @@ def gpu_idle_share(run: Callable[[], object], device: torch.device) -> float | N
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
-        synchronize(device)
-        began = time.perf_counter()
-        run()
-        synchronize(device)
-        wall = time.perf_counter() - began
+        _, wall = timed(run, device)
     cuda = torch.autograd.DeviceType.CUDA
     busy = sum(
         e.time_range.elapsed_us()

@@ -24,7 +24,6 @@ import argparse
 import json
 import statistics
 import sys
-import time
 from collections.abc import Callable, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
@@ -45,12 +44,20 @@ from benchmarks.ceilings import (
 from benchmarks.decode_report import draw_runs, print_runs, step_figures
 from benchmarks.eager import EagerOutput, eager_generate
 from benchmarks.floor import ForwardRows, LinearFloor
-from benchmarks.presets import PRESETS, Preset, random_model, random_prompt
+from benchmarks.presets import (
+    PRESETS,
+    Preset,
+    check_device,
+    check_tokens,
+    random_model,
+    random_prompt,
+)
 from benchmarks.roofline import Ceilings, positive
-from benchmarks.trajectory import Agreement, Recorder, StepClock, agreement, synchronize
+from benchmarks.trajectory import Agreement, Recorder, StepClock, agreement
 from dsb_runtime.bench import describe_machine, describe_versions
 from dsb_runtime.cli import OneLineParser
 from dsb_runtime.plots import check_files
+from dsb_runtime.step_limit import timed
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -133,14 +140,6 @@ class Case:
         return found
 
 
-def timed(run: Callable[[], object], device: torch.device) -> float:
-    synchronize(device)
-    start = time.perf_counter()
-    run()
-    synchronize(device)
-    return time.perf_counter() - start
-
-
 def measure(case: Case, ceilings: Ceilings, preset: Preset, rounds: int) -> dict[str, Any]:
     """Everything that is reported of one batch."""
     device, record = case.model.device, case.record
@@ -156,7 +155,7 @@ def measure(case: Case, ceilings: Ceilings, preset: Preset, rounds: int) -> dict
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for _ in tqdm(range(rounds), desc=f"batch {len(case.prompt)}", disable=None):
         for name, run in runs.items():
-            seconds[name].append(timed(run, device))
+            seconds[name].append(timed(run, device)[1])
         ours.restart()
         case.ours(ours)
 
@@ -228,15 +227,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 def settings_of(args: argparse.Namespace, preset: Preset) -> dict[str, Any]:
     """The decoding's settings; ValueError for what cannot be."""
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: no CUDA device here; expected cpu")
+    check_device(args.device)
     if args.device == "cpu" and args.no_graphs:
         raise ValueError("--no-graphs: a CPU has none; expected it with --device cuda")
-    if args.tokens_per_forward > args.block:
-        raise ValueError(
-            f"--tokens-per-forward {args.tokens_per_forward:g}: expected at most --block, "
-            f"{args.block}"
-        )
+    check_tokens(args.tokens_per_forward, args.block)
     check_files(args.json, args.plot)
     args.dtype = args.dtype or ("bfloat16" if args.device == "cuda" else "float32")
     prefix = preset.family.prefix_window if args.prefix_window is None else args.prefix_window

@@ -98,3 +98,17 @@ def random_prompt(preset: Preset, batch: int, length: int, seed: int = 0) -> Ten
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(0, preset.vocab - 1, (batch, length), generator=generator)
     return ids + (ids >= preset.mask_id)
+
+
+def check_device(device: str) -> None:
+    """ValueError where `--device` names what is not there."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: no CUDA device here; expected cpu")
+
+
+def check_tokens(tokens_per_forward: float, block: int) -> None:
+    """ValueError where a step would have to commit more than a block."""
+    if tokens_per_forward > block:
+        raise ValueError(
+            f"--tokens-per-forward {tokens_per_forward:g}: expected at most --block, {block}"
+        )

@@ -18,7 +18,14 @@ from typing import Any
 import torch
 
 import dsb_runtime as dsb
-from benchmarks.presets import PRESETS, Preset, random_model, random_prompt
+from benchmarks.presets import (
+    PRESETS,
+    Preset,
+    check_device,
+    check_tokens,
+    random_model,
+    random_prompt,
+)
 from benchmarks.roofline import positive
 from dsb_runtime import profile
 from dsb_runtime.cli import OneLineParser
@@ -50,15 +57,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 def settings_of(args: argparse.Namespace, preset: Preset) -> dict[str, Any]:
     """The decoding's settings; ValueError for what cannot be."""
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: no CUDA device here; expected cpu")
+    check_device(args.device)
     if args.device == "cpu" and args.graphs:
         raise ValueError("--graphs: a CPU has none; expected it with --device cuda")
-    if args.tokens_per_forward > args.block:
-        raise ValueError(
-            f"--tokens-per-forward {args.tokens_per_forward:g}: expected at most --block, "
-            f"{args.block}"
-        )
+    check_tokens(args.tokens_per_forward, args.block)
     if args.rows is not None and args.rows < args.block:
         raise ValueError(f"--rows {args.rows}: expected at least --block, {args.block}")
     profile.check_arguments(args)

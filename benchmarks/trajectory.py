@@ -12,6 +12,7 @@ from torch import Tensor
 from benchmarks.floor import ForwardRows
 from benchmarks.step_cost import StepShape
 from dsb_runtime import StepEvent
+from dsb_runtime.step_limit import synchronize
 
 
 @dataclass(frozen=True)
@@ -120,8 +121,3 @@ class StepClock:
         self.kinds.append(event if isinstance(event, str) else event.kind)
         self.seconds.append(now - self.began)
         self.began = time.perf_counter()
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
