@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -73,7 +74,7 @@ def fits(layout: CacheLayout, batch: int, length: int) -> bool:
     return True
 
 
-def largest(most: int, fits_with: object) -> int:
+def largest(most: int, fits_with: Callable[[int], bool]) -> int:
     """The largest n <= most for which `fits_with(n)`, which holds up to some n; 0 for none."""
     return bisect.bisect_left(range(1, most + 1), True, key=lambda n: not fits_with(n))
 
