@@ -98,8 +98,15 @@ CONFIGS: dict[tuple[str, str], dict[int, Config]] = {
     },
     # size = window rows. 16 rows of a head of 128: every thread loads 16 bytes of each half.
     ("rope_write_kv", "any"): {1 << 62: Config({"BLOCK_W": 16}, num_warps=4)},
-    # size = batch rows: one program each, whose candidates fit four warps.
-    ("unmask_and_slide", "any"): {1 << 62: Config({}, num_warps=4)},
+    # size = batch rows. A program each and for every BLOCK_W positions.
+    ("place_rows", "any"): {1 << 62: Config({"BLOCK_W": 1024}, num_warps=4)},
+    # size = candidates of a row, which one program holds: each against BLOCK_J others at a time. It
+    # searches the response BLOCK_L positions at a time; more of either spill.
+    ("unmask_and_slide", "any"): {
+        64: Config({"BLOCK_J": 32, "BLOCK_L": 512}, num_warps=4),
+        256: Config({"BLOCK_J": 16, "BLOCK_L": 1024}, num_warps=8),
+        1 << 62: Config({"BLOCK_J": 4, "BLOCK_L": 1024}, num_warps=16),
+    },
 }
 
 

@@ -2,12 +2,13 @@
 
 One step of the schedule for every row of a batch: pick which candidates to commit, write their
 tokens into the canvas, slide the window, and say what the row needs next (a refresh, a window
-step, or nothing). `L` = canvas length, `P` = where the response starts, `K` = candidates per row.
+step, or nothing) and what the host wants to know of it. `L` = canvas length, `P` = where the
+response starts, `K` = candidates of a row, `b` and `k` = rows and candidates that were scored.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import fields
 
 import torch
 from torch import Tensor
@@ -19,52 +20,24 @@ from dsb_kernels.dispatch import (
     takes_definition,
     use_triton,
 )
+from dsb_kernels.selection import RULES, select
 from dsb_kernels.unmask_kernel import compile_cases as compile_cases
 from dsb_kernels.unmask_kernel import launch
-from dsb_kernels.window_state import UnmaskSpec, WindowState
+from dsb_kernels.window_state import (
+    BOOL_FIELDS,
+    FLAGS,
+    INT_FIELDS,
+    NOTHING,
+    REFRESH,
+    RESPONSE,
+    WINDOW,
+    UnmaskSpec,
+    WindowState,
+)
 
 SCHEDULES = ("dsb", "naive")
 CACHES = ("dsb", "dual", "none")
 REFRESH_COMMITS = ("select", "first")
-INT_FIELDS = ("start", "end", "prefix", "committed", "since_refresh", "step")
-BOOL_FIELDS = ("refresh", "done", "failed")
-
-
-# --- selection rules: how many of the sorted candidates are committed -------------------------
-# Each takes confidences sorted descending (B, K) float64 with -inf past the last candidate, their
-# ranks 1..K, the number of candidates (B,), the rule's value, and the tokens due by the quota (B,).
-
-
-def count_threshold(c: Tensor, rank: Tensor, m: Tensor, value: float, due: Tensor) -> Tensor:
-    """Every confidence of at least `value`."""
-    return (c >= value).sum(-1)
-
-
-def count_quota(c: Tensor, rank: Tensor, m: Tensor, value: float, due: Tensor) -> Tensor:
-    """A number fixed up front."""
-    return due
-
-
-def count_factor(c: Tensor, rank: Tensor, m: Tensor, value: float, due: Tensor) -> Tensor:
-    """The ranks before the first c_(j) < 1 - value / (j + 1); all if none or the last fails."""
-    bound = torch.where(rank == 1, -1.0, 1.0 - value / (rank + 1).double())
-    fails = (c < bound) & (rank <= m[:, None])
-    first = torch.where(fails, rank, c.shape[-1] + 1).amin(-1)
-    return torch.where(first >= m, m, first - 1)
-
-
-def count_frechet(c: Tensor, rank: Tensor, m: Tensor, value: float, due: Tensor) -> Tensor:
-    """The ranks with sum_{j<=n} c_(j) - (n - 1) - (1 - c_(n)) > value (arXiv 2606.02955)."""
-    bound = c.cumsum(-1) - (rank - 1) - (1.0 - c)
-    return ((bound > value) & (rank <= m[:, None])).sum(-1)
-
-
-RULES: dict[str, Callable[[Tensor, Tensor, Tensor, float, Tensor], Tensor]] = {
-    "threshold": count_threshold,
-    "quota": count_quota,
-    "factor": count_factor,
-    "frechet": count_frechet,
-}
 
 
 # --- definition -------------------------------------------------------------------------------
@@ -83,17 +56,6 @@ def quota_due(state: WindowState, spec: UnmaskSpec, length: int) -> Tensor:
     steps = max(spec.steps, 1)
     planned = (step + 1) * (masks // steps) + torch.minimum(step + 1, masks % steps)
     return torch.where(step + 1 >= steps, masks, planned) - committed
-
-
-def select(confidence: Tensor, valid: Tensor, due: Tensor, spec: UnmaskSpec) -> Tensor:
-    """Which candidates the rule commits: (B, K) bool. Ties go to the lower position."""
-    c = torch.where(valid, confidence.double(), -torch.inf)
-    c, order = c.sort(dim=-1, descending=True, stable=True)
-    rank = torch.arange(1, c.shape[-1] + 1, device=c.device)
-    m = valid.sum(-1)
-    count = RULES[spec.rule](c, rank, m, spec.rule_value, due).clamp(min=1).minimum(m)
-    chosen = rank <= count[:, None]
-    return torch.zeros_like(chosen).scatter(1, order, chosen) & valid
 
 
 def window_of(first_masked: Tensor, committed: Tensor, length: int, spec: UnmaskSpec) -> tuple:
@@ -118,6 +80,38 @@ def candidates(masked: Tensor, end: Tensor, width: int) -> Tensor:
     return torch.where(key < length, key, -1).int()
 
 
+def spread(scored: Tensor, rows: Tensor | None, whole: Tensor) -> Tensor:
+    """What was scored, (b,) or (b, k), in its place in a tensor like `whole`, 0 elsewhere."""
+    if rows is None and scored.shape == whole.shape:
+        return scored
+    whole = torch.zeros_like(whole, dtype=scored.dtype)
+    part = whole if whole.ndim == 1 else whole[:, : scored.shape[1]]
+    part[slice(None) if rows is None else rows.long()] = scored
+    return whole
+
+
+def needs_of(state: WindowState, spec: UnmaskSpec) -> Tensor:
+    """(B,) int32: what each row needs next."""
+    kind = torch.where(state.refresh, REFRESH, WINDOW)
+    if spec.full_every > 1:
+        kept = state.refresh & (state.refreshes % spec.full_every != 0)
+        kind = torch.where(kept, RESPONSE, kind)
+    return torch.where(state.done, NOTHING, kind).int()
+
+
+def flags_of(state: WindowState, length: int, took_part: Tensor, spec: UnmaskSpec) -> Tensor:
+    """(B, len(FLAGS)) int32."""
+    columns = {
+        **{name: getattr(state, name) for name in ("needs", "failed", "start", "end", "prefix")},
+        "held": (state.position >= 0).sum(-1),
+        "since": state.since_refresh,
+        "left": length - spec.prompt_length - state.committed,
+        "took_part": took_part,
+        "new": state.commit.sum(-1),
+    }
+    return torch.stack([columns[name].int() for name in FLAGS], dim=1)
+
+
 def unmask_and_slide_definition(
     canvas: Tensor,
     token: Tensor,
@@ -126,16 +120,22 @@ def unmask_and_slide_definition(
     active: Tensor,
     leftpad: Tensor,
     spec: UnmaskSpec,
+    rows: Tensor | None = None,
 ) -> Tensor:
     length, prompt = canvas.shape[1], spec.prompt_length
     index = torch.arange(length, device=canvas.device)
     response = index >= prompt
+    width = confidence.shape[1]
+    token, confidence = (spread(x, rows, state.position) for x in (token, confidence))
+    active = spread(active, rows, state.done) & ~state.done
+    state.scored.copy_(torch.where(active[:, None], confidence, 0))
 
     # Select among the candidates and commit them.
     at = state.position.long().clamp(min=0)
     is_masked = canvas.gather(1, at) == spec.mask_id
     valid = (state.position >= 0) & is_masked & (state.position < state.end[:, None])
-    valid = valid & (active & ~state.done)[:, None]
+    valid[:, width:] = False
+    valid = valid & active[:, None]
     nan = (valid & confidence.isnan()).any(-1)
     valid = valid & ~nan[:, None]
     commit = select(confidence, valid, quota_due(state, spec, length), spec)
@@ -147,7 +147,7 @@ def unmask_and_slide_definition(
     canvas.scatter_add_(1, at, delta)
 
     # Slide the window of the rows that took part.
-    moved = active & ~state.done & ~nan
+    moved = active & ~nan
     new = commit.sum(-1)
     committed = state.committed + new
     masked = (canvas == spec.mask_id) & response
@@ -185,13 +185,17 @@ def unmask_and_slide_definition(
 
     for name, value in (
         ("start", start), ("end", end), ("prefix", prefix), ("committed", committed),
-        ("since_refresh", since), ("step", step), ("refresh", refresh), ("done", done),
+        ("since_refresh", since), ("step", step), ("refreshes", state.refreshes + state.refresh),
+        ("forwards", state.forwards + 1), ("refresh", refresh), ("done", done),
     ):  # fmt: skip
         old = getattr(state, name)
         old.copy_(torch.where(moved, value.to(old.dtype), old))
     state.position.copy_(torch.where(moved[:, None], position, state.position))
     state.failed.logical_or_(nan)
-    return commit
+    state.commit.copy_(commit)
+    state.needs.copy_(needs_of(state, spec))
+    state.flags.copy_(flags_of(state, length, active, spec))
+    return state.commit
 
 
 def initial_state(canvas: Tensor, leftpad: Tensor, spec: UnmaskSpec) -> WindowState:
@@ -202,31 +206,28 @@ def initial_state(canvas: Tensor, leftpad: Tensor, spec: UnmaskSpec) -> WindowSt
         torch.arange(length, device=canvas.device) >= spec.prompt_length
     )
     start, end = window_of(zeros.long() + spec.prompt_length, zeros.long(), length, spec)
-    width = min(spec.block_length, length - spec.prompt_length)
-    return WindowState(
-        start=start.int(),
-        end=end.int(),
-        prefix=zeros.clone(),
-        committed=zeros.clone(),
-        since_refresh=zeros.clone(),
-        step=zeros.clone(),
+    position = candidates(masked, end, min(spec.block_length, length - spec.prompt_length))
+    state = WindowState(
+        **{name: zeros.clone() for name in INT_FIELDS},
         refresh=zeros == 0,
         done=zeros != 0,
         failed=zeros != 0,
-        position=candidates(masked, end, width),
+        position=position,
+        commit=position < -1,
+        scored=torch.zeros_like(position, dtype=torch.float32),
+        flags=zeros.new_zeros(rows, len(FLAGS)),
     )
+    state.start.copy_(start)
+    state.end.copy_(end)
+    state.needs.fill_(REFRESH)
+    state.flags.copy_(flags_of(state, length, state.done, spec))
+    return state
 
 
 # --- op ---------------------------------------------------------------------------------------
 
 
-@register_op(
-    "unmask_and_slide",
-    mutates_args=(
-        "canvas", "start", "end", "prefix", "committed", "since_refresh", "step",
-        "refresh", "done", "failed", "position",
-    ),
-)  # fmt: skip
+@register_op("unmask_and_slide", mutates_args=("canvas", *(f.name for f in fields(WindowState))))
 def _unmask_and_slide_op(
     canvas: Tensor,
     token: Tensor,
@@ -237,12 +238,19 @@ def _unmask_and_slide_op(
     committed: Tensor,
     since_refresh: Tensor,
     step: Tensor,
+    refreshes: Tensor,
+    forwards: Tensor,
+    needs: Tensor,
     refresh: Tensor,
     done: Tensor,
     failed: Tensor,
     position: Tensor,
+    commit: Tensor,
+    scored: Tensor,
+    flags: Tensor,
     active: Tensor,
     leftpad: Tensor,
+    rows: Tensor | None,
     prompt_length: int,
     block_length: int,
     max_block_length: int | None,
@@ -257,16 +265,18 @@ def _unmask_and_slide_op(
     mask_id: int,
     eos_ids: list[int],
     stop_at_eos: bool,
-) -> Tensor:
+    full_every: int,
+) -> None:
     state = WindowState(
-        start, end, prefix, committed, since_refresh, step, refresh, done, failed, position
-    )
+        start, end, prefix, committed, since_refresh, step, refreshes, forwards, needs, refresh,
+        done, failed, position, commit, scored, flags,
+    )  # fmt: skip
     spec = UnmaskSpec(
         prompt_length, block_length, max_block_length, schedule, cache, prefix_window, min_prefix,
-        rule, rule_value, steps, refresh_commit, mask_id, tuple(eos_ids), stop_at_eos,
+        rule, rule_value, steps, refresh_commit, mask_id, tuple(eos_ids), stop_at_eos, full_every,
     )  # fmt: skip
     step_of = launch if use_triton(canvas, confidence) else unmask_and_slide_definition
-    return step_of(canvas, token, confidence, state, active, leftpad, spec)
+    step_of(canvas, token, confidence, state, active, leftpad, spec, rows)
 
 
 def unmask_and_slide(
@@ -277,20 +287,24 @@ def unmask_and_slide(
     active: Tensor,
     leftpad: Tensor,
     spec: UnmaskSpec,
+    rows: Tensor | None = None,
 ) -> Tensor:
     """Commit the selected candidates of every active row and slide its window, in place.
 
     Args:
         canvas: (B, L) int64, prompt and response; committed tokens are written into it.
-        token: (B, K) int64, proposed token of each candidate (`state.position`).
-        confidence: (B, K) float32, its confidence; ignored where there is no candidate.
+        token: (b, k) int64, proposed token of the first k <= K candidates (`state.position`) of
+            the b rows that were scored; candidates beyond are not committed.
+        confidence: (b, k) float32, its confidence; ignored where there is no candidate.
         state: per-row window state, updated in place.
-        active: (B,) bool, rows that take part; done rows never do.
+        active: (b,) bool, rows that take part; done rows never do.
         leftpad: (B,) int32, padding positions before the row's prompt.
         spec: schedule, cache policy, rule and ids.
+        rows: (b,) int32, the batch row of each row that was scored, no row twice (not checked);
+            None: b = B, each in its place.
 
     Returns:
-        (B, K) bool, the candidates that were committed.
+        `state.commit`, (B, K) bool, the candidates that were committed.
 
     Raises:
         TypeError, ValueError: a tensor of the wrong dtype, shape, device or stride (canvas may
@@ -299,39 +313,46 @@ def unmask_and_slide(
     op = "unmask_and_slide"
     check_tensor(op, "canvas", canvas, dtype=torch.int64, shape=("B", "L"), unit_stride=True)
     B, L = canvas.shape
-    check_tensor(op, "state.position", state.position, dtype=torch.int32, shape=(B, "K"),
-                 device=canvas.device, contiguous=True)  # fmt: skip
-    per_row, candidates_shape = (B,), tuple(state.position.shape)
+    same = {"device": canvas.device, "contiguous": True}
+    shape = (B, "K")
+    check_tensor(op, "state.position", state.position, dtype=torch.int32, shape=shape, **same)
+    K = state.position.shape[1]
+    if rows is not None:
+        check_tensor(op, "rows", rows, dtype=torch.int32, shape=("b",), **same)
+    b = B if rows is None else len(rows)
+    check_tensor(op, "token", token, dtype=torch.int64, shape=(b, "k"), **same)
     for name, tensor, dtype, shape in (
-        ("token", token, torch.int64, candidates_shape),
-        ("confidence", confidence, torch.float32, candidates_shape),
-        *((f"state.{n}", getattr(state, n), torch.int32, per_row) for n in INT_FIELDS),
-        *((f"state.{n}", getattr(state, n), torch.bool, per_row) for n in BOOL_FIELDS),
-        ("active", active, torch.bool, per_row),
-        ("leftpad", leftpad, torch.int32, per_row),
+        ("confidence", confidence, torch.float32, (b, token.shape[1])),
+        ("active", active, torch.bool, (b,)),
+        *((f"state.{n}", getattr(state, n), torch.int32, (B,)) for n in INT_FIELDS),
+        *((f"state.{n}", getattr(state, n), torch.bool, (B,)) for n in BOOL_FIELDS),
+        ("state.commit", state.commit, torch.bool, (B, K)),
+        ("state.scored", state.scored, torch.float32, (B, K)),
+        ("state.flags", state.flags, torch.int32, (B, len(FLAGS))),
+        ("leftpad", leftpad, torch.int32, (B,)),
     ):
-        check_tensor(
-            op, name, tensor, dtype=dtype, shape=shape, device=canvas.device, contiguous=True
-        )
+        check_tensor(op, name, tensor, dtype=dtype, shape=shape, **same)
     check_choice(op, "schedule", spec.schedule, SCHEDULES)
     check_choice(op, "cache", spec.cache, CACHES)
     check_choice(op, "rule", spec.rule, tuple(RULES))
     check_choice(op, "refresh_commit", spec.refresh_commit, REFRESH_COMMITS)
-    if candidates_shape[1] < 1:
+    if K < 1:
         raise ValueError(f"{op}: state.position has no candidates: accepted is K >= 1")
+    if not 1 <= token.shape[1] <= K:
+        raise ValueError(
+            f"{op}: token has {token.shape[1]} candidates a row: accepted are 1 to state's {K}"
+        )
     if not 0 <= spec.prompt_length <= L:
         raise ValueError(f"{op}: prompt_length={spec.prompt_length}: accepted are 0 to {L}")
     if spec.block_length < 1:
         raise ValueError(f"{op}: block_length={spec.block_length}: accepted is at least 1")
+    if spec.full_every < 1:
+        raise ValueError(f"{op}: full_every={spec.full_every}: accepted is at least 1")
     if spec.rule == "quota" and spec.steps < 1:
         raise ValueError(f"{op}: steps={spec.steps}: the quota rule accepts at least 1")
     if takes_definition(canvas, confidence):
-        return unmask_and_slide_definition(canvas, token, confidence, state, active, leftpad, spec)
-    return _unmask_and_slide_op(
-        canvas, token, confidence, state.start, state.end, state.prefix, state.committed,
-        state.since_refresh, state.step, state.refresh, state.done, state.failed, state.position,
-        active, leftpad, spec.prompt_length, spec.block_length, spec.max_block_length,
-        spec.schedule, spec.cache, spec.prefix_window, spec.min_prefix, spec.rule,
-        spec.rule_value, spec.steps, spec.refresh_commit, spec.mask_id, list(spec.eos_ids),
-        spec.stop_at_eos,
-    )  # fmt: skip
+        unmask_and_slide_definition(canvas, token, confidence, state, active, leftpad, spec, rows)
+    else:
+        tensors, settings = ([getattr(x, f.name) for f in fields(x)] for x in (state, spec))
+        _unmask_and_slide_op(canvas, token, confidence, *tensors, active, leftpad, rows, *settings)
+    return state.commit

@@ -55,16 +55,17 @@ def window_attention_definition(
     position, row = torch.arange(C, device=q.device), torch.arange(W, device=q.device)
     start, length = window_start[:, None].long(), window_length[:, None].long()
     inside = (position >= start) & (position < start + length)
-    leftpad = 0 if cache_leftpad is None else cache_leftpad[:, None]
+    leftpad = torch.zeros_like(start) if cache_leftpad is None else cache_leftpad[:, None]
     stored = ((position >= leftpad) & (position < cache_seqlens[:, None]))[:, None]
     if kv_indices is not None:
         named = listed_positions(kv_num_blocks, kv_indices, kv_block_size, C)
         stored = stored & named.view(B, -1, C)
     if k_window is None:
-        k, v, visible = k_cache, v_cache, stored | inside[:, None]
+        own = inside & (position >= leftpad)
+        k, v, visible = k_cache, v_cache, stored & ~inside[:, None] | own[:, None]
     else:
         k, v = torch.cat([k_cache, k_window], 2), torch.cat([v_cache, v_window], 2)
-        fresh = (row < length)[:, None].expand(B, stored.shape[1], W)
+        fresh = ((row < length) & (start + row >= leftpad))[:, None].expand(B, stored.shape[1], W)
         visible = torch.cat([stored & ~inside[:, None], fresh], -1)
     visible = visible.expand(B, H_kv, -1)[:, :, None, None]  # (B, H_kv, 1, 1, keys)
     # What is not visible may be uninitialised memory: select, do not multiply by zero.
@@ -137,8 +138,9 @@ def window_attention(
     """Attention of the window's rows to everything stored and to the window itself.
 
     A query row w < window_length sees the cached positions in [leftpad, seqlens) outside
-    [window_start, window_start + window_length), and the fresh rows below window_length. Nothing
-    else is read: the rest of the cache may hold anything.
+    [window_start, window_start + window_length), and the fresh rows below window_length that stand
+    at leftpad or after it. Nothing else is read: the rest of the cache may hold anything. A window
+    over the whole canvas is full attention without the padding.
 
     Args:
         q: (B, H, W, D) bfloat16, float16 or float32; D a multiple of 8 up to 256.

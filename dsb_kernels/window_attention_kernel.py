@@ -141,8 +141,9 @@ def _attention_kernel(
             n0 = tl.where(j < before, first + j, second + j - before) * BLOCK_N
         n0 = tl.where(fresh, (j - n_cached) * BLOCK_N, n0)
         n = n0 + tl.arange(0, BLOCK_N)
-        # Fresh: [0, window_length). Cached: [leftpad, seqlen) without the window.
-        seen = (n >= tl.where(fresh, 0, leftpad)) & (n < tl.where(fresh, window_length, seqlen))
+        # Fresh: [0, window_length), Cached: [leftpad, seqlen) without the window; no padding.
+        seen = n >= tl.where(fresh, leftpad - window_start, leftpad)
+        seen &= n < tl.where(fresh, window_length, seqlen)
         seen &= (n < tl.where(fresh, W, window_start)) | (n >= tl.where(fresh, 0, window_end))
         k_ptr = tl.where(fresh, kw_ptr, kc_ptr)
         v_ptr = tl.where(fresh, vw_ptr, vc_ptr)

@@ -38,6 +38,11 @@ class Place:
         offset = torch.arange(self.width, device=self.start.device)
         return (self.start[:, None].long() + offset).clamp_(max=self.canvas_length - 1)
 
+    def mask(self) -> Tensor:
+        """(b, 1, 1, L) bool, True at positions that are no padding."""
+        index = torch.arange(self.canvas_length, device=self.start.device)
+        return (index >= self.leftpad[:, None])[:, None, None]
+
     def slots(self, spare: int) -> Tensor:
         """(b, W) int64 cache slots to write, `spare` for rows past a length."""
         offset = torch.arange(self.width, device=self.start.device)

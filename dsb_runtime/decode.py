@@ -169,7 +169,7 @@ class Engine(Runner):
         watched = on_step is not None
         pad = 0 if watched or self.capture is None else -prompt % PROMPT_MULTIPLE
         session = self.session(config, input_ids, leftpad, pad)
-        state, info = session.state, self.model.dsb
+        state, window, info = session.state, session.state.window, self.model.dsb
         if config.temperature > 0:
             device = input_ids.device
             seed = torch.randint(2**62, (), dtype=torch.int64, generator=generator, device=device)
@@ -178,8 +178,10 @@ class Engine(Runner):
             state.seed.copy_(seed)
         commits: list[int] = []
         row_nfe = [0] * batch
+        position = window.position.clone()  # of the coming step
 
         def each(done: StepDone) -> None:
+            nonlocal position
             commits.append(sum(f.new for f in done.after if f.took_part))
             for row in done.rows:
                 row_nfe[row] += 1
@@ -189,10 +191,10 @@ class Engine(Runner):
                     StepEvent(
                         len(commits) - 1, done.shape.kind, done.rows,
                         [before[row] for row in done.rows], state.canvas,
-                        state.candidates.clone(), state.commit.clone(), state.confidence.clone(),
-                        state.window,
+                        position, window.commit.clone(), window.scored.clone(), window,
                     )
                 )  # fmt: skip
+                position = window.position.clone()
 
         self.run(session, each, ahead=not watched)
         canvas = state.canvas[:, pad:].clone()

@@ -5,9 +5,10 @@ Every row's keys and values are needed in every layer, but what follows them in 
 (attention, MLP, final norm) is needed for the rows to be scored alone: at a refresh that is
 `block_length` rows out of the whole canvas.
 
-Where the kernels run, a layer's rotary embedding and cache write are one launch and a window's
-attention reads the cache as it is. b = sequences, W = rows of each, N = b * W, E = hidden size,
-H = query heads, D = head dim, L = canvas length.
+Where the kernels run, a layer's rotary embedding and cache write are one launch and attention reads
+the cache as it is: a window's, and a refresh's of prompts that are padded, which need no mask that
+way, or of some of the batch's rows, which need no copy. b = sequences, W = rows of each, N = b * W,
+k = scored rows of each, E = hidden size, H = query heads, D = head dim, L = canvas length.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -36,9 +38,17 @@ def no_phase(name: str) -> AbstractContextManager[None]:
     return contextlib.nullcontext()
 
 
-def take_rows(x: Tensor, index: Tensor) -> Tensor:
-    """Rows `index` (b, K) of x (b, W, E): (b, K, E)."""
-    return x.gather(1, index[:, :, None].expand(-1, -1, x.shape[-1]))
+@dataclass(frozen=True)
+class Scored:
+    """The rows of a forward to be scored: k of each sequence, anywhere in its window.
+
+    What attends for them are as many stored positions: `window_attention` knows queries that stand
+    side by side only, but wherever they stand, they see all that is stored.
+    """
+
+    index: Tensor  # (b * k,) int64, of all b * W rows
+    start: Tensor  # (b,) int32, the first stored position
+    length: Tensor  # (b,) int32, k, or 0 where the sequence takes no part
 
 
 class Backbone:
@@ -70,25 +80,27 @@ class Backbone:
         self,
         input_ids: Tensor,
         place: Place,
-        keep: Tensor,
-        mask: Tensor | None,
+        scored: Scored,
         cache: WindowCache | None,
     ) -> Tensor:
-        """Final hidden states of rows `keep`.
+        """Final hidden states of the rows to be scored.
 
         Args:
             input_ids: (b, W) tokens.
             place: where they stand in the canvas.
-            keep: (b, K) int64, rows of the window to return.
-            mask: (b, 1, 1, L) bool, True at keys that exist; None where all do.
+            scored: the rows to return.
             cache: written at the place; None: keys are those of the window itself.
 
         Returns:
-            (b, K, E), after the final norm.
+            (b * k, E), after the final norm.
         """
         with self.phase("embed"):
             hidden = self.embed(input_ids).flatten(0, 1)
-            rotary = None if use_triton(hidden) and cache is not None else self.angles(place)
+            kernels = use_triton(hidden)
+            rotary = None if kernels and cache is not None else self.angles(place)
+            mask = None if kernels or place.leftpad is None else place.mask()
+            if cache is None:  # keys are the sequences' own, whatever rows these are
+                place = replace(place, rows=None)
         last = len(self.layers) - 1
         for i, layer in enumerate(self.layers):
             with self.phase(f"layer {i}: norm"):
@@ -102,18 +114,21 @@ class Backbone:
                 else:
                     q, k = (rope_kv.rotate(x, *rotary, is_neox=True) for x in (q, k))
                     k, v = (k, v) if stored is None else stored.update(k, v)
+            start, length = place.start, place.length
             if i == last:
-                q = q.gather(2, keep[:, None, :, None].expand(-1, q.shape[1], -1, q.shape[3]))
-                hidden = take_rows(hidden.unflatten(0, input_ids.shape), keep).flatten(0, 1)
+                start, length = scored.start, scored.length
+                q = q.transpose(1, 2).flatten(0, 1).index_select(0, scored.index)
+                q = q.unflatten(0, (len(start), -1)).transpose(1, 2)
+                hidden = hidden.index_select(0, scored.index)
             with self.phase(f"layer {i}: attention"):
-                out = attend(layer.attn, q, k, v, place, mask, kept=i == last)
+                out = attend(layer.attn, q, k, v, place, mask, start, length)
                 out = out.reshape(len(hidden), -1)
             with self.phase(f"layer {i}: out"):
                 hidden = layer.finish(hidden, out)
             with self.phase(f"layer {i}: mlp"):
                 hidden = layer.mlp(hidden)
         with self.phase("final norm"):
-            return self.norm(hidden).unflatten(0, keep.shape)
+            return self.norm(hidden)
 
     def angles(self, place: Place) -> tuple[Tensor, Tensor]:
         """Cosines and sines of the place's rows, (b, 1, W, D / 2) each."""
@@ -140,8 +155,7 @@ def rope_write(
             `place.start[i] + j - offset[i]` of it.
 
     Returns:
-        Rotated queries, and the keys and values to attend to: the cache's buffers, which
-        `window_attention` reads in place, or at a refresh what they hold, (b, H_kv, L, D).
+        Rotated queries, and the cache's buffers, which attention reads in place.
     """
     if not stored.is_initialized:
         stored.lazy_initialization(k, v)
@@ -152,8 +166,6 @@ def rope_write(
         q, k, v, cos_sin, keys, values, window_start=place.start, window_length=place.length,
         position_offset=offset, cache_batch_idx=place.rows,
     )  # fmt: skip
-    if place.full:  # dense: SDPA and flash-attn have the best kernels for it
-        return q, stored.stored(stored.keys), stored.stored(stored.values)
     return q, keys, values
 
 
@@ -164,17 +176,26 @@ def attend(
     v: Tensor,
     place: Place,
     mask: Tensor | None,
-    kept: bool = False,
+    start: Tensor,
+    length: Tensor,
 ) -> Tensor:
-    """q (b, H, W, D) over what `rope_write` returned: (b, W, H, D). `kept`: q are only some rows
-    of the window."""
-    if place.full or not use_triton(q, k, v):
+    """Attention of a layer to everything that is stored, padding left out.
+
+    Args:
+        q: (b, H, n, D), the window's rows or those to be scored.
+        k, v: (b, H_kv, W or L, D), or the cache's buffers.
+        mask: (b, 1, 1, L), `place.mask()` where the kernels do not run and there is padding.
+        start, length: (b,) int32, where q stands, as `window_attention` wants it.
+
+    Returns:
+        (b, n, H, D).
+    """
+    # Dense attention has better kernels elsewhere, which know neither padding nor rows of a cache.
+    dense = place.full and place.leftpad is None and place.rows is None
+    if dense or not use_triton(q, k, v):
+        if dense:  # a cache's buffers may be longer
+            k, v = k[:, :, : place.canvas_length], v[:, :, : place.canvas_length]
         return dsb_attention(attn, q, k, v, mask, scaling=attn.scaling, is_causal=False)[0]
-    start, length = place.start, place.length
-    if kept:
-        # Scattered rows: the window, which is written, may stand anywhere among what is stored.
-        start = torch.zeros_like(start) if place.leftpad is None else place.leftpad
-        length = (length > 0).int() * q.shape[2]
     out = window_attention(
         q, None, None, k, v, window_start=start, window_length=length,
         cache_seqlens=place.seqlens, cache_leftpad=place.leftpad, cache_batch_idx=place.rows,
@@ -216,5 +237,6 @@ def patched_attention(
     table = torch.cat([cos[0, :, :half], sin[0, :, :half]], -1)  # row j is the window's row j
     q, k, v = project(attn, hidden_states.flatten(0, 1), place.width)
     stored = cache.layers[attn.layer_idx]
-    out = attend(attn, *rope_write(q, k, v, place, stored, table, place.start), place, None)
+    q, k, v = rope_write(q, k, v, place, stored, table, place.start)
+    out = attend(attn, q, k, v, place, None, place.start, place.length)
     return attn.o_proj(out.flatten(2)), None

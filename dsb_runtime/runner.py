@@ -17,24 +17,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from dsb_kernels.window_state import NOTHING, REFRESH, RESPONSE, WINDOW
 from dsb_runtime.cache import WindowCache
 from dsb_runtime.capture import Capture, HostCopy, row_class, width_class
 from dsb_runtime.config import DecodingConfig
 from dsb_runtime.forward import Backbone, Phase, no_phase
 from dsb_runtime.layers import fingerprint
 from dsb_runtime.memory import allocate, layout_of, step_message
-from dsb_runtime.state import (
-    KINDS,
-    NOTHING,
-    REFRESH,
-    RESPONSE,
-    WINDOW,
-    DecodeState,
-    RowFlags,
-    copy_state,
-    new_state,
-    read_flags,
-)
+from dsb_runtime.state import KINDS, DecodeState, RowFlags, copy_state, new_state, read_flags
 from dsb_runtime.step import Step, StepShape, spec_of
 
 SESSIONS = 8  # calls of different shape or settings whose captured steps are kept
@@ -155,7 +145,7 @@ class Runner:
                 replay()
             else:
                 session.step(shape)
-            launched = Launched(shape, HostCopy(session.state.flags))
+            launched = Launched(shape, HostCopy(session.state.window.flags))
             if self.capture is not None and replay is None:
                 # That was a step like any other, which compiled what it launches; now keep it.
                 session.replays[shape] = self.capture(lambda: session.step(shape))
@@ -171,7 +161,7 @@ class Runner:
         config, state = session.step.config, session.state
         batch, length = state.canvas.shape
         needs = {kind: [f for f in flags if f.needs == kind] for kind in (REFRESH, RESPONSE)}
-        held = state.candidates.shape[1]
+        held = state.window.position.shape[1]
         if needs[REFRESH]:
             kind, group, width = "refresh", needs[REFRESH], length
         elif needs[RESPONSE]:
@@ -211,7 +201,7 @@ class Runner:
         Raises:
             FloatingPointError: NaN logits.
         """
-        flags = read_flags(HostCopy(session.state.flags).wait())
+        flags = read_flags(HostCopy(session.state.window.flags).wait())
         under_way: deque[Launched] = deque()
         recent: deque[int] = deque([session.step.config.block_length], maxlen=8)
         steps, moved = 0, True

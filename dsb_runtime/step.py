@@ -10,16 +10,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
+from dsb_kernels.place_rows import PlacedRows, place_rows
 from dsb_kernels.unmask import unmask_and_slide
 from dsb_kernels.window_state import UnmaskSpec
 from dsb_runtime.cache import Place, WindowCache
 from dsb_runtime.config import DecodingConfig
-from dsb_runtime.forward import Backbone
+from dsb_runtime.forward import Backbone, Scored
 from dsb_runtime.load import DiffusionInfo
 from dsb_runtime.sampling import propose
-from dsb_runtime.state import KINDS, NOTHING, REFRESH, RESPONSE, WINDOW, DecodeState, write_flags
+from dsb_runtime.state import KINDS, DecodeState
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,7 @@ def spec_of(config: DecodingConfig, info: DiffusionInfo, prompt_length: int) -> 
         mask_id=info.mask_id,
         eos_ids=info.eos_ids,
         stop_at_eos=config.stop_at_eos,
+        full_every=config.full_every,
     )
 
 
@@ -74,108 +75,46 @@ class Step:
         self.backbone, self.lm_head, self.info, self.cache = backbone, lm_head, info, cache
         self.state, self.spec, self.config, self.padded = state, spec, config, padded
 
-    def due(self) -> Tensor:
-        """(B,) int32: what each row needs next."""
-        window, every = self.state.window, self.config.full_every
-        kind = torch.where(window.refresh, REFRESH, WINDOW)
-        if every > 1:
-            kept = window.refresh & (self.state.refreshes % every != 0)
-            kind = torch.where(kept, RESPONSE, kind)
-        return torch.where(window.done, NOTHING, kind)
-
-    def place(self, shape: StepShape) -> tuple[Place, Tensor]:
-        """Where the rows that take part stand, and (b,) bool which of the b sequences do."""
-        state, window, L = self.state, self.state.window, self.state.canvas.shape[1]
-        active = state.needs == KINDS[shape.kind]
-        if shape.kind == "window":
-            start, end = window.start - window.prefix, window.end
-        else:
-            first = 0
-            if shape.kind == "response":  # the row before it predicts its first token, if shifted
-                first = self.spec.prompt_length - int(self.info.family.shift)
-            start = torch.full_like(window.start, first)
-            end = torch.full_like(start, L)
-        held = (window.position >= 0).sum(-1)
-        active = active & (end - start <= shape.width) & (held <= shape.held)
-        rows = None
-        if shape.rows < len(active):  # those that take part come first
-            rows = active.logical_not().int().argsort(stable=True)[: shape.rows]
-            active, start, end = active[rows], start[rows], end[rows]
-        length = torch.where(active, end - start, 0).int()
-        leftpad = None
-        if self.padded:
-            leftpad = state.leftpad if rows is None else state.leftpad[rows]
-        full, seqlens = shape.kind == "refresh", torch.full_like(start, L)
-        rows = None if rows is None else rows.int()
-        return Place(rows, start, length, seqlens, shape.width, L, leftpad, full), active
+    def place(self, shape: StepShape) -> tuple[PlacedRows, Place]:
+        """The rows that take part, and where they stand in the canvas."""
+        state, shift, first = self.state, self.info.family.shift, 0
+        if shape.kind == "response":  # the row before it predicts its first token, if shifted
+            first = self.spec.prompt_length - int(shift)
+        placed = place_rows(
+            state.canvas, state.window, state.leftpad, kind=KINDS[shape.kind], rows=shape.rows,
+            width=shape.width, held=shape.held, first=first, shift=shift,
+            prompt_length=self.spec.prompt_length,
+        )  # fmt: skip
+        batch, length = state.canvas.shape
+        place = Place(
+            rows=placed.rows if shape.rows < batch else None,
+            start=placed.start,
+            length=placed.length,
+            seqlens=placed.seqlens,
+            width=shape.width,
+            canvas_length=length,
+            leftpad=placed.leftpad if self.padded else None,
+            full=shape.kind == "refresh",
+        )
+        return placed, place
 
     def __call__(self, shape: StepShape) -> None:
         """Run one step and update the state in place."""
         state, phase = self.state, self.backbone.phase
-        place, active = self.place(shape)
-        rows = place.rows if place.rows is None else place.rows.long()
-
-        def take(x: Tensor) -> Tensor:
-            return x if rows is None else x[rows]
-
-        position = take(state.window.position)[:, : shape.held].long()
-        # The row that predicts a position: its own, or the one before it (row 0 keeps its own).
-        source = (position - int(self.info.family.shift)).clamp(min=0)
-        keep = (source - place.start[:, None]).clamp(0, shape.width - 1)
+        with phase("place"):
+            placed, place = self.place(shape)
         if self.cache is not None:
             self.cache.put(place)
-        mask = None
-        if self.padded:  # (b, 1, 1, L): keys that exist. Without padding there is nothing to mask.
-            index = torch.arange(place.canvas_length, device=position.device)
-            mask = (index >= place.leftpad[:, None])[:, None, None]
-        ids = take(state.canvas)
-        ids = ids if place.full else ids.gather(1, place.index())
-        hidden = self.backbone(ids, place, keep, mask, self.cache)
+        scored = Scored(placed.keep, placed.leftpad, placed.kept)
+        hidden = self.backbone(placed.ids, place, scored, self.cache)
         with phase("score"):
-            token, confidence = self.score(hidden, position, active, rows)
+            token, confidence = propose(
+                hidden, self.lm_head, placed.eligible, self.config, self.info,
+                *((state.seed, placed.noise_ids) if self.config.temperature > 0 else ()),
+            )  # fmt: skip
         with phase("unmask"):
-            self.commit(token, confidence, active, rows)
-
-    def score(
-        self, hidden: Tensor, position: Tensor, active: Tensor, rows: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """Tokens and confidences (b, K) for the candidates at canvas `position` (b, K)."""
-        state = self.state
-        eligible = (position >= 0) & active[:, None]
-        noise_ids = None
-        if self.config.temperature > 0:
-            # Of the batch row, its steps so far and the place in the response: no other row, no
-            # padding, and no step that the row did not take part in, changes its noise.
-            row = torch.arange(len(state.needs), device=position.device)
-            row, count = (row, state.forwards) if rows is None else (rows, state.forwards[rows])
-            at = (position - self.spec.prompt_length).clamp(min=0)
-            noise_ids = ((row << 42) | (count << 21))[:, None] | at
-            noise_ids = noise_ids.flatten()
-        token, confidence = propose(
-            hidden.flatten(0, 1), self.lm_head, eligible.flatten(), self.config, self.info,
-            state.seed, noise_ids,
-        )  # fmt: skip
-        return token.view_as(position), confidence.view_as(position)
-
-    def commit(
-        self, token: Tensor, confidence: Tensor, active: Tensor, rows: Tensor | None
-    ) -> None:
-        """Commit what the rule selects, slide the windows, and say what each row needs next."""
-        state, held = self.state, token.shape[1]
-        tokens = state.canvas.new_zeros(state.candidates.shape)
-        state.confidence.zero_()
-        where = slice(None) if rows is None else rows
-        tokens[where, :held] = token
-        state.confidence[where, :held] = confidence
-        if rows is not None:
-            active = torch.zeros_like(state.window.done).scatter(0, rows, active)
-        state.candidates.copy_(state.window.position)
-        refreshed = active & state.window.refresh
-        commit = unmask_and_slide(
-            state.canvas, tokens, state.confidence, state.window, active, state.leftpad, self.spec
-        )
-        state.commit.copy_(commit)
-        state.refreshes.add_(refreshed)
-        state.forwards.add_(active)
-        state.needs.copy_(self.due())
-        write_flags(state, active, self.spec)
+            room = shape.rows, shape.held
+            unmask_and_slide(
+                state.canvas, token.view(room), confidence.view(room), state.window, placed.active,
+                state.leftpad, self.spec, place.rows,
+            )  # fmt: skip

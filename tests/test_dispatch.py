@@ -133,7 +133,7 @@ import torch, triton
 from torch._subclasses.fake_tensor import FakeTensorMode
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import MockTensor
-from dsb_kernels import confidence, lm_head_confidence, rope_kv, row_state
+from dsb_kernels import confidence, lm_head_confidence, place_rows, rope_kv, row_state
 from dsb_kernels import unmask, unmask_kernel, window_attention, window_attention_kernel
 
 class Driver:
@@ -159,15 +159,15 @@ class Warmup:  # everything that a launch does but the launch
             launched.append(self.kernel.__name__)
         return launch
 
-for module in (confidence, lm_head_confidence, row_state, rope_kv, unmask_kernel,
+for module in (confidence, lm_head_confidence, place_rows, row_state, rope_kv, unmask_kernel,
         window_attention_kernel):
     module.wrap_triton = Warmup
 window_attention_kernel.sm_count = lambda device: 132
-token_op, head_op, partial_op, combine_op, rope_op, unmask_op, attention_op = (
+token_op, head_op, partial_op, combine_op, rope_op, unmask_op, attention_op, place_op = (
     op._init_fn for op in (confidence._token_confidence_op,
         lm_head_confidence._lm_head_confidence_op, lm_head_confidence._lm_head_partial_op,
         row_state._combine_partials_op, rope_kv._rope_write_kv_op, unmask._unmask_and_slide_op,
-        window_attention._window_attention_op))
+        window_attention._window_attention_op, place_rows._place_rows_op))
 with torch._library.triton.set_wrap_triton_enabled(False), FakeTensorMode():
     def cuda(*shape, dtype=torch.bfloat16):
         return torch.empty(shape, device="cuda", dtype=dtype)
@@ -202,17 +202,25 @@ with torch._library.triton.set_wrap_triton_enabled(False), FakeTensorMode():
         canvas = torch.empty_strided((B, L), (L + 4, 1), device="cuda", dtype=torch.int64)
         token = cuda(B, K, dtype=torch.int64)
         field, flag = cuda(B, dtype=torch.int32), cuda(B, dtype=torch.bool)
-        state = [field] * 6 + [flag] * 3 + [cuda(B, K, dtype=torch.int32)]
-        tensors = canvas, token, cuda(B, K, dtype=torch.float32), *state, flag, field
+        position, scored = cuda(B, K, dtype=torch.int32), cuda(B, K, dtype=torch.float32)
+        record = cuda(B, K, dtype=torch.bool), scored, cuda(B, 10, dtype=torch.int32)
+        state = [field] * 9 + [flag] * 3 + [position, *record]
+        tensors = canvas, token, scored, *state, flag, field
         for variant in (
             (None, "dsb", "dsb", 16, 0, "threshold", 0.9, 0, "select", 126336, [126081], True),
             (64, "dsb", "dsb", 16, 1, "frechet", 0.25, 0, "first", 151666, [1, 151643], True),
             (1, "dsb", "none", 0, 0, "factor", 1.0, 0, "select", 1, [], False),
             (None, "naive", "dual", 0, 1, "quota", 0.0, 1, "select", 5, [2], False),
         ):
-            commit = unmask_op(*tensors, L // 3, 16, *variant)
-            assert commit.shape == (B, K) and commit.dtype == torch.bool
-assert launched[34:] == ["_unmask_kernel"] * 8, launched
+            unmask_op(*tensors, None, L // 3, 16, *variant, 1)
+            unmask_op(*tensors, field, L // 3, 16, *variant, 4)
+        six = field, field, field, position, field, field, field
+        for kind, shift in ((0, 1), (1, 0), (2, 1)):
+            found = place_op(canvas, *six, kind, 0, [1, L, K], shift, L // 3)
+            assert [tuple(x.shape) for x in found] == [(6, 1), (1,), (1, L), (K,), (K,), (K,)]
+        place_op(canvas, *six, 0, 0, [B, 1, 1], 0, 0)
+each = ["_unmask_kernel"] * 8 + ["_place_rows_kernel"] * 4
+assert launched[34:] == each * 2, launched
 """
 
 

@@ -14,8 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import dsb_runtime as dsb
+from dsb_kernels.window_state import NOTHING
 from dsb_runtime.runner import SESSIONS
-from dsb_runtime.state import KINDS, NOTHING, read_flags
+from dsb_runtime.state import KINDS, read_flags
 from dsb_runtime.step import StepShape
 from tests import golden
 from tests.mutations import kernels
@@ -181,7 +182,7 @@ def test_no_step_can_be_wrong(data):
         session = engine.session(config, ids, leftpad, 0)
         length = session.state.canvas.shape[1]
         for _ in range(400):
-            flags = read_flags(session.state.flags)
+            flags = read_flags(session.state.window.flags)
             if all(f.needs == NOTHING for f in flags):
                 break
             if data.draw(st.integers(0, 3)) == 0:
@@ -195,7 +196,7 @@ def test_no_step_can_be_wrong(data):
     for i, row in enumerate(rows):
         alone = dsb.generate(golden.model(family), row[None], config)
         assert session.state.canvas[i, -24:].tolist() == alone.sequences[0, -24:].tolist()
-        assert session.state.forwards[i] == alone.nfe
+        assert session.state.window.forwards[i] == alone.nfe
 
 
 # --- buffers ----------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from tests.recorded import Recording
 
 VIEWS = {
     "view", "transpose", "as_strided", "split", "split_with_sizes", "slice", "unsqueeze", "expand",
-    "_unsafe_view", "t", "alias", "detach",
+    "_unsafe_view", "t", "alias", "detach", "unbind",
 }  # fmt: skip
 RMS_NORM = ["pow", "mean", "add_", "rsqrt", "mul", "mul"]
 SILU_MUL = ["silu", "mul"]
@@ -132,6 +132,23 @@ def test_a_layer_is_nine_kernels_and_at_most_25_calls():
     assert device_kernels(calls) == [
         "rope_write_kv", "window_attention", "matmul + residual", "rms norm", "matmul",
         "silu * mul", "matmul + residual", "rms norm", "matmul",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", SHAPES)
+@pytest.mark.parametrize("rows", [1, 2])
+def test_a_step_is_few_kernels_outside_its_layers(kind, rows):
+    """The whole of a step's bookkeeping is two launches, whatever its kind and whichever of the
+    batch's rows take part; the last layer takes the scored rows out of q and the residual."""
+    with kernels():
+        names = record(model_of(4), kind, rows=rows).names
+    writes = [i for i, name in enumerate(names) if name == "dsb.rope_write_kv"]
+    before = device_kernels(names[: writes[0]])
+    assert before == ["place_rows", "embedding", "rms norm", "matmul"]
+    assert device_kernels(names[writes[-1] :]) == [
+        "rope_write_kv", "index_select", "index_select", "window_attention", "matmul + residual",
+        "rms norm", "matmul", "silu * mul", "matmul + residual", "rms norm", "lm_head_confidence",
+        "unmask_and_slide",
     ]  # fmt: skip
 
 

@@ -74,6 +74,8 @@ class Case:
             leftpad = 0 if self.leftpads is None else self.leftpads[b]
             unread[cache_row, leftpad : self.seqlens[b]] = False
             unread[cache_row, start:end] = not self.in_cache
+            unread[cache_row, :leftpad] = True
+            kw[b, :, : max(leftpad - start, 0)] = vw[b, :, : max(leftpad - start, 0)] = torch.nan
         for cache in (kc, vc):
             cache.transpose(1, 2)[unread] = torch.nan
         for b, length in enumerate(self.lengths):
@@ -162,6 +164,11 @@ CASES = {
     "gqa_7": Case(heads=14, kv_heads=2, W=9, **THREE),
     "left_padding": Case(leftpads=(0, 33, 70), **THREE),
     "left_padding_reaches_window": Case(leftpads=(40,), starts=(40,)),
+    "left_padding_in_window": Case(leftpads=(4, 43, 90), num_splits=2, **THREE),
+    "whole_canvas": Case(
+        heads=7, kv_heads=1, W=90, starts=(0, 0), lengths=(90, 90), seqlens=(90, 90),
+        leftpads=(70, 3), num_splits=None,
+    ),
     "stored_ends_before_window": Case(seqlens=(20,), starts=(60,)),
     "window_is_everything": Case(W=20, C=20, starts=(0,), lengths=(20,), seqlens=(20,)),
     "splits": Case(num_splits=3, leftpads=(0, 33, 0), **THREE),
@@ -373,7 +380,13 @@ MUTATIONS = {
     "window_start": ("attention", "start_middle_end", "< tl.where(fresh, W, window_start)", "<="),
     "window_end": ("attention", "start_middle_end", ">= tl.where(fresh, 0, window_end)", ">"),
     "stored_end": ("attention", "left_padding", "< tl.where(fresh, window_length, seqlen)", "<="),
-    "left_padding": ("attention", "left_padding", ">= tl.where(fresh, 0, leftpad)", ">"),
+    "left_padding": (
+        "attention",
+        "left_padding",
+        ">= tl.where(fresh, leftpad",
+        "> tl.where(fresh, leftpad",
+    ),
+    "padding_in_window": ("attention", "left_padding_in_window", "leftpad - window_start", "0"),
     "index_ignored": ("attention", "cache_rows", "tl.load(batch_idx_ptr + b)", "(b)"),
     "last_block_dropped": ("attention", "many_keys", "n_blocks)\n", "n_blocks - 1)\n"),
     "head_dropped": ("attention", "gqa_7", "row % GROUP\n", "row % (GROUP - 1)\n"),
@@ -424,7 +437,7 @@ import torch, triton
 from functorch.compile import aot_function, make_boxed_func
 from torch._subclasses.fake_tensor import FakeTensorMode
 from triton.backends.compiler import GPUTarget
-from dsb_kernels import rope_kv, unmask, window_attention, window_attention_kernel
+from dsb_kernels import place_rows, rope_kv, unmask, window_attention, window_attention_kernel
 
 class Driver:  # what tracing asks of a GPU's driver
     def get_current_target(self):
@@ -441,7 +454,8 @@ with FakeTensorMode():
     row, flag = empty(2, dtype=torch.int32), empty(2, dtype=torch.bool)
     lists, table = empty(2, 8, dtype=torch.int32), empty(512, 128, dtype=torch.float32)
     canvas, token = empty(2, 100, dtype=torch.int64), empty(2, 32, dtype=torch.int64)
-    confidence, position = token.float(), token.int()
+    confidence, position, commit = token.float(), token.int(), token > 0
+    flags = empty(2, 10, dtype=torch.int32)
 ops, graphs = torch.ops.dsb, []
 
 def keep(graph, _):
@@ -459,16 +473,24 @@ def fresh(q, k, c, row, lists):
 def rotate(q, k, table, c, row):
     return ops.rope_write_kv(q, k, k, table, c, c.clone(), row, row, None, row, True)
 
-def unmask(canvas, token, confidence, row, flag, position):
-    ints, flags = [row.clone() for _ in range(6)], [flag.clone() for _ in range(3)]
-    return ops.unmask_and_slide(
-        canvas, token, confidence, *ints, *flags, position, flag, row,
-        50, 32, None, "dsb", "dsb", 24, 0, "threshold", 0.9, 0, "select", 99, [3, 7], True,
+def unmask(canvas, token, confidence, row, flag, position, commit, flags):
+    ints, bools = [row.clone() for _ in range(9)], [flag.clone() for _ in range(3)]
+    record = commit.clone(), confidence.clone(), flags.clone()
+    ops.unmask_and_slide(
+        canvas, token, confidence, *ints, *bools, position, *record, flag, row, row,
+        50, 32, None, "dsb", "dsb", 24, 0, "threshold", 0.9, 0, "select", 99, [3, 7], True, 2,
+    )
+    return record[0]
+
+def place(canvas, row, position):
+    return ops.place_rows(
+        canvas, row, row, row, position, row, row, row, 0, 0, [1, 24, 8], 1, 50
     )
 
 calls = {
     in_cache: (q, c, row), fresh: (q, k, c, row, lists), rotate: (q, k, table, c, row),
-    unmask: (canvas, token, confidence, row, flag, position),
+    unmask: (canvas, token, confidence, row, flag, position, commit, flags),
+    place: (canvas, row, position),
 }
 for call, arguments in calls.items():
     try:
@@ -477,7 +499,7 @@ for call, arguments in calls.items():
         assert "cuda" in str(error).lower(), error
 names = [[str(n.target) for n in g.graph.nodes if n.op == "call_function"] for g in graphs]
 launches = [sum("triton_kernel_wrapper" in name for name in graph) for graph in names]
-assert launches == [2, 2, 1, 1], names
+assert launches == [2, 2, 1, 1, 1], names
 """
 
 
