@@ -1,5 +1,6 @@
 """Without a GPU the kernels run under Triton's interpreter, chosen before Triton is imported."""
 
+import importlib.util
 import os
 
 import numpy as np
@@ -9,6 +10,11 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
     # The interpreter evaluates both sides of every tl.where in NumPy, inf - inf included.
     np.seterr(all="ignore")
+
+if importlib.util.find_spec("triton"):
+    from tests.interpreter import repair_bfloat16
+
+    repair_bfloat16()
 
 # The tests' tensors are tiny: a second thread costs more than it brings.
 torch.set_num_threads(1)
