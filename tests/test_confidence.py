@@ -101,9 +101,14 @@ def test_vocabularies_that_end_at_and_beside_the_edge_of_a_block(V):
     compare(edge_rows(V))
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_low_precision_logits_are_scored_in_float32(dtype):
-    compare(edge_rows(300).clamp(-6e4, 6e4).to(dtype), banned=(299,))
+@pytest.mark.parametrize(
+    ("confidence", "sample"),
+    [("probability", False), ("probability", True), ("margin", False), ("neg_entropy", False)],
+)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_low_precision_logits_are_scored_in_float32(dtype, confidence, sample):
+    x = edge_rows(150).clamp(-6e4, 6e4).to(dtype)
+    compare(x, banned=(149,), confidence=confidence, **(sampling(len(x)) if sample else {}))
 
 
 @pytest.mark.parametrize("sample", [False, True])
