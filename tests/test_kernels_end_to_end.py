@@ -1,13 +1,24 @@
-"""Golden trajectories with every op of the step run by its Triton kernel."""
+"""Every op of the step run by its Triton kernel: golden trajectories in float32, and what each
+forward of a decoding computes in bfloat16."""
 
 from __future__ import annotations
 
+import copy
+from typing import Any
+
 import pytest
 import torch
+from torch import Tensor
+from torch.nn.functional import linear
+from transformers import PreTrainedModel
 
 import dsb_runtime as dsb
+from dsb_runtime.cache import WindowCache
+from dsb_runtime.forward import Backbone
+from dsb_runtime.step import Step
 from tests import golden
-from tests.mutations import kernels
+from tests.mutations import DEVICE, kernels
+from tests.test_decode import left_pad, prompts
 
 
 def shortest(family: str, method: str, count: int) -> list[int]:
@@ -41,3 +52,76 @@ def test_trajectory(family, index):
 @pytest.mark.parametrize(("family", "index"), sorted(set(MORE) - set(QUICK)))
 def test_more_trajectories(family, index):
     check(family, index)
+
+
+class Errors:
+    """How far the kernels, and the definitions, are from the definitions in float64: in every
+    forward of a decoding by kernels, each from the same canvas and the same K/V. Tokens are not
+    compared: rounding may change them."""
+
+    def __init__(self, model: PreTrainedModel, patch: pytest.MonkeyPatch) -> None:
+        self.wide, self.patch = copy.deepcopy(model).double(), patch
+        self.squares: dict[str, list[tuple[Tensor, Tensor]]] = {}
+        self.forward, self.score = Backbone.__call__, Step.score
+        patch.setattr(Backbone, "__call__", lambda *args: self.run(*args))
+        patch.setattr(Step, "score", lambda *args: self.propose(*args))
+
+    def run(self, backbone: Backbone, *args: Any) -> Tensor:
+        """In place of `Backbone.__call__`: hidden states by kernels."""
+        *where, cache = args
+        plain, wide = copy.deepcopy(cache), copy.deepcopy(cache)
+        for layer in wide.layers:
+            layer.keys, layer.values = layer.keys.double(), layer.values.double()
+        with self.patch.context() as patch:
+            patch.setenv("DSB_BACKEND", "eager")
+            wide_backbone = Backbone(self.wide, len(backbone.cos_sin))
+            self.plain = self.forward(backbone, *where, plain)
+            self.exact = self.forward(wide_backbone, *where, wide)
+        hidden = self.forward(backbone, *where, cache)
+        self.add("K/V", *(stored(c) for c in (cache, plain, wide)))
+        return hidden
+
+    def propose(
+        self, step: Step, hidden: Tensor, position: Tensor, active: Tensor, rows: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """In place of `Step.score`: tokens and confidences by kernels."""
+        token, confidence = self.score(step, hidden, position, active, rows)
+        scored = (position >= 0) & active[:, None]
+        plain, exact, index = self.plain[scored], self.exact[scored], token[scored][:, None]
+        self.add("hidden", hidden[scored], plain, exact)
+        plain = linear(plain, step.lm_head.weight).float().softmax(-1).gather(-1, index)
+        exact = linear(exact, self.wide.lm_head.weight).softmax(-1).gather(-1, index)
+        self.add("confidence", confidence[scored][:, None], plain, exact)
+        return token, confidence
+
+    def add(self, name: str, kernel: Tensor, plain: Tensor, exact: Tensor) -> None:
+        squares = tuple((x.double() - exact).square().flatten() for x in (kernel, plain))
+        self.squares.setdefault(name, []).append(squares)
+
+    def ratio(self, name: str) -> float:
+        """The kernels' error over the definitions', root mean squares over all forwards."""
+        kernel, plain = (torch.cat(x).mean() for x in zip(*self.squares[name], strict=True))
+        return (kernel / plain).sqrt().item()
+
+
+def stored(cache: WindowCache) -> Tensor:
+    """All keys and values but those of the last slot, which takes what lies past a window."""
+    both = [x for layer in cache.layers for x in (layer.keys, layer.values)]
+    return torch.stack(both)[..., :-1, :]
+
+
+@pytest.mark.parametrize("family", ["dream", pytest.param("llada", marks=pytest.mark.slow)])
+def test_bfloat16_error_is_at_most_twice_the_definitions(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = dsb.load_model(golden.DATA / family, dtype="bfloat16", device=DEVICE)
+    errors, kinds = Errors(model, monkeypatch), set()
+    ids, mask = (t.to(DEVICE) for t in left_pad([row[:6] for row in prompts(2)]))
+    with kernels():
+        dsb.Engine(model, graphs=False).generate(
+            ids, attention_mask=mask, gen_length=4, block_length=4, steps=2,
+            on_step=lambda event: kinds.add(event.kind),
+        )  # fmt: skip
+    assert kinds == {"refresh", "window"}
+    for name in ("hidden", "confidence", "K/V"):
+        assert errors.ratio(name) <= 2, name
