@@ -52,7 +52,7 @@ def test_batches_seeds_and_policies_are_the_same_with_graphs(engines, family):
 
 
 def test_bfloat16_scores_as_its_definition():
-    """The dots that the interpreter cannot compute."""
+    """At production tiles, by the tensor cores."""
     torch.manual_seed(0)
     hidden = torch.randn(48, 256, dtype=torch.bfloat16, device="cuda")
     weight = torch.randn(5000, 256, dtype=torch.bfloat16, device="cuda")
