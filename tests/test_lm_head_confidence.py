@@ -141,7 +141,7 @@ def test_a_nan_in_one_row_stays_there():
 
 def check_low_precision(dtype, confidence, sample):
     """Whole and in shards, with ragged tiles of vocabulary, rows and hidden size."""
-    rows, cuts = 18, (37,)
+    rows, cuts = 12, (37,)
     tensors = [t.to(DEVICE) for t in inputs(rows, 75, 40, dtype)]
     greedy = {"temperature": 0.0, "seed": None, "noise_ids": None}
     options = {"eligible": None, "banned": (5,), "confidence": confidence}
@@ -165,7 +165,7 @@ def check_low_precision(dtype, confidence, sample):
 
 @pytest.mark.parametrize(
     ("confidence", "sample"),
-    [("probability", False), ("probability", True), ("margin", False), ("neg_entropy", True)],
+    [("probability", True), ("margin", False), ("neg_entropy", False)],
 )
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_low_precision_error_is_at_most_twice_the_plain_one(dtype, confidence, sample):
