@@ -232,7 +232,9 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
 
 def describe_versions() -> dict[str, str | None]:
     versions: dict[str, str | None] = {"python": platform.python_version()}
-    for name in ("torch", "triton", "transformers", "dsb-kernels"):
+    # torch itself names its build (+cu130), which its CUDA wheels' metadata leaves out.
+    versions["torch"] = str(torch.__version__)
+    for name in ("triton", "transformers", "dsb-kernels"):
         try:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:  # triton where it has no build, or a bare checkout
