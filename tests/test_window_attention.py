@@ -442,7 +442,7 @@ def test_compiles_without_a_graph_break(backend: str, name: str) -> None:
 
 
 TRACE_FOR_CUDA = """
-import torch, triton
+import contextlib, torch, triton
 from functorch.compile import aot_function, make_boxed_func
 from torch._subclasses.fake_tensor import FakeTensorMode
 from triton.backends.compiler import GPUTarget
@@ -467,9 +467,14 @@ with FakeTensorMode():
     flags = empty(2, 10, dtype=torch.int32)
 ops, graphs = torch.ops.dsb, []
 
+class Traced(Exception):
+    pass
+
 def keep(graph, _):
     graphs.append(graph)
-    return make_boxed_func(graph)
+    def stop(*args):  # running the graph needs the GPU
+        raise Traced
+    return make_boxed_func(stop)
 
 def in_cache(q, c, row):
     rows, rest = (row, row, row), (None, None, None, None, 64, 1.0, None, False)
@@ -502,10 +507,8 @@ calls = {
     place: (canvas, row, position),
 }
 for call, arguments in calls.items():
-    try:
+    with contextlib.suppress(Traced):
         aot_function(call, fw_compiler=keep)(*arguments)
-    except RuntimeError as error:  # running the graph needs the GPU
-        assert "cuda" in str(error).lower(), error
 names = [[str(n.target) for n in g.graph.nodes if n.op == "call_function"] for g in graphs]
 launches = [sum("triton_kernel_wrapper" in name for name in graph) for graph in names]
 assert launches == [2, 2, 1, 1, 1], names
