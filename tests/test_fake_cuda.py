@@ -41,11 +41,12 @@ from triton.runtime.jit import JITFunction, MockTensor
 import dsb_runtime as dsb
 from dsb_kernels import row_state
 from dsb_kernels.resources import collect_cases
+from dsb_kernels.window_state import NOTHING, REFRESH, WINDOW
 from dsb_runtime import layers
 from dsb_runtime.cache import WindowCache
 from dsb_runtime.capture import HostCopy
 from dsb_runtime.runner import Session
-from dsb_runtime.state import NOTHING, REFRESH, WINDOW, RowFlags
+from dsb_runtime.state import RowFlags
 from dsb_runtime.step import StepShape
 from tests import golden
 from tests.test_attention_backend import cache_argument
