@@ -1,14 +1,18 @@
 """What the machine can do, measured in the same run: a large copy, a large matrix product; how
-long a GPU idles, how much memory was taken."""
+long a GPU is busy, how much memory was taken."""
 
 from __future__ import annotations
 
 import resource
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.measure import copy_bandwidth
+from dsb_runtime.profile_tables import Event, gpu_work, read_trace
 from dsb_runtime.step_limit import timed
 
 CPU_COPY = 1 << 28  # bytes, past the caches
@@ -19,15 +23,27 @@ REPEATS = 5
 
 
 def best_seconds(run: Callable[[], object], device: torch.device) -> float:
-    """Of one call, after one that warms up: a ceiling is the best that the machine does."""
-    return min([timed(run, device)[1] for _ in range(REPEATS + 1)][1:])
+    """Of one call, after one that warms up: a ceiling is the best that the machine does. By events
+    on a GPU: a product there takes a millisecond, of which the host's clock and the launch would
+    be some percent."""
+    if device.type != "cuda":
+        return min([timed(run, device)[1] for _ in range(REPEATS + 1)][1:])
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(2 * REPEATS + 2)]
+    for i, mark in enumerate(marks):  # pairs, without waiting: the clock rate stays up
+        mark.record()
+        if i % 2 == 0:
+            run()
+    torch.cuda.synchronize(device)
+    pairs = zip(marks[2::2], marks[3::2], strict=True)
+    return min(start.elapsed_time(end) for start, end in pairs) * 1e-3
 
 
 def copy_gb_per_s(device: torch.device) -> float:
     """GB/s, read plus written, of a large copy."""
     if device.type == "cuda":
         return copy_bandwidth() * 1e-9
-    source = torch.zeros(CPU_COPY, dtype=torch.uint8)
+    # Random: memory that was never written is one page of zeros, read from the cache.
+    source = torch.empty(CPU_COPY, dtype=torch.uint8).random_()
     target = torch.empty_like(source)
     return 2e-9 * CPU_COPY / best_seconds(lambda: target.copy_(source), device)
 
@@ -45,23 +61,29 @@ def matmul_tflops(dtype: torch.dtype, device: torch.device) -> float:
     return 2e-12 * size**3 / seconds
 
 
-def gpu_idle_share(run: Callable[[], object], device: torch.device) -> float | None:
-    """1 - time in kernels / wall time of a call, by torch's profiler; None on a CPU."""
+def busy_seconds(events: list[Event]) -> float:
+    """Of a trace: how long the GPU ran a kernel or a copy, those side by side once."""
+    busy, until = 0.0, 0.0
+    for start, us in sorted((event["ts"], event["dur"]) for event in gpu_work(events)):
+        busy += max(0.0, start + us - max(start, until))
+        until = max(until, start + us)
+    return busy * 1e-6
+
+
+def gpu_busy_seconds(run: Callable[[], object], device: torch.device) -> float | None:
+    """How long the GPU runs a kernel or a copy during a call; None on a CPU.
+
+    By torch's profiler, which sees each kernel of a replayed graph and makes the gaps between them
+    longer, not the kernels: idle is what is left of the time of a call that is not profiled.
+    """
     if device.type != "cuda":
         return None
-    from torch.profiler import ProfilerActivity, profile
-
-    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
-        _, wall = timed(run, device)
-    cuda = torch.autograd.DeviceType.CUDA
-    busy = sum(
-        e.time_range.elapsed_us()
-        for e in profiler.events()
-        if e.device_type == cuda and not e.is_user_annotation  # a named range holds the gaps too
-    )
-    if busy == 0:
-        raise RuntimeError("the profiler recorded no kernel: expected access to the GPU's counters")
-    return 1 - busy * 1e-6 / wall
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder) / "trace.json"
+        with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+            timed(run, device)
+        profiler.export_chrome_trace(str(trace))
+        return busy_seconds(read_trace(trace))
 
 
 def reset_peak_memory(device: torch.device) -> None:

@@ -14,8 +14,13 @@ the share of decisions on which both agree there is printed.
 
 Timed in turn with both loops are the linear layers alone, of the same forwards (`floor.py`): with
 the LM head on the rows that can be unmasked, as ours, or on all rows of a forward, as published
-loops. Ratios are medians pair by pair, so that a drifting machine cancels. Steps are timed in
-further runs, in which the host waits for each.
+loops. Ratios are medians pair by pair, so that a drifting machine cancels. Steps are timed one by
+one in further runs, in which the host looks at each before it launches the next; `--phases` times
+the phases in them in a run of its own.
+
+A GPU's idle share is the time in which no kernel runs, the gaps between kernels included; of it
+"between steps" is what the GPU waits for the host. `--no-eager` leaves the eager loop out, which
+takes a large batch's prompts one by one.
 """
 
 from __future__ import annotations
@@ -36,7 +41,7 @@ from tqdm import tqdm
 import dsb_runtime as dsb
 from benchmarks.ceilings import (
     copy_gb_per_s,
-    gpu_idle_share,
+    gpu_busy_seconds,
     matmul_tflops,
     peak_memory,
     reset_peak_memory,
@@ -53,7 +58,9 @@ from benchmarks.presets import (
     random_prompt,
 )
 from benchmarks.roofline import Ceilings, positive
-from benchmarks.trajectory import Agreement, Recorder, StepClock, agreement
+from benchmarks.step_cost import total_cost
+from benchmarks.step_times import TimedEngine, phase_times
+from benchmarks.trajectory import Agreement, Recorder, StepClock, StepTimes, agreement
 from dsb_runtime.bench import describe_machine, describe_versions
 from dsb_runtime.cli import OneLineParser
 from dsb_runtime.plots import check_files
@@ -81,13 +88,16 @@ def scale_head(engine: dsb.Engine, prompt: Tensor, settings: dict[str, Any], tar
 
 
 class Case:
-    """One batch of prompts: both loops over it, checked against each other when it is made.
+    """One batch of prompts: both loops over it, checked against each other when it is made; or,
+    without `compare`, ours alone.
 
     Raises:
         SystemExit: what would be timed does other work.
     """
 
-    def __init__(self, engine: dsb.Engine, prompt: Tensor, settings: dict[str, Any]) -> None:
+    def __init__(
+        self, engine: dsb.Engine, prompt: Tensor, settings: dict[str, Any], compare: bool = True
+    ) -> None:
         self.engine, self.prompt, self.settings = engine, prompt, settings
         self.model = model = engine.model
         self.exact = model.dtype == torch.float32
@@ -99,7 +109,7 @@ class Case:
         # otherwise and flip a near tie, but never change how many commit.
         free = self.ours()
         self.repeats = torch.equal(free.sequences, self.out.sequences)
-        self.agreed = self.check(self.eager())
+        self.agreed = self.check(self.eager()) if compare else None
         same_work = free.tokens_per_forward == self.out.tokens_per_forward
         if not same_work or (self.exact and not self.repeats):
             raise SystemExit("decode: a watched run decides differently: nothing is timed")
@@ -140,31 +150,48 @@ class Case:
         return found
 
 
-def measure(case: Case, ceilings: Ceilings, preset: Preset, rounds: int) -> dict[str, Any]:
+def time_steps(case: Case, engine: TimedEngine) -> StepTimes:
+    """One more run; watched, so that its steps are those that were recorded."""
+    engine.take()
+    case.ours(lambda event: None)
+    return engine.take()
+
+
+def measure(
+    case: Case, engine: TimedEngine, ceilings: Ceilings, preset: Preset, rounds: int
+) -> dict[str, Any]:
     """Everything that is reported of one batch."""
     device, record = case.model.device, case.record
     forwards = record.forwards
     floor = LinearFloor(case.model, max(f.hidden for f in forwards))
-    ours, eager = StepClock(device), StepClock(device)
+    ours, eager, inside = StepTimes(), StepClock(device), []
     runs: dict[str, Callable[[], object]] = {
         "ours": case.ours,
         "eager": lambda: case.eager(eager),
         "floor": lambda: floor.run(forwards),
         "floor_all_rows": lambda: floor.run([ForwardRows(f.hidden, f.hidden) for f in forwards]),
     }
+    if case.agreed is None:
+        del runs["eager"]
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for _ in tqdm(range(rounds), desc=f"batch {len(case.prompt)}", disable=None):
         for name, run in runs.items():
+            engine.take()
             seconds[name].append(timed(run, device)[1])
-        ours.restart()
-        case.ours(ours)
+            if name == "ours":
+                inside.append(sum(engine.take().seconds) / seconds[name][-1])
+        ours.add(time_steps(case, engine))
 
-    def ratio(a: str, b: str) -> float:
+    def ratio(a: str, b: str) -> float | None:
+        if not {a, b} <= runs.keys():
+            return None
         return statistics.median(x / y for x, y in zip(seconds[a], seconds[b], strict=True))
 
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     tokens = sum(case.out.row_tokens)
     steps = step_figures(record, ours, preset, ceilings)
+    flops = sum(total_cost(preset, shape).flops for shape in record.shapes)
+    agreed = case.agreed
     window = [w for w, kind in zip(record.windows, record.kinds, strict=True) if kind == "window"]
     eager_ms = {
         kind: 1e3 * statistics.median(found)
@@ -178,16 +205,17 @@ def measure(case: Case, ceilings: Ceilings, preset: Preset, rounds: int) -> dict
         "tokens_per_forward": record.tokens / record.row_forwards,
         "refresh_share": record.kinds.count("refresh") / len(record.kinds),
         "window_rows": statistics.mean(window) if window else None,
-        "check": {
+        "check": None if agreed is None else {
             "same_tokens": case.exact,
-            "decisions": case.agreed.decisions,
-            "positions_agreed": case.agreed.positions / case.agreed.decisions,
-            "decisions_agreed": case.agreed.both / case.agreed.decisions,
-            "timed_run_repeats_the_recorded": case.repeats,
+            "decisions": agreed.decisions,
+            "positions_agreed": agreed.positions / agreed.decisions,
+            "decisions_agreed": agreed.both / agreed.decisions,
         },
+        "timed_run_repeats_the_recorded": case.repeats,
         "seconds": medians,
         "tokens_per_second": tokens / medians["ours"],
-        "eager_tokens_per_second": tokens / medians["eager"],
+        "eager_tokens_per_second": None if agreed is None else tokens / medians["eager"],
+        "share_of_products_limit": flops / ceilings.flops / medians["ours"],
         "ours_over_eager": ratio("ours", "eager"),
         "ours_over_floor": ratio("ours", "floor"),
         "ours_over_floor_all_rows": ratio("ours", "floor_all_rows"),
@@ -198,9 +226,16 @@ def measure(case: Case, ceilings: Ceilings, preset: Preset, rounds: int) -> dict
         "refresh_step_ms": steps["refresh"]["ms"] if "refresh" in steps else None,
         "eager_window_step_ms": eager_ms.get("window"),
         "eager_refresh_step_ms": eager_ms.get("refresh"),
-        "gpu_idle_share": gpu_idle_share(case.ours, device),
+        "gpu_wait_share": 1 - statistics.median(inside) if device.type == "cuda" else None,
         "peak_memory_bytes": case.peak,
-    }
+    }  # fmt: skip
+
+
+def idle_share(case: Case, run: dict[str, Any]) -> float | None:
+    """Share of a decoding in which the GPU runs nothing. After all timing: what the profiler hooks
+    into the driver stays there."""
+    busy = gpu_busy_seconds(case.ours, case.model.device)
+    return None if busy is None else 1 - busy / run["seconds"]["ours"]
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -219,6 +254,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--tokens-per-forward", type=positive(float), default=3.5, help="aimed at")
     add("--rounds", type=above, default=7, help="timed rounds")
     add("--no-graphs", action="store_true", help="launch every kernel instead of CUDA graphs")
+    add("--no-eager", action="store_true", help="do not compare with the eager loop")
+    add("--phases", action="store_true", help="time the phases of steps as well, for roofline")
     add("--seed", type=int, default=0)
     add("--json", type=Path, metavar="FILE", help="write the figures here")
     add("--plot", type=Path, metavar="FILE.png", help="draw them")
@@ -255,7 +292,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error(str(error))
     dtype, device = getattr(torch, args.dtype), torch.device(args.device)
     model = random_model(preset, dtype, device, args.seed)
-    engine = dsb.Engine(model, graphs=False if args.no_graphs else None)
+    engine = TimedEngine(model, graphs=False if args.no_graphs else None)
     batches = list(dict.fromkeys(args.batch))
     prompts = random_prompt(preset, max(batches), args.prompt, args.seed).to(device)
     if dtype == torch.float32:
@@ -277,9 +314,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         "eager": "the prompts of a batch one after another",
         "runs": [],
     }  # fmt: skip
+    cases = []
     for batch in batches:
-        case = Case(engine, prompts[:batch], settings)
-        result["runs"].append(measure(case, ceilings, preset, args.rounds))
+        cases.append(Case(engine, prompts[:batch], settings, compare=not args.no_eager))
+        result["runs"].append(measure(cases[-1], engine, ceilings, preset, args.rounds))
+    for case, run in zip(cases, result["runs"], strict=True):
+        run["gpu_idle_share"] = idle_share(case, run)
+        if args.phases:
+            run["phase_us"] = phase_times(model, case.prompt, settings, case.record.kinds)
     print_runs(result)
     if args.json:
         args.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from benchmarks.presets import Preset
 from benchmarks.roofline import KINDS, Ceilings, budget
-from benchmarks.trajectory import Recorder, StepClock
+from benchmarks.trajectory import Recorder, StepTimes
 
 ROW_CLASSES = (32, 64, 128, 256)  # widest window of a forward; the last class is what is wider
 
@@ -45,7 +45,7 @@ def summarize(seconds: list[float], budgets: list[Any], rows: list[int]) -> dict
 
 
 def step_figures(
-    record: Recorder, clock: StepClock, preset: Preset, ceilings: Ceilings
+    record: Recorder, times: StepTimes, preset: Preset, ceilings: Ceilings
 ) -> dict[str, dict[str, Any]]:
     """By kind, and for window steps by width: medians over the rounds of each forward, then over
     forwards. A call's first step also makes the call's tensors: it is left out where others are of
@@ -55,10 +55,10 @@ def step_figures(
         RuntimeError: the timed runs were not the recorded one.
     """
     count = len(record.kinds)
-    rounds = len(clock.kinds) // max(count, 1)
-    if clock.kinds != record.kinds * rounds:
+    rounds = len(times.kinds) // max(count, 1)
+    if times.kinds != record.kinds * rounds:
         raise RuntimeError("timed runs took other steps than the recorded one: nothing is reported")
-    seconds = [statistics.median(clock.seconds[i::count]) for i in range(count)]
+    seconds = [statistics.median(times.seconds[i::count]) for i in range(count)]
     budgets = [
         budget(preset, kind, shape, ceilings)
         for kind, shape in zip(record.kinds, record.shapes, strict=True)
@@ -147,7 +147,9 @@ def print_runs(result: dict[str, Any]) -> None:
             )  # fmt: skip
         say(made)
         check = run["check"]
-        if check["same_tokens"]:
+        if check is None:
+            say("not compared with the eager loop (--no-eager)")
+        elif check["same_tokens"]:
             say("the same tokens at the same forwards from both loops")
         else:
             say(
@@ -155,14 +157,14 @@ def print_runs(result: dict[str, Any]) -> None:
                 f"{check['decisions_agreed']:.1%} (position and token), on the position alone in "
                 f"{check['positions_agreed']:.1%}"
             )
-            if not check["timed_run_repeats_the_recorded"]:
-                say("near ties fell otherwise in the timed run, which committed as many in each")
-        idle = run["gpu_idle_share"]
+        if not run["timed_run_repeats_the_recorded"]:
+            say("near ties fell otherwise in the timed run, which committed as many in each")
+        idle, wait = run["gpu_idle_share"], run["gpu_wait_share"]
         say(
             f"{run['forwards']} forwards, {run['refresh_share']:.1%} of them refreshes, "
             f"{run['tokens_per_forward']:.2f} tokens per forward; peak memory "
             f"{run['peak_memory_bytes'] / 1e9:.2f} GB"
-            + ("" if idle is None else f"; GPU idle {idle:.1%}")
+            + ("" if idle is None else f"; GPU idle {idle:.1%}, of it between steps {wait:.1%}")
         )
 
 
@@ -193,7 +195,8 @@ def draw_runs(result: dict[str, Any], path: Path) -> None:
     if several:
         batches = [run["batch"] for run in runs]
         for label, key in (("ours", "tokens_per_second"), ("eager", "eager_tokens_per_second")):
-            axes[1].plot(batches, [run[key] for run in runs], marker="o", label=label)
+            if runs[0][key] is not None:
+                axes[1].plot(batches, [run[key] for run in runs], marker="o", label=label)
         axes[1].set(
             xlabel="batch", ylabel="tokens/s", title="throughput by batch", xticks=batches, ylim=0
         )

@@ -4,7 +4,8 @@
 
 counts both kinds of step from the model's shapes (`step_cost.py`) and divides by a bandwidth and a
 speed of matrix products: the data sheet's (`--gpu`), given ones (`--bandwidth`, `--tflops`), or
-those that `benchmarks/decode.py` measured (`--measured`, whose times then stand beside the floor).
+those that `benchmarks/decode.py` measured (`--measured`, whose times then stand beside the floor:
+those of phases where it ran with `--phases`).
 A floor is not a measurement. What a phase hands on may stay in the L2 cache, so that a step can be
 faster than its floor by what the activations take, and by no more.
 """
@@ -25,6 +26,7 @@ from rich.table import Table
 from benchmarks.presets import PRESETS, Preset
 from benchmarks.step_cost import (
     LAYER_PHASES,
+    OUTSIDE,
     PHASES,
     StepShape,
     step_cost,
@@ -236,6 +238,10 @@ def table_of(step: Budget, measured: dict[str, Any] | None) -> Table:
             f"{phase['flops'] / 1e9:.1f}", f"{floor:.1f}", phase["limit"],
             "" if one is None else f"{one:.2f}", *beside(floor, (times or {}).get(name)),
         )  # fmt: skip
+    if times and OUTSIDE in times:
+        outside = ["", "", "", "", "", "", "", f"{times[OUTSIDE]:.1f}", ""]
+        table.add_row("outside of phases", *outside)
+        table.caption = "phases: of steps launched kernel by kernel; mlp with its norm; sum: timed"
     table.add_section()
     sums = [sum(p[kind] for p in step.phases.values())
             for kind in ("weights", "cache", "activations", "flops")]  # fmt: skip

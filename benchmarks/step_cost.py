@@ -17,6 +17,7 @@ from dsb_runtime.families import DREAM
 
 LAYER_PHASES = ("norm", "qkv", "rope+write", "attention", "out", "mlp")
 PHASES = ("embed", *LAYER_PHASES, "final norm", "score", "unmask")
+OUTSIDE = "outside"  # what a step launches outside of its phases, in measurements
 FLOAT32, INT32, INT64 = 4, 4, 8
 
 

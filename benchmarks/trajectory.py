@@ -101,13 +101,24 @@ def agreement(steps: Sequence[RowStep], commits: Sequence[dict[int, int]]) -> Ag
     return found
 
 
-class StepClock:
-    """Seconds of each forward, by kind: an `on_step` for both loops."""
+@dataclass
+class StepTimes:
+    """Kind and seconds of forwards, one after another."""
+
+    kinds: list[str] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+
+    def add(self, other: StepTimes) -> None:
+        self.kinds += other.kinds
+        self.seconds += other.seconds
+
+
+class StepClock(StepTimes):
+    """Times the forwards of the eager loop: its `on_step`."""
 
     def __init__(self, device: torch.device) -> None:
+        super().__init__()
         self.device = device
-        self.kinds: list[str] = []
-        self.seconds: list[float] = []
         self.restart()
 
     def restart(self) -> None:
@@ -115,9 +126,9 @@ class StepClock:
         synchronize(self.device)
         self.began = time.perf_counter()
 
-    def __call__(self, event: StepEvent | str) -> None:
+    def __call__(self, kind: str) -> None:
         synchronize(self.device)
         now = time.perf_counter()
-        self.kinds.append(event if isinstance(event, str) else event.kind)
+        self.kinds.append(kind)
         self.seconds.append(now - self.began)
         self.began = time.perf_counter()

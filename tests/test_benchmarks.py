@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,8 +25,17 @@ from benchmarks.eager import eager_generate, quota_due
 from benchmarks.floor import ForwardRows, LinearFloor
 from benchmarks.presets import PRESETS, random_model, random_prompt
 from benchmarks.roofline import Ceilings, budget
-from benchmarks.step_cost import StepShape
-from benchmarks.trajectory import Agreement, Recorder, RowStep, StepClock, agreement
+from benchmarks.step_cost import OUTSIDE, PHASES, StepShape
+from benchmarks.step_times import TimedEngine, profiled_count
+from benchmarks.trajectory import (
+    Agreement,
+    Recorder,
+    RowStep,
+    StepClock,
+    StepTimes,
+    agreement,
+)
+from tests.recorded import Recorder as Replays
 
 ROOT = Path(__file__).parents[1]
 SHAPE = ("--prompt", "24", "--gen", "32", "--block", "8", "--rounds", "2")
@@ -43,7 +53,7 @@ def case_of(name: str, batch: int = 1, dtype: torch.dtype = torch.float32, **mor
 
 
 OPTIONS = {
-    "exact": ("--preset", "tiny", "--batch", "1", "2", "--tokens-per-forward", "3"),
+    "exact": ("--preset", "tiny", "--batch", "1", "2", "--tokens-per-forward", "3", "--phases"),
     "rounded": ("--preset", "tiny-dream", "--dtype", "bfloat16", "--batch", "2"),
 }
 
@@ -116,7 +126,11 @@ def test_what_is_written(which, request):
         assert run["window_rows"] < 56 == run["steps"]["refresh"]["rows"]
         by_rows = run["steps"]["window"]["by_rows"].values()
         assert sum(s["steps"] for s in by_rows) == run["steps"]["window"]["steps"]
-        assert run["peak_memory_bytes"] > 1e8 and run["gpu_idle_share"] is None
+        assert run["peak_memory_bytes"] > 1e8
+        assert run["gpu_idle_share"] is None and run["gpu_wait_share"] is None
+        products = [run["steps"][kind]["products_ms"] for kind in ("window", "refresh")]
+        most = run["forwards"] * max(products) / (1e3 * seconds["ours"])
+        assert 0.3 * most < run["share_of_products_limit"] < batch * most
 
 
 def test_both_loops_commit_the_same_in_float32(exact):
@@ -133,7 +147,7 @@ def test_one_trajectory_in_bfloat16(rounded):
     assert run["forwards"] == rounded["settings"]["steps"] == round(32 / 3.5)
     assert run["tokens_per_forward"] == pytest.approx(32 / 9)
     check = run["check"]
-    assert not check["same_tokens"] and check["timed_run_repeats_the_recorded"]
+    assert not check["same_tokens"] and run["timed_run_repeats_the_recorded"]
     assert check["decisions"] == 64
     assert 0.5 < check["decisions_agreed"] <= check["positions_agreed"] <= 1
     assert f"agree on {check['decisions_agreed']:.1%}" in rounded["said"]
@@ -175,6 +189,66 @@ def test_the_eager_loop_is_the_method(name, more):
     assert case.agreed == Agreement(64, 64, 64)
     assert {step.kind for step in case.record.rows[1]} == {"refresh", "window"}
     assert case.record.tokens == 64
+
+
+def test_phases_stand_beside_their_floors(exact, rounded, capsys):
+    for run in exact["runs"]:
+        assert set(run["phase_us"]) == {"window", "refresh"}
+        for kind, times in run["phase_us"].items():
+            assert list(times) == [*PHASES, OUTSIDE] and min(times.values()) > 0
+            whole = sum(times.values())
+            assert 0.5 * whole < whole - times[OUTSIDE]
+            # A profiler costs time, which a tiny model's step consists of.
+            assert 0.3 < whole / (1e3 * run[f"{kind}_step_ms"]) < 10
+    assert "phase_us" not in rounded["runs"][0]
+    roofline.main(["--measured", str(exact["file"]), "--batch", "2"])
+    lines = [line.split("│") for line in capsys.readouterr().out.splitlines() if "│" in line]
+    cells = [[cell.strip() for cell in line[1:-1]] for line in lines]
+    times = exact["runs"][1]["phase_us"]
+    for kind, table in (("window", cells[:12]), ("refresh", cells[12:])):
+        found = {row[0].removeprefix("layer: "): row[-2:] for row in table}
+        assert [float(found[name][0]) for name in PHASES] == pytest.approx(
+            [times[kind][name] for name in PHASES], abs=0.051
+        )
+        assert all(found[name][1].endswith("%") for name in PHASES)
+        outside = pytest.approx(times[kind][OUTSIDE], abs=0.051)
+        assert float(found["outside of phases"][0]) == outside
+
+
+def test_profiled_steps_are_of_both_kinds():
+    kinds = ["refresh", *["window"] * 9, "refresh", *["window"] * 9]
+    assert profiled_count(kinds) == 10
+    assert profiled_count(["refresh", *["window"] * 60, "refresh"]) == 40
+    assert profiled_count(["refresh"] * 30) == 8
+    assert profiled_count(["refresh", "window"]) == profiled_count(["refresh"]) == 1
+
+
+@pytest.mark.parametrize("capture", [None, Replays()], ids=["direct", "replayed"])
+def test_every_step_is_timed_once(capture):
+    """Those of a watched run are the recorded ones; ahead of the host there may be more."""
+    engine = TimedEngine(random_model(PRESETS["tiny"], torch.float32, "cpu"), capture=capture)
+    prompt, recorder = random_prompt(PRESETS["tiny"], 2, 64), Recorder(64, 4)
+    engine.generate(prompt, on_step=recorder, **SETTINGS, steps=9)
+    engine.take()
+    times = decode.time_steps(
+        SimpleNamespace(ours=lambda each: engine.generate(
+            prompt, on_step=each, **SETTINGS, steps=9)), engine,
+    )  # fmt: skip
+    assert times.kinds == recorder.kinds and min(times.seconds) > 0
+    out, seconds = decode.timed(lambda: engine.generate(prompt, **SETTINGS, steps=9), engine.device)
+    times = engine.take()
+    assert len(times.kinds) >= out.nfe and 0 < sum(times.seconds) < seconds
+    assert engine.take() == StepTimes()
+
+
+def test_alone_it_is_not_compared(tmp_path):
+    options = ("--preset", "tiny", "--tokens-per-forward", "3", "--no-eager", "--batch", "1", "2")
+    found = measured(tmp_path, *options)
+    for run in found["runs"]:
+        assert set(run["seconds"]) == {"ours", "floor", "floor_all_rows"}
+        assert run["check"] is None and run["ours_over_eager"] is None
+        assert run["eager_window_step_ms"] is None and run["ours_over_floor"] > 1
+    assert "not compared with the eager loop (--no-eager)" in found["said"]
 
 
 def test_another_loop_stops_it(monkeypatch, capsys, tmp_path):
@@ -308,7 +382,18 @@ def test_ceilings_count_what_they_move(monkeypatch):
     assert ceilings.copy_gb_per_s(device) == 2**28 / 1e9  # read and written in two seconds
     monkeypatch.setattr(ceilings, "CPU_SIZES", (64,))
     assert ceilings.matmul_tflops(torch.float32, device) == 64**3 * 1e-12
-    assert ceilings.gpu_idle_share(lambda: None, device) is None
+    assert ceilings.gpu_busy_seconds(lambda: None, device) is None
+
+
+def test_busy_is_each_moment_once():
+    """Kernels side by side, one inside of another, and gaps; other events do not count."""
+    spans = [(0, 10), (5, 10), (6, 2), (20, 5), (30, 1)]
+    events = [{"cat": "kernel", "ts": ts, "dur": dur} for ts, dur in spans]
+    events.append({"cat": "gpu_memcpy", "ts": 40, "dur": 4})
+    events.append({"cat": "gpu_user_annotation", "ts": 0, "dur": 100})
+    assert ceilings.busy_seconds(events) == pytest.approx((15 + 5 + 1 + 4) * 1e-6)
+    with pytest.raises(ValueError, match="holds no kernel"):
+        ceilings.busy_seconds(events[-1:])
 
 
 @pytest.mark.parametrize(

@@ -199,7 +199,7 @@ def measured(tmp_path) -> Path:
     path = tmp_path / "measured.json"
     run = {"batch": 2, "window_rows": 12.4, "window_step_ms": 4.0, "refresh_step_ms": 9.0,
            "tokens_per_forward": 3.0, "refresh_share": 0.25,
-           "phase_us": {"window": {"mlp": 100.0}}}  # fmt: skip
+           "phase_us": {"window": {"mlp": 100.0, "outside": 7.0}}}  # fmt: skip
     found = {
         "device": "a machine",
         "settings": {"preset": "tiny", "dtype": "float32", "prompt": 64, "gen": 32, "block": 8},
@@ -223,6 +223,7 @@ def test_measurement_beside(measured, capsys, tmp_path):
     assert found["measured"]["share_of_floor"] == pytest.approx(found["step_ms"] / 5.25)
     assert f"{window['floor_ms'] / 4:.0%}" in next(s for s in said.splitlines() if "sum" in s)
     mlp = next(s for s in said.splitlines() if "layer: mlp" in s)
+    assert "7.0" in next(s for s in said.splitlines() if "outside of phases" in s)
     assert "100.0" in mlp and f"{window['phases']['mlp']['floor_us'] / 100:.0%}" in mlp
     run(capsys, "--measured", str(measured), "--bandwidth", "20", "--tflops", "1", "--json",
         str(path))  # fmt: skip
