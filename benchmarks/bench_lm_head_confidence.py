@@ -10,6 +10,7 @@ they are timed.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import pytest
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from benchmarks.measure import device, on_gpu, run
+from benchmarks.measure import Call, Make, compiled, device, low_precision, on_gpu, run
 from dsb_kernels.confidence import token_confidence
 from dsb_kernels.lm_head_confidence import lm_head_confidence, lm_head_confidence_definition
 
@@ -36,8 +37,7 @@ class Head:
 
     def __init__(self, name: str, rows: int) -> None:
         torch.manual_seed(0)
-        dtype = torch.bfloat16 if on_gpu() else torch.float32
-        (V, E), self.rows = HEADS[name], rows
+        (V, E), dtype = HEADS[name], low_precision()
         self.weight = torch.randn(V, E, device=device(), dtype=dtype)
         self.hidden = (3 / E**0.5 * torch.randn(rows, E, device=device())).to(dtype)
         self.banned = (V - 128,)
@@ -59,38 +59,36 @@ class Head:
             hidden, weight = hidden.float(), weight.float()
         return scoring(hidden, weight, None, None, self.banned, 0.0, None, None, "probability")
 
-    def contender(self, name: str) -> Callable[[], Scored]:
-        if name == "definition compiled":
-            torch._dynamo.reset()
-            compiled = torch.compile(lm_head_confidence_definition, dynamic=False)
-            return lambda: self.definition(compiled)
-        return {"op": self.op, "matmul + op": self.matmul_op, "definition": self.definition}[name]
+
+METHODS = {"op": "op", "matmul + op": "matmul_op", "matmul": "matmul", "definition": "definition"}
 
 
-def needs(head: Head) -> dict[str, int]:
-    (V, E), outputs = head.weight.shape, 12 * head.rows
-    return {
-        "bytes_needed": head.weight.nbytes + head.hidden.nbytes + outputs,
-        "flops": 2 * V * E * head.rows,
-    }
+def maker(name: str, rows: int, contender: str) -> Make:
+    if contender == "definition compiled":
+        scoring = compiled(lm_head_confidence_definition)
+        return lambda: Call(functools.partial(Head(name, rows).definition, scoring))
+    return lambda: Call(getattr(Head(name, rows), METHODS[contender]))
+
+
+def needs(name: str, rows: int) -> dict[str, int]:
+    (V, E), size = HEADS[name], low_precision().itemsize
+    return {"bytes_needed": (V + rows) * E * size + 12 * rows, "flops": 2 * V * E * rows}
 
 
 @pytest.mark.parametrize("contender", ["op", "matmul + op", "definition", "definition compiled"])
 @pytest.mark.parametrize(("name", "rows"), SHAPES)
 def test_score(benchmark, name: str, rows: int, contender: str) -> None:
-    head = Head(name, rows)
-    call = head.contender(contender)
-    (expected, reference), (token, c) = head.definition(wide=True), call()
+    make = maker(name, rows, contender)
+    (expected, reference), (token, c) = Head(name, rows).definition(wide=True), make().run()
     same = token == expected
     # bfloat16 logits of the contenders may tie where float32 ones do not.
     assert same.float().mean() >= (0.9 if on_gpu() else 1.0)
     torch.testing.assert_close(c[same].float(), reference[same].float(), rtol=0.05, atol=1e-3)
     benchmark.group = f"{name} {rows} rows"
-    run(benchmark, call, **needs(head))
+    run(benchmark, make, **needs(name, rows))
 
 
 @pytest.mark.parametrize(("name", "rows"), SHAPES)
 def test_matmul_alone(benchmark, name: str, rows: int) -> None:
-    head = Head(name, rows)
     benchmark.group = f"{name} {rows} rows"
-    run(benchmark, head.matmul, **needs(head))
+    run(benchmark, maker(name, rows, "matmul"), **needs(name, rows))

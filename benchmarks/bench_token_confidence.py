@@ -9,13 +9,14 @@ compared with the definition's before they are timed.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.measure import device, on_gpu, run
+from benchmarks.measure import Call, Make, compiled, device, low_precision, on_gpu, run
 from dsb_kernels.confidence import token_confidence, token_confidence_definition
 
 if on_gpu():
@@ -39,8 +40,7 @@ class Rows:
 
     def __init__(self, rows: int, V: int, confidence: str, temperature: float) -> None:
         torch.manual_seed(0)
-        dtype = torch.bfloat16 if on_gpu() else torch.float32
-        self.logits = (3 * torch.randn(rows, V, device=device())).to(dtype)
+        self.logits = (3 * torch.randn(rows, V, device=device())).to(low_precision())
         self.banned, self.confidence, self.temperature = (V - 128,), confidence, temperature
         self.seed = torch.tensor(1, device=device())
         self.ids = torch.arange(rows, device=device())
@@ -63,12 +63,20 @@ class Rows:
         token = scores.argmax(-1)
         return token, p.gather(-1, token[:, None])[:, 0]
 
-    def contender(self, name: str) -> Callable[[], Scored]:
-        if name == "definition compiled":
-            torch._dynamo.reset()
-            compiled = torch.compile(token_confidence_definition, dynamic=False)
-            return lambda: self.definition(compiled)
-        return getattr(self, name)
+
+Shape = tuple[int, int, str, float]  # rows, vocabulary, confidence, temperature
+
+
+def maker(shape: Shape, contender: str) -> Make:
+    if contender == "definition compiled":
+        scoring = compiled(token_confidence_definition)
+        return lambda: Call(functools.partial(Rows(*shape).definition, scoring))
+    return lambda: Call(getattr(Rows(*shape), contender))
+
+
+def bytes_needed(shape: Shape) -> int:
+    rows, V, *_ = shape
+    return rows * (V * low_precision().itemsize + 12)
 
 
 @pytest.mark.parametrize("contender", ["op", "definition", "definition compiled", "float64"])
@@ -78,9 +86,9 @@ def test_score(
 ) -> None:
     if contender == "float64" and (confidence, temperature) != ("probability", 0.0):
         pytest.skip("the float64 scoring is greedy and gives a probability")
-    step = Rows(rows, V, confidence, temperature)
-    call = step.contender(contender)
-    expected, found = step.definition(), call()
+    shape = (rows, V, confidence, temperature)
+    make = maker(shape, contender)
+    expected, found = Rows(*shape).definition(), make().run()
     # Equal scores may round apart where the arithmetic is another one.
     share = 1.0 if contender == "definition" else 0.95
     assert (found[0] == expected[0]).float().mean() >= share
@@ -89,4 +97,4 @@ def test_score(
         found[1][same].float(), expected[1][same].float(), rtol=1e-3, atol=1e-5
     )
     benchmark.group = f"{confidence}{' sampled' if temperature else ''} {rows} rows V={V}"
-    run(benchmark, call, bytes_needed=step.logits.nbytes + rows * 12)
+    run(benchmark, make, bytes_needed=bytes_needed(shape))

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
-from benchmarks.measure import device, on_gpu, run
+from benchmarks.measure import Call, Make, compiled, device, low_precision, on_gpu, run
 from dsb_kernels.window_attention import window_attention, window_attention_definition
 
 try:
@@ -62,32 +62,50 @@ class Problem:
     def sdpa(self) -> Tensor:
         return scaled_dot_product_attention(self.q, self.k, self.v, enable_gqa=True)
 
-    def flex(self) -> Tensor:
-        return compiled_flex()(self.q, self.k, self.v, enable_gqa=True)
+    def flex(self, attention: Callable[..., Tensor]) -> Tensor:
+        return attention(self.q, self.k, self.v, enable_gqa=True)
 
     def flash(self) -> Tensor:
         q, k, v = (x.transpose(1, 2) for x in (self.q, self.k, self.v))
         return flash_attn_with_kvcache(q, k, v, cache_seqlens=self.seqlens).transpose(1, 2)
 
 
-@functools.cache
-def compiled_flex() -> Callable[..., Tensor]:
-    return torch.compile(flex_attention, dynamic=False)
-
-
 def problem(model: str, B: int, W: int, C: int) -> Problem:
     torch.manual_seed(0)
     heads, kv_heads = MODELS[model]
-    dtype = torch.bfloat16 if on_gpu() else torch.float32
 
     def random(n: int, rows: int) -> Tensor:
-        return torch.randn(B, n, rows, 128, device=device(), dtype=dtype)
+        return torch.randn(B, n, rows, 128, device=device(), dtype=low_precision())
 
     def each(value: int) -> Tensor:
         return torch.full((B,), value, dtype=torch.int32, device=device())
 
     q, k, v = random(heads, W), random(kv_heads, C), random(kv_heads, C)
     return Problem(q, k, v, each((C - W) // 2), each(W), each(C))
+
+
+Shape = tuple[str, int, int, int]  # model, batch, window rows, cache positions
+
+
+def others() -> list[str]:
+    """What the op is to be no slower than, as far as it is there."""
+    return ["sdpa", "flex", *(["flash"] if flash_attn_with_kvcache is not None else [])]
+
+
+def maker(shape: Shape, contender: str) -> Make:
+    if contender == "definition compiled":
+        definition = compiled(Problem.definition)
+        return lambda: Call(functools.partial(definition, problem(*shape)))
+    if contender == "flex":
+        attention = compiled(flex_attention)
+        return lambda: Call(functools.partial(problem(*shape).flex, attention))
+    return lambda: Call(getattr(problem(*shape), contender))
+
+
+def needs(shape: Shape) -> dict[str, int]:
+    (heads, kv_heads), (_, B, W, C) = MODELS[shape[0]], shape
+    rows, positions, size = B * heads * W, B * kv_heads * C, low_precision().itemsize
+    return {"bytes_needed": 2 * (rows + positions) * 128 * size, "flops": 4 * rows * C * 128}
 
 
 @pytest.mark.parametrize(
@@ -97,20 +115,9 @@ def problem(model: str, B: int, W: int, C: int) -> Problem:
 def test_window_attention(benchmark, model: str, B: int, W: int, C: int, contender: str) -> None:
     if contender == "flash" and (flash_attn_with_kvcache is None or not on_gpu()):
         pytest.skip("flash-attn is not installed, or there is no GPU")
-    p = problem(model, B, W, C)
-    definition = Problem.definition
-    if contender == "definition compiled":
-        torch._dynamo.reset()
-        definition = torch.compile(definition, dynamic=False)
-    call = {"definition": definition, "definition compiled": definition}.get(contender)
-    fn = functools.partial(call, p) if call else getattr(p, contender)
-    tolerance = 2e-2 if on_gpu() else 1e-5
-    torch.testing.assert_close(fn(), p.definition(), rtol=tolerance, atol=tolerance)
+    shape = (model, B, W, C)
+    make, tolerance = maker(shape, contender), 2e-2 if on_gpu() else 1e-5
+    expected = problem(*shape).definition()
+    torch.testing.assert_close(make().run(), expected, rtol=tolerance, atol=tolerance)
     benchmark.group = f"{model} B={B} W={W} C={C}"
-    size = p.q.element_size()
-    run(
-        benchmark,
-        fn,
-        bytes_needed=2 * (p.k.numel() + p.q.numel()) * size,
-        flops=4 * p.q.numel() * C,
-    )
+    run(benchmark, make, **needs(shape))

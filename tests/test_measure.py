@@ -1,0 +1,163 @@
+"""How the kernel benchmarks are timed, with a stand-in for CUDA: what a graph holds, what is done
+around its replay, and what is divided by what."""
+
+from __future__ import annotations
+
+import contextlib
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import ceilings, measure
+from benchmarks.measure import Call, Timing, plan
+
+L2 = 50 << 20
+
+
+@pytest.mark.parametrize(
+    ("one", "touched", "restored", "expected"),
+    [
+        (4e-6, 3 << 20, False, (100, 100, 67)),  # 67 sets of 3 MiB are four times the L2
+        (4e-6, 1000, False, (100, 100, 100)),  # one for each call, in an emptied L2
+        (80e-6, 64 << 20, False, (13, 13, 4)),
+        (300e-6, 1 << 30, False, (10, 10, 1)),  # streams past the L2 by itself
+        (4e-6, 10_000, True, (100, 100, 100)),
+        (4e-6, 1 << 20, True, (100, 25, 100)),  # all warm sets are in the L2 together
+        (4e-6, 1 << 30, True, (100, 1, 100)),
+        (1.0, 0, False, (10, 10, 10)),
+    ],
+)
+def test_plan(one, touched, restored, expected):
+    cold, warm, sets = plan(one, touched, L2, restored=restored)
+    assert (cold, warm, sets) == expected
+    assert sets == cold or sets * touched >= measure.EVICT * L2
+
+
+class Cuda:
+    """Stands for CUDA: notes what is asked of it. A captured call takes `seconds`."""
+
+    def __init__(self, patch: pytest.MonkeyPatch, seconds: float) -> None:
+        self.seconds, self.calls, self.clock = seconds, [], 0.0
+        self.captured: list[Any] = []
+        self.capturing = False
+        note = self.calls.append
+        cuda, outer = torch.cuda, self
+
+        class Event:
+            def __init__(self, enable_timing: bool = False) -> None:
+                assert enable_timing
+
+            def record(self) -> None:
+                self.at = outer.clock
+                note("record")
+
+            def synchronize(self) -> None:
+                pass
+
+            def elapsed_time(self, other: Event) -> float:
+                return 1e3 * (other.at - self.at)
+
+        class Graph:
+            def replay(self) -> None:
+                outer.clock += outer.seconds * self.calls
+                note(f"replay {self.calls}")
+
+        @contextlib.contextmanager
+        def capture(graph: Graph) -> Any:
+            self.captured.clear()
+            self.capturing = True
+            yield
+            self.capturing, graph.calls = False, len(self.captured)
+
+        stream = SimpleNamespace(wait_stream=lambda other: None)
+        patch.setattr(cuda, "is_available", lambda: True)
+        patch.setattr(cuda, "Event", Event)
+        patch.setattr(cuda, "CUDAGraph", Graph)
+        patch.setattr(cuda, "graph", capture)
+        patch.setattr(cuda, "Stream", lambda: stream)
+        patch.setattr(cuda, "current_stream", lambda: stream)
+        patch.setattr(cuda, "stream", lambda _: contextlib.nullcontext())
+        patch.setattr(cuda, "synchronize", lambda *_: None)
+        patch.setattr(cuda, "_sleep", lambda cycles: note("spin"))
+        patch.setattr(measure, "l2_bytes", lambda: L2)
+        other = SimpleNamespace(sum=lambda: note("evict"))
+        patch.setattr(measure, "_other_data", lambda: other)
+
+
+@pytest.mark.parametrize("restored", [False, True])
+def test_what_a_gpu_is_asked(monkeypatch, restored):
+    cuda, made = Cuda(monkeypatch, 20e-6), []
+
+    def make() -> Call:
+        index = len(made)
+        made.append(index)
+
+        def run() -> None:
+            if cuda.capturing:
+                cuda.captured.append(index)
+
+        return Call(run, (lambda: cuda.calls.append("restore")) if restored else None)
+
+    found = measure.timing(make, touched=25 << 20)
+    assert found == Timing(pytest.approx(20e-6), pytest.approx(20e-6))
+    assert len(made) == (50 if restored else 8)  # a millisecond's calls; four times the L2
+    around = ["spin", "record", "replay 50", "record"]
+    cold = [*["restore"] * len(made) * restored, "evict", *around]
+    warm = around if not restored else ["restore", "spin", "record", "replay 1", "record"]
+    repeats = measure.REPEATS
+    first = len(cuda.calls) - repeats * (len(cold) + len(warm))
+    assert cuda.calls[first:] == cold * repeats + warm * repeats
+    assert "evict" not in cuda.calls[:first]
+
+
+def test_calls_take_turns_over_the_sets(monkeypatch):
+    Cuda(monkeypatch, 1e-6)
+    order: list[int] = []
+    measure._graph_seconds([Call(lambda i=i: order.append(i)) for i in range(3)], 7)
+    assert order[-7:] == [0, 1, 2, 0, 1, 2, 0]
+    assert order[:-7] == [0, 0, 0, 1, 2, 0, 1, 2, 0], "compiled before the capture"
+
+
+def test_a_cpu_is_timed_by_its_clock(monkeypatch):
+    monkeypatch.setattr(measure, "on_gpu", lambda: False)
+    log: list[str] = []
+    call = Call(lambda: log.append("run"), lambda: log.append("restore"))
+    found = measure.timing(lambda: call, 100)
+    assert found.cold == found.warm > 0
+    assert log == ["restore", "run"] * (measure.REPEATS + 1)
+
+
+def test_products_are_timed_by_events(monkeypatch):
+    cuda, runs = Cuda(monkeypatch, 0.0), []
+
+    def run() -> None:
+        runs.append(None)
+        cuda.clock += 5.0 if len(runs) == 1 else 2.0 - 0.1 * len(runs)
+
+    best = ceilings.best_seconds(run, torch.device("cuda"))
+    assert len(runs) == ceilings.REPEATS + 1
+    assert best == pytest.approx(2.0 - 0.1 * len(runs)), "the best, the first left out"
+
+
+def test_what_a_benchmark_reports(monkeypatch):
+    cuda = Cuda(monkeypatch, 100e-6)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    monkeypatch.setattr(measure, "copy_bandwidth", lambda: 4e12)
+
+    class Benchmark:
+        extra_info: dict[str, Any] = {}  # noqa: RUF012
+
+        def pedantic(self, run: Any, setup: Any, rounds: int, warmup_rounds: int) -> None:
+            assert setup is None and (run(), cuda.calls[-1])[1] == "replay 1"
+
+    def make() -> Call:
+        return Call(lambda: cuda.captured.append(0) if cuda.capturing else None)
+
+    benchmark = Benchmark()
+    measure.run(benchmark, make, bytes_needed=300_000_000, flops=50_000_000_000)
+    assert benchmark.extra_info == {
+        "device": "a GPU", "cold_us": 100.0, "warm_us": 100.0, "bandwidth_share": 0.75,
+        "tflops": 500.0,
+    }  # fmt: skip
