@@ -53,9 +53,9 @@ class Problem:
         tensors = (self.q, None, None, self.k, self.v, *rows, None, None, None, None, 64, scale)
         return window_attention_definition(*tensors)[0]
 
-    def op(self) -> Tensor:
+    def op(self, num_splits: int | None = None) -> Tensor:
         return window_attention(
-            self.q, None, None, self.k, self.v,
+            self.q, None, None, self.k, self.v, num_splits=num_splits,
             window_start=self.start, window_length=self.length, cache_seqlens=self.seqlens,
         )  # fmt: skip
 

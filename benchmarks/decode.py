@@ -234,6 +234,7 @@ def measure(
 def idle_share(case: Case, run: dict[str, Any]) -> float | None:
     """Share of a decoding in which the GPU runs nothing. After all timing: what the profiler hooks
     into the driver stays there."""
+    case.ours()  # a larger batch may have displaced what was captured
     busy = gpu_busy_seconds(case.ours, case.model.device)
     return None if busy is None else 1 - busy / run["seconds"]["ours"]
 
