@@ -150,10 +150,12 @@ class Case:
         return found
 
 
-def time_steps(case: Case, engine: TimedEngine) -> StepTimes:
-    """One more run; watched, so that its steps are those that were recorded."""
+def time_steps(
+    run: Callable[[Callable[[dsb.StepEvent], None]], object], engine: TimedEngine
+) -> StepTimes:
+    """One run, given an `on_step`: watched, so that its steps are those that were recorded."""
     engine.take()
-    case.ours(lambda event: None)
+    run(lambda event: None)
     return engine.take()
 
 
@@ -180,7 +182,7 @@ def measure(
             seconds[name].append(timed(run, device)[1])
             if name == "ours":
                 inside.append(sum(engine.take().seconds) / seconds[name][-1])
-        ours.add(time_steps(case, engine))
+        ours.add(time_steps(case.ours, engine))
 
     def ratio(a: str, b: str) -> float | None:
         if not {a, b} <= runs.keys():

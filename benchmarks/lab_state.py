@@ -185,7 +185,7 @@ def run_part(lab: Lab, name: str, part: Part) -> None:
         status, why = "out of time", "it was stopped"
     except NotHereError as error:
         status, why = "not run", str(error)
-    except Exception as error:  # whatever it is: it stands in the table, and the rest goes on
+    except (Exception, SystemExit) as error:  # whatever it is stands in the table
         lab.problem(one_line(error))
     if lab.problems:
         status, why = "failed", "; ".join(lab.problems)

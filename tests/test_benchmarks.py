@@ -10,7 +10,6 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -231,9 +230,8 @@ def test_every_step_is_timed_once(capture):
     engine.generate(prompt, on_step=recorder, **SETTINGS, steps=9)
     engine.take()
     times = decode.time_steps(
-        SimpleNamespace(ours=lambda each: engine.generate(
-            prompt, on_step=each, **SETTINGS, steps=9)), engine,
-    )  # fmt: skip
+        lambda each: engine.generate(prompt, on_step=each, **SETTINGS, steps=9), engine
+    )
     assert times.kinds == recorder.kinds and min(times.seconds) > 0
     out, seconds = decode.timed(lambda: engine.generate(prompt, **SETTINGS, steps=9), engine.device)
     times = engine.take()

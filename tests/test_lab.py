@@ -255,6 +255,14 @@ def test_a_dead_gpu_is_left_to_a_new_process(monkeypatch, tmp_path):
     assert begun == ["small", "dream"] and "token 64" in read(path)["figures"]
 
 
+def test_a_part_that_gives_up_stops_no_other():
+    """As `benchmarks.decode` does where what would be timed is other work."""
+    found = Lab(60)
+    run_part(found, "a", Part(lambda run: sys.exit("decode: nothing is timed"), ""))
+    assert found.parts["a"]["status"] == "failed"
+    assert found.parts["a"]["why"] == "SystemExit: decode: nothing is timed"
+
+
 def test_a_part_alone_takes_its_time_limit():
     found = Lab(seconds=0.2)
     run_part(found, "a", Part(lambda run: time.sleep(20), ""))
