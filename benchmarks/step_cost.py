@@ -16,7 +16,7 @@ from benchmarks.presets import Preset
 from dsb_runtime.families import DREAM
 
 LAYER_PHASES = ("norm", "qkv", "rope+write", "attention", "out", "mlp")
-PHASES = ("embed", *LAYER_PHASES, "final norm", "score", "unmask")
+PHASES = ("place", "embed", *LAYER_PHASES, "final norm", "score", "unmask")
 OUTSIDE = "outside"  # what a step launches outside of its phases, in measurements
 FLOAT32, INT32, INT64 = 4, 4, 8
 
@@ -92,6 +92,8 @@ def step_cost(preset: Preset, shape: StepShape) -> dict[str, list[Cost]]:
     E, V, b, K = preset.hidden, preset.vocab, shape.itemsize, shape.scored
     layers = [layer_cost(preset, shape, layer) for layer in range(preset.layers)]
     return {
+        # Tokens of the windows; candidates come as positions, go as rows, flags and noise ids.
+        "place": [Cost(0, 0, shape.rows * 2 * INT64 + K * (INT32 + 2 * INT64 + 1))],
         "embed": [Cost(0, 0, shape.rows * (INT64 + 2 * E * b))],
         **{name: [layer[name] for layer in layers] for name in LAYER_PHASES},
         "final norm": [Cost(E * b, 0, 3 * K * E * b)],

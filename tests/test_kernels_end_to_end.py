@@ -13,9 +13,10 @@ from torch.nn.functional import linear
 from transformers import PreTrainedModel
 
 import dsb_runtime as dsb
+from dsb_runtime import step
 from dsb_runtime.cache import WindowCache
 from dsb_runtime.forward import Backbone
-from dsb_runtime.step import Step
+from dsb_runtime.sampling import propose
 from tests import golden
 from tests.mutations import DEVICE, kernels
 from tests.test_decode import left_pad, prompts
@@ -62,9 +63,9 @@ class Errors:
     def __init__(self, model: PreTrainedModel, patch: pytest.MonkeyPatch) -> None:
         self.wide, self.patch = copy.deepcopy(model).double(), patch
         self.squares: dict[str, list[tuple[Tensor, Tensor]]] = {}
-        self.forward, self.score = Backbone.__call__, Step.score
+        self.forward = Backbone.__call__
         patch.setattr(Backbone, "__call__", lambda *args: self.run(*args))
-        patch.setattr(Step, "score", lambda *args: self.propose(*args))
+        patch.setattr(step, "propose", self.propose)
 
     def run(self, backbone: Backbone, *args: Any) -> Tensor:
         """In place of `Backbone.__call__`: hidden states by kernels."""
@@ -82,14 +83,13 @@ class Errors:
         return hidden
 
     def propose(
-        self, step: Step, hidden: Tensor, position: Tensor, active: Tensor, rows: Tensor | None
+        self, hidden: Tensor, lm_head: torch.nn.Linear, scored: Tensor, *args: Any
     ) -> tuple[Tensor, Tensor]:
-        """In place of `Step.score`: tokens and confidences by kernels."""
-        token, confidence = self.score(step, hidden, position, active, rows)
-        scored = (position >= 0) & active[:, None]
+        """In place of `propose`: tokens and confidences by kernels."""
+        token, confidence = propose(hidden, lm_head, scored, *args)
         plain, exact, index = self.plain[scored], self.exact[scored], token[scored][:, None]
         self.add("hidden", hidden[scored], plain, exact)
-        plain = linear(plain, step.lm_head.weight).float().softmax(-1).gather(-1, index)
+        plain = linear(plain, lm_head.weight).float().softmax(-1).gather(-1, index)
         exact = linear(exact, self.wide.lm_head.weight).softmax(-1).gather(-1, index)
         self.add("confidence", confidence[scored][:, None], plain, exact)
         return token, confidence

@@ -79,7 +79,7 @@ def test_a_trace_names_every_step_and_every_phase(profiled, decoded):
     trace, _ = profiled
     expected = []
     for index in range(3, 12):
-        expected += [f"{decoded[1][index]} step {index}", "embed"]
+        expected += [f"{decoded[1][index]} step {index}", "place", "embed"]
         expected += [f"layer {layer}: {room}" for layer in range(4) for room in ROOMS]
         expected += ENDS
     assert names(trace) == [f"dsb: {name}" for name in expected]
@@ -190,7 +190,7 @@ def test_a_cpu_has_no_nvtx(monkeypatch, model, prompts):
 
 def test_the_tables_name_phases_and_operators(profiled):
     trace, said = profiled
-    for label in ("embed", *(f"layer: {room}" for room in ROOMS), *ENDS, "whole step"):
+    for label in ("place", "embed", *(f"layer: {room}" for room in ROOMS), *ENDS, "whole step"):
         assert said.count(f"│ {label} ") == 1
     operators = totals(read_trace(trace), on_gpu=False)
     assert len(operators) > 10 and {"aten::mm", "aten::addmm_"} <= {t.name for t in operators}
@@ -224,7 +224,7 @@ def test_phases_and_what_is_outside_of_them_are_the_whole_step(profiled):
     assert {kind: found.steps for kind, found in kinds.items()} == {"window": 8, "refresh": 1}
     for found in kinds.values():
         assert [p.name for p in found.phases] == [
-            "embed", *(f"layer: {room}" for room in ROOMS), *ENDS
+            "place", "embed", *(f"layer: {room}" for room in ROOMS), *ENDS
         ]  # fmt: skip
         assert {p.calls // found.steps for p in found.phases} == {1, 4}
         assert 0.5 * found.us < sum(p.us for p in found.phases) < found.us
@@ -345,7 +345,7 @@ def test_a_preset_is_profiled_by_the_same_code(tmp_path, capsys):
     said = capsys.readouterr().out
     assert said.startswith("Profiled steps 0 to 6 (") and "│ layer: rope+write │      2 │" in said
     found = names(trace)
-    assert found[:2] == ["dsb: refresh step 0", "dsb: embed"]
+    assert found[:3] == ["dsb: refresh step 0", "dsb: place", "dsb: embed"]
     assert found.count("dsb: layer 1: mlp") == 7 and "dsb: layer 2: mlp" not in found
 
 

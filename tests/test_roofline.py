@@ -67,6 +67,7 @@ def test_last_layer_by_hand():
 def test_outside_the_layers_by_hand():
     found = step_cost(TINY, SHAPE)
     assert tuple(found) == PHASES
+    assert found["place"] == [Cost(0, 0, 40 * 2 * 8 + 16 * (4 + 2 * 8 + 1))]
     assert found["embed"] == [Cost(0, 0, 40 * 8 + 2 * 5120)]
     assert found["final norm"] == [Cost(128, 0, 3 * 16 * 64 * 2)]
     assert found["score"] == [Cost(65536, 0, 16 * (128 + 12), 2 * 16 * 64 * 512)]
