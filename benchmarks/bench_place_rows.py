@@ -14,14 +14,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.measure import device, on_gpu, run
-from dsb_kernels import place_rows as module
-from dsb_kernels.place_rows import PlacedRows, place_rows
+from benchmarks.measure import Call, Make, compiled, device, on_gpu, run
+from dsb_kernels.place_rows import place_rows, place_rows_definition
 from dsb_kernels.unmask import initial_state
 from dsb_kernels.window_state import REFRESH, WINDOW, UnmaskSpec
 
 KINDS = {"window": WINDOW, "refresh": REFRESH}
-# kind, batch rows, rows of the step, prompt, response
+HELD = 32
+Shape = tuple[str, int, int, int, int]  # kind, batch rows, rows of the step, prompt, response
+SHAPES: list[Shape]
 if on_gpu():
     SHAPES = [(kind, B, B, 1024, 256) for kind in KINDS for B in (1, 8, 64)]
     SHAPES += [("window", 64, 16, 1024, 256), ("refresh", 1, 1, 16128, 256)]
@@ -29,51 +30,71 @@ else:
     SHAPES = [("window", 2, 2, 16, 64), ("window", 4, 2, 16, 64), ("refresh", 2, 1, 16, 64)]
 
 
-def step_of(kind: str, B: int, rows: int, prompt: int, response: int) -> Callable[[], PlacedRows]:
-    """A step of a batch half of whose rows, or all where there is room, need one of its kind."""
-    torch.manual_seed(0)
-    spec = UnmaskSpec(
-        prompt, 32, 32, "dsb", "dsb", 24, 0, "threshold", 0.9, 0, "select", 126336, (), False
-    )
-    canvas = torch.randint(0, 1000, (B, prompt + response), device=device())
-    canvas[:, prompt:] = spec.mask_id
-    leftpad = torch.randint(0, prompt, (B,), device=device()).int()
-    state = initial_state(canvas, leftpad, spec)
-    state.prefix.fill_(8)
-    state.forwards.random_(0, 100)
-    other = REFRESH if kind == "window" else WINDOW
-    state.needs.fill_(KINDS[kind])
-    if rows < B:
-        state.needs[torch.randperm(B)[: B // 2]] = other
-    width = 40 if kind == "window" else canvas.shape[1]
-    return lambda: place_rows(
-        canvas, state, leftpad, kind=KINDS[kind], rows=rows, width=width, held=32,
-        prompt_length=prompt,
-    )  # fmt: skip
+class Step:
+    """A step that every row of a batch needs, or half of them where there is no room for all."""
+
+    def __init__(self, kind: str, B: int, rows: int, prompt: int, response: int) -> None:
+        self.spec = UnmaskSpec(
+            prompt, HELD, HELD, "dsb", "dsb", 24, 0, "threshold", 0.9, 0, "select", 126336, (),
+            False,
+        )  # fmt: skip
+        self.canvas = torch.randint(0, 1000, (B, prompt + response), device=device())
+        self.canvas[:, prompt:] = self.spec.mask_id
+        self.leftpad = torch.randint(0, prompt, (B,), device=device()).int()
+        self.state = initial_state(self.canvas, self.leftpad, self.spec)
+        self.state.prefix.fill_(8)
+        self.state.forwards.random_(0, 100)
+        needs = torch.full((B,), KINDS[kind], device=device())
+        if rows < B:
+            needs[torch.randperm(B, device=device())[: B // 2]] = 1 - KINDS[kind]
+        self.state.needs.copy_(needs)
+        width = HELD + 8 if kind == "window" else prompt + response
+        self.room, self.kind = (rows, width, HELD), KINDS[kind]
+
+    def op(self) -> tuple[Tensor, ...]:
+        rows, width, held = self.room
+        return place_rows(
+            self.canvas, self.state, self.leftpad, kind=self.kind, rows=rows, width=width,
+            held=held, prompt_length=self.spec.prompt_length,
+        )  # fmt: skip
+
+    def by(self, definition: Callable[..., tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+        state = self.state
+        table, *rest = definition(
+            self.canvas, state.start, state.end, state.prefix, state.position, state.needs,
+            state.forwards, self.leftpad, self.kind, 0, list(self.room), 0,
+            self.spec.prompt_length,
+        )  # fmt: skip
+        return (*table.unbind(), *rest)
 
 
-def contender_of(name: str, call: Callable[[], PlacedRows], patch: pytest.MonkeyPatch) -> Callable:
-    """The call as it is, by its definition, or by that compiled."""
-    if name == "op":
-        return call
-    definition: Callable[..., tuple[Tensor, ...]] = module.place_rows_definition
-    if name == "definition compiled":
-        torch._dynamo.reset()
-        definition = torch.compile(definition, dynamic=False)
-    patch.setattr(module, "takes_definition", lambda *tensors: True)
-    patch.setattr(module, "place_rows_definition", definition)
-    return call
+def maker(shape: Shape, contender: str = "op") -> Make:
+    definition = place_rows_definition
+    if contender == "definition compiled":
+        definition = compiled(definition)
+
+    def make() -> Call:
+        step = Step(*shape)
+        return Call(step.op if contender == "op" else lambda: step.by(definition))
+
+    return make
+
+
+def bytes_needed(shape: Shape) -> int:
+    """Tokens in and out; a candidate's position in; its row, its noise id and a flag out."""
+    kind, _, rows, prompt, response = shape
+    width = HELD + 8 if kind == "window" else prompt + response
+    return rows * (2 * 8 * width + HELD * (4 + 2 * 8 + 1))
 
 
 @pytest.mark.parametrize("contender", ["op", "definition", "definition compiled"])
-@pytest.mark.parametrize(("kind", "B", "rows", "prompt", "response"), SHAPES)
-def test_place_rows(
-    benchmark, monkeypatch, kind: str, B: int, rows: int, prompt: int, response: int, contender: str
-) -> None:
-    call = step_of(kind, B, rows, prompt, response)
-    with monkeypatch.context() as patch:
-        expected = contender_of("definition", call, patch)()
-    found = (call := contender_of(contender, call, monkeypatch))()
-    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_place_rows(benchmark, shape: Shape, contender: str) -> None:
+    torch.manual_seed(0)
+    expected = Step(*shape).by(place_rows_definition)
+    torch.manual_seed(0)
+    found = maker(shape, contender)().run()
+    assert all(map(torch.equal, found, expected))
+    kind, B, rows, prompt, response = shape
     benchmark.group = f"{kind} {rows} of {B} rows, {prompt + response} positions"
-    run(benchmark, call, bytes_needed=2 * found.ids.nbytes)
+    run(benchmark, maker(shape, contender), bytes_needed=bytes_needed(shape))

@@ -37,7 +37,7 @@ PARTS = {
     "correct": Part(lab_check.correct, "each kernel against its definition in float64", 30),
     "ceilings": Part(lab_ops.ceilings, "copy bandwidth, matrix product"),
     "scoring": Part(lab_ops.scoring, "token_confidence, lm_head_confidence"),
-    "small": Part(lab_ops.small, "unmask_and_slide, rope_write_kv"),
+    "small": Part(lab_ops.small, "place_rows, unmask_and_slide, rope_write_kv"),
     "decode": Part(lab_decode.decode_part, "LLaDA-8B, batch 1: steps, eager loop", 40),
     "attention": Part(lab_ops.attention_part, "window_attention and what else there is"),
     "goldens": Part(lab_check.goldens, "tests/test_cuda.py", 30),

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from benchmarks import bench_place_rows as place
 from benchmarks import bench_rope_write_kv as rope
 from benchmarks import bench_unmask_and_slide as unmask
 from benchmarks.lab_state import Lab, NotHereError
@@ -25,6 +26,7 @@ from benchmarks.measure import device, on_gpu
 from dsb_kernels.confidence import token_confidence, token_confidence_definition
 from dsb_kernels.dispatch import use_triton
 from dsb_kernels.lm_head_confidence import lm_head_confidence
+from dsb_kernels.place_rows import place_rows_definition
 from dsb_kernels.rope_kv import rope_write_kv, rope_write_kv_definition
 from dsb_kernels.unmask import unmask_and_slide, unmask_and_slide_definition
 from dsb_kernels.window_attention import window_attention, window_attention_definition
@@ -83,7 +85,7 @@ class Errors:
 def correct(lab: Lab) -> None:
     """Every op on random data."""
     torch.manual_seed(1)
-    for check in (check_token, check_head, check_attention, check_rope, check_unmask):
+    for check in (check_token, check_head, check_attention, check_rope, check_place, check_unmask):
         check(lab)
 
 
@@ -186,6 +188,16 @@ def check_rope(lab: Lab) -> None:
             for i, name in ((4, "k"), (5, "v")):
                 errors.add(f"{model} {name}", dtype, found[i], plain[i], exact[i])
     errors.report()
+
+
+def check_place(lab: Lab) -> None:
+    """Steps of random windows, rows of which need another step."""
+    different = 0
+    for shape in place.SHAPES:
+        step = place.Step(*shape)
+        poison()
+        different += not all(map(torch.equal, step.op(), step.by(place_rows_definition)))
+    lab.figure("place differs", different, f"of {len(place.SHAPES)}")
 
 
 @torch.no_grad()

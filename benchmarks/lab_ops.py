@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from benchmarks import bench_lm_head_confidence as head
+from benchmarks import bench_place_rows as place
 from benchmarks import bench_rope_write_kv as rope
 from benchmarks import bench_token_confidence as token
 from benchmarks import bench_unmask_and_slide as unmask
@@ -93,7 +94,14 @@ def cold_and_warm(times: dict[str, Timing]) -> str:
 
 
 def small(lab: Lab) -> None:
-    """`unmask_and_slide` and `rope_write_kv`."""
+    """`place_rows`, `unmask_and_slide` and `rope_write_kv`."""
+    for shape in place.SHAPES:
+        keep(
+            lab,
+            "small",
+            f"place_rows {shape}",
+            timing(place.maker(shape), place.bytes_needed(shape)),
+        )
     shapes = unmask.SHAPES
     if on_gpu():
         shapes = [shape for shape in shapes if shape[3] == 256]

@@ -46,6 +46,7 @@ TARGETS = (
     _errors("lm_head_confidence"),
     _errors("window_attention"),
     _errors("rope_write_kv"),
+    Target("place differs", "correct", "place_rows: steps that differ", "at most", 0, "", KERNELS),
     Target("unmask differs", "correct", "unmask_and_slide: steps that differ",
            "at most", 0, "", KERNELS),
     Target("goldens failed", "goldens", "recorded trajectories, with and without CUDA graphs: "
