@@ -368,7 +368,6 @@ def compile_cases() -> list[CompileCase]:
                 },
                 num_warps=launch.num_warps,
                 num_stages=launch.num_stages,
-                max_spilled_bytes=8 if confidence == "margin" else 0,
                 divisible=(*(n for n, t in signature.items() if t[0] == "*"), "stride_row", "V"),
                 expects_wide_loads=True,
                 scalar_load_bytes=17 if sample else 1,

@@ -147,7 +147,6 @@ class CompileCase:
     constexprs: Mapping[str, Any]  # the tl.constexpr arguments
     num_warps: int
     num_stages: int = 1
-    max_spilled_bytes: int = 0  # of a thread: Triton 3.6 keeps a few more registers than 3.9
     divisible: tuple[str, ...] = ()  # runtime arguments known to be divisible by 16 (pointers too)
     architectures: tuple[str, ...] = ("sm_80", "sm_90", "sm_100")
     expects_tensor_cores: bool = False  # HGMMA on sm_90
