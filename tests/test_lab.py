@@ -206,8 +206,8 @@ def test_time_is_kept(monkeypatch, tmp_path, capsys):
 
     parts(monkeypatch, ceilings=ceilings, scoring=scoring, small=small)
     began = time.monotonic()
-    assert run("--json", path, "--minutes", "0.01") == 0
-    assert time.monotonic() - began < 5
+    assert run("--json", path, "--minutes", "0.05") == 0
+    assert time.monotonic() - began < 20
     record = read(path)
     found = {name: (part["status"], part["why"]) for name, part in record["parts"].items()}
     assert found["ceilings"] == ("not run", "no such thing here")
@@ -264,7 +264,7 @@ def test_a_part_that_gives_up_stops_no_other():
 
 
 def test_a_part_alone_takes_its_time_limit():
-    found = Lab(seconds=0.2)
+    found = Lab(seconds=0.5)
     run_part(found, "a", Part(lambda run: time.sleep(20), ""))
     assert found.parts["a"]["status"] == "out of time"
     with pytest.raises(OutOfTimeError), lab_state.time_limit(0):
