@@ -79,7 +79,10 @@ class Errors:
             self.lab.problem(f"{self.op} {case}: {int(wrong.sum())} tokens of {len(found)} differ")
 
     def report(self) -> None:
-        self.lab.figure(f"{self.op} error", *self.worst)
+        ratio, note = self.worst
+        self.lab.figure(f"{self.op} error", ratio, note)
+        if not ratio <= 1:
+            self.lab.problem(f"{self.op} {note}")
 
 
 def correct(lab: Lab) -> None:
@@ -198,6 +201,8 @@ def check_place(lab: Lab) -> None:
         poison()
         different += not all(map(torch.equal, step.op(), step.by(place_rows_definition)))
     lab.figure("place differs", different, f"of {len(place.SHAPES)}")
+    if different:
+        lab.problem(f"place_rows: {different} steps differ")
 
 
 @torch.no_grad()
@@ -216,6 +221,8 @@ def check_unmask(lab: Lab) -> None:
             exact += other.tensors(other.canvas, other.state)
             different += not all(map(torch.equal, found, exact))
     lab.figure("unmask differs", different, f"of {steps * len(unmask.RULES)}")
+    if different:
+        lab.problem(f"unmask_and_slide: {different} steps differ")
 
 
 # --- recorded trajectories --------------------------------------------------------------------
@@ -254,3 +261,5 @@ def goldens(lab: Lab) -> None:
     failed = counts.get("failed", 0) + counts.get("error", 0)
     lab.details["goldens"] = counts | {"lines": done.stdout.splitlines()[-20:] if failed else []}
     lab.figure("goldens failed", failed, f"{counts.get('passed', 0)} passed")
+    if failed:
+        lab.problem(f"{TESTS}: {failed} failed")

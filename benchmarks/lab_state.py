@@ -191,6 +191,6 @@ def run_part(lab: Lab, name: str, part: Part) -> None:
         status, why = "failed", "; ".join(lab.problems)
     seconds = round(time.monotonic() - began, 1)
     lab.parts[name] = {"status": status, "why": why, "seconds": seconds}
-    if status != "ran" and alive():
+    if status in ("failed", "out of time") and alive():
         lab.release()
     lab.save()

@@ -201,16 +201,12 @@ def test_time_is_kept(monkeypatch, tmp_path, capsys):
     def small(run: Lab) -> None:
         raise AssertionError("begun without time")
 
-    def ceilings(run: Lab) -> None:
-        raise NotHereError("no such thing here")
-
-    parts(monkeypatch, ceilings=ceilings, scoring=scoring, small=small)
+    parts(monkeypatch, scoring=scoring, small=small)
     began = time.monotonic()
     assert run("--json", path, "--minutes", "0.05") == 0
     assert time.monotonic() - began < 20
     record = read(path)
     found = {name: (part["status"], part["why"]) for name, part in record["parts"].items()}
-    assert found["ceilings"] == ("not run", "no such thing here")
     assert found["scoring"] == ("out of time", "it was stopped")
     assert found["small"] == ("not run", "0 s left, it takes 0 or more")
     lines = accounted(record)
@@ -253,6 +249,15 @@ def test_a_dead_gpu_is_left_to_a_new_process(monkeypatch, tmp_path):
     monkeypatch.setattr(lab, "alive", lambda: True)
     assert run(*words[3:]) == 1, "a part failed"
     assert begun == ["small", "dream"] and "token 64" in read(path)["figures"]
+
+
+def test_a_part_that_cannot_run_here_says_so():
+    def elsewhere(run: Lab) -> None:
+        raise NotHereError("no such thing here")
+
+    found = Lab(60)
+    run_part(found, "a", Part(elsewhere, ""))
+    assert found.parts["a"] == {"status": "not run", "why": "no such thing here", "seconds": 0.0}
 
 
 def test_a_part_that_gives_up_stops_no_other():
@@ -323,13 +328,16 @@ def test_the_checks_find_mistakes(monkeypatch):
     assert found.figures["window_attention error"]["value"] == float("inf")
     lab_check.check_unmask(found)
     assert found.figures["unmask differs"]["value"] == 36
+    wrong, steps = found.problems[-2:]
+    assert wrong.startswith("window_attention ") and "inf of 1.0e-05" in wrong
+    assert steps == "unmask_and_slide: 36 steps differ"
     errors = lab_check.Errors(found, "op")
     scores = torch.tensor([[1.0, 2.0, 2.0005], [3.0, 1.0, 0.0]]).double()
     errors.tokens("near", torch.tensor([1, 0]), scores, 1e-3)
-    assert len(found.problems) == 6
+    assert len(found.problems) == 8
     errors.tokens("far", torch.tensor([0, 0]), scores, 1e-3)
     errors.tokens("none", torch.tensor([2, -1]), scores, 1e-3)
-    assert found.problems[6:] == [f"op {c}: 1 tokens of 2 differ" for c in ("far", "none")]
+    assert found.problems[8:] == [f"op {c}: 1 tokens of 2 differ" for c in ("far", "none")]
 
 
 def test_counts_of_pytest():
@@ -351,6 +359,7 @@ def test_trajectories_by_another_process(monkeypatch, tmp_path):
     monkeypatch.setattr(lab_check, "TESTS", "test_some.py")
     lab_check.goldens(found)
     assert found.figures["goldens failed"] == {"value": 1, "note": "2 passed"}
+    assert found.problems == ["test_some.py: 1 failed"]
     assert any("test_c" in line for line in found.details["goldens"]["lines"])
     (tmp_path / "test_some.py").write_text("import nothing_of_that_name\n")
     with pytest.raises(RuntimeError, match="pytest ended with 2"):
