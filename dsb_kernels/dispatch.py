@@ -90,11 +90,27 @@ def register_op(name: str, *, mutates_args: Sequence[str] = ()) -> Callable:
     return decorate
 
 
+class OnDevice:
+    """A kernel launched on the device of its tensors; Triton takes the current one, whatever they
+    are on."""
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel = kernel
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        def launch(*args: Any, **options: Any) -> None:
+            with torch.cuda.device(next(a.device for a in args if isinstance(a, Tensor))):
+                self.kernel[grid](*args, **options)
+
+        return launch
+
+
 def wrap_triton(kernel: Any) -> Any:
-    """`torch.library.wrap_triton`, which for an interpreted kernel is the kernel itself."""
-    if isinstance(kernel, triton.runtime.jit.JITFunction):
-        return torch.library.wrap_triton(kernel)
-    return kernel
+    """`torch.library.wrap_triton` while tracing; otherwise what launches the kernel."""
+    if not isinstance(kernel, triton.runtime.jit.JITFunction):
+        return kernel  # an interpreted one
+    wrapped = torch.library.wrap_triton(kernel)
+    return OnDevice(kernel) if wrapped is kernel else wrapped
 
 
 def launch_options(num_warps: int, num_stages: int) -> dict[str, Any]:

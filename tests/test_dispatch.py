@@ -1,5 +1,6 @@
 """The dispatch rule, registration and the shared argument checks."""
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -88,6 +89,33 @@ def test_launches_set_fp_fusion_explicitly():
         options = dispatch.launch_options(4, 2)
     assert options == {"num_warps": 4, "num_stages": 2, "enable_fp_fusion": True}
     assert "enable_fp_fusion" not in dispatch.launch_options(4, 2)  # as while tracing
+
+
+def test_a_kernel_is_launched_on_the_device_of_its_tensors(monkeypatch):
+    """Triton takes the current one."""
+    where: list[torch.device] = []
+    launched: list[tuple] = []
+
+    def fn(x_ptr, n):
+        pass
+
+    @contextlib.contextmanager
+    def device(device):
+        where.append(device)
+        yield
+        where.append(None)
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    kernel = dispatch.triton.runtime.jit.JITFunction(fn)
+    run = lambda *a, grid, warmup, **o: launched.append((where[-1].index, grid, len(a), o))  # noqa: E731
+    monkeypatch.setattr(kernel, "run", run)
+    with FakeTensorMode():
+        x = torch.empty(2, device="cuda:1")
+    with torch._library.triton.set_wrap_triton_enabled(False):
+        dispatch.wrap_triton(kernel)[(3,)](x, 2, num_warps=4)
+    assert launched == [(1, (3,), 2, {"num_warps": 4})] and where[-1] is None
+    traced = dispatch.wrap_triton(kernel)
+    assert type(traced).__name__ == "TraceableTritonKernelWrapper"
 
 
 TRACE_FOR_CUDA = """
