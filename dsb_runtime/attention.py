@@ -142,6 +142,12 @@ def flash_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float | 
     )
 
 
+def repeat_heads(x: Tensor, query: Tensor) -> Tensor:
+    """x (B, H_kv, L, D) with each head as often as `query` (B, H, W, D) has one for it."""
+    groups = query.shape[1] // x.shape[1]
+    return x.unsqueeze(2).expand(-1, -1, groups, -1, -1).flatten(1, 2)
+
+
 def dsb_attention(
     module: torch.nn.Module,
     query: Tensor,
@@ -180,6 +186,11 @@ def dsb_attention(
     flash = takes_flash(query, key, value, attention_mask, dropout)
     if flash and flash_installed(query.device):
         return flash_attention(query, key, value, scaling), None
+    grouped = query.shape[1] != key.shape[1]
+    if grouped and query.is_cuda and attention_mask is not None:
+        # Torch 2.11 has no kernel for both there (but cuDNN's, on sm_90 and sm_100) and would write
+        # every score to memory.
+        key, value, grouped = repeat_heads(key, query), repeat_heads(value, query), False
     out = scaled_dot_product_attention(
         query,
         key,
@@ -187,7 +198,7 @@ def dsb_attention(
         attn_mask=attention_mask,
         dropout_p=dropout,
         scale=scaling,
-        enable_gqa=query.shape[1] != key.shape[1],
+        enable_gqa=grouped,
     )
     return out.transpose(1, 2).contiguous(), None
 

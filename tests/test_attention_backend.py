@@ -367,3 +367,30 @@ def test_a_window_forward_wants_its_positions():
     cache.point(None, rows, rows * 0 + 4, 4)
     with pytest.raises(ValueError, match="position_ids=None"):
         model(input_ids=ids[:, 8:12], **given)
+
+
+@pytest.mark.parametrize(
+    ("device", "masked", "heads"), [("cuda", True, 4), ("cuda", False, 2), ("cpu", True, 2)]
+)
+def test_a_mask_and_grouped_heads_do_not_meet_on_a_gpu(monkeypatch, device, masked, heads):
+    """Torch has no fused kernel for both and would write out every score."""
+    seen: list[tuple[int, bool]] = []
+    plain = attention.scaled_dot_product_attention
+
+    def spy(q: Tensor, k: Tensor, v: Tensor, **options: object) -> Tensor:
+        seen.append((k.shape[1], options["enable_gqa"]))
+        assert k.shape == v.shape
+        return plain(q, k, v, **options)
+
+    monkeypatch.setattr(attention, "scaled_dot_product_attention", spy)
+    monkeypatch.setattr(Tensor, "contiguous", lambda x: x)  # a CPU build's asks for a GPU
+    with FakeTensorMode():
+        q, k = torch.empty(2, 4, 6, 8, device=device), torch.empty(2, 2, 6, 8, device=device)
+        mask = torch.ones(2, 1, 1, 6, dtype=torch.bool, device=device) if masked else None
+        out, _ = dsb_attention(nn.Identity(), q, k, k, mask, is_causal=False)
+    assert out.shape == (2, 6, 4, 8) and seen == [(heads, heads == 2)]
+
+
+def test_repeated_heads_are_each_groups_own():
+    q, k = torch.empty(1, 6, 3, 4), torch.randn(1, 2, 5, 4)
+    assert torch.equal(attention.repeat_heads(k, q), k.repeat_interleave(3, 1))
