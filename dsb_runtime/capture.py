@@ -6,6 +6,7 @@ its launches on the same memory. `CudaGraphs` is the one for GPUs.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 
 import torch
@@ -27,17 +28,35 @@ def row_class(rows: int, most: int) -> int:
     return min(1 << (rows - 1).bit_length(), most)
 
 
+# Beginning a capture waits for the device and empties the allocator's cache, neither of which is
+# allowed while another thread captures.
+CAPTURING = threading.Lock()
+# The stream that steps of a device are captured on. `torch.cuda.graph` has one for all devices, and
+# matmuls leave workspace with every stream that they are captured on.
+STREAMS: dict[int, torch.cuda.Stream] = {}
+
+
 class CudaGraphs:
-    """Captures into CUDA graphs that share one pool of memory (they run one at a time)."""
+    """Captures on the current device into CUDA graphs that share one pool of memory (they run one
+    at a time)."""
 
     def __init__(self) -> None:
         self.pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, run: Callable[[], None]) -> Callable[[], None]:
         graph = torch.cuda.CUDAGraph()
-        # Other threads go on allocating and launching.
-        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
-            run()
+        with CAPTURING:
+            device, before = torch.cuda.current_device(), torch.cuda.current_stream()
+            if device not in STREAMS:
+                STREAMS[device] = torch.cuda.Stream(device)
+            try:
+                # Other threads go on allocating and launching.
+                with torch.cuda.graph(
+                    graph, self.pool, STREAMS[device], capture_error_mode="thread_local"
+                ):
+                    run()
+            finally:  # which `graph` does not do where a capture cannot be ended
+                torch.cuda.set_stream(before)
         return graph.replay
 
 
@@ -49,7 +68,7 @@ class HostCopy:
             self.values = torch.empty(source.shape, dtype=source.dtype, pin_memory=True)
             self.values.copy_(source, non_blocking=True)
             self.arrived = torch.cuda.Event()
-            self.arrived.record()
+            self.arrived.record(torch.cuda.current_stream(source.device))
         else:
             self.values, self.arrived = source.clone(), None
 

@@ -133,6 +133,7 @@ class FakeCuda(TorchDispatchMode):
         self.answers: list[Any] = []  # what the host reads next; after that it reads zeros
         self.inside = False
         self.launched: Counter[str] = Counter()  # kernels of the last step
+        self.devices: list[torch.device] = []  # made current
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
@@ -195,7 +196,7 @@ class Launcher:
 class Event:
     """A CUDA event that has always happened."""
 
-    def record(self, stream: Any = None) -> None: ...
+    def record(self, stream: Any) -> None: ...
 
     def synchronize(self) -> None: ...
 
@@ -204,6 +205,14 @@ class Event:
 def gpu(monkeypatch) -> Iterator[FakeCuda]:
     """The test runs as with a GPU."""
     fake = FakeCuda()
+
+    @contextlib.contextmanager
+    def device(device: torch.device) -> Iterator[None]:
+        fake.devices.append(device)
+        yield
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: None)
     monkeypatch.delenv("DSB_BACKEND", raising=False)
     for name, module in list(sys.modules.items()):
         if name.startswith("dsb_kernels.") and hasattr(module, "wrap_triton"):

@@ -1,0 +1,130 @@
+"""CUDA graphs and host copies against a stand-in for `torch.cuda`, which notes what is asked."""
+
+from __future__ import annotations
+
+import threading
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from dsb_runtime import capture
+from dsb_runtime.capture import CudaGraphs, HostCopy
+
+
+class Graph:
+    """`torch.cuda.graph`: makes its stream the current one, and leaves it so if it cannot end."""
+
+    inside = most = 0
+    cannot_end = False
+
+    def __init__(self, graph: Any, pool: Any, stream: str, capture_error_mode: str) -> None:
+        assert capture_error_mode == "thread_local"
+        self.graph, self.stream = graph, stream
+        graph.pool = pool
+
+    def __enter__(self) -> None:
+        Graph.inside += 1
+        Graph.most = max(Graph.most, Graph.inside)
+        self.before, self.graph.stream = GPU.stream, self.stream
+        GPU.stream = self.stream
+
+    def __exit__(self, *_: object) -> None:
+        Graph.inside -= 1
+        if Graph.cannot_end:
+            raise RuntimeError("operation failed due to a previous error during capture")
+        GPU.stream = self.before
+
+
+GPU = SimpleNamespace()  # the current device and stream
+
+
+@pytest.fixture(autouse=True)
+def gpu(monkeypatch):
+    GPU.device, GPU.stream = 0, "default"
+    Graph.inside = Graph.most = 0
+    Graph.cannot_end = False
+    handles = iter(range(9))
+    for name, value in {
+        "graph": Graph,
+        "CUDAGraph": lambda: SimpleNamespace(replay=lambda: None),
+        "Stream": lambda device: f"side stream of {device}",
+        "graph_pool_handle": lambda: next(handles),
+        "current_device": lambda: GPU.device,
+        "current_stream": lambda device=None: GPU.stream if device is None else f"of {device}",
+        "set_stream": lambda stream: setattr(GPU, "stream", stream),
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(capture, "STREAMS", {})
+
+
+def captured(graphs: CudaGraphs, monkeypatch: pytest.MonkeyPatch) -> Any:
+    made: list[Any] = []
+    new = torch.cuda.CUDAGraph
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: made.append(new()) or made[-1])
+    graphs(lambda: None)
+    return made[0]
+
+
+def test_every_device_has_a_stream_and_every_engine_a_pool(monkeypatch):
+    first, second = CudaGraphs(), CudaGraphs()
+    on_0 = captured(first, monkeypatch)
+    GPU.device = 1
+    on_1 = captured(second, monkeypatch)
+    assert (on_0.stream, on_1.stream) == ("side stream of 0", "side stream of 1")
+    assert on_0.pool != on_1.pool == captured(second, monkeypatch).pool
+    GPU.device = 0
+    assert captured(second, monkeypatch).stream == on_0.stream
+    assert GPU.stream == "default"
+
+
+def test_one_thread_captures_at_a_time():
+    begun, go = threading.Event(), threading.Event()
+
+    def slow() -> None:
+        begun.set()
+        assert go.wait(30)
+
+    threads = [threading.Thread(target=CudaGraphs(), args=(run,)) for run in (slow, lambda: None)]
+    threads[0].start()
+    assert begun.wait(30)
+    threads[1].start()
+    threads[1].join(0.1)
+    assert threads[1].is_alive() and Graph.inside == 1
+    go.set()
+    for thread in threads:
+        thread.join(30)
+    assert Graph.most == 1 and Graph.inside == 0
+
+
+@pytest.mark.parametrize("cannot_end", [False, True])
+def test_a_capture_that_fails_leaves_the_stream_and_the_next_capture_alone(cannot_end):
+    graphs = CudaGraphs()
+    Graph.cannot_end = cannot_end
+
+    def fail() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(RuntimeError if cannot_end else KeyboardInterrupt):
+        graphs(fail)
+    assert GPU.stream == "default"
+    Graph.cannot_end = False
+    graphs(lambda: None)
+
+
+def test_a_host_copy_waits_for_the_stream_of_its_own_device(monkeypatch):
+    """The current device may be another one."""
+    recorded: list[str] = []
+    event = SimpleNamespace(record=recorded.append, synchronize=lambda: recorded.append("waited"))
+    monkeypatch.setattr(torch.cuda, "Event", lambda: event)
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *a, pin_memory, **options: empty(*a, **options))
+    values = torch.arange(3)
+    source = SimpleNamespace(
+        is_cuda=True, device="cuda:1", shape=values.shape, dtype=values.dtype, values=values
+    )
+    copy_ = torch.Tensor.copy_
+    monkeypatch.setattr(torch.Tensor, "copy_", lambda self, x, non_blocking: copy_(self, x.values))
+    assert torch.equal(HostCopy(source).wait(), values)
+    assert recorded == ["of cuda:1", "waited"]
