@@ -58,8 +58,16 @@ def allocate(layout: CacheLayout, batch: int, length: int) -> list[Tensor]:
     return storage
 
 
+# Of allocations that are not torch's GPU allocator's, which alone raises OutOfMemoryError: a CPU's,
+# CUDA's own (a graph's), cuBLAS's.
+OUT_OF_MEMORY = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+
+
 def is_out_of_memory(error: RuntimeError) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    said = str(error)
+    return isinstance(error, torch.OutOfMemoryError) or any(
+        words in said for words in OUT_OF_MEMORY
+    )
 
 
 def fits(layout: CacheLayout, batch: int, length: int) -> bool:

@@ -23,7 +23,7 @@ from dsb_runtime.capture import Capture, HostCopy, row_class, width_class
 from dsb_runtime.config import DecodingConfig
 from dsb_runtime.forward import Backbone, Phase, no_phase
 from dsb_runtime.layers import fingerprint
-from dsb_runtime.memory import allocate, layout_of, step_message
+from dsb_runtime.memory import allocate, is_out_of_memory, layout_of, step_message
 from dsb_runtime.state import KINDS, DecodeState, RowFlags, copy_state, new_state, read_flags
 from dsb_runtime.step import Step, StepShape, spec_of
 
@@ -149,7 +149,9 @@ class Runner:
             if self.capture is not None and replay is None:
                 # That was a step like any other, which compiled what it launches; now keep it.
                 session.replays[shape] = self.capture(lambda: session.step(shape))
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
             self.sessions.clear()
             message = step_message(shape.kind, shape.rows, shape.width, error)
             raise torch.OutOfMemoryError(message) from error

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import dsb_runtime as dsb
-from dsb_runtime.memory import allocate, largest, layout_of
+from dsb_runtime.memory import allocate, is_out_of_memory, largest, layout_of
 from tests import golden
 from tests.recorded import Recorder
 from tests.test_decode import prompts
@@ -70,14 +70,19 @@ def test_other_errors_of_an_allocation_pass_through():
 
 
 @pytest.mark.parametrize("rows", [1, 3])
-def test_a_step_that_runs_out_of_memory_while_captured(rows):
+@pytest.mark.parametrize("kind", [torch.OutOfMemoryError, RuntimeError])
+def test_a_step_that_runs_out_of_memory_while_captured(rows, kind):
     """The message says what would fit; what was captured is dropped and made again."""
     tight = [False]
+    said = {
+        torch.OutOfMemoryError: "CUDA out of memory. Tried to allocate 2.00 GiB.",
+        RuntimeError: "CUDA error: out of memory",  # of a graph
+    }[kind]
 
     class Failing(Recorder):
         def __call__(self, run):
             if tight[0]:
-                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+                raise kind(said)
             return super().__call__(run)
 
     model, ids = golden.model("llada"), prompts(1)[0].repeat(rows, 1)
@@ -85,8 +90,25 @@ def test_a_step_that_runs_out_of_memory_while_captured(rows):
     expected = dsb.Engine(model, graphs=False).generate(ids, **SHAPE).sequences
     tight[0] = True
     advice = "a shorter prompt or gen_length" if rows == 1 else "a batch of 1"
-    with pytest.raises(torch.OutOfMemoryError, match=rf"refresh step.*2.00 GiB.*{advice}"):
+    with pytest.raises(torch.OutOfMemoryError, match=rf"refresh step.*{said}.*{advice}"):
         engine.generate(ids, **SHAPE)
     assert not engine.sessions
     tight[0] = False
     assert torch.equal(engine.generate(ids, **SHAPE).sequences, expected)
+
+
+def test_what_counts_as_out_of_memory():
+    refused = "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"
+    assert is_out_of_memory(RuntimeError(refused)) and is_out_of_memory(torch.OutOfMemoryError())
+    assert not is_out_of_memory(
+        RuntimeError("CUDA error: an illegal memory access was encountered")
+    )
+
+
+def test_other_errors_of_a_step_pass_through():
+    def capture(run):
+        raise RuntimeError("an illegal memory access")
+
+    engine = dsb.Engine(golden.model("llada"), capture=capture)
+    with pytest.raises(RuntimeError, match=r"^an illegal memory access$"):
+        engine.generate(prompts(1)[0][None], **SHAPE)
