@@ -7,9 +7,10 @@ it is committed, and the window slides: `dsb_kernels.unmask` decides all of that
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -104,6 +105,7 @@ class Engine(Runner):
         super().__init__(model, capture if graphs else None, phase)
         self.device = model.get_input_embeddings().weight.device
         self.lock, self.decoding = threading.RLock(), False
+        self.stream: torch.cuda.Stream | None = None  # of the last call
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
         """A copied or pickled model has no engine: it makes its own."""
@@ -117,6 +119,21 @@ class Engine(Runner):
             return self.decoding
         finally:
             self.lock.release()
+
+    @contextlib.contextmanager
+    def on_device(self) -> Iterator[None]:
+        """On a GPU, the model's is the current one inside: events, captures and the compiler take
+        that. Where the current stream is not the last call's, it runs after what that left there:
+        a step that was launched ahead, and everything that is kept between calls."""
+        if self.device.type != "cuda":
+            yield
+            return
+        with torch.cuda.device(self.device):
+            stream = torch.cuda.current_stream()
+            if self.stream not in (None, stream):
+                stream.wait_stream(self.stream)
+            self.stream = stream
+            yield
 
     @torch.no_grad()
     def generate(
@@ -152,7 +169,8 @@ class Engine(Runner):
         with self.lock:
             self.decoding = True
             try:
-                return self.decode(config, input_ids, leftpad, generator, on_step)
+                with self.on_device():
+                    return self.decode(config, input_ids, leftpad, generator, on_step)
             finally:
                 self.decoding = False
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 
 from dsb_runtime import capture
 from dsb_runtime.capture import CudaGraphs, HostCopy
+from dsb_runtime.decode import Engine
 
 
 class Graph:
@@ -128,3 +130,22 @@ def test_a_host_copy_waits_for_the_stream_of_its_own_device(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "copy_", lambda self, x, non_blocking: copy_(self, x.values))
     assert torch.equal(HostCopy(source).wait(), values)
     assert recorded == ["of cuda:1", "waited"]
+
+
+def test_a_call_on_another_stream_waits_for_the_last_call(monkeypatch):
+    class Stream:
+        def __init__(self) -> None:
+            self.waited: list[Stream] = []
+
+        def wait_stream(self, other: Stream) -> None:
+            self.waited.append(other)
+
+    devices: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "device", lambda d: devices.append(d) or nullcontext())
+    engine = SimpleNamespace(device=torch.device("cuda:1"), stream=None)
+    last = Stream()
+    for stream in (last, last, Stream()):
+        GPU.stream = stream
+        with Engine.on_device(engine):
+            assert stream.waited == ([] if stream is last else [last])
+    assert devices == [engine.device] * 3
