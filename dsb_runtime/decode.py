@@ -135,6 +135,8 @@ class Engine(Runner):
             self.stream = stream
             yield
 
+    # Not in inference mode, which a caller may be in: what is kept could not be written outside it.
+    @torch.inference_mode(False)
     @torch.no_grad()
     def generate(
         self,

@@ -34,7 +34,8 @@ def packed(parameters: Sequence[nn.Parameter]) -> Tensor:
     views of afterwards."""
     first = parameters[0].data
     if not neighbours([p.data for p in parameters]):
-        with PACKING, torch.no_grad():
+        # Not in inference mode, which a caller may be in: its tensors can never be trained.
+        with PACKING, torch.inference_mode(False), torch.no_grad():
             if not neighbours([p.data for p in parameters]):
                 whole = torch.cat([p.data for p in parameters])
                 parts = whole.split([len(p) for p in parameters])

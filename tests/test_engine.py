@@ -277,6 +277,31 @@ def test_changed_weights_are_noticed():
         assert not matches()
 
 
+@pytest.mark.parametrize("captured", [False, True])
+def test_calls_inside_and_outside_of_inference_mode(captured):
+    """What is kept between calls is made inside of one and written in another; weights that were
+    packed there can still be trained."""
+    model, prompt = copy.deepcopy(golden.model("llada")), prompts(1)[0][None]
+    expected = dsb.generate(golden.model("llada"), prompt, **SHAPE).sequences
+    engine = dsb.Engine(model, capture=Recorder() if captured else None)
+    with torch.inference_mode():
+        assert torch.equal(engine.generate(prompt, **SHAPE).sequences, expected)
+    assert torch.equal(engine.generate(prompt, **SHAPE).sequences, expected)
+    assert not any(p.is_inference() for p in model.parameters())
+    with torch.inference_mode():
+        assert torch.equal(engine.generate(prompt, **SHAPE).sequences, expected)
+
+
+def test_a_model_made_in_inference_mode():
+    prompt = prompts(1)[0][None]
+    expected = dsb.generate(golden.model("llada"), prompt, **SHAPE).sequences
+    with torch.inference_mode():
+        model = copy.deepcopy(golden.model("llada"))
+    for mode in (False, True, False):
+        with torch.inference_mode(mode):
+            assert torch.equal(dsb.generate(model, prompt, **SHAPE).sequences, expected)
+
+
 # --- faults -----------------------------------------------------------------------------------
 
 
