@@ -191,8 +191,10 @@ class Engine(Runner):
         session = self.session(config, input_ids, leftpad, pad)
         state, window, info = session.state, session.state.window, self.model.dsb
         if config.temperature > 0:
-            device = input_ids.device
-            seed = torch.randint(2**62, (), dtype=torch.int64, generator=generator, device=device)
+            # A GPU's default generator refuses to draw while another thread captures a graph.
+            source = "cpu" if generator is None else generator.device
+            seed = torch.randint(2**62, (), dtype=torch.int64, generator=generator, device=source)
+            seed = seed.to(input_ids.device)
             if is_sharded(self.model.lm_head):
                 agree(self.model.lm_head, seed)
             state.seed.copy_(seed)
