@@ -33,6 +33,10 @@ def _head(block_v: int, block_n: int, columns: int, *, programs: int) -> dict[st
     }
 
 
+def _linear(block_v: int, block_n: int, *, programs: int) -> dict[str, int]:
+    return {"BLOCK_V": block_v, "BLOCK_N": block_n, "BLOCK_K": 64, "PROGRAMS": programs}
+
+
 # (op, architecture) -> {largest size of the class: configuration}. "any" serves architectures
 # without an entry of their own. What "size" counts is said beside each op.
 CONFIGS: dict[tuple[str, str], dict[int, Config]] = {
@@ -77,6 +81,52 @@ CONFIGS: dict[tuple[str, str], dict[int, Config]] = {
         32: Config(_head(128, 32, 16, programs=264), num_warps=8, num_stages=4),
         64: Config(_head(128, 64, 16, programs=132), num_warps=8, num_stages=4),
         1 << 62: Config(_head(128, 128, 16, programs=132), num_warps=8, num_stages=4),
+    },
+    # size = rows. A program reads BLOCK_V weight rows (M of the tensor cores; as many again where
+    # gated) in stages of 64 columns, 128 bytes of each: a stage of 64 weight rows is 8 KiB, of R
+    # rows of x R / 8 KiB, and all stages but one are in flight. 132 SMs at 3.35 TB/s (H100) need
+    # about 4 MB of loads on their way at a latency of 1.2 us, whichever SM they belong to; programs
+    # have equal work and run all at once, so that none waits for a second wave. Weights in flight:
+    #   qkv      LLaDA 192 programs, iLLaDA 96, Dream 72 (at 128 rows 96, 96, 72), two to an SM (84
+    #            KiB of shared memory at 32 rows), at 128 rows of LLaDA one: 48 KiB each up to 32
+    #            rows, 40 at 64, 80 at 128: 9.4, 4.7, 3.5 MB at 32.
+    #   gate/up  LLaDA 192 programs, Dream 296, three to an SM (60 KiB at 32 rows): 48 KiB each at
+    #            16 rows, 32 at 32 and 64: 6.3 and 9.7 MB at 32. 128 rows: 96 (96 KiB each) and 148;
+    #            at one to an SM 16 of Dream's start late.
+    # At 128 rows a tile of 64 weights would read twice as many bytes of x, from the L2 cache, as of
+    # weights; a tile of 128 (256 where gated) reads as many (half). It is halved where fewer than
+    # PROGRAMS programs would be left.
+    ("window_linear", "any"): {
+        16: Config(_linear(64, 16, programs=64), num_warps=4, num_stages=7),
+        32: Config(_linear(64, 32, programs=64), num_warps=4, num_stages=7),
+        64: Config(_linear(64, 64, programs=64), num_warps=4, num_stages=6),
+        1 << 62: Config(_linear(128, 128, programs=64), num_warps=8, num_stages=6),
+    },
+    ("window_linear gated", "any"): {
+        16: Config(_linear(64, 16, programs=64), num_warps=4, num_stages=4),
+        32: Config(_linear(64, 32, programs=64), num_warps=4, num_stages=3),
+        64: Config(_linear(64, 64, programs=64), num_warps=4, num_stages=3),
+        1 << 62: Config(_linear(128, 128, programs=64), num_warps=8, num_stages=4),
+    },
+    # Two accumulators of 128 x 128 do not fit the registers that mma.sync leaves.
+    ("window_linear gated", "sm_80"): {
+        16: Config(_linear(64, 16, programs=64), num_warps=4, num_stages=4),
+        32: Config(_linear(64, 32, programs=64), num_warps=4, num_stages=3),
+        64: Config(_linear(64, 64, programs=64), num_warps=4, num_stages=3),
+        1 << 62: Config(_linear(64, 128, programs=64), num_warps=8, num_stages=3),
+    },
+    # size = rows. Tiles as above, over PROGRAMS programs by splitting the input features: out and
+    # down of 4096 features are 64 tiles x 2 splits = 128 programs, of Dream's 3584 56 x 2 = 112, at
+    # 128 rows 32 x 4 and 28 x 4: one to each of 132 SMs, with 48 KiB of weights in flight up to 32
+    # rows (6.3 MB), 40 at 64 (5.2 MB), 80 at 128 (10.5 MB). Partial sums, written once and read
+    # once, are 2 x splits x rows x E x 4 bytes: beside all that must move (weights, x, residual,
+    # result) of LLaDA's out and down 6% and 2% at 32 rows, 12% and 4% at 64, 44% and 16% at 128,
+    # and at most 8.4 MB at a time, which the L2 cache holds until they are added.
+    ("linear_add_norm", "any"): {
+        16: Config(_linear(64, 16, programs=100), num_warps=4, num_stages=7),
+        32: Config(_linear(64, 32, programs=100), num_warps=4, num_stages=7),
+        64: Config(_linear(64, 64, programs=100), num_warps=4, num_stages=6),
+        1 << 62: Config(_linear(128, 128, programs=100), num_warps=8, num_stages=6),
     },
     # size = query rows of a KV head (group x window), head dim up to 128, then up to 256. 64 rows
     # and up run on wgmma; K/V tiles of 64 positions, two ahead in flight, saturate memory with one

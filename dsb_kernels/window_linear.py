@@ -1,0 +1,211 @@
+"""window_linear: a linear layer for the few rows of a window step, as fast as its weights arrive.
+
+Optionally gated, as the first half of a Llama MLP: silu(x @ gate.T) * (x @ up.T) in one launch,
+gate and up never in memory. `N` = rows, `E` = input features, `F` = output features.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear, silu
+
+from dsb_kernels.dispatch import (
+    check_tensor,
+    jit,
+    launch_options,
+    register_op,
+    takes_definition,
+    tl,
+    triton,
+    use_triton,
+    wrap_triton,
+)
+from dsb_kernels.tuning import CompileCase, Config, architecture_of, configuration
+
+MAX_ROWS = 128  # of one pass over the weights; more rows are correct, and read them once more
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+# --- definition -------------------------------------------------------------------------------
+
+
+def window_linear_definition(x: Tensor, weight: Tensor, bias: Tensor | None, gated: bool) -> Tensor:
+    y = linear(x, weight, bias)
+    if not gated:
+        return y
+    gate, up = y.chunk(2, -1)
+    return silu(gate) * up
+
+
+# --- kernel -----------------------------------------------------------------------------------
+# The weights are the M operand of the tensor cores, which want 64 rows of it, the window's rows
+# are N: a program owns BLOCK_V output features (of gate and of up, where gated) and reads each of
+# their weights once for up to 128 rows. All programs run at once and have equal work, so that what
+# they wait for is memory and nothing else.
+
+
+@jit
+def _window_linear_kernel(
+    weight_ptr, x_ptr, bias_ptr, out_ptr, stride_wf, stride_xn, stride_on, rows, F, E,
+    BLOCK_V: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr,
+    GATED: tl.constexpr,
+):  # fmt: skip
+    """Program (tile of features, block of rows): out (BLOCK_N, BLOCK_V), rounded once."""
+    feature = tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V)
+    row = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    k = tl.arange(0, BLOCK_K)
+    # Whole rows are masked, never parts of one where E allows it: the loads stay wide.
+    w_mask, x_mask = (feature < F)[:, None], (row < rows)[None, :]
+    gate_ptrs = weight_ptr + feature.to(tl.int64)[:, None] * stride_wf + k[None, :]
+    up_ptrs = gate_ptrs + tl.cast(F, tl.int64) * stride_wf
+    x_ptrs = x_ptr + row.to(tl.int64)[None, :] * stride_xn + k[:, None]
+
+    gate = tl.zeros((BLOCK_V, BLOCK_N), tl.float32)  # the only sum where not gated
+    up = tl.zeros((BLOCK_V, BLOCK_N), tl.float32)
+    for at in range(0, E, BLOCK_K):
+        inside = at + k < E
+        wide_mask = w_mask if EVEN_K else w_mask & inside[None, :]
+        w = tl.load(gate_ptrs + at, mask=wide_mask, other=0.0)
+        x = tl.load(x_ptrs + at, mask=x_mask if EVEN_K else x_mask & inside[:, None], other=0.0)
+        gate = tl.dot(w, x, gate, input_precision="ieee")
+        if GATED:
+            w = tl.load(up_ptrs + at, mask=wide_mask, other=0.0)
+            up = tl.dot(w, x, up, input_precision="ieee")
+    if bias_ptr is not None:
+        gate += tl.load(bias_ptr + feature, mask=feature < F, other=0.0).to(tl.float32)[:, None]
+        if GATED:
+            bias = tl.load(bias_ptr + F + feature, mask=feature < F, other=0.0)
+            up += bias.to(tl.float32)[:, None]
+    if GATED:
+        gate = gate / (1.0 + tl.exp(-gate)) * up
+    out_ptrs = out_ptr + row.to(tl.int64)[None, :] * stride_on + feature[:, None]
+    tl.store(out_ptrs, gate.to(out_ptr.dtype.element_ty), mask=w_mask & x_mask)
+
+
+# --- op ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Geometry of a call, from static shapes alone."""
+
+    grid: tuple[int, int]  # (tiles of features, blocks of rows)
+    blocks: dict[str, int]
+    num_warps: int
+    num_stages: int
+
+
+def narrowed(config: Config, features: int) -> tuple[dict[str, int], int]:
+    """Blocks and warps of a configuration, its tile of features halved (down to the 64 rows that
+    tensor cores want) while fewer programs than PROGRAMS would run."""
+    blocks, warps = dict(config.blocks), config.num_warps
+    programs = blocks.pop("PROGRAMS")
+    while blocks["BLOCK_V"] > 64 and triton.cdiv(features, blocks["BLOCK_V"]) < programs:
+        blocks["BLOCK_V"] //= 2
+        warps //= 2
+    return blocks, warps
+
+
+def launch_of(rows: int, F: int, architecture: str, gated: bool) -> Launch:
+    config = configuration("window_linear" + " gated" * gated, rows, architecture)
+    blocks, warps = narrowed(config, F)
+    grid = (triton.cdiv(F, blocks["BLOCK_V"]), triton.cdiv(rows, blocks["BLOCK_N"]))
+    return Launch(grid, blocks, warps, config.num_stages)
+
+
+@register_op("window_linear")
+def _window_linear_op(x: Tensor, weight: Tensor, bias: Tensor | None, gated: bool) -> Tensor:
+    if not use_triton(x, weight):
+        return window_linear_definition(x, weight, bias, gated)
+    (rows, E), F = x.shape, len(weight) // (2 if gated else 1)
+    launch = launch_of(rows, F, architecture_of(x.device), gated)
+    out = x.new_empty((rows, F))
+    wrap_triton(_window_linear_kernel)[launch.grid](
+        weight, x, bias, out, weight.stride(0), x.stride(0), out.stride(0), rows, F, E,
+        EVEN_K=E % launch.blocks["BLOCK_K"] == 0, GATED=gated, **launch.blocks,
+        **launch_options(launch.num_warps, launch.num_stages),
+    )  # fmt: skip
+    return out
+
+
+def window_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, gated: bool = False
+) -> Tensor:
+    """x @ weight.T + bias; with `gated` silu(gate) * up of the two halves of that.
+
+    Args:
+        x: (N, E) float32, float16 or bfloat16, last dimension of stride 1. Any N; made for 128 and
+            fewer.
+        weight: (F, E), or (2 F, E) with `gated`, gate rows first; same dtype, last dimension of
+            stride 1.
+        bias: (F,) or (2 F,) of the same dtype, or None.
+        gated: apply silu(gate) * up.
+
+    Returns:
+        (N, F), accumulated in float32. The kernel rounds once; the definition's gate and up are
+        rounded before they are multiplied.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong dtype, shape, device or stride.
+    """
+    op = "window_linear"
+    check_tensor(op, "x", x, dtype=DTYPES, shape=("N", "E"), unit_stride=True)
+    same = {"dtype": x.dtype, "device": x.device}
+    features = "2 F" if gated else "F"
+    shape = (features, x.shape[1])
+    check_tensor(op, "weight", weight, shape=shape, unit_stride=True, **same)
+    if gated and len(weight) % 2:
+        raise ValueError(
+            f"{op}: weight has {len(weight)} rows: accepted with gated is an even number"
+        )
+    if bias is not None:
+        check_tensor(op, "bias", bias, shape=weight.shape[:1], contiguous=True, **same)
+    if len(x) == 0 or len(weight) == 0 or takes_definition(x, weight):
+        return window_linear_definition(x, weight, bias, gated)
+    return _window_linear_op(x, weight, bias, gated)
+
+
+def compile_cases() -> list[CompileCase]:
+    """Every row class, plain and gated, at the models' shapes; bias and float16 once."""
+    variants = [
+        (rows, F, gated, "bf16", False)
+        for rows, (F, gated) in itertools.product(
+            (16, 32, 64, 128), ((12288, False), (12288, True))
+        )
+    ]
+    # Dream's 4608 features leave fewer tiles of 128 than there should be programs.
+    variants += [(rows, 4608, False, "bf16", True) for rows in (32, 128)]
+    variants += [(32, 12288, gated, "fp16", False) for gated in (False, True)]
+    cases = []
+    for architecture, variant in itertools.product(("sm_80", "sm_90", "sm_100"), variants):
+        rows, F, gated, dtype, bias = variant
+        launch = launch_of(rows, F, architecture, gated)
+        signature = {
+            "weight_ptr": f"*{dtype}", "x_ptr": f"*{dtype}", "bias_ptr": f"*{dtype}",
+            "out_ptr": f"*{dtype}", "stride_wf": "i32", "stride_xn": "i32", "stride_on": "i32",
+            "rows": "i32", "F": "i32", "E": "i32",
+        }  # fmt: skip
+        constexprs = {**launch.blocks, "EVEN_K": True, "GATED": gated}
+        if not bias:
+            del signature["bias_ptr"]
+            constexprs["bias_ptr"] = None
+        words = f"{'gated ' * gated}{dtype} {F} features{' bias' * bias}"
+        cases.append(
+            CompileCase(
+                op="window_linear",
+                name=f"{words} {rows} rows",
+                kernel=_window_linear_kernel,
+                signature=signature,
+                constexprs=constexprs,
+                num_warps=launch.num_warps,
+                num_stages=launch.num_stages,
+                divisible=tuple(name for name in signature if name != "rows"),
+                architectures=(architecture,),
+                expects_tensor_cores=True,
+                expects_wide_loads=not bias,  # whose loads are as narrow as it is
+            )
+        )
+    return cases
