@@ -64,7 +64,8 @@ import sys
 sys.modules["triton"] = None  # importing it fails, as where it does not exist
 import torch
 import dsb_kernels.confidence, dsb_kernels.lm_head_confidence, dsb_kernels.rope_kv
-import dsb_kernels.unmask, dsb_kernels.window_attention
+import dsb_kernels.linear_add_norm, dsb_kernels.unmask, dsb_kernels.window_attention
+import dsb_kernels.window_linear
 from dsb_kernels.confidence import token_confidence
 from dsb_kernels.lm_head_confidence import lm_head_confidence
 x = torch.tensor([[0.0, 3.0, 1.0]])
@@ -164,8 +165,9 @@ import torch, triton
 from torch._subclasses.fake_tensor import FakeTensorMode
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import MockTensor
-from dsb_kernels import confidence, lm_head_confidence, place_rows, rope_kv, row_state
-from dsb_kernels import unmask, unmask_kernel, window_attention, window_attention_kernel
+from dsb_kernels import confidence, linear_add_norm, lm_head_confidence, place_rows, rope_kv
+from dsb_kernels import row_state, unmask, unmask_kernel, window_attention
+from dsb_kernels import window_attention_kernel, window_linear
 
 class Driver:
     def get_current_target(self):
@@ -190,15 +192,17 @@ class Warmup:  # everything that a launch does but the launch
             launched.append(self.kernel.__name__)
         return launch
 
-for module in (confidence, lm_head_confidence, place_rows, row_state, rope_kv, unmask_kernel,
-        window_attention_kernel):
+for module in (confidence, linear_add_norm, lm_head_confidence, place_rows, row_state, rope_kv,
+        unmask_kernel, window_attention_kernel, window_linear):
     module.wrap_triton = Warmup
 window_attention_kernel.sm_count = lambda device: 132
-token_op, head_op, partial_op, combine_op, rope_op, unmask_op, attention_op, place_op = (
+(token_op, head_op, partial_op, combine_op, rope_op, unmask_op, attention_op, place_op, linear_op,
+        norm_op) = (
     op._init_fn for op in (confidence._token_confidence_op,
         lm_head_confidence._lm_head_confidence_op, lm_head_confidence._lm_head_partial_op,
         row_state._combine_partials_op, rope_kv._rope_write_kv_op, unmask._unmask_and_slide_op,
-        window_attention._window_attention_op, place_rows._place_rows_op))
+        window_attention._window_attention_op, place_rows._place_rows_op,
+        window_linear._window_linear_op, linear_add_norm._linear_add_norm_op))
 with torch._library.triton.set_wrap_triton_enabled(False), FakeTensorMode():
     def cuda(*shape, dtype=torch.bfloat16):
         return torch.empty(shape, device="cuda", dtype=dtype)
@@ -250,8 +254,17 @@ with torch._library.triton.set_wrap_triton_enabled(False), FakeTensorMode():
             found = place_op(canvas, *six, kind, 0, [1, L, K], shift, L // 3)
             assert [tuple(x.shape) for x in found] == [(6, 1), (1,), (1, L), (K,), (K,), (K,)]
         place_op(canvas, *six, 0, 0, [B, 1, 1], 0, 0)
-each = ["_unmask_kernel"] * 8 + ["_place_rows_kernel"] * 4
-assert launched[34:] == each * 2, launched
+    each = ["_unmask_kernel"] * 8 + ["_place_rows_kernel"] * 4
+    assert launched[34:] == each * 2, launched
+    launched.clear()
+    for rows, E, F in ((1, 1, 1), (1, 128, 192), (33, 100, 130), (300, 128, 1)):
+        x, gain = cuda(rows, E), cuda(F)
+        linear_op(x, cuda(F, E), None, False)
+        linear_op(x, cuda(F, E), gain, False)
+        assert linear_op(x, cuda(2 * F, E), cuda(2 * F), True).shape == (rows, F)
+        assert norm_op(x, cuda(F, E), cuda(rows, F), gain, 1e-5).shape == (rows, F)
+    each = ["_window_linear_kernel"] * 3 + ["_split_linear_kernel", "_add_norm_kernel"]
+    assert launched == each * 4, launched
 """
 
 
