@@ -63,7 +63,8 @@ class Backbone:
     def __init__(self, model: PreTrainedModel, length: int, phase: Phase = no_phase) -> None:
         self.embed, self.phase = model.model.embed_tokens, phase
         self.layers = layers_of(model.model)
-        self.norm = norm_of(model.model.norm)
+        # What follows each layer: the next one's norm, or the final one.
+        self.norms = [layer.input_norm for layer in self.layers[1:]] + [norm_of(model.model.norm)]
         self.cos_sin = self.rotary_table(model, length)
         self.fingerprint = fingerprint(model)
 
@@ -102,9 +103,10 @@ class Backbone:
             if cache is None:  # keys are the sequences' own, whatever rows these are
                 place = replace(place, rows=None)
         last = len(self.layers) - 1
-        for i, layer in enumerate(self.layers):
+        x = None  # the norm of hidden, where the layer before has computed it
+        for i, (layer, norm) in enumerate(zip(self.layers, self.norms, strict=True)):
             with self.phase(f"layer {i}: norm"):
-                x = layer.input_norm(hidden)
+                x = layer.input_norm(hidden) if x is None else x
             with self.phase(f"layer {i}: qkv"):
                 q, k, v = layer.qkv(x, place.width)
             stored = None if cache is None else cache.layers[i]
@@ -124,11 +126,11 @@ class Backbone:
                 out = attend(layer.attn, q, k, v, place, mask, start, length)
                 out = out.reshape(len(hidden), -1)
             with self.phase(f"layer {i}: out"):
-                hidden = layer.finish(hidden, out)
+                hidden, x = layer.finish(hidden, out)
             with self.phase(f"layer {i}: mlp"):
-                hidden = layer.mlp(hidden)
+                hidden, x = layer.mlp(hidden, x, norm)
         with self.phase("final norm"):
-            return self.norm(hidden)
+            return norm(hidden) if x is None else x
 
     def angles(self, place: Place) -> tuple[Tensor, Tensor]:
         """Cosines and sines of the place's rows, (b, 1, W, D / 2) each."""

@@ -1,20 +1,28 @@
 """A decoder layer as the engine runs it: what comes before attention and what follows it.
 
 `PackedLayer` runs q, k, v as one matmul and gate, up as one, with the residual added by the matmul
-that produces the other summand. It serves plain linear layers; a model whose layers are anything
-else (DTensors of tensor parallelism, quantised or adapted linear layers, hooks) runs module by
-module in `ModuleLayer`. N = rows of all sequences, E = hidden size, D = head dim.
+that produces the other summand. For the few rows of a window step, where the kernels run, its
+matmuls are ours, which read the weights faster and compute SiLU and the next norm along the way.
+
+It serves plain linear layers; a model whose layers are anything else (DTensors of tensor
+parallelism, quantised or adapted linear layers, hooks) runs module by module in `ModuleLayer`.
+Of either, `finish` and `mlp` return the residual and what the next norm makes of it, or None where
+that is still to be computed. N = rows of all sequences, E = hidden size, D = head dim.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import rms_norm, silu
 
+from dsb_kernels.dispatch import use_triton
+from dsb_kernels.linear_add_norm import linear_add_norm
+from dsb_kernels.window_linear import MAX_ROWS, window_linear
 from dsb_runtime.packing import packed_linear
 
 # Norms that F.rms_norm computes from `weight` and `variance_epsilon`.
@@ -24,22 +32,36 @@ PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
 
 
-def norm_of(module: nn.Module) -> Callable[[Tensor], Tensor]:
+Norm = Callable[[Tensor], Tensor]
+Normed = tuple[Tensor, Tensor | None]  # the residual, and its norm where it is computed
+
+
+@dataclass(frozen=True)
+class RmsNorm:
+    """RMSNorm as one call, and what it is made of."""
+
+    weight: Tensor
+    eps: float
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+def norm_of(module: nn.Module) -> Norm:
     """A norm as one call where it is RMSNorm, the module itself otherwise."""
     if type(module).__name__ not in RMS_NORMS or not is_plain(module):
         return module
-    weight = module.weight.data
-    return functools.partial(
-        rms_norm, normalized_shape=weight.shape, weight=weight, eps=module.variance_epsilon
-    )
+    return RmsNorm(module.weight.data, module.variance_epsilon)
 
 
 def is_plain(module: nn.Module) -> bool:
-    """Whether calling a module does no more than its class's forward on ordinary tensors."""
+    """Whether calling a module does no more than its class's forward on ordinary tensors, laid out
+    as ours are read."""
     forward = vars(module).get("forward")
     replaced = forward is not None and not hasattr(forward, SAME_RESULT)
     return not (module._forward_hooks or module._forward_pre_hooks or replaced) and all(
-        type(p) is nn.Parameter and p.is_floating_point() for p in module.parameters()
+        type(p) is nn.Parameter and p.is_floating_point() and p.is_contiguous()
+        for p in module.parameters()
     )
 
 
@@ -73,6 +95,21 @@ def fused_silu_mul() -> Callable[[Tensor], Tensor]:
     return torch.compile(silu_mul, dynamic=True)
 
 
+def few_rows(x: Tensor) -> bool:
+    """Whether x (N, E) goes through our linear kernels. More rows are better off with a matmul made
+    for many."""
+    return len(x) <= MAX_ROWS and use_triton(x)
+
+
+def add_linear(hidden: Tensor, x: Tensor, weight: Tensor, norm: Norm) -> Normed:
+    """hidden (N, E) += x (N, F) @ weight (F, E) in place, and its norm where one op computes
+    both."""
+    fused = isinstance(norm, RmsNorm) and norm.weight.dtype == hidden.dtype
+    if fused and few_rows(hidden):
+        return hidden, linear_add_norm(x, weight.t(), hidden, norm.weight, norm.eps)
+    return hidden.addmm_(x, weight), None
+
+
 class PackedLayer:
     """A layer of plain linear modules."""
 
@@ -95,7 +132,9 @@ class PackedLayer:
 
     def qkv(self, x: Tensor, width: int) -> list[Tensor]:
         """x (N, E) of sequences of `width` rows: q (b, H, W, D), k and v (b, H_kv, W, D)."""
-        if self.qkv_bias is None:
+        if few_rows(x):
+            made = window_linear(x, self.qkv_weight.t(), self.qkv_bias)
+        elif self.qkv_bias is None:
             made = x.mm(self.qkv_weight)
         else:
             made = torch.addmm(self.qkv_bias, x, self.qkv_weight)
@@ -107,15 +146,20 @@ class PackedLayer:
             q, k = self.q_norm(q), self.k_norm(k)
         return [q, k, v]
 
-    def finish(self, hidden: Tensor, out: Tensor) -> Tensor:
+    def finish(self, hidden: Tensor, out: Tensor) -> Normed:
         """Output projection and residual: hidden (N, E), which is overwritten, out (N, H * D)."""
-        return hidden.addmm_(out, self.out)
+        return add_linear(hidden, out, self.out, self.post_norm)
 
-    def mlp(self, hidden: Tensor) -> Tensor:
-        """MLP and residual: hidden (N, E), which is overwritten."""
-        gate_up = self.post_norm(hidden).mm(self.gate_up)
-        act = fused_silu_mul()(gate_up) if gate_up.is_cuda else silu_mul(gate_up)
-        return hidden.addmm_(act, self.down)
+    def mlp(self, hidden: Tensor, x: Tensor | None, norm: Norm) -> Normed:
+        """MLP and residual: hidden (N, E), which is overwritten, and x, its norm; `norm` is what
+        comes after the layer."""
+        x = self.post_norm(hidden) if x is None else x
+        if few_rows(x):
+            act = window_linear(x, self.gate_up.t(), gated=True)
+        else:
+            gate_up = x.mm(self.gate_up)
+            act = fused_silu_mul()(gate_up) if gate_up.is_cuda else silu_mul(gate_up)
+        return add_linear(hidden, act, self.down, norm)
 
 
 def project(attn: nn.Module, x: Tensor, width: int) -> list[Tensor]:
@@ -141,11 +185,11 @@ class ModuleLayer:
     def qkv(self, x: Tensor, width: int) -> list[Tensor]:
         return project(self.attn, x, width)
 
-    def finish(self, hidden: Tensor, out: Tensor) -> Tensor:
-        return hidden + self.attn.o_proj(out)
+    def finish(self, hidden: Tensor, out: Tensor) -> Normed:
+        return hidden + self.attn.o_proj(out), None
 
-    def mlp(self, hidden: Tensor) -> Tensor:
-        return hidden + self.layer.mlp(self.layer.post_attention_layernorm(hidden))
+    def mlp(self, hidden: Tensor, x: None, norm: Norm) -> Normed:
+        return hidden + self.layer.mlp(self.layer.post_attention_layernorm(hidden)), None
 
 
 def layers_of(model: nn.Module) -> list[PackedLayer | ModuleLayer]:

@@ -283,6 +283,12 @@ def test_every_kind_of_step(gpu, monkeypatch, family, padded, packed):
         for kind, width in (("refresh", LENGTH), ("window", 16), ("response", 25)):
             run(gpu, session, kind, rows, width)
             assert gpu.launched["_lm_head_kernel"] == gpu.launched["combine_kernel"] == 1
+            twice = (
+                2 * len(session.step.backbone.layers) * packed
+            )  # a layer: qkv and MLP, out, down
+            assert rows * width <= layers.MAX_ROWS
+            for kernel in ("_window_linear_kernel", "_split_linear_kernel", "_add_norm_kernel"):
+                assert gpu.launched[kernel] == twice
 
 
 SETTINGS = (

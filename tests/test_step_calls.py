@@ -1,7 +1,8 @@
 """What a step asks of the device: no host reads, shapes fixed by what the host picked, few calls.
 
 Counted from the operators that a dispatch mode sees. A device kernel is one matmul, one custom op
-or one run of elementwise operators that a compiler fuses; on a GPU RMSNorm is one operator.
+(linear_add_norm is two, and attention, with split-KV, one more) or one run of elementwise operators
+that a compiler fuses; on a GPU RMSNorm is one operator.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import dsb_runtime as dsb
+from dsb_runtime import layers
 from dsb_runtime.families import LLADA
 from dsb_runtime.layers import silu_mul
 from dsb_runtime.load import DiffusionInfo
@@ -118,14 +120,31 @@ def device_kernels(calls: list[str]) -> list[str]:
                 names = names[len(group) :]
                 break
         else:
-            name = names.pop(0)
-            found.append(
-                {"mm": "matmul", "addmm": "matmul", "addmm_": "matmul + residual"}.get(name, name)
-            )
+            found += KERNELS.get(names[0], [names[0]])
+            names = names[1:]
     return found
 
 
-def test_a_layer_is_nine_kernels_and_at_most_25_calls():
+ADD_NORM = ["split linear", "residual + rms norm"]
+KERNELS = {
+    "mm": ["matmul"], "addmm": ["matmul"], "addmm_": ["matmul + residual"],
+    "linear_add_norm": ADD_NORM,
+}  # fmt: skip
+AFTER_ATTENTION = [*ADD_NORM, "window_linear", *ADD_NORM]  # the MLP's first half with SiLU * mul
+
+
+def test_a_window_steps_layer_is_eight_kernels_and_at_most_25_calls():
+    with kernels():
+        calls = layer_calls(record(model_of(4), "window", rows=1))
+    assert len(calls) <= 25, calls
+    assert device_kernels(calls) == [
+        "rope_write_kv", "window_attention", *AFTER_ATTENTION, "window_linear"
+    ]  # fmt: skip
+
+
+def test_a_layer_of_many_rows_is_nine_kernels(monkeypatch):
+    """Matmuls that are made for them, which add the residual."""
+    monkeypatch.setattr(layers, "MAX_ROWS", 23)
     with kernels():
         calls = layer_calls(record(model_of(4), "window", rows=1))
     assert len(calls) <= 25, calls
@@ -144,11 +163,10 @@ def test_a_step_is_few_kernels_outside_its_layers(kind, rows):
         names = record(model_of(4), kind, rows=rows).names
     writes = [i for i, name in enumerate(names) if name == "dsb.rope_write_kv"]
     before = device_kernels(names[: writes[0]])
-    assert before == ["place_rows", "embedding", "rms norm", "matmul"]
+    assert before == ["place_rows", "embedding", "rms norm", "window_linear"]
     assert device_kernels(names[writes[-1] :]) == [
-        "rope_write_kv", "index_select", "index_select", "window_attention", "matmul + residual",
-        "rms norm", "matmul", "silu * mul", "matmul + residual", "rms norm", "lm_head_confidence",
-        "unmask_and_slide",
+        "rope_write_kv", "index_select", "index_select", "window_attention", *AFTER_ATTENTION,
+        "lm_head_confidence", "unmask_and_slide",
     ]  # fmt: skip
 
 
