@@ -30,8 +30,8 @@ if on_gpu():
     }
     SHAPES = [(name, rows) for name in LAYERS for rows in (16, 32, 56, 64, 128)]
 else:
-    LAYERS = {"small": (64, 96)}
-    SHAPES = [("small", rows) for rows in (4, 32)]
+    LAYERS = {"small out": (64, 96)}
+    SHAPES = [("small out", rows) for rows in (4, 32)]
 
 
 class Layer:

@@ -2,8 +2,8 @@
 
     python -m pytest benchmarks/bench_window_linear.py
 
-"op" is the public function: the Triton kernel on a GPU, the definition on a CPU. Results are
-compared with the definition's in float32 before they are timed.
+"op" is the public function: the Triton kernel on a GPU, the definition on a CPU. "matmul" is what
+steps of more rows run. Results are compared with the definition's in float32 before they are timed.
 """
 
 from __future__ import annotations
@@ -14,9 +14,11 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 from benchmarks.measure import Call, Make, compiled, device, low_precision, on_gpu, run
 from dsb_kernels.window_linear import window_linear, window_linear_definition
+from dsb_runtime.layers import fused_silu_mul, silu_mul
 
 # output features, input features, bias, gated
 if on_gpu():
@@ -47,6 +49,12 @@ class Layer:
     def op(self) -> Tensor:
         return window_linear(self.x, self.weight, self.bias, gated=self.gated)
 
+    def matmul(self) -> Tensor:
+        made = linear(self.x, self.weight, self.bias)
+        if not self.gated:
+            return made
+        return fused_silu_mul()(made) if made.is_cuda else silu_mul(made)
+
     def definition(
         self, of: Callable[..., Tensor] = window_linear_definition, *, wide: bool = False
     ) -> Tensor:
@@ -70,7 +78,7 @@ def needs(name: str, rows: int) -> dict[str, int]:
     return {"bytes_needed": moved, "flops": 2 * weights * E * rows}
 
 
-@pytest.mark.parametrize("contender", ["op", "definition", "definition compiled"])
+@pytest.mark.parametrize("contender", ["op", "matmul", "definition", "definition compiled"])
 @pytest.mark.parametrize(("name", "rows"), SHAPES)
 def test_linear(benchmark, name: str, rows: int, contender: str) -> None:
     make, expected = maker(name, rows, contender), Layer(name, rows).definition(wide=True)

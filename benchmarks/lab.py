@@ -24,7 +24,7 @@ from typing import Any
 
 from rich.console import Console
 
-from benchmarks import lab_check, lab_decode, lab_ops, lab_sweep
+from benchmarks import lab_check, lab_decode, lab_linear, lab_ops, lab_sweep
 from benchmarks.lab_state import Lab, Part, alive, run_part
 from benchmarks.lab_targets import markdown_of, rows_of, table_of
 from benchmarks.measure import device
@@ -39,6 +39,7 @@ PARTS = {
     "scoring": Part(lab_ops.scoring, "token_confidence, lm_head_confidence"),
     "small": Part(lab_ops.small, "place_rows, unmask_and_slide, rope_write_kv"),
     "decode": Part(lab_decode.decode_part, "LLaDA-8B, batch 1: steps, eager loop", 40),
+    "linear": Part(lab_linear.linear_part, "linear layers of window steps beside cuBLAS's", 30),
     "attention": Part(lab_ops.attention_part, "window_attention and what else there is"),
     "goldens": Part(lab_check.goldens, "tests/test_cuda.py", 30),
     "batches": Part(lab_decode.batches, "LLaDA-8B, batch 8 and 32", 40),

@@ -25,11 +25,13 @@ from benchmarks.lab_state import Lab, NotHereError
 from benchmarks.measure import device, on_gpu
 from dsb_kernels.confidence import token_confidence, token_confidence_definition
 from dsb_kernels.dispatch import use_triton
+from dsb_kernels.linear_add_norm import linear_add_norm, linear_add_norm_definition
 from dsb_kernels.lm_head_confidence import lm_head_confidence
 from dsb_kernels.place_rows import place_rows_definition
 from dsb_kernels.rope_kv import rope_write_kv, rope_write_kv_definition
 from dsb_kernels.unmask import unmask_and_slide, unmask_and_slide_definition
 from dsb_kernels.window_attention import window_attention, window_attention_definition
+from dsb_kernels.window_linear import window_linear, window_linear_definition
 
 ROOT = Path(__file__).parents[1]
 TESTS = "tests/test_cuda.py"
@@ -88,7 +90,10 @@ class Errors:
 def correct(lab: Lab) -> None:
     """Every op on random data."""
     torch.manual_seed(1)
-    for check in (check_token, check_head, check_attention, check_rope, check_place, check_unmask):
+    for check in (
+        check_token, check_head, check_attention, check_rope, check_linear, check_add_norm,
+        check_place, check_unmask,
+    ):  # fmt: skip
         check(lab)
 
 
@@ -190,6 +195,48 @@ def check_rope(lab: Lab) -> None:
             errors.add(f"{model} q", dtype, rotated, plain_q, exact_q)
             for i, name in ((4, "k"), (5, "v")):
                 errors.add(f"{model} {name}", dtype, found[i], plain[i], exact[i])
+    errors.report()
+
+
+@torch.no_grad()
+def check_linear(lab: Lab) -> None:
+    errors = Errors(lab, "window_linear")
+    # 4605 is no multiple of anything that a tile is.
+    shapes = [(33, 4605, 4096), (64, 12288, 4096), (128, 18944, 3584)]
+    for rows, F, E in shapes if on_gpu() else [(5, 93, 64), (9, 96, 64)]:
+        for dtype in DTYPES:
+            x = torch.randn(rows, E, device=device()).to(dtype)
+            weight = (torch.randn(2 * F, E, device=device()) / E**0.5).to(dtype)
+            bias = torch.randn(2 * F, device=device()).to(dtype)
+            for gated, b in ((False, bias), (True, None)):
+                poison()
+                found = window_linear(x, weight, b, gated=gated)
+                given = (x, weight, b)
+                double = [None if t is None else t.double() for t in given]
+                exact = window_linear_definition(*double, gated)
+                plain = window_linear_definition(*given, gated)
+                errors.add(f"{rows} x {E} x {F}{' gated' * gated}", dtype, found, plain, exact)
+    errors.report()
+
+
+@torch.no_grad()
+def check_add_norm(lab: Lab) -> None:
+    errors = Errors(lab, "linear_add_norm")
+    shapes = [(33, 4093, 4096), (64, 4096, 12288), (128, 3584, 18944)]
+    for rows, E, F in shapes if on_gpu() else [(5, 93, 64), (9, 96, 64)]:
+        for dtype in DTYPES:
+            x, before = (torch.randn(rows, n, device=device()).to(dtype) for n in (F, E))
+            weight = (torch.randn(E, F, device=device()) / F**0.5).to(dtype)
+            gain = torch.rand(E, device=device()).to(dtype)
+            residuals = [before.clone(), before.clone(), before.double()]
+            poison()
+            found = linear_add_norm(x, weight, residuals[0], gain, 1e-5)
+            plain = linear_add_norm_definition(x, weight, residuals[1], gain, 1e-5)
+            double = (x.double(), weight.double(), residuals[2], gain.double())
+            exact = linear_add_norm_definition(*double, 1e-5)
+            case = f"{rows} x {F} x {E}"
+            errors.add(f"{case} norm", dtype, found, plain, exact)
+            errors.add(f"{case} residual", dtype, *residuals)
     errors.report()
 
 

@@ -105,19 +105,19 @@ def decode_part(lab: Lab) -> None:
     lab.figure("eager", 1 / run["ours_over_eager"], f"{1e3 * run['seconds']['eager']:.0f} ms over "
                f"{1e3 * run['seconds']['ours']:.0f} ms; they agree on "
                f"{run['check']['decisions_agreed']:.1%}")  # fmt: skip
-    block = 32 if on_gpu() else 8
-    for rows, prefix in PREFIXES.items():
-        prefix = prefix if on_gpu() else prefix // 4
-        _, settings = made.settings("--max-block", str(block), "--prefix-window", str(prefix))
-        step = window_steps(lab, made, settings)
+    for rows in PREFIXES:
+        step = window_steps(lab, made, rows)
         lab.details[f"window {rows}"] = step
         lab.figure(f"window {rows}", step["share_of_weights_limit"],
                    f"{step['rows']:.0f} rows on average, {step['ms']:.2f} ms")  # fmt: skip
 
 
-def window_steps(lab: Lab, made: Bench, settings: dict[str, Any]) -> dict[str, Any]:
-    """Figures of the window steps of a decoding. Watched runs alone: in 16 bits a near tie may fall
-    otherwise in others, and then a bounded block may not hold what the quota asks for."""
+def window_steps(lab: Lab, made: Bench, rows: int) -> dict[str, Any]:
+    """Figures of the window steps of a decoding, of so many rows. Watched runs alone: in 16 bits a
+    near tie may fall otherwise in others, and then a bounded block may not hold what the quota asks
+    for."""
+    block, prefix = (32, PREFIXES[rows]) if on_gpu() else (8, PREFIXES[rows] // 4)
+    _, settings = made.settings("--max-block", str(block), "--prefix-window", str(prefix))
 
     def run(each: Callable[[StepEvent], None]) -> None:
         made.engine.generate(made.prompts[:1], on_step=each, **settings)

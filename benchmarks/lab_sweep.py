@@ -13,9 +13,11 @@ from typing import Any
 
 from rich.table import Table
 
+from benchmarks import bench_linear_add_norm as add_norm
 from benchmarks import bench_lm_head_confidence as head
 from benchmarks import bench_token_confidence as token
 from benchmarks import bench_window_attention as attention
+from benchmarks import bench_window_linear as linear
 from benchmarks.lab_ops import LLADA_VOCABULARY, words
 from benchmarks.lab_state import Lab, one_line
 from benchmarks.measure import Call, Make, Timing, device, on_gpu, timing
@@ -26,6 +28,10 @@ from dsb_kernels.tuning import Config, architecture_of
 def _head(block_v: int, block_n: int, columns: int, programs: int, block_k: int = 64) -> Any:
     return {"BLOCK_V": block_v, "BLOCK_N": block_n, "BLOCK_K": block_k, "COLUMNS": columns,
             "PROGRAMS": programs}  # fmt: skip
+
+
+def _linear(block_v: int, block_n: int, programs: int = 64, block_k: int = 64) -> dict[str, int]:
+    return {"BLOCK_V": block_v, "BLOCK_N": block_n, "BLOCK_K": block_k, "PROGRAMS": programs}
 
 
 def _tile(block_m: int, block_n: int) -> dict[str, int]:
@@ -58,6 +64,34 @@ ALTERNATIVES: dict[tuple[str, int], list[Config]] = {
         Config(_head(256, 128, 16, 264), 16, 4),
         Config(_head(256, 128, 16, 132), 16, 3),
     ],
+    ("window_linear", 32): [
+        Config(_linear(64, 32), 4, 5),
+        Config(_linear(64, 32, block_k=128), 4, 4),
+        Config(_linear(128, 32), 8, 6),
+    ],
+    ("window_linear", 128): [
+        Config(_linear(128, 128), 8, 4),
+        Config(_linear(64, 128), 4, 4),
+    ],
+    ("window_linear gated", 32): [
+        Config(_linear(64, 32), 4, 4),
+        Config(_linear(64, 32, block_k=128), 4, 2),
+        Config(_linear(128, 32), 8, 3),
+    ],
+    ("window_linear gated", 128): [
+        Config(_linear(128, 128), 8, 3),
+        Config(_linear(64, 128), 8, 4),
+    ],
+    ("linear_add_norm", 32): [
+        Config(_linear(64, 32, 200), 4, 7),
+        Config(_linear(64, 32, 100), 4, 5),
+        Config(_linear(64, 32, 260, 128), 4, 4),
+    ],
+    ("linear_add_norm", 128): [
+        Config(_linear(128, 128, 60), 8, 6),
+        Config(_linear(128, 128, 100), 8, 4),
+        Config(_linear(64, 128, 100), 4, 6),
+    ],
     ("window_attention 128", 64): [
         Config(_tile(64, 64), 4, 2),
         Config(_tile(64, 64), 4, 4),
@@ -82,6 +116,12 @@ ALTERNATIVES: dict[tuple[str, int], list[Config]] = {
         Config(_split(2048, 16), 4, 4),
     ],
 }  # fmt: skip
+# Of the op's benchmark the layer that stands for all, on a GPU and on a CPU.
+LAYER = {
+    "window_linear": ("LLaDA-8B qkv", "small"),
+    "window_linear gated": ("LLaDA-8B gate/up", "small gated"),
+    "linear_add_norm": ("LLaDA-8B down", "small out"),
+}
 SPLITS = (2, 3, 4, 5, 6)  # of window_attention, at 128 rows of LLaDA
 
 
@@ -105,6 +145,11 @@ def sweep_case(op: str, size: int) -> tuple[str, Make, int]:
         name = next(iter(head.HEADS))
         needs = head.needs(name, size)["bytes_needed"]
         return f"{name} {size} rows", head.maker(name, size, "op"), needs
+    if "linear" in op:
+        module = add_norm if op == "linear_add_norm" else linear
+        name = LAYER[op][not on_gpu()]
+        needs = module.needs(name, size)["bytes_needed"]
+        return f"{name} {size} rows", module.maker(name, size, "op"), needs
     if op == "token_confidence":
         shape = (size, LLADA_VOCABULARY if on_gpu() else 3000, "probability", 0.0)
         return f"{size} rows", token.maker(shape, "op"), token.bytes_needed(shape)

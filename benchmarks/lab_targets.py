@@ -46,6 +46,8 @@ TARGETS = (
     _errors("lm_head_confidence"),
     _errors("window_attention"),
     _errors("rope_write_kv"),
+    _errors("window_linear"),
+    _errors("linear_add_norm"),
     Target("place differs", "correct", "place_rows: steps that differ", "at most", 0, "", KERNELS),
     Target("unmask differs", "correct", "unmask_and_slide: steps that differ",
            "at most", 0, "", KERNELS),

@@ -14,12 +14,22 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import lab, lab_check, lab_decode, lab_ops, lab_state, lab_sweep, roofline
+from benchmarks import (
+    lab,
+    lab_check,
+    lab_decode,
+    lab_linear,
+    lab_ops,
+    lab_state,
+    lab_sweep,
+    roofline,
+)
 from benchmarks.lab_state import Lab, NotHereError, OutOfTimeError, Part, run_part
 from benchmarks.lab_targets import TARGETS, Target, markdown_of, rows_of, show
 from benchmarks.measure import Timing
 from dsb_kernels import tuning
 from dsb_kernels.tuning import Config
+from dsb_runtime import layers
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="takes real shapes there")
@@ -115,7 +125,7 @@ def test_lines_of_every_outcome():
 def test_a_run_at_small_shapes(tmp_path, capsys):
     """The parts that are quick on a CPU; the others are listed."""
     path = tmp_path / "lab.json"
-    names = ("correct", "ceilings", "small", "decode", "profile")
+    names = ("correct", "ceilings", "small", "decode", "linear", "profile")
     assert run("--json", path, "--only", *names, "--markdown") == 0
     said, record = capsys.readouterr().out, read(path)
     assert {name: part["status"] for name, part in record["parts"].items()} == dict.fromkeys(
@@ -387,6 +397,18 @@ def test_scoring_takes_the_worst(monkeypatch):
     assert all(t == {"cold_us": 2, "warm_us": 1} for t in found.details["small"].values())
 
 
+def test_window_steps_with_cublas_capture_anew():
+    found = Lab(60)
+    found.kept["ceilings"] = roofline.Ceilings(1.0, 1.0, "")
+    made = lab_decode.bench(found, "llada-8b")
+    lab_decode.window_steps(found, made, 32)
+    most = layers.MAX_ROWS
+    with lab_linear.cublas(made):
+        assert layers.MAX_ROWS == 0 and not made.engine.sessions
+        lab_decode.window_steps(found, made, 32)
+    assert layers.MAX_ROWS == most > 0 and not made.engine.sessions
+
+
 def test_attention_reports_what_there_was_time_for(monkeypatch):
     found, calls = Lab(60), []
     found.kept["ceilings"] = roofline.Ceilings(1.0, 1.0, "")
@@ -442,17 +464,20 @@ ON_A_GPU = """
 import json, torch
 torch.cuda.is_available = lambda: True
 torch.cuda.get_device_capability = lambda *_: (9, 0)
-from benchmarks import lab_ops, lab_sweep, roofline
+from benchmarks import lab_linear, lab_ops, lab_sweep, roofline
 from benchmarks.lab_state import Lab
 from benchmarks.measure import Timing
 names = []
-for module in (lab_ops, lab_sweep):
+for module in (lab_linear, lab_ops, lab_sweep):
     module.timing = lambda make, touched: names.append(touched) or Timing(touched * 1e-12, 1e-6)
 lab = Lab(60)
 lab.kept["ceilings"] = roofline.Ceilings(4000.0, 800.0, "")
+lab_linear.time_layers(lab)
+linear, lab.figures = lab.figures, {}
 for part in (lab_ops.scoring, lab_ops.small, lab_ops.attention_part, lab_sweep.sweep):
     part(lab)
-print(json.dumps({"figures": lab.figures, "details": lab.details, "problems": lab.problems}))
+print(json.dumps({"figures": lab.figures, "linear": linear, "details": lab.details,
+                  "problems": lab.problems}))
 """
 
 
@@ -480,6 +505,11 @@ def test_what_a_gpu_would_time():
     assert figures["attention dream"]["value"] == pytest.approx(tflops)
     assert figures["attention 4k"]["note"] == "64 rows 25%, 128 rows 25%, 32 rows 25%"
     assert len(details["sweep"]) > 40 and figures["rope 64"]["value"] > 0
+    linear = record["linear"]
+    assert len(linear) == 6
+    assert {round(figure["value"], 9) for figure in linear.values()} == {1, 0.25}
+    cold = details["linear"]["LLaDA-8B gate/up 128 rows: matmul"]["cold_us"]
+    assert cold == pytest.approx(2e-6 * (24576 * 4096 + 128 * (4096 + 12288)), rel=1e-3)
 
 
 def test_every_alternative_is_another_configuration():
