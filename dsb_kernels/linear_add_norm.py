@@ -25,7 +25,14 @@ from dsb_kernels.dispatch import (
     use_triton,
     wrap_triton,
 )
-from dsb_kernels.tuning import CompileCase, architecture_of, configuration
+from dsb_kernels.tuning import (
+    ARCHITECTURES,
+    TRITON_DTYPES,
+    CompileCase,
+    architecture_of,
+    configuration,
+    of_dtype,
+)
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -114,10 +121,10 @@ class Launch:
     num_stages: int
 
 
-def launch_of(rows: int, E: int, F: int, architecture: str) -> Launch:
+def launch_of(rows: int, E: int, F: int, dtype: torch.dtype, architecture: str) -> Launch:
     """As few splits as give PROGRAMS programs for a block of rows: every split costs partial sums
     of N x E float32, written and read again."""
-    config = configuration("linear_add_norm", rows, architecture)
+    config = configuration(of_dtype("linear_add_norm", dtype), rows, architecture)
     blocks = dict(config.blocks)
     programs, block_k = blocks.pop("PROGRAMS"), blocks["BLOCK_K"]
     tiles, steps = triton.cdiv(E, blocks["BLOCK_V"]), triton.cdiv(F, block_k)
@@ -138,7 +145,7 @@ def _linear_add_norm_op(
     if not use_triton(x, weight, residual):
         return linear_add_norm_definition(x, weight, residual, norm_weight, eps)
     rows, (E, F) = len(x), weight.shape
-    launch = launch_of(rows, E, F, architecture_of(x.device))
+    launch = launch_of(rows, E, F, x.dtype, architecture_of(x.device))
     splits = launch.grid[1]
     partial = x.new_empty((splits, rows, E), dtype=torch.float32)
     wrap_triton(_split_linear_kernel)[launch.grid](
@@ -191,8 +198,9 @@ def compile_cases() -> list[CompileCase]:
     """Every row class, for the splits that the models' shapes give."""
     cases = []
     variants = [(rows, "bf16") for rows in (16, 32, 64, 128)] + [(32, "fp16")]
-    for architecture, (rows, dtype) in itertools.product(("sm_80", "sm_90", "sm_100"), variants):
-        launch = launch_of(rows, 4096, 12288, architecture)
+    variants += [(rows, "fp32") for rows in (32, 64)]
+    for architecture, (rows, dtype) in itertools.product(ARCHITECTURES, variants):
+        launch = launch_of(rows, 4096, 12288, TRITON_DTYPES[dtype], architecture)
         signature = {
             "weight_ptr": f"*{dtype}", "x_ptr": f"*{dtype}", "partial_ptr": "*fp32",
             "stride_we": "i32", "stride_xn": "i32", "rows": "i32", "E": "i32", "F": "i32",
@@ -209,7 +217,7 @@ def compile_cases() -> list[CompileCase]:
                 num_stages=launch.num_stages,
                 divisible=tuple(name for name in signature if name != "rows"),
                 architectures=(architecture,),
-                expects_tensor_cores=True,
+                expects_tensor_cores=dtype != "fp32",
                 expects_wide_loads=True,
             )
         )

@@ -38,7 +38,14 @@ from dsb_kernels.row_state import (
     state_definition,
     store_state,
 )
-from dsb_kernels.tuning import CompileCase, architecture_of, configuration
+from dsb_kernels.tuning import (
+    ARCHITECTURES,
+    TRITON_DTYPES,
+    CompileCase,
+    architecture_of,
+    configuration,
+    of_dtype,
+)
 
 # --- definition -------------------------------------------------------------------------------
 
@@ -197,8 +204,8 @@ class Launch:
     num_stages: int
 
 
-def launch_of(rows: int, V: int, architecture: str, sample: bool) -> Launch:
-    op = "lm_head_confidence sampled" if sample else "lm_head_confidence"
+def launch_of(rows: int, V: int, dtype: torch.dtype, architecture: str, *, sample: bool) -> Launch:
+    op = of_dtype("lm_head_confidence" + " sampled" * sample, dtype)
     config = configuration(op, rows, architecture)
     blocks = {name: value for name, value in config.blocks.items() if name != "PROGRAMS"}
     share = triton.cdiv(triton.cdiv(V, config.blocks["PROGRAMS"]), 8) * 8
@@ -229,7 +236,8 @@ def _launch(
 ) -> Tensor:
     """States over the vocabulary's tiles: (tiles, 6, N)."""
     rows, (V, E) = len(hidden), weight.shape
-    launch = launch_of(rows, V, architecture_of(hidden.device), temperature > 0)
+    architecture = architecture_of(hidden.device)
+    launch = launch_of(rows, V, hidden.dtype, architecture, sample=temperature > 0)
     partials = hidden.new_empty((launch.parts, PLANES, rows), dtype=torch.float32)
     wrap_triton(_lm_head_kernel)[launch.grid](
         weight, hidden, bias, eligible, seed, noise_ids, partials,
@@ -375,10 +383,11 @@ def compile_cases() -> list[CompileCase]:
     variants += [(n, "probability", True, "bf16") for n in (16, 32, 64, 128)]
     variants += [(32, c, True, "bf16") for c in CONFIDENCES[1:]]
     variants += [(32, "probability", False, "fp16")]
+    variants += [(n, "probability", sample, "fp32") for n in (32, 64) for sample in (False, True)]
     cases = []
-    for architecture, variant in itertools.product(("sm_80", "sm_90", "sm_100"), variants):
+    for architecture, variant in itertools.product(ARCHITECTURES, variants):
         rows, confidence, sample, dtype = variant
-        launch = launch_of(rows, 126464, architecture, sample)
+        launch = launch_of(rows, 126464, TRITON_DTYPES[dtype], architecture, sample=sample)
         signature = {
             "weight_ptr": f"*{dtype}", "hidden_ptr": f"*{dtype}", "eligible_ptr": "*i1",
             "partial_ptr": "*fp32", "stride_wv": "i32", "stride_hn": "i32", "rows": "i32",
@@ -402,7 +411,7 @@ def compile_cases() -> list[CompileCase]:
                 num_stages=launch.num_stages,
                 divisible=(*pointers, "stride_wv", "stride_hn", "V", "E"),
                 architectures=(architecture,),
-                expects_tensor_cores=True,
+                expects_tensor_cores=dtype != "fp32",
             )
         )  # fmt: skip
     return cases

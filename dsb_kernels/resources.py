@@ -19,9 +19,7 @@ from dataclasses import dataclass
 import dsb_kernels
 from dsb_kernels.disassembly import disassemble
 from dsb_kernels.dispatch import interpreted, triton
-from dsb_kernels.tuning import CompileCase
-
-ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
+from dsb_kernels.tuning import ARCHITECTURES, CompileCase
 
 
 @dataclass(frozen=True)
@@ -44,6 +42,8 @@ class Chip:
 
 CHIPS = {
     "sm_80": Chip(shared_bytes=164 * 1024, shared_bytes_block=163 * 1024),
+    # RTX 40 and L4; the RTX 30 and 50 and A10 have the same shared memory.
+    "sm_89": Chip(shared_bytes=100 * 1024, shared_bytes_block=99 * 1024, warps=48, blocks=24),
     "sm_90": Chip(shared_bytes=228 * 1024, shared_bytes_block=227 * 1024),
     "sm_100": Chip(shared_bytes=228 * 1024, shared_bytes_block=227 * 1024),
 }

@@ -13,6 +13,10 @@ from typing import Any
 
 import torch
 
+# What is compiled and checked without a GPU, and what the others take their configurations from.
+ARCHITECTURES = ("sm_80", "sm_89", "sm_90", "sm_100")
+TRITON_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
 
 @dataclass(frozen=True)
 class Config:
@@ -68,6 +72,13 @@ CONFIGS: dict[tuple[str, str], dict[int, Config]] = {
         64: Config(_head(128, 64, 32, programs=216), num_warps=8, num_stages=3),
         1 << 62: Config(_head(128, 128, 32, programs=108), num_warps=8, num_stages=4),
     },
+    # 99 KiB; 128 SMs on the largest.
+    ("lm_head_confidence", "sm_89"): {
+        16: Config(_head(128, 16, 16, programs=256), num_warps=8, num_stages=3),
+        32: Config(_head(128, 32, 32, programs=256), num_warps=8, num_stages=3),
+        64: Config(_head(128, 64, 32, programs=256), num_warps=8, num_stages=3),
+        1 << 62: Config(_head(128, 128, 32, programs=128), num_warps=8, num_stages=4),
+    },
     # 148 SMs; its tensor cores do not take 16 warps.
     ("lm_head_confidence", "sm_100"): {
         16: Config(_head(128, 16, 16, programs=296), num_warps=8, num_stages=4),
@@ -81,6 +92,14 @@ CONFIGS: dict[tuple[str, str], dict[int, Config]] = {
         32: Config(_head(128, 32, 16, programs=264), num_warps=8, num_stages=4),
         64: Config(_head(128, 64, 16, programs=132), num_warps=8, num_stages=4),
         1 << 62: Config(_head(128, 128, 16, programs=132), num_warps=8, num_stages=4),
+    },
+    # Elements of twice the size and no tensor cores: for tests, and for small models.
+    ("lm_head_confidence float32", "any"): {
+        32: Config(_head(64, 32, 16, programs=264), num_warps=4, num_stages=2),
+        1 << 62: Config(_head(64, 64, 16, programs=264), num_warps=8, num_stages=2),
+    },
+    ("lm_head_confidence sampled float32", "any"): {
+        1 << 62: Config(_head(64, 32, 16, programs=264), num_warps=8, num_stages=2),
     },
     # size = rows. A program reads BLOCK_V weight rows (M of the tensor cores; as many again where
     # gated) in stages of 64 columns, 128 bytes of each: a stage of 64 weight rows is 8 KiB, of R
@@ -115,6 +134,18 @@ CONFIGS: dict[tuple[str, str], dict[int, Config]] = {
         64: Config(_linear(64, 64, programs=64), num_warps=4, num_stages=3),
         1 << 62: Config(_linear(64, 128, programs=64), num_warps=8, num_stages=3),
     },
+    ("window_linear", "sm_89"): {
+        16: Config(_linear(64, 16, programs=64), num_warps=4, num_stages=7),
+        32: Config(_linear(64, 32, programs=64), num_warps=4, num_stages=6),
+        64: Config(_linear(64, 64, programs=64), num_warps=4, num_stages=5),
+        1 << 62: Config(_linear(64, 128, programs=64), num_warps=4, num_stages=4),
+    },
+    ("window_linear gated", "sm_89"): {
+        16: Config(_linear(64, 16, programs=64), num_warps=4, num_stages=4),
+        32: Config(_linear(64, 32, programs=64), num_warps=4, num_stages=3),
+        64: Config(_linear(64, 64, programs=64), num_warps=4, num_stages=3),
+        1 << 62: Config(_linear(64, 128, programs=64), num_warps=8, num_stages=3),
+    },
     # size = rows. Tiles as above, over PROGRAMS programs by splitting the input features: out and
     # down of 4096 features are 64 tiles x 2 splits = 128 programs, of Dream's 3584 56 x 2 = 112, at
     # 128 rows 32 x 4 and 28 x 4: one to each of 132 SMs, with 48 KiB of weights in flight up to 32
@@ -127,6 +158,24 @@ CONFIGS: dict[tuple[str, str], dict[int, Config]] = {
         32: Config(_linear(64, 32, programs=100), num_warps=4, num_stages=7),
         64: Config(_linear(64, 64, programs=100), num_warps=4, num_stages=6),
         1 << 62: Config(_linear(128, 128, programs=100), num_warps=8, num_stages=6),
+    },
+    ("linear_add_norm", "sm_89"): {
+        16: Config(_linear(64, 16, programs=100), num_warps=4, num_stages=7),
+        32: Config(_linear(64, 32, programs=100), num_warps=4, num_stages=6),
+        64: Config(_linear(64, 64, programs=100), num_warps=4, num_stages=5),
+        1 << 62: Config(_linear(64, 128, programs=100), num_warps=4, num_stages=4),
+    },
+    ("window_linear float32", "any"): {
+        32: Config(_linear(64, 32, programs=64), num_warps=4, num_stages=2),
+        1 << 62: Config(_linear(64, 64, programs=64), num_warps=8, num_stages=2),
+    },
+    ("window_linear gated float32", "any"): {
+        32: Config(_linear(64, 32, programs=64), num_warps=8, num_stages=2),
+        1 << 62: Config(_linear(64, 64, programs=64), num_warps=8, num_stages=2),
+    },
+    ("linear_add_norm float32", "any"): {
+        32: Config(_linear(64, 32, programs=100), num_warps=4, num_stages=2),
+        1 << 62: Config(_linear(64, 64, programs=100), num_warps=8, num_stages=2),
     },
     # size = query rows of a KV head (group x window), head dim up to 128, then up to 256. 64 rows
     # and up run on wgmma; K/V tiles of 64 positions, two ahead in flight, saturate memory with one
@@ -142,9 +191,19 @@ CONFIGS: dict[tuple[str, str], dict[int, Config]] = {
         64: Config({"BLOCK_M": 64, "BLOCK_N": 32}, num_warps=4, num_stages=3),
         1 << 62: Config({"BLOCK_M": 128, "BLOCK_N": 32}, num_warps=8, num_stages=2),
     },
+    ("window_attention 128", "sm_89"): {
+        16: Config({"BLOCK_M": 16, "BLOCK_N": 64}, num_warps=4, num_stages=3),
+        32: Config({"BLOCK_M": 32, "BLOCK_N": 64}, num_warps=4, num_stages=2),
+        64: Config({"BLOCK_M": 64, "BLOCK_N": 64}, num_warps=4, num_stages=2),
+        1 << 62: Config({"BLOCK_M": 128, "BLOCK_N": 64}, num_warps=8, num_stages=2),
+    },
+    ("window_attention 256", "sm_89"): {
+        16: Config({"BLOCK_M": 16, "BLOCK_N": 32}, num_warps=4, num_stages=3),
+        1 << 62: Config({"BLOCK_M": 64, "BLOCK_N": 32}, num_warps=4, num_stages=2),
+    },
     # Tests only: float32 has no tensor cores.
     ("window_attention float32", "any"): {
-        1 << 62: Config({"BLOCK_M": 32, "BLOCK_N": 32}, num_warps=4),
+        1 << 62: Config({"BLOCK_M": 16, "BLOCK_N": 32}, num_warps=8),
     },
     # size = window rows. 16 rows of a head of 128: every thread loads 16 bytes of each half.
     ("rope_write_kv", "any"): {1 << 62: Config({"BLOCK_W": 16}, num_warps=4)},
@@ -158,6 +217,11 @@ CONFIGS: dict[tuple[str, str], dict[int, Config]] = {
         1 << 62: Config({"BLOCK_J": 4, "BLOCK_L": 1024}, num_warps=16),
     },
 }
+
+
+def of_dtype(op: str, dtype: torch.dtype) -> str:
+    """The op's name in the table."""
+    return f"{op} float32" if dtype == torch.float32 else op
 
 
 def configuration(op: str, size: int, architecture: str) -> Config:
@@ -175,11 +239,15 @@ def configuration(op: str, size: int, architecture: str) -> Config:
 
 @functools.cache
 def architecture_of(device: torch.device) -> str:
-    """ "sm_90" and the like; the interpreter runs what sm_90 would."""
+    """The one of `ARCHITECTURES` whose configurations a device takes; the interpreter runs what
+    sm_90 would."""
     if device.type != "cuda" or not torch.cuda.is_available():
         return "sm_90"
     major, minor = torch.cuda.get_device_capability(device)
-    return f"sm_{major}{minor}"
+    if major in (9, 10, 11):
+        return "sm_90" if major == 9 else "sm_100"
+    # 8.6, 8.9, 12.0 and the like have 99 KiB of shared memory a block.
+    return "sm_80" if (major, minor) == (8, 0) else "sm_89"
 
 
 @dataclass(frozen=True)
@@ -198,7 +266,7 @@ class CompileCase:
     num_warps: int
     num_stages: int = 1
     divisible: tuple[str, ...] = ()  # runtime arguments known to be divisible by 16 (pointers too)
-    architectures: tuple[str, ...] = ("sm_80", "sm_90", "sm_100")
+    architectures: tuple[str, ...] = ARCHITECTURES
     expects_tensor_cores: bool = False  # HGMMA on sm_90
     expects_wide_loads: bool = False  # every global load is of 128 bits, but for ...
     scalar_load_bytes: int = 0  # ... this many bytes of scalars (a flag, a seed)

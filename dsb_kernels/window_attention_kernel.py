@@ -7,13 +7,21 @@ shape letters they use.
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 
 import torch
 from torch import Tensor
 
 from dsb_kernels.dispatch import jit, launch_options, tl, triton, wrap_triton
-from dsb_kernels.tuning import CompileCase, Config, architecture_of, configuration
+from dsb_kernels.tuning import (
+    ARCHITECTURES,
+    TRITON_DTYPES,
+    CompileCase,
+    Config,
+    architecture_of,
+    configuration,
+)
 
 MAX_SPLITS, DEFAULT_MAX_SPLITS = 128, 32
 COMBINE_ROWS = 8
@@ -301,14 +309,22 @@ def compile_cases() -> list[CompileCase]:
         ("Dream-7B", 28, 4, 128, (32, 64, 128, 256)),
         *((f"head dim {d}", 16, 16, d, (64, 128)) for d in (64, 80, 96, 256)),
     ]
-    cases = {}
-    for name, H, H_kv, D, capacities in shapes:
+    cases: dict[object, CompileCase] = {}
+    for architecture, (name, H, H_kv, D, capacities) in itertools.product(ARCHITECTURES, shapes):
         for W in capacities:
             rows = H // H_kv * W
             for way in ("in cache", "in cache indexed", "fresh listed")[: 3 if D == 128 else 1]:
                 words = f"{name} {min(rows, 128)} rows {way}"
-                cases.setdefault(words, _attention_case(words, H, H_kv, W, D, way, 4))
-    cases["one split"] = _attention_case("LLaDA-8B one split", 32, 32, 64, 128, "in cache", 1)
+                case = _attention_case(words, H, H_kv, W, D, way, 4, architecture)
+                cases.setdefault((words, architecture), case)
+    for architecture in ARCHITECTURES:
+        cases["one split", architecture] = _attention_case(
+            "LLaDA-8B one split", 32, 32, 64, 128, "in cache", 1, architecture
+        )
+        for D in (64, 128, 256):
+            cases["float32", D, architecture] = _attention_case(
+                f"float32 head dim {D}", 16, 4, 64, D, "in cache", 4, architecture, "fp32"
+            )
     for D, splits in ((128, 4), (128, 32), (256, 4)):
         constexprs = {
             "HEAD_DIM": D, "NUM_SPLITS": splits, "RETURN_LSE": False, "BLOCK_M": COMBINE_ROWS,
@@ -332,9 +348,10 @@ def compile_cases() -> list[CompileCase]:
 
 
 def _attention_case(
-    name: str, H: int, H_kv: int, W: int, D: int, way: str, splits: int
-) -> CompileCase:
-    config = tile_of(H // H_kv * W, D, torch.bfloat16, "sm_90")
+    name: str, H: int, H_kv: int, W: int, D: int, way: str, splits: int, architecture: str,
+    dtype: str = "bf16",
+) -> CompileCase:  # fmt: skip
+    config = tile_of(H // H_kv * W, D, TRITON_DTYPES[dtype], architecture)
     listed, indexed = "listed" in way, "indexed" in way
     lists = ("num_blocks_ptr", "indices_ptr")
     absent = (*(() if listed else lists), *(() if indexed else ("batch_idx_ptr",)))
@@ -347,7 +364,7 @@ def _attention_case(
     values = {"softmax_scale": "fp32"}
     integers = ("window_start_ptr", "window_length_ptr", "seqlens_ptr", "leftpad_ptr")
     values |= {"lse_ptr": "*fp32", **dict.fromkeys((*integers, "batch_idx_ptr", *lists), "*i32")}
-    signature = {n: values.get(n, "*bf16" if n.endswith("_ptr") else "i32") for n in names}
+    signature = {n: values.get(n, f"*{dtype}" if n.endswith("_ptr") else "i32") for n in names}
     signature = {n: kind for n, kind in signature.items() if n not in constexprs}
     uneven = ("H_kv", "softmax_scale", "stride_nb", "stride_nh", "stride_ib", "stride_ih")
     return CompileCase(
@@ -359,6 +376,7 @@ def _attention_case(
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         divisible=tuple(n for n in signature if n not in uneven),
+        architectures=(architecture,),
         expects_tensor_cores=config.blocks["BLOCK_M"] >= 64,
         expects_wide_loads=True,
         # Start, length, end and padding of the row, its row of the cache; a list's length and an

@@ -24,7 +24,15 @@ from dsb_kernels.dispatch import (
     use_triton,
     wrap_triton,
 )
-from dsb_kernels.tuning import CompileCase, Config, architecture_of, configuration
+from dsb_kernels.tuning import (
+    ARCHITECTURES,
+    TRITON_DTYPES,
+    CompileCase,
+    Config,
+    architecture_of,
+    configuration,
+    of_dtype,
+)
 
 MAX_ROWS = 128  # of one pass over the weights; more rows are correct, and read them once more
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -109,8 +117,9 @@ def narrowed(config: Config, features: int) -> tuple[dict[str, int], int]:
     return blocks, warps
 
 
-def launch_of(rows: int, F: int, architecture: str, gated: bool) -> Launch:
-    config = configuration("window_linear" + " gated" * gated, rows, architecture)
+def launch_of(rows: int, F: int, dtype: torch.dtype, architecture: str, *, gated: bool) -> Launch:
+    op = of_dtype("window_linear" + " gated" * gated, dtype)
+    config = configuration(op, rows, architecture)
     blocks, warps = narrowed(config, F)
     grid = (triton.cdiv(F, blocks["BLOCK_V"]), triton.cdiv(rows, blocks["BLOCK_N"]))
     return Launch(grid, blocks, warps, config.num_stages)
@@ -121,7 +130,7 @@ def _window_linear_op(x: Tensor, weight: Tensor, bias: Tensor | None, gated: boo
     if not use_triton(x, weight):
         return window_linear_definition(x, weight, bias, gated)
     (rows, E), F = x.shape, len(weight) // (2 if gated else 1)
-    launch = launch_of(rows, F, architecture_of(x.device), gated)
+    launch = launch_of(rows, F, x.dtype, architecture_of(x.device), gated=gated)
     out = x.new_empty((rows, F))
     wrap_triton(_window_linear_kernel)[launch.grid](
         weight, x, bias, out, weight.stride(0), x.stride(0), out.stride(0), rows, F, E,
@@ -179,10 +188,11 @@ def compile_cases() -> list[CompileCase]:
     # Dream's 4608 features leave fewer tiles of 128 than there should be programs.
     variants += [(rows, 4608, False, "bf16", True) for rows in (32, 128)]
     variants += [(32, 12288, gated, "fp16", False) for gated in (False, True)]
+    variants += [(n, 12288, gated, "fp32", False) for n in (32, 64) for gated in (False, True)]
     cases = []
-    for architecture, variant in itertools.product(("sm_80", "sm_90", "sm_100"), variants):
+    for architecture, variant in itertools.product(ARCHITECTURES, variants):
         rows, F, gated, dtype, bias = variant
-        launch = launch_of(rows, F, architecture, gated)
+        launch = launch_of(rows, F, TRITON_DTYPES[dtype], architecture, gated=gated)
         signature = {
             "weight_ptr": f"*{dtype}", "x_ptr": f"*{dtype}", "bias_ptr": f"*{dtype}",
             "out_ptr": f"*{dtype}", "stride_wf": "i32", "stride_xn": "i32", "stride_on": "i32",
@@ -204,7 +214,7 @@ def compile_cases() -> list[CompileCase]:
                 num_stages=launch.num_stages,
                 divisible=tuple(name for name in signature if name != "rows"),
                 architectures=(architecture,),
-                expects_tensor_cores=True,
+                expects_tensor_cores=dtype != "fp32",
                 expects_wide_loads=not bias,  # whose loads are as narrow as it is
             )
         )

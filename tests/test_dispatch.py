@@ -325,3 +325,30 @@ def test_configuration_of_a_class_and_an_architecture(monkeypatch):
     assert tuning.configuration("op", 1, "sm_100") is own
     with pytest.raises(ValueError, match="op: size 65: accepted is at most 64"):
         tuning.configuration("op", 65, "sm_90")
+
+
+@pytest.mark.parametrize(
+    ("capability", "architecture"),
+    [
+        ((8, 0), "sm_80"), ((8, 6), "sm_89"), ((8, 9), "sm_89"), ((9, 0), "sm_90"),
+        ((10, 0), "sm_100"), ((10, 3), "sm_100"), ((12, 0), "sm_89"),
+    ],
+)  # fmt: skip
+def test_every_chip_takes_configurations_that_fit_it(monkeypatch, capability, architecture):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    architecture_of = tuning.architecture_of.__wrapped__  # which remembers what devices are
+    assert architecture_of(torch.device("cuda", 0)) == architecture
+    assert architecture in tuning.ARCHITECTURES
+    assert architecture_of(torch.device("cpu")) == "sm_90"
+
+
+def test_float32_has_configurations_of_its_own():
+    """Its elements are twice as large, and a block's shared memory is not."""
+    assert tuning.of_dtype("op", torch.bfloat16) == "op"
+    wide = [op for op, _ in tuning.CONFIGS if op.endswith(" float32")]
+    assert tuning.of_dtype("linear_add_norm", torch.float32) in wide
+    narrow = {
+        op for op, _ in tuning.CONFIGS if "BLOCK_K" in tuning.CONFIGS[op, "any"][1 << 62].blocks
+    }
+    assert narrow - set(wide) == {op.removesuffix(" float32") for op in wide} - {"window_attention"}

@@ -11,7 +11,7 @@ from torch import Tensor
 from dsb_kernels import linear_add_norm as module
 from dsb_kernels import tuning
 from dsb_kernels.linear_add_norm import launch_of, linear_add_norm, linear_add_norm_definition
-from tests.mutations import DEVICE, assert_caught, kernels
+from tests.mutations import DEVICE, assert_caught, kernels, tiles_of
 
 INF, NAN = float("inf"), float("nan")
 SLOW = pytest.mark.slow
@@ -30,8 +30,7 @@ def production():
 @pytest.fixture(autouse=True)
 def small_tiles(request, monkeypatch):
     """Tiles of 16 x 16 and several splits for few features."""
-    if "production" not in request.fixturenames:
-        monkeypatch.setitem(tuning.CONFIGS, ("linear_add_norm", "any"), {1 << 62: SMALL})
+    tiles_of(request, monkeypatch, SMALL, "linear_add_norm")
 
 
 def inputs(N: int, E: int, F: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensors:
@@ -203,7 +202,7 @@ MODELS = {  # hidden size, MLP
 def test_programs_of_the_models_run_at_once_and_keep_the_memory_busy(production, name, rows):
     E, mlp = MODELS[name]
     for F in (E, mlp):
-        launch = launch_of(rows, E, F, "sm_90")
+        launch = launch_of(rows, E, F, torch.bfloat16, "sm_90")
         (tiles, splits, blocks), tile = launch.grid, launch.blocks["BLOCK_V"]
         programs = tiles * splits
         assert blocks == 1 and tiles * tile == E and 100 <= programs <= 132
@@ -217,7 +216,7 @@ def test_programs_of_the_models_run_at_once_and_keep_the_memory_busy(production,
 
 def test_every_split_has_work():
     for F in range(1, 200):
-        launch = launch_of(1, 16, F, "sm_90")
+        launch = launch_of(1, 16, F, torch.bfloat16, "sm_90")
         splits = launch.grid[1]
         assert (splits - 1) * launch.share < F <= splits * launch.share
         assert launch.share % SMALL.blocks["BLOCK_K"] == 0 and splits <= SMALL.blocks["PROGRAMS"]

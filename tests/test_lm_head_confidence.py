@@ -10,7 +10,7 @@ from dsb_kernels import tuning
 from dsb_kernels.confidence import token_confidence_definition
 from dsb_kernels.lm_head_confidence import lm_head_confidence, lm_head_confidence_definition
 from dsb_kernels.row_state import CONFIDENCES, combine_partials
-from tests.mutations import DEVICE, assert_caught, kernels
+from tests.mutations import DEVICE, assert_caught, kernels, tiles_of
 
 INF, NAN = float("inf"), float("nan")
 SMALL = tuning.Config(
@@ -26,9 +26,7 @@ def production():
 @pytest.fixture(autouse=True)
 def small_tiles(request, monkeypatch):
     """Tiles of 16 x 16 and three programs, so that small shapes have several of both."""
-    if "production" not in request.fixturenames:
-        for op in ("lm_head_confidence", "lm_head_confidence sampled"):
-            monkeypatch.setitem(tuning.CONFIGS, (op, "any"), {1 << 62: SMALL})
+    tiles_of(request, monkeypatch, SMALL, "lm_head_confidence", "lm_head_confidence sampled")
 
 
 def inputs(rows: int, V: int, E: int, dtype: torch.dtype = torch.float32, seed: int = 0):

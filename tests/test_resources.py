@@ -1,5 +1,6 @@
 """What sm_90 code must look like. Compiling needs a process without the interpreter."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -14,7 +15,7 @@ pytest.importorskip("triton")
 import triton
 
 from dsb_kernels.disassembly import Disassembly
-from dsb_kernels.resources import CHIPS, Resources, collect_cases, failures
+from dsb_kernels.resources import ARCHITECTURES, CHIPS, Resources, collect_cases, failures
 from dsb_kernels.window_attention_kernel import tile_of
 from dsb_runtime.capture import WIDTHS
 
@@ -45,14 +46,16 @@ def test_every_op_lists_its_cases():
 def test_every_tile_of_window_attention_that_the_runtime_launches_is_a_case(model, group, way):
     names = ("GROUP", "HEAD_DIM", "BLOCK_M", "BLOCK_N")
     listed = {
-        (*(case.constexprs[n] for n in names), case.num_warps, case.num_stages)
+        (*(case.constexprs[n] for n in names), case.num_warps, case.num_stages, architecture)
         for case in collect_cases(["window_attention"])
         if case.name.startswith(f"{model} ") and case.name.endswith(f" rows {way}")
+        for architecture in case.architectures
     }
-    for width in WIDTHS:
-        tile = tile_of(group * width, 128, torch.bfloat16, "sm_90")
+    for architecture, width in itertools.product(ARCHITECTURES, WIDTHS):
+        tile = tile_of(group * width, 128, torch.bfloat16, architecture)
         blocks = tile.blocks["BLOCK_M"], tile.blocks["BLOCK_N"]
-        assert (group, 128, *blocks, tile.num_warps, tile.num_stages) in listed, width
+        shape = (group, 128, *blocks, tile.num_warps, tile.num_stages, architecture)
+        assert shape in listed, width
 
 
 @pytest.mark.slow
@@ -70,7 +73,7 @@ def test_it_says_why_it_cannot_compile_under_the_interpreter(monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_100"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_every_kernel_is_fit_for_the_chip(architecture):
     """On sm_90: no spills, no stack, shared memory of a block, tensor cores, 128-bit loads and
     1.1 exponentials per element where the case asks for them. Elsewhere: it compiles and fits."""

@@ -83,7 +83,7 @@ def token_confidence_traffic(model: str, rows: int, monkeypatch) -> Scoring:
 def lm_head_traffic(model: str, rows: int, monkeypatch) -> Scoring:
     """One program's share of the vocabulary; there are as many as its launch has."""
     V, E = VOCABULARIES[model], HIDDEN[model]
-    launch = lm_head.launch_of(rows, V, "sm_90", sample=False)
+    launch = lm_head.launch_of(rows, V, torch.float16, "sm_90", sample=False)
     share, programs = launch.share, launch.grid[0]
     config = tuning.Config(launch.blocks | {"PROGRAMS": 1}, launch.num_warps)
     monkeypatch.setitem(tuning.CONFIGS, ("lm_head_confidence", "any"), {1 << 62: config})
@@ -123,7 +123,7 @@ COLUMNS = 256  # input features that are run
 
 def window_linear_traffic(model: str, rows: int, name: str, F: int, E: int, gated: bool) -> Scoring:
     """Two of the tiles of features."""
-    launch = window.launch_of(rows, F, "sm_90", gated)
+    launch = window.launch_of(rows, F, torch.float16, "sm_90", gated=gated)
     share = 2 * launch.blocks["BLOCK_V"] / F
     assert 1 / share * 2 == launch.grid[0]  # nothing ragged: every tile is like these
     x = torch.zeros(rows, COLUMNS, dtype=torch.float16)
@@ -146,13 +146,13 @@ def window_linear_traffic(model: str, rows: int, name: str, F: int, E: int, gate
 
 def linear_add_norm_traffic(model: str, rows: int, name: str, E: int, F: int) -> Scoring:
     """All output features, with the splits of the whole."""
-    launch = add_norm.launch_of(rows, E, F, "sm_90")
+    launch = add_norm.launch_of(rows, E, F, torch.float16, "sm_90")
     splits = launch.grid[1]
     assert splits * launch.share == F
     x, weight = (torch.zeros(n, COLUMNS, dtype=torch.float16) for n in (rows, E))
     parts = F // COLUMNS
     residual, gain = torch.zeros(rows, E, dtype=torch.float16), torch.ones(E, dtype=torch.float16)
-    assert add_norm.launch_of(rows, E, COLUMNS, "sm_90").grid[1] == splits
+    assert add_norm.launch_of(rows, E, COLUMNS, torch.float16, "sm_90").grid[1] == splits
     with counted() as traffic:
         out = add_norm.linear_add_norm(x, weight, residual, gain, 1e-5)
     named = (x, weight, residual, gain, out)

@@ -11,7 +11,7 @@ from torch import Tensor
 from dsb_kernels import tuning
 from dsb_kernels import window_linear as module
 from dsb_kernels.window_linear import launch_of, window_linear, window_linear_definition
-from tests.mutations import DEVICE, assert_caught, kernels
+from tests.mutations import DEVICE, assert_caught, kernels, tiles_of
 
 INF, NAN = float("inf"), float("nan")
 SLOW = pytest.mark.slow
@@ -29,9 +29,7 @@ def production():
 @pytest.fixture(autouse=True)
 def small_tiles(request, monkeypatch):
     """Tiles of 16 x 16, so that small shapes have several."""
-    if "production" not in request.fixturenames:
-        for op in ("window_linear", "window_linear gated"):
-            monkeypatch.setitem(tuning.CONFIGS, (op, "any"), {1 << 62: SMALL})
+    tiles_of(request, monkeypatch, SMALL, "window_linear", "window_linear gated")
 
 
 def inputs(
@@ -192,7 +190,7 @@ SHARED = 227 * 1024
 @pytest.mark.parametrize("name", MODELS)
 def test_programs_of_the_models_run_at_once_and_keep_the_memory_busy(production, name, rows):
     for F, gated in zip(MODELS[name], (False, True), strict=True):
-        launch = launch_of(rows, F, "sm_90", gated)
+        launch = launch_of(rows, F, torch.bfloat16, "sm_90", gated=gated)
         tile = launch.blocks["BLOCK_V"] * (2 if gated else 1)
         shared = launch.num_stages * (tile + launch.blocks["BLOCK_N"]) * 64 * 2
         programs, (tiles, blocks) = launch.grid[0], launch.grid
