@@ -1,0 +1,130 @@
+"""window_attention as an op: registration, compilation, strides, splits and bad input."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from dsb_kernels import window_attention_kernel as module
+from dsb_kernels.window_attention import window_attention
+from tests.mutations import DEVICE, kernels
+from tests.test_window_attention import CASES, SLOW, ints, relative_error
+
+
+def test_opcheck() -> None:
+    for name in ("lists", "left_padding", "cache_rows"):
+        case = CASES[name]
+        settings = (case.kv_block_size, 0.125, 2, True)
+        arguments = (*case.tensors(), *case.metadata().values(), *settings)
+        op = torch.ops.dsb.window_attention
+        with kernels():
+            torch.library.opcheck(op, arguments, test_utils=("test_schema", "test_faketensor"))
+        torch.library.opcheck(op, arguments)
+
+
+@pytest.mark.parametrize("name", ["start_middle_end", "cache_rows"])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=SLOW)])
+def test_compiles_without_a_graph_break(backend: str, name: str) -> None:
+    case = CASES[name]
+    tensors, metadata = case.tensors(), case.metadata()
+    compiled = torch.compile(window_attention, fullgraph=True, backend=backend)
+    out = compiled(*tensors, **metadata)
+    assert relative_error(out, case.expected(tensors)[0]) <= 1e-5
+
+
+def test_any_strides() -> None:
+    case = CASES["splits"]
+    tensors = case.tensors()
+    out, lse = case.run(tensors)
+    assert torch.equal(case.run([t.contiguous() for t in tensors])[0], out)
+    apart = [torch.empty(*t.shape[:3], 100, device=DEVICE)[..., 3:67].copy_(t) for t in tensors]
+    again, lse_again = case.run(apart)
+    assert torch.equal(again, out)
+    assert torch.equal(lse_again, lse)
+
+
+@pytest.mark.parametrize("backend", ["definition", "kernel", "splits"])
+def test_output_has_the_stride_order_of_q(backend: str) -> None:
+    case = CASES["gqa_7"]
+    q, *rest = case.tensors()
+    B, H, W, D = q.shape
+    packed = torch.zeros(B, W, H + 5, D, device=DEVICE)[:, :, :H].transpose(1, 2)
+    options = case.metadata() | {"num_splits": 2 if backend == "splits" else 1}
+    with contextlib.nullcontext() if backend == "definition" else kernels():
+        for x in (q, packed):
+            assert window_attention(x, *rest, **options).transpose(1, 2).is_contiguous()
+        assert window_attention(q.contiguous(), *rest, **options).is_contiguous()
+
+
+def test_empty_batch() -> None:
+    q = torch.empty(0, 4, 8, 64, device=DEVICE)
+    cache = torch.empty(0, 2, 16, 64, device=DEVICE)
+    none = ints()
+    with kernels():
+        out = window_attention(
+            q, None, None, cache, cache, window_start=none, window_length=none, cache_seqlens=none
+        )
+    assert out.shape == q.shape
+
+
+def test_splits_depend_on_static_shapes_only() -> None:
+    assert module.choose_splits(128, 132, 64) == 1
+    assert module.choose_splits(32, 132, 64) == 4
+    assert module.choose_splits(28, 132, 64) == 4
+    assert module.choose_splits(1, 132, 8) == 28
+
+
+def test_fewer_splits_where_their_results_would_be_more_than_a_tenth() -> None:
+    assert module.choose_splits(1, 132, 16) == 25
+    assert module.choose_splits(32, 132, 128) == 3
+    assert module.choose_splits(64, 132, 256) == 2  # one split would use 64 of 132 SMs
+    assert module.choose_splits(8, 132, 128) == 14
+    assert module.choose_splits(28, 132, 896) == 4
+
+
+def bad(**changes: object) -> dict[str, object]:
+    case = CASES["start_middle_end"]
+    names = ("q", "k_window", "v_window", "k_cache", "v_cache")
+    return dict(zip(names, case.tensors(), strict=True)) | case.metadata() | changes
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"q": torch.zeros(3, 4, 8, 64, dtype=torch.float64)}, TypeError, "q has dtype float64"),
+        ({"q": torch.zeros(3, 4, 8, 60)}, ValueError, "q has head dimension 60: accepted"),
+        ({"q": torch.zeros(3, 5, 8, 64)}, ValueError, "q has 5 heads: accepted is a multiple of"),
+        ({"q": torch.zeros(3, 4, 64, 8).mT}, ValueError, "q has stride"),
+        ({"q": torch.zeros(3, 4, 91, 64)}, ValueError, "q has 91 window rows: accepted is at most"),
+        ({"k_window": None}, ValueError, "k_window=None: v_window is given"),
+        ({"v_window": torch.zeros(3, 2, 7, 64)}, ValueError, r"v_window has shape \(3, 2, 7, 64\)"),
+        ({"k_cache": torch.zeros(3, 2, 90, 64).half()}, TypeError, "k_cache has dtype float16"),
+        ({"v_cache": torch.zeros(3, 2, 80, 64)}, ValueError, "v_cache has shape"),
+        ({"window_start": torch.zeros(3)}, TypeError, "window_start has dtype float32"),
+        ({"window_length": ints(1, 2)}, ValueError, r"window_length has shape \(2,\)"),
+        ({"cache_seqlens": ints(1, 2, 3).to("meta")}, ValueError, "cache_seqlens is on meta"),
+        ({"cache_leftpad": ints(1)}, ValueError, "cache_leftpad has shape"),
+        ({"cache_batch_idx": ints(0, 1)}, ValueError, r"cache_batch_idx has shape \(2,\)"),
+        ({"cache_batch_idx": ints(0, 1, 2).long()}, TypeError, "cache_batch_idx has dtype int64"),
+        ({"k_cache": torch.zeros(4, 2, 90, 64)}, ValueError, r"k_cache has shape \(4, 2, 90, 64\)"),
+        ({"cache_batch_idx": ints(0, 1, 2), "v_cache": torch.zeros(4, 2, 90, 64)}, ValueError,
+         r"v_cache has shape \(4, 2, 90, 64\): accepted is \(3, 2, 90, 64\)"),
+        ({"cache_batch_idx": ints(0, 1, 2), "k_cache": torch.zeros(0, 2, 90, 64),
+          "v_cache": torch.zeros(0, 2, 90, 64)}, ValueError, "k_cache has 0 batch rows"),
+        ({"kv_indices": ints(1, 2, 3)[:, None]}, ValueError, "kv_num_blocks=None: kv_indices"),
+        ({"kv_block_size": 48}, ValueError, "kv_block_size=48: accepted is a power of 2"),
+        ({"softmax_scale": math.inf}, ValueError, "softmax_scale=inf"),
+        ({"num_splits": 0}, ValueError, "num_splits=0"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_named(changes: dict, error: type[Exception], message: str) -> None:
+    moved = {
+        k: v.to(DEVICE) if isinstance(v, Tensor) and v.device.type == "cpu" else v
+        for k, v in changes.items()
+    }
+    with pytest.raises(error, match=f"window_attention: .*{message}"):
+        window_attention(**bad(**moved))
