@@ -7,6 +7,7 @@ its launches on the same memory. `CudaGraphs` is the one for GPUs.
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable
 
 import torch
@@ -31,9 +32,6 @@ def row_class(rows: int, most: int) -> int:
 # Beginning a capture waits for the device and empties the allocator's cache, neither of which is
 # allowed while another thread captures.
 CAPTURING = threading.Lock()
-# The stream that steps of a device are captured on. `torch.cuda.graph` has one for all devices, and
-# matmuls leave workspace with every stream that they are captured on.
-STREAMS: dict[int, torch.cuda.Stream] = {}
 
 
 class CudaGraphs:
@@ -41,22 +39,31 @@ class CudaGraphs:
     at a time)."""
 
     def __init__(self) -> None:
-        self.pool = torch.cuda.graph_pool_handle()
+        # By device, and this engine's own. Graphs that were captured on one stream share a matmul's
+        # workspace: engines would write it at the same time, and torch 2.13 gives it back with the
+        # first of those graphs that ends (pytorch issue 193402).
+        self.streams: dict[int, torch.cuda.Stream] = {}
+        self.graphs: weakref.WeakSet[torch.cuda.CUDAGraph] = weakref.WeakSet()  # in `pool`
 
     def __call__(self, run: Callable[[], None]) -> Callable[[], None]:
         graph = torch.cuda.CUDAGraph()
         with CAPTURING:
             device, before = torch.cuda.current_device(), torch.cuda.current_stream()
-            if device not in STREAMS:
-                STREAMS[device] = torch.cuda.Stream(device)
+            if device not in self.streams:
+                self.streams[device] = torch.cuda.Stream(device)
+            # Torch ends a pool with its last graph, and fails an assertion where that pool is begun
+            # again while anything is left in it, as that workspace is before torch 2.13.
+            if not self.graphs:
+                self.pool = torch.cuda.graph_pool_handle()
             try:
                 # Other threads go on allocating and launching.
                 with torch.cuda.graph(
-                    graph, self.pool, STREAMS[device], capture_error_mode="thread_local"
+                    graph, self.pool, self.streams[device], capture_error_mode="thread_local"
                 ):
                     run()
             finally:  # which `graph` does not do where a capture cannot be ended
                 torch.cuda.set_stream(before)
+            self.graphs.add(graph)
         return graph.replay
 
 
