@@ -137,6 +137,7 @@ def _unmask_kernel(
         first = tl.min(tl.where(valid, k, K), 0)
         commit = tl.where(old_refresh, valid & (k == first), commit)
     token = tl.load(token_ptr + at_row * width + k, mask=commit, other=0)
+    tl.debug_barrier()  # every thread has read the masks that are overwritten here
     tl.store(canvas_ptr + at, token, mask=commit)
     tl.store(commit_ptr + b * K + k, commit, mask=k < K)
     new = tl.sum(commit.to(tl.int32), 0)

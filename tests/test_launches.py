@@ -122,7 +122,7 @@ def test_cuda_calls_are_traced_to_kernel_launches() -> None:
 
 
 LAUNCH_FOR_CUDA = """
-import torch, triton
+import re, torch, triton
 from torch._subclasses.fake_tensor import FakeTensorMode
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import MockTensor
@@ -141,6 +141,10 @@ class Driver:
 triton.runtime.driver.set_active(Driver())
 launched = []
 
+def before_commit(ptx):  # what precedes the first write to the canvas, which is of 64 bits
+    accesses = re.findall(r"(?:ld|st)\\.global(?:\\.v2)?\\.b64|bar\\.sync", ptx)
+    return accesses[[access[:2] for access in accesses].index("st") - 1]
+
 class Warmup:  # everything that a launch does but the launch
     def __init__(self, kernel):
         self.kernel = kernel
@@ -152,6 +156,8 @@ class Warmup:  # everything that a launch does but the launch
             assert compiled.metadata.enable_fp_fusion
             assert compiled.metadata.shared <= 227 * 1024, (self.kernel.__name__, options)
             launched.append(self.kernel.__name__)
+            if launched[-1] == "_unmask_kernel":  # whose threads read what they then overwrite
+                assert before_commit(compiled.asm["ptx"]) == "bar.sync"
         return launch
 
 for module in (confidence, linear_add_norm, lm_head_confidence, place_rows, row_state, rope_kv,
