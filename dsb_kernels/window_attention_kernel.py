@@ -220,7 +220,8 @@ def _combine_kernel(
         lse = tl.load(partial_lse_ptrs + split * H * W, mask=valid, other=float("-inf"))
         weight = tl.exp(lse - shift)
         total += weight
-        part = tl.load(partial_ptrs + split * H * W * HEAD_DIM, mask=valid[:, None] & mask, other=0)
+        at = tl.cast(split, tl.int64) * H * W * HEAD_DIM
+        part = tl.load(partial_ptrs + at, mask=valid[:, None] & mask, other=0)
         acc += part.to(tl.float32) * weight[:, None]
     total = tl.where(total == 0.0, 1.0, total)
     acc = acc / total[:, None]

@@ -71,6 +71,20 @@ def test_empty_batch() -> None:
     assert out.shape == q.shape
 
 
+def test_partial_results_may_be_more_than_an_int32_counts() -> None:
+    """As 32 heads of 128 with 8192 rows in 128 splits; only one row of them is in the window."""
+    splits, W, D = 65, 1 << 17, 256
+    assert (splits - 1) * W * D == 1 << 31
+    partial = torch.empty(splits, W, D, dtype=torch.float16, device=DEVICE)  # hardly touched
+    partial[:, 0] = torch.arange(splits, device=DEVICE)[:, None]
+    lse, out = torch.zeros(splits, W, device=DEVICE), partial.new_empty(W, D)
+    module._combine_kernel[(1, 1)](
+        partial, lse, out, lse, ints(1), W * D, W * D, D, 1, W,
+        HEAD_DIM=D, NUM_SPLITS=splits, RETURN_LSE=False, BLOCK_M=8, BLOCK_D=D,
+    )  # fmt: skip
+    assert (out[0] == (splits - 1) / 2).all()
+
+
 def test_splits_depend_on_static_shapes_only() -> None:
     assert module.choose_splits(128, 132, 64) == 1
     assert module.choose_splits(32, 132, 64) == 4
