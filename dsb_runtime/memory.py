@@ -59,8 +59,13 @@ def allocate(layout: CacheLayout, batch: int, length: int) -> list[Tensor]:
 
 
 # Of allocations that are not torch's GPU allocator's, which alone raises OutOfMemoryError: a CPU's,
-# CUDA's own (a graph's), cuBLAS's.
-OUT_OF_MEMORY = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+# CUDA's own (a graph's), cuBLAS's, Triton's (of a kernel that is loaded).
+OUT_OF_MEMORY = (
+    "can't allocate memory",
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "Triton Error [CUDA]: out of memory",
+)
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:

@@ -100,6 +100,7 @@ def test_a_step_that_runs_out_of_memory_while_captured(rows, kind):
 def test_what_counts_as_out_of_memory():
     refused = "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"
     assert is_out_of_memory(RuntimeError(refused)) and is_out_of_memory(torch.OutOfMemoryError())
+    assert is_out_of_memory(RuntimeError("Triton Error [CUDA]: out of memory"))
     assert not is_out_of_memory(
         RuntimeError("CUDA error: an illegal memory access was encountered")
     )
