@@ -300,13 +300,13 @@ def token_confidence(
 
     Args:
         logits: (..., V) float32, float16 or bfloat16, last dimension of stride 1.
-        eligible: (...) bool; other rows are skipped and get token -1, confidence -inf.
+        eligible: (...) bool, contiguous; other rows are skipped and get token -1, confidence -inf.
         banned: token ids never proposed; their logits stay in the softmax.
         temperature: 0 proposes the argmax (the lower id among equals); above 0 the argmax of
             logits / temperature + Gumbel noise, a sample from softmax(logits / temperature).
         seed: () int64, key of the noise; needed when sampling.
-        noise_ids: (...) int64, what tells rows' noise apart, e.g. position + step * length;
-            needed when sampling.
+        noise_ids: (...) int64, contiguous, what tells rows' noise apart, e.g. position + step *
+            length; needed when sampling.
         confidence: of the untempered softmax p over all V tokens. "probability" p[token];
             "margin" the difference of the two largest p among tokens not banned; "neg_entropy"
             sum of p log p (natural logarithm).

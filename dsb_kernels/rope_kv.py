@@ -271,6 +271,7 @@ def rope_write_kv(
         raise ValueError(
             f"{op}: q has {W} window rows: accepted is at most k_cache's {C} positions"
         )
+    counts = {"dtype": torch.int32, "device": q.device, "contiguous": True}
     for name, value in (
         ("window_start", window_start),
         ("window_length", window_length),
@@ -278,7 +279,7 @@ def rope_write_kv(
         ("cache_batch_idx", cache_batch_idx),
     ):
         if value is not None:
-            check_tensor(op, name, value, dtype=torch.int32, shape=(B,), device=q.device)
+            check_tensor(op, name, value, shape=(B,), **counts)
     return _rope_write_kv_op(
         q, k, v, cos_sin_cache, k_cache, v_cache,
         window_start, window_length, position_offset, cache_batch_idx, is_neox,

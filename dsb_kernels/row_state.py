@@ -263,10 +263,8 @@ def combine_partials(
     if partials.shape[0] < 1:
         raise ValueError(f"{op}: partials of 0 ranks: accepted is at least 1")
     if eligible is not None:
-        shape = partials.shape[2:]
-        check_tensor(
-            op, "eligible", eligible, dtype=torch.bool, shape=shape, device=partials.device
-        )
+        same = {"device": partials.device, "contiguous": True}
+        check_tensor(op, "eligible", eligible, dtype=torch.bool, shape=partials.shape[2:], **same)
     return _combine_partials_op(partials, eligible, list(banned), confidence)
 
 
@@ -293,14 +291,15 @@ def check_scoring(
         raise ValueError(f"{op}: banned={banned!r} leaves no token of {V} to propose")
     if not 0 <= temperature < float("inf"):
         raise ValueError(f"{op}: temperature={temperature}: accepted is a finite number >= 0")
+    same = {"shape": rows, "device": device, "contiguous": True}
     if eligible is not None:
-        check_tensor(op, "eligible", eligible, dtype=torch.bool, shape=rows, device=device)
+        check_tensor(op, "eligible", eligible, dtype=torch.bool, **same)
     if temperature > 0:
         for name, value in (("seed", seed), ("noise_ids", noise_ids)):
             if value is None:
                 raise ValueError(f"{op}: {name}=None: temperature > 0 needs an int64 tensor")
         check_tensor(op, "seed", seed, dtype=torch.int64, shape=(), device=device)
-        check_tensor(op, "noise_ids", noise_ids, dtype=torch.int64, shape=rows, device=device)
+        check_tensor(op, "noise_ids", noise_ids, dtype=torch.int64, **same)
 
 
 def compile_cases() -> list[CompileCase]:

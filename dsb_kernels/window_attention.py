@@ -190,7 +190,7 @@ def window_attention(
     if k_window is not None:
         check_tensor(op, "k_window", k_window, shape=(B, H_kv, W, D), **rows)
         check_tensor(op, "v_window", v_window, shape=(B, H_kv, W, D), **rows)
-    counts = {"device": q.device, "dtype": torch.int32}
+    counts = {"device": q.device, "dtype": torch.int32, "contiguous": True}
     check_tensor(op, "window_start", window_start, shape=(B,), **counts)
     check_tensor(op, "window_length", window_length, shape=(B,), **counts)
     check_tensor(op, "cache_seqlens", cache_seqlens, shape=(B,), **counts)
@@ -201,8 +201,9 @@ def window_attention(
     _check_pair(op, "kv_num_blocks", kv_num_blocks, "kv_indices", kv_indices)
     if kv_num_blocks is not None:
         lists = (B,) if kv_num_blocks.ndim == 1 else (B, H_kv)
+        counts = {"device": q.device, "dtype": torch.int32}
         check_tensor(op, "kv_num_blocks", kv_num_blocks, shape=lists, **counts)
-        check_tensor(op, "kv_indices", kv_indices, shape=(*lists, "N"), **counts)
+        check_tensor(op, "kv_indices", kv_indices, shape=(*lists, "N"), unit_stride=True, **counts)
     if kv_block_size < 16 or kv_block_size & (kv_block_size - 1):
         raise ValueError(f"{op}: kv_block_size={kv_block_size}: accepted is a power of 2 from 16")
     if softmax_scale is None:

@@ -281,6 +281,16 @@ SEEDS = {"seed": torch.tensor(1), "noise_ids": torch.zeros(2, dtype=torch.int64)
         (LOGITS, {"eligible": torch.ones(2)}, "eligible has dtype float32: accepted are bool"),
         (LOGITS, {"eligible": torch.ones(3) > 0}, r"eligible has shape \(3,\): accepted is \(2\)"),
         (LOGITS, {"eligible": torch.ones(2, device="meta") > 0}, "eligible is on meta"),
+        (
+            LOGITS,
+            {"eligible": (torch.ones(4) > 0)[::2]},
+            r"eligible has strides \(2,\): accepted is",
+        ),
+        (
+            LOGITS,
+            {"temperature": 1.0, **SEEDS, "noise_ids": torch.arange(4)[::2]},
+            "noise_ids has str",
+        ),
     ],
 )
 def test_bad_input_names_argument_value_and_what_is_accepted(logits, options, words):

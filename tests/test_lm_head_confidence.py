@@ -253,6 +253,7 @@ HIDDEN, WEIGHT = torch.zeros(2, 4), torch.zeros(9, 4)
         (HIDDEN, WEIGHT, {"vocab_end": 10}, "vocab_end=10 with vocab_start=0: accepted are 1 to 9"),
         (HIDDEN, WEIGHT, {"confidence": "top"}, "confidence='top'"),
         (HIDDEN, WEIGHT, {"temperature": 0.5}, "seed=None"),
+        (HIDDEN, WEIGHT, {"eligible": (torch.ones(4) > 0)[::2]}, "eligible has strides"),
     ],
 )
 def test_bad_input_names_argument_value_and_what_is_accepted(hidden, weight, options, words):
@@ -267,6 +268,7 @@ def test_bad_input_names_argument_value_and_what_is_accepted(hidden, weight, opt
         (torch.zeros(3, 6, 2).transpose(0, 2), {}, "accepted is a contiguous tensor"),
         (torch.zeros(0, 6, 2), {}, "partials of 0 ranks"),
         (torch.zeros(2, 6, 3), {"eligible": torch.ones(2) > 0}, "eligible has shape"),
+        (torch.zeros(2, 6, 3), {"eligible": (torch.ones(6) > 0)[::2]}, "eligible has strides"),
     ],
 )
 def test_bad_partials(partials, options, words):

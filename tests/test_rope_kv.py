@@ -365,6 +365,7 @@ def test_output_has_the_stride_order_of_q(backend: str) -> None:
         ({"v_cache": torch.zeros(3, 2, 49, 64)}, ValueError, "v_cache has shape"),
         ({"window_start": torch.zeros(3)}, TypeError, "window_start has dtype float32"),
         ({"window_length": ints(1)}, ValueError, "window_length has shape"),
+        ({"window_start": ints(*range(6))[::2]}, ValueError, r"window_start has strides \(2,\)"),
         ({"cache_batch_idx": ints(0, 1)}, ValueError, r"cache_batch_idx has shape \(2,\)"),
         ({"cache_batch_idx": ints(0, 1, 2).long()}, TypeError, "cache_batch_idx has dtype int64"),
         ({"k_cache": torch.zeros(4, 2, 50, 64)}, ValueError, r"k_cache has shape \(4, 2, 50, 64\)"),
