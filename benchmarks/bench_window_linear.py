@@ -18,7 +18,7 @@ from torch.nn.functional import linear
 
 from benchmarks.measure import Call, Make, compiled, device, low_precision, on_gpu, run
 from dsb_kernels.window_linear import window_linear, window_linear_definition
-from dsb_runtime.layers import fused_silu_mul, silu_mul
+from dsb_runtime.layers import activate
 
 # output features, input features, bias, gated
 if on_gpu():
@@ -51,9 +51,7 @@ class Layer:
 
     def matmul(self) -> Tensor:
         made = linear(self.x, self.weight, self.bias)
-        if not self.gated:
-            return made
-        return fused_silu_mul()(made) if made.is_cuda else silu_mul(made)
+        return activate(made) if self.gated else made
 
     def definition(
         self, of: Callable[..., Tensor] = window_linear_definition, *, wide: bool = False

@@ -29,9 +29,9 @@ def row_class(rows: int, most: int) -> int:
     return min(1 << (rows - 1).bit_length(), most)
 
 
-# Beginning a capture waits for the device and empties the allocator's cache, neither of which is
-# allowed while another thread captures.
-CAPTURING = threading.Lock()
+# Held by what waits for the device or empties the allocator's cache, which no thread may while
+# another one captures: beginning a capture does both.
+CAPTURING = threading.RLock()
 
 
 class CudaGraphs:

@@ -23,6 +23,7 @@ from torch.nn.functional import rms_norm, silu
 from dsb_kernels.dispatch import use_triton
 from dsb_kernels.linear_add_norm import linear_add_norm
 from dsb_kernels.window_linear import MAX_ROWS, window_linear
+from dsb_runtime.capture import CAPTURING
 from dsb_runtime.packing import packed_linear
 
 # Norms that F.rms_norm computes from `weight` and `variance_epsilon`.
@@ -95,6 +96,14 @@ def fused_silu_mul() -> Callable[[Tensor], Tensor]:
     return torch.compile(silu_mul, dynamic=True)
 
 
+def activate(gate_up: Tensor) -> Tensor:
+    """`silu_mul`, on a GPU as one kernel. What compiles that times it on the device."""
+    if not gate_up.is_cuda:
+        return silu_mul(gate_up)
+    with CAPTURING:
+        return fused_silu_mul()(gate_up)
+
+
 def few_rows(x: Tensor) -> bool:
     """Whether x (N, E) goes through our linear kernels. More rows are better off with a matmul made
     for many."""
@@ -157,8 +166,7 @@ class PackedLayer:
         if few_rows(x):
             act = window_linear(x, self.gate_up.t(), gated=True)
         else:
-            gate_up = x.mm(self.gate_up)
-            act = fused_silu_mul()(gate_up) if gate_up.is_cuda else silu_mul(gate_up)
+            act = activate(x.mm(self.gate_up))
         return add_linear(hidden, act, self.down, norm)
 
 
