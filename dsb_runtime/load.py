@@ -182,12 +182,18 @@ def pick_device(device: str | torch.device) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         picked = torch.device(device)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError) as error:
         raise ValueError(f"device={device!r}: expected 'auto' or a torch device") from error
     if picked.type == "meta":
         raise ValueError(f"device={device!r}: it holds no weights; expected 'auto' or 'cpu'")
     if picked.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device={device!r}: no CUDA device here; expected 'auto' or 'cpu'")
+    try:
+        torch.empty(0, device=picked)
+    except Exception as error:  # every kind of device raises its own
+        raise ValueError(
+            f"device={device!r}: no such device here; expected 'auto', 'cpu' or 'cuda'"
+        ) from error
     return picked
 
 

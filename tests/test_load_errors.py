@@ -277,6 +277,8 @@ def test_an_unreachable_hub_id():
         ({"dtype": None}, ValueError, "dtype=None"),
         ({"device": "gpu9"}, ValueError, "device='gpu9'"),
         ({"device": "meta"}, ValueError, "device='meta': it holds no weights"),
+        ({"device": "vulkan"}, ValueError, "device='vulkan': no such device here; expected 'auto'"),
+        ({"device": None}, ValueError, "device=None: expected 'auto' or a torch device"),
     ],
 )
 def test_arguments(arguments, kind, said):
