@@ -26,7 +26,7 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.utils import ModelOutput
 
 from dsb_runtime.check import check_model
-from dsb_runtime.config import DecodingConfig, check_int
+from dsb_runtime.config import CACHES, DecodingConfig, check_choice, check_int
 from dsb_runtime.decode import ENGINE, StepEvent, generate
 
 DEFAULT_BLOCK = 32
@@ -232,6 +232,8 @@ def custom_generate(
         check_fields(generation_config, call, logits_processor, stopping_criteria)
         model = with_ends(model, generation_config, eos_token_id)
         prompt = input_ids.shape[1]
+        if cache_policy is not None:
+            check_choice("cache_policy", cache_policy, CACHES)
         given = {
             "gen_length": generation_config.max_length - prompt,
             "block_length": block_length, "cache": cache_policy, "schedule": schedule,

@@ -268,6 +268,8 @@ def test_other_errors_name_their_argument():
         run(model, ids, do_sample=True, top_p=0.9)
     with pytest.raises(ValueError, match=r"^block_length=25: expected an int from 1 to 24"):
         run(model, ids, block_length=25)
+    with pytest.raises(ValueError, match=r"^cache_policy='lru': expected one of dsb, dual, none"):
+        run(model, ids, cache_policy="lru")
     with pytest.raises(ValueError, match="generator and seed"):
         run(model, ids, seed=1, generator=torch.Generator())
     with pytest.raises(ValueError, match="unheard_of"):  # transformers' own check
