@@ -35,6 +35,7 @@ from benchmarks.step_cost import (
     weight_bytes,
 )
 from dsb_runtime.cli import OneLineParser
+from dsb_runtime.plots import check_files
 
 KINDS = ("window", "refresh")
 ITEMSIZE = {"bfloat16": 2, "float16": 2, "float32": 4}
@@ -300,8 +301,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         share = share or refresh_share(args.block, args.tokens_per_forward)
         if share > 1:
             raise ValueError(f"--refresh-share {share:g}: expected a number in (0, 1]")
-        if args.json and not args.json.absolute().parent.is_dir():
-            raise ValueError(f"--json {args.json}: no such folder as {args.json.parent}")
+        check_files(args.json, None)
     except ValueError as error:
         parser.error(str(error))
     preset = PRESETS[args.preset]

@@ -25,6 +25,7 @@ from dsb_runtime.config import (
     SCHEDULES,
     DecodingConfig,
     check_int,
+    check_real,
 )
 from dsb_runtime.convert import convert
 from dsb_runtime.decode import GenerationOutput, StepEvent, generate
@@ -195,8 +196,7 @@ def answer_of(
 def run_generate(args: argparse.Namespace) -> int:
     if args.live and args.json:
         raise ValueError("--live and --json: expected one of the two")
-    if args.frame_seconds < 0:
-        raise ValueError(f"--frame-seconds {args.frame_seconds:g}: expected at least 0")
+    check_real("--frame-seconds", args.frame_seconds, 0, 3600)
     if args.trace is not None:
         check_files(None, args.trace, names=("--json", "--trace"))
     if args.seed is not None:
@@ -230,8 +230,6 @@ def run_generate(args: argparse.Namespace) -> int:
             model, input_ids, config, generator=generator, on_step=on_step if watchers else None
         )
         seconds = time.perf_counter() - began - (live.spent if live else 0.0)
-    if trace is not None:
-        trace.save(args.trace)
 
     tokens = out.row_tokens[0]
     answer = answer_of(out, 0, prompt, tokenizer)
@@ -242,12 +240,14 @@ def run_generate(args: argparse.Namespace) -> int:
             "seconds": seconds, "committed_per_forward": out.tokens_per_forward,
             "response_ids": out.sequences[0, prompt:].tolist(),
         }))  # fmt: skip
-        return 0
-    print(answer)
-    print(
-        f"{tokens} tokens, {out.nfe} forwards, {tokens / out.nfe:.2f} tokens per forward, "
-        f"{tokens / seconds:.1f} tokens/s"
-    )
+    else:
+        print(answer)
+        print(
+            f"{tokens} tokens, {out.nfe} forwards, {tokens / out.nfe:.2f} tokens per forward, "
+            f"{tokens / seconds:.1f} tokens/s"
+        )
+    if trace is not None:  # after the answer, which a picture that fails does not take along
+        trace.save(args.trace)
     return 0
 
 
@@ -279,6 +279,7 @@ def run_eval(args: argparse.Namespace) -> int:
         if args.json is not None:
             raise ValueError("--from and --json: expected one of the two")
         return evaluate.run_kept(args.kept, args.plot)
+    evaluate.check_arguments(args)
     model, tokenizer = load(args)
     return evaluate.run(args, model, tokenizer)
 

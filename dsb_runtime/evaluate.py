@@ -158,7 +158,9 @@ def encode_batches(
 
 def print_table(title: str, scores: list[Score]) -> None:
     # Narrow enough for 80 columns, in which a box would cut the figures.
-    table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    table = Table(
+        title=title, box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True
+    )
     for column in ("rule", "schedule", "cache"):
         table.add_column(column, no_wrap=True)
     for column in ("exact", "forwards", "tokens", "tokens/\nforward", "tokens/\ns"):
@@ -190,13 +192,18 @@ def run_kept(path: Path, plot: Path | None) -> int:
     return 0
 
 
+def check_arguments(args: argparse.Namespace) -> None:
+    """Raise for a wrong argument; asked before a checkpoint is read."""
+    check_int("--problems", args.problems, 1)
+    check_int("--batch", args.batch, 1)
+    check_files(args.json, args.plot)
+    build_settings(args.gen_length, args.block_length, args.quick)
+
+
 def run(
     args: argparse.Namespace, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> int:
     """The command: a table, and the files asked for."""
-    check_int("--problems", args.problems, 1)
-    check_int("--batch", args.batch, 1)
-    check_files(args.json, args.plot)
     problems = heldout(args.problems, seed=args.seed)
     batches = encode_batches(tokenizer, problems, args.batch, model.device)
     settings = build_settings(args.gen_length, args.block_length, args.quick)

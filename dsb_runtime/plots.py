@@ -30,6 +30,7 @@ def check_files(
             raise ValueError(f"{name} {path}: no such folder as {path.absolute().parent}")
         if path.is_dir():
             raise ValueError(f"{name} {path}: a folder; expected a file")
+        check_writable(name, path)
     if plot_file is not None:
         from matplotlib.backend_bases import FigureCanvasBase
 
@@ -39,14 +40,31 @@ def check_files(
             raise ValueError(f"{names[1]} {plot_file}: expected a file ending in .{endings}")
 
 
+def check_writable(name: str, path: Path) -> None:
+    """Raise ValueError unless the file can be written, by trying; what it holds stays."""
+    there = path.exists()
+    if there and not path.is_file():  # a pipe, whose reader would see an end
+        return
+    try:
+        path.open("ab").close()
+    except OSError as error:
+        raise ValueError(
+            f"{name} {path}: {error.strerror}; expected a file that can be written"
+        ) from error
+    if not there:
+        path.unlink()
+
+
 def read_kept(path: Path) -> Any:
     """The JSON in a file named by `--from`.
 
     Raises:
-        OSError, ValueError: no such file, or no JSON in it.
+        ValueError: no such file, or no JSON in it.
     """
     try:
         return json.loads(path.read_text("utf-8"))
+    except OSError as error:
+        raise ValueError(f"--from {path}: {error.strerror}; expected a file") from error
     except ValueError as error:  # JSON's and UTF-8's
         raise ValueError(f"--from {path}: expected a JSON file ({error})") from error
 

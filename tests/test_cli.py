@@ -184,9 +184,13 @@ WRONG = [
     (("--mask-id", 9999), "mask_id=9999"),
     (("--dtype", "int8"), "dtype='int8'"),
     (("--device", "gpu9"), "device='gpu9'"),
+    (("--device", "mps"), "device='mps'"),
     (("--live", "--json"), "--live and --json"),
-    (("--live", "--frame-seconds", -1), "--frame-seconds -1"),
+    (("--live", "--frame-seconds", -1), "--frame-seconds=-1.0: expected a number in [0, 3600]"),
+    (("--live", "--frame-seconds", "nan"), "--frame-seconds=nan"),
+    (("--live", "--frame-seconds", "inf"), "--frame-seconds=inf"),
     (("--trace", "/no/such/folder/a.png"), "no such folder"),
+    (("--trace", "/proc/a.png"), "--trace /proc/a.png: No such file or directory; expected a file"),
     (("--trace", "a.txt"), "--trace a.txt: expected a file ending in"),
     (("--trace", "picture"), "--trace picture: expected"),
     (("--schedule", "fast"), "argument --schedule: invalid choice: 'fast'"),
@@ -239,6 +243,17 @@ def test_models_that_cannot_be_used(tmp_path, capsys):
     config, weights = parts("llada")
     weights["model.transformer.ff_out.weight"][3] = float("nan")
     generate(write(folder, config, weights), "step 0: the model's logits are NaN")
+
+
+def test_a_picture_that_fails_does_not_take_the_answer_along(chat, capsys, tmp_path, monkeypatch):
+    def full(*args: Any) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("dsb_runtime.trace.Trace.save", full)
+    path = tmp_path / "trace.png"
+    assert main(["generate", PROMPT, "--model", str(chat), *SHORT, "--trace", str(path)]) == 2
+    said = capsys.readouterr()
+    assert said.out.startswith("w") and said.err == "dsb: No space left on device\n"
 
 
 def test_ctrl_c(chat, capsys, monkeypatch):

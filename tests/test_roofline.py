@@ -248,6 +248,7 @@ def test_measurement_beside(measured, capsys, tmp_path):
         ("--preset tiny --gpu h100 --tokens-per-forward 33", "33: expected at most --block, 32"),
         ("--preset tiny --gpu h100 --refresh-share 2", "--refresh-share 2: expected a number in"),
         ("--preset tiny --gpu h100 --json /nope/x.json", "no such folder as /nope"),
+        ("--preset tiny --gpu h100 --json /", "--json /: a folder; expected a file"),
         ("--measured /nope.json", "--measured /nope.json: No such file"),
         ("--measured {measured} --batch 4", "--batch 4: --measured {measured} has [2]"),
         ("--measured {measured} --prompt 65", "--prompt 65: --measured {measured} has 64"),
