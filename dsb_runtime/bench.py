@@ -14,6 +14,7 @@ import os
 import platform
 import statistics
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from importlib import metadata
@@ -188,8 +189,9 @@ def measure(
     *,
     rounds: int,
     seed: int,
-) -> dict[str, Any]:
-    """Every batch size once a round, so that all see the same machine.
+) -> Iterator[dict[str, Any]]:
+    """Every batch size once a round, so that all see the same machine; yields the figures of the
+    rounds so far after each.
 
     Args:
         prompts: (max(batches), P); a batch takes the first of them.
@@ -198,6 +200,7 @@ def measure(
     """
     limit = LinearLayers(model, max(batches) * (prompts.shape[1] + config.gen_length))
     bandwidth = copy_bandwidth(model.device)
+    weights_seconds = None if bandwidth is None else limit.bytes / bandwidth
     kept: dict[int, list[Round]] = {batch: [] for batch in batches}
     with tqdm(total=(rounds + 1) * len(batches), desc="rounds", disable=None) as bar:
         for index in range(rounds + 1):
@@ -206,12 +209,13 @@ def measure(
                 if index > 0:
                     kept[batch].append(done)
                 bar.update()
-    weights_seconds = None if bandwidth is None else limit.bytes / bandwidth
-    return {
-        "weight_bytes": limit.bytes,
-        "copy_bandwidth": bandwidth,
-        "batches": [summarize(kept[batch], weights_seconds) for batch in batches],
-    }
+            if index > 0:
+                yield {
+                    "rounds": index,
+                    "weight_bytes": limit.bytes,
+                    "copy_bandwidth": bandwidth,
+                    "batches": [summarize(kept[batch], weights_seconds) for batch in batches],
+                }
 
 
 def describe_machine(device: torch.device) -> dict[str, Any]:
@@ -326,8 +330,7 @@ def run(
     prompts = random_prompts(model, tokenizer, max(batches), args.prompt_length, seed)
     if not config.stop_at_eos:
         model.dsb = replace(model.dsb, eos_ids=())
-    measured = measure(model, prompts, config, batches, rounds=args.rounds, seed=seed)
-    record = {
+    about = {
         "model": "embedded model" if args.model == str(MODEL_DIR) else args.model,
         "dtype": str(model.dtype).removeprefix("torch."),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -337,10 +340,11 @@ def run(
         "prompt_length": args.prompt_length,
         "settings": asdict(config),
         "seed": seed,
-        "rounds": args.rounds,
-        **measured,
     }
-    if args.json:
-        args.json.write_text(json.dumps(record, indent=1) + "\n", "utf-8")
+    record = about
+    for measured in measure(model, prompts, config, batches, rounds=args.rounds, seed=seed):
+        record = {**about, **measured}
+        if args.json:  # kept as it grows: an interrupt loses nothing but the round that runs
+            args.json.write_text(json.dumps(record, indent=1) + "\n", "utf-8")
     show(record, args.plot)
     return 0

@@ -204,7 +204,32 @@ def test_the_picture_is_drawn_from_the_record(measured, tmp_path, capsys):
     assert len(set(pictures)) == len(pictures)
 
 
+def test_an_interrupt_leaves_the_rounds_before_it(tmp_path, capsys, monkeypatch):
+    kept, rounds = tmp_path / "bench.json", []
+
+    def one_round(*args: Any) -> Round:
+        rounds.append(made_round())
+        if len(rounds) == 4:  # the one that warms up, two that count
+            raise KeyboardInterrupt
+        return rounds[-1]
+
+    monkeypatch.setattr("dsb_runtime.bench.one_round", one_round)
+    argv = ["bench", *SMALL, "--batch", "1", "--rounds", "9", "--json", str(kept)]
+    assert cli.main(argv) == 130
+    assert capsys.readouterr().err.endswith("dsb: interrupted\n")
+    assert json.loads(kept.read_text())["rounds"] == 2
+    assert cli.main(["bench", "--from", str(kept)]) == 0
+
+
 # --- errors -----------------------------------------------------------------------------------
+
+
+def test_asking_whether_a_file_can_be_written_changes_none(tmp_path):
+    old, new = tmp_path / "old.json", tmp_path / "new.json"
+    old.write_text("mine")
+    for path in (old, new):
+        assert cli.main(["bench", "--json", str(path), "--plot", "picture.txt"]) == 2
+    assert old.read_text() == "mine" and not new.exists()
 
 
 @pytest.mark.parametrize(
@@ -223,7 +248,9 @@ def test_the_picture_is_drawn_from_the_record(measured, tmp_path, capsys):
         (["--plot", "/nowhere/at/all.png"], "--plot /nowhere/at/all.png: no such folder"),
         (["--plot", "picture.txt"], "--plot picture.txt: expected a file ending in"),
         (["--json", "/"], "--json /: a folder"),
-        (["--from", "/nowhere/at/all.json"], "/nowhere/at/all.json"),
+        (["--json", "/proc/a.json"], "--json /proc/a.json: No such file or directory; expected"),
+        (["--from", "/nowhere/at/all.json"], "--from /nowhere/at/all.json: No such file"),
+        (["--from", "/"], "--from /: Is a directory; expected a file"),
         (["--from", "a.json", "--json", "b.json"], "--from and --json"),
         (["--model", "/no/such/folder"], "expected a checkpoint folder or a hub id"),
     ],
