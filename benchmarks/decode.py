@@ -53,6 +53,7 @@ from benchmarks.presets import (
     PRESETS,
     Preset,
     check_device,
+    check_prompt_length,
     check_tokens,
     random_model,
     random_prompt,
@@ -63,6 +64,7 @@ from benchmarks.step_times import TimedEngine, phase_times
 from benchmarks.trajectory import Agreement, Recorder, StepClock, StepTimes, agreement
 from dsb_runtime.bench import describe_machine, describe_versions
 from dsb_runtime.cli import OneLineParser
+from dsb_runtime.config import check_int
 from dsb_runtime.plots import check_files
 from dsb_runtime.step_limit import timed
 
@@ -271,6 +273,8 @@ def settings_of(args: argparse.Namespace, preset: Preset) -> dict[str, Any]:
     if args.device == "cpu" and args.no_graphs:
         raise ValueError("--no-graphs: a CPU has none; expected it with --device cuda")
     check_tokens(args.tokens_per_forward, args.block)
+    check_int("--seed", args.seed, 0, 2**63 - 1)
+    check_prompt_length(args.prompt, args.gen)
     check_files(args.json, args.plot)
     args.dtype = args.dtype or ("bfloat16" if args.device == "cuda" else "float32")
     prefix = preset.family.prefix_window if args.prefix_window is None else args.prefix_window
@@ -317,17 +321,22 @@ def main(argv: Sequence[str] | None = None) -> None:
         "eager": "the prompts of a batch one after another",
         "runs": [],
     }  # fmt: skip
+
+    def keep() -> None:
+        if args.json:
+            args.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
     cases = []
     for batch in batches:
         cases.append(Case(engine, prompts[:batch], settings, compare=not args.no_eager))
         result["runs"].append(measure(cases[-1], engine, ceilings, preset, args.rounds))
+        keep()  # a larger batch may fail, and takes nothing along
     for case, run in zip(cases, result["runs"], strict=True):
         run["gpu_idle_share"] = idle_share(case, run)
         if args.phases:
             run["phase_us"] = phase_times(model, case.prompt, settings, case.record.kinds)
+        keep()
     print_runs(result)
-    if args.json:
-        args.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     if args.plot:
         draw_runs(result, args.plot)
 

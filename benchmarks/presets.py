@@ -21,6 +21,8 @@ from transformers import (
 from dsb_runtime.families import DREAM, LLADA, Family
 from dsb_runtime.load import DiffusionInfo
 
+POSITIONS = 32768  # that a model has
+
 
 @dataclass(frozen=True)
 class Preset:
@@ -64,7 +66,7 @@ def config_of(preset: Preset) -> PretrainedConfig:
         num_attention_heads=preset.heads,
         num_key_value_heads=preset.kv_heads,
         head_dim=preset.head_dim,
-        max_position_embeddings=32768,
+        max_position_embeddings=POSITIONS,
         rope_parameters={"rope_type": "default", "rope_theta": preset.rope_theta},
         tie_word_embeddings=preset.tied,
         attn_implementation="dsb",
@@ -111,4 +113,12 @@ def check_tokens(tokens_per_forward: float, block: int) -> None:
     if tokens_per_forward > block:
         raise ValueError(
             f"--tokens-per-forward {tokens_per_forward:g}: expected at most --block, {block}"
+        )
+
+
+def check_prompt_length(prompt: int, gen: int) -> None:
+    """ValueError where a model has no room for prompt and response."""
+    if prompt + gen > POSITIONS:
+        raise ValueError(
+            f"--prompt {prompt}: expected at most {POSITIONS - gen} before {gen} response positions"
         )

@@ -22,6 +22,7 @@ from benchmarks.presets import (
     PRESETS,
     Preset,
     check_device,
+    check_prompt_length,
     check_tokens,
     random_model,
     random_prompt,
@@ -29,6 +30,7 @@ from benchmarks.presets import (
 from benchmarks.roofline import positive
 from dsb_runtime import profile
 from dsb_runtime.cli import OneLineParser
+from dsb_runtime.config import check_int
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -61,6 +63,8 @@ def settings_of(args: argparse.Namespace, preset: Preset) -> dict[str, Any]:
     if args.device == "cpu" and args.graphs:
         raise ValueError("--graphs: a CPU has none; expected it with --device cuda")
     check_tokens(args.tokens_per_forward, args.block)
+    check_int("--seed", args.seed, 0, 2**63 - 1)
+    check_prompt_length(args.prompt, args.gen)
     if args.rows is not None and args.rows < args.block:
         raise ValueError(f"--rows {args.rows}: expected at least --block, {args.block}")
     profile.check_arguments(args)

@@ -409,6 +409,8 @@ def test_busy_is_each_moment_once():
         ("--prefix-window -1", "prefix_window=-1: expected an int >= 0"),
         ("--tokens-per-forward 40", "--tokens-per-forward 40: expected at most --block, 32"),
         ("--no-graphs", "--no-graphs: a CPU has none; expected it with --device cuda"),
+        ("--prompt 40000", "--prompt 40000: expected at most 32640 before 128"),
+        ("--seed -1", "--seed=-1: expected an int from 0"),
         ("--json /nope/x.json", "--json /nope/x.json: no such folder"),
         ("--plot x.txt", "--plot x.txt: expected a file ending in"),
         pytest.param("--device cuda", "--device cuda: no CUDA device here; expected cpu",
@@ -421,6 +423,21 @@ def test_bad_arguments_take_one_line(options, said, capsys):
     error = capsys.readouterr().err
     assert stop.value.code == 2 and error.count("\n") == 1
     assert error.startswith("decode: ") and said in error
+
+
+def test_a_batch_that_fails_leaves_those_before_it(monkeypatch, tmp_path):
+    measure, path = decode.measure, tmp_path / "found.json"
+
+    def fails(case: Any, *args: Any) -> dict[str, Any]:
+        if len(case.prompt) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return measure(case, *args)
+
+    monkeypatch.setattr(decode, "measure", fails)
+    options = ["--preset", "tiny", *SHAPE, "--rounds", "1", "--batch", "1", "2"]
+    with pytest.raises(torch.OutOfMemoryError):
+        decode.main([*options, "--json", str(path)])
+    assert [run["batch"] for run in json.loads(path.read_text())["runs"]] == [1]
 
 
 def test_prompts_hold_no_mask():
