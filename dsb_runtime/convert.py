@@ -6,8 +6,10 @@ The copy loads without this package and attends both ways (`is_causal` is false 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -30,6 +32,7 @@ TOKENIZER_FILES = (
     "chat_template.json",
 )
 KEPT_GENERATION = ("bos_token_id", "pad_token_id", "max_new_tokens")
+SHARD_SIZE = re.compile(r"\d+[KMGT]B", re.IGNORECASE)
 
 
 def check_target(target: Path) -> None:
@@ -92,23 +95,36 @@ def convert(
 
     Raises:
         FileExistsError: `target` holds something.
-        FileNotFoundError, OSError, ValueError: as of `load_model`.
+        FileNotFoundError, OSError, ValueError: as of `load_model`; also where `target` cannot be
+            written, or `max_shard_size` is no size.
     """
     target = Path(target)
     check_target(target)
+    if not SHARD_SIZE.fullmatch(max_shard_size):
+        raise ValueError(f"max_shard_size={max_shard_size!r}: expected a size such as '5GB'")
     folder = find_folder(source, revision)
-    say(f"reading {source}")
-    model = load_model(folder, dtype=dtype, device="cpu", family=family, mask_id=mask_id)
-    prepare_configs(model)
+    # Everything that can fail early does so before the weights are read.
     partial = target.absolute().parent / f".{target.name}.{os.getpid()}"
-    partial.mkdir(parents=True)
+    made = [parent for parent in partial.parents if not parent.exists()]
+    try:
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise OSError(
+            f"{target}: {error.strerror}; expected a folder that can be written"
+        ) from error
     try:
         names = copy_tokenizer(folder, partial)
+        say(f"reading {source}")
+        model = load_model(folder, dtype=dtype, device="cpu", family=family, mask_id=mask_id)
+        prepare_configs(model)
         say(f"writing {target} ({', '.join(names) if names else 'no tokenizer in the source'})")
         model.save_pretrained(partial, max_shard_size=max_shard_size)
         partial.rename(target)  # onto nothing or onto an empty folder
     except BaseException:
         shutil.rmtree(partial)
+        with contextlib.suppress(OSError):  # somebody else's files
+            for parent in made:
+                parent.rmdir()
         raise
     size = sum(weight.nbytes for weight in model.parameters())
     kind, name = type(model).__name__, model.dsb.family.name

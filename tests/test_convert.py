@@ -118,6 +118,26 @@ def test_a_failure_leaves_nothing_behind(tmp_path, capsys):
     assert [p.name for p in tmp_path.iterdir()] == ["source"]
 
 
+@pytest.mark.parametrize(
+    ("place", "options", "said"),
+    [
+        ("new/copy", ("--max-shard-size", "huge"), "max_shard_size='huge': expected a size such"),
+        ("new/copy", ("--max-shard-size", "5"), "max_shard_size='5'"),
+        ("new/copy", ("--family", "dream"), "config.json has no hidden_size"),
+        ("file/copy", (), "expected a folder that can be written"),
+    ],
+)
+def test_what_can_fail_early_fails_first(tmp_path, capsys, place, options, said):
+    """Before the weights are read, with nothing left behind."""
+    (tmp_path / "file").write_text("mine")
+    source = published(tmp_path / "source", "llada")
+    (source / "model.safetensors").write_bytes(b"never read")
+    assert main(["convert", str(source), str(tmp_path / place), *options]) == 2
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "source"]
+
+
 def test_an_unknown_family_in_a_config_is_an_error(tmp_path):
     config, weights = parts("llada")
     folder = write(tmp_path, {**config, "dsb_family": "other"}, weights)
