@@ -42,16 +42,16 @@ def build_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )  # fmt: skip
     add, above = parser.add_argument, positive(int)
-    add("--preset", choices=PRESETS, default="tiny")
+    add("--preset", choices=PRESETS, default="tiny", help="model shapes (tiny)")
     add("--device", choices=["cpu", "cuda"], default="cpu")
     add("--dtype", choices=DTYPES, help="bfloat16 on cuda, float32 on cpu")
     add("--batch", type=above, default=1, metavar="N", help="prompts")
-    add("--prompt", type=above, default=512, help="prompt tokens")
-    add("--gen", type=above, default=128, help="response positions")
-    add("--block", type=above, default=32, help="block length")
+    add("--prompt", type=above, default=512, help="prompt tokens (512)")
+    add("--gen", type=above, default=128, help="response positions (128)")
+    add("--block", type=above, default=32, help="block length (32)")
     add("--rows", type=above, help="of a window step and a prompt: a block of --block that does "
         "not grow, and a prefix window of the rest; without it blocks grow")  # fmt: skip
-    add("--tokens-per-forward", type=positive(float), default=3.5, help="committed by a step")
+    add("--tokens-per-forward", type=positive(float), default=3.5, help="committed by a step (3.5)")
     add("--seed", type=int, default=0)
     profile.add_arguments(parser)
     return parser

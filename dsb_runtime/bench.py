@@ -42,8 +42,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("measurement")
     group.add_argument("--batch", type=int, nargs="+", default=list(BATCHES), metavar="N",
                        help=f"batch sizes (default: {' '.join(map(str, BATCHES))})")  # fmt: skip
-    group.add_argument("--prompt-length", type=int, default=128, help="random tokens a prompt")
-    group.add_argument("--rounds", type=int, default=5, help="timed rounds after one that warms up")
+    group.add_argument("--prompt-length", type=int, default=128,
+                       help="random tokens a prompt (default: 128)")  # fmt: skip
+    group.add_argument("--rounds", type=int, default=5,
+                       help="timed rounds after one that warms up (default: 5)")  # fmt: skip
     output = parser.add_argument_group("output")
     output.add_argument("--json", type=Path, metavar="FILE", help="write the figures here")
     output.add_argument("--plot", type=Path, metavar="FILE.png", help="draw them")

@@ -109,7 +109,9 @@ def build_parser() -> argparse.ArgumentParser:
     output = gen.add_argument_group("output")
     output.add_argument("--raw", action="store_true", help="do not apply the chat template")
     output.add_argument("--live", action="store_true", help="show the canvas while it fills")
-    output.add_argument("--frame-seconds", type=float, default=0.1, help="pause between frames")
+    output.add_argument(
+        "--frame-seconds", type=float, default=0.1, help="pause between frames (default: 0.1)"
+    )
     output.add_argument("--trace", type=Path, metavar="FILE.png", help="draw position × forward")
     output.add_argument("--json", action="store_true", help="print one JSON object")
     gen.set_defaults(run=run_generate)
@@ -131,7 +133,8 @@ def build_parser() -> argparse.ArgumentParser:
     add_decoding(prof)
     prompts = prof.add_argument_group("prompts")
     prompts.add_argument("--batch", type=int, default=1, metavar="B", help="default: 1")
-    prompts.add_argument("--prompt-length", type=int, default=128, help="random tokens a prompt")
+    prompts.add_argument("--prompt-length", type=int, default=128,
+                         help="random tokens a prompt (default: 128)")  # fmt: skip
     profile.add_arguments(prof)
     prof.set_defaults(run=run_profile, stop_at_eos=False)
     ev = commands.add_parser(

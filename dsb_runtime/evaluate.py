@@ -64,11 +64,11 @@ class Score:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--problems", type=int, default=500, help="held-out problems")
-    parser.add_argument("--gen-length", type=int, default=64)
-    parser.add_argument("--block-length", type=int, default=16)
-    parser.add_argument("--batch", type=int, default=25, help="problems decoded together")
-    parser.add_argument("--seed", type=int, default=0, help="of the problems")
+    parser.add_argument("--problems", type=int, default=500, help="held-out (default: 500)")
+    parser.add_argument("--gen-length", type=int, default=64, help="default: 64")
+    parser.add_argument("--block-length", type=int, default=16, help="default: 16")
+    parser.add_argument("--batch", type=int, default=25, help="decoded together (default: 25)")
+    parser.add_argument("--seed", type=int, default=0, help="of the problems (default: 0)")
     parser.add_argument("--quick", action="store_true", help="threshold 0.9 only, no sweeps")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the scores here")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the scores")
