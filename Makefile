@@ -1,5 +1,5 @@
 # make demo: decode real prompts with the embedded model; make test: run the tests.
-# Both build .venv first. A machine without a GPU gets CPU torch.
+# Both build .venv first. A machine without a GPU gets the versions in constraints.txt.
 
 PYTHON ?= python3
 VENV ?= .venv
