@@ -198,6 +198,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("Triton is not installed")
     if interpreted():
         parser.error("TRITON_INTERPRET is set: kernels cannot be compiled then")
+    known = sorted({case.op for case in collect_cases()})
+    for op in args.op:
+        if op not in known:
+            parser.error(f"--op {op}: expected one of {', '.join(known)}")
+    if args.jobs < 1:
+        parser.error(f"--jobs {args.jobs}: expected at least 1")
     rows = compile_all(args.arch or ARCHITECTURES, args.op, args.jobs)
     if args.json:
         for r in rows:

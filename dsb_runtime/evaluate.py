@@ -196,6 +196,7 @@ def check_arguments(args: argparse.Namespace) -> None:
     """Raise for a wrong argument; asked before a checkpoint is read."""
     check_int("--problems", args.problems, 1)
     check_int("--batch", args.batch, 1)
+    check_int("--seed", args.seed, 0)
     check_files(args.json, args.plot)
     build_settings(args.gen_length, args.block_length, args.quick)
 

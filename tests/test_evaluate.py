@@ -92,6 +92,7 @@ def test_command_writes_json_and_plot(tmp_path, capsys):
         (["--batch", "0"], "--batch"),
         (["--json", "/nowhere/at/all.json"], "--json"),
         (["--gen-length", "8"], "block_length"),
+        (["--seed", "-1"], "--seed"),
         (["--plot", "scores.txt"], "--plot scores.txt: expected a file ending in"),
         (["--from", "/nowhere/at/all.json"], "/nowhere/at/all.json"),
         (["--from", "setup.py"], "--from setup.py: expected a JSON file"),

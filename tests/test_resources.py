@@ -90,6 +90,18 @@ def test_every_kernel_is_fit_for_the_chip(architecture):
     assert all(row["resident_blocks"] >= 1 for row in rows)
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--op", "nope"), "--op nope: expected one of combine_partials, linear_add_norm, "),
+        (("--jobs", "0"), "--jobs 0: expected at least 1"),
+    ],
+)
+def test_bad_arguments_are_named(options, said):
+    result = run_resources(*options)
+    assert result.returncode == 2 and said in result.stderr
+
+
 def test_resident_blocks():
     """Against the CUDA occupancy calculator's results for these limits."""
     chip = CHIPS["sm_90"]
