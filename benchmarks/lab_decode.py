@@ -16,7 +16,7 @@ from torch import Tensor
 from benchmarks import decode
 from benchmarks.decode import Case, idle_share, measure, time_steps
 from benchmarks.decode_report import step_figures
-from benchmarks.lab_state import Lab
+from benchmarks.lab_state import MODELS, Lab
 from benchmarks.measure import device, on_gpu
 from benchmarks.presets import PRESETS, Preset, random_model, random_prompt
 from benchmarks.step_times import TimedEngine, phase_times
@@ -57,7 +57,7 @@ def bench(lab: Lab, name: str) -> Bench:
         name = "tiny-dream" if name == "dream-7b" else "tiny"
     key = f"model {name}"
     if key not in lab.kept:
-        lab.release(*(k for k in lab.kept if k.startswith(("model ", "main "))))
+        lab.release(MODELS)
         preset, (_, prompt, *_) = PRESETS[name], GPU_SHAPE if on_gpu() else CPU_SHAPE
         model = random_model(preset, torch.bfloat16, device())
         prompts = random_prompt(preset, max(BATCHES), int(prompt)).to(device())

@@ -18,6 +18,8 @@ import torch
 from benchmarks import ceilings, measure
 from benchmarks.roofline import Ceilings
 
+MODELS = ("model ", "main ")  # what models are kept under, with what was measured of them
+
 
 class OutOfTimeError(BaseException):
     """Raised inside of a part when the run's time is over; no `except Exception` holds it."""
@@ -92,10 +94,10 @@ class Lab:
             self.kept["ceilings"] = Ceilings(ceilings.copy_gb_per_s(device), tflops, "this run")
         return self.kept["ceilings"]
 
-    def release(self, *names: str) -> None:
-        """Forget what parts left, those named or all, and give its memory back."""
-        for name in names or list(self.kept):
-            self.kept.pop(name, None)
+    def release(self, prefixes: tuple[str, ...] = ("",)) -> None:
+        """Forget what parts left under names that begin so, and give its memory back."""
+        for name in [name for name in self.kept if name.startswith(prefixes)]:
+            del self.kept[name]
         gc.collect()
         if measure.on_gpu():
             torch.cuda.empty_cache()

@@ -240,6 +240,7 @@ def test_a_batch_is_kept_once():
     found.kept["ceilings"] = roofline.Ceilings(1.0, 1.0, "")
     made = lab_decode.bench(found, "llada-8b")
     assert made.name == "tiny" and lab_decode.bench(found, "llada-8b") is made
+    assert list(found.kept) == ["ceilings", "model tiny"]
     args, settings = made.settings("--max-block", "8", "--prefix-window", "16")
     assert (settings["max_block_length"], settings["prefix_window"]) == (8, 16)
     assert settings["steps"] == 9 and args.dtype == "bfloat16"
