@@ -25,6 +25,7 @@ def keep(lab: Lab, part: str, case: str, found: Timing) -> Timing:
     """Both times of a case go into the file."""
     times = {"cold_us": round(found.cold * 1e6, 2), "warm_us": round(found.warm * 1e6, 2)}
     lab.details.setdefault(part, {})[case] = times
+    lab.save()
     return found
 
 

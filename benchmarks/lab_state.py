@@ -20,6 +20,8 @@ from benchmarks.roofline import Ceilings
 
 MODELS = ("model ", "main ")  # what models are kept under, with what was measured of them
 
+AGAIN = 5.0  # seconds after which a part that has not stopped is told once more
+
 
 class OutOfTimeError(BaseException):
     """Raised inside of a part when the run's time is over; no `except Exception` holds it."""
@@ -37,7 +39,8 @@ def time_limit(seconds: float) -> Iterator[None]:
         raise OutOfTimeError
 
     before = signal.signal(signal.SIGALRM, over)
-    signal.setitimer(signal.ITIMER_REAL, max(seconds, 1e-3))
+    # And again: what is raised inside of a destructor or a callback of C is printed and forgotten.
+    signal.setitimer(signal.ITIMER_REAL, max(seconds, 1e-3), AGAIN)
     try:
         yield
     finally:
@@ -73,14 +76,16 @@ class Lab:
         return measure.on_gpu()
 
     def figure(self, key: str, value: float, note: str = "") -> None:
-        """A figure that a target names."""
+        """A figure that a target names; in the file at once, since a process may be killed."""
         self.figures[key] = {"value": float(value), "note": note}
+        self.save()
 
     def fact(self, figure: str, value: float, unit: str, note: str = "") -> None:
         """A figure without a target."""
         self.figures[figure] = {
             "value": float(value), "note": note, "figure": figure, "unit": unit,
         }  # fmt: skip
+        self.save()
 
     def problem(self, what: str) -> None:
         """Something failed that does not keep the part from going on: it counts as failed."""
@@ -179,20 +184,25 @@ def run_part(lab: Lab, name: str, part: Part) -> None:
         lab.save()
         return
     began, lab.problems = time.monotonic(), []
-    status, why = "ran", ""
+    # What the file says where the process is killed, or kills itself, before the part ends.
+    lab.parts[name] = {"status": "out of time", "why": "the process ended in it", "seconds": 0.0}
+    lab.save()
+    status, why, stopped = "ran", "", True
     try:
         with time_limit(lab.left):
             part.run(lab)
+        stopped = False
     except OutOfTimeError:
         status, why = "out of time", "it was stopped"
     except NotHereError as error:
-        status, why = "not run", str(error)
+        status, why, stopped = "not run", str(error), False
     except (Exception, SystemExit) as error:  # whatever it is stands in the table
         lab.problem(one_line(error))
     if lab.problems:
         status, why = "failed", "; ".join(lab.problems)
     seconds = round(time.monotonic() - began, 1)
     lab.parts[name] = {"status": status, "why": why, "seconds": seconds}
-    if status in ("failed", "out of time") and alive():
-        lab.release()
+    # Not where a figure alone was wrong: later parts would have to make the model again.
+    if stopped and alive():
+        lab.release(MODELS)
     lab.save()

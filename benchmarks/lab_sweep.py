@@ -177,6 +177,7 @@ def sweep(lab: Lab) -> None:
                 if current:
                     raise
             lines.append(line)
+            lab.save()
 
     for (op, size), configs in ALTERNATIVES.items():
         case, make, touched = sweep_case(op, size)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -171,7 +172,8 @@ def test_a_part_that_fails_is_reported_and_the_rest_goes_on(monkeypatch, tmp_pat
     assert run("--json", path) == 1
     said = capsys.readouterr().out
     assert seen[0]["parts"] == {
-        "scoring": {"status": "failed", "why": "RuntimeError: an error", "seconds": 0.0}
+        "scoring": {"status": "failed", "why": "RuntimeError: an error", "seconds": 0.0},
+        "small": {"status": "out of time", "why": "the process ended in it", "seconds": 0.0},
     }, "written before the next part began"
     assert seen[0]["figures"] == {"token 64": {"value": 7.5, "note": ""}}
     record = read(path)
@@ -247,6 +249,30 @@ def test_a_dead_gpu_is_left_to_a_new_process(monkeypatch, tmp_path):
     assert begun == ["small", "dream"] and "token 64" in read(path)["figures"]
 
 
+def test_a_killed_process_leaves_its_figures(monkeypatch, tmp_path):
+    path, seen = tmp_path / "lab.json", []
+
+    def scoring(run: Lab) -> None:
+        run.figure("token 64", 7.5)
+        run.fact("an extra", 2, "GB")
+        seen.append(read(path))
+
+    parts(monkeypatch, scoring=scoring)
+    assert run("--json", path) == 0
+    assert list(seen[0]["figures"]) == ["token 64", "an extra"]
+    assert seen[0]["parts"]["scoring"]["why"] == "the process ended in it"
+    assert accounted(seen[0])["token_confidence, 64 rows"]["measured"] == "7.5 µs"
+
+
+def test_a_wrong_figure_takes_no_model_from_later_parts():
+    found = Lab(60)
+    found.kept = {"model tiny": 1, "ceilings": 2}
+    run_part(found, "a", Part(lambda run: run.problem("one shape failed"), ""))
+    assert found.parts["a"]["status"] == "failed" and "model tiny" in found.kept
+    run_part(found, "b", Part(lambda run: sys.exit("no memory"), ""))
+    assert list(found.kept) == ["ceilings"]
+
+
 def test_a_part_that_cannot_run_here_says_so():
     def elsewhere(run: Lab) -> None:
         raise NotHereError("no such thing here")
@@ -262,6 +288,20 @@ def test_a_part_that_gives_up_stops_no_other():
     run_part(found, "a", Part(lambda run: sys.exit("decode: nothing is timed"), ""))
     assert found.parts["a"]["status"] == "failed"
     assert found.parts["a"]["why"] == "SystemExit: decode: nothing is timed"
+
+
+def test_a_part_that_holds_the_alarm_is_told_again(monkeypatch):
+    """As a destructor does: what is raised in one is printed and forgotten."""
+    monkeypatch.setattr(lab_state, "AGAIN", 0.1)
+    began, found = time.monotonic(), Lab(seconds=0.2)
+
+    def deaf(run: Lab) -> None:
+        with contextlib.suppress(OutOfTimeError):
+            time.sleep(20)
+        time.sleep(20)
+
+    run_part(found, "a", Part(deaf, ""))
+    assert found.parts["a"]["status"] == "out of time" and time.monotonic() - began < 10
 
 
 def test_a_part_alone_takes_its_time_limit():
