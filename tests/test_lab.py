@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+import benchmarks
 from benchmarks import lab, lab_state, roofline
 from benchmarks.lab_state import Lab, NotHereError, OutOfTimeError, Part, run_part
 from benchmarks.lab_targets import TARGETS, Target, markdown_of, rows_of, show
@@ -212,13 +213,27 @@ def test_time_is_kept(monkeypatch, tmp_path, capsys):
     assert lines["unmask_and_slide"]["measured"].startswith("not run: 0 s left")
     assert "small: not run" in capsys.readouterr().out
 
-    # Later: what ran stays, what did not run runs.
+    # Later: what did not run runs, then what was stopped.
     begun: list[str] = []
     parts(monkeypatch, scoring=lambda run: begun.append("scoring"),
           small=lambda run: (begun.append("small"), run.figure("unmask", 3)))  # fmt: skip
     assert run("--json", path, "--continue") == 0
-    assert begun == ["small"]
+    assert begun == ["small", "scoring"]
     assert set(read(path)["figures"]) == {"token 64", "unmask"}
+    # What ran stays, unless it is named.
+    assert run("--json", path, "--continue") == 0 and begun[2:] == []
+    assert run("--json", path, "--continue", "--only", "small") == 0 and begun[2:] == ["small"]
+
+
+def test_imports_take_of_the_time(monkeypatch, tmp_path):
+    parts(monkeypatch, small=lambda run: run.figure("unmask", 3))
+    path = tmp_path / "lab.json"
+    assert lab.main(["--json", str(path), "--minutes", "1"], began=time.monotonic() - 61) == 0
+    assert read(path)["parts"]["small"]["status"] == "not run"
+    assert lab.main(["--json", str(path), "--minutes", "1"], began=time.monotonic() - 40) == 0
+    assert read(path)["parts"]["small"]["status"] == "ran"
+    source = (ROOT / "benchmarks" / "lab.py").read_text()
+    assert "main(began=BEGAN)" in source and time.monotonic() > benchmarks.BEGAN
 
 
 def test_a_dead_gpu_is_left_to_a_new_process(monkeypatch, tmp_path):
