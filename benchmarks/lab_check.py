@@ -1,9 +1,11 @@
 """The correctness parts of `benchmarks/lab.py`: kernels against their definitions in float64 at
 real shapes, and the recorded trajectories.
 
-An error is ||found - exact|| / ||exact||. Allowed are 1e-5, or in 16 bits twice the error of the
-definition in that precision where that is more. Memory is filled with NaN before a call, so that
-what a kernel leaves unwritten shows, and so are inputs where nothing may be read.
+An error is ||found - exact|| / ||exact||. Allowed are 1e-5, or twice the error of the definition in
+that precision where that is more: in 16 bits, and in float32 for a probability whose logit of 13 is
+the sum of 4096 products one after the other, as a GPU adds them, which leaves 1.2e-5. Memory is
+filled with NaN before a call, so that what a kernel leaves unwritten shows, and so are inputs where
+nothing may be read.
 """
 
 from __future__ import annotations
@@ -66,7 +68,7 @@ class Errors:
         self, case: str, dtype: torch.dtype, found: Tensor, plain: Tensor, exact: Tensor
     ) -> None:
         """`plain`: the definition in that precision; `exact`: in float64."""
-        allowed = 1e-5 if dtype == torch.float32 else max(1e-5, 2 * error(plain, exact))
+        allowed = max(1e-5, 2 * error(plain, exact))
         case = f"{case} {str(dtype).removeprefix('torch.')}"
         ratio = error(found, exact) / allowed
         note = f"{case}: {error(found, exact):.1e} of {allowed:.1e}"

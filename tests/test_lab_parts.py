@@ -57,6 +57,10 @@ def test_the_checks_find_mistakes(monkeypatch):
     assert wrong.startswith("window_attention ") and "inf of 1.0e-05" in wrong
     assert steps == "unmask_and_slide: 36 steps differ"
     errors = lab_check.Errors(found, "op")
+    exact = torch.ones(4).double()
+    for plain, ratio in ((1 + 1e-6, 1.2), (1 + 1e-5, 0.6)):  # of 1e-5; of twice the definition's
+        errors.add("a", torch.float32, exact * (1 + 1.2e-5), exact * plain, exact)
+        assert found.details["correct"]["op a float32"] == pytest.approx(ratio)
     scores = torch.tensor([[1.0, 2.0, 2.0005], [3.0, 1.0, 0.0]]).double()
     errors.tokens("near", torch.tensor([1, 0]), scores, 1e-3)
     assert len(found.problems) == 8
