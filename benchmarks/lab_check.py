@@ -11,6 +11,8 @@ nothing may be read.
 from __future__ import annotations
 
 import copy
+import importlib.util
+import os
 import re
 import subprocess
 import sys
@@ -39,7 +41,8 @@ ROOT = Path(__file__).parents[1]
 TESTS = "tests/test_cuda.py"
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 TIE = 1e-3  # logits this close may be ordered either way by another order of summation
-GOLDEN_SECONDS = 120
+GOLDEN_SECONDS = 300
+GOLDEN_WORKERS = 8  # its trajectories make Triton compile about 480 specialisations
 
 
 def poison() -> None:
@@ -294,10 +297,12 @@ def goldens(lab: Lab) -> None:
     if not (ROOT / TESTS).is_file():
         raise NotHereError(f"no {TESTS} here")
     command = [sys.executable, "-m", "pytest", TESTS, "-q", "--tb=line", "-o", "addopts="]
+    if on_gpu() and importlib.util.find_spec("xdist"):
+        command += ["-n", str(min(GOLDEN_WORKERS, os.cpu_count() or 1))]
     try:
-        done = subprocess.run(
-            command, cwd=ROOT, capture_output=True, text=True, timeout=min(GOLDEN_SECONDS, lab.left)
-        )
+        # The run's own limit comes first, after which --continue runs this again.
+        limit = min(GOLDEN_SECONDS, lab.left + 10)
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=limit)
     except subprocess.TimeoutExpired as expired:
         said = (expired.stdout or b"").decode().splitlines()
         raise TimeoutError(f"{TESTS} after {expired.timeout:.0f} s: {said[-1:]}") from expired

@@ -99,6 +99,23 @@ def test_trajectories_by_another_process(monkeypatch, tmp_path):
         lab_check.goldens(found)
 
 
+def test_a_gpu_compiles_for_trajectories_in_processes_side_by_side(monkeypatch):
+    asked: list[Any] = []
+
+    def execute(command: list[str], timeout: float, **rest: Any) -> Any:
+        asked.append((command[-2:], timeout))
+        return subprocess.CompletedProcess(command, 0, "148 passed in 60.00s", "")
+
+    monkeypatch.setattr(subprocess, "run", execute)
+    monkeypatch.setattr(lab_check, "on_gpu", lambda: True)
+    monkeypatch.setattr(os, "cpu_count", lambda: 16)
+    found = Lab(60)
+    lab_check.goldens(found)
+    assert found.figures["goldens failed"] == {"value": 0, "note": "148 passed"}
+    ((words, limit),) = asked
+    assert words == ["-n", "8"] and 60 < limit <= 70, "stopped by the run's limit before its own"
+
+
 def test_scoring_takes_the_worst(monkeypatch):
     """With times that are made up: 2 µs with a cold L2 and 1 µs with a warm one."""
     found = Lab(60)
