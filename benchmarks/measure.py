@@ -111,10 +111,13 @@ def _capture(runs: Sequence[Callable[[], object]]) -> torch.cuda.CUDAGraph:
         for run in (runs[0], runs[0], *runs):
             run()
     torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for run in runs:
-            run()
+    graph, before = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+    try:
+        with torch.cuda.graph(graph):
+            for run in runs:
+                run()
+    finally:  # which `graph` does not do where a capture cannot be ended
+        torch.cuda.set_stream(before)
     return graph
 
 

@@ -71,13 +71,14 @@ class Cuda:
             yield
             self.capturing, graph.calls = False, len(self.captured)
 
-        stream = SimpleNamespace(wait_stream=lambda other: None)
+        self.stream = stream = SimpleNamespace(wait_stream=lambda other: None)
         patch.setattr(cuda, "is_available", lambda: True)
         patch.setattr(cuda, "Event", Event)
         patch.setattr(cuda, "CUDAGraph", Graph)
         patch.setattr(cuda, "graph", capture)
         patch.setattr(cuda, "Stream", lambda: stream)
-        patch.setattr(cuda, "current_stream", lambda: stream)
+        patch.setattr(cuda, "current_stream", lambda: self.stream)
+        patch.setattr(cuda, "set_stream", lambda stream: setattr(self, "stream", stream))
         patch.setattr(cuda, "stream", lambda _: contextlib.nullcontext())
         patch.setattr(cuda, "synchronize", lambda *_: None)
         patch.setattr(cuda, "_sleep", lambda cycles: note("spin"))
@@ -118,6 +119,22 @@ def test_calls_take_turns_over_the_sets(monkeypatch):
     measure._graph_seconds([Call(lambda i=i: order.append(i)) for i in range(3)], 7)
     assert order[-7:] == [0, 1, 2, 0, 1, 2, 0]
     assert order[:-7] == [0, 0, 0, 1, 2, 0, 1, 2, 0], "compiled before the capture"
+
+
+def test_a_capture_that_fails_leaves_the_stream_as_it_was(monkeypatch):
+    cuda = Cuda(monkeypatch, 1e-6)
+    before = cuda.stream
+
+    @contextlib.contextmanager
+    def graph(_: Any) -> Any:
+        cuda.stream = SimpleNamespace(wait_stream=lambda other: None)
+        yield
+        raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
+
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    with pytest.raises(RuntimeError, match="previous error"):
+        measure._graph_seconds([Call(lambda: None)], 3)
+    assert cuda.stream is before
 
 
 def test_a_cpu_is_timed_by_its_clock(monkeypatch):
