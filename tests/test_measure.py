@@ -146,6 +146,22 @@ def test_a_cpu_is_timed_by_its_clock(monkeypatch):
     assert log == ["restore", "run"] * (measure.REPEATS + 1)
 
 
+def test_copies_are_timed_outside_of_graphs(monkeypatch):
+    """The yardstick of every share: 1 GiB read and written, of which a graph may take twice as
+    long."""
+    cuda = Cuda(monkeypatch, 1e-3)
+
+    def copy(source: Any) -> None:
+        cuda.clock += 0.5e-3
+
+    memory = SimpleNamespace(random_=lambda: memory, copy_=copy)
+    monkeypatch.setattr(torch, "empty", lambda size, dtype, device: memory)
+    monkeypatch.setattr(torch, "empty_like", lambda other: memory)
+    bandwidth = measure.copy_bandwidth.__wrapped__()
+    assert bandwidth == pytest.approx(2 * (1 << 30) / 0.5e-3)
+    assert cuda.calls == ["spin", "record", "record"] * measure.REPEATS
+
+
 def test_products_are_timed_by_events(monkeypatch):
     cuda, runs = Cuda(monkeypatch, 0.0), []
 
