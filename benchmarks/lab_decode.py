@@ -164,6 +164,9 @@ def profile(lab: Lab) -> None:
     made = bench(lab, "llada-8b")
     args, settings = made.settings()
     run["gpu_idle_share"] = idle_share(case, run)
+    if run["gpu_idle_share"] is not None:  # before a second profiler beside captured graphs
+        note = f"{run['gpu_wait_share']:.1%} between steps"
+        lab.figure("idle", run["gpu_idle_share"], note)
     run["phase_us"] = phase_times(case.model, case.prompt, settings, case.record.kinds)
     keep_run(lab, made, args, settings, run)
     for kind, times in run["phase_us"].items():
@@ -171,9 +174,6 @@ def profile(lab: Lab) -> None:
         longest = sorted(times, key=times.get, reverse=True)[:4]
         note = ", ".join(f"{name} {times[name] / whole:.0%}" for name in longest)
         lab.fact(f"{made.name}, batch 1: {kind} step, kernel by kernel", whole * 1e-3, "ms", note)
-    if run["gpu_idle_share"] is not None:
-        note = f"{run['gpu_wait_share']:.1%} between steps"
-        lab.figure("idle", run["gpu_idle_share"], note)
 
 
 def dream(lab: Lab) -> None:

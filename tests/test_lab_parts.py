@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -254,6 +255,23 @@ def test_every_alternative_is_another_configuration():
         every = [lab_sweep.short(c) for c in (now, *configs)]
         assert len(set(every)) == len(every)
         assert all(set(c.blocks) == set(now.blocks) for c in configs)
+
+
+def test_the_idle_share_outlives_the_phases(monkeypatch):
+    found, case = (
+        Lab(60),
+        SimpleNamespace(model=None, prompt=None, record=SimpleNamespace(kinds=[])),
+    )
+
+    def crash(*_: Any) -> None:
+        raise RuntimeError("CUPTI")
+
+    monkeypatch.setattr(lab_decode, "main_run", lambda *_: (case, {"gpu_wait_share": 0.01}))
+    monkeypatch.setattr(lab_decode, "idle_share", lambda *_: 0.02)
+    monkeypatch.setattr(lab_decode, "phase_times", crash)
+    with pytest.raises(RuntimeError, match="CUPTI"):
+        lab_decode.profile(found)
+    assert found.figures["idle"] == {"value": 0.02, "note": "1.0% between steps"}
 
 
 def test_a_batch_is_kept_once():
