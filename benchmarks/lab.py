@@ -38,14 +38,14 @@ PARTS = {
     "ceilings": Part(lab_ops.ceilings, "copy bandwidth, matrix product"),
     "scoring": Part(lab_ops.scoring, "token_confidence, lm_head_confidence"),
     "small": Part(lab_ops.small, "place_rows, unmask_and_slide, rope_write_kv"),
-    "decode": Part(lab_decode.decode_part, "LLaDA-8B, batch 1: steps, eager loop", 40),
+    "decode": Part(lab_decode.decode_part, "LLaDA-8B, batch 1: steps, eager loop", 60),
     "linear": Part(lab_linear.linear_part, "linear layers of window steps beside cuBLAS's", 30),
     "attention": Part(lab_ops.attention_part, "window_attention and what else there is"),
-    "goldens": Part(lab_check.goldens, "tests/test_cuda.py", 30),
-    "batches": Part(lab_decode.batches, "LLaDA-8B, batch 8 and 32", 40),
-    "profile": Part(lab_decode.profile, "LLaDA-8B, batch 1: GPU idle, phases", 20),
+    "goldens": Part(lab_check.goldens, "tests/test_cuda.py", 60),
+    "batches": Part(lab_decode.batches, "LLaDA-8B, batch 8 and 32", 120),
+    "profile": Part(lab_decode.profile, "LLaDA-8B, batch 1: GPU idle, phases", 30),
     "sweep": Part(lab_sweep.sweep, "alternatives to dsb_kernels/tuning.py"),
-    "dream": Part(lab_decode.dream, "Dream-7B, batch 1", 40),
+    "dream": Part(lab_decode.dream, "Dream-7B, batch 1", 60),
 }
 
 
