@@ -22,16 +22,7 @@ from benchmarks.lab_ops import LLADA_VOCABULARY, words
 from benchmarks.lab_state import Lab, one_line
 from benchmarks.measure import Call, Make, Timing, device, on_gpu, timing
 from dsb_kernels import tuning
-from dsb_kernels.tuning import Config, architecture_of
-
-
-def _head(block_v: int, block_n: int, columns: int, programs: int, block_k: int = 64) -> Any:
-    return {"BLOCK_V": block_v, "BLOCK_N": block_n, "BLOCK_K": block_k, "COLUMNS": columns,
-            "PROGRAMS": programs}  # fmt: skip
-
-
-def _linear(block_v: int, block_n: int, programs: int = 64, block_k: int = 64) -> dict[str, int]:
-    return {"BLOCK_V": block_v, "BLOCK_N": block_n, "BLOCK_K": block_k, "PROGRAMS": programs}
+from dsb_kernels.tuning import Config, architecture_of, head_blocks, linear_blocks
 
 
 def _tile(block_m: int, block_n: int) -> dict[str, int]:
@@ -46,51 +37,51 @@ def _split(block_v: int, blocks: int) -> dict[str, int]:
 # Each compiles for sm_90 without spills.
 ALTERNATIVES: dict[tuple[str, int], list[Config]] = {
     ("lm_head_confidence", 32): [
-        Config(_head(128, 32, 32, 132), 8, 5),
-        Config(_head(128, 32, 32, 528), 8, 4),
-        Config(_head(128, 32, 32, 264, 128), 8, 3),
-        Config(_head(64, 32, 32, 528), 4, 5),
-        Config(_head(256, 32, 32, 132), 8, 4),
+        Config(head_blocks(128, 32, 32, programs=132), 8, 5),
+        Config(head_blocks(128, 32, 32, programs=528), 8, 4),
+        Config(head_blocks(128, 32, 32, programs=264, block_k=128), 8, 3),
+        Config(head_blocks(64, 32, 32, programs=528), 4, 5),
+        Config(head_blocks(256, 32, 32, programs=132), 8, 4),
     ],
     ("lm_head_confidence", 64): [
-        Config(_head(128, 64, 32, 132), 8, 5),
-        Config(_head(128, 64, 32, 528), 8, 4),
-        Config(_head(128, 64, 32, 264, 128), 8, 2),
-        Config(_head(256, 64, 32, 132), 16, 4),
+        Config(head_blocks(128, 64, 32, programs=132), 8, 5),
+        Config(head_blocks(128, 64, 32, programs=528), 8, 4),
+        Config(head_blocks(128, 64, 32, programs=264, block_k=128), 8, 2),
+        Config(head_blocks(256, 64, 32, programs=132), 16, 4),
     ],
     ("lm_head_confidence", 128): [
-        Config(_head(128, 128, 32, 264), 8, 3),
-        Config(_head(128, 128, 32, 132), 8, 5),
-        Config(_head(256, 128, 16, 264), 16, 4),
-        Config(_head(256, 128, 16, 132), 16, 3),
+        Config(head_blocks(128, 128, 32, programs=264), 8, 3),
+        Config(head_blocks(128, 128, 32, programs=132), 8, 5),
+        Config(head_blocks(256, 128, 16, programs=264), 16, 4),
+        Config(head_blocks(256, 128, 16, programs=132), 16, 3),
     ],
     ("window_linear", 32): [
-        Config(_linear(64, 32), 4, 5),
-        Config(_linear(64, 32, block_k=128), 4, 4),
-        Config(_linear(128, 32), 8, 6),
+        Config(linear_blocks(64, 32, programs=64), 4, 5),
+        Config(linear_blocks(64, 32, programs=64, block_k=128), 4, 4),
+        Config(linear_blocks(128, 32, programs=64), 8, 6),
     ],
     ("window_linear", 128): [
-        Config(_linear(128, 128), 8, 4),
-        Config(_linear(64, 128), 4, 4),
+        Config(linear_blocks(128, 128, programs=64), 8, 4),
+        Config(linear_blocks(64, 128, programs=64), 4, 4),
     ],
     ("window_linear gated", 32): [
-        Config(_linear(64, 32), 4, 4),
-        Config(_linear(64, 32, block_k=128), 4, 2),
-        Config(_linear(128, 32), 8, 3),
+        Config(linear_blocks(64, 32, programs=64), 4, 4),
+        Config(linear_blocks(64, 32, programs=64, block_k=128), 4, 2),
+        Config(linear_blocks(128, 32, programs=64), 8, 3),
     ],
     ("window_linear gated", 128): [
-        Config(_linear(128, 128), 8, 3),
-        Config(_linear(64, 128), 8, 4),
+        Config(linear_blocks(128, 128, programs=64), 8, 3),
+        Config(linear_blocks(64, 128, programs=64), 8, 4),
     ],
     ("linear_add_norm", 32): [
-        Config(_linear(64, 32, 200), 4, 7),
-        Config(_linear(64, 32, 100), 4, 5),
-        Config(_linear(64, 32, 260, 128), 4, 4),
+        Config(linear_blocks(64, 32, programs=200), 4, 7),
+        Config(linear_blocks(64, 32, programs=100), 4, 5),
+        Config(linear_blocks(64, 32, programs=260, block_k=128), 4, 4),
     ],
     ("linear_add_norm", 128): [
-        Config(_linear(128, 128, 60), 8, 6),
-        Config(_linear(128, 128, 100), 8, 4),
-        Config(_linear(64, 128, 100), 4, 6),
+        Config(linear_blocks(128, 128, programs=60), 8, 6),
+        Config(linear_blocks(128, 128, programs=100), 8, 4),
+        Config(linear_blocks(64, 128, programs=100), 4, 6),
     ],
     ("window_attention 128", 64): [
         Config(_tile(64, 64), 4, 2),

@@ -30,6 +30,7 @@ from dataclasses import dataclass
 
 import torch
 
+from dsb_runtime.capture import capturing
 from dsb_runtime.step_limit import timed
 
 SPAN = 1e-3  # seconds that a graph should take
@@ -111,13 +112,10 @@ def _capture(runs: Sequence[Callable[[], object]]) -> torch.cuda.CUDAGraph:
         for run in (runs[0], runs[0], *runs):
             run()
     torch.cuda.current_stream().wait_stream(side)
-    graph, before = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
-    try:
-        with torch.cuda.graph(graph):
-            for run in runs:
-                run()
-    finally:  # which `graph` does not do where a capture cannot be ended
-        torch.cuda.set_stream(before)
+    graph = torch.cuda.CUDAGraph()
+    with capturing(graph):
+        for run in runs:
+            run()
     return graph
 
 

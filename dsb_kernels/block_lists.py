@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dsb_kernels.dispatch import check_tensor
+from dsb_kernels.dispatch import FLOATS, check_tensor
 
 BlockLists = tuple[Tensor, Tensor]
 
@@ -126,8 +126,7 @@ def blocks_top_k(
     if scores.ndim not in (2, 3):
         shape = tuple(scores.shape)
         raise ValueError(f"block lists: scores has shape {shape}: accepted is (B, N), (B, H_kv, N)")
-    floats = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-    check_tensor("block lists", "scores", scores, dtype=floats, shape=("...",))
+    check_tensor("block lists", "scores", scores, dtype=(*FLOATS, torch.float64), shape=("...",))
     if k < 0:
         raise ValueError(f"block lists: k={k}: accepted is at least 0")
     allowed = scores > -torch.inf  # NaN is not

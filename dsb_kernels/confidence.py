@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.functional import threshold_
 
 from dsb_kernels.dispatch import (
+    FLOATS,
     check_tensor,
     jit,
     launch_options,
@@ -319,8 +320,7 @@ def token_confidence(
         TypeError, ValueError: an argument of the wrong dtype, shape, device, stride or value.
     """
     op = "token_confidence"
-    floats = (torch.float32, torch.float16, torch.bfloat16)
-    check_tensor(op, "logits", logits, dtype=floats, shape=("...", "V"), unit_stride=True)
+    check_tensor(op, "logits", logits, dtype=FLOATS, shape=("...", "V"), unit_stride=True)
     rows, V = tuple(logits.shape[:-1]), logits.shape[-1]
     check_scoring(
         op, rows, V, logits.device, eligible, banned, temperature, seed, noise_ids, confidence

@@ -24,6 +24,7 @@ except ImportError:
     triton = tl = None
 
 BACKENDS = ("eager", "triton")
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)  # what kernels compute with
 
 
 def jit(fn: Callable | None = None, **options: Any) -> Any:

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import rms_norm
 
 from dsb_kernels.dispatch import (
+    FLOATS,
     check_tensor,
     jit,
     launch_options,
@@ -33,8 +34,6 @@ from dsb_kernels.tuning import (
     configuration,
     of_dtype,
 )
-
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 # --- definition -------------------------------------------------------------------------------
 
@@ -183,7 +182,7 @@ def linear_add_norm(
         TypeError, ValueError: an argument of the wrong dtype, shape, device or stride.
     """
     op = "linear_add_norm"
-    check_tensor(op, "x", x, dtype=DTYPES, shape=("N", "F"), unit_stride=True)
+    check_tensor(op, "x", x, dtype=FLOATS, shape=("N", "F"), unit_stride=True)
     (rows, F), same = x.shape, {"dtype": x.dtype, "device": x.device}
     check_tensor(op, "weight", weight, shape=("E", F), unit_stride=True, **same)
     E = len(weight)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from dsb_kernels.confidence import token_confidence_definition
 from dsb_kernels.dispatch import (
+    FLOATS,
     check_tensor,
     jit,
     launch_options,
@@ -342,8 +343,7 @@ def lm_head_confidence(
         TypeError, ValueError: an argument of the wrong dtype, shape, device, stride or value.
     """
     op = "lm_head_confidence"
-    floats = (torch.float32, torch.float16, torch.bfloat16)
-    check_tensor(op, "hidden", hidden, dtype=floats, shape=("N", "E"), unit_stride=True)
+    check_tensor(op, "hidden", hidden, dtype=FLOATS, shape=("N", "E"), unit_stride=True)
     rows, E = hidden.shape
     dtype, device = hidden.dtype, hidden.device
     check_tensor(op, "weight", weight, dtype=dtype, shape=("V", E), device=device, unit_stride=True)

@@ -27,19 +27,27 @@ class Config:
     num_stages: int = 1
 
 
-def _head(block_v: int, block_n: int, columns: int, *, programs: int) -> dict[str, int]:
-    return {
-        "BLOCK_V": block_v,
-        "BLOCK_N": block_n,
-        "BLOCK_K": 64,
-        "COLUMNS": columns,
-        "PROGRAMS": programs,
-    }
+def head_blocks(
+    block_v: int, block_n: int, columns: int, *, programs: int, block_k: int = 64
+) -> dict[str, int]:
+    blocks = {"BLOCK_V": block_v, "BLOCK_N": block_n, "BLOCK_K": block_k}
+    return {**blocks, "COLUMNS": columns, "PROGRAMS": programs}
 
 
-def _linear(block_v: int, block_n: int, *, programs: int) -> dict[str, int]:
-    return {"BLOCK_V": block_v, "BLOCK_N": block_n, "BLOCK_K": 64, "PROGRAMS": programs}
+def linear_blocks(
+    block_v: int, block_n: int, *, programs: int, block_k: int = 64
+) -> dict[str, int]:
+    blocks = {"BLOCK_V": block_v, "BLOCK_N": block_n, "BLOCK_K": block_k}
+    return {**blocks, "PROGRAMS": programs}
 
+
+# Two accumulators of 128 x 128 do not fit the registers that mma.sync leaves.
+GATED_BY_MMA_SYNC = {
+    16: Config(linear_blocks(64, 16, programs=64), num_warps=4, num_stages=4),
+    32: Config(linear_blocks(64, 32, programs=64), num_warps=4, num_stages=3),
+    64: Config(linear_blocks(64, 64, programs=64), num_warps=4, num_stages=3),
+    1 << 62: Config(linear_blocks(64, 128, programs=64), num_warps=8, num_stages=3),
+}
 
 # (op, architecture) -> {largest size of the class: configuration}. "any" serves architectures
 # without an entry of their own. What "size" counts is said beside each op.
@@ -60,46 +68,46 @@ CONFIGS: dict[tuple[str, str], dict[int, Config]] = {
     # its share in tiles of BLOCK_V weight rows (M of the tensor cores) by BLOCK_N hidden rows,
     # COLUMNS of them at a time. A wide tile for many rows: it reads the hidden rows less often.
     ("lm_head_confidence", "any"): {
-        16: Config(_head(128, 16, 16, programs=264), num_warps=8, num_stages=4),
-        32: Config(_head(128, 32, 32, programs=264), num_warps=8, num_stages=4),
-        64: Config(_head(128, 64, 32, programs=264), num_warps=8, num_stages=4),
-        1 << 62: Config(_head(256, 128, 16, programs=132), num_warps=16, num_stages=4),
+        16: Config(head_blocks(128, 16, 16, programs=264), num_warps=8, num_stages=4),
+        32: Config(head_blocks(128, 32, 32, programs=264), num_warps=8, num_stages=4),
+        64: Config(head_blocks(128, 64, 32, programs=264), num_warps=8, num_stages=4),
+        1 << 62: Config(head_blocks(256, 128, 16, programs=132), num_warps=16, num_stages=4),
     },
     # 163 KiB of shared memory a block, and no accumulators of 64 rows a warp.
     ("lm_head_confidence", "sm_80"): {
-        16: Config(_head(128, 16, 16, programs=216), num_warps=8, num_stages=3),
-        32: Config(_head(128, 32, 32, programs=216), num_warps=8, num_stages=3),
-        64: Config(_head(128, 64, 32, programs=216), num_warps=8, num_stages=3),
-        1 << 62: Config(_head(128, 128, 32, programs=108), num_warps=8, num_stages=4),
+        16: Config(head_blocks(128, 16, 16, programs=216), num_warps=8, num_stages=3),
+        32: Config(head_blocks(128, 32, 32, programs=216), num_warps=8, num_stages=3),
+        64: Config(head_blocks(128, 64, 32, programs=216), num_warps=8, num_stages=3),
+        1 << 62: Config(head_blocks(128, 128, 32, programs=108), num_warps=8, num_stages=4),
     },
     # 99 KiB; 128 SMs on the largest.
     ("lm_head_confidence", "sm_89"): {
-        16: Config(_head(128, 16, 16, programs=256), num_warps=8, num_stages=3),
-        32: Config(_head(128, 32, 32, programs=256), num_warps=8, num_stages=3),
-        64: Config(_head(128, 64, 32, programs=256), num_warps=8, num_stages=3),
-        1 << 62: Config(_head(128, 128, 32, programs=128), num_warps=8, num_stages=4),
+        16: Config(head_blocks(128, 16, 16, programs=256), num_warps=8, num_stages=3),
+        32: Config(head_blocks(128, 32, 32, programs=256), num_warps=8, num_stages=3),
+        64: Config(head_blocks(128, 64, 32, programs=256), num_warps=8, num_stages=3),
+        1 << 62: Config(head_blocks(128, 128, 32, programs=128), num_warps=8, num_stages=4),
     },
     # 148 SMs; its tensor cores do not take 16 warps.
     ("lm_head_confidence", "sm_100"): {
-        16: Config(_head(128, 16, 16, programs=296), num_warps=8, num_stages=4),
-        32: Config(_head(128, 32, 16, programs=296), num_warps=8, num_stages=4),
-        64: Config(_head(128, 64, 16, programs=296), num_warps=8, num_stages=4),
-        1 << 62: Config(_head(128, 128, 16, programs=148), num_warps=8, num_stages=4),
+        16: Config(head_blocks(128, 16, 16, programs=296), num_warps=8, num_stages=4),
+        32: Config(head_blocks(128, 32, 16, programs=296), num_warps=8, num_stages=4),
+        64: Config(head_blocks(128, 64, 16, programs=296), num_warps=8, num_stages=4),
+        1 << 62: Config(head_blocks(128, 128, 16, programs=148), num_warps=8, num_stages=4),
     },
     # A Philox call for every logit leaves fewer registers for the tile.
     ("lm_head_confidence sampled", "any"): {
-        16: Config(_head(128, 16, 16, programs=264), num_warps=8, num_stages=4),
-        32: Config(_head(128, 32, 16, programs=264), num_warps=8, num_stages=4),
-        64: Config(_head(128, 64, 16, programs=132), num_warps=8, num_stages=4),
-        1 << 62: Config(_head(128, 128, 16, programs=132), num_warps=8, num_stages=4),
+        16: Config(head_blocks(128, 16, 16, programs=264), num_warps=8, num_stages=4),
+        32: Config(head_blocks(128, 32, 16, programs=264), num_warps=8, num_stages=4),
+        64: Config(head_blocks(128, 64, 16, programs=132), num_warps=8, num_stages=4),
+        1 << 62: Config(head_blocks(128, 128, 16, programs=132), num_warps=8, num_stages=4),
     },
     # Elements of twice the size and no tensor cores: for tests, and for small models.
     ("lm_head_confidence float32", "any"): {
-        32: Config(_head(64, 32, 16, programs=264), num_warps=4, num_stages=2),
-        1 << 62: Config(_head(64, 64, 16, programs=264), num_warps=8, num_stages=2),
+        32: Config(head_blocks(64, 32, 16, programs=264), num_warps=4, num_stages=2),
+        1 << 62: Config(head_blocks(64, 64, 16, programs=264), num_warps=8, num_stages=2),
     },
     ("lm_head_confidence sampled float32", "any"): {
-        1 << 62: Config(_head(64, 32, 16, programs=264), num_warps=8, num_stages=2),
+        1 << 62: Config(head_blocks(64, 32, 16, programs=264), num_warps=8, num_stages=2),
     },
     # size = rows. A program reads BLOCK_V weight rows (M of the tensor cores; as many again where
     # gated) in stages of 64 columns, 128 bytes of each: a stage of 64 weight rows is 8 KiB, of R
@@ -116,36 +124,25 @@ CONFIGS: dict[tuple[str, str], dict[int, Config]] = {
     # weights; a tile of 128 (256 where gated) reads as many (half). It is halved where fewer than
     # PROGRAMS programs would be left.
     ("window_linear", "any"): {
-        16: Config(_linear(64, 16, programs=64), num_warps=4, num_stages=7),
-        32: Config(_linear(64, 32, programs=64), num_warps=4, num_stages=7),
-        64: Config(_linear(64, 64, programs=64), num_warps=4, num_stages=6),
-        1 << 62: Config(_linear(128, 128, programs=64), num_warps=8, num_stages=6),
+        16: Config(linear_blocks(64, 16, programs=64), num_warps=4, num_stages=7),
+        32: Config(linear_blocks(64, 32, programs=64), num_warps=4, num_stages=7),
+        64: Config(linear_blocks(64, 64, programs=64), num_warps=4, num_stages=6),
+        1 << 62: Config(linear_blocks(128, 128, programs=64), num_warps=8, num_stages=6),
     },
     ("window_linear gated", "any"): {
-        16: Config(_linear(64, 16, programs=64), num_warps=4, num_stages=4),
-        32: Config(_linear(64, 32, programs=64), num_warps=4, num_stages=3),
-        64: Config(_linear(64, 64, programs=64), num_warps=4, num_stages=3),
-        1 << 62: Config(_linear(128, 128, programs=64), num_warps=8, num_stages=4),
+        16: Config(linear_blocks(64, 16, programs=64), num_warps=4, num_stages=4),
+        32: Config(linear_blocks(64, 32, programs=64), num_warps=4, num_stages=3),
+        64: Config(linear_blocks(64, 64, programs=64), num_warps=4, num_stages=3),
+        1 << 62: Config(linear_blocks(128, 128, programs=64), num_warps=8, num_stages=4),
     },
-    # Two accumulators of 128 x 128 do not fit the registers that mma.sync leaves.
-    ("window_linear gated", "sm_80"): {
-        16: Config(_linear(64, 16, programs=64), num_warps=4, num_stages=4),
-        32: Config(_linear(64, 32, programs=64), num_warps=4, num_stages=3),
-        64: Config(_linear(64, 64, programs=64), num_warps=4, num_stages=3),
-        1 << 62: Config(_linear(64, 128, programs=64), num_warps=8, num_stages=3),
-    },
+    ("window_linear gated", "sm_80"): GATED_BY_MMA_SYNC,
     ("window_linear", "sm_89"): {
-        16: Config(_linear(64, 16, programs=64), num_warps=4, num_stages=7),
-        32: Config(_linear(64, 32, programs=64), num_warps=4, num_stages=6),
-        64: Config(_linear(64, 64, programs=64), num_warps=4, num_stages=5),
-        1 << 62: Config(_linear(64, 128, programs=64), num_warps=4, num_stages=4),
+        16: Config(linear_blocks(64, 16, programs=64), num_warps=4, num_stages=7),
+        32: Config(linear_blocks(64, 32, programs=64), num_warps=4, num_stages=6),
+        64: Config(linear_blocks(64, 64, programs=64), num_warps=4, num_stages=5),
+        1 << 62: Config(linear_blocks(64, 128, programs=64), num_warps=4, num_stages=4),
     },
-    ("window_linear gated", "sm_89"): {
-        16: Config(_linear(64, 16, programs=64), num_warps=4, num_stages=4),
-        32: Config(_linear(64, 32, programs=64), num_warps=4, num_stages=3),
-        64: Config(_linear(64, 64, programs=64), num_warps=4, num_stages=3),
-        1 << 62: Config(_linear(64, 128, programs=64), num_warps=8, num_stages=3),
-    },
+    ("window_linear gated", "sm_89"): GATED_BY_MMA_SYNC,
     # size = rows. Tiles as above, over PROGRAMS programs by splitting the input features: out and
     # down of 4096 features are 64 tiles x 2 splits = 128 programs, of Dream's 3584 56 x 2 = 112, at
     # 128 rows 32 x 4 and 28 x 4: one to each of 132 SMs, with 48 KiB of weights in flight up to 32
@@ -154,28 +151,28 @@ CONFIGS: dict[tuple[str, str], dict[int, Config]] = {
     # result) of LLaDA's out and down 6% and 2% at 32 rows, 12% and 4% at 64, 44% and 16% at 128,
     # and at most 8.4 MB at a time, which the L2 cache holds until they are added.
     ("linear_add_norm", "any"): {
-        16: Config(_linear(64, 16, programs=100), num_warps=4, num_stages=7),
-        32: Config(_linear(64, 32, programs=100), num_warps=4, num_stages=7),
-        64: Config(_linear(64, 64, programs=100), num_warps=4, num_stages=6),
-        1 << 62: Config(_linear(128, 128, programs=100), num_warps=8, num_stages=6),
+        16: Config(linear_blocks(64, 16, programs=100), num_warps=4, num_stages=7),
+        32: Config(linear_blocks(64, 32, programs=100), num_warps=4, num_stages=7),
+        64: Config(linear_blocks(64, 64, programs=100), num_warps=4, num_stages=6),
+        1 << 62: Config(linear_blocks(128, 128, programs=100), num_warps=8, num_stages=6),
     },
     ("linear_add_norm", "sm_89"): {
-        16: Config(_linear(64, 16, programs=100), num_warps=4, num_stages=7),
-        32: Config(_linear(64, 32, programs=100), num_warps=4, num_stages=6),
-        64: Config(_linear(64, 64, programs=100), num_warps=4, num_stages=5),
-        1 << 62: Config(_linear(64, 128, programs=100), num_warps=4, num_stages=4),
+        16: Config(linear_blocks(64, 16, programs=100), num_warps=4, num_stages=7),
+        32: Config(linear_blocks(64, 32, programs=100), num_warps=4, num_stages=6),
+        64: Config(linear_blocks(64, 64, programs=100), num_warps=4, num_stages=5),
+        1 << 62: Config(linear_blocks(64, 128, programs=100), num_warps=4, num_stages=4),
     },
     ("window_linear float32", "any"): {
-        32: Config(_linear(64, 32, programs=64), num_warps=4, num_stages=2),
-        1 << 62: Config(_linear(64, 64, programs=64), num_warps=8, num_stages=2),
+        32: Config(linear_blocks(64, 32, programs=64), num_warps=4, num_stages=2),
+        1 << 62: Config(linear_blocks(64, 64, programs=64), num_warps=8, num_stages=2),
     },
     ("window_linear gated float32", "any"): {
-        32: Config(_linear(64, 32, programs=64), num_warps=8, num_stages=2),
-        1 << 62: Config(_linear(64, 64, programs=64), num_warps=8, num_stages=2),
+        32: Config(linear_blocks(64, 32, programs=64), num_warps=8, num_stages=2),
+        1 << 62: Config(linear_blocks(64, 64, programs=64), num_warps=8, num_stages=2),
     },
     ("linear_add_norm float32", "any"): {
-        32: Config(_linear(64, 32, programs=100), num_warps=4, num_stages=2),
-        1 << 62: Config(_linear(64, 64, programs=100), num_warps=8, num_stages=2),
+        32: Config(linear_blocks(64, 32, programs=100), num_warps=4, num_stages=2),
+        1 << 62: Config(linear_blocks(64, 64, programs=100), num_warps=8, num_stages=2),
     },
     # size = query rows of a KV head (group x window), head dim up to 128, then up to 256. 64 rows
     # and up run on wgmma; K/V tiles of 64 positions, two ahead in flight, saturate memory with one

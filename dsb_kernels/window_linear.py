@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import linear, silu
 
 from dsb_kernels.dispatch import (
+    FLOATS,
     check_tensor,
     jit,
     launch_options,
@@ -35,7 +36,6 @@ from dsb_kernels.tuning import (
 )
 
 MAX_ROWS = 128  # of one pass over the weights; more rows are correct, and read them once more
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 # --- definition -------------------------------------------------------------------------------
 
@@ -161,7 +161,7 @@ def window_linear(
         TypeError, ValueError: an argument of the wrong dtype, shape, device or stride.
     """
     op = "window_linear"
-    check_tensor(op, "x", x, dtype=DTYPES, shape=("N", "E"), unit_stride=True)
+    check_tensor(op, "x", x, dtype=FLOATS, shape=("N", "E"), unit_stride=True)
     same = {"dtype": x.dtype, "device": x.device}
     features = "2 F" if gated else "F"
     shape = (features, x.shape[1])

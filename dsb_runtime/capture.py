@@ -6,9 +6,11 @@ its launches on the same memory. `CudaGraphs` is the one for GPUs.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,6 +36,17 @@ def row_class(rows: int, most: int) -> int:
 CAPTURING = threading.RLock()
 
 
+@contextlib.contextmanager
+def capturing(graph: torch.cuda.CUDAGraph, **options: Any) -> Iterator[None]:
+    """`torch.cuda.graph`, with the current stream put back even where a capture cannot be ended."""
+    before = torch.cuda.current_stream()
+    try:
+        with torch.cuda.graph(graph, **options):
+            yield
+    finally:
+        torch.cuda.set_stream(before)
+
+
 class CudaGraphs:
     """Captures on the current device into CUDA graphs that share one pool of memory (they run one
     at a time)."""
@@ -48,21 +61,17 @@ class CudaGraphs:
     def __call__(self, run: Callable[[], None]) -> Callable[[], None]:
         graph = torch.cuda.CUDAGraph()
         with CAPTURING:
-            device, before = torch.cuda.current_device(), torch.cuda.current_stream()
+            device = torch.cuda.current_device()
             if device not in self.streams:
                 self.streams[device] = torch.cuda.Stream(device)
             # Torch ends a pool with its last graph, and fails an assertion where that pool is begun
             # again while anything is left in it, as that workspace is before torch 2.13.
             if not self.graphs:
                 self.pool = torch.cuda.graph_pool_handle()
-            try:
-                # Other threads go on allocating and launching.
-                with torch.cuda.graph(
-                    graph, self.pool, self.streams[device], capture_error_mode="thread_local"
-                ):
-                    run()
-            finally:  # which `graph` does not do where a capture cannot be ended
-                torch.cuda.set_stream(before)
+            # Other threads go on allocating and launching.
+            options = {"stream": self.streams[device], "capture_error_mode": "thread_local"}
+            with capturing(graph, pool=self.pool, **options):
+                run()
             self.graphs.add(graph)
         return graph.replay
 
