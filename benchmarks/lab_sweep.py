@@ -87,12 +87,16 @@ ALTERNATIVES: dict[tuple[str, int], list[Config]] = {
         Config(_tile(64, 64), 4, 2),
         Config(_tile(64, 64), 4, 4),
         Config(_tile(64, 32), 4, 4),
-        Config(_tile(64, 128), 8, 2),
     ],
     ("window_attention 128", 128): [
         Config(_tile(128, 64), 8, 2),
         Config(_tile(128, 64), 8, 4),
-        Config(_tile(128, 128), 8, 2),
+        Config(_tile(128, 32), 8, 4),
+        Config(_tile(64, 64), 4, 3),
+    ],
+    ("window_attention 128", 896): [
+        Config(_tile(128, 64), 8, 2),
+        Config(_tile(128, 64), 8, 4),
         Config(_tile(64, 64), 4, 3),
     ],
     ("token_confidence", 64): [
@@ -145,6 +149,8 @@ def sweep_case(op: str, size: int) -> tuple[str, Make, int]:
         shape = (size, LLADA_VOCABULARY if on_gpu() else 3000, "probability", 0.0)
         return f"{size} rows", token.maker(shape, "op"), token.bytes_needed(shape)
     shape = ("LLaDA-8B", 1, size, 4096 if on_gpu() else 256)
+    if size == 896:  # query rows of a KV head: 7 x 128, bound by the tensor cores
+        shape = ("Dream-7B", 1, 128, 16384) if on_gpu() else ("Dream-7B", 1, 8, 256)
     return words(shape), attention.maker(shape, "op"), attention.needs(shape)["bytes_needed"]
 
 

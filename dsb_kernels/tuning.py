@@ -185,8 +185,8 @@ CONFIGS: dict[tuple[str, str], dict[int, Config]] = {
     },
     ("window_attention 256", "any"): {
         16: Config({"BLOCK_M": 16, "BLOCK_N": 32}, num_warps=4, num_stages=3),
-        64: Config({"BLOCK_M": 64, "BLOCK_N": 32}, num_warps=4, num_stages=3),
-        1 << 62: Config({"BLOCK_M": 128, "BLOCK_N": 32}, num_warps=8, num_stages=2),
+        64: Config({"BLOCK_M": 64, "BLOCK_N": 16}, num_warps=4, num_stages=4),  # 32 spill
+        1 << 62: Config({"BLOCK_M": 128, "BLOCK_N": 16}, num_warps=8, num_stages=4),
     },
     ("window_attention 128", "sm_89"): {
         16: Config({"BLOCK_M": 16, "BLOCK_N": 64}, num_warps=4, num_stages=3),
@@ -200,7 +200,7 @@ CONFIGS: dict[tuple[str, str], dict[int, Config]] = {
     },
     # Tests only: float32 has no tensor cores.
     ("window_attention float32", "any"): {
-        1 << 62: Config({"BLOCK_M": 16, "BLOCK_N": 32}, num_warps=8),
+        1 << 62: Config({"BLOCK_M": 16, "BLOCK_N": 16}, num_warps=8),
     },
     # size = window rows. 16 rows of a head of 128: every thread loads 16 bytes of each half.
     ("rope_write_kv", "any"): {1 << 62: Config({"BLOCK_W": 16}, num_warps=4)},

@@ -78,7 +78,7 @@ def _attention_kernel(
     rows in use are the first ones and all of a group's share the K/V that is loaded.
     Keys are visited in blocks of BLOCK_N, cached ones first, then the window's; a block reads one
     of the two. Invariant: acc and total are sums over the visited keys weighted with
-    2^(score - top), scores in units of log2, top the largest score so far.
+    2^(score * scale - top), top the largest score * scale so far, scale in units of log2.
     """
     # Neighbouring programs share K/V: they run together and find it in the L2 cache.
     split = tl.program_id(1)
@@ -92,20 +92,27 @@ def _attention_kernel(
         leftpad = tl.load(leftpad_ptr + b)
     window_end = window_start + window_length
 
-    # The visit list: n_cached blocks of the cache, then those of the window.
+    # The visit list: the cached positions before the window, those after it, then the window's own
+    # rows (counted from its start), each in blocks from its first position on, so that a block is
+    # cut off at its end alone. Or listed blocks of the cache, then the window's rows.
+    before_end = tl.minimum(window_start, seqlen)
+    after, after_end = tl.maximum(window_end, leftpad), seqlen
+    own, own_end = tl.maximum(leftpad - window_start, 0), window_length
     if indices_ptr is not None:
         indices_ptr += b * stride_ib + kv_head * stride_ih
-        n_cached = tl.load(num_blocks_ptr + b * stride_nb + kv_head * stride_nh)
-        n_cached *= KV_BLOCK // BLOCK_N
-        before, first, second = n_cached, 0, 0
+        n_before = tl.load(num_blocks_ptr + b * stride_nb + kv_head * stride_nh)
+        n_before *= KV_BLOCK // BLOCK_N
+        n_cached = n_before
     else:
-        # Blocks that overlap [leftpad, window_start) and [window_end, seqlen), each once.
-        first = leftpad // BLOCK_N
-        before_end = tl.cdiv(tl.minimum(window_start, seqlen), BLOCK_N)
-        before = tl.maximum(before_end - first, 0)
-        second = tl.maximum(tl.maximum(window_end, leftpad) // BLOCK_N, first + before)
-        n_cached = before + tl.maximum(tl.cdiv(seqlen, BLOCK_N) - second, 0)
-    n_blocks = n_cached + tl.cdiv(window_length, BLOCK_N)
+        if WINDOW_IN_CACHE:
+            # What is stored goes on through the window: one range, the window in its midst.
+            through = window_start <= seqlen
+            before_end = tl.where(through, tl.maximum(window_end, seqlen), before_end)
+            after_end = tl.where(through, after, after_end)
+            own_end = tl.where(through, own, own_end)
+        n_before = tl.cdiv(tl.maximum(before_end - leftpad, 0), BLOCK_N)
+        n_cached = n_before + tl.cdiv(tl.maximum(after_end - after, 0), BLOCK_N)
+    n_blocks = n_cached + tl.cdiv(tl.maximum(own_end - own, 0), BLOCK_N)
     per_split = tl.cdiv(n_blocks, NUM_SPLITS)
     low = split * per_split
     high = tl.minimum(low + per_split, n_blocks)
@@ -123,16 +130,17 @@ def _attention_kernel(
     else:
         q = tl.load(q_ptrs + d[None, :], mask=valid[:, None] & (d < HEAD_DIM)[None, :], other=0.0)
     scale = tl.cast(softmax_scale, tl.float32) * 1.4426950408889634  # log2(e)
+    # The largest score is found before it is scaled: scale > 0. A scale of 0 makes scores equal,
+    # and so does a tiny one, which leaves -inf what it is.
+    q = tl.where(scale < 0, -q, q)
+    scale = tl.maximum(tl.abs(scale), 1e-37)
 
     cache_b = b
     if batch_idx_ptr is not None:
         cache_b = tl.load(batch_idx_ptr + b).to(tl.int64)
     kc_ptr += cache_b * stride_kcb + kv_head * stride_kch
     vc_ptr += cache_b * stride_vcb + kv_head * stride_vch
-    if WINDOW_IN_CACHE:
-        kw_ptr = kc_ptr + window_start.to(tl.int64) * stride_kcn
-        vw_ptr = vc_ptr + window_start.to(tl.int64) * stride_vcn
-    else:
+    if not WINDOW_IN_CACHE:
         kw_ptr += b * stride_kwb + kv_head * stride_kwh
         vw_ptr += b * stride_vwb + kv_head * stride_vwh
 
@@ -145,34 +153,45 @@ def _attention_kernel(
             part = KV_BLOCK // BLOCK_N
             n0 = tl.load(indices_ptr + j // part, mask=j < n_cached, other=0) * KV_BLOCK
             n0 += j % part * BLOCK_N
+            stop = seqlen
         else:
-            n0 = tl.where(j < before, first + j, second + j - before) * BLOCK_N
-        n0 = tl.where(fresh, (j - n_cached) * BLOCK_N, n0)
-        n = n0 + tl.arange(0, BLOCK_N)
-        # Fresh: [0, window_length), Cached: [leftpad, seqlen) without the window; no padding.
-        seen = n >= tl.where(fresh, leftpad - window_start, leftpad)
-        seen &= n < tl.where(fresh, window_length, seqlen)
-        seen &= (n < tl.where(fresh, W, window_start)) | (n >= tl.where(fresh, 0, window_end))
-        k_ptr = tl.where(fresh, kw_ptr, kc_ptr)
-        v_ptr = tl.where(fresh, vw_ptr, vc_ptr)
-        stride_kn = tl.where(fresh, stride_kwn, stride_kcn)
-        stride_vn = tl.where(fresh, stride_vwn, stride_vcn)
-        k_ptr += n0.to(tl.int64) * stride_kn
-        v_ptr += n0.to(tl.int64) * stride_vn
-        offset = tl.arange(0, BLOCK_N)[:, None]
+            in_before = j < n_before
+            n0 = tl.where(in_before, leftpad + j * BLOCK_N, after + (j - n_before) * BLOCK_N)
+            stop = tl.where(in_before, before_end, after_end)
+        n0 = tl.where(fresh, own + (j - n_cached) * BLOCK_N, n0)
+        stop = tl.where(fresh, own_end, stop)
+        offset = tl.arange(0, BLOCK_N)
+        seen = offset < stop - n0
+        if indices_ptr is not None:  # what is cached, but for padding and the window
+            seen &= offset >= tl.where(fresh, 0, leftpad - n0)
+            hole = (offset - tl.where(fresh, W, window_start - n0)).to(tl.uint32)
+            seen &= hole >= tl.where(fresh, 0, window_length).to(tl.uint32)
+        if WINDOW_IN_CACHE:
+            first_row = n0 + tl.where(fresh, window_start, 0)
+            k_ptr = kc_ptr + first_row.to(tl.int64) * stride_kcn
+            v_ptr = vc_ptr + first_row.to(tl.int64) * stride_vcn
+            stride_kn, stride_vn = stride_kcn, stride_vcn
+        else:
+            stride_kn = tl.where(fresh, stride_kwn, stride_kcn)
+            stride_vn = tl.where(fresh, stride_vwn, stride_vcn)
+            k_ptr = tl.where(fresh, kw_ptr, kc_ptr) + n0.to(tl.int64) * stride_kn
+            v_ptr = tl.where(fresh, vw_ptr, vc_ptr) + n0.to(tl.int64) * stride_vn
         mask = seen[:, None]
         if HEAD_DIM != BLOCK_D:
             mask = mask & (d < HEAD_DIM)[None, :]
-        k = tl.load(k_ptr + (offset * stride_kn + d[None, :]), mask=mask, other=0.0)
-        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+        # Unsigned 32 bits: all these offsets stay in registers from block to block.
+        k_offset = (offset[:, None] * stride_kn + d[None, :]).to(tl.uint32).to(tl.uint64)
+        v_offset = (offset[:, None] * stride_vn + d[None, :]).to(tl.uint32).to(tl.uint64)
+        k = tl.load(k_ptr + k_offset, mask=mask, other=0.0)
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee")
         scores = tl.where(seen[None, :], scores, float("-inf"))
-        new_top = tl.maximum(top, tl.max(scores, 1))
+        new_top = tl.maximum(top, tl.max(scores, 1) * scale)
         # Nothing seen yet: -inf - -inf would be NaN.
         shift = tl.where(new_top == float("-inf"), 0.0, new_top)
-        p = tl.exp2(scores - shift[:, None])
+        p = tl.exp2(scores * scale - shift[:, None])
         decay = tl.exp2(top - shift)
         total = total * decay + tl.sum(p, 1)
-        v = tl.load(v_ptr + (offset * stride_vn + d[None, :]), mask=mask, other=0.0)
+        v = tl.load(v_ptr + v_offset, mask=mask, other=0.0)
         acc = tl.dot(p.to(v.dtype), v, acc * decay[:, None], input_precision="ieee")
         top = new_top
 
