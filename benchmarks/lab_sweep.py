@@ -52,8 +52,8 @@ ALTERNATIVES: dict[tuple[str, int], list[Config]] = {
     ("lm_head_confidence", 128): [
         Config(head_blocks(128, 128, 32, programs=264), 8, 3),
         Config(head_blocks(128, 128, 32, programs=132), 8, 5),
-        Config(head_blocks(256, 128, 16, programs=264), 16, 4),
-        Config(head_blocks(256, 128, 16, programs=132), 16, 3),
+        Config(head_blocks(256, 128, 32, programs=264), 16, 4),
+        Config(head_blocks(256, 128, 32, programs=132), 16, 3),
     ],
     ("window_linear", 32): [
         Config(linear_blocks(64, 32, programs=64), 4, 5),

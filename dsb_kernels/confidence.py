@@ -33,11 +33,13 @@ from dsb_kernels.row_state import (
     NO_TOKEN,
     PLANES,
     _combine_partials_op,
+    capped,
     check_scoring,
     exp_from,
     gumbel,
     philox_words,
     store_state,
+    weigh,
 )
 from dsb_kernels.tuning import CompileCase, architecture_of, configuration
 
@@ -112,24 +114,36 @@ def token_confidence_definition(
 
 
 @jit
+def by_thread(x, LANES: tl.constexpr):
+    """Sums of `x` (BLOCK,) to (LANES,): each of LANES threads loaded 8 elements next to each other
+    of every 8 * LANES, and adds up its own."""
+    return tl.sum(tl.sum(tl.reshape(x, (x.shape[0] // (LANES * 8), LANES, 8)), 2), 0)
+
+
+@jit
 def _score_tile(
     x, token, first, noise, temperature,
     maximum, total, score, index, logit, extra,
     BLOCK: tl.constexpr, BANNED: tl.constexpr, SAMPLE: tl.constexpr, CONFIDENCE: tl.constexpr,
+    LANES: tl.constexpr,
 ):  # fmt: skip
-    """Extend a row's state by the logits `x` of tokens `token` = first ... first + BLOCK - 1."""
+    """Extend a row's state by the logits `x` of tokens `token` = first ... first + BLOCK - 1.
+
+    Sums (`total`, and `extra` where it is one) stay apart by thread, (LANES,), until the last tile.
+    """
     tile_maximum = tl.max(x, 0)
     m = tl.maximum(maximum, tile_maximum)
-    # One exponential per element; a maximum of -inf has none (e^(-inf - 0) is 0, not NaN).
-    reference = tl.where(m == -float("inf"), 0.0, m)
-    distance = tl.where(x == reference, 0.0, x - reference)  # +inf counts as equal to +inf
-    e = tl.exp(distance)
+    distance, e = weigh(x, m)  # one exponential per element
     scale = exp_from(maximum, m)
     if CONFIDENCE == "neg_entropy":
         moved = tl.where(scale > 0, scale * (extra + total * (maximum - m)), 0.0)
         extra = tl.where(maximum == m, extra, moved)  # maximum - m may be inf - inf
-        extra += tl.sum(tl.where(e > 0, e * distance, 0.0), 0)
-    total = total * scale + tl.sum(e, 0)
+        # e is 0, or distance infinite, where their product has no value.
+        extra += by_thread(tl.where((e > 0) & (distance < float("inf")), e * distance, 0.0), LANES)
+    tile_total = by_thread(e, LANES)
+    if m == float("inf"):
+        tile_total = by_thread(capped(e), LANES)
+    total = total * scale + tile_total
     maximum = m
 
     allowed = x
@@ -167,7 +181,7 @@ def _score_block(
     row_ptr, V, block, key, id_low, id_high, temperature,
     maximum, total, score, index, logit, extra,
     BLOCK_V: tl.constexpr, BANNED: tl.constexpr, SAMPLE: tl.constexpr,
-    CONFIDENCE: tl.constexpr, MASKED: tl.constexpr,
+    CONFIDENCE: tl.constexpr, LANES: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Load one tile and extend the row's state by it."""
     first = block * BLOCK_V
@@ -183,7 +197,7 @@ def _score_block(
     return _score_tile(
         x.to(tl.float32), token, first, noise, temperature,
         maximum, total, score, index, logit, extra,
-        BLOCK_V, BANNED, SAMPLE, CONFIDENCE,
+        BLOCK_V, BANNED, SAMPLE, CONFIDENCE, LANES,
     )  # fmt: skip
 
 
@@ -192,7 +206,7 @@ def _token_confidence_kernel(
     logits_ptr, eligible_ptr, seed_ptr, noise_ids_ptr, partial_ptr,
     stride_row, rows, V, temperature,
     BLOCK_V: tl.constexpr, SPLIT_BLOCKS: tl.constexpr, BANNED: tl.constexpr,
-    SAMPLE: tl.constexpr, CONFIDENCE: tl.constexpr, STAGES: tl.constexpr,
+    SAMPLE: tl.constexpr, CONFIDENCE: tl.constexpr, STAGES: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """Program (row, split): the state of one row over one split of the vocabulary."""
     row = tl.program_id(0)
@@ -212,7 +226,7 @@ def _token_confidence_kernel(
         id_high = ((noise_id >> 32) & 0xFFFFFFFF).to(tl.uint32)
 
     maximum = tl.full((), -float("inf"), tl.float32)
-    total = tl.full((), 0.0, tl.float32)
+    total = tl.zeros((LANES,), tl.float32)
     score = maximum
     index = tl.full((), NO_TOKEN, tl.int32)
     logit = maximum
@@ -224,16 +238,19 @@ def _token_confidence_kernel(
         maximum, total, score, index, logit, extra = _score_block(
             row_ptr, V, block, key, id_low, id_high, temperature,
             maximum, total, score, index, logit, extra,
-            BLOCK_V, BANNED, SAMPLE, CONFIDENCE, MASKED=False,
+            BLOCK_V, BANNED, SAMPLE, CONFIDENCE, LANES, MASKED=False,
         )  # fmt: skip
     if ((begin + SPLIT_BLOCKS) * BLOCK_V > V) & (V % BLOCK_V > 0):
         maximum, total, score, index, logit, extra = _score_block(
             row_ptr, V, V // BLOCK_V, key, id_low, id_high, temperature,
             maximum, total, score, index, logit, extra,
-            BLOCK_V, BANNED, SAMPLE, CONFIDENCE, MASKED=True,
+            BLOCK_V, BANNED, SAMPLE, CONFIDENCE, LANES, MASKED=True,
         )  # fmt: skip
 
     state_ptr = partial_ptr + split.to(tl.int64) * rows * 6 + row
+    total = tl.sum(total, 0)
+    if CONFIDENCE == "neg_entropy":
+        extra = tl.sum(extra, 0)
     store_state(state_ptr, rows, None, maximum, total, score, logit, extra, index, 0)
 
 
@@ -248,6 +265,11 @@ class Launch:
     blocks: Mapping[str, int]
     num_warps: int
     num_stages: int
+
+    @property
+    def lanes(self) -> int:
+        """Threads that a tile's elements are dealt out to, 8 at a time."""
+        return min(32 * self.num_warps, self.blocks["BLOCK_V"] // 8)
 
 
 def launch_of(rows: int, V: int, architecture: str, sample: bool) -> Launch:
@@ -281,7 +303,7 @@ def _token_confidence_op(
         logits, eligible, seed, noise_ids, partials,
         logits.stride(0), rows, V, temperature,
         BANNED=tuple(banned), SAMPLE=temperature > 0, CONFIDENCE=confidence,
-        STAGES=launch.num_stages, **launch.blocks,
+        STAGES=launch.num_stages, LANES=launch.lanes, **launch.blocks,
         **launch_options(launch.num_warps, launch.num_stages),
     )  # fmt: skip
     return _combine_partials_op(partials, eligible, banned, confidence)
@@ -364,7 +386,7 @@ def compile_cases() -> list[CompileCase]:
                 signature=signature,
                 constexprs={
                     **launch.blocks, **absent, "BANNED": (126336,), "SAMPLE": sample,
-                    "CONFIDENCE": confidence, "STAGES": launch.num_stages,
+                    "CONFIDENCE": confidence, "STAGES": launch.num_stages, "LANES": launch.lanes,
                 },
                 num_warps=launch.num_warps,
                 num_stages=launch.num_stages,

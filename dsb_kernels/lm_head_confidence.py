@@ -32,12 +32,14 @@ from dsb_kernels.row_state import (
     NO_TOKEN,
     PLANES,
     _combine_partials_op,
+    capped,
     check_scoring,
     combine_kernel,
     combine_warps,
     gumbel,
     state_definition,
     store_state,
+    weigh,
 )
 from dsb_kernels.tuning import (
     ARCHITECTURES,
@@ -113,22 +115,24 @@ def _store_states(
         row = first_row + tl.arange(0, BLOCK_N)
         x = tl.where(token[:, None] < last, x, -float("inf"))
         maximum = tl.max(x, 0)
-        reference = tl.where(maximum == -float("inf"), 0.0, maximum)[None, :]
-        distance = tl.where(x == reference, 0.0, x - reference)  # +inf counts as equal to +inf
-        e = tl.exp(distance)
+        distance, e = weigh(x, maximum[None, :])
+        e = capped(e)
         total = tl.sum(e, 0)
         extra = tl.zeros_like(total)
         if CONFIDENCE == "neg_entropy":
-            extra = tl.sum(tl.where(e > 0, e * distance, 0.0), 0)
+            finite = (e > 0) & (distance < float("inf"))
+            extra = tl.sum(tl.where(finite, e * distance, 0.0), 0)
 
+        score = maximum
         for i in tl.static_range(len(BANNED)):
             if (BANNED[i] >= first) & (BANNED[i] < first + BLOCK_V):
                 x = tl.where(token[:, None] == BANNED[i], -float("inf"), x)
+                score = tl.max(x, 0)
         scores = x
         if SAMPLE:
             noise_id = tl.load(noise_ids_ptr + tl.minimum(row, rows - 1))
             scores = x / temperature + _noise(tl.load(seed_ptr), token + token_base, noise_id)
-        score = tl.max(scores, 0)
+            score = tl.max(scores, 0)
         index = tl.min(tl.where(scores == score[None, :], token[:, None], NO_TOKEN), 0)
         logit = score
         if SAMPLE:
@@ -159,6 +163,8 @@ def _lm_head_kernel(
             return
     temperature = tl.cast(temperature, tl.float32)  # Inductor passes scalars as float64
     k = tl.arange(0, BLOCK_K)
+    weight_offset = tl.arange(0, BLOCK_V)[:, None] * stride_wv + k[None, :]
+    weight_offset = weight_offset.to(tl.uint32).to(tl.uint64)
     hidden_ptrs = hidden_ptr + row.to(tl.int64)[None, :] * stride_hn + k[:, None]
     # Whole rows are masked, never parts of one: the loads stay wide and fetch nothing twice.
     hidden_mask = (row < rows)[None, :]
@@ -167,25 +173,30 @@ def _lm_head_kernel(
     last = tl.minimum(first + share, V)
     part = program.to(tl.int64) * tl.cdiv(share, BLOCK_V)
     part_ptr = partial_ptr + part * rows * 6
-    for tile in range(first, last, BLOCK_V):
+    # Flattened: the first loads of the next tile are under way while a tile is scored.
+    for tile in tl.range(first, last, BLOCK_V, flatten=True):
         token = tile + tl.arange(0, BLOCK_V)
-        weight_ptrs = weight_ptr + token.to(tl.int64)[:, None] * stride_wv + k[None, :]
+        tile_ptr = weight_ptr + tl.cast(tile, tl.int64) * stride_wv
         weight_mask = (token < last)[:, None]
         x = tl.zeros((BLOCK_V, BLOCK_N), tl.float32)
         for at in range(0, E, BLOCK_K):
             if EVEN_K:
-                w = tl.load(weight_ptrs + at, mask=weight_mask, other=0.0)
+                w = tl.load(tile_ptr + at + weight_offset, mask=weight_mask, other=0.0)
                 h = tl.load(hidden_ptrs + at, mask=hidden_mask, other=0.0)
             else:
                 inside = at + k < E
-                w = tl.load(weight_ptrs + at, mask=weight_mask & inside[None, :], other=0.0)
+                mask = weight_mask & inside[None, :]
+                w = tl.load(tile_ptr + at + weight_offset, mask=mask, other=0.0)
                 h = tl.load(hidden_ptrs + at, mask=hidden_mask & inside[:, None], other=0.0)
             x = tl.dot(w, h, x, input_precision="ieee")
         if bias_ptr is not None:
             x += tl.load(bias_ptr + token, mask=token < last, other=0.0).to(tl.float32)[:, None]
         _store_states(
             x, tile, last, tl.program_id(1) * BLOCK_N, rows, part_ptr, seed_ptr, noise_ids_ptr,
-            token_base, temperature, BLOCK_V, BLOCK_N, COLUMNS, BANNED, SAMPLE, CONFIDENCE,
+            token_base, temperature, BLOCK_V, BLOCK_N,
+            # Margins and entropies hold more for a column.
+            COLUMNS if CONFIDENCE == "probability" else COLUMNS // 2,
+            BANNED, SAMPLE, CONFIDENCE,
         )  # fmt: skip
         part_ptr += rows * 6
 

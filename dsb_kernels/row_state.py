@@ -121,6 +121,24 @@ def exp_from(x, reference):
 
 
 @jit
+def weigh(x, maximum):
+    """Distance of logits to their maximum, and e^distance, which is at most 1 (`capped`).
+
+    Where the maximum is infinite, the reference is finite: then -inf weighs nothing, +inf is at a
+    distance of +inf and weighs as much as an equal, once capped.
+    """
+    distance = x - tl.clamp(maximum, -3.4028234663852886e38, 3.4028234663852886e38)
+    # exp2 flushes what is below 2^-126 to 0; exp would spend four instructions to keep it.
+    return distance, tl.exp2(distance * 1.4426950408889634)
+
+
+@jit
+def capped(e):
+    """Weights with e^(+inf) = 1; a NaN stays one."""
+    return tl.minimum(e, 1.0, propagate_nan=tl.PropagateNan.ALL)
+
+
+@jit
 def philox_words(key, counter, id_low, id_high):
     """Four random words for each of N consecutive counters, in token order: (4 N,) uint32."""
     counter = counter.to(tl.uint32)

@@ -71,7 +71,7 @@ CONFIGS: dict[tuple[str, str], dict[int, Config]] = {
         16: Config(head_blocks(128, 16, 16, programs=264), num_warps=8, num_stages=4),
         32: Config(head_blocks(128, 32, 32, programs=264), num_warps=8, num_stages=4),
         64: Config(head_blocks(128, 64, 32, programs=264), num_warps=8, num_stages=4),
-        1 << 62: Config(head_blocks(256, 128, 16, programs=132), num_warps=16, num_stages=4),
+        1 << 62: Config(head_blocks(256, 128, 32, programs=132), num_warps=16, num_stages=4),
     },
     # 163 KiB of shared memory a block, and no accumulators of 64 rows a warp.
     ("lm_head_confidence", "sm_80"): {
@@ -85,7 +85,7 @@ CONFIGS: dict[tuple[str, str], dict[int, Config]] = {
         16: Config(head_blocks(128, 16, 16, programs=256), num_warps=8, num_stages=3),
         32: Config(head_blocks(128, 32, 32, programs=256), num_warps=8, num_stages=3),
         64: Config(head_blocks(128, 64, 32, programs=256), num_warps=8, num_stages=3),
-        1 << 62: Config(head_blocks(128, 128, 32, programs=128), num_warps=8, num_stages=4),
+        1 << 62: Config(head_blocks(128, 128, 32, programs=128), num_warps=8, num_stages=3),
     },
     # 148 SMs; its tensor cores do not take 16 warps.
     ("lm_head_confidence", "sm_100"): {
@@ -100,6 +100,12 @@ CONFIGS: dict[tuple[str, str], dict[int, Config]] = {
         32: Config(head_blocks(128, 32, 16, programs=264), num_warps=8, num_stages=4),
         64: Config(head_blocks(128, 64, 16, programs=132), num_warps=8, num_stages=4),
         1 << 62: Config(head_blocks(128, 128, 16, programs=132), num_warps=8, num_stages=4),
+    },
+    ("lm_head_confidence sampled", "sm_89"): {
+        16: Config(head_blocks(128, 16, 16, programs=256), num_warps=8, num_stages=4),
+        32: Config(head_blocks(128, 32, 16, programs=256), num_warps=8, num_stages=4),
+        64: Config(head_blocks(128, 64, 16, programs=128), num_warps=8, num_stages=4),
+        1 << 62: Config(head_blocks(128, 128, 16, programs=128), num_warps=8, num_stages=3),
     },
     # Elements of twice the size and no tensor cores: for tests, and for small models.
     ("lm_head_confidence float32", "any"): {

@@ -29,7 +29,7 @@ def production():
     """Asks for the table's own configurations."""
 
 
-ROWS = 20
+ROWS = 21
 
 
 def edge_rows(V: int, seed: int = 0) -> torch.Tensor:
@@ -55,6 +55,7 @@ def edge_rows(V: int, seed: int = 0) -> torch.Tensor:
     x[17, 0], x[17, 1:] = 1.0, -INF
     x[18, min(127, V - 1)] = 25.0  # the last of its block
     x[19, V - 1], x[19, 0] = 19.0, 20.0  # the best two in different splits
+    x[20], x[20, V - 1] = INF, NAN  # in one tile
     return x
 
 
@@ -319,9 +320,11 @@ def check_edges():
         ("_score_tile", "index = tl.min(tl.where(allowed == tile_best, token, NO_TOKEN), 0)",
          "index = tl.max(tl.where(allowed == tile_best, token, -1), 0)"),
         ("_score_tile", "(BANNED[i] < first + BLOCK)", "(BANNED[i] < first + BLOCK - 1)"),
-        ("_score_tile", "tl.where(x == reference, 0.0, x - reference)", "x - reference"),
+        ("_score_tile", "by_thread(capped(e), LANES)", "by_thread(e, LANES)"),
+        ("capped", "tl.PropagateNan.ALL", "tl.PropagateNan.NONE"),
+        ("by_thread", "tl.reshape(x, ", "tl.reshape(x * (tl.arange(0, x.shape[0]) > 0), "),
         ("_score_tile", "total = total * scale", "total = total"),
-        ("_score_tile", "tl.where(m == -float(\"inf\"), 0.0, m)", "m"),
+        ("weigh", "tl.clamp(maximum, -3.4028234663852886e38, 3.4028234663852886e38)", "maximum"),
         ("combine_kernel", "tl.min(tl.where(scores == score, tokens, NO_TOKEN), 0)",
          "tl.max(tl.where(scores == score, tokens, -1), 0)"),
         ("combine_kernel", "ok = total > 0", "ok = total == total"),

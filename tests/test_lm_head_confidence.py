@@ -283,6 +283,9 @@ def check_edges():
     compare(*rows_of(finite_edges(41)), banned=(15,))
     compare(*inputs(18, 53, 20), confidence="margin", cuts=(11,))
     compare(*inputs(5, 37, 16), cuts=(11,), **sampling(5))
+    hidden, weight, bias = inputs(3, 37, 16)
+    bias[0] = bias[5] = INF
+    compare(hidden, weight, bias, banned=(3,))
 
 
 @pytest.mark.parametrize(
@@ -299,6 +302,9 @@ def check_edges():
          "tl.max(tl.where(scores == score[None, :], token[:, None], -1)"),
         ("_store_states", "(BANNED[i] < first + BLOCK_V)", "(BANNED[i] < first + BLOCK_V - 1)"),
         ("_store_states", "token + token_base, noise_id", "token, noise_id"),
+        ("_store_states", "e = capped(e)", "e = e"),
+        ("_store_states", "score = tl.max(x, 0)\n        scores",
+         "score = maximum\n        scores"),
         ("_noise", "token % 4", "3 - token % 4"),
     ],
 )  # fmt: skip

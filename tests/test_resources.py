@@ -22,9 +22,9 @@ from dsb_runtime.capture import WIDTHS
 ROOT = Path(__file__).parent.parent
 # Triton 3.6 keeps a few more registers: 4 to 92 bytes of a thread.
 SPILLED_BEFORE_3_9 = (
-    "token_confidence margin bf16 64 rows",
     "lm_head_confidence margin bf16 128 rows",
     "lm_head_confidence neg_entropy bf16 128 rows",
+    "lm_head_confidence probability sampled fp32",
 )
 
 
