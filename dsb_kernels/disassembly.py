@@ -13,6 +13,11 @@ from dsb_kernels.dispatch import triton
 
 # An instruction line of SASS: address comment, optional predicate, opcode with its modifiers.
 _INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", re.MULTILINE)
+# A branch, from its own address to another.
+_BRANCH = re.compile(
+    r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?BRA\b.*?0x([0-9a-f]+)", re.MULTILINE
+)
+_INSTRUCTION_BYTES = 16
 _USAGE = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
 
 
@@ -23,6 +28,7 @@ class Disassembly:
     registers: int  # per thread
     stack: int  # bytes per thread
     opcodes: Counter[str]  # static instruction counts, modifiers included
+    loop: int  # instructions of the longest loop that holds no other
 
     def count(self, prefix: str) -> int:
         return sum(n for opcode, n in self.opcodes.items() if opcode.startswith(prefix))
@@ -52,6 +58,16 @@ class Disassembly:
         return self.count("MUFU.EX2")
 
 
+def longest_loop(sass: str) -> int:
+    """Instructions from the target of a branch back to it, where no other such lie between."""
+    branches = [(int(start, 16), int(end, 16)) for end, start in _BRANCH.findall(sass)]
+    loops = [(start, end) for start, end in branches if start < end]
+    innermost = [
+        (start, end) for start, end in loops if not any(start <= s and e < end for s, e in loops)
+    ]
+    return max(((end - start) // _INSTRUCTION_BYTES + 1 for start, end in innermost), default=0)
+
+
 def _is(opcode: str, name: str) -> bool:
     return opcode.split(".")[0] == name
 
@@ -79,4 +95,5 @@ def disassemble(cubin: bytes) -> Disassembly:
     if found is None:
         raise RuntimeError(f"cuobjdump -res-usage printed no resource usage: {usage!r}")
     registers, stack = int(found[1]), int(found[2])
-    return Disassembly(registers, stack, Counter(_INSTRUCTION.findall(sass)))
+    opcodes = Counter(_INSTRUCTION.findall(sass))
+    return Disassembly(registers, stack, opcodes, longest_loop(sass))

@@ -1,7 +1,8 @@
 """`python -m dsb_kernels.resources`: compile every kernel for every architecture, without a GPU.
 
 Prints what each needs (registers, spills, stack, shared memory, resident blocks per SM) and what
-its disassembly shows (tensor cores, load width, exponentials per element).
+its disassembly shows (tensor cores, load width, instructions of the longest loop, exponentials per
+element).
 """
 
 from __future__ import annotations
@@ -63,6 +64,7 @@ class Resources:
     resident_blocks: int
     tensor_cores: str
     narrow_loads: int  # bytes per thread (static) of global loads of less than 128 bits
+    loop: int  # instructions of the longest loop that holds no other
     exponentials: float | None  # per element, where the case says how to count them
     failures: tuple[str, ...] = ()  # what keeps it from being fit for sm_90, in words
 
@@ -115,6 +117,7 @@ def compile_case(case: CompileCase, architecture: str) -> Resources:
         resident_blocks=chip.resident_blocks(code.registers, shared, case.num_warps),
         tensor_cores=code.tensor_cores,
         narrow_loads=sum(width * n for width, n in loads.items() if width < 16),
+        loop=code.loop,
         exponentials=exponentials,
     )
     if architecture != "sm_90":
@@ -159,6 +162,8 @@ def failures(case: CompileCase, found: Resources) -> list[str]:
             f"{found.narrow_loads} bytes a thread by loads of less than 128 bits",
         ),
     ]
+    if case.max_loop is not None:
+        checks.append((0 < found.loop <= case.max_loop, f"{found.loop} instructions in its loop"))
     if case.max_exponentials is not None:
         count = found.exponentials
         # Less than one means that the elements of the code were not counted right.
@@ -174,7 +179,7 @@ def print_table(rows: Sequence[Resources]) -> None:
     table = Table(title="Kernels as compiled (per thread: registers, spills and stack)")
     for heading in (
         "op", "kernel", "arch", "regs", "spill B", "stack B", "shared KiB", "blocks/SM",
-        "tensor cores", "narrow loads", "exp/elem",
+        "tensor cores", "narrow loads", "loop", "exp/elem",
     ):  # fmt: skip
         table.add_column(heading, justify="left" if heading in ("op", "kernel") else "right")
     for r in rows:
@@ -182,9 +187,9 @@ def print_table(rows: Sequence[Resources]) -> None:
         table.add_row(
             r.op, r.name, r.architecture, str(r.registers), str(r.spilled_bytes), str(r.stack),
             f"{r.shared_bytes / 1024:.1f}", str(r.resident_blocks), r.tensor_cores or "-",
-            f"{r.narrow_loads} B", exponentials,
+            f"{r.narrow_loads} B", str(r.loop or "-"), exponentials,
         )  # fmt: skip
-    Console(width=None if sys.stdout.isatty() else 140).print(table)
+    Console(width=None if sys.stdout.isatty() else 150).print(table)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

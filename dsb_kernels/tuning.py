@@ -273,5 +273,6 @@ class CompileCase:
     expects_tensor_cores: bool = False  # HGMMA on sm_90
     expects_wide_loads: bool = False  # every global load is of 128 bits, but for ...
     scalar_load_bytes: int = 0  # ... this many bytes of scalars (a flag, a seed)
+    max_loop: int | None = None  # instructions of the longest loop that holds no other
     max_exponentials: float | None = None  # MUFU.EX2 in the code, of a thread, divided by ...
     elements_per_thread: float | None = None  # ... the elements that this code scores (a loop once)

@@ -399,6 +399,11 @@ def _attention_case(
         architectures=(architecture,),
         expects_tensor_cores=config.blocks["BLOCK_M"] >= 64,
         expects_wide_loads=True,
+        # 64 positions of 128 rows are 1024 clocks of an SM's tensor cores, and 920 of its four
+        # schedulers if each of 8 warps has 460 instructions.
+        max_loop={64: 500, 128: 460}.get(config.blocks["BLOCK_M"])
+        if D == 128 and not listed
+        else None,
         # Start, length, end and padding of the row, its row of the cache; a list's length and an
         # entry for each stage.
         scalar_load_bytes=16 + 4 * indexed + 4 * (1 + config.num_stages) * listed,

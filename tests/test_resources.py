@@ -14,7 +14,7 @@ import torch
 pytest.importorskip("triton")
 import triton
 
-from dsb_kernels.disassembly import Disassembly
+from dsb_kernels.disassembly import Disassembly, longest_loop
 from dsb_kernels.resources import ARCHITECTURES, CHIPS, Resources, collect_cases, failures
 from dsb_kernels.window_attention_kernel import tile_of
 from dsb_runtime.capture import WIDTHS
@@ -117,6 +117,7 @@ def test_opcodes_are_read_as_what_they_are():
         40, 0,
         Counter({"LDG.E.128": 2, "LDG.E.U8": 1, "LDGSTS.E.BYPASS.128": 3, "STL.64": 2, "LDL": 5,
                  "MUFU.EX2": 7, "MUFU.LG2": 1, "HGMMA.64x32x16.F32.BF16": 4, "HMMA.16816.F32": 1}),
+        0,
     )  # fmt: skip
     assert code.global_loads == {16: 5, 1: 1}
     assert code.spilled_bytes == 16
@@ -124,11 +125,34 @@ def test_opcodes_are_read_as_what_they_are():
     assert code.tensor_cores == "HGMMA"
 
 
+def test_the_longest_loop_that_holds_no_other():
+    sass = """
+        /*0000*/                   MOV R1, c[0x0][0x28] ;
+        /*0010*/                   FADD R2, R2, R3 ;
+        /*0020*/              @!P0 BRA 0x50 ;
+        /*0030*/                   FADD R2, R2, R3 ;
+        /*0040*/               @P1 BRA 0x30 ;
+        /*0050*/                   FADD R2, R2, R3 ;
+        /*0060*/                   FADD R2, R2, R3 ;
+        /*0070*/              @!UP1 BRA `(.L_x_1) 0x50 ;
+        /*0080*/               @P2 BRA 0x10 ;
+        /*0090*/                   BRA 0x90;
+    """
+    assert longest_loop(sass) == 3  # 0x50 to 0x70; 0x10 to 0x80 holds it
+    assert longest_loop("        /*0000*/                   EXIT ;") == 0
+
+
 def test_failures_are_named():
     case = next(case for case in collect_cases() if case.op == "token_confidence")
-    good = Resources("op", "k", "sm_90", 90, 0, 0, 0, 5, "", 1, 1.03)
+    good = Resources("op", "k", "sm_90", 90, 0, 0, 0, 5, "", 1, 517, 1.03)
     assert failures(case, good) == []
-    bad = Resources("op", "k", "sm_90", 90, 8, 16, 0, 5, "", 64, 3.0)
+    bad = Resources("op", "k", "sm_90", 90, 8, 16, 0, 5, "", 64, 600, 3.0)
     words = " ".join(failures(case, bad))
-    for expected in ("8 bytes spilled", "16 bytes of stack", "less than 128 bits", "3.0 expo"):
+    for expected in (
+        "8 bytes spilled",
+        "16 bytes of stack",
+        "less than 128 bits",
+        "600 inst",
+        "3.0 expo",
+    ):
         assert expected in words
