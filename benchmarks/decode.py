@@ -26,7 +26,6 @@ takes a large batch's prompts one by one.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 from collections.abc import Callable, Sequence
@@ -65,7 +64,7 @@ from benchmarks.trajectory import Agreement, Recorder, StepClock, StepTimes, agr
 from dsb_runtime.bench import describe_machine, describe_versions
 from dsb_runtime.cli import OneLineParser
 from dsb_runtime.config import check_int
-from dsb_runtime.plots import check_files
+from dsb_runtime.plots import check_files, write_json
 from dsb_runtime.step_limit import timed
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -324,7 +323,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     def keep() -> None:
         if args.json:
-            args.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+            write_json(args.json, result)
 
     cases = []
     for batch in batches:
@@ -342,4 +341,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("decode: interrupted; the batches that ended are in the file of --json, if given")

@@ -151,4 +151,7 @@ def main(argv: Sequence[str] | None = None, began: float | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(began=BEGAN))
+    try:
+        sys.exit(main(began=BEGAN))
+    except KeyboardInterrupt:
+        sys.exit("lab: interrupted; what was measured is in the file of --json, if one was given")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import gc
 import json
-import os
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -17,6 +16,7 @@ import torch
 
 from benchmarks import ceilings, measure
 from benchmarks.roofline import Ceilings
+from dsb_runtime.plots import write_json
 
 MODELS = ("model ", "main ")  # what models are kept under, with what was measured of them
 
@@ -110,14 +110,14 @@ class Lab:
     def save(self) -> None:
         """Write the file as a whole or not at all."""
         if self.path is not None:
-            write(self.path, self.record())
+            write_json(self.path, self.record())
 
     def beside(self, name: str, record: dict[str, Any]) -> Path | None:
         """Write another file beside this run's, if it has one: lab.json, lab.NAME.json."""
         if self.path is None:
             return None
         path = self.path.with_suffix(f".{name}.json")
-        write(path, record)
+        write_json(path, record)
         return path
 
     def record(self) -> dict[str, Any]:
@@ -142,12 +142,6 @@ class Lab:
             ) from error
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"--json {path}: expected what benchmarks.lab wrote") from error
-
-
-def write(path: Path, record: dict[str, Any]) -> None:
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(record, indent=1) + "\n", "utf-8")
-    os.replace(part, path)
 
 
 @dataclass(frozen=True)

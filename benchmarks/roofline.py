@@ -35,7 +35,7 @@ from benchmarks.step_cost import (
     weight_bytes,
 )
 from dsb_runtime.cli import OneLineParser
-from dsb_runtime.plots import check_files
+from dsb_runtime.plots import check_files, write_json
 
 KINDS = ("window", "refresh")
 ITEMSIZE = {"bfloat16": 2, "float16": 2, "float32": 4}
@@ -351,7 +351,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"tokens/s at {args.tokens_per_forward:g} tokens per forward"
         )
     if args.json:
-        args.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        write_json(args.json, result)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ in which the weights can be read at the bandwidth of a large copy.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import platform
 import statistics
@@ -31,7 +30,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from dsb_runtime.config import DecodingConfig, check_int
 from dsb_runtime.decode import GenerationOutput, StepEvent, generate
 from dsb_runtime.demo import MODEL_DIR
-from dsb_runtime.plots import check_files, draw_bench, read_kept
+from dsb_runtime.plots import check_files, draw_bench, read_kept, write_json
 from dsb_runtime.step_limit import LinearLayers, StepRows, copy_bandwidth, synchronize, timed
 
 BATCHES = (1, 2, 4, 8)
@@ -347,6 +346,6 @@ def run(
     for measured in measure(model, prompts, config, batches, rounds=args.rounds, seed=seed):
         record = {**about, **measured}
         if args.json:  # kept as it grows: an interrupt loses nothing but the round that runs
-            args.json.write_text(json.dumps(record, indent=1) + "\n", "utf-8")
+            write_json(args.json, record)
     show(record, args.plot)
     return 0

@@ -7,7 +7,6 @@ response positions up to and including its first EOS.
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,7 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from dsb_runtime.config import DecodingConfig, check_int
 from dsb_runtime.decode import generate
 from dsb_runtime.demo.problems import Problem, heldout, is_exact
-from dsb_runtime.plots import check_files, draw_scores, read_kept
+from dsb_runtime.plots import check_files, draw_scores, read_kept, write_json
 
 SCHEDULES: dict[str, dict[str, Any]] = {
     "naive": {"schedule": "naive"},
@@ -212,7 +211,7 @@ def run(
     for setting in tqdm(settings, desc="settings", disable=None):
         scores.append(score(model, tokenizer, batches, setting))
         if args.json:  # kept as it grows: an interrupt loses nothing that was measured
-            args.json.write_text(json.dumps([asdict(s) for s in scores], indent=1) + "\n", "utf-8")
+            write_json(args.json, [asdict(s) for s in scores])
     title = f"{args.problems} held-out problems, gen {args.gen_length}, block {args.block_length}"
     show(title, scores, args.plot)
     return 0

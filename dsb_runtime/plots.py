@@ -6,6 +6,7 @@ matplotlib is imported where a picture is drawn: it is slow to import.
 from __future__ import annotations
 
 import json
+import os
 from collections import defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -53,6 +54,22 @@ def check_writable(name: str, path: Path) -> None:
         ) from error
     if not there:
         path.unlink()
+
+
+def write_json(path: Path, record: Any) -> None:
+    """Write a file of JSON whole or not at all, so that an interrupt leaves what it held.
+
+    What a rename would take the place of (a pipe, a link), and a file in a folder that takes no
+    other, is written in place.
+    """
+    text = json.dumps(record, indent=1) + "\n"
+    other = path.is_symlink() or (path.exists() and not path.is_file())
+    if other or not os.access(path.absolute().parent, os.W_OK):
+        path.write_text(text, encoding="utf-8")
+        return
+    part = path.with_name(f"{path.name}.part")
+    part.write_text(text, encoding="utf-8")
+    part.replace(path)
 
 
 def read_kept(path: Path) -> Any:

@@ -1,0 +1,54 @@
+"""Files of results: whole or as they were."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from pathlib import Path
+
+import pytest
+
+from dsb_runtime.plots import write_json
+
+
+def test_a_file_is_replaced_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "kept.json"
+    write_json(path, {"rounds": 1})
+    assert json.loads(path.read_text()) == {"rounds": 1}
+    with pytest.raises(TypeError, match="not JSON serializable"):
+        write_json(path, {"rounds": object()})
+
+    def interrupted(part: Path, target: Path) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write_json(path, {"rounds": 2})
+    assert json.loads(path.read_text()) == {"rounds": 1}
+
+
+def test_a_link_stays_a_link(tmp_path: Path) -> None:
+    target, link = tmp_path / "target.json", tmp_path / "link.json"
+    link.symlink_to(target)
+    write_json(link, [1])
+    assert link.is_symlink() and json.loads(target.read_text()) == [1]
+
+
+def test_a_pipe_is_written_to(tmp_path: Path) -> None:
+    pipe, read = tmp_path / "pipe", []
+    os.mkfifo(pipe)
+    reader = threading.Thread(target=lambda: read.append(pipe.read_text()))
+    reader.start()
+    write_json(pipe, [2])
+    reader.join(10)
+    assert [json.loads(text) for text in read] == [[2]]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["pipe"]
+
+
+def test_a_folder_that_takes_no_other_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "kept.json"
+    monkeypatch.setattr(os, "access", lambda folder, mode: False)  # root may write everywhere
+    monkeypatch.setattr(Path, "replace", None)
+    write_json(path, [3])
+    assert json.loads(path.read_text()) == [3]
