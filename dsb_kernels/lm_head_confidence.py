@@ -163,6 +163,7 @@ def _lm_head_kernel(
             return
     temperature = tl.cast(temperature, tl.float32)  # Inductor passes scalars as float64
     k = tl.arange(0, BLOCK_K)
+    # Unsigned 32 bits take half the registers of addresses, and a tile's are all alike.
     weight_offset = tl.arange(0, BLOCK_V)[:, None] * stride_wv + k[None, :]
     weight_offset = weight_offset.to(tl.uint32).to(tl.uint64)
     hidden_ptrs = hidden_ptr + row.to(tl.int64)[None, :] * stride_hn + k[:, None]

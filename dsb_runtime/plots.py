@@ -1,4 +1,4 @@
-"""The pictures of `dsb eval` and `dsb bench`, drawn from the JSON that the commands keep.
+"""The JSON that `dsb eval`, `dsb bench` and the benchmarks keep, and the pictures drawn from it.
 
 matplotlib is imported where a picture is drawn: it is slow to import.
 """
