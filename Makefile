@@ -12,7 +12,7 @@ PINS := $(if $(shell command -v nvidia-smi),,-c constraints.txt)
 .PHONY: demo test test-slow test-oldest lint clean
 
 demo: $(STAMP)
-	$(BIN)/python -m dsb_runtime.demo
+	$(BIN)/python -m dsb_runtime.cli.demo
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -n auto

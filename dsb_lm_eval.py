@@ -18,4 +18,4 @@ def register() -> None:
     from lm_eval.api.registry import model_registry
 
     if "dsb" not in model_registry:
-        model_registry.register("dsb", target="dsb_runtime.lm_eval_model:DSBLM")
+        model_registry.register("dsb", target="dsb_runtime.doors.lm_eval:DSBLM")

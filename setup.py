@@ -32,8 +32,8 @@ setup(
         "test": ["pytest", "pytest-benchmark", "pytest-xdist", "hypothesis", "ruff", "accelerate"],
     },
     entry_points={
-        "console_scripts": ["dsb = dsb_runtime.cli:main"],
-        "lm_eval.models": ["dsb = dsb_runtime.lm_eval_model:DSBLM"],
+        "console_scripts": ["dsb = dsb_runtime.cli.main:main"],
+        "lm_eval.models": ["dsb = dsb_runtime.doors.lm_eval:DSBLM"],
         # The same for lm-eval up to 0.4.13, which reads no entry points: see dsb_lm_eval.py.
         "torch.backends": ["dsb_lm_eval = dsb_lm_eval:register"],
     },

@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from benchmarks.measure import Call, Make, compiled, device, low_precision, on_gpu, run
-from dsb_kernels.confidence import token_confidence
-from dsb_kernels.lm_head_confidence import lm_head_confidence, lm_head_confidence_definition
+from dsb_kernels.lm_head import lm_head_confidence, lm_head_confidence_definition
+from dsb_kernels.token_confidence import token_confidence
 
 if on_gpu():
     HEADS = {"LLaDA-8B": (126464, 4096), "iLLaDA-8B": (155136, 4096), "Dream-7B": (152064, 3584)}

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.measure import Call, Make, compiled, device, on_gpu, run
-from dsb_kernels.place_rows import place_rows, place_rows_definition
-from dsb_kernels.unmask import initial_state
-from dsb_kernels.window_state import REFRESH, WINDOW, UnmaskSpec
+from dsb_kernels.commit import initial_state
+from dsb_kernels.place import place_rows, place_rows_definition
+from dsb_kernels.rows import REFRESH, WINDOW, UnmaskSpec
 
 KINDS = {"window": WINDOW, "refresh": REFRESH}
 HELD = 32

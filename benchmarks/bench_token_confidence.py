@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.measure import Call, Make, compiled, device, low_precision, on_gpu, run
-from dsb_kernels.confidence import token_confidence, token_confidence_definition
+from dsb_kernels.token_confidence import token_confidence, token_confidence_definition
 
 if on_gpu():
     VOCABULARIES = (126464, 155136, 152064)  # LLaDA-8B, iLLaDA-8B, Dream-7B

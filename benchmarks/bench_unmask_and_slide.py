@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.measure import Call, Make, compiled, device, on_gpu, run
-from dsb_kernels.unmask import (
+from dsb_kernels.commit import (
     UnmaskSpec,
     WindowState,
     initial_state,

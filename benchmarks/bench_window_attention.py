@@ -23,7 +23,7 @@ from torch.nn.attention.flex_attention import flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks.measure import Call, Make, compiled, device, low_precision, on_gpu, run
-from dsb_kernels.window_attention import window_attention, window_attention_definition
+from dsb_kernels.attention import window_attention, window_attention_definition
 
 try:
     from flash_attn import flash_attn_with_kvcache

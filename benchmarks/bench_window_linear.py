@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from benchmarks.measure import Call, Make, compiled, device, low_precision, on_gpu, run
-from dsb_kernels.window_linear import window_linear, window_linear_definition
-from dsb_runtime.layers import activate
+from dsb_kernels.window_linear import window_linear, window_linear_reference
+from dsb_runtime.engine.layers import activate
 
 # output features, input features, bias, gated
 if on_gpu():
@@ -54,7 +54,7 @@ class Layer:
         return activate(made) if self.gated else made
 
     def definition(
-        self, of: Callable[..., Tensor] = window_linear_definition, *, wide: bool = False
+        self, of: Callable[..., Tensor] = window_linear_reference, *, wide: bool = False
     ) -> Tensor:
         given = (self.x, self.weight, self.bias)
         if wide:
@@ -64,7 +64,7 @@ class Layer:
 
 def maker(name: str, rows: int, contender: str = "op") -> Make:
     if contender == "definition compiled":
-        of = compiled(window_linear_definition)
+        of = compiled(window_linear_reference)
         return lambda: Call(functools.partial(Layer(name, rows).definition, of))
     return lambda: Call(getattr(Layer(name, rows), contender))
 

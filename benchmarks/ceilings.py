@@ -12,8 +12,8 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.measure import copy_bandwidth
-from dsb_runtime.profile_tables import Event, gpu_work, read_trace
-from dsb_runtime.step_limit import timed
+from dsb_runtime.measure.limits import timed
+from dsb_runtime.measure.profile_tables import Event, gpu_work, read_trace
 
 CPU_COPY = 1 << 28  # bytes, past the caches
 GPU_SIZE = 8192  # of the square matrices

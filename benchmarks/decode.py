@@ -61,11 +61,11 @@ from benchmarks.roofline import Ceilings, positive
 from benchmarks.step_cost import total_cost
 from benchmarks.step_times import TimedEngine, phase_times
 from benchmarks.trajectory import Agreement, Recorder, StepClock, StepTimes, agreement
-from dsb_runtime.bench import describe_machine, describe_versions
-from dsb_runtime.cli import OneLineParser
+from dsb_runtime.cli.main import OneLineParser
 from dsb_runtime.config import check_int
-from dsb_runtime.plots import check_files, write_json
-from dsb_runtime.step_limit import timed
+from dsb_runtime.measure.bench import describe_machine, describe_versions
+from dsb_runtime.measure.limits import timed
+from dsb_runtime.measure.plots import check_files, write_json
 
 DTYPES = ("float32", "bfloat16", "float16")
 

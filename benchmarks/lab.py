@@ -29,9 +29,9 @@ from benchmarks.lab_state import Lab, Part, alive, run_part
 from benchmarks.lab_targets import markdown_of, rows_of, table_of
 from benchmarks.measure import device
 from benchmarks.roofline import positive
-from dsb_runtime.bench import describe_machine, describe_versions
-from dsb_runtime.cli import OneLineParser
-from dsb_runtime.plots import check_files
+from dsb_runtime.cli.main import OneLineParser
+from dsb_runtime.measure.bench import describe_machine, describe_versions
+from dsb_runtime.measure.plots import check_files
 
 PARTS = {
     "correct": Part(lab_check.correct, "each kernel against its definition in float64", 30),
@@ -44,7 +44,7 @@ PARTS = {
     "goldens": Part(lab_check.goldens, "tests/test_cuda.py", 60),
     "batches": Part(lab_decode.batches, "LLaDA-8B, batch 8 and 32", 120),
     "profile": Part(lab_decode.profile, "LLaDA-8B, batch 1: GPU idle, phases", 30),
-    "sweep": Part(lab_sweep.sweep, "alternatives to dsb_kernels/tuning.py"),
+    "sweep": Part(lab_sweep.sweep, "alternatives to dsb_kernels/_configs.py"),
     "dream": Part(lab_decode.dream, "Dream-7B, batch 1", 60),
 }
 

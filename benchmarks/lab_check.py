@@ -27,15 +27,15 @@ from benchmarks import bench_rope_write_kv as rope
 from benchmarks import bench_unmask_and_slide as unmask
 from benchmarks.lab_state import Lab, NotHereError
 from benchmarks.measure import device, on_gpu
-from dsb_kernels.confidence import token_confidence, token_confidence_definition
-from dsb_kernels.dispatch import use_triton
+from dsb_kernels._op import use_triton
+from dsb_kernels.attention import window_attention, window_attention_definition
+from dsb_kernels.commit import unmask_and_slide, unmask_and_slide_definition
 from dsb_kernels.linear_add_norm import linear_add_norm, linear_add_norm_definition
-from dsb_kernels.lm_head_confidence import lm_head_confidence
-from dsb_kernels.place_rows import place_rows_definition
+from dsb_kernels.lm_head import lm_head_confidence
+from dsb_kernels.place import place_rows_definition
 from dsb_kernels.rope_kv import rope_write_kv, rope_write_kv_definition
-from dsb_kernels.unmask import unmask_and_slide, unmask_and_slide_definition
-from dsb_kernels.window_attention import window_attention, window_attention_definition
-from dsb_kernels.window_linear import window_linear, window_linear_definition
+from dsb_kernels.token_confidence import token_confidence, token_confidence_definition
+from dsb_kernels.window_linear import window_linear, window_linear_reference
 
 ROOT = Path(__file__).parents[1]
 TESTS = "tests/test_cuda.py"
@@ -218,8 +218,8 @@ def check_linear(lab: Lab) -> None:
                 found = window_linear(x, weight, b, gated=gated)
                 given = (x, weight, b)
                 double = [None if t is None else t.double() for t in given]
-                exact = window_linear_definition(*double, gated)
-                plain = window_linear_definition(*given, gated)
+                exact = window_linear_reference(*double, gated=gated)
+                plain = window_linear_reference(*given, gated=gated)
                 errors.add(f"{rows} x {E} x {F}{' gated' * gated}", dtype, found, plain, exact)
     errors.report()
 

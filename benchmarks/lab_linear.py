@@ -13,7 +13,7 @@ from benchmarks.lab_decode import PREFIXES, Bench, bench, window_steps
 from benchmarks.lab_ops import keep, listed
 from benchmarks.lab_state import Lab
 from benchmarks.measure import timing
-from dsb_runtime import layers
+from dsb_runtime.engine import layers
 
 # Of an op the benchmark, and what there would be in its place.
 OPS: tuple[tuple[ModuleType, str], ...] = ((window, "matmul"), (add_norm, "definition"))

@@ -12,7 +12,7 @@ from benchmarks import bench_unmask_and_slide as unmask
 from benchmarks import bench_window_attention as attention
 from benchmarks.lab_state import Lab, one_line
 from benchmarks.measure import Timing, on_gpu, timing
-from dsb_kernels.unmask import unmask_and_slide
+from dsb_kernels.commit import unmask_and_slide
 
 LLADA_VOCABULARY = 126464
 

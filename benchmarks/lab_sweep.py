@@ -1,4 +1,4 @@
-"""Alternatives to the configurations of `dsb_kernels/tuning.py`, timed by `benchmarks/lab.py`.
+"""Alternatives to the configurations of `dsb_kernels/_configs.py`, timed by `benchmarks/lab.py`.
 
 The table is changed by hand where one of these is faster by more than the two times of each differ.
 """
@@ -21,8 +21,8 @@ from benchmarks import bench_window_linear as linear
 from benchmarks.lab_ops import LLADA_VOCABULARY, words
 from benchmarks.lab_state import Lab, one_line
 from benchmarks.measure import Call, Make, Timing, device, on_gpu, timing
-from dsb_kernels import tuning
-from dsb_kernels.tuning import Config, architecture_of, head_blocks, linear_blocks
+from dsb_kernels import _configs as tuning
+from dsb_kernels._configs import Config, architecture_of, head_blocks, linear_blocks
 
 
 def _tile(block_m: int, block_n: int) -> dict[str, int]:
@@ -33,7 +33,7 @@ def _split(block_v: int, blocks: int) -> dict[str, int]:
     return {"BLOCK_V": block_v, "SPLIT_BLOCKS": blocks}
 
 
-# (op in the table of dsb_kernels/tuning.py, size): configurations to try instead of the table's.
+# (op in the table of dsb_kernels/_configs.py, size): configurations to try instead of the table's.
 # Each compiles for sm_90 without spills.
 ALTERNATIVES: dict[tuple[str, int], list[Config]] = {
     ("lm_head_confidence", 32): [
@@ -160,7 +160,7 @@ def short(config: Config) -> str:
 
 
 def sweep(lab: Lab) -> None:
-    """Alternatives to `dsb_kernels/tuning.py`, twice each, so that noise shows."""
+    """Alternatives to `dsb_kernels/_configs.py`, twice each, so that noise shows."""
     lines: list[dict[str, Any]] = []
     lab.details["sweep"] = lines
 
@@ -205,7 +205,7 @@ def sweep(lab: Lab) -> None:
 def sweep_table(lines: list[dict[str, Any]]) -> Table:
     """Of each case the alternatives, the fastest in bold."""
     table = Table(
-        title="Alternatives to dsb_kernels/tuning.py (* = as it is)", title_justify="left"
+        title="Alternatives to dsb_kernels/_configs.py (* = as it is)", title_justify="left"
     )
     for name in ("op", "case", "configuration", "µs", "again µs"):
         table.add_column(name, overflow="fold", justify="right" if "µs" in name else "left")

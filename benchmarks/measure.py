@@ -30,8 +30,8 @@ from dataclasses import dataclass
 
 import torch
 
-from dsb_runtime.capture import capturing
-from dsb_runtime.step_limit import timed
+from dsb_runtime.engine.graphs import capturing
+from dsb_runtime.measure.limits import timed
 
 SPAN = 1e-3  # seconds that a graph should take
 CALLS = (10, 100)  # at least and at most in one graph

@@ -18,8 +18,7 @@ from transformers import (
     Qwen2Config,
 )
 
-from dsb_runtime.families import DREAM, LLADA, Family
-from dsb_runtime.load import DiffusionInfo
+from dsb_runtime.families import DREAM, LLADA, DiffusionInfo, Family
 
 POSITIONS = 32768  # that a model has
 

@@ -28,9 +28,9 @@ from benchmarks.presets import (
     random_prompt,
 )
 from benchmarks.roofline import positive
-from dsb_runtime import profile
-from dsb_runtime.cli import OneLineParser
+from dsb_runtime.cli.main import OneLineParser
 from dsb_runtime.config import check_int
+from dsb_runtime.measure import profile
 
 DTYPES = ("float32", "bfloat16", "float16")
 

@@ -34,8 +34,8 @@ from benchmarks.step_cost import (
     total_cost,
     weight_bytes,
 )
-from dsb_runtime.cli import OneLineParser
-from dsb_runtime.plots import check_files, write_json
+from dsb_runtime.cli.main import OneLineParser
+from dsb_runtime.measure.plots import check_files, write_json
 
 KINDS = ("window", "refresh")
 ITEMSIZE = {"bfloat16": 2, "float16": 2, "float32": 4}

@@ -3,7 +3,7 @@
 The smallest step that computes the same: every weight is read once, a phase reads its inputs and
 writes its outputs once, Q, K, V are one product, gate and up are one whose SiLU · mul is its
 epilogue, a residual is added where the next norm reads it, and the last layer computes what
-follows K and V for the scored rows alone (`dsb_runtime/forward.py`). FLOPs are those of the matrix
+follows K and V for the scored rows alone (`engine/forward.py`). FLOPs are those of the matrix
 products, two for each multiplication.
 """
 

@@ -14,10 +14,10 @@ from transformers import PreTrainedModel
 import dsb_runtime as dsb
 from benchmarks.step_cost import OUTSIDE, PHASES
 from benchmarks.trajectory import StepTimes
-from dsb_runtime.profile import profile_steps
-from dsb_runtime.profile_tables import by_kind, read_trace
-from dsb_runtime.runner import Launched, Session
-from dsb_runtime.step import StepShape
+from dsb_runtime.engine.loop import Launched, Session
+from dsb_runtime.engine.step import StepShape
+from dsb_runtime.measure.profile import profile_steps
+from dsb_runtime.measure.profile_tables import by_kind, read_trace
 
 MOST_STEPS = 40  # profiled; traces are large
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from benchmarks.floor import ForwardRows
 from benchmarks.step_cost import StepShape
 from dsb_runtime import StepEvent
-from dsb_runtime.step_limit import synchronize
+from dsb_runtime.measure.limits import synchronize
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dsb_kernels.dispatch import FLOATS, check_tensor
+from dsb_kernels._check import FLOATS, check_tensor
 
 BlockLists = tuple[Tensor, Tensor]
 

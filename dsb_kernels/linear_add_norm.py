@@ -14,9 +14,16 @@ import torch
 from torch import Tensor
 from torch.nn.functional import rms_norm
 
-from dsb_kernels.dispatch import (
-    FLOATS,
-    check_tensor,
+from dsb_kernels._check import FLOATS, check_tensor
+from dsb_kernels._configs import (
+    ARCHITECTURES,
+    TRITON_DTYPES,
+    CompileCase,
+    architecture_of,
+    configuration,
+    of_dtype,
+)
+from dsb_kernels._op import (
     jit,
     launch_options,
     register_op,
@@ -25,14 +32,6 @@ from dsb_kernels.dispatch import (
     triton,
     use_triton,
     wrap_triton,
-)
-from dsb_kernels.tuning import (
-    ARCHITECTURES,
-    TRITON_DTYPES,
-    CompileCase,
-    architecture_of,
-    configuration,
-    of_dtype,
 )
 
 # --- definition -------------------------------------------------------------------------------

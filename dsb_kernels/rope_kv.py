@@ -11,17 +11,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dsb_kernels.dispatch import (
-    check_tensor,
-    jit,
-    launch_options,
-    register_op,
-    tl,
-    triton,
-    use_triton,
-    wrap_triton,
-)
-from dsb_kernels.tuning import CompileCase, configuration
+from dsb_kernels._check import check_tensor
+from dsb_kernels._configs import CompileCase, configuration
+from dsb_kernels._op import jit, launch_options, register_op, tl, triton, use_triton, wrap_triton
 
 TILE = configuration("rope_write_kv", 0, "any")  # one for every window and architecture
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)

@@ -8,24 +8,14 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear, silu
 
-from dsb_kernels.dispatch import (
-    FLOATS,
-    check_tensor,
-    jit,
-    launch_options,
-    register_op,
-    takes_definition,
-    tl,
-    triton,
-    use_triton,
-    wrap_triton,
-)
-from dsb_kernels.tuning import (
+from dsb_kernels._check import FLOATS, check_tensor
+from dsb_kernels._configs import (
     ARCHITECTURES,
     TRITON_DTYPES,
     CompileCase,
@@ -34,13 +24,33 @@ from dsb_kernels.tuning import (
     configuration,
     of_dtype,
 )
+from dsb_kernels._op import jit, launch_options, op, tl, triton, wrap_triton
 
 MAX_ROWS = 128  # of one pass over the weights; more rows are correct, and read them once more
 
 # --- definition -------------------------------------------------------------------------------
 
 
-def window_linear_definition(x: Tensor, weight: Tensor, bias: Tensor | None, gated: bool) -> Tensor:
+def window_linear_reference(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, gated: bool = False
+) -> Tensor:
+    """x @ weight.T + bias; with `gated` silu(gate) * up of the two halves of that.
+
+    Args:
+        x: (N, E) float32, float16 or bfloat16, last dimension of stride 1. Any N; made for 128 and
+            fewer.
+        weight: (F, E), or (2 F, E) with `gated`, gate rows first; same dtype, last dimension of
+            stride 1.
+        bias: (F,) or (2 F,) of the same dtype, or None.
+        gated: apply silu(gate) * up.
+
+    Returns:
+        (N, F), accumulated in float32. The kernel rounds once; the definition's gate and up are
+        rounded before they are multiplied.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong dtype, shape, device or stride.
+    """
     y = linear(x, weight, bias)
     if not gated:
         return y
@@ -125,56 +135,36 @@ def launch_of(rows: int, F: int, dtype: torch.dtype, architecture: str, *, gated
     return Launch(grid, blocks, warps, config.num_stages)
 
 
-@register_op("window_linear")
-def _window_linear_op(x: Tensor, weight: Tensor, bias: Tensor | None, gated: bool) -> Tensor:
-    if not use_triton(x, weight):
-        return window_linear_definition(x, weight, bias, gated)
-    (rows, E), F = x.shape, len(weight) // (2 if gated else 1)
-    launch = launch_of(rows, F, x.dtype, architecture_of(x.device), gated=gated)
-    out = x.new_empty((rows, F))
+def _launch(a: Any) -> Tensor:
+    (rows, E), F = a.x.shape, len(a.weight) // (2 if a.gated else 1)
+    out = a.x.new_empty((rows, F))
+    if out.numel() == 0:
+        return out
+    launch = launch_of(rows, F, a.x.dtype, architecture_of(a.x.device), gated=a.gated)
     wrap_triton(_window_linear_kernel)[launch.grid](
-        weight, x, bias, out, weight.stride(0), x.stride(0), out.stride(0), rows, F, E,
-        EVEN_K=E % launch.blocks["BLOCK_K"] == 0, GATED=gated, **launch.blocks,
+        a.weight, a.x, a.bias, out, a.weight.stride(0), a.x.stride(0), out.stride(0), rows, F, E,
+        EVEN_K=E % launch.blocks["BLOCK_K"] == 0, GATED=a.gated, **launch.blocks,
         **launch_options(launch.num_warps, launch.num_stages),
     )  # fmt: skip
     return out
 
 
-def window_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, gated: bool = False
-) -> Tensor:
-    """x @ weight.T + bias; with `gated` silu(gate) * up of the two halves of that.
-
-    Args:
-        x: (N, E) float32, float16 or bfloat16, last dimension of stride 1. Any N; made for 128 and
-            fewer.
-        weight: (F, E), or (2 F, E) with `gated`, gate rows first; same dtype, last dimension of
-            stride 1.
-        bias: (F,) or (2 F,) of the same dtype, or None.
-        gated: apply silu(gate) * up.
-
-    Returns:
-        (N, F), accumulated in float32. The kernel rounds once; the definition's gate and up are
-        rounded before they are multiplied.
-
-    Raises:
-        TypeError, ValueError: an argument of the wrong dtype, shape, device or stride.
-    """
-    op = "window_linear"
-    check_tensor(op, "x", x, dtype=FLOATS, shape=("N", "E"), unit_stride=True)
-    same = {"dtype": x.dtype, "device": x.device}
-    features = "2 F" if gated else "F"
-    shape = (features, x.shape[1])
-    check_tensor(op, "weight", weight, shape=shape, unit_stride=True, **same)
-    if gated and len(weight) % 2:
+def _check(a: Any) -> None:
+    name = "window_linear"
+    check_tensor(name, "x", a.x, dtype=FLOATS, shape=("N", "E"), unit_stride=True)
+    same = {"dtype": a.x.dtype, "device": a.x.device}
+    features = "2 F" if a.gated else "F"
+    shape = (features, a.x.shape[1])
+    check_tensor(name, "weight", a.weight, shape=shape, unit_stride=True, **same)
+    if a.gated and len(a.weight) % 2:
         raise ValueError(
-            f"{op}: weight has {len(weight)} rows: accepted with gated is an even number"
+            f"{name}: weight has {len(a.weight)} rows: accepted with gated is an even number"
         )
-    if bias is not None:
-        check_tensor(op, "bias", bias, shape=weight.shape[:1], contiguous=True, **same)
-    if len(x) == 0 or len(weight) == 0 or takes_definition(x, weight):
-        return window_linear_definition(x, weight, bias, gated)
-    return _window_linear_op(x, weight, bias, gated)
+    if a.bias is not None:
+        check_tensor(name, "bias", a.bias, shape=a.weight.shape[:1], contiguous=True, **same)
+
+
+window_linear = op(window_linear_reference, launch=_launch, check=_check)
 
 
 def compile_cases() -> list[CompileCase]:

@@ -2,6 +2,6 @@
 
 import sys
 
-from dsb_runtime.cli import main
+from dsb_runtime.cli.main import main
 
 sys.exit(main())

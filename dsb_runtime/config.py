@@ -151,7 +151,7 @@ class DecodingConfig:
 
     @property
     def rule(self) -> str:
-        """The selection rule in force: a key of `dsb_kernels.unmask.RULES`."""
+        """The selection rule in force: a key of `dsb_kernels.commit.RULES`."""
         for name in ("factor", "frechet"):
             if getattr(self, name) is not None:
                 return name

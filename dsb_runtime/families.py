@@ -40,6 +40,15 @@ class Family:
     turn_ends: Mapping[int, tuple[int, ...]]
 
 
+@dataclass(frozen=True)
+class DiffusionInfo:
+    """What decoding needs to know of a model; `load_model` attaches it as `model.dsb`."""
+
+    family: Family
+    mask_id: int
+    eos_ids: tuple[int, ...]
+
+
 def real(name: str, value: Any) -> float:
     """`value` where it is a positive number; ValueError names the field otherwise."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:

@@ -2,7 +2,7 @@
 
 Tests of kernels run in one ordinary pytest process: `tests/conftest.py` sets `TRITON_INTERPRET=1`
 before anything imports Triton where there is no GPU, and `kernels()` sends an op's CPU tensors to
-the (interpreted) kernel. Whatever has to compile for a GPU (`dsb_kernels.resources`) runs in a
+the (interpreted) kernel. Whatever has to compile for a GPU (`tools.compile_report`) runs in a
 subprocess without that variable.
 
 A check that passes for the real kernel must fail for a broken one:
@@ -29,7 +29,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from dsb_kernels import tuning
+from dsb_kernels import _configs as tuning
 
 _PASSED: set[Callable[[], None]] = set()
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

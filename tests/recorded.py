@@ -73,7 +73,7 @@ class Recording(TorchDispatchMode):
 
 
 class Recorder:
-    """A capture (`dsb_runtime.capture.Capture`) that keeps its recordings for inspection."""
+    """A capture (`dsb_runtime.engine.graphs.Capture`) that keeps its recordings for inspection."""
 
     def __init__(self) -> None:
         self.recordings: list[Recording] = []

@@ -25,14 +25,14 @@ from transformers import (
     modeling_flash_attention_utils,
 )
 
-from dsb_runtime import attention
-from dsb_runtime.attention import (
+from dsb_runtime.engine import attention
+from dsb_runtime.engine.attention import (
     dsb_attention,
     flash_attention,
     flash_installed,
     takes_flash,
 )
-from dsb_runtime.cache import WindowCache
+from dsb_runtime.engine.cache import WindowCache
 
 SIZES = {
     "vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,

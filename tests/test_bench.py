@@ -13,18 +13,18 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import dsb_runtime as dsb
-from dsb_runtime import cli
-from dsb_runtime.bench import (
+from dsb_runtime.cli import main as cli
+from dsb_runtime.demo import MODEL_DIR
+from dsb_runtime.engine.engine import GenerationOutput
+from dsb_runtime.measure.bench import (
     Round,
     StepClock,
     random_prompts,
     summarize,
     summarize_steps,
 )
-from dsb_runtime.decode import GenerationOutput
-from dsb_runtime.demo import MODEL_DIR
-from dsb_runtime.plots import draw_bench
-from dsb_runtime.step_limit import LinearLayers, StepRows
+from dsb_runtime.measure.limits import LinearLayers, StepRows
+from dsb_runtime.measure.plots import draw_bench
 
 SMALL = ["--device", "cpu", "--prompt-length", "12", "--gen-length", "24", "--block-length", "8"]
 STEP_KEYS = {
@@ -213,7 +213,7 @@ def test_an_interrupt_leaves_the_rounds_before_it(tmp_path, capsys, monkeypatch)
             raise KeyboardInterrupt
         return rounds[-1]
 
-    monkeypatch.setattr("dsb_runtime.bench.one_round", one_round)
+    monkeypatch.setattr("dsb_runtime.measure.bench.one_round", one_round)
     argv = ["bench", *SMALL, "--batch", "1", "--rounds", "9", "--json", str(kept)]
     assert cli.main(argv) == 130
     assert capsys.readouterr().err.endswith("dsb: interrupted\n")

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from dsb_kernels.attention import window_attention
 from dsb_kernels.block_lists import (
     blocks_all,
     blocks_left_padding,
@@ -15,7 +16,6 @@ from dsb_kernels.block_lists import (
     blocks_top_k,
     lists_of,
 )
-from dsb_kernels.window_attention import window_attention
 from tests.mutations import DEVICE, kernels
 
 

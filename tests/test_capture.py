@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from dsb_runtime import capture, layers
-from dsb_runtime.capture import CudaGraphs, HostCopy
-from dsb_runtime.decode import Engine
+from dsb_runtime.engine import graphs as capture
+from dsb_runtime.engine import layers
+from dsb_runtime.engine.engine import Engine
+from dsb_runtime.engine.graphs import CudaGraphs, HostCopy
 
 
 class Graph:

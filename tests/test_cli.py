@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import dsb_runtime as dsb
-from dsb_runtime.cli import main
+from dsb_runtime.cli.main import main
 from tests import golden
 from tests.checkpoints import parts, write, write_chat_model
 
@@ -249,7 +249,7 @@ def test_a_picture_that_fails_does_not_take_the_answer_along(chat, capsys, tmp_p
     def full(*args: Any) -> None:
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("dsb_runtime.trace.Trace.save", full)
+    monkeypatch.setattr("dsb_runtime.measure.trace.Trace.save", full)
     path = tmp_path / "trace.png"
     assert main(["generate", PROMPT, "--model", str(chat), *SHORT, "--trace", str(path)]) == 2
     said = capsys.readouterr()

@@ -5,11 +5,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsb_kernels import confidence as module
-from dsb_kernels import row_state, tuning
-from dsb_kernels.confidence import token_confidence, token_confidence_definition
-from dsb_kernels.philox import gumbel_noise, philox4x32
-from dsb_kernels.row_state import CONFIDENCES
+from dsb_kernels import _configs as tuning
+from dsb_kernels import score as row_state
+from dsb_kernels import token_confidence as module
+from dsb_kernels.noise import gumbel_noise, philox4x32
+from dsb_kernels.score import CONFIDENCES
+from dsb_kernels.token_confidence import token_confidence, token_confidence_definition
 from tests.mutations import DEVICE, assert_caught, kernels
 
 INF, NAN = float("inf"), float("nan")

@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file
 
 import dsb_runtime as dsb
-from dsb_runtime.cli import main
-from dsb_runtime.convert import convert
+from dsb_runtime.cli.main import main
+from dsb_runtime.models.convert import convert
 from tests import golden
 from tests.checkpoints import CHAT_TEMPLATE, parts, write, write_chat_model
 from tests.test_auto import published, write_dream_tokenizer

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import dsb_runtime as dsb
-from dsb_kernels.lm_head_confidence import lm_head_confidence
+from dsb_kernels.lm_head import lm_head_confidence
 from tests import golden
 from tests.test_decode import left_pad, prompts
 

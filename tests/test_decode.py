@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from transformers import PreTrainedModel
 
 import dsb_runtime as dsb
-from dsb_runtime.decode import count_tokens
+from dsb_runtime.engine.engine import count_tokens
 from tests import golden
 
 SCHEDULES = [("naive", None), ("dsb", 8), ("dsb", None)]

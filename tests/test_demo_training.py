@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerFast
 
-from dsb_runtime.demo import train
 from dsb_runtime.demo.tokenizer import build_tokenizer
-from dsb_runtime.demo.train import Settings
+from tools.embedded_model import train
+from tools.embedded_model.train import Settings
 
 TINY = Settings(steps=6, batch_size=2, hidden=16, layers=2, heads=2, mlp=24, warmup_steps=2)
 CPU = torch.device("cpu")

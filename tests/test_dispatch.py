@@ -9,8 +9,10 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from dsb_kernels import dispatch, tuning
-from dsb_kernels.dispatch import check_choice, check_tensor, use_triton
+from dsb_kernels import _configs as tuning
+from dsb_kernels import _op as dispatch
+from dsb_kernels._check import check_choice, check_tensor
+from dsb_kernels._op import use_triton
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.zeros(2)
@@ -62,11 +64,11 @@ WITHOUT_TRITON = """
 import sys
 sys.modules["triton"] = None  # importing it fails, as where it does not exist
 import torch
-import dsb_kernels.confidence, dsb_kernels.lm_head_confidence, dsb_kernels.rope_kv
-import dsb_kernels.linear_add_norm, dsb_kernels.unmask, dsb_kernels.window_attention
+import dsb_kernels.token_confidence, dsb_kernels.lm_head, dsb_kernels.rope_kv
+import dsb_kernels.linear_add_norm, dsb_kernels.commit, dsb_kernels.attention
 import dsb_kernels.window_linear
-from dsb_kernels.confidence import token_confidence
-from dsb_kernels.lm_head_confidence import lm_head_confidence
+from dsb_kernels.token_confidence import token_confidence
+from dsb_kernels.lm_head import lm_head_confidence
 x = torch.tensor([[0.0, 3.0, 1.0]])
 token, confidence = token_confidence(x, banned=(1,))
 assert token.tolist() == [2] and abs(confidence.item() - x.softmax(-1)[0, 2].item()) < 1e-6

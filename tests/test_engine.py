@@ -14,10 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import dsb_runtime as dsb
-from dsb_kernels.window_state import NOTHING
-from dsb_runtime.runner import SESSIONS
-from dsb_runtime.state import KINDS, read_flags
-from dsb_runtime.step import StepShape
+from dsb_kernels.rows import NOTHING
+from dsb_runtime.engine.loop import SESSIONS
+from dsb_runtime.engine.state import KINDS, read_flags
+from dsb_runtime.engine.step import StepShape
 from tests import golden
 from tests.mutations import kernels
 from tests.recorded import Recorder

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 import dsb_runtime as dsb
-from dsb_runtime import cli
+from dsb_runtime.cli import main as cli
 from dsb_runtime.demo import MODEL_DIR
 from dsb_runtime.demo.problems import heldout, is_exact
-from dsb_runtime.evaluate import build_settings, encode_batches, score
+from dsb_runtime.measure.evaluate import build_settings, encode_batches, score
 
 
 @pytest.fixture(scope="module")

@@ -39,18 +39,18 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction, MockTensor
 
 import dsb_runtime as dsb
-from dsb_kernels import row_state
-from dsb_kernels.resources import collect_cases
-from dsb_kernels.window_state import NOTHING, REFRESH, WINDOW
-from dsb_runtime import layers
-from dsb_runtime.cache import WindowCache
-from dsb_runtime.capture import HostCopy
-from dsb_runtime.runner import Session
-from dsb_runtime.state import RowFlags
-from dsb_runtime.step import StepShape
+from dsb_kernels import score as row_state
+from dsb_kernels.rows import NOTHING, REFRESH, WINDOW
+from dsb_runtime.engine import layers
+from dsb_runtime.engine.cache import WindowCache
+from dsb_runtime.engine.graphs import HostCopy
+from dsb_runtime.engine.loop import Session
+from dsb_runtime.engine.state import RowFlags
+from dsb_runtime.engine.step import StepShape
 from tests import golden
 from tests.test_attention_backend import cache_argument
 from tests.test_patch import random_model
+from tools.compile_report.report import collect_cases
 
 ROWS, PROMPT, SHAPE = 3, 12, {"gen_length": 24, "block_length": 8}
 LENGTH = PROMPT + SHAPE["gen_length"]

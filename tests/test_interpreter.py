@@ -7,7 +7,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from dsb_kernels.dispatch import jit, tl
+from dsb_kernels._op import jit, tl
 from tests.mutations import DEVICE
 
 INF, NAN = float("inf"), float("nan")

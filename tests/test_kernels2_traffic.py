@@ -28,11 +28,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from dsb_kernels.attention import window_attention
+from dsb_kernels.attention_kernel import choose_splits, tile_of
+from dsb_kernels.commit import initial_state, unmask_and_slide
 from dsb_kernels.rope_kv import rope_write_kv
-from dsb_kernels.unmask import initial_state, unmask_and_slide
-from dsb_kernels.window_attention import window_attention
-from dsb_kernels.window_attention_kernel import choose_splits, tile_of
-from dsb_kernels.window_state import UnmaskSpec
+from dsb_kernels.rows import UnmaskSpec
 from tests.mutations import DEVICE, kernels
 
 pytestmark = pytest.mark.skipif(DEVICE.type == "cuda", reason="counts in the interpreter")

@@ -13,10 +13,10 @@ from torch.nn.functional import linear
 from transformers import PreTrainedModel
 
 import dsb_runtime as dsb
-from dsb_runtime import step
-from dsb_runtime.cache import WindowCache
-from dsb_runtime.forward import Backbone
-from dsb_runtime.sampling import propose
+from dsb_runtime.engine import step
+from dsb_runtime.engine.cache import WindowCache
+from dsb_runtime.engine.forward import Backbone
+from dsb_runtime.engine.sampling import propose
 from tests import golden
 from tests.mutations import DEVICE, kernels
 from tests.test_decode import left_pad, prompts

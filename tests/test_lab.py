@@ -150,7 +150,7 @@ def test_the_whole_command(tmp_path):
     assert record["parts"]["goldens"]["why"] == "tests/test_cuda.py: skipped, it needs a GPU"
     sweep = record["details"]["sweep"]
     assert len({(line["op"], line["case"]) for line in sweep if line["current"]}) >= 7
-    assert "Alternatives to dsb_kernels/tuning.py" in done.stdout
+    assert "Alternatives to dsb_kernels/_configs.py" in done.stdout
 
 
 def parts(monkeypatch: pytest.MonkeyPatch, **made: Any) -> None:

@@ -18,9 +18,9 @@ from benchmarks import lab_check, lab_decode, lab_linear, lab_ops, lab_sweep, ro
 from benchmarks.lab_state import Lab, NotHereError, OutOfTimeError
 from benchmarks.lab_targets import TARGETS
 from benchmarks.measure import Timing
-from dsb_kernels import tuning
-from dsb_kernels.tuning import Config
-from dsb_runtime import layers
+from dsb_kernels import _configs as tuning
+from dsb_kernels._configs import Config
+from dsb_runtime.engine import layers
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="takes real shapes there")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from dsb_kernels import dispatch
+from dsb_kernels import _op as dispatch
 
 ROOT = Path(__file__).parent.parent
 pytestmark = [
@@ -32,8 +32,14 @@ import contextlib, torch, triton
 from functorch.compile import aot_function, make_boxed_func
 from torch._subclasses.fake_tensor import FakeTensorMode
 from triton.backends.compiler import GPUTarget
-from dsb_kernels import confidence, linear_add_norm, lm_head_confidence, place_rows, rope_kv
-from dsb_kernels import unmask, window_attention, window_attention_kernel, window_linear
+from dsb_kernels import linear_add_norm, rope_kv
+from dsb_kernels import token_confidence as confidence
+from dsb_kernels import lm_head as lm_head_confidence
+from dsb_kernels import place as place_rows
+from dsb_kernels import window_linear
+from dsb_kernels import commit as unmask
+from dsb_kernels import attention as window_attention
+from dsb_kernels import attention_kernel as window_attention_kernel
 
 class Driver:  # what tracing asks of a GPU's driver
     def get_current_target(self):
@@ -126,9 +132,16 @@ import re, torch, triton
 from torch._subclasses.fake_tensor import FakeTensorMode
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import MockTensor
-from dsb_kernels import confidence, linear_add_norm, lm_head_confidence, place_rows, rope_kv
-from dsb_kernels import row_state, unmask, unmask_kernel, window_attention
-from dsb_kernels import window_attention_kernel, window_linear
+from dsb_kernels import linear_add_norm, rope_kv
+from dsb_kernels import token_confidence as confidence
+from dsb_kernels import lm_head as lm_head_confidence
+from dsb_kernels import place as place_rows
+from dsb_kernels import score as row_state
+from dsb_kernels import commit as unmask
+from dsb_kernels import commit_kernel as unmask_kernel
+from dsb_kernels import attention as window_attention
+from dsb_kernels import window_linear
+from dsb_kernels import attention_kernel as window_attention_kernel
 
 class Driver:
     def get_current_target(self):
@@ -170,7 +183,7 @@ window_attention_kernel.sm_count = lambda device: 132
         lm_head_confidence._lm_head_confidence_op, lm_head_confidence._lm_head_partial_op,
         row_state._combine_partials_op, rope_kv._rope_write_kv_op, unmask._unmask_and_slide_op,
         window_attention._window_attention_op, place_rows._place_rows_op,
-        window_linear._window_linear_op, linear_add_norm._linear_add_norm_op))
+        window_linear.window_linear.op, linear_add_norm._linear_add_norm_op))
 with torch._library.triton.set_wrap_triton_enabled(False), FakeTensorMode():
     def cuda(*shape, dtype=torch.bfloat16):
         return torch.empty(shape, device="cuda", dtype=dtype)
@@ -230,9 +243,9 @@ with torch._library.triton.set_wrap_triton_enabled(False), FakeTensorMode():
         def made(*shape, dtype=dtype or torch.bfloat16):
             return cuda(*shape, dtype=dtype)
         x, gain = made(rows, E), made(F)
-        linear_op(x, made(F, E), None, False)
-        linear_op(x, made(F, E), gain, False)
-        assert linear_op(x, made(2 * F, E), made(2 * F), True).shape == (rows, F)
+        linear_op(x, made(F, E), None)
+        linear_op(x, made(F, E), gain)
+        assert linear_op(x, made(2 * F, E), made(2 * F), gated=True).shape == (rows, F)
         assert norm_op(x, made(F, E), made(rows, F), gain, 1e-5).shape == (rows, F)
     each = ["_window_linear_kernel"] * 3 + ["_split_linear_kernel", "_add_norm_kernel"]
     assert launched == each * 4, launched

@@ -14,7 +14,7 @@ import dsb_runtime as dsb
 from dsb_runtime.demo import MODEL_DIR
 from dsb_runtime.demo.problems import heldout
 from dsb_runtime.demo.tokenizer import chat_text
-from dsb_runtime.likelihood import (
+from dsb_runtime.doors.likelihood import (
     Scored,
     are_greedy,
     draw_masks,

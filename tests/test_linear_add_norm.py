@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from dsb_kernels import _configs as tuning
 from dsb_kernels import linear_add_norm as module
-from dsb_kernels import tuning
 from dsb_kernels.linear_add_norm import launch_of, linear_add_norm, linear_add_norm_definition
 from tests.mutations import DEVICE, assert_caught, kernels, tiles_of
 

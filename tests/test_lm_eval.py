@@ -11,13 +11,13 @@ import dsb_runtime as dsb
 from dsb_runtime.demo import MODEL_DIR
 from dsb_runtime.demo.problems import heldout
 from dsb_runtime.demo.tokenizer import chat_text
-from dsb_runtime.likelihood import Scored, are_greedy, log_likelihoods
+from dsb_runtime.doors.likelihood import Scored, are_greedy, log_likelihoods
 
 lm_eval = pytest.importorskip("lm_eval", reason="needs the extra: pip install .[eval]")
 
 from lm_eval.api.instance import Instance  # noqa: E402
 
-from dsb_runtime.lm_eval_model import DSBLM, SETTINGS, cut_at_stop  # noqa: E402
+from dsb_runtime.doors.lm_eval import DSBLM, SETTINGS, cut_at_stop  # noqa: E402
 
 PROBLEMS = [p for steps in (1, 2, 3) for p in heldout(3, steps=steps)]
 PROMPTS = [chat_text(problem.prompt) for problem in PROBLEMS]

@@ -18,7 +18,7 @@ lm_eval = pytest.importorskip("lm_eval", reason="needs the extra: pip install .[
 
 from lm_eval.tasks import TaskManager  # noqa: E402
 
-import dsb_runtime.lm_eval_model  # noqa: E402, F401 - registers the model
+import dsb_runtime.doors.lm_eval  # noqa: E402, F401 - registers the model
 
 ROOT = Path(__file__).parents[1]
 

@@ -5,11 +5,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsb_kernels import lm_head_confidence as module
-from dsb_kernels import tuning
-from dsb_kernels.confidence import token_confidence_definition
-from dsb_kernels.lm_head_confidence import lm_head_confidence, lm_head_confidence_definition
-from dsb_kernels.row_state import CONFIDENCES, combine_partials
+from dsb_kernels import _configs as tuning
+from dsb_kernels import lm_head as module
+from dsb_kernels.lm_head import lm_head_confidence, lm_head_confidence_definition
+from dsb_kernels.score import CONFIDENCES, combine_partials
+from dsb_kernels.token_confidence import token_confidence_definition
 from tests.mutations import DEVICE, assert_caught, kernels, tiles_of
 
 INF, NAN = float("inf"), float("nan")

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import dsb_runtime as dsb
-from dsb_runtime.memory import allocate, is_out_of_memory, largest, layout_of
+from dsb_runtime.engine.memory import allocate, is_out_of_memory, largest, layout_of
 from tests import golden
 from tests.recorded import Recorder
 from tests.test_decode import prompts

@@ -10,8 +10,8 @@ import transformers
 from transformers import PreTrainedModel
 
 import dsb_runtime as dsb
-from dsb_runtime.layers import ModuleLayer, PackedLayer, layers_of
-from dsb_runtime.packing import neighbours, packed
+from dsb_runtime.engine.layers import ModuleLayer, PackedLayer, layers_of
+from dsb_runtime.engine.packing import neighbours, packed
 from tests import golden
 from tests.test_decode import prompts
 from tests.test_patch import KINDS, random_model

@@ -10,11 +10,11 @@ import transformers
 from safetensors.torch import load_file
 
 import dsb_runtime as dsb
-from dsb_runtime import forward
-from dsb_runtime.cache import WindowCache
+from dsb_runtime.engine import forward
+from dsb_runtime.engine.cache import WindowCache
+from dsb_runtime.engine.layers import layers_of
 from dsb_runtime.families import FAMILIES, supported_config
-from dsb_runtime.layers import layers_of
-from dsb_runtime.load import read_config, rename
+from dsb_runtime.models.load import read_config, rename
 from tests import golden
 from tests.mutations import kernels
 from tests.test_attention_backend import cache_argument

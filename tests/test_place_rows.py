@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dsb_kernels import place_rows as module
-from dsb_kernels.place_rows import PlacedRows, place_rows
-from dsb_kernels.unmask import initial_state
-from dsb_kernels.window_state import NOTHING, REFRESH, RESPONSE, WINDOW, UnmaskSpec, WindowState
+from dsb_kernels import place as module
+from dsb_kernels.commit import initial_state
+from dsb_kernels.place import PlacedRows, place_rows
+from dsb_kernels.rows import NOTHING, REFRESH, RESPONSE, WINDOW, UnmaskSpec, WindowState
 from tests.mutations import DEVICE, assert_caught, kernels
 
 SLOW = pytest.mark.slow

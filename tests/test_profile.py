@@ -18,11 +18,11 @@ from torch.profiler import ProfilerActivity
 import dsb_runtime as dsb
 from benchmarks import profile_step
 from benchmarks.presets import PRESETS, random_model, random_prompt
-from dsb_runtime import cli
-from dsb_runtime.bench import random_prompts
+from dsb_runtime.cli import main as cli
 from dsb_runtime.demo import MODEL_DIR
-from dsb_runtime.profile import Bracket, profile_steps, without_torch
-from dsb_runtime.profile_tables import by_kind, phase_table, read_trace, totals
+from dsb_runtime.measure.bench import random_prompts
+from dsb_runtime.measure.profile import Bracket, profile_steps, without_torch
+from dsb_runtime.measure.profile_tables import by_kind, phase_table, read_trace, totals
 from tests import golden
 from tests.checkpoints import parts, write
 from tests.recorded import Recorder

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 import dsb_runtime as dsb
-from dsb_runtime.cache import WindowCache
+from dsb_kernels.method import Row
+from dsb_runtime.engine.cache import WindowCache
 from tests import golden
 from tests.test_attention_backend import cache_argument
 from tests.test_decode import left_pad, prompts
-from tests.transcription import Row
 
 SHAPE = {"gen_length": 32, "block_length": 8}
 

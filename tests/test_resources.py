@@ -14,10 +14,10 @@ import torch
 pytest.importorskip("triton")
 import triton
 
-from dsb_kernels.disassembly import Disassembly, longest_loop
-from dsb_kernels.resources import ARCHITECTURES, CHIPS, Resources, collect_cases, failures
-from dsb_kernels.window_attention_kernel import tile_of
-from dsb_runtime.capture import WIDTHS
+from dsb_kernels.attention_kernel import tile_of
+from dsb_runtime.engine.graphs import WIDTHS
+from tools.compile_report.disassembly import Disassembly, longest_loop
+from tools.compile_report.report import ARCHITECTURES, CHIPS, Resources, collect_cases, failures
 
 ROOT = Path(__file__).parent.parent
 # Triton 3.6 keeps a few more registers: 4 to 92 bytes of a thread.
@@ -30,7 +30,7 @@ SPILLED_BEFORE_3_9 = (
 
 def run_resources(*arguments: str) -> subprocess.CompletedProcess:
     environment = {name: v for name, v in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "dsb_kernels.resources", *arguments]
+    command = [sys.executable, "-m", "tools.compile_report", *arguments]
     return subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
 
 
@@ -66,7 +66,7 @@ def test_one_kernel_compiles_and_its_table_is_printed():
 
 
 def test_it_says_why_it_cannot_compile_under_the_interpreter(monkeypatch):
-    command = [sys.executable, "-m", "dsb_kernels.resources"]
+    command = [sys.executable, "-m", "tools.compile_report"]
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     result = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 2 and "TRITON_INTERPRET is set" in result.stderr

@@ -12,10 +12,9 @@ from torch import Tensor
 from torch.distributions import Categorical
 
 import dsb_runtime as dsb
-from dsb_kernels.philox import gumbel_noise, uniform
-from dsb_runtime.families import LLADA
-from dsb_runtime.load import DiffusionInfo
-from dsb_runtime.sampling import cut_top_k, cut_top_p, propose, sample_nucleus
+from dsb_kernels.noise import gumbel_noise, uniform
+from dsb_runtime.engine.sampling import cut_top_k, cut_top_p, propose, sample_nucleus
+from dsb_runtime.families import LLADA, DiffusionInfo
 from tests import golden
 
 PROMPT = torch.tensor([[5, 6, 7, 8, 9, 10]])

@@ -7,9 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsb_kernels.unmask import initial_state, unmask_and_slide
-from dsb_kernels.window_state import UnmaskSpec
-from tests.transcription import EOS, MASK, Row, choose
+from dsb_kernels.commit import initial_state, unmask_and_slide
+from dsb_kernels.method import EOS, MASK, Row, choose
+from dsb_kernels.rows import UnmaskSpec
 
 RULE_VALUES = {
     "threshold": st.sampled_from([0.0, 0.3, 0.5, 0.9, 1.0]),

@@ -14,11 +14,10 @@ from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import dsb_runtime as dsb
-from dsb_runtime import layers
-from dsb_runtime.families import LLADA
-from dsb_runtime.layers import silu_mul
-from dsb_runtime.load import DiffusionInfo
-from dsb_runtime.step import StepShape
+from dsb_runtime.engine import layers
+from dsb_runtime.engine.layers import silu_mul
+from dsb_runtime.engine.step import StepShape
+from dsb_runtime.families import LLADA, DiffusionInfo
 from tests import golden
 from tests.mutations import kernels
 from tests.recorded import Recording

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.distributed import DistributedConfig
 
 import dsb_runtime as dsb
-from dsb_runtime.parallel import check_distributed
+from dsb_runtime.engine.parallel import check_distributed
 from tests import golden
 
 ROOT = Path(__file__).parents[1]

@@ -13,8 +13,8 @@ from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
 import dsb_runtime as dsb
-from dsb_runtime.live import LEGEND, MASK_GLYPH, STYLES, LiveCanvas, canvas_text
-from dsb_runtime.trace import (
+from dsb_runtime.cli.live import LEGEND, MASK_GLYPH, STYLES, LiveCanvas, canvas_text
+from dsb_runtime.measure.trace import (
     BLOCK_COLOR,
     PREFIX_COLOR,
     REFRESH_COLOR,

@@ -25,11 +25,11 @@ from dataclasses import dataclass
 import pytest
 import torch
 
+from dsb_kernels import _configs as tuning
 from dsb_kernels import linear_add_norm as add_norm
-from dsb_kernels import lm_head_confidence as lm_head
-from dsb_kernels import tuning
+from dsb_kernels import lm_head
 from dsb_kernels import window_linear as window
-from dsb_kernels.confidence import launch_of, token_confidence
+from dsb_kernels.token_confidence import launch_of, token_confidence
 from tests.mutations import DEVICE
 from tests.test_kernels2_traffic import L2_BYTES, counted
 

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dsb_kernels import unmask_kernel as module
-from dsb_kernels.unmask import (
+from dsb_kernels import commit_kernel as module
+from dsb_kernels.commit import (
     UnmaskSpec,
     WindowState,
     initial_state,

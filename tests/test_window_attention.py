@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dsb_kernels.window_attention import window_attention, window_attention_definition
+from dsb_kernels.attention import window_attention, window_attention_definition
 from tests.mutations import DEVICE, kernels
 
 SLOW = pytest.mark.slow

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-import dsb_kernels.window_attention_kernel as module
+import dsb_kernels.attention_kernel as module
 from tests.mutations import assert_caught
 from tests.test_window_attention import CASES
 

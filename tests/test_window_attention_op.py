@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from dsb_kernels import window_attention_kernel as module
-from dsb_kernels.window_attention import window_attention
+from dsb_kernels import attention_kernel as module
+from dsb_kernels.attention import window_attention
 from tests.mutations import DEVICE, kernels
 from tests.test_window_attention import CASES, SLOW, ints, relative_error
 

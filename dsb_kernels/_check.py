@@ -1,0 +1,73 @@
+"""Checks of an op's arguments, from metadata alone: nothing is read from the device.
+
+A message names the op, the argument, its value and what is accepted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)  # what kernels compute with
+
+
+def check_choice(op: str, name: str, value: object, accepted: Sequence[object]) -> None:
+    """`value` is one of `accepted`, else a ValueError."""
+    if value not in accepted:
+        choices = ", ".join(repr(a) for a in accepted)
+        raise ValueError(f"{op}: {name}={value!r}: accepted are {choices}")
+
+
+def check_tensor(
+    op: str,
+    name: str,
+    tensor: Tensor,
+    *,
+    dtype: torch.dtype | Sequence[torch.dtype],
+    shape: Sequence[int | str],
+    device: torch.device | None = None,
+    contiguous: bool = False,
+    unit_stride: bool = False,
+) -> None:
+    """Check one tensor argument.
+
+    Args:
+        dtype: what is accepted.
+        shape: expected sizes; a string names a free dimension; a leading "..." takes any.
+        device: device it must be on, None for any.
+        contiguous: the whole tensor must be contiguous.
+        unit_stride: the last dimension must have stride 1.
+
+    Raises:
+        TypeError: not a tensor, or of another dtype.
+        ValueError: wrong shape, device or strides.
+    """
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{op}: {name} is {type(tensor).__name__}: a tensor is accepted")
+    dtypes = (dtype,) if isinstance(dtype, torch.dtype) else tuple(dtype)
+    if tensor.dtype not in dtypes:
+        accepted = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
+        found = str(tensor.dtype).removeprefix("torch.")
+        raise TypeError(f"{op}: {name} has dtype {found}: accepted are {accepted}")
+    found, expected = list(tensor.shape), list(shape)
+    if expected and expected[0] == "...":
+        expected = expected[1:]
+        found = found[len(found) - len(expected) :] if len(found) >= len(expected) else found
+    fits = len(found) == len(expected) and all(
+        isinstance(e, str) or f == e for f, e in zip(found, expected, strict=True)
+    )
+    if not fits:
+        wanted = ", ".join(str(s) for s in shape)
+        raise ValueError(f"{op}: {name} has shape {tuple(tensor.shape)}: accepted is ({wanted})")
+    if device is not None and tensor.device != device:
+        raise ValueError(f"{op}: {name} is on {tensor.device}: accepted is {device}")
+    if contiguous and not tensor.is_contiguous():
+        raise ValueError(
+            f"{op}: {name} has strides {tensor.stride()}: accepted is a contiguous tensor"
+        )
+    if unit_stride and tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+        raise ValueError(
+            f"{op}: {name} has stride {tensor.stride(-1)} in its last dimension: accepted is 1"
+        )

@@ -1,0 +1,228 @@
+"""How an op is registered and where it runs.
+
+CUDA tensors run the Triton kernel, CPU tensors the plain-PyTorch definition. `DSB_BACKEND=eager`
+and `DSB_BACKEND=triton` override that; with `TRITON_INTERPRET=1` in the environment before Triton
+is imported, `DSB_BACKEND=triton` runs the kernels on CPU tensors under Triton's interpreter.
+Without Triton (it exists only for Linux) the package works on the definitions alone.
+
+`op` makes the public function of an op out of its definition: the schema that torch needs is the
+definition's own signature, so an op's arguments are listed twice, in the definition and the kernel.
+"""
+
+from __future__ import annotations
+
+import collections
+import functools
+import inspect
+import os
+import typing
+from collections.abc import Callable, Sequence
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:
+    triton = tl = None
+
+BACKENDS = ("eager", "triton")
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def jit(fn: Callable | None = None, **options: Any) -> Any:
+    """`triton.jit`, or the bare function where Triton does not exist (it is never launched)."""
+    if triton is None:
+        return fn if fn is not None else (lambda f: f)
+    return triton.jit(fn, **options)
+
+
+def interpreted() -> bool:
+    """Whether kernels were decorated for the interpreter, which is decided when they are."""
+    return triton is not None and triton.knobs.runtime.interpret
+
+
+def use_triton(*tensors: Tensor | None) -> bool:
+    """Whether an op on these tensors (None is skipped) launches its Triton kernel.
+
+    Raises:
+        ValueError: `DSB_BACKEND` is neither "eager" nor "triton".
+        RuntimeError: `DSB_BACKEND=triton` where no Triton kernel can run.
+    """
+    backend = os.environ.get("DSB_BACKEND", "")
+    if backend and backend not in BACKENDS:
+        raise ValueError(f"DSB_BACKEND={backend!r}: accepted are 'eager', 'triton' or unset")
+    present = [t for t in tensors if t is not None]
+    on_cuda = all(t.is_cuda for t in present)
+    if not backend:
+        return on_cuda and triton is not None
+    if backend == "eager":
+        return False
+    if triton is None:
+        raise RuntimeError("DSB_BACKEND=triton: Triton is not installed")
+    if on_cuda:
+        return True
+    # The interpreter needs data; shape propagation and tracing see the definition instead.
+    if any(isinstance(t, FakeTensor | FunctionalTensor) for t in present):
+        return False
+    if not interpreted():
+        raise RuntimeError("DSB_BACKEND=triton on CPU tensors: only with TRITON_INTERPRET=1")
+    return True
+
+
+def takes_definition(*tensors: Tensor | None) -> bool:
+    """Whether a public function may call the definition itself instead of the op, which does the
+    same 70 us later. The compiler is given the op, whose dispatch it can trace."""
+    return not torch.compiler.is_compiling() and not use_triton(*tensors)
+
+
+def register_op(name: str, *, mutates_args: Sequence[str] = ()) -> Callable:
+    """Decorator: make a function the op `dsb::name`. To be replaced by `op`."""
+    return lambda fn: _register(name, fn, mutates_args)
+
+
+def op(
+    definition: Callable[P, R],
+    *,
+    launch: Callable[[Any], Any],
+    check: Callable[[Any], None],
+    finish: Callable[[Any, Any], Any] | None = None,
+    mutates_args: Sequence[str] = (),
+) -> Callable[P, R]:
+    """The public function of an op, `dsb::<name of the definition without _reference>`.
+
+    The op is transparent to `torch.compile`: what is traced is the definition's own operators or
+    the kernel launches (`wrap_triton`).
+
+    Args:
+        definition: the op in plain PyTorch. Its annotations are the op's schema; its docstring is
+            the public one. A parameter annotated with a class that has `encode() -> str` and
+            `decode(str)` travels through torch as that string.
+        launch: takes the bound arguments, a named tuple `a` with a field for each parameter of
+            the definition (`a.x`), and launches the kernel. Returns what the definition returns.
+        check: takes the same; raises what the public function is documented to raise.
+        finish: makes the public result out of (a, the op's result), for ops whose result is more
+            than torch's schemas can say.
+        mutates_args: parameters that are written in place.
+
+    The returned function has the attributes `op` (what torch registered) and `definition`.
+    """
+    name = definition.__name__.removesuffix("_reference")
+    signature = inspect.signature(definition)
+    hints = typing.get_type_hints(definition)
+    parameters = signature.parameters
+    fields, defaults = (
+        [*parameters],
+        [p.default for p in parameters.values() if p.default is not p.empty],
+    )
+    if any(
+        parameters[n].default is not inspect.Parameter.empty
+        for n in fields[: len(fields) - len(defaults)]
+    ):
+        raise TypeError(f"{name}: a parameter without a default follows one with a default")
+    # Binding by a named tuple takes a microsecond; inspect.Signature.bind takes ten.
+    Arguments = collections.namedtuple(name, fields, defaults=defaults)  # type: ignore[misc]
+    positional = sum(p.kind is not p.KEYWORD_ONLY for p in parameters.values())
+    coded = {n: hints[n] for n in fields if hasattr(hints[n], "encode")}
+
+    def bind(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if len(args) > positional:
+            raise TypeError(
+                f"{name}: {len(args)} positional arguments: accepted are {positional}, the rest by "
+                "name"
+            )
+        try:
+            return Arguments(*args, **kwargs)
+        except TypeError as error:
+            raise TypeError(f"{name}: {error}") from None
+
+    def named(a: Any) -> dict[str, Any]:
+        return dict(zip(fields[positional:], a[positional:], strict=True))
+
+    def dispatch(*args: Any, **kwargs: Any) -> Any:
+        a = bind(args, kwargs)
+        if coded:
+            a = a._replace(**{n: kind.decode(getattr(a, n)) for n, kind in coded.items()})
+        if use_triton(*(v for v in a if isinstance(v, Tensor))):
+            return launch(a)
+        return definition(
+            *a[:positional], **dict(zip(fields[positional:], a[positional:], strict=True))
+        )
+
+    functools.update_wrapper(dispatch, definition)
+    dispatch.__name__ = name
+    dispatch.__annotations__ = {**hints, **dict.fromkeys(coded, str)}
+    dispatch.__signature__ = signature.replace(  # type: ignore[attr-defined]
+        parameters=[
+            p.replace(annotation=str if n in coded else hints[n]) for n, p in parameters.items()
+        ],
+        return_annotation=hints["return"],
+    )
+    registered = _register(name, dispatch, mutates_args)
+
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        a = bind(args, kwargs)
+        check(a)
+        # The definition itself where it is what would run: torch's dispatch takes 70 us more.
+        # The compiler is given the op, whose dispatch it can trace.
+        if not torch.compiler.is_compiling() and not use_triton(
+            *(v for v in a if isinstance(v, Tensor))
+        ):
+            result = call.definition(*args, **kwargs)  # type: ignore[attr-defined]
+        else:
+            if coded:
+                a = a._replace(**{n: getattr(a, n).encode() for n in coded})
+            result = registered(*a[:positional], **named(a))
+        return result if finish is None else finish(a, result)
+
+    functools.update_wrapper(call, definition)
+    call.__name__ = call.__qualname__ = name
+    call.op, call.definition = registered, definition  # type: ignore[attr-defined]
+    return call
+
+
+def _register(name: str, fn: Callable, mutates_args: Sequence[str]) -> Callable:
+    qualified = f"dsb::{name}"
+    if triton is not None:
+        return torch.library.triton_op(qualified, fn, mutates_args=tuple(mutates_args))
+    custom = torch.library.custom_op(qualified, fn, mutates_args=tuple(mutates_args))
+    custom.register_fake(fn)
+    return custom
+
+
+class OnDevice:
+    """A kernel launched on the device of its tensors; Triton takes the current one, whatever they
+    are on."""
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel = kernel
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        def launch(*args: Any, **options: Any) -> None:
+            with torch.cuda.device(next(a.device for a in args if isinstance(a, Tensor))):
+                self.kernel[grid](*args, **options)
+
+        return launch
+
+
+def wrap_triton(kernel: Any) -> Any:
+    """`torch.library.wrap_triton` while tracing; otherwise what launches the kernel."""
+    if not isinstance(kernel, triton.runtime.jit.JITFunction):
+        return kernel  # an interpreted one
+    wrapped = torch.library.wrap_triton(kernel)
+    return OnDevice(kernel) if wrapped is kernel else wrapped
+
+
+def launch_options(num_warps: int, num_stages: int) -> dict[str, Any]:
+    """Keyword arguments of a launch: warps, stages, and FP fusion on whatever Triton's default."""
+    options: dict[str, Any] = {"num_warps": num_warps, "num_stages": num_stages}
+    # The traced launch (torch.compile) takes no compiler options besides these two.
+    if not torch._library.triton.is_wrap_triton_enabled():
+        options["enable_fp_fusion"] = True
+    return options

@@ -1,0 +1,103 @@
+"""The canvas while it fills, in the terminal."""
+
+from __future__ import annotations
+
+import time
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.text import Text
+from transformers import PreTrainedTokenizerBase
+
+from dsb_runtime.engine.engine import StepEvent
+
+STYLES = {
+    "prompt": "cyan",
+    "prefix": "black on bright_blue",
+    "active": "bold black on yellow",
+    "committed": "green",
+    "mask": "grey50",
+    "new": "bold black on bright_green",
+}
+LEGEND = {
+    "prompt": "prompt",
+    "prefix": "prefix window",
+    "active": "mask in the active block",
+    "mask": "mask beyond it",
+    "new": "just committed",
+    "committed": "committed",
+}
+MASK_GLYPH = "▢"
+
+
+def canvas_text(
+    tokenizer: PreTrainedTokenizerBase,
+    event: StepEvent,
+    prompt_length: int,
+    mask_id: int,
+    leftpad: int = 0,
+) -> Text:
+    """Row 0 of the canvas after an event: one styled word a position."""
+    ids = event.canvas[0].tolist()
+    start, end = int(event.state.start[0]), int(event.state.end[0])
+    prefix = start - int(event.state.prefix[0])
+    picked = event.commit[0].nonzero().flatten()
+    new = set(event.position[0][picked].tolist())
+    text = Text()
+    for index in range(leftpad, len(ids)):
+        masked = index >= prompt_length and ids[index] == mask_id
+        word = MASK_GLYPH if masked else tokenizer.convert_ids_to_tokens(ids[index])
+        word = word or f"<{ids[index]}>"  # an id that the tokenizer does not know
+        if masked:
+            style = "active" if start <= index < end else "mask"
+        elif index in new:
+            style = "new"
+        elif prefix <= index < start:
+            style = "prefix"
+        else:
+            style = "prompt" if index < prompt_length else "committed"
+        text.append(word.replace("Ġ", "").replace("▁", "") or " ", STYLES[style])
+        text.append(" ")
+    return text
+
+
+class LiveCanvas:
+    """An `on_step` callback that redraws row 0 after every forward.
+
+    `spent` is the time used for drawing and waiting, to be left out of tokens/s.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        prompt_length: int,
+        mask_id: int,
+        leftpad: int = 0,
+        frame_seconds: float = 0.1,
+        console: Console | None = None,
+    ) -> None:
+        self.tokenizer, self.prompt_length = tokenizer, prompt_length
+        self.mask_id, self.leftpad = mask_id, leftpad
+        self.frame_seconds, self.spent = frame_seconds, 0.0
+        self.live = Live(console=console, auto_refresh=False)
+
+    def __enter__(self) -> LiveCanvas:
+        self.live.__enter__()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.live.__exit__(*exc)
+        if not self.live.console.is_terminal:  # rich leaves out the last newline there
+            self.live.console.print()
+
+    def __call__(self, event: StepEvent) -> None:
+        began = time.perf_counter()
+        legend = Text("  ").join([Text(f" {LEGEND[k]} ", STYLES[k]) for k in LEGEND])
+        status = Text(
+            f"forward {event.index + 1}  {event.kind:<7}  {int(event.commit.sum())} committed",
+            "bold",
+        )
+        canvas = canvas_text(self.tokenizer, event, self.prompt_length, self.mask_id, self.leftpad)
+        self.live.update(Group(canvas, Text(), status, legend), refresh=True)
+        time.sleep(self.frame_seconds)
+        self.spent += time.perf_counter() - began

@@ -1,0 +1,1 @@
+"""The doors of other libraries: transformers' `generate`, models in memory, lm-eval."""

@@ -1,0 +1,171 @@
+"""Log-likelihood of a text under a masked diffusion model, by Monte Carlo.
+
+log p(text | prompt) >= E over l uniform in 1..L and sets of l masked positions, uniform without
+replacement, of L / l * sum over the masked positions of log p(token | prompt, text so masked):
+LLaDA's equation (arXiv 2502.09992, section 2.4), with L the text's length. The bound is what these
+models are compared by.
+"""
+
+from __future__ import annotations
+
+import itertools
+import zlib
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from dsb_runtime.engine.engine import generate
+
+# Rows whose logits are held at a time: 126464 tokens of them take 130 MB in float32.
+HEAD_ROWS = 256
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A text to score after a prompt, as token ids; neither is empty."""
+
+    prompt: tuple[int, ...]
+    text: tuple[int, ...]
+
+
+def seed_of(item: Scored, seed: int) -> int:
+    """A seed of the request's own: no order, batch or number of processes changes its masks."""
+    ids = torch.tensor([seed, len(item.prompt), *item.prompt, *item.text])
+    return zlib.crc32(ids.numpy().tobytes())  # torch's CPU generator takes 32 bits of a seed
+
+
+def draw_masks(length: int, samples: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Masks of a text and their weights in the estimate; equal masks are merged.
+
+    The number of masked positions is drawn systematically: one random offset, then even steps
+    through 1..length. Each draw is uniform, and together they cover the range.
+
+    Returns:
+        (m, length) bool with at least one True a row, and (m,) float64: the sum of
+        length / masked / samples over the draws of that mask. m <= samples.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    offset = torch.rand((), generator=generator, dtype=torch.float64)
+    steps = (torch.arange(samples, dtype=torch.float64) + offset) / samples
+    masked = 1 + (steps * length).long().clamp(max=length - 1)
+    # The rank of each position in a random order; the first `masked` of them are masked.
+    order = torch.rand((samples, length), generator=generator, dtype=torch.float64).argsort(-1)
+    masks, counts = (order < masked[:, None]).unique(dim=0, return_counts=True)
+    return masks, counts * length / masks.sum(-1) / samples
+
+
+@torch.no_grad()
+def masked_log_probs(
+    model: PreTrainedModel, items: Sequence[Scored], masks: Sequence[Tensor]
+) -> list[float]:
+    """For each row, the sum of log p(token) over the text's masked positions.
+
+    Args:
+        items: b prompts and texts, of any lengths: padded on the left to one width.
+        masks: b masks, (length of the text,) bool.
+    """
+    info, device = model.dsb, model.get_input_embeddings().weight.device
+    width = max(len(item.prompt) + len(item.text) for item in items)
+    ids = torch.full((len(items), width), info.mask_id)
+    exists = torch.zeros((len(items), width), dtype=torch.long)
+    masked = torch.zeros((len(items), width), dtype=torch.bool)
+    for row, (item, mask) in enumerate(zip(items, masks, strict=True)):
+        whole = torch.tensor(item.prompt + item.text)
+        ids[row, -len(whole) :] = whole
+        exists[row, -len(whole) :] = 1
+        masked[row, -len(item.text) :] = mask
+    target = ids[masked].to(device)
+    row, column = masked.nonzero(as_tuple=True)
+    ids[masked] = info.mask_id
+    source = column - int(info.family.shift)  # the position whose logits predict the token
+    position_ids = (exists.cumsum(-1) - 1).clamp(min=0)
+    hidden = model.model(
+        input_ids=ids.to(device),
+        attention_mask=None if exists.all() else exists.to(device),
+        position_ids=position_ids.to(device),
+        use_cache=False,
+    ).last_hidden_state
+    wanted = hidden[row.to(device), source.to(device)]
+    parts = []
+    for part, ids_part in zip(wanted.split(HEAD_ROWS), target.split(HEAD_ROWS), strict=True):
+        logits = model.lm_head(part).float()
+        parts.append(logits.log_softmax(-1).gather(1, ids_part[:, None])[:, 0])
+    log_prob = torch.cat(parts).double().cpu()
+    return torch.zeros(len(items), dtype=torch.float64).index_add(0, row, log_prob).tolist()
+
+
+def log_likelihoods(
+    model: PreTrainedModel,
+    items: Sequence[Scored],
+    *,
+    samples: int = 128,
+    seed: int = 0,
+    batch_size: int = 1,
+    on_done: Callable[[int], None] | None = None,
+) -> list[float]:
+    """The Monte-Carlo estimate for every item; the same for the same seed, whatever the batch.
+
+    Args:
+        samples: masks drawn for each item; equal ones are computed once.
+        batch_size: masked texts in one forward, of one item or several.
+        on_done: called with the number of items finished by each forward.
+    """
+    # Longest first: little padding, and a batch that does not fit memory fails at once.
+    order = sorted(range(len(items)), key=lambda i: -len(items[i].prompt) - len(items[i].text))
+    left: dict[int, int] = {}
+
+    def rows() -> Iterator[tuple[int, Tensor, float]]:
+        for i in order:
+            masks, weights = draw_masks(len(items[i].text), samples, seed_of(items[i], seed))
+            left[i] = len(masks)
+            for mask, weight in zip(masks, weights.tolist(), strict=True):
+                yield i, mask, weight
+
+    total, stream = [0.0] * len(items), rows()
+    while batch := list(itertools.islice(stream, batch_size)):
+        index, masks, weights = zip(*batch, strict=True)
+        log_probs = masked_log_probs(model, [items[i] for i in index], masks)
+        for i, weight, log_prob in zip(index, weights, log_probs, strict=True):
+            total[i] += weight * log_prob
+            left[i] -= 1
+        if on_done is not None:
+            on_done(sum(left[i] == 0 for i in set(index)))
+    return total
+
+
+def are_greedy(
+    model: PreTrainedModel, items: Sequence[Scored], *, batch_size: int = 1
+) -> list[bool]:
+    """Whether decoding as many tokens as the text has, the most confident one a step, gives it."""
+    greedy = [False] * len(items)
+    by_length: dict[int, list[int]] = defaultdict(list)
+    for i, item in enumerate(items):
+        by_length[len(item.text)].append(i)
+    device = model.get_input_embeddings().weight.device
+    for length, members in by_length.items():
+        members.sort(key=lambda i: -len(items[i].prompt))
+        for at in range(0, len(members), batch_size):
+            part = members[at : at + batch_size]
+            ids, mask = left_pad([items[i].prompt for i in part])
+            out = generate(
+                model, ids.to(device), attention_mask=mask.to(device), gen_length=length,
+                block_length=length, steps=length, cache="none",
+            )  # fmt: skip
+            for i, row in zip(part, out.sequences[:, ids.shape[1] :].tolist(), strict=True):
+                greedy[i] = tuple(row) == items[i].text
+    return greedy
+
+
+def left_pad(prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    """(B, P) ids and their attention mask; what pads is never attended to."""
+    width = max(len(prompt) for prompt in prompts)
+    ids = torch.zeros((len(prompts), width), dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, width - len(prompt) :] = torch.tensor(prompt)
+        mask[row, width - len(prompt) :] = 1
+    return ids, mask

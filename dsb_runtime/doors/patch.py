@@ -1,0 +1,127 @@
+"""patch and unpatch: DSB decoding for a model that is in memory already.
+
+No parameter is held twice: patching sets a few attributes, and `unpatch` puts every one back.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from dsb_runtime.engine.engine import ENGINE, GenerationOutput, generate
+from dsb_runtime.engine.forward import patched_attention
+from dsb_runtime.engine.layers import SAME_RESULT, layers_of
+from dsb_runtime.families import FAMILIES, DiffusionInfo
+from dsb_runtime.models.load import special_id
+
+# Model class -> family that its logits follow; None has to be named. All share Llama's modules.
+SUPPORTED: dict[str, str | None] = {
+    "LlamaForCausalLM": "llada",
+    "LladaForCausalLM": "llada",
+    "Qwen2ForCausalLM": "dream",
+    "DreamForCausalLM": "dream",
+    "Qwen3ForCausalLM": None,
+    "MistralForCausalLM": None,
+}
+ABSENT = object()
+
+
+def refusal(model: Any) -> str | None:
+    """Why a model cannot be patched, None where it can."""
+    kind = next((c.__name__ for c in type(model).__mro__ if c.__name__ in SUPPORTED), None)
+    if kind is None:
+        return f"{type(model).__name__} has other modules than theirs"
+    layer_types = getattr(model.config, "layer_types", None) or []
+    if any(t != "full_attention" for t in layer_types):
+        return "some of its layers attend to a sliding window"
+    if getattr(model.config, "sliding_window", None) and not layer_types:
+        return f"config.sliding_window={model.config.sliding_window}"
+    return None
+
+
+def set_kept(target: Any, name: str, value: Any, kept: list[tuple[Any, str, Any]]) -> None:
+    """Set an attribute and note what the object itself held."""
+    kept.append((target, name, vars(target).get(name, ABSENT)))
+    setattr(target, name, value)
+
+
+def patch(
+    model: PreTrainedModel,
+    *,
+    family: str | None = None,
+    mask_id: int | None = None,
+    eos_ids: tuple[int, ...] | list[int] | None = None,
+) -> PreTrainedModel:
+    """Make a Llama, Qwen2, Qwen3 or Mistral in memory decode with DSB; returns the model.
+
+    Its attention becomes bidirectional and runs through the "dsb" implementation; its forward
+    passes over a `WindowCache` take the kernels (`patched_attention`); its q, k, v and gate, up
+    weights become views of one storage each (`engine.packing`), which they stay; and it gains
+    `model.dsb_generate(input_ids, **settings)`, which scores without logits.
+
+    Args:
+        model: a causal or bidirectional model whose weights are a diffusion model's.
+        family: "llada" or "dream", whose logits, sampling and prefix window it follows. Llama is
+            taken for llada and Qwen2 for dream where it is not named.
+        mask_id: the mask token; None takes `config.mask_token_id`.
+        eos_ids: ids that end a response; None takes the config's.
+
+    Raises:
+        TypeError: a model of another kind; the message lists what is supported and says why not.
+        ValueError: an argument that is not accepted.
+    """
+    why = refusal(model)
+    if why is not None:
+        raise TypeError(f"patch: {why}; supported are {', '.join(SUPPORTED)} with full attention")
+    if hasattr(model, "_dsb_kept"):
+        return model
+    kind = next(c.__name__ for c in type(model).__mro__ if c.__name__ in SUPPORTED)
+    name = family or SUPPORTED[kind]
+    if name not in FAMILIES:
+        raise ValueError(f"family={name!r}: expected one of {', '.join(FAMILIES)} for a {kind}")
+    config = model.config
+    given = getattr(config, "mask_token_id", None) if mask_id is None else mask_id
+    mask = special_id("mask_id", given, config.vocab_size, "")
+    if eos_ids is None:
+        found = config.eos_token_id
+        eos_ids = found if isinstance(found, list) else [found] if found is not None else []
+    ends = tuple(special_id("eos_ids", i, config.vocab_size, "") for i in eos_ids)
+
+    kept: list[tuple[Any, str, Any]] = []
+    set_kept(config, "is_causal", False, kept)
+    set_kept(config, "mask_token_id", mask, kept)
+    before = config._attn_implementation
+    model.set_attn_implementation("dsb")
+    for layer in model.model.layers:
+        attn = layer.self_attn
+        forward = functools.partial(patched_attention, attn, attn.forward)
+        setattr(forward, SAME_RESULT, True)
+        set_kept(attn, "forward", forward, kept)
+    layers_of(model.model)  # q, k, v and gate, up into one storage each
+    set_kept(model, "dsb", DiffusionInfo(FAMILIES[name], mask, ends), kept)
+    set_kept(model, "dsb_generate", functools.partial(dsb_generate, model), kept)
+    set_kept(model, "_dsb_kept", (before, kept), kept)
+    return model
+
+
+def dsb_generate(model: PreTrainedModel, input_ids: Tensor, **settings: Any) -> GenerationOutput:
+    """`dsb_runtime.generate` with this model; what `model.dsb_generate` calls."""
+    return generate(model, input_ids, **settings)
+
+
+def unpatch(model: PreTrainedModel) -> PreTrainedModel:
+    """Put back every attribute that `patch` set; a model that is not patched stays as it is."""
+    if not hasattr(model, "_dsb_kept"):
+        return model
+    before, kept = model._dsb_kept
+    vars(model).pop(ENGINE, None)
+    model.set_attn_implementation(before)
+    for target, name, value in reversed(kept):
+        if value is ABSENT:
+            delattr(target, name)
+        else:
+            setattr(target, name, value)
+    return model

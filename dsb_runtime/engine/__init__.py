@@ -1,0 +1,1 @@
+"""The decode loop: what runs one step after another on the model's device."""

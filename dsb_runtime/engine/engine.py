@@ -1,0 +1,288 @@
+"""generate: one engine for every schedule, cache policy and selection rule.
+
+A forward is either full (every position) or a window of rows; what it computes is scored, some of
+it is committed, and the window slides: `dsb_kernels.commit` decides all of that on the device
+(`dsb_runtime.engine.step`), and the host launches step after step (`dsb_runtime.engine.loop`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from dsb_kernels.rows import WindowState
+from dsb_runtime.config import DecodingConfig
+from dsb_runtime.engine.check import (
+    check_attention_mask,
+    check_family_settings,
+    check_generator,
+    check_model,
+    check_no_masks,
+    check_prompt,
+)
+from dsb_runtime.engine.forward import Phase, no_phase
+from dsb_runtime.engine.graphs import Capture, CudaGraphs
+from dsb_runtime.engine.loop import Runner, StepDone
+from dsb_runtime.engine.parallel import agree, is_sharded
+
+ENGINE = "_dsb_engine"  # where a model keeps the engine that `generate` made for it
+PROMPT_MULTIPLE = 64  # captured steps serve prompts up to the next multiple, padded on the left
+
+
+@dataclass
+class GenerationOutput:
+    """What `generate` returns; B rows, prompt P, response G."""
+
+    sequences: Tensor  # (B, P + G) int64, left padding kept
+    nfe: int  # forward passes run
+    tokens_per_forward: list[int]  # positions committed by each forward, over all rows
+    row_nfe: list[int]  # forward passes that each row took part in
+    row_tokens: list[int]  # per row: response positions up to and including its first EOS
+
+
+@dataclass
+class StepEvent:
+    """One forward, after its commit: what `on_step` is called with. Tensors are live: copy what
+    must outlast the call."""
+
+    index: int  # forwards before this one
+    kind: str  # "refresh" (every position), "response" (without the prompt) or "window"
+    rows: list[int]  # batch rows that took part
+    before: list[tuple[int, int, int]]  # their (start, end, prefix) in this forward
+    canvas: Tensor  # (B, L) after the commit
+    position: Tensor  # (B, K) candidates of this forward, -1 beyond
+    commit: Tensor  # (B, K) bool
+    confidence: Tensor  # (B, K)
+    state: WindowState  # what comes next
+
+
+def count_tokens(response: Tensor, eos_ids: tuple[int, ...]) -> list[int]:
+    """Per row: positions up to and including the first EOS. response: (B, G)."""
+    length = response.shape[1]
+    index = torch.arange(length, device=response.device)
+    eos = torch.isin(response, torch.tensor(eos_ids, device=response.device, dtype=torch.int64))
+    return (torch.where(eos, index, length - 1).amin(-1) + 1).tolist()
+
+
+class Engine(Runner):
+    """Decodes with one model and keeps what that takes, the K/V cache and captured steps, between
+    calls. `dsb_runtime.generate` keeps one for each model; make your own to set how it runs.
+
+    Args:
+        model: from `load_model` or `patch`.
+        graphs: capture steps as CUDA graphs and replay them; None does so on a GPU.
+        capture: how a step is captured; None takes CUDA graphs.
+        phase: entered around each phase of a step by its name, for a profiler.
+
+    Raises:
+        TypeError: not such a model. ValueError: graphs without a GPU.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        graphs: bool | None = None,
+        capture: Capture | None = None,
+        phase: Phase = no_phase,
+    ) -> None:
+        check_model(model)
+        on_gpu = model.get_input_embeddings().weight.is_cuda
+        if graphs and capture is None and not on_gpu:
+            raise ValueError("graphs=True: the model is not on a CUDA device; expected False")
+        if graphs is None:
+            graphs = on_gpu or capture is not None
+        if graphs and capture is None:
+            capture = CudaGraphs()
+        super().__init__(model, capture if graphs else None, phase)
+        self.device = model.get_input_embeddings().weight.device
+        self.lock, self.decoding = threading.RLock(), False
+        self.stream: torch.cuda.Stream | None = None  # of the last call
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        """A copied or pickled model has no engine: it makes its own."""
+        return type(None), ()
+
+    def in_call(self) -> bool:
+        """Whether this thread is inside a call (another one waits for its turn)."""
+        if not self.lock.acquire(blocking=False):
+            return False
+        try:
+            return self.decoding
+        finally:
+            self.lock.release()
+
+    @contextlib.contextmanager
+    def on_device(self) -> Iterator[None]:
+        """On a GPU, the model's is the current one inside: events, captures and the compiler take
+        that. Where the current stream is not the last call's, it runs after what that left there:
+        a step that was launched ahead, and everything that is kept between calls."""
+        if self.device.type != "cuda":
+            yield
+            return
+        with torch.cuda.device(self.device):
+            stream = torch.cuda.current_stream()
+            if self.stream not in (None, stream):
+                stream.wait_stream(self.stream)
+            self.stream = stream
+            yield
+
+    # Not in inference mode, which a caller may be in: what is kept could not be written outside it.
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def generate(
+        self,
+        input_ids: Tensor,
+        config: DecodingConfig | None = None,
+        *,
+        attention_mask: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        on_step: Callable[[StepEvent], None] | None = None,
+        **settings: Any,
+    ) -> GenerationOutput:
+        """As `dsb_runtime.generate` with this engine's model. Threads take turns.
+
+        Raises:
+            RuntimeError: called by `on_step` of a call of this engine.
+        """
+        config = config_of(config, settings)
+        if on_step is not None and not callable(on_step):
+            raise TypeError(
+                f"on_step={on_step!r}: expected a callable that takes a StepEvent, or None"
+            )
+        info = check_model(self.model)
+        check_family_settings(info, config)
+        check_prompt(self.model, input_ids, info, config)
+        leftpad = check_attention_mask(input_ids, attention_mask)
+        check_no_masks(input_ids, leftpad, info)
+        check_generator(generator, input_ids.device)
+        if self.in_call():
+            raise RuntimeError(
+                "Engine.generate: called by its own on_step; expected another engine"
+            )
+        with self.lock:
+            self.decoding = True
+            try:
+                with self.on_device():
+                    return self.decode(config, input_ids, leftpad, generator, on_step)
+            finally:
+                self.decoding = False
+
+    def decode(
+        self,
+        config: DecodingConfig,
+        input_ids: Tensor,
+        leftpad: Tensor,
+        generator: torch.Generator | None,
+        on_step: Callable[[StepEvent], None] | None,
+    ) -> GenerationOutput:
+        """`generate` of arguments that have been checked."""
+        batch, prompt = input_ids.shape
+        watched = on_step is not None
+        pad = 0 if watched or self.capture is None else -prompt % PROMPT_MULTIPLE
+        session = self.session(config, input_ids, leftpad, pad)
+        state, window, info = session.state, session.state.window, self.model.dsb
+        if config.temperature > 0:
+            # A GPU's default generator refuses to draw while another thread captures a graph.
+            source = "cpu" if generator is None else generator.device
+            seed = torch.randint(2**62, (), dtype=torch.int64, generator=generator, device=source)
+            seed = seed.to(input_ids.device)
+            if is_sharded(self.model.lm_head):
+                agree(self.model.lm_head, seed)
+            state.seed.copy_(seed)
+        commits: list[int] = []
+        row_nfe = [0] * batch
+        position = window.position.clone()  # of the coming step
+
+        def each(done: StepDone) -> None:
+            nonlocal position
+            commits.append(sum(f.new for f in done.after if f.took_part))
+            for row in done.rows:
+                row_nfe[row] += 1
+            if on_step is not None:
+                before = [(f.start, f.end, f.prefix) for f in done.before]
+                on_step(
+                    StepEvent(
+                        len(commits) - 1, done.shape.kind, done.rows,
+                        [before[row] for row in done.rows], state.canvas,
+                        position, window.commit.clone(), window.scored.clone(), window,
+                    )
+                )  # fmt: skip
+                position = window.position.clone()
+
+        self.run(session, each, ahead=not watched)
+        canvas = state.canvas[:, pad:].clone()
+        return GenerationOutput(
+            sequences=canvas,
+            nfe=len(commits),
+            tokens_per_forward=commits,
+            row_nfe=row_nfe,
+            row_tokens=count_tokens(canvas[:, prompt:], info.eos_ids),
+        )
+
+
+def config_of(config: DecodingConfig | None, settings: dict[str, Any]) -> DecodingConfig:
+    """One of a config and its fields by name."""
+    if config is not None and settings:
+        raise TypeError(f"config and {sorted(settings)[0]}: expected settings in one of the two")
+    if config is not None:
+        return config
+    unknown = sorted(set(settings) - set(DecodingConfig.__dataclass_fields__))
+    if unknown:
+        accepted = ", ".join(DecodingConfig.__dataclass_fields__)
+        raise TypeError(f"{unknown[0]}={settings[unknown[0]]!r}: expected one of {accepted}")
+    return DecodingConfig(**settings)
+
+
+def engine_of(model: PreTrainedModel) -> Engine:
+    """The engine that `generate` keeps with a model, made at its first call; another one inside a
+    call of that."""
+    check_model(model)
+    engine = vars(model).get(ENGINE)
+    if engine is None or engine.device != model.get_input_embeddings().weight.device:
+        # A proxy: the model must not be kept alive by what it holds itself.
+        engine = vars(model)[ENGINE] = Engine(weakref.proxy(model))
+    return Engine(model) if engine.in_call() else engine
+
+
+def generate(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    config: DecodingConfig | None = None,
+    *,
+    attention_mask: Tensor | None = None,
+    generator: torch.Generator | None = None,
+    on_step: Callable[[StepEvent], None] | None = None,
+    **settings: Any,
+) -> GenerationOutput:
+    """Decode `gen_length` positions after each prompt with DSB and DSB Cache (arXiv 2602.05992).
+
+    Args:
+        model: from `load_model` or `patch`.
+        input_ids: (B, P) int64 or int32 on the model's device, left-padded where lengths differ.
+        config: the settings; or name its fields as keyword arguments, not both.
+        attention_mask: (B, P), 0 for left padding; None means none.
+        generator: source of randomness at temperature > 0; the same seed gives the same tokens.
+        on_step: called after every forward with a `StepEvent`.
+
+    Returns:
+        `GenerationOutput`: sequences, forwards, tokens committed by each forward.
+
+    Raises:
+        TypeError, ValueError: bad input, before any compute; the message names argument, value and
+            what is accepted.
+        FloatingPointError: the model's logits are NaN; the message names the step and the row.
+        torch.OutOfMemoryError: the message names the bytes asked for and a setting that fits.
+    """
+    return engine_of(model).generate(
+        input_ids, config, attention_mask=attention_mask, generator=generator, on_step=on_step,
+        **settings,
+    )  # fmt: skip

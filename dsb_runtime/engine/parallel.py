@@ -1,0 +1,110 @@
+"""Tensor parallelism by transformers' own plan: what it can split, and scoring a split vocabulary.
+
+Attention heads, MLP columns and the vocabulary are divided over the processes of `torchrun`; the
+modules gather where they must. Every process holds the whole canvas and makes every decision: the
+decisions are equal because each follows from numbers that were gathered in one order.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from transformers import PretrainedConfig
+from transformers.distributed import DistributedConfig
+
+from dsb_kernels.lm_head import lm_head_confidence
+from dsb_kernels.score import combine_partials
+
+
+def check_distributed(plan: DistributedConfig, config: PretrainedConfig) -> int:
+    """The number of processes that share the model; 1 where there is nothing to split.
+
+    Raises:
+        TypeError, ValueError: a plan that does not fit the processes or the model.
+        ImportError: without accelerate, which places the shards.
+    """
+    if not isinstance(plan, DistributedConfig):
+        raise TypeError(
+            f"distributed_config={type(plan).__name__}: expected a DistributedConfig, as "
+            "DistributedConfig(tp_plan='auto')"
+        )
+    if plan.tp_plan not in ("auto", None):
+        raise ValueError(f"tp_plan={plan.tp_plan!r}: expected 'auto', the model's own plan")
+    for name in ("fsdp_size", "dp_replicate_size", "pp_size", "ep_size"):
+        if getattr(plan, name, None) not in (1, None):
+            raise ValueError(
+                f"{name}={getattr(plan, name)}: only tensor parallelism is supported; expected 1"
+            )
+    size, world = plan.tp_size or 1, int(os.environ.get("WORLD_SIZE", "1"))
+    if size != world:
+        raise ValueError(
+            f"tp_size={size}: started with {world} process{'es' * (world > 1)}; expected their "
+            f"number (torchrun --nproc-per-node {size})"
+        )
+    for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size", "vocab_size"):
+        if getattr(config, name) % size:
+            raise ValueError(
+                f"{name}={getattr(config, name)} cannot be split over {size} processes: "
+                "expected a number of processes that divides it"
+            )
+    if size > 1 and importlib.util.find_spec("accelerate") is None:
+        raise ImportError("distributed_config needs accelerate: pip install accelerate")
+    return size
+
+
+def is_sharded(lm_head: torch.nn.Module) -> bool:
+    """Whether each process holds a part of the vocabulary."""
+    return isinstance(lm_head.weight, DTensor)
+
+
+def group_of(lm_head: torch.nn.Linear) -> dist.ProcessGroup:
+    return lm_head.weight.device_mesh.get_group()
+
+
+def score_sharded(
+    hidden: Tensor,
+    lm_head: torch.nn.Linear,
+    *,
+    eligible: Tensor,
+    banned: Sequence[int],
+    temperature: float,
+    seed: Tensor | None,
+    noise_ids: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Token and confidence as by `lm_head_confidence`; each process scores its share of the
+    vocabulary and no logits are exchanged.
+
+    Args:
+        hidden: (N, E), the same in every process, as is the rest.
+
+    Returns:
+        (N,) int64 and (N,) float32, the same in every process.
+    """
+    group = group_of(lm_head)
+    weight = lm_head.weight.to_local()
+    bias = None if lm_head.bias is None else lm_head.bias.to_local()
+    state = lm_head_confidence(
+        hidden,
+        weight,
+        bias,
+        banned=banned,
+        temperature=temperature,
+        seed=seed,
+        noise_ids=noise_ids,
+        partial=True,
+        vocab_start=dist.get_rank(group) * weight.shape[0],
+    )
+    states = state.new_empty((dist.get_world_size(group), *state.shape))
+    dist.all_gather(list(states.unbind()), state, group=group)  # into it, in the ranks' order
+    return combine_partials(states, eligible=eligible, banned=banned)
+
+
+def agree(lm_head: torch.nn.Linear, seed: Tensor) -> None:
+    """Take the first process's seed: random generators differ between processes."""
+    dist.broadcast(seed, group=group_of(lm_head), group_src=0)

@@ -1,0 +1,102 @@
+"""From hidden states to proposed tokens: through the scoring op, or by Dream's cuts.
+
+Sampling follows each family's published code: LLaDA adds Gumbel noise to the logits and keeps the
+untempered probability as confidence, which the scoring op does; Dream tempers, cuts to top_p and
+top_k and samples, and its confidence is the probability after all of that. Random numbers are a
+function of a seed and of a noise id for each row (`dsb_kernels.noise`), not of what was drawn
+before.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear, pad
+
+from dsb_kernels.lm_head import lm_head_confidence
+from dsb_kernels.noise import uniform
+from dsb_kernels.token_confidence import first_argmax
+from dsb_runtime.config import DecodingConfig
+from dsb_runtime.engine.parallel import is_sharded, score_sharded
+from dsb_runtime.families import DiffusionInfo
+
+
+def cut_top_p(logits: Tensor, top_p: float) -> Tensor:
+    """Keep the smallest set of most likely tokens whose probability exceeds `top_p`. (N, V)."""
+    ordered, index = logits.sort(dim=-1, descending=True, stable=True)
+    before = pad(ordered.softmax(-1).cumsum(-1)[:, :-1], (1, 0))
+    drop = torch.zeros_like(before, dtype=torch.bool).scatter(1, index, before > top_p)
+    return logits.masked_fill(drop, torch.finfo(logits.dtype).min)
+
+
+def cut_top_k(logits: Tensor, top_k: int) -> Tensor:
+    """Keep the `top_k` most likely tokens (more where the last of them ties). (N, V)."""
+    kth = logits.topk(min(top_k, logits.shape[-1]), dim=-1).values[:, -1:]
+    return logits.masked_fill(logits < kth, torch.finfo(logits.dtype).min)
+
+
+def sample_nucleus(
+    logits: Tensor,
+    mask_id: int,
+    config: DecodingConfig,
+    seed: Tensor | None = None,
+    noise_ids: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Dream: temper, cut, sample; confidence after the cuts. (N, V) -> (N,), (N,).
+
+    Where the cuts leave nothing but the mask token, the most likely other token is proposed, with
+    the confidence that the cuts gave it: none.
+    """
+    logits = logits.float()
+    token = first_argmax(logits, (mask_id,))[:, None]
+    if config.temperature > 0:
+        logits = logits / config.temperature
+    if config.top_p is not None and config.top_p < 1:
+        logits = cut_top_p(logits, config.top_p)
+    if config.top_k is not None:
+        logits = cut_top_k(logits, config.top_k)
+    probability = logits.softmax(-1)
+    if config.temperature > 0:
+        allowed = probability.clone()
+        allowed[:, mask_id] = 0
+        barred = ~(allowed.sum(-1, keepdim=True) > 0)  # only the mask token is left, or NaN
+        # The inverse of the distribution function: the first token whose sum exceeds the draw.
+        sums = allowed.masked_fill(barred, 1.0).double().cumsum(-1)
+        draw = uniform(seed, noise_ids)[:, None] * sums[:, -1:]
+        token = torch.where(barred, token, torch.searchsorted(sums, draw, right=True))
+    return token[:, 0], probability.gather(1, token)[:, 0]
+
+
+def propose(
+    hidden: Tensor,
+    lm_head: torch.nn.Linear,
+    eligible: Tensor,
+    config: DecodingConfig,
+    info: DiffusionInfo,
+    seed: Tensor | None = None,
+    noise_ids: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The proposed token and its confidence for every candidate row; never the mask token.
+
+    Args:
+        hidden: (N, E), rows of the last hidden state, after the final norm.
+        lm_head: the model's output layer.
+        eligible: (N,) bool; the others' results are not used.
+        seed, noise_ids: () int64 and (N,) int64, at a temperature: what the noise is a function of.
+
+    Returns:
+        (N,) int64 and (N,) float32. NaN logits give a NaN confidence.
+    """
+    sharded = is_sharded(lm_head)
+    cuts = config.top_p is not None or config.top_k is not None
+    if not cuts and (config.temperature == 0 or not info.family.nucleus):
+        scoring = {
+            "eligible": eligible, "banned": (info.mask_id,), "temperature": config.temperature,
+            "seed": seed, "noise_ids": noise_ids,
+        }  # fmt: skip
+        if sharded:
+            return score_sharded(hidden, lm_head, **scoring)
+        return lm_head_confidence(hidden, lm_head.weight, lm_head.bias, **scoring)
+    # A sharded head's own forward gathers the vocabulary, which the cuts need as a whole.
+    logits = lm_head(hidden) if sharded else linear(hidden, lm_head.weight, lm_head.bias)
+    return sample_nucleus(logits, info.mask_id, config, seed, noise_ids)

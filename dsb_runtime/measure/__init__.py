@@ -1,0 +1,1 @@
+"""What `dsb bench`, `dsb profile` and `dsb eval` measure, draw and keep."""

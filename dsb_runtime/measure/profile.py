@@ -1,0 +1,289 @@
+"""`dsb profile`: some steps of a decoding under a profiler, every phase in a range of its name.
+
+A whole decoding runs first: it compiles, captures and counts. Then the same decoding runs again,
+and around the chosen steps of it CUDA's profiler is started and stopped, which is what Nsight waits
+for, and torch's profiler where a trace is asked for.
+
+A phase's range is entered by the host while it launches the phase's kernels. Replayed CUDA graphs
+launch none of them one by one, so that graphs are off unless asked for; then only whole steps have
+ranges.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import shlex
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from torch import Tensor
+from torch.profiler import ProfilerActivity, record_function
+from transformers import PreTrainedModel
+
+from dsb_runtime.config import DecodingConfig, check_int
+from dsb_runtime.engine.engine import Engine, GenerationOutput
+from dsb_runtime.engine.forward import Phase, no_phase
+from dsb_runtime.engine.graphs import Capture
+from dsb_runtime.engine.loop import Launched, Session
+from dsb_runtime.engine.step import StepShape
+from dsb_runtime.measure.limits import synchronize
+from dsb_runtime.measure.plots import check_files
+from dsb_runtime.measure.profile_tables import PREFIX, longest_table, phase_table, read_trace
+
+NOTE = (
+    "Ranges are entered by the host that launches the kernels in them: replayed CUDA graphs "
+    "(--graphs) show whole steps only."
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What `dsb profile` and `benchmarks.profile_step` have in common."""
+    group = parser.add_argument_group("profile")
+    group.add_argument("--profile-steps", type=int, default=16, metavar="N",
+                       help="steps to profile (default: 16)")  # fmt: skip
+    group.add_argument("--warmup", type=int, default=1, metavar="W",
+                       help="steps of their decoding before them (default: 1); a whole decoding "
+                       "runs before that")  # fmt: skip
+    group.add_argument("--graphs", action=argparse.BooleanOptionalAction, default=False,
+                       help="replay CUDA graphs: only whole steps have ranges")  # fmt: skip
+    group.add_argument("--torch", type=Path, metavar="TRACE.json",
+                       help="without Nsight: write torch's trace, print its tables")  # fmt: skip
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """Raise for a wrong argument; asked before a model is made."""
+    check_int("--profile-steps", args.profile_steps, 1)
+    check_int("--warmup", args.warmup, 0)
+    check_files(args.torch, None, names=("--torch", "--plot"))
+    if args.torch is not None and args.torch.suffix != ".json":
+        raise ValueError(f"--torch {args.torch}: expected a file ending in .json")
+
+
+def ranges(device: torch.device) -> Phase:
+    """What a phase enters: a range of torch's profiler and, on a GPU, an NVTX range."""
+
+    @contextlib.contextmanager
+    def phase(name: str) -> Iterator[None]:
+        with contextlib.ExitStack() as stack:
+            if device.type == "cuda":
+                stack.enter_context(torch.cuda.nvtx.range(PREFIX + name))
+            stack.enter_context(record_function(PREFIX + name))
+            yield
+
+    return phase
+
+
+class Bracket:
+    """Counts a decoding's steps, each in a range, and has profilers see `count` of them from step
+    `first` on.
+
+    Args:
+        device: where the model is.
+        trace: torch's profiler, prepared.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        first: int = 0,
+        count: int = 0,
+        trace: torch.profiler.profile | None = None,
+    ) -> None:
+        self.device, self.first, self.count, self.trace = device, first, count, trace
+        self.range = ranges(device)
+        self.kinds: list[str] = []  # of the steps so far
+        self.running = False
+
+    @contextlib.contextmanager
+    def step(self, kind: str) -> Iterator[None]:
+        """Entered around the launch of a step."""
+        index = len(self.kinds)
+        if self.count and index == self.first:
+            self.start()
+        with self.range(f"{kind} step {index}"):
+            yield
+        self.kinds.append(kind)
+        if len(self.kinds) == self.first + self.count:
+            self.stop()
+
+    def start(self) -> None:
+        synchronize(self.device)
+        self.running = True
+        if self.trace is not None:
+            self.trace.start_trace()
+        if self.device.type == "cuda":
+            torch.cuda.profiler.start()
+
+    def stop(self) -> None:
+        """Once what was launched has run; nothing unless it is running."""
+        if not self.running:
+            return
+        synchronize(self.device)
+        if self.device.type == "cuda":
+            torch.cuda.profiler.stop()
+        if self.trace is not None:
+            self.trace.stop_trace()
+        self.running = False
+
+
+class ProfiledEngine(Engine):
+    """An engine whose launches go through a bracket; phases have ranges unless captured."""
+
+    def __init__(
+        self, model: PreTrainedModel, *, graphs: bool, capture: Capture | None = None
+    ) -> None:
+        device = model.get_input_embeddings().weight.device
+        # A replay enters no phase; a capture would show each once, at a time that means nothing.
+        phase = no_phase if graphs else ranges(device)
+        super().__init__(model, graphs=graphs, capture=capture, phase=phase)
+        self.bracket = Bracket(device)
+
+    def launch(self, session: Session, shape: StepShape) -> Launched:
+        with self.bracket.step(shape.kind):
+            return super().launch(session, shape)
+
+
+@dataclass(frozen=True)
+class Profiled:
+    """What was profiled, of a decoding of `total` steps."""
+
+    out: GenerationOutput
+    total: int
+    first: int
+    kinds: list[str]  # of steps first, first + 1, ...
+
+
+def profile_steps(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    config: DecodingConfig,
+    *,
+    count: int,
+    first: int = 0,
+    graphs: bool = False,
+    capture: Capture | None = None,
+    trace_file: Path | None = None,
+    seed: int = 0,
+) -> Profiled:
+    """Decode twice and profile steps `first` to `first + count - 1` of the second decoding, or up
+    to its end.
+
+    Args:
+        input_ids: (B, P) prompts on the model's device.
+        graphs: replay captured steps, by `capture` or CUDA graphs.
+        trace_file: where to write torch's trace; None leaves torch's profiler out.
+        seed: of the random numbers at temperature > 0, the same for both.
+
+    Raises:
+        ValueError: the decoding ends before step `first`, or graphs without a GPU.
+    """
+    engine = ProfiledEngine(model, graphs=graphs, capture=capture)
+
+    def decode(bracket: Bracket) -> GenerationOutput:
+        engine.bracket = bracket
+        generator = torch.Generator(engine.device).manual_seed(seed)
+        try:
+            return engine.generate(input_ids, config, generator=generator)
+        finally:
+            bracket.stop()  # the decoding has no further steps, or failed
+
+    counted = Bracket(engine.device)
+    decode(counted)
+    total = len(counted.kinds)
+    if first >= total:
+        raise ValueError(
+            f"--warmup {first}: the decoding has {total} steps; expected at most {total - 1}"
+        )
+    trace = None
+    if trace_file is not None:
+        activities = [ProfilerActivity.CPU]
+        if engine.device.type == "cuda":
+            activities.append(ProfilerActivity.CUDA)
+        trace = torch.profiler.profile(activities=activities)
+        trace.prepare_trace()  # what it sets up is not the first step's
+    bracket = Bracket(engine.device, first, count, trace)
+    out = decode(bracket)
+    if trace is not None:
+        trace.export_chrome_trace(str(trace_file))
+    return Profiled(out, total, first, bracket.kinds[first : first + count])
+
+
+def nsight_lines(
+    command: Sequence[str], found: Profiled, layers: int, graphs: bool
+) -> list[tuple[str, str]]:
+    """(what it shows, command line) of Nsight's tools on the same run.
+
+    Args:
+        command: what was run, without `--torch`: CUDA's tracing has one client at a time.
+    """
+    at = found.kinds.index("window") if "window" in found.kinds else 0
+    step = f"{found.kinds[at]} step {found.first + at}"
+    room = f"layer {layers // 2}: attention"
+    systems = ["nsys", "profile", "--capture-range=cudaProfilerApi", "--capture-range-end=stop",
+               "--trace=cuda,nvtx", "--cuda-graph-trace=node", "-o", "dsb_steps"]  # fmt: skip
+    compute = ["ncu", "--profile-from-start", "off", "--nvtx", "--nvtx-include"]
+    # "a/" is the push/pop range a, and "a/b" b inside of a.
+    whole = [*compute, f"{PREFIX}{step}/", "-o", "dsb_step"]
+    phase = [*compute, f"{PREFIX}{step}/{PREFIX}{room}", "--set", "full", "-o", "dsb_phase"]
+    lines = [("the timeline of these steps", systems), (f"each kernel of {step}", whole)]
+    if not graphs:
+        lines.append((f"all metrics of {room} in it", phase))
+    return [(title, shlex.join([*tool, *command])) for title, tool in lines]
+
+
+def without_torch(command: Sequence[str]) -> list[str]:
+    """A command line without `--torch TRACE.json`."""
+    kept: list[str] = []
+    words = iter(command)
+    for word in words:
+        if word == "--torch":
+            next(words, None)
+        elif not word.startswith("--torch="):
+            kept.append(word)
+    return kept
+
+
+def describe(found: Profiled, asked: int, graphs: bool) -> str:
+    """One line: which steps were profiled."""
+    kinds = ", ".join(f"{n} {kind}" for kind, n in Counter(found.kinds).items())
+    last = found.first + len(found.kinds) - 1
+    short = f"; {asked} asked for, it has no more" if len(found.kinds) < asked else ""
+    return (
+        f"Profiled steps {found.first} to {last} ({kinds}) of a decoding of {found.total}, counted "
+        f"from 0, CUDA graphs {'on' if graphs else 'off'}{short}."
+    )
+
+
+def run(
+    args: argparse.Namespace,
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    config: DecodingConfig,
+    command: Sequence[str],
+) -> int:
+    """The command: profile, print torch's tables where asked for, and the lines for Nsight.
+
+    Args:
+        args: with the fields of `add_arguments`, and `seed`.
+        command: the command line that was given.
+    """
+    found = profile_steps(
+        model, input_ids, config, count=args.profile_steps, first=args.warmup, graphs=args.graphs,
+        trace_file=args.torch, seed=args.seed or 0,
+    )  # fmt: skip
+    print(describe(found, args.profile_steps, args.graphs))
+    if args.torch is not None:
+        events, on_gpu = read_trace(args.torch), model.device.type == "cuda"
+        for table in (longest_table(events, on_gpu), phase_table(events, on_gpu)):
+            Console().print(table)
+        print(f"Trace: {args.torch} (for Perfetto or chrome://tracing)")
+    print(f"{NOTE}\nUnder Nsight, on a GPU:")
+    layers = len(model.model.layers)
+    for title, line in nsight_lines(without_torch(command), found, layers, args.graphs):
+        print(f"\n# {title}\n{line}")
+    return 0

@@ -1,0 +1,80 @@
+"""A picture of one decoding: position × forward, window edges, each commit's confidence."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from dsb_runtime.engine.engine import StepEvent
+from dsb_runtime.measure.plots import check_files
+
+REFRESH_COLOR, RESPONSE_COLOR = "#dfe7f5", "#d3e8cd"  # what a forward recomputes, ...
+BLOCK_COLOR, PREFIX_COLOR = "#fbe7b2", "#bcd0ee"  # ... and the window in it
+
+
+class Trace:
+    """An `on_step` callback that records batch row `row`; `save` draws it."""
+
+    def __init__(self, prompt_length: int, gen_length: int, row: int = 0) -> None:
+        self.prompt_length, self.gen_length, self.row = prompt_length, gen_length, row
+        self.kinds: list[str] = []
+        self.windows: list[tuple[int, int, int]] = []  # start, end, prefix of each forward
+        self.commits: list[list[tuple[int, float]]] = []  # (position, confidence)
+
+    def __call__(self, event: StepEvent) -> None:
+        if self.row not in event.rows:
+            return
+        picked = event.commit[self.row].nonzero().flatten()
+        positions = event.position[self.row][picked].tolist()
+        confidences = event.confidence[self.row][picked].tolist()
+        self.kinds.append(event.kind)
+        self.windows.append(event.before[event.rows.index(self.row)])
+        self.commits.append(list(zip(positions, confidences, strict=True)))
+
+    def save(self, path: str | Path, title: str = "") -> None:
+        """Write the picture (PNG, SVG or PDF by suffix).
+
+        Raises:
+            ValueError: nothing was recorded, or no picture can be written there.
+        """
+        from matplotlib.figure import Figure
+
+        check_files(None, Path(path), names=("json", "path"))
+        if not self.kinds:
+            raise ValueError("trace: nothing was recorded; pass it as on_step to generate")
+        steps, prompt = len(self.kinds), self.prompt_length
+        figure = Figure(
+            figsize=(min(4 + self.gen_length / 14, 16), min(2.4 + steps / 5, 12)),
+            layout="constrained",
+        )
+        axes = figure.subplots()
+        for step, (start, end, prefix) in enumerate(self.windows):
+            if self.kinds[step] == "refresh":
+                axes.axhspan(step - 0.5, step + 0.5, color=REFRESH_COLOR, lw=0)
+            elif self.kinds[step] == "response":
+                axes.barh(step, self.gen_length, height=1, color=RESPONSE_COLOR)
+            else:
+                axes.barh(step, prefix, left=start - prefix - prompt, height=1, color=PREFIX_COLOR)
+            axes.barh(step, end - start, left=start - prompt, height=1, color=BLOCK_COLOR)
+        rows = range(steps)
+        for edge in (0, 1):
+            x = [w[edge] - prompt for w in self.windows]
+            axes.vlines(x, [r - 0.5 for r in rows], [r + 0.5 for r in rows], color="#b07d00")
+        points = [(p - prompt + 0.5, s, c) for s, row in enumerate(self.commits) for p, c in row]
+        x, y, confidence = zip(*points, strict=True)
+        dots = axes.scatter(x, y, c=confidence, cmap="viridis", vmin=0, vmax=1, s=16, zorder=3)
+        figure.colorbar(dots, ax=axes, label="confidence at commit", pad=0.01)
+        low = min([0, *(s - p - prompt for s, _, p in self.windows)])
+        axes.set(
+            xlim=(low, self.gen_length),
+            ylim=(steps - 0.5, -0.5),
+            xlabel="response position",
+            ylabel="forward pass",
+        )
+        axes.set_title(title or self.legend(), fontsize=9)
+        axes.yaxis.get_major_locator().set_params(integer=True)
+        figure.savefig(path, dpi=120)
+
+    def legend(self) -> str:
+        """What the colours mean."""
+        response = "green: response refresh;\n" if "response" in self.kinds else ""
+        return f"blue rows: refresh; {response}yellow: active block; light blue: prefix window"

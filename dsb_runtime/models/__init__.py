@@ -1,0 +1,1 @@
+"""Checkpoints: how they are loaded, registered with transformers and converted."""

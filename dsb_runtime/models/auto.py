@@ -1,0 +1,139 @@
+"""LLaDA and Dream in transformers' Auto classes, natively: no remote code, nothing to trust.
+
+Importing this file registers them. A repository's own `auto_map` is then passed over: transformers
+prefers a class that was registered by a package to code in a repository.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, ClassVar
+
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen2Tokenizer,
+)
+
+from dsb_runtime.families import DREAM, LLADA, DiffusionInfo, Family, supported_config
+from dsb_runtime.models.load import (
+    diffusion_info,
+    find_folder,
+    read_config,
+    read_model,
+)
+
+# Fields of a published config that are neither the network's nor remote code's.
+KEPT = ("mask_token_id", "eos_token_id", "bos_token_id", "dtype", "torch_dtype", "dsb_family")
+DOWNLOAD = ("cache_dir", "force_download", "local_files_only", "token")
+
+
+class DiffusionConfig(PretrainedConfig):
+    """A published config, read into the fields of the network that it describes."""
+
+    family: ClassVar[Family]
+    is_causal = False
+    mask_token_id = None
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Raises ValueError for a field that is missing, malformed or would change the result."""
+        fields = supported_config(config_dict, cls.family).to_dict()
+        for name in ("model_type", "transformers_version", "architectures", "_name_or_path"):
+            fields.pop(name, None)
+        fields.update({name: config_dict[name] for name in KEPT if name in config_dict})
+        return super().from_dict({**fields, "is_causal": False}, **kwargs)
+
+
+class DiffusionModel(PreTrainedModel):
+    """A transformers model with `.dsb`: what `dsb_runtime.generate` needs to know of it."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        if config.mask_token_id is not None:
+            ends = config.eos_token_id if config.eos_token_id is not None else ()
+            ends = tuple(ends) if isinstance(ends, (list, tuple)) else (ends,)
+            self.dsb = DiffusionInfo(config.family, config.mask_token_id, ends)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | Path | None,
+        *args: Any,
+        config: Any = None,
+        mask_id: int | None = None,
+        eos_ids: tuple[int, ...] | list[int] | None = None,
+        revision: str | None = None,
+        subfolder: str = "",
+        output_loading_info: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """As transformers' own, with `load_model`'s checks and its `mask_id` and `eos_ids`.
+
+        Raises:
+            FileNotFoundError, OSError: no such folder, file or hub repository.
+            ValueError: unsupported config field, wrong weight, damaged file.
+        """
+        hub = {name: kwargs.pop(name) for name in DOWNLOAD if name in kwargs}
+        folder = find_folder(source, revision, **hub) / (subfolder or "")
+        raw = read_config(folder)
+        if not isinstance(config, cls.config_class):
+            config = cls.config_class.from_dict(dict(raw))
+        info = diffusion_info(
+            folder, raw, config.family, config.vocab_size,
+            config.mask_token_id if mask_id is None else mask_id, eos_ids,
+        )  # fmt: skip
+        if config._attn_implementation is None:
+            kwargs.setdefault("attn_implementation", "dsb")
+        model, report = read_model(cls, super().from_pretrained, folder, config, info, **kwargs)
+        return (model, report) if output_loading_info else model
+
+
+class LladaConfig(DiffusionConfig, LlamaConfig):
+    model_type = LLADA.model_types[0]
+    family = LLADA
+
+
+class LladaForCausalLM(DiffusionModel, LlamaForCausalLM):
+    config_class = LladaConfig
+
+
+class DreamConfig(DiffusionConfig, Qwen2Config):
+    model_type = DREAM.model_types[0]
+    family = DREAM
+
+
+class DreamForCausalLM(DiffusionModel, Qwen2ForCausalLM):
+    config_class = DreamConfig
+
+
+class DreamTokenizer(Qwen2Tokenizer):
+    """The published class of this name is Qwen2's."""
+
+
+def register(
+    config: type[DiffusionConfig],
+    model: type[DiffusionModel],
+    tokenizer: type[PreTrainedTokenizerBase],
+) -> None:
+    """Make the Auto classes load every `model_type` of the config's family."""
+    for model_type in config.family.model_types:
+        CONFIG_MAPPING.register(model_type, config, exist_ok=True)
+    # The model cards load through AutoModel; it is the same model with its LM head.
+    for auto in (AutoModel, AutoModelForCausalLM):
+        auto.register(config, model, exist_ok=True)
+    AutoTokenizer.register(config, tokenizer_class=tokenizer, exist_ok=True)
+
+
+register(LladaConfig, LladaForCausalLM, PreTrainedTokenizerFast)
+register(DreamConfig, DreamForCausalLM, DreamTokenizer)

@@ -1,0 +1,132 @@
+"""convert: a LLaDA or Dream checkpoint as the Llama or Qwen2 that it is, for plain transformers.
+
+The copy loads without this package and attends both ways (`is_causal` is false in its config);
+`dsb_family` and `mask_token_id` in the same config let `load_model` recognise it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import GenerationConfig, PreTrainedModel
+
+from dsb_runtime.models.load import find_folder, load_model, load_tokenizer, read_object
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+KEPT_GENERATION = ("bos_token_id", "pad_token_id", "max_new_tokens")
+SHARD_SIZE = re.compile(r"\d+[KMGT]B", re.IGNORECASE)
+
+
+def check_target(target: Path) -> None:
+    """Raise FileExistsError unless `target` can be written without touching anything."""
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise FileExistsError(f"{target}: it exists; expected a new or an empty folder")
+
+
+def copy_tokenizer(folder: Path, target: Path) -> list[str]:
+    """The tokenizer's files, without a reference to code in a repository; their names.
+
+    Raises:
+        ValueError: the folder's tokenizer cannot be read.
+    """
+    names = [name for name in TOKENIZER_FILES if (folder / name).is_file()]
+    if not names:
+        return []
+    tokenizer = load_tokenizer(folder)
+    for name in names:
+        shutil.copyfile(folder / name, target / name)
+    if "tokenizer_config.json" in names:
+        settings = read_object(folder / "tokenizer_config.json")
+        settings.pop("auto_map", None)
+        if not hasattr(transformers, str(settings.get("tokenizer_class"))):
+            whole = "tokenizer.json" in names
+            settings["tokenizer_class"] = (
+                "PreTrainedTokenizerFast" if whole else type(tokenizer).__name__
+            )
+        text = json.dumps(settings, indent=2, ensure_ascii=False)
+        (target / "tokenizer_config.json").write_text(text + "\n", encoding="utf-8")
+    return names
+
+
+def prepare_configs(model: PreTrainedModel) -> None:
+    """What the copy's config.json and generation_config.json say beside the network."""
+    ends = list(model.dsb.eos_ids) or None
+    given = {name: getattr(model.generation_config, name, None) for name in KEPT_GENERATION}
+    model.config.eos_token_id = ends
+    model.generation_config = GenerationConfig(eos_token_id=ends, **given)
+
+
+def convert(
+    source: str | Path,
+    target: str | Path,
+    *,
+    dtype: str | torch.dtype = "auto",
+    family: str | None = None,
+    mask_id: int | None = None,
+    revision: str | None = None,
+    max_shard_size: str = "5GB",
+    say: Callable[[str], object] = print,
+) -> Path:
+    """Write `source` to `target` in Llama's or Qwen2's format, tokenizer included.
+
+    Args:
+        source, dtype, family, mask_id, revision: as of `load_model`.
+        target: a new or an empty folder; it appears once it is whole.
+        max_shard_size: of a safetensors file, as "5GB".
+        say: called with a line of progress at a time.
+
+    Raises:
+        FileExistsError: `target` holds something.
+        FileNotFoundError, OSError, ValueError: as of `load_model`; also where `target` cannot be
+            written, or `max_shard_size` is no size.
+    """
+    target = Path(target)
+    check_target(target)
+    if not SHARD_SIZE.fullmatch(max_shard_size):
+        raise ValueError(f"max_shard_size={max_shard_size!r}: expected a size such as '5GB'")
+    folder = find_folder(source, revision)
+    # Everything that can fail early does so before the weights are read.
+    partial = target.absolute().parent / f".{target.name}.{os.getpid()}"
+    made = [parent for parent in partial.parents if not parent.exists()]
+    try:
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise OSError(
+            f"{target}: {error.strerror}; expected a folder that can be written"
+        ) from error
+    try:
+        names = copy_tokenizer(folder, partial)
+        say(f"reading {source}")
+        model = load_model(folder, dtype=dtype, device="cpu", family=family, mask_id=mask_id)
+        prepare_configs(model)
+        say(f"writing {target} ({', '.join(names) if names else 'no tokenizer in the source'})")
+        model.save_pretrained(partial, max_shard_size=max_shard_size)
+        partial.rename(target)  # onto nothing or onto an empty folder
+    except BaseException:
+        shutil.rmtree(partial)
+        with contextlib.suppress(OSError):  # somebody else's files
+            for parent in made:
+                parent.rmdir()
+        raise
+    size = sum(weight.nbytes for weight in model.parameters())
+    kind, name = type(model).__name__, model.dsb.family.name
+    say(f"{kind} ({name}), {size / 1e9:.2f} GB: AutoModelForCausalLM.from_pretrained loads it")
+    return target

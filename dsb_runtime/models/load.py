@@ -1,0 +1,352 @@
+"""load_model: a published checkpoint as transformers' own model, without remote code.
+
+Every weight is checked against the model's shapes from the files' headers before anything is
+read, so that a missing, unexpected or mis-shaped one is an error and never a random layer.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import SafetensorError, safe_open
+from transformers import (
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.distributed import DistributedConfig
+
+from dsb_runtime.engine.parallel import check_distributed
+from dsb_runtime.families import DiffusionInfo, Family, find_family, supported_config
+
+WANTED = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "merges.txt"]
+PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+# Buffers of other versions that hold nothing a checkpoint decides.
+IGNORED_WEIGHTS = re.compile(r"rotary_emb\.inv_freq$")
+
+
+def find_folder(source: str | Path, revision: str | None = None, **hub: Any) -> Path:
+    """A local checkpoint folder, or the local copy of a hub repository.
+
+    `hub`: further arguments of the download (token, cache_dir, ...).
+    """
+    if not isinstance(source, (str, Path)) or not str(source):
+        raise TypeError(f"model={source!r}: expected a checkpoint folder or a hub id (owner/name)")
+    if Path(source).is_dir():
+        return Path(source)
+    looks_like_path = str(source).startswith((".", "/", "~")) or str(source).count("/") != 1
+    if looks_like_path or Path(source).exists():
+        raise FileNotFoundError(
+            f"model={str(source)!r}: expected a checkpoint folder or a hub id (owner/name)"
+        )
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(str(source), revision=revision, allow_patterns=WANTED, **hub))
+    except Exception as error:  # the hub client raises many types; all mean the same to a user
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else ""
+        raise OSError(
+            f"model={str(source)!r}: neither a folder nor a hub id that can be downloaded "
+            f"({type(error).__name__}: {reason})"
+        ) from error
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The checkpoint's config.json as it stands."""
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"{folder}: no config.json, so this is no model folder")
+    return read_object(folder / "config.json")
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """A JSON file that holds an object."""
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path}: not valid JSON ({error})") from error
+    if not isinstance(raw, dict):
+        raise ValueError(f"{path}: expected a JSON object, found {type(raw).__name__}")
+    return raw
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a checkpoint: one, or the shards its index names."""
+    index = folder / "model.safetensors.index.json"
+    if (folder / "model.safetensors").is_file():
+        return [folder / "model.safetensors"]
+    if index.is_file():
+        shards = read_object(index).get("weight_map")
+        if not isinstance(shards, dict) or not all(isinstance(n, str) for n in shards.values()):
+            raise ValueError(f"{index}: no weight_map of file names, so not a safetensors index")
+        names = sorted(set(shards.values()))
+        missing = [name for name in names if not (folder / name).is_file()]
+        if missing:
+            raise FileNotFoundError(
+                f"{folder}: shard {missing[0]} is named by the index but absent"
+            )
+        return [folder / name for name in names]
+    pickled = sorted(p.name for pattern in PICKLED for p in folder.glob(pattern))
+    if pickled:
+        raise ValueError(
+            f"{folder}: weights are pickled ({pickled[0]}), which can run code when read; "
+            "expected model.safetensors"
+        )
+    raise FileNotFoundError(f"{folder}: no model.safetensors and no model.safetensors.index.json")
+
+
+def read_shapes(files: list[Path]) -> dict[str, list[int]]:
+    """Name and shape of every tensor, from the headers alone."""
+    shapes: dict[str, list[int]] = {}
+    for path in files:
+        try:
+            with safe_open(path, framework="pt") as handle:
+                here = {k: handle.get_slice(k).get_shape() for k in handle.keys()}  # noqa: SIM118 (a handle is no dict)
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{path}: not a whole safetensors file ({error})") from error
+        twice = sorted(set(here) & set(shapes))
+        if twice:
+            raise ValueError(f"{path}: weight {twice[0]} is in an earlier shard as well")
+        shapes.update(here)
+    return shapes
+
+
+def rename(name: str, mapping: dict[str, str]) -> str:
+    """The weight's name in transformers' model."""
+    for pattern, replacement in mapping.items():
+        name, hits = re.subn(pattern, replacement, name)
+        if hits:
+            break
+    return name
+
+
+def check_weights(
+    shapes: dict[str, list[int]], mapping: dict[str, str], model: PreTrainedModel
+) -> None:
+    """Raise ValueError unless the checkpoint has exactly the model's weights."""
+    tied = model.config.tie_word_embeddings
+    expected = {k: list(v.shape) for k, v in model.state_dict().items()}
+    found: dict[str, tuple[str, list[int]]] = {}
+    for name, shape in shapes.items():
+        target = rename(name, mapping)
+        if target in found:
+            raise ValueError(f"weights {found[target][0]} and {name} are the same weight")
+        if not IGNORED_WEIGHTS.search(name):
+            found[target] = (name, shape)
+    optional = {"lm_head.weight"} if tied else set()
+    missing = sorted(set(expected) - set(found) - optional)
+    unexpected = sorted(found[k][0] for k in set(found) - set(expected))
+    if missing:
+        raise ValueError(f"missing weight {missing[0]} ({len(missing)} missing in all)")
+    if unexpected:
+        raise ValueError(f"unexpected weight {unexpected[0]} ({len(unexpected)} unexpected in all)")
+    for name, shape in expected.items():
+        if name in found and found[name][1] != shape:
+            raise ValueError(
+                f"weight {found[name][0]} has shape {found[name][1]}, expected {shape}"
+            )
+
+
+def end_ids(folder: Path, raw: dict[str, Any], family: Family, vocab_size: int) -> tuple[int, ...]:
+    """EOS ids: config and generation config, and the ids that end a turn in the same vocabulary."""
+    ids: list[Any] = []
+    generation = folder / "generation_config.json"
+    for source in [raw] + ([read_object(generation)] if generation.is_file() else []):
+        value = source.get("eos_token_id")
+        ids += value if isinstance(value, list) else [value] if value is not None else []
+    for eos in list(ids):
+        special_id("eos_token_id", eos, vocab_size, " (or a list of them)")
+        ids += [i for i in family.turn_ends.get(eos, ()) if i < vocab_size]
+    return tuple(dict.fromkeys(ids))
+
+
+def pick_device(device: str | torch.device) -> torch.device:
+    """`auto` is the GPU where there is one."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        picked = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"device={device!r}: expected 'auto' or a torch device") from error
+    if picked.type == "meta":
+        raise ValueError(f"device={device!r}: it holds no weights; expected 'auto' or 'cpu'")
+    if picked.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device={device!r}: no CUDA device here; expected 'auto' or 'cpu'")
+    try:
+        torch.empty(0, device=picked)
+    except Exception as error:  # every kind of device raises its own
+        raise ValueError(
+            f"device={device!r}: no such device here; expected 'auto', 'cpu' or 'cuda'"
+        ) from error
+    return picked
+
+
+def pick_dtype(dtype: str | torch.dtype) -> str | torch.dtype:
+    """`auto` (the checkpoint's), a torch dtype, or the name of one."""
+    picked = getattr(torch, dtype, None) if isinstance(dtype, str) and dtype != "auto" else dtype
+    accepted = (torch.float32, torch.bfloat16, torch.float16)
+    if picked != "auto" and picked not in accepted:
+        raise ValueError(f"dtype={dtype!r}: expected 'auto', 'float32', 'bfloat16' or 'float16'")
+    return picked
+
+
+def special_id(name: str, value: Any, vocab_size: int, hint: str) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ValueError(f"{name}={value!r}: expected a token id, 0 to {vocab_size - 1}{hint}")
+    if not 0 <= value < vocab_size:
+        raise ValueError(f"{name}={value}: outside the vocabulary, expected 0 to {vocab_size - 1}")
+    return value
+
+
+def load_model(
+    source: str | Path,
+    *,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device = "auto",
+    family: str | None = None,
+    mask_id: int | None = None,
+    eos_ids: tuple[int, ...] | list[int] | None = None,
+    revision: str | None = None,
+    distributed_config: DistributedConfig | None = None,
+) -> PreTrainedModel:
+    """Load a LLaDA- or Dream-format checkpoint as a bidirectional Llama or Qwen2.
+
+    Args:
+        source: a local folder or a hub id. Safetensors only, single or sharded.
+        dtype: "auto" keeps the checkpoint's; or float32, bfloat16, float16.
+        device: "auto" takes the GPU where there is one.
+        family: "llada" or "dream", where config.json's `model_type` does not say.
+        mask_id, eos_ids: override what the config says (iLLaDA's config names no mask id).
+        revision: branch, tag or commit of a hub repository.
+        distributed_config: transformers' own: `DistributedConfig(tp_plan="auto")` splits the model
+            over the processes that `torchrun` started, each on its own device.
+
+    Returns:
+        `LlamaForCausalLM` or `Qwen2ForCausalLM` in eval mode, `model.dsb` telling family, mask id
+        and EOS ids, attention implementation "dsb".
+
+    Raises:
+        FileNotFoundError, OSError: no such folder, file or hub repository.
+        ValueError: unsupported config field, wrong weight, damaged file, bad argument.
+    """
+    if distributed_config is not None and device != "auto":
+        raise ValueError(f"device={device!r}: distributed_config picks it; expected 'auto'")
+    device, dtype = pick_device(device), pick_dtype(dtype)
+    folder = find_folder(source, revision)
+    raw = read_config(folder)
+    found = find_family(raw, family)
+    config = supported_config(raw, found)
+    config.is_causal = False
+    split = distributed_config is not None and check_distributed(distributed_config, config) > 1
+    info = diffusion_info(folder, raw, found, config.vocab_size, mask_id, eos_ids)
+    model_class = getattr(transformers, found.model_class)
+    model, _ = read_model(
+        model_class,
+        model_class.from_pretrained,
+        folder,
+        config,
+        info,
+        dtype=dtype,
+        attn_implementation="dsb",
+        distributed_config=distributed_config if split else None,
+    )
+    return model.eval() if split else model.to(device).eval()
+
+
+def diffusion_info(
+    folder: Path,
+    raw: dict[str, Any],
+    family: Family,
+    vocab_size: int,
+    mask_id: int | None = None,
+    eos_ids: tuple[int, ...] | list[int] | None = None,
+) -> DiffusionInfo:
+    """The checkpoint's mask and EOS ids, those named taking precedence."""
+    mask = special_id(
+        "mask_id", raw.get("mask_token_id") if mask_id is None else mask_id, vocab_size,
+        "" if mask_id is not None else " (config.json has no mask_token_id: name it)",
+    )  # fmt: skip
+    if eos_ids is None:
+        ends = end_ids(folder, raw, family, vocab_size)
+    elif isinstance(eos_ids, (tuple, list)):
+        ends = tuple(special_id("eos_ids", end, vocab_size, " each") for end in eos_ids)
+    else:
+        raise TypeError(f"eos_ids={eos_ids!r}: expected a tuple of token ids")
+    if mask in ends:
+        raise ValueError(f"mask_id={mask}: it is also an EOS id; expected different ids")
+    return DiffusionInfo(family, mask, ends)
+
+
+def read_model(
+    model_class: type[PreTrainedModel],
+    from_pretrained: Callable[..., tuple[PreTrainedModel, dict[str, Any]]],
+    folder: Path,
+    config: PretrainedConfig,
+    info: DiffusionInfo,
+    **arguments: Any,
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """The model with every weight checked, `model.dsb` attached, and transformers' loading report.
+
+    `from_pretrained` is transformers' own; `arguments` are passed on to it.
+    """
+    files = weight_files(folder)
+    shapes = read_shapes(files)
+    patterns = info.family.key_mapping
+    published = any(re.search(p, name) for p in patterns for name in shapes)
+    mapping = dict(patterns) if published else {}
+    with torch.device("meta"):
+        skeleton = model_class(config)
+    try:
+        check_weights(shapes, mapping, skeleton)
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from None
+    model, report = from_pretrained(
+        folder,
+        config=config,
+        key_mapping=mapping or None,
+        use_safetensors=True,
+        local_files_only=True,
+        output_loading_info=True,
+        **arguments,
+    )
+    wrong = [
+        f"{kind.replace('_', ' ')}: {sorted(keys)[0]}" for kind, keys in report.items() if keys
+    ]
+    if wrong:
+        raise ValueError(f"{folder}: not every weight was read ({wrong[0]})")
+    if config.tie_word_embeddings and model.lm_head.weight is not model.model.embed_tokens.weight:
+        raise ValueError(
+            f"{folder}: config.json ties the embeddings, but the checkpoint's output weights "
+            "differ from them"
+        )
+    model.dsb = info
+    # A saved copy has the names that the model has now, and says what it is.
+    model._weight_conversions = None
+    model.config.mask_token_id, model.config.dsb_family = info.mask_id, info.family.name
+    return model, report
+
+
+def load_tokenizer(source: str | Path, revision: str | None = None) -> PreTrainedTokenizerBase:
+    """The checkpoint's own tokenizer, without remote code.
+
+    Raises:
+        FileNotFoundError, OSError: no such folder or hub repository.
+        ValueError: the folder has no tokenizer that loads without remote code.
+    """
+    folder = find_folder(source, revision)
+    try:
+        if (folder / "tokenizer.json").is_file():
+            return transformers.PreTrainedTokenizerFast.from_pretrained(folder)
+        if all((folder / name).is_file() for name in ("vocab.json", "merges.txt")):
+            # Dream's: its published class is Qwen2's under another name.
+            return transformers.Qwen2Tokenizer.from_pretrained(folder)
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # tokenizers raise bare Exception for a damaged file
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else ""
+        raise ValueError(f"{folder}: no tokenizer that can be read ({reason})") from error

@@ -1,0 +1,1 @@
+"""`python -m tools.compile_report`: what every kernel needs on every architecture."""

@@ -1,0 +1,99 @@
+"""What a compiled kernel says about itself: cuobjdump's resource usage and SASS, parsed."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+from dsb_kernels._op import triton
+
+# An instruction line of SASS: address comment, optional predicate, opcode with its modifiers.
+_INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", re.MULTILINE)
+# A branch, from its own address to another.
+_BRANCH = re.compile(
+    r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?BRA\b.*?0x([0-9a-f]+)", re.MULTILINE
+)
+_INSTRUCTION_BYTES = 16
+_USAGE = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
+
+
+@dataclass(frozen=True)
+class Disassembly:
+    """One kernel's cubin."""
+
+    registers: int  # per thread
+    stack: int  # bytes per thread
+    opcodes: Counter[str]  # static instruction counts, modifiers included
+    loop: int  # instructions of the longest loop that holds no other
+
+    def count(self, prefix: str) -> int:
+        return sum(n for opcode, n in self.opcodes.items() if opcode.startswith(prefix))
+
+    @property
+    def spilled_bytes(self) -> int:
+        """Bytes per thread of register spills, by the local-memory stores in the code."""
+        return sum(_width(opcode) * n for opcode, n in self.opcodes.items() if _is(opcode, "STL"))
+
+    @property
+    def tensor_cores(self) -> str:
+        """The widest matrix instruction present: "UTCMMA", "HGMMA", "HMMA" or ""."""
+        names = {"UTCHMMA": "UTCMMA", "UTCQMMA": "UTCMMA", "HGMMA": "HGMMA", "HMMA": "HMMA"}
+        return next((name for opcode, name in names.items() if self.count(opcode)), "")
+
+    @property
+    def global_loads(self) -> dict[int, int]:
+        """Static count of global loads (asynchronous copies and TMA included) by bytes."""
+        loads: Counter[int] = Counter()
+        for opcode, n in self.opcodes.items():
+            if _is(opcode, "LDG") or _is(opcode, "LDGSTS"):
+                loads[_width(opcode)] += n
+        return dict(loads)
+
+    @property
+    def exponentials(self) -> int:
+        return self.count("MUFU.EX2")
+
+
+def longest_loop(sass: str) -> int:
+    """Instructions from the target of a branch back to it, where no other such lie between."""
+    branches = [(int(start, 16), int(end, 16)) for end, start in _BRANCH.findall(sass)]
+    loops = [(start, end) for start, end in branches if start < end]
+    innermost = [
+        (start, end) for start, end in loops if not any(start <= s and e < end for s, e in loops)
+    ]
+    return max(((end - start) // _INSTRUCTION_BYTES + 1 for start, end in innermost), default=0)
+
+
+def _is(opcode: str, name: str) -> bool:
+    return opcode.split(".")[0] == name
+
+
+def _width(opcode: str) -> int:
+    """Bytes that a memory instruction moves per thread, from its modifiers."""
+    parts = opcode.split(".")
+    for part, width in (("128", 16), ("64", 8), ("U16", 2), ("S16", 2), ("U8", 1), ("S8", 1)):
+        if part in parts:
+            return width
+    return 4
+
+
+def disassemble(cubin: bytes) -> Disassembly:
+    """Run the cuobjdump that Triton ships on a cubin."""
+    tool = triton.knobs.nvidia.cuobjdump.path
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
+        usage, sass = (
+            subprocess.run([tool, flag, path], capture_output=True, text=True, check=True).stdout
+            for flag in ("-res-usage", "-sass")
+        )
+    found = _USAGE.search(usage)
+    if found is None:
+        raise RuntimeError(f"cuobjdump -res-usage printed no resource usage: {usage!r}")
+    registers, stack = int(found[1]), int(found[2])
+    opcodes = Counter(_INSTRUCTION.findall(sass))
+    return Disassembly(registers, stack, opcodes, longest_loop(sass))

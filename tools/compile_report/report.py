@@ -1,0 +1,222 @@
+"""`python -m tools.compile_report`: compile every kernel for every architecture, without a GPU.
+
+Prints what each needs (registers, spills, stack, shared memory, resident blocks per SM) and what
+its disassembly shows (tensor cores, load width, instructions of the longest loop, exponentials per
+element).
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib
+import json
+import pkgutil
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+
+import dsb_kernels
+from dsb_kernels._configs import ARCHITECTURES, CompileCase
+from dsb_kernels._op import interpreted, triton
+from tools.compile_report.disassembly import disassemble
+
+
+@dataclass(frozen=True)
+class Chip:
+    """Limits of one SM (CUDA C++ Programming Guide, compute capabilities)."""
+
+    shared_bytes: int  # of an SM
+    shared_bytes_block: int  # largest block
+    registers: int = 65536
+    warps: int = 64
+    blocks: int = 32
+
+    def resident_blocks(self, registers: int, shared: int, warps: int) -> int:
+        """Blocks of a kernel that fit on one SM together."""
+        per_warp = -(-registers * 32 // 256) * 256  # allocated by 256 registers
+        by_registers = self.registers // (per_warp * warps)
+        by_shared = self.shared_bytes // (shared + 1024)  # 1 KiB of each block is reserved
+        return min(by_registers, by_shared, self.warps // warps, self.blocks)
+
+
+CHIPS = {
+    "sm_80": Chip(shared_bytes=164 * 1024, shared_bytes_block=163 * 1024),
+    # RTX 40 and L4; the RTX 30 and 50 and A10 have the same shared memory.
+    "sm_89": Chip(shared_bytes=100 * 1024, shared_bytes_block=99 * 1024, warps=48, blocks=24),
+    "sm_90": Chip(shared_bytes=228 * 1024, shared_bytes_block=227 * 1024),
+    "sm_100": Chip(shared_bytes=228 * 1024, shared_bytes_block=227 * 1024),
+}
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What one kernel in one configuration takes on one architecture."""
+
+    op: str
+    name: str
+    architecture: str
+    registers: int
+    spilled_bytes: int
+    stack: int
+    shared_bytes: int
+    resident_blocks: int
+    tensor_cores: str
+    narrow_loads: int  # bytes per thread (static) of global loads of less than 128 bits
+    loop: int  # instructions of the longest loop that holds no other
+    exponentials: float | None  # per element, where the case says how to count them
+    failures: tuple[str, ...] = ()  # what keeps it from being fit for sm_90, in words
+
+
+def collect_cases(ops: Sequence[str] = ()) -> list[CompileCase]:
+    """What every module of the package lists in its `compile_cases()`, or the ops named of it."""
+    cases: list[CompileCase] = []
+    for info in sorted(pkgutil.iter_modules(dsb_kernels.__path__), key=lambda info: info.name):
+        module = importlib.import_module(f"dsb_kernels.{info.name}")
+        listed = getattr(module, "compile_cases", None)
+        if listed is not None and listed.__module__ == module.__name__:
+            cases += listed()
+    return [case for case in cases if not ops or case.op in ops]
+
+
+def compile_case(case: CompileCase, architecture: str) -> Resources:
+    """Compile one case with Triton's own compiler and read the result's disassembly."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    names = case.kernel.arg_names
+    attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in case.divisible}
+    signature = {
+        name: "constexpr" if name in case.constexprs else case.signature[name] for name in names
+    }
+    constexprs = {(names.index(name),): value for name, value in case.constexprs.items()}
+    source = ASTSource(case.kernel, signature, constexprs, attributes)
+    target = GPUTarget("cuda", int(architecture.removeprefix("sm_")), 32)
+    options = {
+        "num_warps": case.num_warps,
+        "num_stages": case.num_stages,
+        "enable_fp_fusion": True,
+    }
+    compiled = triton.compile(source, target=target, options=options)
+    code = disassemble(compiled.asm["cubin"])
+    shared = compiled.metadata.shared
+    loads = code.global_loads
+    exponentials = None
+    if case.elements_per_thread is not None:
+        exponentials = code.exponentials / case.elements_per_thread
+    chip = CHIPS[architecture]
+    found = Resources(
+        op=case.op,
+        name=case.name,
+        architecture=architecture,
+        registers=code.registers,
+        spilled_bytes=code.spilled_bytes,
+        stack=code.stack,
+        shared_bytes=shared,
+        resident_blocks=chip.resident_blocks(code.registers, shared, case.num_warps),
+        tensor_cores=code.tensor_cores,
+        narrow_loads=sum(width * n for width, n in loads.items() if width < 16),
+        loop=code.loop,
+        exponentials=exponentials,
+    )
+    if architecture != "sm_90":
+        return found
+    return dataclasses.replace(found, failures=tuple(failures(case, found)))
+
+
+def _compile_indexed(job: tuple[int, tuple[str, ...], str]) -> Resources:
+    """Worker: cases hold kernels, which do not pickle, so they are found again by index."""
+    index, ops, architecture = job
+    return compile_case(collect_cases(ops)[index], architecture)
+
+
+def compile_all(
+    architectures: Sequence[str] = ARCHITECTURES, ops: Sequence[str] = (), jobs: int = 1
+) -> list[Resources]:
+    """Resources of every case on every architecture it names, in a fixed order."""
+    ops = tuple(ops)
+    work = [
+        (index, ops, architecture)
+        for index, case in enumerate(collect_cases(ops))
+        for architecture in architectures
+        if architecture in case.architectures
+    ]
+    if jobs == 1:
+        return [_compile_indexed(job) for job in work]
+    with ProcessPoolExecutor(jobs) as pool:
+        return list(pool.map(_compile_indexed, work))
+
+
+def failures(case: CompileCase, found: Resources) -> list[str]:
+    """What keeps a kernel from being fit for sm_90, in words; empty if nothing does."""
+    limit = CHIPS["sm_90"].shared_bytes_block
+    checks = [
+        (found.spilled_bytes == 0, f"{found.spilled_bytes} bytes spilled"),
+        (found.stack == 0, f"{found.stack} bytes of stack"),
+        (found.shared_bytes <= limit, f"{found.shared_bytes} bytes of shared memory"),
+        (found.resident_blocks >= 1, "does not fit on an SM"),
+        (not case.expects_tensor_cores or found.tensor_cores == "HGMMA", "no HGMMA"),
+        (
+            not case.expects_wide_loads or found.narrow_loads <= case.scalar_load_bytes,
+            f"{found.narrow_loads} bytes a thread by loads of less than 128 bits",
+        ),
+    ]
+    if case.max_loop is not None:
+        checks.append((0 < found.loop <= case.max_loop, f"{found.loop} instructions in its loop"))
+    if case.max_exponentials is not None:
+        count = found.exponentials
+        # Less than one means that the elements of the code were not counted right.
+        good = count is not None and 1 <= count <= case.max_exponentials
+        checks.append((good, f"{count} exponentials per element"))
+    return [f"{found.op} {found.name}: {words}" for good, words in checks if not good]
+
+
+def print_table(rows: Sequence[Resources]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title="Kernels as compiled (per thread: registers, spills and stack)")
+    for heading in (
+        "op", "kernel", "arch", "regs", "spill B", "stack B", "shared KiB", "blocks/SM",
+        "tensor cores", "narrow loads", "loop", "exp/elem",
+    ):  # fmt: skip
+        table.add_column(heading, justify="left" if heading in ("op", "kernel") else "right")
+    for r in rows:
+        exponentials = "" if r.exponentials is None else f"{r.exponentials:.2f}"
+        table.add_row(
+            r.op, r.name, r.architecture, str(r.registers), str(r.spilled_bytes), str(r.stack),
+            f"{r.shared_bytes / 1024:.1f}", str(r.resident_blocks), r.tensor_cores or "-",
+            f"{r.narrow_loads} B", str(r.loop or "-"), exponentials,
+        )  # fmt: skip
+    Console(width=None if sys.stdout.isatty() else 150).print(table)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m tools.compile_report", description=__doc__)
+    parser.add_argument("--arch", action="append", choices=ARCHITECTURES, help="default: all")
+    parser.add_argument("--op", action="append", default=[], help="only this op (repeatable)")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.add_argument("--jobs", type=int, default=1, help="compiler processes")
+    args = parser.parse_args(arguments)
+    if triton is None:
+        parser.error("Triton is not installed")
+    if interpreted():
+        parser.error("TRITON_INTERPRET is set: kernels cannot be compiled then")
+    known = sorted({case.op for case in collect_cases()})
+    for op in args.op:
+        if op not in known:
+            parser.error(f"--op {op}: expected one of {', '.join(known)}")
+    if args.jobs < 1:
+        parser.error(f"--jobs {args.jobs}: expected at least 1")
+    rows = compile_all(args.arch or ARCHITECTURES, args.op, args.jobs)
+    if args.json:
+        for r in rows:
+            print(json.dumps(dataclasses.asdict(r)))
+    else:
+        print_table(rows)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

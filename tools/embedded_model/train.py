@@ -1,0 +1,433 @@
+"""Trains the embedded model from scratch: ``python -m tools.embedded_model.train --out DIR``.
+
+A run is a function of its settings alone: the batch of a step is drawn from the seed and the
+step's number, so a checkpoint needs no generator states and a resumed run ends in the weights of
+an uninterrupted one. Interrupt it with Ctrl-C and start it again with the same arguments.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import re
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.nn import functional
+from tqdm import tqdm
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from dsb_runtime.demo import problems
+from dsb_runtime.demo.tokenizer import build_tokenizer, chat_text
+
+CANVAS = 96  # the longest response in training, in tokens: decode at most this many
+GEN_LENGTH = 64  # what the exported generation config proposes
+MAX_SEQUENCE_LENGTH = 512
+VOCAB_MULTIPLE = 64  # the LM head has unused rows, as LLaDA's has: kernels like round sizes
+
+# transformers' names of a Llama's weights -> the LLaDA hub format's
+_LLADA_NAMES = (
+    (r"^model\.embed_tokens\.", "model.transformer.wte."),
+    (r"^model\.norm\.", "model.transformer.ln_f."),
+    (r"^lm_head\.", "model.transformer.ff_out."),
+    (r"^model\.layers\.(\d+)\.self_attn\.o_proj\.", r"model.transformer.blocks.\1.attn_out."),
+    (r"^model\.layers\.(\d+)\.self_attn\.(.)_proj\.", r"model.transformer.blocks.\1.\2_proj."),
+    (r"^model\.layers\.(\d+)\.mlp\.gate_proj\.", r"model.transformer.blocks.\1.ff_proj."),
+    (r"^model\.layers\.(\d+)\.mlp\.up_proj\.", r"model.transformer.blocks.\1.up_proj."),
+    (r"^model\.layers\.(\d+)\.mlp\.down_proj\.", r"model.transformer.blocks.\1.ff_out."),
+    (r"^model\.layers\.(\d+)\.input_layernorm\.", r"model.transformer.blocks.\1.attn_norm."),
+    (r"^model\.layers\.(\d+)\.post_attention_layernorm\.", r"model.transformer.blocks.\1.ff_norm."),
+)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All that a run's weights depend on."""
+
+    steps: int = 7000
+    seed: int = 0
+    batch_size: int = 32
+    hidden: int = 128
+    layers: int = 4
+    heads: int = 4
+    mlp: int = 512
+    learning_rate: float = 1.5e-3
+    weight_decay: float = 0.1
+    warmup_steps: int = 200
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Problems of one number of steps, masked. ``L`` = prompt length + canvas length."""
+
+    input_ids: Tensor  # (B, L) int64, mask ids in the canvas
+    targets: Tensor  # (B, C) int64, the canvas unmasked
+    weights: Tensor  # (B, C) float32, 0 where nothing is to be predicted
+
+
+def build_model(settings: Settings, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    """A Llama with bidirectional attention, which is what a LLaDA is; weights from the seed."""
+    config = LlamaConfig(
+        vocab_size=-(-len(tokenizer) // VOCAB_MULTIPLE) * VOCAB_MULTIPLE,
+        hidden_size=settings.hidden,
+        num_hidden_layers=settings.layers,
+        num_attention_heads=settings.heads,
+        num_key_value_heads=settings.heads,
+        intermediate_size=settings.mlp,
+        max_position_embeddings=MAX_SEQUENCE_LENGTH,
+        rms_norm_eps=1e-5,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        tie_word_embeddings=False,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=None,  # a padding embedding would get no gradient, and here it is the EOS
+        bos_token_id=None,
+        attn_implementation="sdpa",
+    )
+    config.is_causal = False
+    torch.manual_seed(settings.seed)
+    model = LlamaForCausalLM(config)
+    start = initial_embeddings(model.config.vocab_size, settings.hidden, tokenizer)
+    with torch.no_grad():
+        model.model.embed_tokens.weight.copy_(0.3 * start)
+        model.lm_head.weight.copy_(0.05 * start)
+    return model
+
+
+def initial_embeddings(vocab: int, hidden: int, tokenizer: PreTrainedTokenizerFast) -> Tensor:
+    """Where embeddings and LM head start, ``(vocab, hidden)``, entries of about unit variance.
+
+    Numbers start on circles of several periods, where adding is rotating, which a gated MLP can
+    compute: from random vectors it would have to learn the whole addition table by heart. The LM
+    head starts as the embeddings' multiple, so that copying a number works from the beginning.
+    """
+    words = torch.randn(vocab, hidden)
+    numbers = torch.arange(problems.MAX_TOTAL + 1)
+    periods = torch.tensor([2.0, 5.0, 10.0, 20.0, 25.0, 50.0, 100.0, 200.0])
+    angles = 2 * torch.pi * numbers[:, None] / periods
+    circles = torch.cat([angles.cos(), angles.sin()], dim=1)  # (numbers, 2 * periods)
+    spread = torch.randn(circles.shape[1], hidden) / len(periods) ** 0.5
+    ids = torch.tensor(tokenizer.convert_tokens_to_ids([str(n) for n in numbers.tolist()]))
+    words[ids] = 0.9 * circles @ spread + 0.4 * words[ids]
+    return words
+
+
+def step_count(progress: float, rng: random.Random) -> int:
+    """The curriculum: how many steps the problems of a batch have at this share of the run."""
+    if progress < 0.06:
+        return 1
+    if progress < 0.12:
+        return rng.randint(1, 2)
+    return rng.randint(1, problems.MAX_STEPS)
+
+
+def canvas_length(solution: int, rng: random.Random) -> int:
+    """Tokens to fill, solution and EOS included, the rest being EOS.
+
+    Without canvases much longer than the solution, decoding one is out of distribution and every
+    answer fails. They cost time, so half of the batches have only a few EOS.
+    """
+    kind = rng.random()
+    if kind < 0.5:
+        return solution + rng.randint(1, 8)
+    if kind < 0.75:
+        return rng.randint(solution + 1, CANVAS)
+    return 64 if kind < 0.9 else CANVAS
+
+
+def make_batch(settings: Settings, tokenizer: PreTrainedTokenizerFast, step: int) -> Batch:
+    """The batch of step ``step``, drawn from the seed and the step's number alone."""
+    rng = random.Random(f"{settings.seed} {step}")
+    count = step_count(step / settings.steps, rng)
+    seeds = [rng.getrandbits(60) for _ in range(settings.batch_size)]
+    items = [problems.problem(seed, "train", count) for seed in seeds]
+    prompts = torch.tensor(tokenizer([chat_text(item.prompt) for item in items])["input_ids"])
+    solutions = torch.tensor(tokenizer([item.response for item in items])["input_ids"])
+    length = canvas_length(solutions.shape[1], rng)
+    canvas = torch.full((settings.batch_size, length), tokenizer.eos_token_id)
+    canvas[:, : solutions.shape[1]] = solutions
+    generator = torch.Generator().manual_seed(rng.getrandbits(60))
+    masked, weights = mask_canvas(canvas.shape, count, rng, generator)
+    filled = canvas.masked_fill(masked, tokenizer.mask_token_id)
+    return Batch(torch.cat([prompts, filled], dim=1), canvas, weights)
+
+
+def mask_canvas(
+    shape: torch.Size, count: int, rng: random.Random, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Which canvas positions to mask, and what each counts in the loss; both ``(B, C)``.
+
+    A third of the batches is masked as LLaDA is, each position with the row's own probability.
+    Alone that teaches to copy a total from the step after it, which decoding never sees, rather
+    than to compute it. The others are masked as decoding meets them: a row is known up to a
+    random cut; from there on either everything is masked, or all running totals are, and any
+    share of the words between them.
+    Weights depend on positions only, never on tokens, so confidences stay calibrated.
+    """
+    rows, length = shape
+    position = torch.arange(length)
+    share = torch.rand(rows, 1, generator=generator)
+    noise = torch.rand(shape, generator=generator) < share
+    kind = rng.randrange(3)
+    if kind == 0:
+        return noise, noise.float()
+    end = count * problems.STEP_TOKENS + 4  # the solution, "Answer 28 ." and its EOS
+    cut = torch.randint(0, end, (rows, 1), generator=generator)
+    behind = position >= cut
+    if kind == 1:
+        masked = behind.expand(shape)
+    else:
+        offset = position % problems.STEP_TOKENS
+        totals = torch.isin(offset, torch.tensor(problems.TOTAL_OFFSETS)) & (position < end)
+        masked = behind & (noise | totals)
+    # The next step or so is what one forward can know; what lies beyond teaches less.
+    near = position < cut + 10
+    return masked, masked * torch.where(near, 1.0, 0.2)
+
+
+def learning_rate(settings: Settings, step: int) -> float:
+    """Linear warm-up, constant, then falling linearly to zero over the second half."""
+    warm = min(1.0, (step + 1) / settings.warmup_steps)
+    fall = min(1.0, 2 * (1 - step / settings.steps))
+    return settings.learning_rate * warm * fall
+
+
+def build_optimizer(settings: Settings, model: LlamaForCausalLM) -> torch.optim.AdamW:
+    """AdamW, with weight decay on matrices only."""
+    matrices = [p for p in model.parameters() if p.ndim >= 2]
+    vectors = [p for p in model.parameters() if p.ndim < 2]
+    groups = [
+        {"params": matrices, "weight_decay": settings.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.98))
+
+
+def batch_loss(model: LlamaForCausalLM, batch: Batch) -> Tensor:
+    """Weighted mean cross-entropy of the masked positions, a scalar."""
+    length = batch.targets.shape[1]
+    logits = model(input_ids=batch.input_ids, logits_to_keep=length, use_cache=False).logits
+    losses = functional.cross_entropy(logits.transpose(1, 2), batch.targets, reduction="none")
+    return (losses * batch.weights).sum() / batch.weights.sum().clamp_min(1.0)
+
+
+def train(
+    settings: Settings,
+    checkpoint: Path,
+    device: torch.device,
+    checkpoint_every: int = 500,
+    stop_after: int | None = None,
+) -> tuple[LlamaForCausalLM, bool]:
+    """Runs or resumes a run; returns the model and whether the run is complete.
+
+    It stops early on Ctrl-C, or at step ``stop_after``; the checkpoint is then up to date.
+    """
+    tokenizer = build_tokenizer()
+    model = build_model(settings, tokenizer).to(device)
+    optimizer = build_optimizer(settings, model)
+    first = load_checkpoint(checkpoint, settings, model, optimizer)
+    last = settings.steps if stop_after is None else min(stop_after, settings.steps)
+    step = first
+    smooth = None
+    with (
+        interrupt_flag() as interrupted,
+        tqdm(total=settings.steps, initial=first, desc="training", unit="step") as bar,
+    ):
+        while step < last and not interrupted:
+            batch = make_batch(settings, tokenizer, step)
+            batch = Batch(*(t.to(device) for t in (batch.input_ids, batch.targets, batch.weights)))
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(settings, step)
+            loss = batch_loss(model, batch)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            step += 1
+            bar.update()
+            if step % 20 == 0:
+                value = loss.item()
+                smooth = value if smooth is None else 0.9 * smooth + 0.1 * value
+                bar.set_postfix(loss=f"{smooth:.3f}", refresh=False)
+            if step % checkpoint_every == 0:
+                save_checkpoint(checkpoint, settings, model, optimizer, step)
+    if step > first and step % checkpoint_every:
+        save_checkpoint(checkpoint, settings, model, optimizer, step)
+    return model, step == settings.steps
+
+
+@contextmanager
+def interrupt_flag() -> Iterator[list[int]]:
+    """A list that is non-empty once Ctrl-C was pressed: the running step ends before the loop."""
+    pressed: list[int] = []
+    previous = signal.signal(signal.SIGINT, lambda number, frame: pressed.append(number))
+    try:
+        yield pressed
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+def save_checkpoint(
+    path: Path,
+    settings: Settings,
+    model: LlamaForCausalLM,
+    optimizer: torch.optim.AdamW,
+    step: int,
+) -> None:
+    """Writes beside ``path``, then replaces it, so that a crash leaves the old checkpoint."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    state = {
+        "settings": asdict(settings),
+        "step": step,
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+    }
+    torch.save(state, temporary)
+    os.replace(temporary, path)
+
+
+def load_checkpoint(
+    path: Path,
+    settings: Settings,
+    model: LlamaForCausalLM,
+    optimizer: torch.optim.AdamW | None = None,
+) -> int:
+    """Fills model and optimizer from ``path`` and returns its step, 0 if there is none."""
+    if not path.exists():
+        return 0
+    try:
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise ValueError(f"checkpoint={str(path)!r}: not a readable checkpoint") from error
+    for name, value in asdict(settings).items():
+        was = state["settings"].get(name)
+        if was != value:
+            raise ValueError(
+                f"{name}={value!r}: checkpoint {str(path)!r} was made with {was!r}; "
+                "give that value, or another --out"
+            )
+    model.load_state_dict(state["model"])
+    if optimizer is not None:
+        optimizer.load_state_dict(state["optimizer"])
+    return state["step"]
+
+
+def llada_name(name: str) -> str:
+    """The LLaDA hub format's name of a weight of transformers' Llama."""
+    for pattern, replacement in _LLADA_NAMES:
+        renamed, hits = re.subn(pattern, replacement, name)
+        if hits:
+            return renamed
+    raise ValueError(f"name={name!r}: expected a weight of LlamaForCausalLM")
+
+
+def llada_config(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
+    """The model's ``config.json`` in the LLaDA hub format."""
+    config = model.config
+    return {
+        "architectures": ["LLaDAModelLM"],
+        "model_type": "llada",
+        "d_model": config.hidden_size,
+        "n_heads": config.num_attention_heads,
+        "n_kv_heads": config.num_key_value_heads,
+        "n_layers": config.num_hidden_layers,
+        "mlp_hidden_size": config.intermediate_size,
+        "vocab_size": config.vocab_size,
+        "embedding_size": config.vocab_size,
+        "max_sequence_length": config.max_position_embeddings,
+        "rope": True,
+        "rope_theta": config.rope_parameters["rope_theta"],
+        "alibi": False,
+        "include_bias": False,
+        "include_qkv_bias": False,
+        "layer_norm_type": "rms",
+        "rms_norm_eps": config.rms_norm_eps,
+        "activation_type": "silu",
+        "block_type": "llama",
+        "scale_logits": False,
+        "weight_tying": False,
+        "mask_token_id": tokenizer.mask_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+
+
+def export(model: LlamaForCausalLM, out: Path) -> None:
+    """Writes ``out``: float32 weights, configuration and tokenizer in the LLaDA hub format."""
+    tokenizer = build_tokenizer()
+    out.mkdir(parents=True, exist_ok=True)
+    weights = {llada_name(k): v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
+    save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
+    (out / "config.json").write_text(json.dumps(llada_config(model, tokenizer), indent=1) + "\n")
+    generation = json.dumps({"max_new_tokens": GEN_LENGTH}, indent=2)
+    (out / "generation_config.json").write_text(generation + "\n")
+    tokenizer.save_pretrained(out)
+
+
+def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+    """Command-line arguments, checked."""
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.embedded_model.train", description="Train the embedded model."
+    )
+    parser.add_argument("--out", type=Path, required=True, help="folder for the finished model")
+    parser.add_argument("--checkpoint", type=Path, help="default: OUT.checkpoint.pt")
+    parser.add_argument("--steps", type=int, default=Settings.steps, help="default: %(default)s")
+    parser.add_argument("--seed", type=int, default=Settings.seed, help="default: %(default)s")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
+    parser.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
+    parser.add_argument(
+        "--export-only", action="store_true", help="write OUT from the checkpoint as it is"
+    )
+    given = parser.parse_args(arguments)
+    if given.steps < 1:
+        parser.error(f"--steps {given.steps}: expected at least 1")
+    if given.threads is not None and given.threads < 1:
+        parser.error(f"--threads {given.threads}: expected at least 1")
+    if given.out.exists() and not given.out.is_dir():
+        parser.error(f"--out {str(given.out)!r}: expected a folder, this is a file")
+    given.device = given.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if given.device not in ("cpu", "cuda"):
+        parser.error(f"--device {given.device!r}: expected cpu or cuda")
+    if given.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device 'cuda': torch finds no CUDA device here; expected cpu")
+    given.checkpoint = given.checkpoint or given.out.with_name(given.out.name + ".checkpoint.pt")
+    if given.export_only and not given.checkpoint.exists():
+        parser.error(f"--checkpoint {str(given.checkpoint)!r}: no such file to export")
+    return given
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Command line: 0 when the model is written, 2 on bad arguments, 130 when interrupted."""
+    given = parse_arguments(arguments)
+    if given.threads is not None:
+        torch.set_num_threads(given.threads)
+    settings = Settings(steps=given.steps, seed=given.seed)
+    try:
+        if given.export_only:
+            model = build_model(settings, build_tokenizer())
+            load_checkpoint(given.checkpoint, settings, model)
+        else:
+            model, complete = train(settings, given.checkpoint, torch.device(given.device))
+            if not complete:
+                print(f"interrupted; run again to go on from {given.checkpoint}", file=sys.stderr)
+                return 130
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    export(model, given.out)
+    print(f"model written to {given.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
