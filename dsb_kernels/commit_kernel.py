@@ -180,6 +180,15 @@ def _list_candidates(
 
 
 @jit
+def _fill_after_eos(canvas_ptr, first_eos, stopped, L, BLOCK_L: tl.constexpr):
+    """After an EOS with no mask to its left comes nothing but that EOS."""
+    eos = tl.load(canvas_ptr + first_eos, mask=stopped, other=0)
+    for base in range(tl.where(stopped, first_eos // BLOCK_L * BLOCK_L, L), L, BLOCK_L):
+        index = base + tl.arange(0, BLOCK_L)
+        tl.store(canvas_ptr + index, eos, mask=(index > first_eos) & (index < L))
+
+
+@jit
 def _unmask_kernel(
     canvas_ptr, table_ptr, position_ptr, commit_ptr, candidate_confidence_ptr,
     token_ptr, confidence_ptr, active_ptr, rows_ptr,
@@ -194,10 +203,10 @@ def _unmask_kernel(
     r = b  # where the row stands among those that were scored
     is_scored = 1
     if rows_ptr is not None:
-        index = tl.arange(0, BLOCK_R)
-        is_mine = tl.load(rows_ptr + index, mask=index < num_rows, other=-1) == b
+        each = tl.arange(0, BLOCK_R)
+        is_mine = tl.load(rows_ptr + each, mask=each < num_rows, other=-1) == b
         is_scored = tl.sum(is_mine.to(tl.int32), 0)
-        r = tl.sum(tl.where(is_mine, index, 0), 0).to(tl.int64)
+        r = tl.sum(tl.where(is_mine, each, 0), 0).to(tl.int64)
     canvas_ptr += b * stride_cb
     table_ptr += b * COLUMNS
     position_ptr += b * K
@@ -286,12 +295,8 @@ def _unmask_kernel(
     tl.store(table_ptr + NEW, new)
     tl.store(table_ptr + FAILED, 1, mask=failed)
 
-    # After an EOS with no mask to its left comes nothing but that EOS.
     if len(EOS_IDS) > 0:
-        fill = tl.load(canvas_ptr + first_eos, mask=stopped, other=0)
-        for base in range(tl.where(stopped, first_eos // BLOCK_L * BLOCK_L, L), L, BLOCK_L):
-            index = base + tl.arange(0, BLOCK_L)
-            tl.store(canvas_ptr + index, fill, mask=(index > first_eos) & (index < L))
+        _fill_after_eos(canvas_ptr, first_eos, stopped, L, BLOCK_L)
 
 
 def launch(a: Any) -> None:

@@ -32,10 +32,11 @@ def rows(draw) -> Row:
     blocks = -(-gen // block)
     # Steps of the response, or of one block, where each is planned at least one step.
     steps = draw(st.integers(1, max(1, gen // blocks if schedule == "naive" else gen)))
+    max_block = draw(st.none() | st.integers(block, gen + 4)) if schedule == "dsb" else None
     prompt = draw(st.integers(1, 6))
     return Row(
         prompt_length=prompt, gen_length=gen, block_length=block, schedule=schedule, cache=cache,
-        max_block_length=draw(st.none() | st.integers(block, gen + 4)) if schedule == "dsb" else None,
+        max_block_length=max_block,
         prefix_window=draw(st.integers(0, 6)), rule=rule, value=draw(RULE_VALUES[rule]),
         steps=steps, stop_at_eos=draw(st.booleans()), leftpad=draw(st.integers(0, prompt - 1)),
         refresh_commit=draw(st.sampled_from(["select", "first"])) if cache != "none" else "select",
