@@ -19,40 +19,23 @@ from dsb_runtime.engine.forward import Backbone
 from dsb_runtime.engine.sampling import propose
 from tests import golden
 from tests.mutations import DEVICE, kernels
-from tests.test_decode import left_pad, prompts
 
 
-def shortest(family: str, method: str, count: int) -> list[int]:
-    """The `count` cases of a method with the fewest forwards (the interpreter is slow)."""
-    cases = golden.cases(family)
-    ours = [i for i, c in enumerate(cases) if c["method"] == method]
-    return sorted(ours, key=lambda i: (cases[i]["nfe"] or 99, len(cases[i]["sequence"])))[:count]
+def shortest(method: str, family: str) -> tuple[str, int]:
+    return family, golden.shortest(family, method, 1)[0]
 
 
-QUICK = [("llada", i) for i in shortest("llada", "dsb_cache_greedy", 1)]
 METHODS = ["naive", "dual_cache", "dsb_greedy", "dsb_cache_const", "dsb_cache_greedy"]
-MORE = [(f, i) for f in golden.FAMILIES for m in METHODS for i in shortest(f, m, 1)]
+QUICK = shortest("dsb_cache_greedy", "llada")
+MORE = {shortest(method, family) for method in METHODS for family in golden.FAMILIES} - {QUICK}
 
 
-def check(family: str, index: int) -> None:
-    case = golden.cases(family)[index]
-    prompt = torch.tensor([case["prompt"]])
-    with kernels():
-        out = dsb.generate(golden.model(family), prompt, **golden.settings(case))
-    assert out.sequences[0].tolist() == case["sequence"]
-    assert case["nfe"] in (None, out.nfe)
-    assert case.get("tokens_per_forward") in (None, out.tokens_per_forward)
-
-
-@pytest.mark.parametrize(("family", "index"), QUICK)
+@pytest.mark.parametrize(
+    ("family", "index"), [QUICK, *(pytest.param(*x, marks=pytest.mark.slow) for x in sorted(MORE))]
+)
 def test_trajectory(family, index):
-    check(family, index)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("family", "index"), sorted(set(MORE) - set(QUICK)))
-def test_more_trajectories(family, index):
-    check(family, index)
+    with kernels():
+        golden.check_trajectory(golden.generate_of(family), family, index)
 
 
 class Errors:
@@ -116,7 +99,7 @@ def test_bfloat16_error_is_at_most_twice_the_definitions(
 ) -> None:
     model = dsb.load_model(golden.DATA / family, dtype="bfloat16", device=DEVICE)
     errors, kinds = Errors(model, monkeypatch), set()
-    ids, mask = (t.to(DEVICE) for t in left_pad([row[:6] for row in prompts(2)]))
+    ids, mask = (t.to(DEVICE) for t in golden.left_pad([row[:6] for row in golden.prompts(2)]))
     with kernels():
         dsb.Engine(model, graphs=False).generate(
             ids, attention_mask=mask, gen_length=4, block_length=4, steps=2,
