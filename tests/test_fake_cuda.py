@@ -336,9 +336,8 @@ def test_a_call_from_prompt_to_output(gpu, monkeypatch, family):
     assert out.nfe == 3 and out.row_nfe == [3] * ROWS and not script
     assert out.sequences.is_cuda and out.sequences.shape == (ROWS, LENGTH)
     assert gpu.devices == [prompts.device]
-    assert len(captured) == 2 and captured[1]["_attention_kernel"] == len(
-        engine.loop.backbone.layers
-    )
+    depth = len(engine.loop.backbone.layers)
+    assert len(captured) == 2 and captured[1]["_attention_kernel"] == depth
 
 
 @pytest.mark.parametrize("kind", ["Llama", "Qwen3"])
