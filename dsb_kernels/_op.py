@@ -147,7 +147,7 @@ def op(
         return use_triton(*(value for value in a if isinstance(value, Tensor)))
 
     def implementation(*args: Any, **kwargs: Any) -> Any:
-        a = bind(args, kwargs)
+        a = Arguments(*args, **kwargs)
         if coded:
             a = a._replace(**{n: kind.decode(getattr(a, n)) for n, kind in coded.items()})
         return launch(a) if launches(a) else apply(definition, a)
@@ -167,7 +167,7 @@ def op(
             result = call.definition(*args, **kwargs)  # type: ignore[attr-defined]
         else:
             encoded = {n: getattr(a, n).encode() for n in coded}
-            result = apply(registered, a._replace(**encoded) if coded else a)
+            result = registered(*(a._replace(**encoded) if coded else a))
         return result if finish is None else finish(a, result)
 
     functools.update_wrapper(call, definition)
@@ -178,14 +178,17 @@ def op(
 
 def _torch_signature(definition: Callable, hints: dict[str, Any]) -> inspect.Signature:
     """The signature of a definition as torch can make a schema of it: with types for their names,
-    and without defaults of lists, which its schemas do not know."""
+    without defaults of lists, which its schemas do not know, and without arguments that must be
+    named, of which none may be a tensor."""
     signature = inspect.signature(definition)
     empty = inspect.Parameter.empty
     returned = hints["return"]
     return signature.replace(
         parameters=[
             p.replace(
-                annotation=hints[n], default=empty if isinstance(p.default, tuple) else p.default
+                annotation=hints[n],
+                default=empty if isinstance(p.default, tuple) else p.default,
+                kind=p.POSITIONAL_OR_KEYWORD,
             )
             for n, p in signature.parameters.items()
         ],
