@@ -4,6 +4,7 @@ forward of a decoding computes in bfloat16."""
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,8 +14,9 @@ from torch.nn.functional import linear
 from transformers import PreTrainedModel
 
 import dsb_runtime as dsb
+from dsb_kernels.place import Layout
 from dsb_runtime.engine import step
-from dsb_runtime.engine.cache import WindowCache
+from dsb_runtime.engine.cache import KVCache
 from dsb_runtime.engine.forward import Backbone
 from dsb_runtime.engine.sampling import propose
 from tests import golden
@@ -47,22 +49,23 @@ class Errors:
         self.wide, self.patch = copy.deepcopy(model).double(), patch
         self.squares: dict[str, list[tuple[Tensor, Tensor]]] = {}
         self.forward = Backbone.__call__
-        patch.setattr(Backbone, "__call__", lambda *args: self.run(*args))
+        patch.setattr(Backbone, "__call__", lambda *args, **options: self.run(*args, **options))
         patch.setattr(step, "propose", self.propose)
 
-    def run(self, backbone: Backbone, *args: Any) -> Tensor:
+    def run(self, backbone: Backbone, layout: Layout, cache: KVCache, **options: bool) -> Tensor:
         """In place of `Backbone.__call__`: hidden states by kernels."""
-        *where, cache = args
-        plain, wide = copy.deepcopy(cache), copy.deepcopy(cache)
-        for layer in wide.layers:
-            layer.keys, layer.values = layer.keys.double(), layer.values.double()
+        plain, wide = (
+            replace(cache, keys=[copy_of(x) for x in cache.keys],
+                    values=[copy_of(x) for x in cache.values])
+            for copy_of in (Tensor.clone, Tensor.double)
+        )  # fmt: skip
         with self.patch.context() as patch:
             patch.setenv("DSB_BACKEND", "eager")
             wide_backbone = Backbone(self.wide, len(backbone.cos_sin))
-            self.plain = self.forward(backbone, *where, plain)
-            self.exact = self.forward(wide_backbone, *where, wide)
-        hidden = self.forward(backbone, *where, cache)
-        self.add("K/V", *(stored(c) for c in (cache, plain, wide)))
+            self.plain = self.forward(backbone, layout, plain, **options)
+            self.exact = self.forward(wide_backbone, layout, wide, **options)
+        hidden = self.forward(backbone, layout, cache, **options)
+        self.add("K/V", *(torch.stack([*c.keys, *c.values]) for c in (cache, plain, wide)))
         return hidden
 
     def propose(
@@ -85,12 +88,6 @@ class Errors:
         """The kernels' error over the definitions', root mean squares over all forwards."""
         kernel, plain = (torch.cat(x).mean() for x in zip(*self.squares[name], strict=True))
         return (kernel / plain).sqrt().item()
-
-
-def stored(cache: WindowCache) -> Tensor:
-    """All keys and values but those of the last slot, which takes what lies past a window."""
-    both = [x for layer in cache.layers for x in (layer.keys, layer.values)]
-    return torch.stack(both)[..., :-1, :]
 
 
 @pytest.mark.parametrize("family", ["dream", pytest.param("llada", marks=pytest.mark.slow)])

@@ -2,16 +2,40 @@
 
 from __future__ import annotations
 
+import inspect
+from typing import Any
+
 import pytest
 import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicLayer
 
 import dsb_runtime as dsb
 from dsb_kernels.method import Row, source
-from dsb_runtime.engine.cache import WindowCache
 from tests import golden
-from tests.test_attention_backend import cache_argument
 
 SHAPE = {"gen_length": 32, "block_length": 8}
+
+
+class StaleLayer(DynamicLayer):
+    """K and V of every position, of which a forward overwrites those that it computes."""
+
+    first = 0  # position of the coming forward
+
+    def update(self, key_states: Tensor, value_states: Tensor, **options: Any) -> Any:
+        if not self.is_initialized:  # the first forward computes every position
+            self.lazy_initialization(key_states, value_states)
+            self.keys, self.values = key_states.clone(), value_states.clone()
+        last = self.first + key_states.shape[2]
+        self.keys[:, :, self.first : last] = key_states
+        self.values[:, :, self.first : last] = value_states
+        return self.keys, self.values
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.keys.shape[2] if self.is_initialized else query_length, 0
+
+    def get_seq_length(self) -> int:
+        return 0
 
 
 @torch.no_grad()
@@ -27,16 +51,18 @@ def plain_loop(
         min_prefix=int(shift and not first_only), full_every=every or 1,
     )  # fmt: skip
     canvas = torch.cat([prompt, prompt.new_full((32,), model.dsb.mask_id)])
-    cached = WindowCache(model.config.num_hidden_layers, 1, len(canvas))
+    names = inspect.signature(inspect.unwrap(type(model).forward)).parameters
+    cache_argument = "cache" if "cache" in names else "past_key_values"  # before transformers 5.23
+    stored = Cache(layers=[StaleLayer() for _ in range(model.config.num_hidden_layers)])
     kinds: list[str] = []
     while not row.done:
         kinds.append(row.next_kind)
         first, last = row.computed(shift)
-        width = None if row.next_kind == "refresh" else last - first
-        cached.point(None, torch.tensor([first]), torch.tensor([last - first]), width)
+        for layer in stored.layers:
+            layer.first = first
         logits = model(
             canvas[None, first:last], position_ids=torch.arange(first, last)[None],
-            **{cache_argument(model): cached},
+            use_cache=True, **{cache_argument: stored},
         ).logits[0]  # fmt: skip
         candidates = row.candidates()
         scores = logits[[source(i, shift) - first for i in candidates]].double().softmax(-1)
