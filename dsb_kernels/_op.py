@@ -139,18 +139,16 @@ def op(
         except TypeError as error:
             raise TypeError(str(error).replace(".__new__()", "()")) from None
 
-    def apply(function: Callable, a: Any) -> Any:
-        named = zip(fields[positional:], a[positional:], strict=True)
-        return function(*a[:positional], **dict(named))
-
     def launches(a: Any) -> bool:
         return use_triton(*(value for value in a if isinstance(value, Tensor)))
 
+    unchecked: Callable[..., Any] = definition
+
     def implementation(*args: Any, **kwargs: Any) -> Any:
-        a = bind(args, kwargs)
+        a = Arguments(*args, **kwargs)
         if coded:
             a = a._replace(**{n: kind.decode(getattr(a, n)) for n, kind in coded.items()})
-        return launch(a) if launches(a) else apply(definition, a)
+        return launch(a) if launches(a) else unchecked(**a._asdict())
 
     implementation.__name__ = name
     implementation.__signature__ = _torch_signature(  # type: ignore[attr-defined]
@@ -166,8 +164,7 @@ def op(
         if not torch.compiler.is_compiling() and not launches(a):
             result = call.definition(*args, **kwargs)  # type: ignore[attr-defined]
         else:
-            encoded = {n: getattr(a, n).encode() for n in coded}
-            result = apply(registered, a._replace(**encoded) if coded else a)
+            result = registered(*a._replace(**{n: getattr(a, n).encode() for n in coded}))
         return result if finish is None else finish(a, result)
 
     functools.update_wrapper(call, definition)
@@ -177,19 +174,21 @@ def op(
 
 
 def _torch_signature(definition: Callable, hints: dict[str, Any]) -> inspect.Signature:
-    """The signature of a definition as torch can make a schema of it: with types for their names,
-    and without defaults of lists, which its schemas do not know."""
+    """The signature of a definition as torch makes a schema of it: every tensor is positional, and
+    there are no defaults where one is a tuple, which schemas do not know."""
     signature = inspect.signature(definition)
-    empty = inspect.Parameter.empty
-    returned = hints["return"]
+    known = not any(isinstance(p.default, tuple) for p in signature.parameters.values())
     return signature.replace(
         parameters=[
-            p.replace(
-                annotation=hints[n], default=empty if isinstance(p.default, tuple) else p.default
+            inspect.Parameter(
+                name,
+                inspect.Parameter.POSITIONAL_OR_KEYWORD,
+                annotation=hints[name],
+                default=p.default if known else inspect.Parameter.empty,
             )
-            for n, p in signature.parameters.items()
+            for name, p in signature.parameters.items()
         ],
-        return_annotation=None if returned is type(None) else returned,
+        return_annotation=None if hints["return"] is type(None) else hints["return"],
     )
 
 
