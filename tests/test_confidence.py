@@ -22,7 +22,7 @@ def small_blocks(request, monkeypatch):
     """Blocks of 64 and splits of 128 logits, so that small shapes have many of both."""
     if "production" not in request.fixturenames:
         for op in ("token_confidence", "token_confidence sampled"):
-            monkeypatch.setitem(tuning.CONFIGS, (op, "any"), {1 << 62: SMALL})
+            monkeypatch.setitem(tuning.CONFIGS, (op, "any"), {tuning.INFINITY: SMALL})
 
 
 @pytest.fixture
