@@ -8,8 +8,7 @@ candidates are the capacity of the step.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -229,10 +228,11 @@ def _check(a: Any) -> None:
     name = "place_rows"
     check_tensor(name, "canvas", a.canvas, dtype=torch.int64, shape=("B", "L"), unit_stride=True)
     B, L = a.canvas.shape
-    shapes: dict[str, tuple[int | str, ...]] = {"table": (B, NUM_COLUMNS), "position": (B, "K")}
-    for field, shape in shapes.items():
+    for field, tensor, columns in (
+        ("table", a.table, NUM_COLUMNS), ("position", a.position, "K"),
+    ):  # fmt: skip
         check_tensor(
-            name, field, getattr(a, field), dtype=torch.int32, shape=shape, device=a.canvas.device,
+            name, field, tensor, dtype=torch.int32, shape=(B, columns), device=a.canvas.device,
             contiguous=True,
         )  # fmt: skip
     check_choice(name, "kind", a.kind, [int(kind) for kind in StepKind if kind.name != "NOTHING"])
@@ -244,12 +244,6 @@ def _check(a: Any) -> None:
             raise ValueError(f"{name}: {field}={getattr(a, field)}: accepted are {low} to {high}")
 
 
-place_rows = cast(
-    Callable[..., Layout],
-    op(
-        place_rows_reference,
-        launch=_launch,
-        check=_check,
-        finish=lambda a, layout: Layout(*layout),
-    ),
+place_rows = op(
+    place_rows_reference, launch=_launch, check=_check, finish=lambda a, layout: Layout(*layout)
 )
