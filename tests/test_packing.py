@@ -45,7 +45,7 @@ def test_nothing_is_held_twice_and_parameters_keep_their_identity(kind):
     with torch.no_grad():
         attn.k_proj.weight.zero_()
     rows = slice(attn.q_proj.out_features, attn.q_proj.out_features + attn.k_proj.out_features)
-    assert not layers[0].qkv_weight.T[rows].any() and layers[0].qkv_weight.any()
+    assert not layers[0].qkv_weight[rows].any() and layers[0].qkv_weight.any()
 
 
 def test_packing_twice_moves_nothing():

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dsb_kernels import _configs as tuning
-from dsb_kernels import window_linear as module
-from dsb_kernels.window_linear import launch_of, window_linear, window_linear_reference
+from dsb_kernels import linear as module
+from dsb_kernels.linear import linear_launch, window_linear, window_linear_reference
 from tests.mutations import DEVICE, assert_caught, kernels, tiles_of
 
 INF, NAN = float("inf"), float("nan")
@@ -190,7 +190,7 @@ SHARED = 227 * 1024
 @pytest.mark.parametrize("name", MODELS)
 def test_programs_of_the_models_run_at_once_and_keep_the_memory_busy(production, name, rows):
     for F, gated in zip(MODELS[name], (False, True), strict=True):
-        launch = launch_of(rows, F, torch.bfloat16, "sm_90", gated=gated)
+        launch = linear_launch(rows, F, torch.bfloat16, "sm_90", gated=gated)
         tile = launch.blocks["BLOCK_V"] * (2 if gated else 1)
         shared = launch.num_stages * (tile + launch.blocks["BLOCK_N"]) * 64 * 2
         programs, (tiles, blocks) = launch.grid[0], launch.grid
@@ -268,7 +268,7 @@ def check_both() -> None:
         ("gate += tl.load(bias_ptr + feature,", "gate += tl.load(bias_ptr + 0 * feature,"),
         ("tl.exp(-gate)", "tl.exp(gate)"),
         ("up = tl.dot(w, x, up,", "up = tl.dot(w, x, gate,"),
-        ("* stride_xn + k[:, None]", "* stride_xn + k[:, None] * (row < 17)[None, :]"),
+        ("* stride_xn + k[:, None]", "* stride_xn + k[:, None] * (token < 17)[None, :]"),
     ],
 )
 def test_deliberate_mistakes_are_caught(old, new):
