@@ -76,25 +76,31 @@ def use_triton(*tensors: Tensor | None) -> bool:
     return True
 
 
-def takes_definition(*tensors: Tensor | None) -> bool:
-    """Whether a public function may call the definition itself instead of the op, which does the
-    same 70 us later. The compiler is given the op, whose dispatch it can trace."""
-    return not torch.compiler.is_compiling() and not use_triton(*tensors)
-
-
-def register_op(name: str, *, mutates_args: Sequence[str] = ()) -> Callable:
-    """Decorator: make a function the op `dsb::name`. To be replaced by `op`."""
-    return lambda fn: _register(name, fn, mutates_args)
-
-
+@typing.overload
+def op(
+    definition: Callable[P, Any],
+    *,
+    launch: Callable[[Any], Any],
+    check: Callable[[Any], None],
+    finish: Callable[[Any, Any], R],
+    mutates_args: Sequence[str] = (),
+) -> Callable[P, R]: ...
+@typing.overload
 def op(
     definition: Callable[P, R],
     *,
     launch: Callable[[Any], Any],
     check: Callable[[Any], None],
+    mutates_args: Sequence[str] = (),
+) -> Callable[P, R]: ...
+def op(
+    definition: Callable[P, Any],
+    *,
+    launch: Callable[[Any], Any],
+    check: Callable[[Any], None],
     finish: Callable[[Any, Any], Any] | None = None,
     mutates_args: Sequence[str] = (),
-) -> Callable[P, R]:
+) -> Callable[P, Any]:
     """The public function of an op, `dsb::<name of the definition without _reference>`.
 
     The op is transparent to `torch.compile`: what is traced is the definition's own operators or
@@ -139,18 +145,16 @@ def op(
         except TypeError as error:
             raise TypeError(str(error).replace(".__new__()", "()")) from None
 
-    def apply(function: Callable, a: Any) -> Any:
-        named = zip(fields[positional:], a[positional:], strict=True)
-        return function(*a[:positional], **dict(named))
-
     def launches(a: Any) -> bool:
         return use_triton(*(value for value in a if isinstance(value, Tensor)))
+
+    unchecked: Callable[..., Any] = definition
 
     def implementation(*args: Any, **kwargs: Any) -> Any:
         a = Arguments(*args, **kwargs)
         if coded:
             a = a._replace(**{n: kind.decode(getattr(a, n)) for n, kind in coded.items()})
-        return launch(a) if launches(a) else apply(definition, a)
+        return launch(a) if launches(a) else unchecked(**a._asdict())
 
     implementation.__name__ = name
     implementation.__signature__ = _torch_signature(  # type: ignore[attr-defined]
@@ -158,7 +162,7 @@ def op(
     )
     registered = _register(name, implementation, mutates_args)
 
-    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+    def call(*args: P.args, **kwargs: P.kwargs) -> Any:
         a = bind(args, kwargs)
         check(a)
         # The definition itself where it is what would run: torch's dispatch takes 70 us more.
@@ -166,8 +170,7 @@ def op(
         if not torch.compiler.is_compiling() and not launches(a):
             result = call.definition(*args, **kwargs)  # type: ignore[attr-defined]
         else:
-            encoded = {n: getattr(a, n).encode() for n in coded}
-            result = registered(*(a._replace(**encoded) if coded else a))
+            result = registered(*a._replace(**{n: getattr(a, n).encode() for n in coded}))
         return result if finish is None else finish(a, result)
 
     functools.update_wrapper(call, definition)
@@ -177,22 +180,21 @@ def op(
 
 
 def _torch_signature(definition: Callable, hints: dict[str, Any]) -> inspect.Signature:
-    """The signature of a definition as torch can make a schema of it: with types for their names,
-    without defaults of lists, which its schemas do not know, and without arguments that must be
-    named, of which none may be a tensor."""
+    """The signature of a definition as torch makes a schema of it: every tensor is positional, and
+    there are no defaults where one is a tuple, which schemas do not know."""
     signature = inspect.signature(definition)
-    empty = inspect.Parameter.empty
-    returned = hints["return"]
+    known = not any(isinstance(p.default, tuple) for p in signature.parameters.values())
     return signature.replace(
         parameters=[
-            p.replace(
-                annotation=hints[n],
-                default=empty if isinstance(p.default, tuple) else p.default,
-                kind=p.POSITIONAL_OR_KEYWORD,
+            inspect.Parameter(
+                name,
+                inspect.Parameter.POSITIONAL_OR_KEYWORD,
+                annotation=hints[name],
+                default=p.default if known else inspect.Parameter.empty,
             )
-            for n, p in signature.parameters.items()
+            for name, p in signature.parameters.items()
         ],
-        return_annotation=None if returned is type(None) else returned,
+        return_annotation=None if hints["return"] is type(None) else hints["return"],
     )
 
 

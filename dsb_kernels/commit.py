@@ -258,6 +258,7 @@ def _check(a: Any) -> None:
     B, L = a.canvas.shape
     K = a.position.shape[-1] if isinstance(a.position, Tensor) else 0
     b = B if a.rows is None else len(a.rows)
+    shape: tuple[Any, ...]
     for field, dtype, shape in (
         ("table", torch.int32, (B, NUM_COLUMNS)),
         ("position", torch.int32, (B, "K")),

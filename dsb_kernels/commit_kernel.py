@@ -212,10 +212,7 @@ def _unmask_kernel(
     position_ptr += b * K
     confidence_ptr += r * num_scored
     old_kind = tl.load(table_ptr + NEXT_KIND)
-    old_start = tl.load(table_ptr + START)
     old_end = tl.load(table_ptr + END)
-    old_step = tl.load(table_ptr + STEP)
-    old_committed = tl.load(table_ptr + COMMITTED)
     was_refresh = old_kind != WINDOW
     active = tl.load(active_ptr + r, mask=is_scored != 0, other=0)
     takes_part = (active != 0) & (old_kind != NOTHING)
@@ -237,6 +234,9 @@ def _unmask_kernel(
         BLOCK_J,
     )  # fmt: skip
     c = tl.where(valid, c, float("-inf")).to(tl.float64)
+    old_start = tl.load(table_ptr + START)
+    old_step = tl.load(table_ptr + STEP)
+    old_committed = tl.load(table_ptr + COMMITTED)
     due = 0
     if RULE == "quota":
         due = _tokens_due(old_step, old_start, old_committed, L, prompt, size, steps, SCHEDULE)
@@ -247,7 +247,7 @@ def _unmask_kernel(
         first = tl.min(tl.where(valid, k, K), 0)
         commit = tl.where(was_refresh, valid & (k == first), commit)
 
-    # Commit.
+    # Commit. Columns of a row that did not move stay as they are.
     token = tl.load(token_ptr + r * num_scored + k, mask=commit, other=0)
     tl.debug_barrier()  # every thread has read the masks that are overwritten here
     tl.store(canvas_ptr + position, token, mask=commit)
@@ -257,44 +257,44 @@ def _unmask_kernel(
     committed = old_committed + new
     since_refresh = tl.where(was_refresh, 0, tl.load(table_ptr + SINCE_REFRESH)) + new
     refreshes = tl.load(table_ptr + REFRESHES) + was_refresh.to(tl.int32)
-
-    # Slide and plan.
-    stop = tl.where(moved, L, 0)
-    first_masked, first_eos = _first_mask_and_eos(
-        canvas_ptr, prompt, stop, L, mask_id, EOS_IDS, BLOCK_L
-    )
-    stopped = moved & (first_eos < first_masked)
-    done = (first_masked >= L) | stopped
-    start, end, step = _slide(
-        first_masked, old_start, old_step, committed, L, prompt, size, max_size, SCHEDULE
-    )
-    refresh, prefix = _plan(
-        start, old_start, tl.load(table_ptr + PREFIX), since_refresh, was_refresh,
-        tl.load(table_ptr + LEFTPAD), size, prefix_window, min_prefix, CACHE,
-    )  # fmt: skip
-    next_kind = tl.where(refreshes % full_every != 0, RESPONSE, REFRESH)
-    next_kind = tl.where(done, NOTHING, tl.where(refresh, next_kind, WINDOW))
-    stop = tl.where(moved & (done == 0), end, 0)
-    num_candidates = _list_candidates(
-        position_ptr, canvas_ptr, first_masked, stop, prompt, K, mask_id, BLOCK_L
-    )
-    unused = (k >= num_candidates) & (k < tl.where(moved, K, 0))
-    tl.store(position_ptr + k, k * 0 - 1, mask=unused)
-
-    tl.store(table_ptr + NEXT_KIND, next_kind, mask=moved)
-    tl.store(table_ptr + START, start, mask=moved)
-    tl.store(table_ptr + END, end, mask=moved)
-    tl.store(table_ptr + PREFIX, prefix, mask=moved)
-    tl.store(table_ptr + NUM_CANDIDATES, tl.minimum(num_candidates, K), mask=moved)
     tl.store(table_ptr + COMMITTED, committed, mask=moved)
     tl.store(table_ptr + SINCE_REFRESH, since_refresh, mask=moved)
-    tl.store(table_ptr + STEP, step, mask=moved)
     tl.store(table_ptr + REFRESHES, refreshes, mask=moved)
     tl.store(table_ptr + FORWARDS, tl.load(table_ptr + FORWARDS) + 1, mask=moved)
     tl.store(table_ptr + TOOK_PART, takes_part.to(tl.int32))
     tl.store(table_ptr + NEW, new)
     tl.store(table_ptr + FAILED, 1, mask=failed)
 
+    # Slide.
+    stop = tl.where(moved, L, 0)
+    first_masked, first_eos = _first_mask_and_eos(
+        canvas_ptr, prompt, stop, L, mask_id, EOS_IDS, BLOCK_L
+    )
+    start, end, step = _slide(
+        first_masked, old_start, old_step, committed, L, prompt, size, max_size, SCHEDULE
+    )
+    tl.store(table_ptr + START, start, mask=moved)
+    tl.store(table_ptr + END, end, mask=moved)
+    tl.store(table_ptr + STEP, step, mask=moved)
+
+    # Plan.
+    refresh, prefix = _plan(
+        start, old_start, tl.load(table_ptr + PREFIX), since_refresh, was_refresh,
+        tl.load(table_ptr + LEFTPAD), size, prefix_window, min_prefix, CACHE,
+    )  # fmt: skip
+    stopped = moved & (first_eos < first_masked)
+    done = (first_masked >= L) | stopped
+    next_kind = tl.where(refreshes % full_every != 0, RESPONSE, REFRESH)
+    next_kind = tl.where(done, NOTHING, tl.where(refresh, next_kind, WINDOW))
+    tl.store(table_ptr + PREFIX, prefix, mask=moved)
+    tl.store(table_ptr + NEXT_KIND, next_kind, mask=moved)
+    stop = tl.where(moved & (done == 0), end, 0)
+    num_candidates = _list_candidates(
+        position_ptr, canvas_ptr, first_masked, stop, prompt, K, mask_id, BLOCK_L
+    )
+    unused = (k >= num_candidates) & (k < tl.where(moved, K, 0))
+    tl.store(position_ptr + k, k * 0 - 1, mask=unused)
+    tl.store(table_ptr + NUM_CANDIDATES, tl.minimum(num_candidates, K), mask=moved)
     if len(EOS_IDS) > 0:
         _fill_after_eos(canvas_ptr, first_eos, stopped, L, BLOCK_L)
 

@@ -8,7 +8,6 @@ candidates are the capacity of the step.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -245,6 +244,6 @@ def _check(a: Any) -> None:
             raise ValueError(f"{name}: {field}={getattr(a, field)}: accepted are {low} to {high}")
 
 
-place_rows: Callable[..., Layout] = op(  # type: ignore[assignment]
+place_rows = op(
     place_rows_reference, launch=_launch, check=_check, finish=lambda a, layout: Layout(*layout)
 )

@@ -135,4 +135,4 @@ class UnmaskSpec:
     def decode(code: str) -> UnmaskSpec:
         """The spec of `encode`."""
         *values, eos_ids, stop_at_eos, full_every = json.loads(code)
-        return UnmaskSpec(*values, tuple(eos_ids), stop_at_eos, full_every)
+        return UnmaskSpec(*[*values, tuple(eos_ids), stop_at_eos, full_every])

@@ -1,4 +1,4 @@
-"""place_rows: the definition against the method in plain Python, the kernel against the definition."""
+"""place_rows: the definition against the method in plain Python, the kernel against it."""
 
 from __future__ import annotations
 

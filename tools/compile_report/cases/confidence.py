@@ -30,7 +30,7 @@ HEAD = [
 def cases() -> list[CompileCase]:
     """Every variant of confidence, greedy and sampled, at every shape class."""
     # Triton turns arguments equal to 1 into constants: another program to compile.
-    parts = ((32, ()), (512, ()), (1, ("rows", "parts", "first_allowed")))
+    parts = ((32, ()), (512, ()), (1, ("num_candidates", "parts", "first_allowed")))
     return [
         *(logits_case(*variant) for variant in LOGITS),
         *(head_case(a, *variant) for a, variant in itertools.product(ARCHITECTURES, HEAD)),
@@ -39,7 +39,7 @@ def cases() -> list[CompileCase]:
 
 
 def words(rows: int, confidence: str, sample: bool, dtype: str) -> str:
-    return f"{confidence}{' sampled' * sample} {dtype} {rows} rows"
+    return f"{confidence}{' sampled' * sample} {dtype} {rows} candidates"
 
 
 def logits_case(rows: int, confidence: str, sample: bool, dtype: str) -> CompileCase:
@@ -60,7 +60,7 @@ def logits_case(rows: int, confidence: str, sample: bool, dtype: str) -> Compile
         constexprs=constexprs,
         num_warps=launch.num_warps,
         num_stages=launch.num_stages,
-        divisible=(*pointers_of(signature), "stride_row", "V"),
+        divisible=(*pointers_of(signature), "stride_n", "V"),
         expects_wide_loads=True,
         scalar_load_bytes=17 if sample else 1,
         # 32 logits a thread; a third of it is run only where a tile has a new best token.

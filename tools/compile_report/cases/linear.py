@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 from dsb_kernels import linear
 from dsb_kernels._configs import ARCHITECTURES
@@ -35,7 +36,7 @@ def linear_case(
     architecture: str, rows: int, F: int, gated: bool, dtype: str, bias: bool
 ) -> CompileCase:
     launch = linear.linear_launch(rows, F, DTYPES[dtype], architecture, gated=gated)
-    constexprs = {**launch.blocks, "EVEN_K": True, "GATED": gated}
+    constexprs: dict[str, Any] = {**launch.blocks, "EVEN_K": True, "GATED": gated}
     constexprs |= {} if bias else {"bias_ptr": None}
     kernel = linear._window_linear_kernel
     signature = signature_of(kernel, constexprs, {}, f"*{dtype}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from dsb_kernels.rope_kv import TILE, _rope_write_kv_kernel
 from tools.compile_report.case import CompileCase, all_but, signature_of
 
@@ -12,7 +14,7 @@ def cases() -> list[CompileCase]:
     integers = ("window_start_ptr", "window_length_ptr", "offset_ptr", "batch_idx_ptr")
     listed = []
     for table, indexed in (("fp32", False), ("fp32", True), ("bf16", False)):
-        constexprs = {"HEAD_DIM": 128, "BLOCK_D": 128, **TILE.blocks}
+        constexprs: dict[str, Any] = {"HEAD_DIM": 128, "BLOCK_D": 128, **TILE.blocks}
         constexprs |= {} if indexed else {"batch_idx_ptr": None}
         types = dict.fromkeys(integers, "*i32") | {"cos_sin_ptr": f"*{table}"}
         signature = signature_of(_rope_write_kv_kernel, constexprs, types, "*bf16")
