@@ -250,7 +250,7 @@ X, WEIGHT, RESIDUAL, GAIN = (torch.zeros(s) for s in ((2, 4), (9, 4), (2, 9), (9
     ("changes", "words"),
     [
         ({"x": X.double()}, "x has dtype float64: accepted are float32"),
-        ({"x": X[0]}, r"x has shape \(4,\): accepted is \(N, F\)"),
+        ({"x": X[0]}, r"x has shape \(4,\): accepted is \(N, E\)"),
         ({"x": torch.zeros(4, 2).T}, "x has stride 2 in its last dimension"),
         ({"weight": WEIGHT.half()}, "weight has dtype float16: accepted are float32"),
         ({"weight": torch.zeros(9, 5)}, r"weight has shape \(9, 5\): accepted is \(F, 4\)"),
@@ -280,11 +280,19 @@ def check_ragged() -> None:
     ("kernel", "old", "new"),
     [
         ("_split_linear_kernel", "(feature < F)[:, None],", "(feature < F - 1)[:, None],"),
-        ("_split_linear_kernel", "(token < num_tokens)[None, :]\n", "(token < num_tokens - 1)[None, :]\n"),
+        (
+            "_split_linear_kernel",
+            "(token < num_tokens)[None, :]\n",
+            "(token < num_tokens - 1)[None, :]\n",
+        ),
         ("_split_linear_kernel", "k0 + k < E", "k0 + k < E - 1"),
         ("_split_linear_kernel", "first = split * share", "first = 0 * share"),
         ("_split_linear_kernel", "tl.minimum(first + share, E)", "tl.minimum(first + share, 64)"),
-        ("_split_linear_kernel", "split.to(tl.int64) * num_tokens", "split.to(tl.int64) * (num_tokens - 1)"),
+        (
+            "_split_linear_kernel",
+            "split.to(tl.int64) * num_tokens",
+            "split.to(tl.int64) * (num_tokens - 1)",
+        ),
         ("_add_norm_kernel", "tl.static_range(SPLITS)", "tl.static_range(1, SPLITS)"),
         ("_add_norm_kernel", "tl.store(residual_ptr, rounded, mask=inside)", "pass"),
         ("_add_norm_kernel", "/ F + eps", "/ BLOCK_F + eps"),

@@ -259,9 +259,9 @@ def check_both() -> None:
 @pytest.mark.parametrize(
     ("old", "new"),
     [
-        ("(feature < F)[:, None], (row", "(feature < F - 1)[:, None], (row"),
-        ("(row < rows)[None, :]\n", "(row < rows - 1)[None, :]\n"),
-        ("at + k < E", "at + k < E - 1"),
+        ("(feature < F)[:, None], (token", "(feature < F - 1)[:, None], (token"),
+        ("(token < num_tokens)[None, :]\n", "(token < num_tokens - 1)[None, :]\n"),
+        ("k0 + k < E", "k0 + k < E - 1"),
         ("tl.cast(F, tl.int64)", "tl.cast(F - 1, tl.int64)"),
         ("tl.program_id(1) * BLOCK_N", "tl.program_id(1) * 0"),
         ("bias_ptr + F + feature", "bias_ptr + feature"),
@@ -273,6 +273,19 @@ def check_both() -> None:
 )
 def test_deliberate_mistakes_are_caught(old, new):
     assert_caught(check_both, module, "_window_linear_kernel", old, new)
+
+
+def check_many_tokens() -> None:
+    compare(*inputs(130, 21, 40, gated=True), gated=True)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [("index // F * F + index", "index"), ("gate_ptrs + F", "gate_ptrs"),
+     ("< numel", "< numel - 1"), ("tl.exp(-gate)", "tl.exp(gate)")],
+)  # fmt: skip
+def test_mistakes_in_silu_times_up_after_cublas_are_caught(old, new):
+    assert_caught(check_many_tokens, module, "_silu_mul_kernel", old, new)
 
 
 def check_nan_in_a_row() -> None:
