@@ -31,7 +31,7 @@ from dsb_runtime.demo import MODEL_DIR
 from dsb_runtime.engine.engine import GenerationOutput, StepEvent, generate
 from dsb_runtime.families import FAMILIES
 from dsb_runtime.measure import bench, evaluate, profile
-from dsb_runtime.measure.plots import check_files
+from dsb_runtime.measure.plots import check_picture
 from dsb_runtime.measure.trace import Trace
 from dsb_runtime.models.convert import convert
 from dsb_runtime.models.load import load_model, load_tokenizer
@@ -201,7 +201,7 @@ def run_generate(args: argparse.Namespace) -> int:
         raise ValueError("--live and --json: expected one of the two")
     check_real("--frame-seconds", args.frame_seconds, 0, 3600)
     if args.trace is not None:
-        check_files(None, args.trace, names=("--json", "--trace"))
+        check_picture("--trace", args.trace)
     if args.seed is not None:
         check_int("--seed", args.seed, 0, 2**63 - 1)
     model, tokenizer = load(args)

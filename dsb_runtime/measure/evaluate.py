@@ -22,7 +22,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from dsb_runtime.config import DecodingConfig, check_int
 from dsb_runtime.demo.problems import Problem, heldout, is_exact
 from dsb_runtime.engine.engine import generate
-from dsb_runtime.measure.plots import check_files, draw_scores, read_kept, write_json
+from dsb_runtime.files import check_writable, read_json, write_json
+from dsb_runtime.measure.plots import check_picture, draw_scores
 
 SCHEDULES: dict[str, dict[str, Any]] = {
     "naive": {"schedule": "naive"},
@@ -181,8 +182,8 @@ def show(title: str, scores: list[Score], plot: Path | None) -> None:
 
 def run_kept(path: Path, plot: Path | None) -> int:
     """`dsb eval --from`: the table and the picture of what was measured before."""
-    check_files(None, plot)
-    kept = read_kept(path)
+    check_picture("--plot", plot)
+    kept = read_json(path)
     try:
         scores = [Score(**item) for item in kept]
         show(f"{scores[0].problems} held-out problems", scores, plot)
@@ -196,7 +197,8 @@ def check_arguments(args: argparse.Namespace) -> None:
     check_int("--problems", args.problems, 1)
     check_int("--batch", args.batch, 1)
     check_int("--seed", args.seed, 0)
-    check_files(args.json, args.plot)
+    check_writable("--json", args.json)
+    check_picture("--plot", args.plot)
     build_settings(args.gen_length, args.block_length, args.quick)
 
 
