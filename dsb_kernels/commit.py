@@ -133,7 +133,8 @@ def unmask_and_slide_definition(
     valid = valid & active[:, None]
     nan = (valid & confidence.isnan()).any(-1)
     valid = valid & ~nan[:, None]
-    commit = select(confidence, valid, quota_due(state, spec, length), spec)
+    due = quota_due(state, spec, length)
+    commit = select(confidence, valid, due, spec.rule, spec.rule_value)
     if spec.refresh_commit == "first":
         first = valid & (valid.cumsum(-1) == 1)
         commit = torch.where(state.refresh[:, None], first, commit)
