@@ -10,23 +10,15 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from dsb_runtime.cli.live import LiveCanvas
-from dsb_runtime.config import (
-    CACHES,
-    DEFAULT_FULL_EVERY,
-    REFRESH_COMMITS,
-    REFRESH_POLICIES,
-    SCHEDULES,
-    DecodingConfig,
-    check_int,
-    check_real,
-)
+from dsb_runtime.config import SAMPLING, DecodingConfig, check_int, check_real, settings
+from dsb_runtime.defaults import defaults_for
 from dsb_runtime.demo import MODEL_DIR
 from dsb_runtime.engine.engine import GenerationOutput, StepEvent, generate
 from dsb_runtime.families import FAMILIES
@@ -63,38 +55,28 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--mask-id", type=int, help="where config.json names no mask token")
 
 
-def add_decoding(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("decoding")
-    group.add_argument(
-        "--gen-length",
-        type=int,
-        help="response positions (default: as the checkpoint says, or 256)",
-    )
-    group.add_argument(
-        "--block-length", type=int, help="initial block (default: gen-length / 4, at most 32)"
-    )
-    group.add_argument("--schedule", choices=SCHEDULES, default="dsb")
-    group.add_argument("--max-block-length", type=int, help="default: unbounded (greedy)")
-    group.add_argument("--cache", choices=CACHES, default="dsb")
-    group.add_argument("--prefix-window", type=int, help="default: the family's published value")
-    rules = parser.add_argument_group("selection rule, at most one (default: --threshold 0.9)")
-    rules.add_argument("--threshold", type=float, help="commit every confidence of at least this")
-    rules.add_argument("--factor", type=float, help="Fast-dLLM's factor rule")
-    rules.add_argument("--frechet", type=float, help="Fréchet bound")
-    rules.add_argument("--steps", type=int, help="a fixed number of steps")
-    sampling = parser.add_argument_group("sampling and ending")
-    sampling.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
-    sampling.add_argument("--top-p", type=float, help="Dream only")
-    sampling.add_argument("--top-k", type=int, help="Dream only")
-    sampling.add_argument("--seed", type=int, help="of the random numbers")
-    sampling.add_argument("--stop-at-eos", action=argparse.BooleanOptionalAction, default=True)
-    refresh = parser.add_argument_group("refreshes")
-    refresh.add_argument("--refresh-commit", choices=REFRESH_COMMITS,
-                         help="default: the family's way")  # fmt: skip
-    refresh.add_argument("--refresh-policy", choices=REFRESH_POLICIES, default="full",
-                         help="response: most of them leave the prompt's K/V")  # fmt: skip
-    refresh.add_argument("--full-refresh-every", type=int, metavar="N",
-                         help=f"of response: default {DEFAULT_FULL_EVERY}")  # fmt: skip
+def add_settings(parser: argparse.ArgumentParser) -> None:
+    """An option for each setting, None where it is not named."""
+    groups: dict[str, Any] = {}
+    for name, row in settings().items():
+        if row.group not in groups:
+            groups[row.group] = parser.add_argument_group(row.group)
+        how: dict[str, Any] = {"type": row.kind, "metavar": "N" if row.kind is int else "X"}
+        if row.kind is bool:
+            how = {"action": argparse.BooleanOptionalAction}
+        elif row.choices:
+            how = {"choices": row.choices}
+        default = row.unset or ("" if row.optional else str(row.default))
+        text = f"{row.help} (default: {default})" if default else row.help
+        option = f"--{name.replace('_', '-')}"
+        groups[row.group].add_argument(option, help=text.replace("%", "%%"), **how)
+    groups[SAMPLING].add_argument("--seed", type=int, metavar="N", help="of the random numbers")
+
+
+def named_settings(args: argparse.Namespace, model: PreTrainedModel) -> DecodingConfig:
+    """The settings named on the command line, and the model's defaults for the others."""
+    named = {name: getattr(args, name) for name in settings()}
+    return defaults_for(model, **{k: v for k, v in named.items() if v is not None})
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -105,7 +87,7 @@ def build_parser() -> argparse.ArgumentParser:
     gen = commands.add_parser("generate", help="answer a prompt", epilog=COUNTING)
     gen.add_argument("prompt", help="the prompt, or - to read it from standard input")
     add_model(gen)
-    add_decoding(gen)
+    add_settings(gen)
     output = gen.add_argument_group("output")
     output.add_argument("--raw", action="store_true", help="do not apply the chat template")
     output.add_argument("--live", action="store_true", help="show the canvas while it fills")
@@ -121,7 +103,7 @@ def build_parser() -> argparse.ArgumentParser:
         "unless --stop-at-eos is named.",
     )  # fmt: skip
     add_model(timing)
-    add_decoding(timing)
+    add_settings(timing)
     bench.add_arguments(timing)
     timing.set_defaults(run=run_bench, stop_at_eos=False)
     # No abbreviations: the command line is printed again without --torch.
@@ -130,7 +112,7 @@ def build_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )  # fmt: skip
     add_model(prof)
-    add_decoding(prof)
+    add_settings(prof)
     prompts = prof.add_argument_group("prompts")
     prompts.add_argument("--batch", type=int, default=1, metavar="B", help="default: 1")
     prompts.add_argument("--prompt-length", type=int, default=128,
@@ -159,19 +141,6 @@ def load(args: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenizer
         args.model, dtype=args.dtype, device=args.device, family=args.family, mask_id=args.mask_id
     )
     return model, load_tokenizer(args.model)
-
-
-def decoding_config(args: argparse.Namespace, model: PreTrainedModel) -> DecodingConfig:
-    """The settings named on the command line over the CLI's defaults."""
-    gen_length = args.gen_length
-    if gen_length is None:
-        gen_length = model.generation_config.max_new_tokens or 256
-    block_length = args.block_length
-    if block_length is None:
-        block_length = max(1, min(32, gen_length // 4))
-    names = set(DecodingConfig.__dataclass_fields__) - {"gen_length", "block_length"}
-    settings = {name: getattr(args, name) for name in names}
-    return DecodingConfig(gen_length=gen_length, block_length=block_length, **settings)
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, prompt: str, raw: bool) -> torch.Tensor:
@@ -205,7 +174,7 @@ def run_generate(args: argparse.Namespace) -> int:
     if args.seed is not None:
         check_int("--seed", args.seed, 0, 2**63 - 1)
     model, tokenizer = load(args)
-    config = decoding_config(args, model)
+    config = named_settings(args, model)
     text = sys.stdin.read() if args.prompt == "-" else args.prompt
     if not text.strip():
         raise ValueError("prompt: empty; expected some text")
@@ -261,7 +230,7 @@ def run_bench(args: argparse.Namespace) -> int:
         return bench.run_kept(args.kept, args.plot)
     bench.check_arguments(args)
     model, tokenizer = load(args)
-    return bench.run(args, model, tokenizer, decoding_config(args, model), args.command_line)
+    return bench.run(args, model, tokenizer, named_settings(args, model), args.command_line)
 
 
 def run_profile(args: argparse.Namespace) -> int:
@@ -271,7 +240,7 @@ def run_profile(args: argparse.Namespace) -> int:
         check_int("--seed", args.seed, 0, 2**63 - 1)
     profile.check_arguments(args)
     model, tokenizer = load(args)
-    config = decoding_config(args, model)
+    config = named_settings(args, model)
     seed = args.seed or 0
     prompts = bench.random_prompts(model, tokenizer, args.batch, args.prompt_length, seed)
     return profile.run(args, model, prompts, config, args.process)
