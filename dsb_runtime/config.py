@@ -21,10 +21,7 @@ DEFAULT_RULE = next(rule for rule in RULES.values() if rule.default is not None)
 
 # Groups of the command line's help.
 DECODING = "decoding"
-RULE = (
-    "selection rule, at most one "
-    f"(default: --{DEFAULT_RULE.setting} {DEFAULT_RULE.default})"
-)
+RULE = f"selection rule, at most one (default: --{DEFAULT_RULE.setting} {DEFAULT_RULE.default})"
 SAMPLING = "sampling and ending"
 REFRESHES = "refreshes"
 
@@ -199,9 +196,7 @@ class DecodingConfig:
         "probability", "what ranks candidates: the token's probability, its margin over the "
         "second, or the negative entropy", kind=str, group=SAMPLING, choices=CONFIDENCES,
     )  # fmt: skip
-    temperature: float = setting(
-        0.0, "0 is greedy", kind=float, group=SAMPLING, low=0.0, high=1e6
-    )
+    temperature: float = setting(0.0, "0 is greedy", kind=float, group=SAMPLING, low=0.0, high=1e6)
     top_p: float | None = setting(
         None, "cut to the most likely tokens of this probability; Dream only", kind=float,
         group=SAMPLING, low=0.0, high=1.0, open_low=True, unset="no cut",
