@@ -153,7 +153,7 @@ def are_greedy(
             ids, mask = left_pad([items[i].prompt for i in part])
             out = generate(
                 model, ids.to(device), attention_mask=mask.to(device), gen_length=length,
-                block_length=length, steps=length, cache="none",
+                block_length=length, steps=length, cache="none", stop_at_eos=False,
             )  # fmt: skip
             for i, row in zip(part, out.sequences[:, ids.shape[1] :].tolist(), strict=True):
                 greedy[i] = tuple(row) == items[i].text
