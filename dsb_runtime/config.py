@@ -104,8 +104,8 @@ class Setting:
         elif self.kind is bool:
             check_bool(name, value)
         else:
-            low = getattr(others, self.low) if isinstance(self.low, str) else self.low
-            high = getattr(others, self.high) if isinstance(self.high, str) else self.high
+            low: Any = getattr(others, self.low) if isinstance(self.low, str) else self.low
+            high: Any = getattr(others, self.high) if isinstance(self.high, str) else self.high
             if self.kind is float:
                 check_real(name, value, low, high, open_low=self.open_low)
                 return

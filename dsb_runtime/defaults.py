@@ -12,6 +12,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from dsb_runtime.config import DecodingConfig, check_int, check_names, settings
+from dsb_runtime.families import check_model
 
 LARGEST_BLOCK = 32  # published for responses of 128 positions and more
 
@@ -43,5 +44,5 @@ def defaults_for(
     check_int("gen_length", gen_length, 1)
     defaults: dict[str, Any] = {"block_length": default_block(gen_length)}
     if model is not None:
-        defaults["stop_at_eos"] = bool(model.dsb.eos_ids)
+        defaults["stop_at_eos"] = bool(check_model(model).eos_ids)
     return DecodingConfig(**{**defaults, **named, "gen_length": gen_length})

@@ -128,7 +128,9 @@ def test_five_doors_decode_the_same(chat, capsys, monkeypatch, lengths):
         lambda *a, **how: outs.append(generate(*a, **how)) or outs[-1],
     )
     text = lm.apply_chat_template([{"role": "user", "content": PROMPT}])
-    lm.generate_until([Instance("generate_until", {}, (text, {}), 0, metadata=("task", 0, 1))], disable_tqdm=True)
+    lm.generate_until(
+        [Instance("generate_until", {}, (text, {}), 0, metadata=("task", 0, 1))], disable_tqdm=True
+    )
     assert [seen(out) for out in outs] == [expected]
 
 
@@ -159,12 +161,12 @@ def run_copy(folder: Path, *argv: str, **environment: str) -> str:
     return done.stdout
 
 
-RULE = '''
+RULE = """
 def count_two(c: Tensor, rank: Tensor, m: Tensor, value: float, due: Tensor) -> Tensor:
     return torch.full_like(m, int(value))
 
 
-'''
+"""
 FIELD = '    shade: str = setting("light", "of nothing", kind=str, choices=("light", "dark"))\n\n'
 EVERY_DOOR = """
 import json, sys
@@ -195,6 +197,8 @@ if "lm_eval" in sys.argv:
     lm = DSBLM(folder, device="cpu", gen_length=8, threshold=0.5, shade="dark")
     asked = ("w2 w10 w20 w30 w3", {"two": 2.0})
     lm.generate_until([Instance("generate_until", {}, asked, 0, metadata=("task", 0, 1))], disable_tqdm=True)
+from dsb_runtime.measure.evaluate import build_settings
+assert [s.rule for s in build_settings(64, 16, False) if s.config.rule == "two"] == ["two 1"]
 print(json.dumps(seen))
 """
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -85,8 +86,8 @@ class LiveCanvas:
         self.live.__enter__()
         return self
 
-    def __exit__(self, *exc: object) -> None:
-        self.live.__exit__(*exc)
+    def __exit__(self, *error: Any) -> None:
+        self.live.__exit__(*error)
         if not self.live.console.is_terminal:  # rich leaves out the last newline there
             self.live.console.print()
 

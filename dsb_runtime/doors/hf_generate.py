@@ -27,8 +27,8 @@ from transformers.utils import ModelOutput
 
 from dsb_runtime.config import DecodingConfig, Setting, check_int, settings
 from dsb_runtime.defaults import defaults_for
-from dsb_runtime.engine.check import check_model
 from dsb_runtime.engine.engine import ENGINE, StepEvent, generate
+from dsb_runtime.families import check_model
 
 DOOR = "custom_generate"
 DEFAULT_TOP_K = 50  # what transformers fills in where nobody named one
@@ -251,9 +251,9 @@ def custom_generate(
             raise ValueError(f"streamer: {len(input_ids)} prompts; expected one")
         watchers = [on_step] if on_step is not None else []
         if streamer is not None:
-            eos_ids = check_model(model).eos_ids if config.stop_at_eos else ()
-            mask_id = check_model(model).mask_id
-            watchers.append(PrefixStreamer(streamer, prompt, mask_id, eos_ids))
+            info = check_model(model)
+            eos_ids = info.eos_ids if config.stop_at_eos else ()
+            watchers.append(PrefixStreamer(streamer, prompt, info.mask_id, eos_ids))
 
         def watch(event: StepEvent) -> None:
             for watcher in watchers:

@@ -43,6 +43,7 @@ from dsb_runtime.doors.lm_eval_requests import (
     summarize,
 )
 from dsb_runtime.engine.engine import generate
+from dsb_runtime.families import check_model
 from dsb_runtime.models.load import load_model, load_tokenizer
 
 logger = logging.getLogger("lm_eval.dsb")  # shown as the harness shows its own
@@ -116,6 +117,7 @@ class DSBLM(TemplateLM):
             pretrained, dtype=dtype, device=device or "auto", family=family, mask_id=mask_id,
             revision=revision,
         )  # fmt: skip
+        self.info = check_model(self.model)
         self.tokenizer = load_tokenizer(tokenizer or pretrained, None if tokenizer else revision)
         self.pretrained, self._device = pretrained, self.model.device
         self.max_length = self.model.config.max_position_embeddings
@@ -146,7 +148,7 @@ class DSBLM(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
-        ids = [self.tokenizer.eos_token_id, *self.model.dsb.eos_ids]
+        ids = [self.tokenizer.eos_token_id, *self.info.eos_ids]
         if ids == [None]:
             raise ValueError(f"{self.pretrained}: neither model nor tokenizer names an EOS token")
         return next(i for i in ids if i is not None)
@@ -169,7 +171,7 @@ class DSBLM(TemplateLM):
                 f"{self.pretrained}: the tokenizer has no chat template; run without "
                 "--apply_chat_template"
             )
-        return self.tokenizer.apply_chat_template(
+        return self.tokenizer.apply_chat_template(  # type: ignore[return-value]  # a str
             chat_history, tokenize=False, add_generation_prompt=add_generation_prompt,
             continue_final_message=not add_generation_prompt,
         )  # fmt: skip
@@ -236,7 +238,7 @@ class DSBLM(TemplateLM):
             batch = members[first : first + self.batch_size]
             responses = self.decode([prompts[i] for i in batch], config)
             for i, ids in zip(batch, responses, strict=True):
-                yield i, answer_text(self.tokenizer, ids, self.model.dsb.eos_ids, stops)
+                yield i, answer_text(self.tokenizer, ids, self.info.eos_ids, stops)
 
     def decode(self, prompts: list[list[int]], config: DecodingConfig) -> list[list[int]]:
         """Response ids of one batch, each up to and including its first EOS."""

@@ -53,7 +53,8 @@ def first_copies(requests: Sequence[Instance]) -> list[int]:
 
     The harness repeats a process's last request until all processes have equally many.
     """
-    source, seen = [], defaultdict(list)
+    source: list[int] = []
+    seen: dict[int, list[int]] = defaultdict(list)
     for i, request in enumerate(requests):
         same = seen[id(request)]
         source.append(i if len(same) < request.repeats else same[0])
@@ -77,7 +78,7 @@ def answer_text(
     special = set(tokenizer.all_special_ids)
     ends = {tokenizer.convert_tokens_to_ids(stop) for stop in stops} & special | set(eos_ids)
     end = next((i for i, token in enumerate(ids) if token in ends), len(ids))
-    return cut_at_stop(tokenizer.decode(ids[:end], skip_special_tokens=True), stops)
+    return cut_at_stop(str(tokenizer.decode(ids[:end], skip_special_tokens=True)), stops)
 
 
 def rolling_windows(

@@ -25,7 +25,6 @@ from dsb_runtime.engine.check import (
     check_attention_mask,
     check_family_settings,
     check_generator,
-    check_model,
     check_no_masks,
     check_prompt,
 )
@@ -33,6 +32,7 @@ from dsb_runtime.engine.forward import Phase, no_phase
 from dsb_runtime.engine.graphs import Capture, CudaGraphs
 from dsb_runtime.engine.loop import Runner, StepDone
 from dsb_runtime.engine.parallel import agree, is_sharded
+from dsb_runtime.families import check_model
 
 ENGINE = "_dsb_engine"  # where a model keeps the engine that `generate` made for it
 PROMPT_MULTIPLE = 64  # captured steps serve prompts up to the next multiple, padded on the left

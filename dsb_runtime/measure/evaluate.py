@@ -19,6 +19,7 @@ from rich.table import Table
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from dsb_kernels.rules import RULES
 from dsb_runtime.config import DecodingConfig, check_int
 from dsb_runtime.demo.problems import Problem, heldout, is_exact
 from dsb_runtime.engine.engine import generate
@@ -33,6 +34,8 @@ SCHEDULES: dict[str, dict[str, Any]] = {
 THRESHOLDS = (0.2, 0.3, 0.4, 0.5, 0.7, 0.95, 0.99)
 FACTORS = (0.25, 1.0, 4.0, 8.0)
 FRECHETS = (-0.9, -0.5, 0.0, 0.25, 0.9)
+# Thresholds and quotas are measured apart; of a rule that is not here, its lowest value is.
+SWEEPS = {"threshold": (), "quota": (), "factor": FACTORS, "frechet": FRECHETS}
 # Of how many refreshes one is full; None is refresh_policy="full".
 FULL_EVERY = (None, 4, 99)
 SMALL_BLOCK = 4  # for many refreshes
@@ -96,8 +99,11 @@ def build_settings(gen_length: int, block_length: int, quick: bool) -> list[Sett
     if not quick:
         for schedule, cache in (("naive", "dual"), ("DSB greedy", "dsb")):
             made += [make(f"threshold {v:g}", schedule, cache, threshold=v) for v in THRESHOLDS]
-        made += [make(f"factor {v:g}", "DSB greedy", "dsb", factor=v) for v in FACTORS]
-        made += [make(f"frechet {v:g}", "DSB greedy", "dsb", frechet=v) for v in FRECHETS]
+        made += [
+            make(f"{rule.name} {v:g}", "DSB greedy", "dsb", **{rule.setting: rule.kind(v)})
+            for rule in RULES.values()
+            for v in SWEEPS.get(rule.name, (rule.low,))
+        ]
         small = min(SMALL_BLOCK, block_length)
         for every in FULL_EVERY:
             policy: dict[str, Any] = {"steps": gen_length, "block_length": small}

@@ -325,9 +325,9 @@ def read_model(
             f"{folder}: config.json ties the embeddings, but the checkpoint's output weights "
             "differ from them"
         )
-    model.dsb = info
+    vars(model)["dsb"] = info
     # A saved copy has the names that the model has now, and says what it is.
-    model._weight_conversions = None
+    vars(model)["_weight_conversions"] = None
     model.config.mask_token_id, model.config.dsb_family = info.mask_id, info.family.name
     return model, report
 
