@@ -196,7 +196,8 @@ if "lm_eval" in sys.argv:
     from dsb_runtime.doors.lm_eval import DSBLM
     lm = DSBLM(folder, device="cpu", gen_length=8, threshold=0.5, shade="dark")
     asked = ("w2 w10 w20 w30 w3", {"two": 2.0})
-    lm.generate_until([Instance("generate_until", {}, asked, 0, metadata=("task", 0, 1))], disable_tqdm=True)
+    request = Instance("generate_until", {}, asked, 0, metadata=("task", 0, 1))
+    lm.generate_until([request], disable_tqdm=True)
 from dsb_runtime.measure.evaluate import build_settings
 assert [s.rule for s in build_settings(64, 16, False) if s.config.rule == "two"] == ["two 1"]
 print(json.dumps(seen))

@@ -108,7 +108,7 @@ class DSBLM(TemplateLM):
         self.settings = named
         defaults_for(None, **named)  # a wrong setting is refused before the weights are read
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            from accelerate import PartialState
+            from accelerate import PartialState  # type: ignore[import-untyped]
 
             state = PartialState(cpu=device == "cpu" or not torch.accelerator.is_available())
             self._rank, self._world_size = state.process_index, state.num_processes

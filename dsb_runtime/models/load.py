@@ -256,7 +256,9 @@ def load_model(
         attn_implementation="dsb",
         distributed_config=distributed_config if split else None,
     )
-    return model.eval() if split else model.to(device).eval()
+    if not split:
+        torch.nn.Module.to(model, device)
+    return model.eval()
 
 
 def diffusion_info(
