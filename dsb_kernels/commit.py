@@ -15,7 +15,6 @@ from torch import Tensor
 
 from dsb_kernels._check import check_choice, check_tensor
 from dsb_kernels._op import register_op, takes_definition, use_triton
-from dsb_kernels.commit_kernel import compile_cases as compile_cases
 from dsb_kernels.commit_kernel import launch
 from dsb_kernels.rows import (
     BOOL_FIELDS,

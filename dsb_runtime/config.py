@@ -13,9 +13,9 @@ from dataclasses import dataclass, field, fields
 from typing import Any, TypeVar
 
 from dsb_kernels.rules import RULES, Rule
+from dsb_kernels.score import CONFIDENCES
 
 DEFAULT_FULL_EVERY = 4
-CONFIDENCES = ("probability", "margin", "entropy")
 
 DEFAULT_RULE = next(rule for rule in RULES.values() if rule.default is not None)
 
