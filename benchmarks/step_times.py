@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,6 @@ from transformers import PreTrainedModel
 import dsb_runtime as dsb
 from benchmarks.step_cost import OUTSIDE, PHASES
 from benchmarks.trajectory import StepTimes
-from dsb_runtime.engine.loop import Launched, Session
-from dsb_runtime.engine.step import StepShape
 from dsb_runtime.measure.profile import profile_steps
 from dsb_runtime.measure.profile_tables import by_kind, read_trace
 
@@ -28,7 +28,7 @@ class TimedEngine(dsb.Engine):
     counted with a step; on a CPU by the clock."""
 
     def __init__(self, *args: Any, **settings: Any) -> None:
-        super().__init__(*args, **settings)
+        super().__init__(*args, observer=self.timed, **settings)
         self.marks: list[tuple[str, Any, Any]] = []
 
     def mark(self) -> Any:
@@ -38,11 +38,11 @@ class TimedEngine(dsb.Engine):
         event.record()
         return event
 
-    def launch(self, session: Session, shape: StepShape) -> Launched:
+    @contextlib.contextmanager
+    def timed(self, kind: str) -> Iterator[None]:
         began = self.mark()
-        launched = super().launch(session, shape)
-        self.marks.append((shape.kind, began, self.mark()))
-        return launched
+        yield
+        self.marks.append((kind, began, self.mark()))
 
     def take(self) -> StepTimes:
         """The steps since the last call of this, which must have run to their end."""

@@ -29,8 +29,6 @@ from dsb_runtime.config import DecodingConfig, check_int
 from dsb_runtime.engine.engine import Engine, GenerationOutput
 from dsb_runtime.engine.forward import Phase, no_phase
 from dsb_runtime.engine.graphs import Capture
-from dsb_runtime.engine.loop import Launched, Session
-from dsb_runtime.engine.step import StepShape
 from dsb_runtime.files import check_writable
 from dsb_runtime.measure.limits import synchronize
 from dsb_runtime.measure.profile_tables import PREFIX, longest_table, phase_table, read_trace
@@ -140,12 +138,11 @@ class ProfiledEngine(Engine):
         device = model.get_input_embeddings().weight.device
         # A replay enters no phase; a capture would show each once, at a time that means nothing.
         phase = no_phase if graphs else ranges(device)
-        super().__init__(model, graphs=graphs, capture=capture, phase=phase)
         self.bracket = Bracket(device)
-
-    def launch(self, session: Session, shape: StepShape) -> Launched:
-        with self.bracket.step(shape.kind):
-            return super().launch(session, shape)
+        super().__init__(
+            model, graphs=graphs, capture=capture, phase=phase,
+            observer=lambda kind: self.bracket.step(kind),
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
