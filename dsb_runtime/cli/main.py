@@ -31,6 +31,7 @@ from dsb_runtime.demo import MODEL_DIR
 from dsb_runtime.engine.engine import GenerationOutput, StepEvent, generate
 from dsb_runtime.families import FAMILIES
 from dsb_runtime.measure import bench, evaluate, profile
+from dsb_runtime.measure.models import load_preset, random_prompts
 from dsb_runtime.measure.plots import check_picture
 from dsb_runtime.measure.trace import Trace
 from dsb_runtime.models.convert import convert
@@ -161,6 +162,13 @@ def load(args: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenizer
     return model, load_tokenizer(args.model)
 
 
+def load_measured(
+    args: argparse.Namespace,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
+    """A checkpoint or, with `--preset`, a random model, which has no tokenizer."""
+    return (load_preset(args), None) if args.preset else load(args)
+
+
 def decoding_config(args: argparse.Namespace, model: PreTrainedModel) -> DecodingConfig:
     """The settings named on the command line over the CLI's defaults."""
     gen_length = args.gen_length
@@ -260,7 +268,7 @@ def run_bench(args: argparse.Namespace) -> int:
             raise ValueError("--from and --json: expected one of the two")
         return bench.run_kept(args.kept, args.plot)
     bench.check_arguments(args)
-    model, tokenizer = load(args)
+    model, tokenizer = load_measured(args)
     return bench.run(args, model, tokenizer, decoding_config(args, model), args.command_line)
 
 
@@ -270,10 +278,10 @@ def run_profile(args: argparse.Namespace) -> int:
     if args.seed is not None:
         check_int("--seed", args.seed, 0, 2**63 - 1)
     profile.check_arguments(args)
-    model, tokenizer = load(args)
+    model, tokenizer = load_measured(args)
     config = decoding_config(args, model)
     seed = args.seed or 0
-    prompts = bench.random_prompts(model, tokenizer, args.batch, args.prompt_length, seed)
+    prompts = random_prompts(model, tokenizer, args.batch, args.prompt_length, seed)
     return profile.run(args, model, prompts, config, args.process)
 
 
