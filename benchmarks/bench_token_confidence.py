@@ -1,5 +1,5 @@
-"""token_confidence against what published decoding loops do ("float64"): softmax over the vocabulary
-in float64, argmax, gather."""
+"""token_confidence against what published decoding loops do ("float64"): a softmax over the
+vocabulary in float64, argmax, gather."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Launch configurations per (op, shape class, architecture), and what to compile to check them.
+"""Launch configurations per (op, shape class, architecture).
 
 Nothing is tuned at run time: a configuration is looked up from static shapes, so results never
 depend on a timing, on the cache's capacity or on what a batch contains.
@@ -9,13 +9,11 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
-# What is compiled and checked without a GPU, and what the others take their configurations from.
+# What `tools.compile_report` compiles; other architectures take the configurations of one of these.
 ARCHITECTURES = ("sm_80", "sm_89", "sm_90", "sm_100")
-TRITON_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 @dataclass(frozen=True)
@@ -251,28 +249,3 @@ def architecture_of(device: torch.device) -> str:
         return "sm_90" if major == 9 else "sm_100"
     # 8.6, 8.9, 12.0 and the like have 99 KiB of shared memory a block.
     return "sm_80" if (major, minor) == (8, 0) else "sm_89"
-
-
-@dataclass(frozen=True)
-class CompileCase:
-    """One kernel in one production configuration, as `tools.compile_report` compiles it.
-
-    Every op module lists its own in a module-level `compile_cases() -> list[CompileCase]`.
-    `expects_*` and `max_*` are asserted for sm_90 only.
-    """
-
-    op: str  # public name of the op
-    name: str  # which kernel, variant and shape class
-    kernel: Any  # the `@jit` function
-    signature: Mapping[str, str]  # runtime arguments: {"x_ptr": "*bf16", "length": "i32", ...}
-    constexprs: Mapping[str, Any]  # the tl.constexpr arguments
-    num_warps: int
-    num_stages: int = 1
-    divisible: tuple[str, ...] = ()  # runtime arguments known to be divisible by 16 (pointers too)
-    architectures: tuple[str, ...] = ARCHITECTURES
-    expects_tensor_cores: bool = False  # HGMMA on sm_90
-    expects_wide_loads: bool = False  # every global load is of 128 bits, but for ...
-    scalar_load_bytes: int = 0  # ... this many bytes of scalars (a flag, a seed)
-    max_loop: int | None = None  # instructions of the longest loop that holds no other
-    max_exponentials: float | None = None  # MUFU.EX2 in the code, of a thread, divided by ...
-    elements_per_thread: float | None = None  # ... the elements that this code scores (a loop once)

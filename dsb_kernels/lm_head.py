@@ -7,7 +7,6 @@ being in memory: FlashSampling (arXiv 2603.15854) for proposing and scoring. `V`
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -16,9 +15,6 @@ from torch import Tensor
 
 from dsb_kernels._check import FLOATS, check_tensor
 from dsb_kernels._configs import (
-    ARCHITECTURES,
-    TRITON_DTYPES,
-    CompileCase,
     architecture_of,
     configuration,
     of_dtype,
@@ -34,7 +30,6 @@ from dsb_kernels._op import (
     wrap_triton,
 )
 from dsb_kernels.score import (
-    CONFIDENCES,
     NO_TOKEN,
     PLANES,
     _combine_partials_op,
@@ -386,43 +381,3 @@ def lm_head_confidence(
     if takes_definition(hidden, weight):
         return lm_head_confidence_definition(hidden, weight, bias, *scoring)
     return _lm_head_confidence_op(hidden, weight, bias, *scoring)
-
-
-def compile_cases() -> list[CompileCase]:
-    """Every row class and confidence, greedy and sampled."""
-    variants = [(n, c, False, "bf16") for n in (16, 32, 64, 128) for c in CONFIDENCES]
-    variants += [(n, "probability", True, "bf16") for n in (16, 32, 64, 128)]
-    variants += [(32, c, True, "bf16") for c in CONFIDENCES[1:]]
-    variants += [(32, "probability", False, "fp16")]
-    variants += [(n, "probability", sample, "fp32") for n in (32, 64) for sample in (False, True)]
-    cases = []
-    for architecture, variant in itertools.product(ARCHITECTURES, variants):
-        rows, confidence, sample, dtype = variant
-        launch = launch_of(rows, 126464, TRITON_DTYPES[dtype], architecture, sample=sample)
-        signature = {
-            "weight_ptr": f"*{dtype}", "hidden_ptr": f"*{dtype}", "eligible_ptr": "*i1",
-            "partial_ptr": "*fp32", "stride_wv": "i32", "stride_hn": "i32", "rows": "i32",
-            "V": "i32", "E": "i32", "share": "i32", "token_base": "i32", "temperature": "fp32",
-        }  # fmt: skip
-        sampling = {"seed_ptr": "*i64", "noise_ids_ptr": "*i64"}
-        absent = {"bias_ptr": None} | ({} if sample else dict.fromkeys(sampling))
-        signature |= sampling if sample else {}
-        pointers = tuple(name for name, kind in signature.items() if kind[0] == "*")
-        cases.append(
-            CompileCase(
-                op="lm_head_confidence",
-                name=f"{confidence}{' sampled' if sample else ''} {dtype} {rows} rows",
-                kernel=_lm_head_kernel,
-                signature=signature,
-                constexprs={
-                    **launch.blocks, **absent, "EVEN_K": True, "BANNED": (126336,),
-                    "SAMPLE": sample, "CONFIDENCE": confidence,
-                },
-                num_warps=launch.num_warps,
-                num_stages=launch.num_stages,
-                divisible=(*pointers, "stride_wv", "stride_hn", "V", "E"),
-                architectures=(architecture,),
-                expects_tensor_cores=dtype != "fp32",
-            )
-        )  # fmt: skip
-    return cases

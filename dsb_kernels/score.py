@@ -24,7 +24,6 @@ import torch
 from torch import Tensor
 
 from dsb_kernels._check import check_choice, check_tensor
-from dsb_kernels._configs import CompileCase
 from dsb_kernels._op import jit, launch_options, register_op, tl, triton, use_triton, wrap_triton
 from dsb_kernels.noise import gumbel_noise
 
@@ -309,26 +308,3 @@ def check_scoring(
                 raise ValueError(f"{op}: {name}=None: temperature > 0 needs an int64 tensor")
         check_tensor(op, "seed", seed, dtype=torch.int64, shape=(), device=device)
         check_tensor(op, "noise_ids", noise_ids, dtype=torch.int64, **same)
-
-
-def compile_cases() -> list[CompileCase]:
-    signature = {
-        "partial_ptr": "*fp32", "eligible_ptr": "*i1", "token_ptr": "*i64",
-        "confidence_ptr": "*fp32", "rows": "i32", "parts": "i32", "first_allowed": "i32",
-    }  # fmt: skip
-    cases = []
-    for confidence in CONFIDENCES:
-        # Triton turns arguments equal to 1 into constants: another program to compile.
-        for parts, ones in ((32, ()), (512, ()), (1, ("rows", "parts", "first_allowed"))):
-            constants = {"state_ptr": None, "PARTS": parts, "CONFIDENCE": confidence}
-            cases.append(
-                CompileCase(
-                    op="combine_partials",
-                    name=f"{confidence} {parts} parts",
-                    kernel=combine_kernel,
-                    signature=signature,
-                    constexprs=constants | dict.fromkeys(ones, 1),
-                    num_warps=combine_warps(parts),
-                )
-            )
-    return cases

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import threshold_
 
 from dsb_kernels._check import FLOATS, check_tensor
-from dsb_kernels._configs import CompileCase, architecture_of, configuration
+from dsb_kernels._configs import architecture_of, configuration
 from dsb_kernels._op import (
     jit,
     launch_options,
@@ -29,7 +29,6 @@ from dsb_kernels._op import (
 )
 from dsb_kernels.noise import gumbel_noise
 from dsb_kernels.score import (
-    CONFIDENCES,
     NO_TOKEN,
     PLANES,
     _combine_partials_op,
@@ -360,44 +359,3 @@ def token_confidence(
     else:
         token, c = _token_confidence_op(*arguments)
     return token.reshape(rows), c.reshape(rows)
-
-
-def compile_cases() -> list[CompileCase]:
-    """Every variant at every shape class, LLaDA's vocabulary and banned mask token."""
-    pointers = {
-        "logits_ptr": "*bf16", "eligible_ptr": "*i1", "partial_ptr": "*fp32",
-    }  # fmt: skip
-    scalars = {"stride_row": "i32", "rows": "i32", "V": "i32", "temperature": "fp32"}
-    sampling = {"seed_ptr": "*i64", "noise_ids_ptr": "*i64"}
-    variants = [(rows, "probability", False, "bf16") for rows in (32, 256, 1024)]
-    variants += [(64, c, sample, "bf16") for c in CONFIDENCES for sample in (False, True)][1:]
-    variants += [(64, "probability", False, "fp16"), (64, "probability", False, "fp32")]
-    usual = [("probability", False, "bf16"), ("probability", False, "fp16")]
-    cases = []
-    for rows, confidence, sample, dtype in variants:
-        launch = launch_of(rows, 126464, "sm_90", sample)
-        signature = pointers | scalars | {"logits_ptr": f"*{dtype}"} | (sampling if sample else {})
-        absent = {} if sample else dict.fromkeys(sampling)
-        cases.append(
-            CompileCase(
-                op="token_confidence",
-                name=f"{confidence}{' sampled' if sample else ''} {dtype} {rows} rows",
-                kernel=_token_confidence_kernel,
-                signature=signature,
-                constexprs={
-                    **launch.blocks, **absent, "BANNED": (126336,), "SAMPLE": sample,
-                    "CONFIDENCE": confidence, "STAGES": launch.num_stages, "LANES": launch.lanes,
-                },
-                num_warps=launch.num_warps,
-                num_stages=launch.num_stages,
-                divisible=(*(n for n, t in signature.items() if t[0] == "*"), "stride_row", "V"),
-                expects_wide_loads=True,
-                scalar_load_bytes=17 if sample else 1,
-                # 32 logits a thread; a third of it is run only where a tile has a new best token.
-                max_loop=560 if (confidence, sample, dtype) in usual else None,
-                max_exponentials=1.1,
-                # One tile in the loop and the masked last one, both unrolled.
-                elements_per_thread=2 * launch.blocks["BLOCK_V"] / (32 * launch.num_warps),
-            )
-        )  # fmt: skip
-    return cases

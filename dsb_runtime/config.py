@@ -58,6 +58,7 @@ class DecodingConfig:
     factor: float | None = None  # Fast-dLLM's factor rule, in (0, 1e6]
     frechet: float | None = None  # arXiv 2606.02955's bound, in [-1, 1]
     steps: int | None = None  # a quota: steps fixed up front, 1 .. gen_length
+    confidence: str = "probability"  # ranks candidates: "probability", "margin", "entropy"
     temperature: float = 0.0  # 0 is greedy
     top_p: float | None = None  # Dream only, in (0, 1]
     top_k: int | None = None  # Dream only, >= 1

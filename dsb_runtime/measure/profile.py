@@ -26,13 +26,12 @@ from torch.profiler import ProfilerActivity, record_function
 from transformers import PreTrainedModel
 
 from dsb_runtime.config import DecodingConfig, check_int
-from dsb_runtime.engine.engine import GenerationOutput
+from dsb_runtime.engine.engine import Engine, GenerationOutput
 from dsb_runtime.engine.forward import Phase, no_phase
 from dsb_runtime.engine.graphs import Capture
 from dsb_runtime.files import check_writable
 from dsb_runtime.measure.models import add_preset
 from dsb_runtime.measure.profile_tables import PREFIX, longest_table, phase_table, read_trace
-from dsb_runtime.measure.steps import WatchedEngine
 from dsb_runtime.measure.timing import synchronize
 
 NOTE = (
@@ -169,10 +168,15 @@ def profile_steps(
     device = model.device
     # A replay enters no phase; a capture would show each once, at a time that means nothing.
     phase = no_phase if graphs else ranges(device)
-    engine = WatchedEngine(model, graphs=graphs, capture=capture, phase=phase)
+    current = Bracket(device)
+    engine = Engine(
+        model, graphs=graphs, capture=capture, phase=phase,
+        observer=lambda kind: current.step(kind),
+    )  # fmt: skip
 
     def decode(bracket: Bracket) -> GenerationOutput:
-        engine.around = bracket.step
+        nonlocal current
+        current = bracket
         generator = torch.Generator(device).manual_seed(seed)
         try:
             return engine.generate(input_ids, config, generator=generator)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,33 +14,7 @@ from transformers import PreTrainedModel
 
 from dsb_runtime.engine.check import check_model
 from dsb_runtime.engine.engine import Engine, StepEvent
-from dsb_runtime.engine.loop import Launched, Session
-from dsb_runtime.engine.step import StepShape
 from dsb_runtime.measure.timing import Marks
-
-Around = Callable[[str], AbstractContextManager[None]]
-
-
-class WatchedEngine(Engine):
-    """An engine that enters `around(kind)` at each launch of a step.
-
-    This class is the only place of the measuring library that knows the engine's insides.
-
-    Args:
-        model: from `load_model` or `patch`.
-        around: entered by the host around each launch.
-        settings: those of `Engine`.
-    """
-
-    def __init__(
-        self, model: PreTrainedModel, around: Around | None = None, **settings: Any
-    ) -> None:
-        super().__init__(model, **settings)
-        self.around: Around = around or (lambda kind: contextlib.nullcontext())
-
-    def launch(self, session: Session, shape: StepShape) -> Launched:
-        with self.around(shape.kind):
-            return super().launch(session, shape)
 
 
 @dataclass(frozen=True)
@@ -55,13 +28,13 @@ class StepTimes:
         return StepTimes(self.kinds + other.kinds, self.seconds + other.seconds)
 
 
-class TimedEngine(WatchedEngine):
+class TimedEngine(Engine):
     """An engine that times every step it launches: on a GPU by events right before and after what
     the step launches, so that the host's work between steps is not part of a step's time; on a CPU
     by the clock."""
 
     def __init__(self, model: PreTrainedModel, **settings: Any) -> None:
-        super().__init__(model, self.time_launch, **settings)
+        super().__init__(model, observer=self.time_launch, **settings)
         self.marks = Marks(model.device)
         self.launches: list[tuple[str, Any, Any]] = []
 

@@ -1,0 +1,58 @@
+"""Compile cases of unmask_and_slide."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from dsb_kernels.commit_kernel import _unmask_kernel, config_of, constants
+from dsb_kernels.rows import UnmaskSpec
+from tools.compile_report.case import CompileCase, pointers_of, signature_of
+
+LLADA = UnmaskSpec(
+    prompt_length=128, block_length=32, max_block_length=None, schedule="dsb", cache="dsb",
+    prefix_window=24, min_prefix=0, rule="threshold", rule_value=0.9, steps=1,
+    refresh_commit="select", mask_id=126336, eos_ids=(126081, 126348), stop_at_eos=True,
+)  # fmt: skip
+FRECHET = {"rule": "frechet", "rule_value": 0.25}
+VARIANTS: tuple[tuple[int, int, dict[str, object]], ...] = (
+    # candidates of a row, rows scored, what differs from LLADA
+    (32, 1, {}),
+    (32, 1, {"refresh_commit": "first"}),
+    (32, 16, {}),
+    (32, 1, FRECHET),
+    (32, 1, {"cache": "none", "rule": "factor", "rule_value": 1.0, "stop_at_eos": False}),
+    (32, 1, {"schedule": "naive", "cache": "dual", "refresh_commit": "first"}),
+    (32, 1, {"schedule": "naive", "cache": "none", "rule": "quota", "stop_at_eos": False}),
+    (256, 1, {}),
+    (256, 64, FRECHET),
+    (64, 1, FRECHET),
+    (1024, 1, {"schedule": "naive", "cache": "none", **FRECHET}),
+)
+
+
+def cases() -> list[CompileCase]:
+    """Every rule, schedule and cache policy; 32 candidates as published and the widest window."""
+    types = {"canvas_ptr": "*i64", "token_ptr": "*i64"}
+    types |= dict.fromkeys(("confidence_ptr", "candidate_confidence_ptr"), "*fp32")
+    types |= dict.fromkeys(("commit_ptr", "active_ptr"), "*i1")
+    listed = []
+    for K, rows, changes in VARIANTS:
+        spec = replace(LLADA, **changes)  # type: ignore[arg-type]
+        constexprs = constants(K, rows, spec)
+        if rows == 1:
+            constexprs["rows_ptr"] = None
+        signature = signature_of(_unmask_kernel, constexprs, types)
+        listed.append(
+            CompileCase(
+                op="unmask_and_slide",
+                name=f"{spec.schedule} cache={spec.cache} {spec.rule} K={K}"
+                + " first" * (spec.refresh_commit == "first")
+                + f" of {rows} rows" * (rows > 1),
+                kernel=_unmask_kernel,
+                signature=signature,
+                constexprs=constexprs,
+                num_warps=config_of(K).num_warps,
+                divisible=pointers_of(signature),
+            )
+        )
+    return listed
