@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from benchmarks.ops import Case, Shape, dtype, on_gpu, over, randn, run
-from dsb_kernels.linear_add_norm import linear_add_norm
+from dsb_kernels.linear import linear_add_norm
 
 EPS = 1e-5
 # output features, input features

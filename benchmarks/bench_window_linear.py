@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import linear, silu
 
 from benchmarks.ops import Case, Shape, dtype, on_gpu, over, randn, run
-from dsb_kernels.window_linear import window_linear
+from dsb_kernels.linear import window_linear
 
 # output features, input features, bias, gated
 LAYERS = {
