@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections import OrderedDict, deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -22,11 +22,17 @@ from transformers import PreTrainedModel
 
 from dsb_kernels.rows import Row, StepKind, read_rows
 from dsb_runtime.config import DecodingConfig
-from dsb_runtime.engine.cache import WindowCache
+from dsb_runtime.engine.cache import KVCache
 from dsb_runtime.engine.forward import Backbone, Phase, no_phase
 from dsb_runtime.engine.graphs import Capture, HostCopy, row_class, width_class
 from dsb_runtime.engine.layers import fingerprint
-from dsb_runtime.engine.memory import allocate, is_out_of_memory, layout_of, step_message
+from dsb_runtime.engine.memory import (
+    CacheShape,
+    allocate,
+    cache_shape_of,
+    is_out_of_memory,
+    step_message,
+)
 from dsb_runtime.engine.state import DecodeState, new_state
 from dsb_runtime.engine.step import Step, StepShape, spec_of
 
@@ -147,12 +153,12 @@ class Loop:
     def release(self) -> None:
         """Give back the cache and every captured step; the next call makes them anew."""
         self.sessions: OrderedDict[Any, Session] = OrderedDict()
-        self.storage: list[Tensor] = []
+        self.storage: Tensor | None = None  # of the cache
         self.backbone: Backbone | None = None
 
     # --- buffers ------------------------------------------------------------------------------
 
-    def reserve(self, batch: int, length: int, cached: bool) -> Backbone:
+    def reserve(self, batch: int, length: int, shape: CacheShape) -> tuple[Backbone, Tensor]:
         """Make buffers for `batch` rows of `length` positions, or keep those that suffice.
 
         Raises:
@@ -160,15 +166,14 @@ class Loop:
         """
         if self.backbone is not None and self.backbone.fingerprint != fingerprint(self.model):
             self.release()
-        slots = batch * (length + 1)
-        if cached and (not self.storage or self.storage[0].shape[1] < slots):
+        if self.storage is None or len(self.storage) < shape.elements(batch, length):
             self.sessions.clear()  # captured steps point into the old cache
-            self.storage = []
-            self.storage = allocate(layout_of(self.model), batch, length)
+            self.storage = None
+            self.storage = allocate(shape, batch, length)
         if self.backbone is None or len(self.backbone.cos_sin) < length:
             self.sessions.clear()
             self.backbone = Backbone(self.model, length, self.phase)
-        return self.backbone
+        return self.backbone, self.storage
 
     def session(
         self, config: DecodingConfig, input_ids: Tensor, leftpad: Tensor, pad: int
@@ -178,13 +183,16 @@ class Loop:
         spec = spec_of(config, info, input_ids.shape[1] + pad)
         response = input_ids.new_full((batch, config.gen_length), info.mask_id)
         canvas = torch.cat([input_ids.new_zeros(batch, pad), input_ids, response], dim=1).long()
-        state, cached = new_state(canvas, leftpad + pad, spec), config.cache != "none"
+        state, shape = new_state(canvas, leftpad + pad, spec), cache_shape_of(self.model)
+        num_layers = shape.layers
+        if config.cache == "none":  # one buffer that all layers share
+            shape = replace(shape, layers=1)
         padded = pad > 0 or bool((leftpad > 0).any())
-        backbone = self.reserve(*canvas.shape, cached)
+        backbone, storage = self.reserve(*canvas.shape, shape)
         key = (canvas.shape, spec, config, padded)
         session = self.sessions.pop(key, None)
         if session is None:
-            cache = WindowCache.over(self.storage, *canvas.shape) if cached else None
+            cache = KVCache.over(storage, shape, *canvas.shape, num_layers)
             step = Step(backbone, self.model.lm_head, info, cache, state, spec, config, padded)
             session = Session(step, captured=self.capture is not None)
         else:

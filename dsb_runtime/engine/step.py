@@ -15,8 +15,8 @@ from dsb_kernels.commit import unmask_and_slide
 from dsb_kernels.place import Layout, place_rows
 from dsb_kernels.rows import StepKind, UnmaskSpec
 from dsb_runtime.config import DecodingConfig
-from dsb_runtime.engine.cache import Place, WindowCache
-from dsb_runtime.engine.forward import Backbone, Scored
+from dsb_runtime.engine.cache import KVCache
+from dsb_runtime.engine.forward import Backbone
 from dsb_runtime.engine.sampling import propose
 from dsb_runtime.engine.state import DecodeState
 from dsb_runtime.families import DiffusionInfo
@@ -66,7 +66,7 @@ class Step:
         backbone: Backbone,
         lm_head: torch.nn.Linear,
         info: DiffusionInfo,
-        cache: WindowCache | None,
+        cache: KVCache,
         state: DecodeState,
         spec: UnmaskSpec,
         config: DecodingConfig,
@@ -96,22 +96,9 @@ class Step:
         state, phase = self.state, self.backbone.phase
         with phase("place"):
             layout = self.layout(shape)
-        # None: all rows of the batch, in order.
-        rows = layout.rows if shape.num_rows < len(state.canvas) else None
-        place = Place(
-            rows=rows,
-            start=layout.start,
-            length=layout.length,
-            seqlens=layout.seqlens,
-            width=shape.width,
-            canvas_length=state.canvas.shape[1],
-            leftpad=layout.leftpad if self.padded else None,
-            full=shape.kind == StepKind.REFRESH,
+        hidden = self.backbone(
+            layout, self.cache, full=shape.kind == StepKind.REFRESH, padded=self.padded
         )
-        if self.cache is not None:
-            self.cache.put(place)
-        scored = Scored(layout.source_index, layout.leftpad, layout.num_scored)
-        hidden = self.backbone(layout.input_ids, place, scored, self.cache)
         with phase("score"):
             token, confidence = propose(
                 hidden, self.lm_head, layout.eligible, self.config, self.info,
@@ -119,6 +106,8 @@ class Step:
             )  # fmt: skip
         with phase("unmask"):
             capacity = shape.num_rows, shape.num_candidates
+            # None: all rows of the batch, in order.
+            rows = layout.rows if shape.num_rows < len(state.canvas) else None
             unmask_and_slide(
                 state.canvas, state.table, state.position, state.commit, state.confidence,
                 token.view(capacity), confidence.view(capacity), layout.active, rows, self.spec,
