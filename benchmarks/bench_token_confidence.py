@@ -34,7 +34,7 @@ def shape(
 SHAPES: list[Shape]
 if on_gpu():
     SHAPES = [shape(n, V) for n in (1024, 64, 32, 256) for V in VOCABULARIES]
-    SHAPES += [shape(4096, 126464), *(shape(64, 126464, c) for c in ("margin", "neg_entropy"))]
+    SHAPES += [shape(4096, 126464), *(shape(64, 126464, c) for c in ("margin", "entropy"))]
     SHAPES += [shape(n, 126464, temperature=1.0) for n in (64, 1024)]
 else:
     SHAPES = [shape(8, 3000), shape(8, 3000, "margin"), shape(8, 3000, temperature=1.0)]

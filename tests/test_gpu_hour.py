@@ -49,7 +49,8 @@ def test_a_part_that_hangs_is_ended_with_what_it_started(tmp_path, monkeypatch):
 
 def test_what_was_cut_off_or_not_begun_continues(tmp_path, monkeypatch):
     some = {"good": part(PRINT), "long": part(SLEEP), "last": part(PRINT)}
-    state = run(monkeypatch, tmp_path, some, "--budget", "14")
+    monkeypatch.setattr(gpu_hour, "LEAST", 1)
+    state = run(monkeypatch, tmp_path, some, "--budget", "4")
     assert {name: p["status"] for name, p in state.items()} == {
         "good": "ran", "long": "out of time", "last": "not run",
     }  # fmt: skip
