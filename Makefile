@@ -1,5 +1,5 @@
 # make demo: decode real prompts with the embedded model; make test: run the tests.
-# Both build .venv first. A machine without a GPU gets the versions in constraints.txt.
+# Every target builds .venv first. A machine without a GPU gets the versions in constraints.txt.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -9,7 +9,7 @@ OLDEST := .venv-oldest
 # With a GPU, pip picks torch's CUDA build and the Triton that goes with it.
 PINS := $(if $(shell command -v nvidia-smi),,-c constraints.txt)
 
-.PHONY: demo test test-slow test-oldest lint clean
+.PHONY: demo test test-slow test-oldest lint docs clean
 
 demo: $(STAMP)
 	$(BIN)/python -m dsb_runtime.cli.demo
@@ -23,21 +23,25 @@ test-slow: $(STAMP)
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 test-oldest: $(OLDEST)/.installed
 	$(OLDEST)/bin/python -m pytest -n auto
 
-$(STAMP): setup.py constraints.txt
+$(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet $(PINS) -e ".[test,eval]"
+	$(BIN)/python -m pip install --quiet $(PINS) -e ".[dev]"
 	@touch $@
 
-$(OLDEST)/.installed: setup.py constraints-oldest.txt
+$(OLDEST)/.installed: pyproject.toml constraints-oldest.txt
 	$(PYTHON) -m venv $(OLDEST)
 	$(OLDEST)/bin/python -m pip install --quiet --upgrade pip
-	$(OLDEST)/bin/python -m pip install --quiet -c constraints-oldest.txt -e ".[test]"
+	$(OLDEST)/bin/python -m pip install --quiet -c constraints-oldest.txt -e ".[test]" ruff
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(OLDEST) build *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(OLDEST) build site *.egg-info .pytest_cache .ruff_cache .mypy_cache
