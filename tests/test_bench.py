@@ -100,7 +100,7 @@ def test_the_recorder_counts_the_work_of_every_forward(model, tokenizer):
 
     def steps(**settings: Any) -> list[StepWork]:
         recorder = StepRecorder(model, 12, 24)
-        shape = {"gen_length": 24, "block_length": 8, "steps": 24}
+        shape = {"gen_length": 24, "block_length": 8, "steps": 24, "stop_at_eos": False}
         dsb.generate(model, prompts, on_step=recorder, **shape, **settings)
         assert {s.batch for s in recorder.steps} == {2}
         assert all(s.num_tokens == 2 * s.widest for s in recorder.steps)

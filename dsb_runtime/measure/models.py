@@ -23,8 +23,7 @@ from transformers import (
 
 from dsb_kernels.rules import RULES
 from dsb_runtime.demo import MODEL_DIR
-from dsb_runtime.engine.check import check_model
-from dsb_runtime.families import DREAM, LLADA, DiffusionInfo, Family
+from dsb_runtime.families import DREAM, LLADA, DiffusionInfo, Family, check_model
 
 DTYPES = ("float32", "bfloat16", "float16")
 POSITIONS = 32768  # that a model has
