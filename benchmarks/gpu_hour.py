@@ -159,11 +159,9 @@ def run_part(name: str, part: Part, folder: Path, seconds: float) -> dict[str, A
                 ))  # fmt: skip
         for process in processes:
             process.wait(max(limit - (time.monotonic() - began), 0.1))
-        failed = [
-            (p.returncode, log) for p, log in zip(processes, logs, strict=True) if p.returncode
-        ]
-        if failed:
-            status, why = "failed", f"exit code {failed[0][0]}: {last_line(failed[0][1])}"
+        for process, path in zip(processes, logs, strict=True):
+            if process.returncode and status == "ran":
+                status, why = "failed", f"exit code {process.returncode}: {last_line(path)}"
     except subprocess.TimeoutExpired:
         # A part that had its own whole limit would not end in another call either.
         status = "failed" if limit == part.limit else "out of time"
