@@ -72,7 +72,8 @@ def root_file(name: str) -> str:
     """A file of the root, its links into docs/ made links between pages."""
     text = (ROOT / name).read_text(encoding="utf-8")
     text = re.sub(r"\A# .*\n", "", text)
-    return text.replace("](docs/", "](")
+    text = text.replace("](docs/", "](")
+    return text.replace("](CHANGELOG.md)", "](changelog.md)")
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
