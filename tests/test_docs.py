@@ -47,10 +47,10 @@ def test_settings_table_has_a_row_for_every_field():
 
 def test_every_op_has_an_api_entry_with_a_docstring():
     names = hooks.op_names()
-    assert [name.rpartition(".")[2] for name in names] == [
+    assert {name.rpartition(".")[2] for name in names} >= {
         "linear_add_norm", "lm_head_confidence", "place_rows", "rope_write_kv", "token_confidence",
         "unmask_and_slide", "window_attention", "window_linear",
-    ]  # fmt: skip
+    }  # fmt: skip
     for name in names:
         module, _, op = name.rpartition(".")
         definition = getattr(importlib.import_module(module), op).definition
@@ -117,8 +117,9 @@ def test_site_builds_strictly(tmp_path):
     method = (tmp_path / "method.html").read_text(encoding="utf-8")
     api = (tmp_path / "api.html").read_text(encoding="utf-8")
     assert "first_masked" in method
-    assert 'id="dsb_kernels.window_linear.window_linear"' in api
-    assert "silu" in api  # the definition's docstring under the op's name
+    for name in hooks.op_names():
+        assert f'id="{name}"' in api
+    assert "silu(gate)" in api  # the definition's docstring under the op's name
     pages = "".join(page.read_text(encoding="utf-8") for page in tmp_path.glob("*.html"))
     # Nothing that a browser would load from another host.
     assert not re.findall(
