@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from benchmarks.measure import Call, Make, compiled, device, low_precision, on_gpu, run
-from dsb_kernels.lm_head import lm_head_confidence, lm_head_confidence_definition
+from dsb_kernels.lm_head import lm_head_confidence, lm_head_confidence_reference
 from dsb_kernels.token_confidence import token_confidence
 
 if on_gpu():
@@ -52,12 +52,12 @@ class Head:
         return token_confidence(self.matmul(), banned=self.banned)
 
     def definition(
-        self, scoring: Callable[..., Scored] = lm_head_confidence_definition, *, wide: bool = False
+        self, scoring: Callable[..., Scored] = lm_head_confidence_reference, *, wide: bool = False
     ) -> Scored:
         hidden, weight = self.hidden, self.weight
         if wide:
             hidden, weight = hidden.float(), weight.float()
-        return scoring(hidden, weight, None, None, self.banned, 0.0, None, None, "probability")
+        return scoring(hidden, weight, banned=self.banned)
 
 
 METHODS = {"op": "op", "matmul + op": "matmul_op", "matmul": "matmul", "definition": "definition"}
@@ -65,7 +65,7 @@ METHODS = {"op": "op", "matmul + op": "matmul_op", "matmul": "matmul", "definiti
 
 def maker(name: str, rows: int, contender: str) -> Make:
     if contender == "definition compiled":
-        scoring = compiled(lm_head_confidence_definition)
+        scoring = compiled(lm_head_confidence_reference)
         return lambda: Call(functools.partial(Head(name, rows).definition, scoring))
     return lambda: Call(getattr(Head(name, rows), METHODS[contender]))
 

@@ -17,13 +17,13 @@ import torch
 from torch import Tensor
 
 from benchmarks.measure import Call, Make, compiled, device, low_precision, on_gpu, run
-from dsb_kernels.token_confidence import token_confidence, token_confidence_definition
+from dsb_kernels.token_confidence import token_confidence, token_confidence_reference
 
 if on_gpu():
     VOCABULARIES = (126464, 155136, 152064)  # LLaDA-8B, iLLaDA-8B, Dream-7B
     SHAPES = [(rows, V, "probability", 0.0) for V in VOCABULARIES for rows in (32, 64, 256, 1024)]
     SHAPES += [(4096, 126464, "probability", 0.0)]
-    SHAPES += [(64, 126464, c, 0.0) for c in ("margin", "neg_entropy")]
+    SHAPES += [(64, 126464, c, 0.0) for c in ("margin", "entropy")]
     SHAPES += [(rows, 126464, "probability", 1.0) for rows in (64, 1024)]
 else:
     SHAPES = [
@@ -51,10 +51,11 @@ class Rows:
             noise_ids=self.ids, confidence=self.confidence,
         )  # fmt: skip
 
-    def definition(self, scoring: Callable[..., Scored] = token_confidence_definition) -> Scored:
+    def definition(self, scoring: Callable[..., Scored] = token_confidence_reference) -> Scored:
         return scoring(
-            self.logits, None, self.banned, self.temperature, self.seed, self.ids, self.confidence
-        )
+            self.logits, banned=self.banned, temperature=self.temperature, seed=self.seed,
+            noise_ids=self.ids, confidence=self.confidence,
+        )  # fmt: skip
 
     def float64(self) -> Scored:
         p = self.logits.to(torch.float64).softmax(-1)
@@ -69,7 +70,7 @@ Shape = tuple[int, int, str, float]  # rows, vocabulary, confidence, temperature
 
 def maker(shape: Shape, contender: str) -> Make:
     if contender == "definition compiled":
-        scoring = compiled(token_confidence_definition)
+        scoring = compiled(token_confidence_reference)
         return lambda: Call(functools.partial(Rows(*shape).definition, scoring))
     return lambda: Call(getattr(Rows(*shape), contender))
 

@@ -63,9 +63,10 @@ from benchmarks.step_times import TimedEngine, phase_times
 from benchmarks.trajectory import Agreement, Recorder, StepClock, StepTimes, agreement
 from dsb_runtime.cli.main import OneLineParser
 from dsb_runtime.config import check_int
+from dsb_runtime.files import check_writable, write_json
 from dsb_runtime.measure.bench import describe_machine, describe_versions
 from dsb_runtime.measure.limits import timed
-from dsb_runtime.measure.plots import check_files, write_json
+from dsb_runtime.measure.plots import check_picture
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -274,7 +275,8 @@ def settings_of(args: argparse.Namespace, preset: Preset) -> dict[str, Any]:
     check_tokens(args.tokens_per_forward, args.block)
     check_int("--seed", args.seed, 0, 2**63 - 1)
     check_prompt_length(args.prompt, args.gen)
-    check_files(args.json, args.plot)
+    check_writable("--json", args.json)
+    check_picture("--plot", args.plot)
     args.dtype = args.dtype or ("bfloat16" if args.device == "cuda" else "float32")
     prefix = preset.family.prefix_window if args.prefix_window is None else args.prefix_window
     rule: dict[str, Any] = {"threshold": args.threshold}

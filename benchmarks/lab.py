@@ -30,8 +30,8 @@ from benchmarks.lab_targets import markdown_of, rows_of, table_of
 from benchmarks.measure import device
 from benchmarks.roofline import positive
 from dsb_runtime.cli.main import OneLineParser
+from dsb_runtime.files import check_writable
 from dsb_runtime.measure.bench import describe_machine, describe_versions
-from dsb_runtime.measure.plots import check_files
 
 PARTS = {
     "correct": Part(lab_check.correct, "each kernel against its definition in float64", 30),
@@ -134,7 +134,7 @@ def main(argv: Sequence[str] | None = None, began: float | None = None) -> int:
     lab = Lab(60 * args.minutes, args.json, about)
     lab.began = lab.began if began is None else began
     try:
-        check_files(args.json, None)
+        check_writable("--json", args.json)
         if args.resume and args.json is None:
             raise ValueError("--continue: expected it with --json FILE")
         if args.resume:

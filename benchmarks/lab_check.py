@@ -34,7 +34,7 @@ from dsb_kernels.linear_add_norm import linear_add_norm, linear_add_norm_definit
 from dsb_kernels.lm_head import lm_head_confidence
 from dsb_kernels.place import place_rows_definition
 from dsb_kernels.rope_kv import rope_write_kv, rope_write_kv_definition
-from dsb_kernels.token_confidence import token_confidence, token_confidence_definition
+from dsb_kernels.token_confidence import token_confidence, token_confidence_reference
 from dsb_kernels.window_linear import window_linear, window_linear_reference
 
 ROOT = Path(__file__).parents[1]
@@ -111,11 +111,10 @@ def check_token(lab: Lab) -> None:
             logits = (3 * torch.randn(rows, V, device=device())).to(dtype)
             poison()
             token, c = token_confidence(logits, banned=banned)
-            rest = (None, banned, 0.0, None, None, "probability")
-            exact_token, exact = token_confidence_definition(logits.double(), *rest)
+            exact_token, exact = token_confidence_reference(logits.double(), banned=banned)
             if not torch.equal(token, exact_token):
                 lab.problem(f"token_confidence {rows} x {V} {dtype}: other tokens")
-            plain = token_confidence_definition(logits, *rest)[1]
+            plain = token_confidence_reference(logits, banned=banned)[1]
             errors.add(f"{rows} x {V}", dtype, c, plain, exact)
     errors.report()
 

@@ -16,7 +16,7 @@ import torch
 
 from benchmarks import ceilings, measure
 from benchmarks.roofline import Ceilings
-from dsb_runtime.measure.plots import write_json
+from dsb_runtime.files import write_json
 
 MODELS = ("model ", "main ")  # what models are kept under, with what was measured of them
 

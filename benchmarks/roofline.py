@@ -35,7 +35,7 @@ from benchmarks.step_cost import (
     weight_bytes,
 )
 from dsb_runtime.cli.main import OneLineParser
-from dsb_runtime.measure.plots import check_files, write_json
+from dsb_runtime.files import check_writable, write_json
 
 KINDS = ("window", "refresh")
 ITEMSIZE = {"bfloat16": 2, "float16": 2, "float32": 4}
@@ -301,7 +301,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         share = share or refresh_share(args.block, args.tokens_per_forward)
         if share > 1:
             raise ValueError(f"--refresh-share {share:g}: expected a number in (0, 1]")
-        check_files(args.json, None)
+        check_writable("--json", args.json)
     except ValueError as error:
         parser.error(str(error))
     preset = PRESETS[args.preset]

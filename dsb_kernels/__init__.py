@@ -1,6 +1,18 @@
-"""Kernels of diffusion-language-model decoding: tensors only, one op per module.
+"""Kernels of diffusion-language-model decoding: tensors in, tensors out, no model.
 
-Every module holds the op's plain-PyTorch definition, its Triton kernel and the public function.
+`dsb_kernels.method` says in plain Python what they compute together. An op's module holds its
+definition in plain PyTorch (which is what a CPU runs), its Triton kernel and its checks.
+
+    place             place_rows: which rows take part in a step, and where their windows stand
+    rope_kv           rope_write_kv: rotate a window's queries and keys, write K/V into the cache
+    attention         window_attention: a window attends to the cache, or to listed blocks of it
+    window_linear     window_linear: a linear layer, or a gated one, for the tokens of a window
+    linear_add_norm   linear_add_norm: a linear layer, the residual and the next RMS norm
+    lm_head           lm_head_confidence: from hidden states to a proposed token and its confidence
+                      lm_head_partial: the same for a shard of the vocabulary, up to a state
+    score             combine_partials: from the states of all shards to token and confidence
+    token_confidence  token_confidence: from logits to a proposed token and its confidence
+    commit            unmask_and_slide: commit the best candidates and slide the block
 """
 
 __version__ = "0.2.0"

@@ -1,6 +1,10 @@
 """Checks of an op's arguments, from metadata alone: nothing is read from the device.
 
-A message names the op, the argument, its value and what is accepted.
+A message names the op, the argument, its value and what is accepted. Where an op's tensors share
+what is asked of them, its `_check` binds that once:
+
+    check = functools.partial(check_tensor, name, dtype=torch.int32, device=a.canvas.device)
+    check("start", a.start, shape=(B,))
 """
 
 from __future__ import annotations
@@ -20,10 +24,16 @@ def check_choice(op: str, name: str, value: object, accepted: Sequence[object]) 
         raise ValueError(f"{op}: {name}={value!r}: accepted are {choices}")
 
 
+def check_between(op: str, name: str, value: float, low: float, high: float) -> None:
+    """`low` <= `value` <= `high`, else a ValueError."""
+    if not low <= value <= high:
+        raise ValueError(f"{op}: {name}={value}: accepted are {low} to {high}")
+
+
 def check_tensor(
     op: str,
     name: str,
-    tensor: Tensor,
+    tensor: object,
     *,
     dtype: torch.dtype | Sequence[torch.dtype],
     shape: Sequence[int | str],
@@ -49,14 +59,14 @@ def check_tensor(
     dtypes = (dtype,) if isinstance(dtype, torch.dtype) else tuple(dtype)
     if tensor.dtype not in dtypes:
         accepted = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
-        found = str(tensor.dtype).removeprefix("torch.")
-        raise TypeError(f"{op}: {name} has dtype {found}: accepted are {accepted}")
-    found, expected = list(tensor.shape), list(shape)
+        dtype_name = str(tensor.dtype).removeprefix("torch.")
+        raise TypeError(f"{op}: {name} has dtype {dtype_name}: accepted are {accepted}")
+    sizes, expected = list(tensor.shape), list(shape)
     if expected and expected[0] == "...":
         expected = expected[1:]
-        found = found[len(found) - len(expected) :] if len(found) >= len(expected) else found
-    fits = len(found) == len(expected) and all(
-        isinstance(e, str) or f == e for f, e in zip(found, expected, strict=True)
+        sizes = sizes[max(0, len(sizes) - len(expected)) :]
+    fits = len(sizes) == len(expected) and all(
+        isinstance(e, str) or size == e for size, e in zip(sizes, expected, strict=True)
     )
     if not fits:
         wanted = ", ".join(str(s) for s in shape)

@@ -1,4 +1,4 @@
-"""Launch configurations per (op, shape class, architecture), and what to compile to check them.
+"""Launch configurations per (op, shape class, architecture).
 
 Nothing is tuned at run time: a configuration is looked up from static shapes, so results never
 depend on a timing, on the cache's capacity or on what a batch contains.
@@ -9,13 +9,11 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
-# What is compiled and checked without a GPU, and what the others take their configurations from.
+# What `tools.compile_report` compiles; other architectures take the configurations of one of these.
 ARCHITECTURES = ("sm_80", "sm_89", "sm_90", "sm_100")
-TRITON_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 @dataclass(frozen=True)
@@ -27,199 +25,166 @@ class Config:
     num_stages: int = 1
 
 
-def head_blocks(
-    block_v: int, block_n: int, columns: int, *, programs: int, block_k: int = 64
-) -> dict[str, int]:
-    blocks = {"BLOCK_V": block_v, "BLOCK_N": block_n, "BLOCK_K": block_k}
-    return {**blocks, "COLUMNS": columns, "PROGRAMS": programs}
+INFINITY = 1 << 62  # no size is larger
+Classes = dict[int, Config]
 
 
-def linear_blocks(
-    block_v: int, block_n: int, *, programs: int, block_k: int = 64
-) -> dict[str, int]:
-    blocks = {"BLOCK_V": block_v, "BLOCK_N": block_n, "BLOCK_K": block_k}
-    return {**blocks, "PROGRAMS": programs}
+def scoring(tile: tuple[int, int], columns: int, programs: int, warps: int, stages: int) -> Config:
+    """A tile of `lm_head_confidence`: tokens x candidates, `columns` of them scored at a time."""
+    blocks = {"BLOCK_V": tile[0], "BLOCK_N": tile[1], "BLOCK_K": 64}
+    return Config({**blocks, "COLUMNS": columns, "PROGRAMS": programs}, warps, stages)
+
+
+def linear(tile: tuple[int, int], programs: int, warps: int, stages: int) -> Config:
+    """A tile of a linear op: features x tokens, halved where it leaves fewer than `programs`."""
+    blocks = {"BLOCK_V": tile[0], "BLOCK_N": tile[1], "BLOCK_K": 64}
+    return Config({**blocks, "PROGRAMS": programs}, warps, stages)
+
+
+def attention(tile: tuple[int, int], warps: int, stages: int = 1) -> Config:
+    """A tile of `window_attention`: queries x keys."""
+    return Config({"BLOCK_M": tile[0], "BLOCK_N": tile[1]}, warps, stages)
+
+
+def small_linear(programs: int) -> Classes:
+    """The tiles of window_linear and linear_add_norm for 99 KiB of shared memory."""
+    return {
+        16: linear((64, 16), programs, 4, 7),
+        32: linear((64, 32), programs, 4, 6),
+        64: linear((64, 64), programs, 4, 5),
+        INFINITY: linear((64, 128), programs, 4, 4),
+    }
 
 
 # Two accumulators of 128 x 128 do not fit the registers that mma.sync leaves.
 GATED_BY_MMA_SYNC = {
-    16: Config(linear_blocks(64, 16, programs=64), num_warps=4, num_stages=4),
-    32: Config(linear_blocks(64, 32, programs=64), num_warps=4, num_stages=3),
-    64: Config(linear_blocks(64, 64, programs=64), num_warps=4, num_stages=3),
-    1 << 62: Config(linear_blocks(64, 128, programs=64), num_warps=8, num_stages=3),
+    16: linear((64, 16), 64, 4, 4),
+    32: linear((64, 32), 64, 4, 3),
+    64: linear((64, 64), 64, 4, 3),
+    INFINITY: linear((64, 128), 64, 8, 3),
 }
 
 # (op, architecture) -> {largest size of the class: configuration}. "any" serves architectures
-# without an entry of their own. What "size" counts is said beside each op.
-CONFIGS: dict[tuple[str, str], dict[int, Config]] = {
-    # size = rows. One program scores SPLIT_BLOCKS blocks of BLOCK_V logits of one row; few rows
-    # are cut finely enough to fill 132 SMs, many rows coarsely enough to amortise the combine.
+# without an entry of their own. Why each is what it is: see docs/tuning.md.
+CONFIGS: dict[tuple[str, str], Classes] = {
+    # size = candidates; sampling keeps four times the registers busy
     ("token_confidence", "any"): {
-        128: Config({"BLOCK_V": 4096, "SPLIT_BLOCKS": 1}, num_warps=4),
-        512: Config({"BLOCK_V": 4096, "SPLIT_BLOCKS": 4}, num_warps=4, num_stages=3),
-        1 << 62: Config({"BLOCK_V": 4096, "SPLIT_BLOCKS": 8}, num_warps=4, num_stages=3),
+        128: Config({"BLOCK_V": 4096, "SPLIT_BLOCKS": 1}, 4),
+        512: Config({"BLOCK_V": 4096, "SPLIT_BLOCKS": 4}, 4, 3),
+        INFINITY: Config({"BLOCK_V": 4096, "SPLIT_BLOCKS": 8}, 4, 3),
     },
-    # Philox keeps four times the registers busy.
     ("token_confidence sampled", "any"): {
-        128: Config({"BLOCK_V": 4096, "SPLIT_BLOCKS": 1}, num_warps=8),
-        1 << 62: Config({"BLOCK_V": 4096, "SPLIT_BLOCKS": 4}, num_warps=8),
+        128: Config({"BLOCK_V": 4096, "SPLIT_BLOCKS": 1}, 8),
+        INFINITY: Config({"BLOCK_V": 4096, "SPLIT_BLOCKS": 4}, 8),
     },
-    # size = rows. PROGRAMS share the vocabulary evenly (one or two to each of 132 SMs); each scores
-    # its share in tiles of BLOCK_V weight rows (M of the tensor cores) by BLOCK_N hidden rows,
-    # COLUMNS of them at a time. A wide tile for many rows: it reads the hidden rows less often.
+    # size = candidates; PROGRAMS is one or two for each SM
     ("lm_head_confidence", "any"): {
-        16: Config(head_blocks(128, 16, 16, programs=264), num_warps=8, num_stages=4),
-        32: Config(head_blocks(128, 32, 32, programs=264), num_warps=8, num_stages=4),
-        64: Config(head_blocks(128, 64, 32, programs=264), num_warps=8, num_stages=4),
-        1 << 62: Config(head_blocks(256, 128, 32, programs=132), num_warps=16, num_stages=4),
+        16: scoring((128, 16), 16, 264, 8, 4),
+        32: scoring((128, 32), 32, 264, 8, 4),
+        64: scoring((128, 64), 32, 264, 8, 4),
+        INFINITY: scoring((256, 128), 32, 132, 16, 4),
     },
-    # 163 KiB of shared memory a block, and no accumulators of 64 rows a warp.
     ("lm_head_confidence", "sm_80"): {
-        16: Config(head_blocks(128, 16, 16, programs=216), num_warps=8, num_stages=3),
-        32: Config(head_blocks(128, 32, 32, programs=216), num_warps=8, num_stages=3),
-        64: Config(head_blocks(128, 64, 32, programs=216), num_warps=8, num_stages=3),
-        1 << 62: Config(head_blocks(128, 128, 32, programs=108), num_warps=8, num_stages=4),
+        16: scoring((128, 16), 16, 216, 8, 3),
+        32: scoring((128, 32), 32, 216, 8, 3),
+        64: scoring((128, 64), 32, 216, 8, 3),
+        INFINITY: scoring((128, 128), 32, 108, 8, 4),
     },
-    # 99 KiB; 128 SMs on the largest.
     ("lm_head_confidence", "sm_89"): {
-        16: Config(head_blocks(128, 16, 16, programs=256), num_warps=8, num_stages=3),
-        32: Config(head_blocks(128, 32, 32, programs=256), num_warps=8, num_stages=3),
-        64: Config(head_blocks(128, 64, 32, programs=256), num_warps=8, num_stages=3),
-        1 << 62: Config(head_blocks(128, 128, 32, programs=128), num_warps=8, num_stages=3),
+        16: scoring((128, 16), 16, 256, 8, 3),
+        32: scoring((128, 32), 32, 256, 8, 3),
+        64: scoring((128, 64), 32, 256, 8, 3),
+        INFINITY: scoring((128, 128), 32, 128, 8, 3),
     },
-    # 148 SMs; its tensor cores do not take 16 warps.
     ("lm_head_confidence", "sm_100"): {
-        16: Config(head_blocks(128, 16, 16, programs=296), num_warps=8, num_stages=4),
-        32: Config(head_blocks(128, 32, 16, programs=296), num_warps=8, num_stages=4),
-        64: Config(head_blocks(128, 64, 16, programs=296), num_warps=8, num_stages=4),
-        1 << 62: Config(head_blocks(128, 128, 16, programs=148), num_warps=8, num_stages=4),
+        16: scoring((128, 16), 16, 296, 8, 4),
+        32: scoring((128, 32), 16, 296, 8, 4),
+        64: scoring((128, 64), 16, 296, 8, 4),
+        INFINITY: scoring((128, 128), 16, 148, 8, 4),
     },
-    # A Philox call for every logit leaves fewer registers for the tile.
     ("lm_head_confidence sampled", "any"): {
-        16: Config(head_blocks(128, 16, 16, programs=264), num_warps=8, num_stages=4),
-        32: Config(head_blocks(128, 32, 16, programs=264), num_warps=8, num_stages=4),
-        64: Config(head_blocks(128, 64, 16, programs=132), num_warps=8, num_stages=4),
-        1 << 62: Config(head_blocks(128, 128, 16, programs=132), num_warps=8, num_stages=4),
+        16: scoring((128, 16), 16, 264, 8, 4),
+        32: scoring((128, 32), 16, 264, 8, 4),
+        64: scoring((128, 64), 16, 132, 8, 4),
+        INFINITY: scoring((128, 128), 16, 132, 8, 4),
     },
     ("lm_head_confidence sampled", "sm_89"): {
-        16: Config(head_blocks(128, 16, 16, programs=256), num_warps=8, num_stages=4),
-        32: Config(head_blocks(128, 32, 16, programs=256), num_warps=8, num_stages=4),
-        64: Config(head_blocks(128, 64, 16, programs=128), num_warps=8, num_stages=4),
-        1 << 62: Config(head_blocks(128, 128, 16, programs=128), num_warps=8, num_stages=3),
+        16: scoring((128, 16), 16, 256, 8, 4),
+        32: scoring((128, 32), 16, 256, 8, 4),
+        64: scoring((128, 64), 16, 128, 8, 4),
+        INFINITY: scoring((128, 128), 16, 128, 8, 3),
     },
-    # Elements of twice the size and no tensor cores: for tests, and for small models.
-    ("lm_head_confidence float32", "any"): {
-        32: Config(head_blocks(64, 32, 16, programs=264), num_warps=4, num_stages=2),
-        1 << 62: Config(head_blocks(64, 64, 16, programs=264), num_warps=8, num_stages=2),
-    },
-    ("lm_head_confidence sampled float32", "any"): {
-        1 << 62: Config(head_blocks(64, 32, 16, programs=264), num_warps=8, num_stages=2),
-    },
-    # size = rows. A program reads BLOCK_V weight rows (M of the tensor cores; as many again where
-    # gated) in stages of 64 columns, 128 bytes of each: a stage of 64 weight rows is 8 KiB, of R
-    # rows of x R / 8 KiB, and all stages but one are in flight. 132 SMs at 3.35 TB/s (H100) need
-    # about 4 MB of loads on their way at a latency of 1.2 us, whichever SM they belong to; programs
-    # have equal work and run all at once, so that none waits for a second wave. Weights in flight:
-    #   qkv      LLaDA 192 programs, iLLaDA 96, Dream 72 (at 128 rows 96, 96, 72), two to an SM (84
-    #            KiB of shared memory at 32 rows), at 128 rows of LLaDA one: 48 KiB each up to 32
-    #            rows, 40 at 64, 80 at 128: 9.4, 4.7, 3.5 MB at 32.
-    #   gate/up  LLaDA 192 programs, Dream 296, three to an SM (60 KiB at 32 rows): 48 KiB each at
-    #            16 rows, 32 at 32 and 64: 6.3 and 9.7 MB at 32. 128 rows: 96 (96 KiB each) and 148;
-    #            at one to an SM 16 of Dream's start late.
-    # At 128 rows a tile of 64 weights would read twice as many bytes of x, from the L2 cache, as of
-    # weights; a tile of 128 (256 where gated) reads as many (half). It is halved where fewer than
-    # PROGRAMS programs would be left.
+    # size = tokens; every stage but one is a load in flight
     ("window_linear", "any"): {
-        16: Config(linear_blocks(64, 16, programs=64), num_warps=4, num_stages=7),
-        32: Config(linear_blocks(64, 32, programs=64), num_warps=4, num_stages=7),
-        64: Config(linear_blocks(64, 64, programs=64), num_warps=4, num_stages=6),
-        1 << 62: Config(linear_blocks(128, 128, programs=64), num_warps=8, num_stages=6),
+        16: linear((64, 16), 64, 4, 7),
+        32: linear((64, 32), 64, 4, 7),
+        64: linear((64, 64), 64, 4, 6),
+        INFINITY: linear((128, 128), 64, 8, 6),
     },
+    ("window_linear", "sm_89"): small_linear(64),
     ("window_linear gated", "any"): {
-        16: Config(linear_blocks(64, 16, programs=64), num_warps=4, num_stages=4),
-        32: Config(linear_blocks(64, 32, programs=64), num_warps=4, num_stages=3),
-        64: Config(linear_blocks(64, 64, programs=64), num_warps=4, num_stages=3),
-        1 << 62: Config(linear_blocks(128, 128, programs=64), num_warps=8, num_stages=4),
+        16: linear((64, 16), 64, 4, 4),
+        32: linear((64, 32), 64, 4, 3),
+        64: linear((64, 64), 64, 4, 3),
+        INFINITY: linear((128, 128), 64, 8, 4),
     },
     ("window_linear gated", "sm_80"): GATED_BY_MMA_SYNC,
-    ("window_linear", "sm_89"): {
-        16: Config(linear_blocks(64, 16, programs=64), num_warps=4, num_stages=7),
-        32: Config(linear_blocks(64, 32, programs=64), num_warps=4, num_stages=6),
-        64: Config(linear_blocks(64, 64, programs=64), num_warps=4, num_stages=5),
-        1 << 62: Config(linear_blocks(64, 128, programs=64), num_warps=4, num_stages=4),
-    },
     ("window_linear gated", "sm_89"): GATED_BY_MMA_SYNC,
-    # size = rows. Tiles as above, over PROGRAMS programs by splitting the input features: out and
-    # down of 4096 features are 64 tiles x 2 splits = 128 programs, of Dream's 3584 56 x 2 = 112, at
-    # 128 rows 32 x 4 and 28 x 4: one to each of 132 SMs, with 48 KiB of weights in flight up to 32
-    # rows (6.3 MB), 40 at 64 (5.2 MB), 80 at 128 (10.5 MB). Partial sums, written once and read
-    # once, are 2 x splits x rows x E x 4 bytes: beside all that must move (weights, x, residual,
-    # result) of LLaDA's out and down 6% and 2% at 32 rows, 12% and 4% at 64, 44% and 16% at 128,
-    # and at most 8.4 MB at a time, which the L2 cache holds until they are added.
     ("linear_add_norm", "any"): {
-        16: Config(linear_blocks(64, 16, programs=100), num_warps=4, num_stages=7),
-        32: Config(linear_blocks(64, 32, programs=100), num_warps=4, num_stages=7),
-        64: Config(linear_blocks(64, 64, programs=100), num_warps=4, num_stages=6),
-        1 << 62: Config(linear_blocks(128, 128, programs=100), num_warps=8, num_stages=6),
+        16: linear((64, 16), 100, 4, 7),
+        32: linear((64, 32), 100, 4, 7),
+        64: linear((64, 64), 100, 4, 6),
+        INFINITY: linear((128, 128), 100, 8, 6),
     },
-    ("linear_add_norm", "sm_89"): {
-        16: Config(linear_blocks(64, 16, programs=100), num_warps=4, num_stages=7),
-        32: Config(linear_blocks(64, 32, programs=100), num_warps=4, num_stages=6),
-        64: Config(linear_blocks(64, 64, programs=100), num_warps=4, num_stages=5),
-        1 << 62: Config(linear_blocks(64, 128, programs=100), num_warps=4, num_stages=4),
-    },
-    ("window_linear float32", "any"): {
-        32: Config(linear_blocks(64, 32, programs=64), num_warps=4, num_stages=2),
-        1 << 62: Config(linear_blocks(64, 64, programs=64), num_warps=8, num_stages=2),
-    },
-    ("window_linear gated float32", "any"): {
-        32: Config(linear_blocks(64, 32, programs=64), num_warps=8, num_stages=2),
-        1 << 62: Config(linear_blocks(64, 64, programs=64), num_warps=8, num_stages=2),
-    },
-    ("linear_add_norm float32", "any"): {
-        32: Config(linear_blocks(64, 32, programs=100), num_warps=4, num_stages=2),
-        1 << 62: Config(linear_blocks(64, 64, programs=100), num_warps=8, num_stages=2),
-    },
-    # size = query rows of a KV head (group x window), head dim up to 128, then up to 256. 64 rows
-    # and up run on wgmma; K/V tiles of 64 positions, two ahead in flight, saturate memory with one
-    # program per SM.
+    ("linear_add_norm", "sm_89"): small_linear(100),
+    # size = queries of a KV head (group x window), for head dims up to 128, then up to 256
     ("window_attention 128", "any"): {
-        16: Config({"BLOCK_M": 16, "BLOCK_N": 64}, num_warps=4, num_stages=3),
-        32: Config({"BLOCK_M": 32, "BLOCK_N": 64}, num_warps=4, num_stages=4),  # 3 spill
-        64: Config({"BLOCK_M": 64, "BLOCK_N": 64}, num_warps=4, num_stages=3),
-        1 << 62: Config({"BLOCK_M": 128, "BLOCK_N": 64}, num_warps=8, num_stages=3),
-    },
-    ("window_attention 256", "any"): {
-        16: Config({"BLOCK_M": 16, "BLOCK_N": 32}, num_warps=4, num_stages=3),
-        64: Config({"BLOCK_M": 64, "BLOCK_N": 16}, num_warps=4, num_stages=4),  # 32 spill
-        1 << 62: Config({"BLOCK_M": 128, "BLOCK_N": 16}, num_warps=8, num_stages=4),
+        16: attention((16, 64), 4, 3),
+        32: attention((32, 64), 4, 4),  # with 3 stages, registers are spilled
+        64: attention((64, 64), 4, 3),
+        INFINITY: attention((128, 64), 8, 3),
     },
     ("window_attention 128", "sm_89"): {
-        16: Config({"BLOCK_M": 16, "BLOCK_N": 64}, num_warps=4, num_stages=3),
-        32: Config({"BLOCK_M": 32, "BLOCK_N": 64}, num_warps=4, num_stages=2),
-        64: Config({"BLOCK_M": 64, "BLOCK_N": 64}, num_warps=4, num_stages=2),
-        1 << 62: Config({"BLOCK_M": 128, "BLOCK_N": 64}, num_warps=8, num_stages=2),
+        16: attention((16, 64), 4, 3),
+        32: attention((32, 64), 4, 2),
+        64: attention((64, 64), 4, 2),
+        INFINITY: attention((128, 64), 8, 2),
+    },
+    ("window_attention 256", "any"): {
+        16: attention((16, 32), 4, 3),
+        64: attention((64, 16), 4, 4),  # with 32 keys, registers are spilled
+        INFINITY: attention((128, 16), 8, 4),
     },
     ("window_attention 256", "sm_89"): {
-        16: Config({"BLOCK_M": 16, "BLOCK_N": 32}, num_warps=4, num_stages=3),
-        1 << 62: Config({"BLOCK_M": 64, "BLOCK_N": 32}, num_warps=4, num_stages=2),
+        16: attention((16, 32), 4, 3),
+        INFINITY: attention((64, 32), 4, 2),
     },
-    # Tests only: float32 has no tensor cores.
-    ("window_attention float32", "any"): {
-        1 << 62: Config({"BLOCK_M": 16, "BLOCK_N": 16}, num_warps=8),
+    # float32 has elements of twice the size and no tensor cores: for tests and small models
+    ("lm_head_confidence float32", "any"): {
+        32: scoring((64, 32), 16, 264, 4, 2), INFINITY: scoring((64, 64), 16, 264, 8, 2),
     },
-    # size = window rows. 16 rows of a head of 128: every thread loads 16 bytes of each half.
-    ("rope_write_kv", "any"): {1 << 62: Config({"BLOCK_W": 16}, num_warps=4)},
-    # size = batch rows. A program each and for every BLOCK_W positions.
-    ("place_rows", "any"): {1 << 62: Config({"BLOCK_W": 1024}, num_warps=4)},
-    # size = candidates of a row, which one program holds: each against BLOCK_J others at a time. It
-    # searches the response BLOCK_L positions at a time; more of either spill.
+    ("lm_head_confidence sampled float32", "any"): {INFINITY: scoring((64, 32), 16, 264, 8, 2)},
+    ("window_linear float32", "any"): {
+        32: linear((64, 32), 64, 4, 2), INFINITY: linear((64, 64), 64, 8, 2),
+    },
+    ("window_linear gated float32", "any"): {
+        32: linear((64, 32), 64, 8, 2), INFINITY: linear((64, 64), 64, 8, 2),
+    },
+    ("linear_add_norm float32", "any"): {
+        32: linear((64, 32), 100, 4, 2), INFINITY: linear((64, 64), 100, 8, 2),
+    },
+    ("window_attention float32", "any"): {INFINITY: attention((16, 16), 8)},
+    # size = positions of a window
+    ("rope_write_kv", "any"): {INFINITY: Config({"BLOCK_W": 16}, 4)},
+    # size = batch rows
+    ("place_rows", "any"): {INFINITY: Config({"BLOCK_W": 1024}, 4)},
+    # size = candidates of a batch row
     ("unmask_and_slide", "any"): {
-        64: Config({"BLOCK_J": 32, "BLOCK_L": 512}, num_warps=4),
-        256: Config({"BLOCK_J": 16, "BLOCK_L": 1024}, num_warps=8),
-        1 << 62: Config({"BLOCK_J": 4, "BLOCK_L": 1024}, num_warps=16),
+        64: Config({"BLOCK_J": 32, "BLOCK_L": 512}, 4),
+        256: Config({"BLOCK_J": 16, "BLOCK_L": 1024}, 8),
+        INFINITY: Config({"BLOCK_J": 4, "BLOCK_L": 1024}, 16),
     },
-}
+}  # fmt: skip
 
 
 def of_dtype(op: str, dtype: torch.dtype) -> str:
@@ -251,28 +216,3 @@ def architecture_of(device: torch.device) -> str:
         return "sm_90" if major == 9 else "sm_100"
     # 8.6, 8.9, 12.0 and the like have 99 KiB of shared memory a block.
     return "sm_80" if (major, minor) == (8, 0) else "sm_89"
-
-
-@dataclass(frozen=True)
-class CompileCase:
-    """One kernel in one production configuration, as `tools.compile_report` compiles it.
-
-    Every op module lists its own in a module-level `compile_cases() -> list[CompileCase]`.
-    `expects_*` and `max_*` are asserted for sm_90 only.
-    """
-
-    op: str  # public name of the op
-    name: str  # which kernel, variant and shape class
-    kernel: Any  # the `@jit` function
-    signature: Mapping[str, str]  # runtime arguments: {"x_ptr": "*bf16", "length": "i32", ...}
-    constexprs: Mapping[str, Any]  # the tl.constexpr arguments
-    num_warps: int
-    num_stages: int = 1
-    divisible: tuple[str, ...] = ()  # runtime arguments known to be divisible by 16 (pointers too)
-    architectures: tuple[str, ...] = ARCHITECTURES
-    expects_tensor_cores: bool = False  # HGMMA on sm_90
-    expects_wide_loads: bool = False  # every global load is of 128 bits, but for ...
-    scalar_load_bytes: int = 0  # ... this many bytes of scalars (a flag, a seed)
-    max_loop: int | None = None  # instructions of the longest loop that holds no other
-    max_exponentials: float | None = None  # MUFU.EX2 in the code, of a thread, divided by ...
-    elements_per_thread: float | None = None  # ... the elements that this code scores (a loop once)

@@ -103,7 +103,8 @@ def op(
     Args:
         definition: the op in plain PyTorch. Its annotations are the op's schema; its docstring is
             the public one. A parameter annotated with a class that has `encode() -> str` and
-            `decode(str)` travels through torch as that string.
+            `decode(str)` travels through torch as that string; one of type `Sequence[int]` may
+            have a tuple as its default.
         launch: takes the bound arguments, a named tuple `a` with a field for each parameter of
             the definition (`a.x`), and launches the kernel. Returns what the definition returns.
         check: takes the same; raises what the public function is documented to raise.
@@ -114,77 +115,81 @@ def op(
     The returned function has the attributes `op` (what torch registered) and `definition`.
     """
     name = definition.__name__.removesuffix("_reference")
-    signature = inspect.signature(definition)
     hints = typing.get_type_hints(definition)
-    parameters = signature.parameters
-    fields, defaults = (
-        [*parameters],
-        [p.default for p in parameters.values() if p.default is not p.empty],
-    )
-    if any(
-        parameters[n].default is not inspect.Parameter.empty
-        for n in fields[: len(fields) - len(defaults)]
-    ):
+    parameters = inspect.signature(definition).parameters
+    fields = [*parameters]
+    defaults = [p.default for p in parameters.values() if p.default is not p.empty]
+    if any(parameters[n].default is not inspect.Parameter.empty for n in fields[: -len(defaults)]):
         raise TypeError(f"{name}: a parameter without a default follows one with a default")
     # Binding by a named tuple takes a microsecond; inspect.Signature.bind takes ten.
     Arguments = collections.namedtuple(name, fields, defaults=defaults)  # type: ignore[misc]
     positional = sum(p.kind is not p.KEYWORD_ONLY for p in parameters.values())
-    coded = {n: hints[n] for n in fields if hasattr(hints[n], "encode")}
+    coded = {
+        n: hints[n] for n in fields if hasattr(hints[n], "encode") and hasattr(hints[n], "decode")
+    }
 
     def bind(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if len(args) > positional:
             raise TypeError(
-                f"{name}: {len(args)} positional arguments: accepted are {positional}, the rest by "
-                "name"
+                f"{name}() takes {positional} positional arguments and the rest by name; "
+                f"{len(args)} were given"
             )
         try:
             return Arguments(*args, **kwargs)
         except TypeError as error:
-            raise TypeError(f"{name}: {error}") from None
+            raise TypeError(str(error).replace(".__new__()", "()")) from None
 
-    def named(a: Any) -> dict[str, Any]:
-        return dict(zip(fields[positional:], a[positional:], strict=True))
+    def launches(a: Any) -> bool:
+        return use_triton(*(value for value in a if isinstance(value, Tensor)))
 
-    def dispatch(*args: Any, **kwargs: Any) -> Any:
-        a = bind(args, kwargs)
+    unchecked: Callable[..., Any] = definition
+
+    def implementation(*args: Any, **kwargs: Any) -> Any:
+        a = Arguments(*args, **kwargs)
         if coded:
             a = a._replace(**{n: kind.decode(getattr(a, n)) for n, kind in coded.items()})
-        if use_triton(*(v for v in a if isinstance(v, Tensor))):
-            return launch(a)
-        return definition(
-            *a[:positional], **dict(zip(fields[positional:], a[positional:], strict=True))
-        )
+        return launch(a) if launches(a) else unchecked(**a._asdict())
 
-    functools.update_wrapper(dispatch, definition)
-    dispatch.__name__ = name
-    dispatch.__annotations__ = {**hints, **dict.fromkeys(coded, str)}
-    dispatch.__signature__ = signature.replace(  # type: ignore[attr-defined]
-        parameters=[
-            p.replace(annotation=str if n in coded else hints[n]) for n, p in parameters.items()
-        ],
-        return_annotation=hints["return"],
+    implementation.__name__ = name
+    implementation.__signature__ = _torch_signature(  # type: ignore[attr-defined]
+        definition, hints | dict.fromkeys(coded, str)
     )
-    registered = _register(name, dispatch, mutates_args)
+    registered = _register(name, implementation, mutates_args)
 
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
         a = bind(args, kwargs)
         check(a)
         # The definition itself where it is what would run: torch's dispatch takes 70 us more.
         # The compiler is given the op, whose dispatch it can trace.
-        if not torch.compiler.is_compiling() and not use_triton(
-            *(v for v in a if isinstance(v, Tensor))
-        ):
+        if not torch.compiler.is_compiling() and not launches(a):
             result = call.definition(*args, **kwargs)  # type: ignore[attr-defined]
         else:
-            if coded:
-                a = a._replace(**{n: getattr(a, n).encode() for n in coded})
-            result = registered(*a[:positional], **named(a))
+            result = registered(*a._replace(**{n: getattr(a, n).encode() for n in coded}))
         return result if finish is None else finish(a, result)
 
     functools.update_wrapper(call, definition)
     call.__name__ = call.__qualname__ = name
     call.op, call.definition = registered, definition  # type: ignore[attr-defined]
     return call
+
+
+def _torch_signature(definition: Callable, hints: dict[str, Any]) -> inspect.Signature:
+    """The signature of a definition as torch makes a schema of it: every tensor is positional, and
+    there are no defaults where one is a tuple, which schemas do not know."""
+    signature = inspect.signature(definition)
+    known = not any(isinstance(p.default, tuple) for p in signature.parameters.values())
+    return signature.replace(
+        parameters=[
+            inspect.Parameter(
+                name,
+                inspect.Parameter.POSITIONAL_OR_KEYWORD,
+                annotation=hints[name],
+                default=p.default if known else inspect.Parameter.empty,
+            )
+            for name, p in signature.parameters.items()
+        ],
+        return_annotation=None if hints["return"] is type(None) else hints["return"],
+    )
 
 
 def _register(name: str, fn: Callable, mutates_args: Sequence[str]) -> Callable:

@@ -16,7 +16,6 @@ from torch import Tensor
 from dsb_kernels._check import check_tensor
 from dsb_kernels._op import register_op, use_triton
 from dsb_kernels.attention_kernel import MAX_SPLITS, launch
-from dsb_kernels.attention_kernel import compile_cases as compile_cases
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 

@@ -7,16 +7,12 @@ shape letters they use.
 from __future__ import annotations
 
 import functools
-import itertools
 import math
 
 import torch
 from torch import Tensor
 
 from dsb_kernels._configs import (
-    ARCHITECTURES,
-    TRITON_DTYPES,
-    CompileCase,
     Config,
     architecture_of,
     configuration,
@@ -314,97 +310,3 @@ def launch(
             BLOCK_M=COMBINE_ROWS, BLOCK_D=blocks["BLOCK_D"], **launch_options(4, 1),
         )  # fmt: skip
     return out, lse
-
-
-def compile_cases() -> list[CompileCase]:
-    """LLaDA-8B, iLLaDA-8B and Dream-7B at every window capacity, and the other head dims.
-
-    The runtime's capacities start at 16, where Dream's tile is that of 32. Those that share tile
-    and splits are one case. The KV cache has been written (as the runtime does it) and is the
-    batch's or has other rows too, or the window is fresh and listed blocks are visited.
-    """
-    shapes = [  # name, heads, KV heads, head dim, window capacities
-        ("LLaDA-8B", 32, 32, 128, (16, 32, 64, 128, 256)),
-        ("iLLaDA-8B", 32, 8, 128, (16, 32, 64, 128, 256)),
-        ("Dream-7B", 28, 4, 128, (32, 64, 128, 256)),
-        *((f"head dim {d}", 16, 16, d, (64, 128)) for d in (64, 80, 96, 256)),
-    ]
-    cases: dict[object, CompileCase] = {}
-    for architecture, (name, H, H_kv, D, capacities) in itertools.product(ARCHITECTURES, shapes):
-        for W in capacities:
-            rows = H // H_kv * W
-            for way in ("in cache", "in cache indexed", "fresh listed")[: 3 if D == 128 else 1]:
-                words = f"{name} {min(rows, 128)} rows {way}"
-                case = _attention_case(words, H, H_kv, W, D, way, 4, architecture)
-                cases.setdefault((words, architecture), case)
-    for architecture in ARCHITECTURES:
-        cases["one split", architecture] = _attention_case(
-            "LLaDA-8B one split", 32, 32, 64, 128, "in cache", 1, architecture
-        )
-        for D in (64, 128, 256):
-            cases["float32", D, architecture] = _attention_case(
-                f"float32 head dim {D}", 16, 4, 64, D, "in cache", 4, architecture, "fp32"
-            )
-    for D, splits in ((128, 4), (128, 32), (256, 4)):
-        constexprs = {
-            "HEAD_DIM": D, "NUM_SPLITS": splits, "RETURN_LSE": False, "BLOCK_M": COMBINE_ROWS,
-            "BLOCK_D": D,
-        }  # fmt: skip
-        pointers = {"partial_ptr": "*bf16", "partial_lse_ptr": "*fp32", "out_ptr": "*bf16"}
-        pointers |= {"lse_ptr": "*fp32", "window_length_ptr": "*i32"}
-        strides = dict.fromkeys(("stride_ob", "stride_oh", "stride_ow", "H", "W"), "i32")
-        cases[f"combine {D} {splits}"] = CompileCase(
-            op="window_attention",
-            name=f"combine {splits} splits, head dim {D}",
-            kernel=_combine_kernel,
-            signature=pointers | strides,
-            constexprs=constexprs,
-            num_warps=4,
-            divisible=(*pointers, "stride_ob", "stride_oh", "stride_ow", "W"),
-            expects_wide_loads=True,
-            scalar_load_bytes=4 + 2 * 4 * splits,  # the row's length; each log-sum-exp, twice
-        )
-    return list(cases.values())
-
-
-def _attention_case(
-    name: str, H: int, H_kv: int, W: int, D: int, way: str, splits: int, architecture: str,
-    dtype: str = "bf16",
-) -> CompileCase:  # fmt: skip
-    config = tile_of(H // H_kv * W, D, TRITON_DTYPES[dtype], architecture)
-    listed, indexed = "listed" in way, "indexed" in way
-    lists = ("num_blocks_ptr", "indices_ptr")
-    absent = (*(() if listed else lists), *(() if indexed else ("batch_idx_ptr",)))
-    constexprs = {
-        "GROUP": H // H_kv, "HEAD_DIM": D, "NUM_SPLITS": splits,
-        "WINDOW_IN_CACHE": "in cache" in way, "KV_BLOCK": 64, "RETURN_LSE": False, **config.blocks,
-        "BLOCK_D": max(64, triton.next_power_of_2(D)), **dict.fromkeys(absent),
-    }  # fmt: skip
-    names = _attention_kernel.arg_names
-    values = {"softmax_scale": "fp32"}
-    integers = ("window_start_ptr", "window_length_ptr", "seqlens_ptr", "leftpad_ptr")
-    values |= {"lse_ptr": "*fp32", **dict.fromkeys((*integers, "batch_idx_ptr", *lists), "*i32")}
-    signature = {n: values.get(n, f"*{dtype}" if n.endswith("_ptr") else "i32") for n in names}
-    signature = {n: kind for n, kind in signature.items() if n not in constexprs}
-    uneven = ("H_kv", "softmax_scale", "stride_nb", "stride_nh", "stride_ib", "stride_ih")
-    return CompileCase(
-        op="window_attention",
-        name=name,
-        kernel=_attention_kernel,
-        signature=signature,
-        constexprs=constexprs,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-        divisible=tuple(n for n in signature if n not in uneven),
-        architectures=(architecture,),
-        expects_tensor_cores=config.blocks["BLOCK_M"] >= 64,
-        expects_wide_loads=True,
-        # 64 positions of 128 rows are 1024 clocks of an SM's tensor cores, and 920 of its four
-        # schedulers if each of 8 warps has 460 instructions.
-        max_loop={64: 500, 128: 460}.get(config.blocks["BLOCK_M"])
-        if D == 128 and not listed
-        else None,
-        # Start, length, end and padding of the row, its row of the cache; a list's length and an
-        # entry for each stage.
-        scalar_load_bytes=16 + 4 * indexed + 4 * (1 + config.num_stages) * listed,
-    )

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from dsb_kernels._check import check_choice, check_tensor
 from dsb_kernels._op import register_op, takes_definition, use_triton
-from dsb_kernels.commit_kernel import compile_cases as compile_cases
 from dsb_kernels.commit_kernel import launch
 from dsb_kernels.rows import (
     BOOL_FIELDS,
@@ -133,7 +132,8 @@ def unmask_and_slide_definition(
     valid = valid & active[:, None]
     nan = (valid & confidence.isnan()).any(-1)
     valid = valid & ~nan[:, None]
-    commit = select(confidence, valid, quota_due(state, spec, length), spec)
+    due = quota_due(state, spec, length)
+    commit = select(confidence, valid, due, spec.rule, spec.rule_value)
     if spec.refresh_commit == "first":
         first = valid & (valid.cumsum(-1) == 1)
         commit = torch.where(state.refresh[:, None], first, commit)

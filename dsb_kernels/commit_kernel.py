@@ -11,7 +11,7 @@ from dataclasses import fields
 
 from torch import Tensor
 
-from dsb_kernels._configs import CompileCase, Config, configuration
+from dsb_kernels._configs import Config, configuration
 from dsb_kernels._op import jit, launch_options, tl, triton, wrap_triton
 from dsb_kernels.rows import NOTHING as _NOTHING
 from dsb_kernels.rows import REFRESH as _REFRESH
@@ -290,50 +290,3 @@ def constants(
         "BLOCK_R": triton.next_power_of_2(rows),
         **config_of(K).blocks,
     }
-
-
-def compile_cases() -> list[CompileCase]:
-    """Every rule, schedule and cache policy; K = 32 as published and the widest window."""
-    kinds = {"canvas_ptr": "*i64", "token_ptr": "*i64"}
-    kinds |= dict.fromkeys(("confidence_ptr", "scored_ptr"), "*fp32")
-    kinds |= dict.fromkeys(("commit_ptr", "refresh_ptr", "done_ptr"), "*i1")
-    kinds |= dict.fromkeys(("failed_ptr", "active_ptr"), "*i1")
-    variants = (
-        # K, rows, schedule, S_max, cache, rule, value, refresh commits, stops at EOS
-        (32, 1, "dsb", 32, "dsb", "threshold", 0.9, "select", True),
-        (32, 1, "dsb", None, "dsb", "threshold", 0.9, "first", True),
-        (32, 16, "dsb", None, "dsb", "threshold", 0.9, "select", True),
-        (32, 1, "dsb", None, "dsb", "frechet", 0.25, "select", True),
-        (32, 1, "dsb", None, "none", "factor", 1.0, "select", False),
-        (32, 1, "naive", None, "dual", "threshold", 0.9, "first", True),
-        (32, 1, "naive", None, "none", "quota", 0.0, "select", False),
-        (256, 1, "dsb", None, "dsb", "threshold", 0.9, "select", True),
-        (256, 64, "dsb", None, "dsb", "frechet", 0.25, "select", True),
-        (64, 1, "dsb", None, "dsb", "frechet", 0.25, "select", True),
-        (1024, 1, "naive", None, "none", "frechet", 0.25, "select", True),
-    )
-    cases = []
-    for K, rows, schedule, max_size, cache, rule, value, commit, stop in variants:
-        eos = (126081, 126348) if stop else ()
-        constexprs = constants(K, rows, schedule, max_size, cache, rule, value, commit, eos)
-        if rows == 1:
-            constexprs["rows_ptr"] = None
-        signature = {
-            n: kinds.get(n, "*i32" if n.endswith("_ptr") else "i32")
-            for n in _unmask_kernel.arg_names
-            if n not in constexprs
-        }
-        cases.append(
-            CompileCase(
-                op="unmask_and_slide",
-                name=f"{schedule} cache={cache} {rule} K={K}"
-                + " first" * (commit == "first")
-                + f" of {rows} rows" * (rows > 1),
-                kernel=_unmask_kernel,
-                signature=signature,
-                constexprs=constexprs,
-                num_warps=config_of(K).num_warps,
-                divisible=tuple(n for n in signature if n.endswith("_ptr")),
-            )
-        )
-    return cases

@@ -7,7 +7,6 @@ hidden size), `S` = splits of the input features.
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass
 
 import torch
@@ -16,9 +15,6 @@ from torch.nn.functional import rms_norm
 
 from dsb_kernels._check import FLOATS, check_tensor
 from dsb_kernels._configs import (
-    ARCHITECTURES,
-    TRITON_DTYPES,
-    CompileCase,
     architecture_of,
     configuration,
     of_dtype,
@@ -190,49 +186,3 @@ def linear_add_norm(
     if 0 in (rows, E, F) or takes_definition(x, weight, residual):
         return linear_add_norm_definition(x, weight, residual, norm_weight, eps)
     return _linear_add_norm_op(x, weight, residual, norm_weight, eps)
-
-
-def compile_cases() -> list[CompileCase]:
-    """Every row class, for the splits that the models' shapes give."""
-    cases = []
-    variants = [(rows, "bf16") for rows in (16, 32, 64, 128)] + [(32, "fp16")]
-    variants += [(rows, "fp32") for rows in (32, 64)]
-    for architecture, (rows, dtype) in itertools.product(ARCHITECTURES, variants):
-        launch = launch_of(rows, 4096, 12288, TRITON_DTYPES[dtype], architecture)
-        signature = {
-            "weight_ptr": f"*{dtype}", "x_ptr": f"*{dtype}", "partial_ptr": "*fp32",
-            "stride_we": "i32", "stride_xn": "i32", "rows": "i32", "E": "i32", "F": "i32",
-            "share": "i32",
-        }  # fmt: skip
-        cases.append(
-            CompileCase(
-                op="linear_add_norm",
-                name=f"split linear {dtype} {rows} rows",
-                kernel=_split_linear_kernel,
-                signature=signature,
-                constexprs={**launch.blocks, "EVEN_K": True},
-                num_warps=launch.num_warps,
-                num_stages=launch.num_stages,
-                divisible=tuple(name for name in signature if name != "rows"),
-                architectures=(architecture,),
-                expects_tensor_cores=dtype != "fp32",
-                expects_wide_loads=True,
-            )
-        )
-    for E, dtype, splits in ((4096, "bf16", 2), (3584, "bf16", 4), (4096, "fp16", 2)):
-        pointers = dict.fromkeys(("residual_ptr", "norm_weight_ptr", "out_ptr"), f"*{dtype}")
-        integers = dict.fromkeys(("stride_rn", "stride_on", "rows", "E"), "i32")
-        signature = {"partial_ptr": "*fp32", **pointers, **integers, "eps": "fp32"}
-        cases.append(
-            CompileCase(
-                op="linear_add_norm",
-                name=f"add norm {dtype} {E} features {splits} splits",
-                kernel=_add_norm_kernel,
-                signature=signature,
-                constexprs={"SPLITS": splits, "BLOCK_E": triton.next_power_of_2(E)},
-                num_warps=norm_warps(E),
-                divisible=tuple(name for name in signature if name not in ("rows", "eps")),
-                expects_wide_loads=True,
-            )
-        )
-    return cases

@@ -1,84 +1,132 @@
 """lm_head_confidence: proposed token and confidence straight from hidden states.
 
 The same result as `token_confidence` of `hidden @ weight.T + bias`, without those logits ever
-being in memory: FlashSampling (arXiv 2603.15854) for proposing and scoring. `V` = vocabulary,
-`N` = rows, `E` = hidden size.
+being in memory: FlashSampling (arXiv 2603.15854) for proposing and scoring. `lm_head_partial` does
+the same for a shard of the vocabulary, up to a state that `combine_partials` takes. `V` =
+vocabulary, `N` = candidates, `E` = hidden size.
 """
 
 from __future__ import annotations
 
-import itertools
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 from dsb_kernels._check import FLOATS, check_tensor
-from dsb_kernels._configs import (
-    ARCHITECTURES,
-    TRITON_DTYPES,
-    CompileCase,
-    architecture_of,
-    configuration,
-    of_dtype,
-)
-from dsb_kernels._op import (
-    jit,
-    launch_options,
-    register_op,
-    takes_definition,
-    tl,
-    triton,
-    use_triton,
-    wrap_triton,
-)
+from dsb_kernels._configs import architecture_of, configuration, of_dtype
+from dsb_kernels._op import jit, launch_options, op, tl, triton, wrap_triton
+from dsb_kernels.noise import gumbel
 from dsb_kernels.score import (
-    CONFIDENCES,
     NO_TOKEN,
     PLANES,
-    _combine_partials_op,
     capped,
     check_scoring,
-    combine_kernel,
-    combine_warps,
-    gumbel,
-    state_definition,
+    launch_combine,
+    launch_merge,
+    state_of,
     store_state,
     weigh,
 )
-from dsb_kernels.token_confidence import token_confidence_definition
+from dsb_kernels.token_confidence import token_confidence_reference
 
 # --- definition -------------------------------------------------------------------------------
 
 
-def lm_head_confidence_definition(
+def lm_head_confidence_reference(
     hidden: Tensor,
     weight: Tensor,
-    bias: Tensor | None,
-    eligible: Tensor | None,
-    banned: Sequence[int],
-    temperature: float,
-    seed: Tensor | None,
-    noise_ids: Tensor | None,
-    confidence: str,
+    bias: Tensor | None = None,
+    *,
+    eligible: Tensor | None = None,
+    banned: Sequence[int] = (),
+    temperature: float = 0.0,
+    seed: Tensor | None = None,
+    noise_ids: Tensor | None = None,
+    confidence: str = "probability",
 ) -> tuple[Tensor, Tensor]:
-    logits = torch.nn.functional.linear(hidden, weight, bias)
-    return token_confidence_definition(
-        logits, eligible, banned, temperature, seed, noise_ids, confidence
-    )
+    """Propose and score a token for every hidden state (see `token_confidence`).
+
+    Args:
+        hidden: (N, E) float32, float16 or bfloat16, last dimension of stride 1.
+        weight: (V, E), the LM head, of the same dtype, last dimension of stride 1.
+        bias: (V,) of the same dtype, or None.
+        eligible, banned, temperature, seed, noise_ids, confidence: as in `token_confidence`, with
+            (N,) in place of (...).
+
+    Returns:
+        token (N,) int64 and confidence (N,) float32. Logits are accumulated and scored in float32
+        by the kernel, and rounded to the dtype of `hidden` before they are scored by the
+        definition.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong dtype, shape, device, stride or value.
+    """
+    return token_confidence_reference(
+        linear(hidden, weight, bias), eligible=eligible, banned=banned, temperature=temperature,
+        seed=seed, noise_ids=noise_ids, confidence=confidence,
+    )  # fmt: skip
+
+
+def lm_head_partial_reference(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    vocab_start: int = 0,
+    vocab_end: int | None = None,
+    eligible: Tensor | None = None,
+    banned: Sequence[int] = (),
+    temperature: float = 0.0,
+    seed: Tensor | None = None,
+    noise_ids: Tensor | None = None,
+    confidence: str = "probability",
+) -> Tensor:
+    """The states of candidates over a shard of the vocabulary, for `combine_partials`.
+
+    Args:
+        hidden, bias, eligible, temperature, seed, noise_ids, confidence: as in
+            `lm_head_confidence`.
+        weight: (V, E), the shard of the LM head.
+        vocab_start: global id of the token of the first weights.
+        vocab_end: one past the global id of the last token, for a shard padded with weights beyond
+            the vocabulary; None takes all weights.
+        banned: global token ids, which may belong to other shards.
+
+    Returns:
+        (6, N) float32: maximum, total, best score, logit, extra and global token id
+        (`dsb_kernels.score`). What it holds of candidates that are not eligible is undefined.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong dtype, shape, device, stride or value.
+    """
+    V = len(weight) if vocab_end is None else vocab_end - vocab_start
+    logits = linear(hidden, weight[:V], None if bias is None else bias[:V])
+    return state_of(
+        logits, banned=columns_of(banned, vocab_start, V), temperature=temperature, seed=seed,
+        noise_ids=noise_ids, confidence=confidence, vocab_start=vocab_start,
+    )  # fmt: skip
+
+
+def columns_of(banned: Sequence[int], vocab_start: int, V: int) -> list[int]:
+    """The banned tokens of a shard, counted from its first."""
+    return [b - vocab_start for b in banned if 0 <= b - vocab_start < V]
 
 
 # --- kernel -----------------------------------------------------------------------------------
-# A program scores a contiguous share of the vocabulary for BLOCK_N rows, in tiles of BLOCK_V
-# tokens: the weights are the M operand of the tensor cores, which want 64 rows of it, the window's
-# rows are N. Each weight is read once for up to 128 rows. A tile's logits live in registers only
-# and leave as the rows' states over the tile (row_state.py), one part each.
+# A program scores a contiguous share of the vocabulary for BLOCK_N candidates, in tiles of BLOCK_V
+# tokens. The weights are the M operand of the tensor cores, which want 64 of them; the candidates
+# are the N operand. Each weight is read once for up to 128 candidates. A tile's logits live in
+# registers only and leave as the candidates' states over the tile (see score.py), one part each.
 
 
 @jit
 def _noise(key, token, noise_id):
-    """Gumbel noise of every token (BLOCK_V,) for every row (BLOCK_N,)."""
+    """Gumbel noise of every token (BLOCK_V,) for every candidate (BLOCK_N,)."""
     counter = (token // 4).to(tl.uint32)[:, None]
     id_low = (noise_id & 0xFFFFFFFF).to(tl.uint32)[None, :]
     id_high = ((noise_id >> 32) & 0xFFFFFFFF).to(tl.uint32)[None, :]
@@ -92,33 +140,38 @@ def _noise(key, token, noise_id):
 
 @jit
 def _store_states(
-    x, first, last, first_row, rows, part_ptr, seed_ptr, noise_ids_ptr, token_base, temperature,
+    x, first, last, first_candidate, num_candidates, part_ptr, seed_ptr, noise_ids_ptr,
+    token_base, temperature,
     BLOCK_V: tl.constexpr, BLOCK_N: tl.constexpr, COLUMNS: tl.constexpr,
     BANNED: tl.constexpr, SAMPLE: tl.constexpr, CONFIDENCE: tl.constexpr,
 ):  # fmt: skip
-    """Score a tile of logits `x` (BLOCK_V, BLOCK_N), at most COLUMNS rows at a time: what a
-    column needs is held by every thread of its column, which would not fit for 128 of them."""
+    """Score a tile of logits `x` (BLOCK_V, BLOCK_N), at most COLUMNS candidates at a time.
+
+    Every thread of a candidate's column keeps the candidate's values in registers, which would not
+    suffice for 128 of them.
+    """
     if BLOCK_N > COLUMNS:
         halves = tl.permute(tl.reshape(x, (BLOCK_V, 2, BLOCK_N // 2)), (0, 2, 1))
         left, right = tl.split(halves)
         _store_states(
-            left, first, last, first_row, rows, part_ptr, seed_ptr, noise_ids_ptr, token_base,
-            temperature, BLOCK_V, BLOCK_N // 2, COLUMNS, BANNED, SAMPLE, CONFIDENCE,
+            left, first, last, first_candidate, num_candidates, part_ptr, seed_ptr, noise_ids_ptr,
+            token_base, temperature, BLOCK_V, BLOCK_N // 2, COLUMNS, BANNED, SAMPLE, CONFIDENCE,
         )  # fmt: skip
         _store_states(
-            right, first, last, first_row + BLOCK_N // 2, rows, part_ptr, seed_ptr, noise_ids_ptr,
-            token_base, temperature, BLOCK_V, BLOCK_N // 2, COLUMNS, BANNED, SAMPLE, CONFIDENCE,
+            right, first, last, first_candidate + BLOCK_N // 2, num_candidates, part_ptr,
+            seed_ptr, noise_ids_ptr, token_base, temperature, BLOCK_V, BLOCK_N // 2, COLUMNS,
+            BANNED, SAMPLE, CONFIDENCE,
         )  # fmt: skip
     else:
         token = first + tl.arange(0, BLOCK_V)
-        row = first_row + tl.arange(0, BLOCK_N)
+        candidate = first_candidate + tl.arange(0, BLOCK_N)
         x = tl.where(token[:, None] < last, x, -float("inf"))
         maximum = tl.max(x, 0)
         distance, e = weigh(x, maximum[None, :])
         e = capped(e)
         total = tl.sum(e, 0)
         extra = tl.zeros_like(total)
-        if CONFIDENCE == "neg_entropy":
+        if CONFIDENCE == "entropy":
             finite = (e > 0) & (distance < float("inf"))
             extra = tl.sum(tl.where(finite, e * distance, 0.0), 0)
 
@@ -129,7 +182,7 @@ def _store_states(
                 score = tl.max(x, 0)
         scores = x
         if SAMPLE:
-            noise_id = tl.load(noise_ids_ptr + tl.minimum(row, rows - 1))
+            noise_id = tl.load(noise_ids_ptr + tl.minimum(candidate, num_candidates - 1))
             scores = x / temperature + _noise(tl.load(seed_ptr), token + token_base, noise_id)
             score = tl.max(scores, 0)
         index = tl.min(tl.where(scores == score[None, :], token[:, None], NO_TOKEN), 0)
@@ -138,67 +191,70 @@ def _store_states(
             logit = tl.max(tl.where(token[:, None] == index[None, :], x, -float("inf")), 0)
         if CONFIDENCE == "margin":
             logit = tl.max(x, 0)
-            at = tl.min(tl.where(x == logit[None, :], token[:, None], NO_TOKEN), 0)
-            extra = tl.max(tl.where(token[:, None] == at[None, :], -float("inf"), x), 0)
+            best = tl.min(tl.where(x == logit[None, :], token[:, None], NO_TOKEN), 0)
+            extra = tl.max(tl.where(token[:, None] == best[None, :], -float("inf"), x), 0)
         index = tl.where(score == -float("inf"), NO_TOKEN, index)
         store_state(
-            part_ptr + row, rows, row < rows, maximum, total, score, logit, extra, index,
-            token_base,
+            part_ptr + candidate, num_candidates, candidate < num_candidates,
+            maximum, total, score, logit, extra, index, token_base,
         )  # fmt: skip
 
 
 @jit
 def _lm_head_kernel(
     weight_ptr, hidden_ptr, bias_ptr, eligible_ptr, seed_ptr, noise_ids_ptr, partial_ptr,
-    stride_wv, stride_hn, rows, V, E, share, token_base, temperature,
+    stride_wv, stride_hn, num_candidates, V, E, share, token_base, temperature,
     BLOCK_V: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr,
     COLUMNS: tl.constexpr, BANNED: tl.constexpr, SAMPLE: tl.constexpr, CONFIDENCE: tl.constexpr,
 ):  # fmt: skip
-    """Program (share, block of rows): the rows' states over one share of the vocabulary."""
+    """Program (share, block of candidates): their states over one share of the vocabulary."""
     program = tl.program_id(0)
-    row = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    if eligible_ptr is not None:  # noqa: SIM102 (a compile-time and a run-time condition)
-        if tl.max(tl.load(eligible_ptr + row, mask=row < rows, other=0).to(tl.int32), 0) == 0:
+    first_candidate = tl.program_id(1) * BLOCK_N
+    candidate = first_candidate + tl.arange(0, BLOCK_N)
+    present = candidate < num_candidates
+    if eligible_ptr is not None:
+        eligible = tl.load(eligible_ptr + candidate, mask=present, other=0)
+        if tl.max(eligible.to(tl.int32), 0) == 0:
             return
     temperature = tl.cast(temperature, tl.float32)  # Inductor passes scalars as float64
     k = tl.arange(0, BLOCK_K)
     # Unsigned 32 bits take half the registers of addresses, and a tile's are all alike.
     weight_offset = tl.arange(0, BLOCK_V)[:, None] * stride_wv + k[None, :]
     weight_offset = weight_offset.to(tl.uint32).to(tl.uint64)
-    hidden_ptrs = hidden_ptr + row.to(tl.int64)[None, :] * stride_hn + k[:, None]
-    # Whole rows are masked, never parts of one: the loads stay wide and fetch nothing twice.
-    hidden_mask = (row < rows)[None, :]
+    hidden_ptrs = hidden_ptr + candidate.to(tl.int64)[None, :] * stride_hn + k[:, None]
+    # Whole vectors are masked, never parts of one: the loads stay wide and fetch nothing twice.
+    hidden_mask = present[None, :]
 
     first = program * share
     last = tl.minimum(first + share, V)
     part = program.to(tl.int64) * tl.cdiv(share, BLOCK_V)
-    part_ptr = partial_ptr + part * rows * 6
+    part_ptr = partial_ptr + part * num_candidates * 6
     # Flattened: the first loads of the next tile are under way while a tile is scored.
     for tile in tl.range(first, last, BLOCK_V, flatten=True):
         token = tile + tl.arange(0, BLOCK_V)
         tile_ptr = weight_ptr + tl.cast(tile, tl.int64) * stride_wv
         weight_mask = (token < last)[:, None]
         x = tl.zeros((BLOCK_V, BLOCK_N), tl.float32)
-        for at in range(0, E, BLOCK_K):
+        for offset in range(0, E, BLOCK_K):
             if EVEN_K:
-                w = tl.load(tile_ptr + at + weight_offset, mask=weight_mask, other=0.0)
-                h = tl.load(hidden_ptrs + at, mask=hidden_mask, other=0.0)
+                w = tl.load(tile_ptr + offset + weight_offset, mask=weight_mask, other=0.0)
+                h = tl.load(hidden_ptrs + offset, mask=hidden_mask, other=0.0)
             else:
-                inside = at + k < E
+                inside = offset + k < E
                 mask = weight_mask & inside[None, :]
-                w = tl.load(tile_ptr + at + weight_offset, mask=mask, other=0.0)
-                h = tl.load(hidden_ptrs + at, mask=hidden_mask & inside[:, None], other=0.0)
+                w = tl.load(tile_ptr + offset + weight_offset, mask=mask, other=0.0)
+                h = tl.load(hidden_ptrs + offset, mask=hidden_mask & inside[:, None], other=0.0)
             x = tl.dot(w, h, x, input_precision="ieee")
         if bias_ptr is not None:
             x += tl.load(bias_ptr + token, mask=token < last, other=0.0).to(tl.float32)[:, None]
         _store_states(
-            x, tile, last, tl.program_id(1) * BLOCK_N, rows, part_ptr, seed_ptr, noise_ids_ptr,
+            x, tile, last, first_candidate, num_candidates, part_ptr, seed_ptr, noise_ids_ptr,
             token_base, temperature, BLOCK_V, BLOCK_N,
             # Margins and entropies hold more for a column.
             COLUMNS if CONFIDENCE == "probability" else COLUMNS // 2,
             BANNED, SAMPLE, CONFIDENCE,
         )  # fmt: skip
-        part_ptr += rows * 6
+        part_ptr += num_candidates * 6
 
 
 # --- op ---------------------------------------------------------------------------------------
@@ -208,7 +264,7 @@ def _lm_head_kernel(
 class Launch:
     """Geometry of a call, from static shapes alone."""
 
-    grid: tuple[int, int]  # (shares of the vocabulary, blocks of rows)
+    grid: tuple[int, int]  # (shares of the vocabulary, blocks of candidates)
     share: int  # tokens of a share
     parts: int  # tiles of all shares
     blocks: Mapping[str, int]
@@ -216,16 +272,18 @@ class Launch:
     num_stages: int
 
 
-def launch_of(rows: int, V: int, dtype: torch.dtype, architecture: str, *, sample: bool) -> Launch:
+def launch_of(
+    num_candidates: int, V: int, dtype: torch.dtype, architecture: str, *, sample: bool
+) -> Launch:
     op = of_dtype("lm_head_confidence" + " sampled" * sample, dtype)
-    config = configuration(op, rows, architecture)
+    config = configuration(op, num_candidates, architecture)
     blocks = {name: value for name, value in config.blocks.items() if name != "PROGRAMS"}
     share = triton.cdiv(triton.cdiv(V, config.blocks["PROGRAMS"]), 8) * 8
     programs = triton.cdiv(V, share)
     last_share = V - (programs - 1) * share  # the only one that may be smaller
     tiles = [triton.cdiv(tokens, blocks["BLOCK_V"]) for tokens in (share, last_share)]
     return Launch(
-        grid=(programs, triton.cdiv(rows, blocks["BLOCK_N"])),
+        grid=(programs, triton.cdiv(num_candidates, blocks["BLOCK_N"])),
         share=share,
         parts=(programs - 1) * tiles[0] + tiles[1],
         blocks=blocks,
@@ -234,195 +292,62 @@ def launch_of(rows: int, V: int, dtype: torch.dtype, architecture: str, *, sampl
     )
 
 
-def _launch(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    eligible: Tensor | None,
-    banned: Sequence[int],
-    temperature: float,
-    seed: Tensor | None,
-    noise_ids: Tensor | None,
-    confidence: str,
-    vocab_start: int,
-) -> Tensor:
+def launch_states(a: Any, V: int, banned: Sequence[int], vocab_start: int) -> Tensor:
     """States over the vocabulary's tiles: (tiles, 6, N)."""
-    rows, (V, E) = len(hidden), weight.shape
-    architecture = architecture_of(hidden.device)
-    launch = launch_of(rows, V, hidden.dtype, architecture, sample=temperature > 0)
-    partials = hidden.new_empty((launch.parts, PLANES, rows), dtype=torch.float32)
-    wrap_triton(_lm_head_kernel)[launch.grid](
-        weight, hidden, bias, eligible, seed, noise_ids, partials,
-        weight.stride(0), hidden.stride(0), rows, V, E, launch.share, vocab_start, temperature,
-        EVEN_K=E % launch.blocks["BLOCK_K"] == 0, BANNED=tuple(banned), SAMPLE=temperature > 0,
-        CONFIDENCE=confidence, **launch.blocks,
-        **launch_options(launch.num_warps, launch.num_stages),
-    )  # fmt: skip
+    (N, E), sample = a.hidden.shape, a.temperature > 0
+    launch = launch_of(N, V, a.hidden.dtype, architecture_of(a.hidden.device), sample=sample)
+    partials = a.hidden.new_empty((launch.parts, PLANES, N), dtype=torch.float32)
+    if N:
+        wrap_triton(_lm_head_kernel)[launch.grid](
+            a.weight, a.hidden, a.bias, a.eligible, a.seed, a.noise_ids, partials,
+            a.weight.stride(0), a.hidden.stride(0), N, V, E, launch.share, vocab_start,
+            a.temperature, EVEN_K=E % launch.blocks["BLOCK_K"] == 0, BANNED=tuple(banned),
+            SAMPLE=sample, CONFIDENCE=a.confidence, **launch.blocks,
+            **launch_options(launch.num_warps, launch.num_stages),
+        )  # fmt: skip
     return partials
 
 
-@register_op("lm_head_confidence")
-def _lm_head_confidence_op(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    eligible: Tensor | None,
-    banned: list[int],
-    temperature: float,
-    seed: Tensor | None,
-    noise_ids: Tensor | None,
-    confidence: str,
-) -> tuple[Tensor, Tensor]:
-    if not use_triton(hidden, weight):
-        token, c = lm_head_confidence_definition(
-            hidden, weight, bias, eligible, banned, temperature, seed, noise_ids, confidence
-        )
-        return token, c.float()
-    partials = _launch(
-        hidden, weight, bias, eligible, banned, temperature, seed, noise_ids, confidence, 0
-    )
-    return _combine_partials_op(partials, eligible, banned, confidence)
+def _launch(a: Any) -> tuple[Tensor, Tensor]:
+    partials = launch_states(a, len(a.weight), a.banned, vocab_start=0)
+    return launch_combine(partials, a.eligible, a.banned, a.confidence)
 
 
-@register_op("lm_head_partial")
-def _lm_head_partial_op(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    eligible: Tensor | None,
-    banned: list[int],
-    temperature: float,
-    seed: Tensor | None,
-    noise_ids: Tensor | None,
-    confidence: str,
-    vocab_start: int,
-) -> Tensor:
-    if not use_triton(hidden, weight):
-        logits = torch.nn.functional.linear(hidden, weight, bias)
-        return state_definition(
-            logits, banned, temperature, seed, noise_ids, confidence, vocab_start
-        )
-    partials = _launch(
-        hidden, weight, bias, eligible, banned, temperature, seed, noise_ids, confidence,
-        vocab_start,
-    )  # fmt: skip
-    parts, _, rows = partials.shape
-    state = partials.new_empty((PLANES, rows))
-    wrap_triton(combine_kernel)[(rows,)](
-        partials, eligible, None, None, state, rows, parts, 0,
-        PARTS=triton.next_power_of_2(parts), CONFIDENCE=confidence,
-        **launch_options(combine_warps(parts), 1),
-    )  # fmt: skip
-    return state
+def _launch_partial(a: Any) -> Tensor:
+    V = len(a.weight) if a.vocab_end is None else a.vocab_end - a.vocab_start
+    banned = columns_of(a.banned, a.vocab_start, V)
+    return launch_merge(launch_states(a, V, banned, a.vocab_start), a.eligible, a.confidence)
 
 
-def lm_head_confidence(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    *,
-    eligible: Tensor | None = None,
-    banned: Sequence[int] = (),
-    temperature: float = 0.0,
-    seed: Tensor | None = None,
-    noise_ids: Tensor | None = None,
-    confidence: str = "probability",
-    vocab_start: int = 0,
-    vocab_end: int | None = None,
-    partial: bool = False,
-) -> tuple[Tensor, Tensor] | Tensor:
-    """Propose and score a token for every row of hidden states (see `token_confidence`).
+def check_matmul(name: str, a: Any) -> None:
+    check = functools.partial(check_tensor, name, unit_stride=True)
+    check("hidden", a.hidden, dtype=FLOATS, shape=("N", "E"))
+    dtype, device, E = a.hidden.dtype, a.hidden.device, a.hidden.shape[1]
+    check("weight", a.weight, dtype=dtype, device=device, shape=("V", E))
+    if a.bias is not None:
+        check("bias", a.bias, dtype=dtype, device=device, shape=a.weight.shape[:1])
 
-    Args:
-        hidden: (N, E) float32, float16 or bfloat16, last dimension of stride 1.
-        weight: (V, E), the LM head, of the same dtype, last dimension of stride 1.
-        bias: (V,) of the same dtype, or None.
-        eligible, banned, temperature, seed, noise_ids, confidence: as in `token_confidence`, with
-            (N,) in place of (...); `banned` are global token ids.
-        vocab_start: global id of the token of weight row 0; not 0 only with `partial`.
-        vocab_end: one past the global id of the last token, for a shard padded with weight rows
-            beyond the vocabulary; None takes every row.
-        partial: return the shard's state for `combine_partials` instead of a result.
 
-    Returns:
-        token (N,) int64 and confidence (N,) float32; with `partial` a state (6, N) float32:
-        maximum, total, best score, logit, extra and global token id (`row_state`). Logits are
-        accumulated and scored in float32 by the kernel, and rounded to the dtype of `hidden`
-        before they are scored by the definition, which is `F.linear`.
+def _check(a: Any) -> None:
+    check_matmul("lm_head_confidence", a)
+    N, V = len(a.hidden), len(a.weight)
+    check_scoring("lm_head_confidence", a, (N,), V, a.hidden.device, a.banned)
 
-    Raises:
-        TypeError, ValueError: an argument of the wrong dtype, shape, device, stride or value.
-    """
-    op = "lm_head_confidence"
-    check_tensor(op, "hidden", hidden, dtype=FLOATS, shape=("N", "E"), unit_stride=True)
-    rows, E = hidden.shape
-    dtype, device = hidden.dtype, hidden.device
-    check_tensor(op, "weight", weight, dtype=dtype, shape=("V", E), device=device, unit_stride=True)
-    if bias is not None:
-        shape = weight.shape[:1]
-        check_tensor(op, "bias", bias, dtype=dtype, shape=shape, device=device, contiguous=True)
-    V = len(weight) if vocab_end is None else vocab_end - vocab_start
-    if not 1 <= V <= len(weight):
+
+def _check_partial(a: Any) -> None:
+    name, rows = "lm_head_partial", len(a.weight)
+    check_matmul(name, a)
+    V = rows if a.vocab_end is None else a.vocab_end - a.vocab_start
+    if a.vocab_start < 0:
+        raise ValueError(f"{name}: vocab_start={a.vocab_start}: accepted is at least 0")
+    if not 1 <= V <= rows:
         raise ValueError(
-            f"{op}: vocab_end={vocab_end} with vocab_start={vocab_start}: accepted are "
-            f"{vocab_start + 1} to {vocab_start + len(weight)}"
+            f"{name}: vocab_end={a.vocab_end} with vocab_start={a.vocab_start}: accepted are "
+            f"{a.vocab_start + 1} to {a.vocab_start + rows}"
         )
-    if vocab_start < 0 or (vocab_start > 0 and not partial):
-        raise ValueError(f"{op}: vocab_start={vocab_start}: accepted is 0, or more with partial")
-    # A shard need not hold every banned token, nor any allowed one.
-    own = [b - vocab_start for b in banned if not partial or 0 <= b - vocab_start < V]
-    check_scoring(
-        op, (rows,), V, device, eligible, () if partial else own,
-        temperature, seed, noise_ids, confidence,
-    )  # fmt: skip
-    weight = weight[:V]
-    bias = None if bias is None else bias[:V]
-    scoring = (eligible, own, temperature, seed, noise_ids, confidence)
-    if rows == 0:
-        empty = hidden.new_empty((PLANES, 0), dtype=torch.float32)
-        return empty if partial else (empty[0].long(), empty[0])
-    if partial:
-        return _lm_head_partial_op(hidden, weight, bias, *scoring, vocab_start)
-    if takes_definition(hidden, weight):
-        return lm_head_confidence_definition(hidden, weight, bias, *scoring)
-    return _lm_head_confidence_op(hidden, weight, bias, *scoring)
+    # A shard need not hold every banned token, nor any that is allowed.
+    check_scoring(name, a, (len(a.hidden),), V, a.hidden.device, banned=())
 
 
-def compile_cases() -> list[CompileCase]:
-    """Every row class and confidence, greedy and sampled."""
-    variants = [(n, c, False, "bf16") for n in (16, 32, 64, 128) for c in CONFIDENCES]
-    variants += [(n, "probability", True, "bf16") for n in (16, 32, 64, 128)]
-    variants += [(32, c, True, "bf16") for c in CONFIDENCES[1:]]
-    variants += [(32, "probability", False, "fp16")]
-    variants += [(n, "probability", sample, "fp32") for n in (32, 64) for sample in (False, True)]
-    cases = []
-    for architecture, variant in itertools.product(ARCHITECTURES, variants):
-        rows, confidence, sample, dtype = variant
-        launch = launch_of(rows, 126464, TRITON_DTYPES[dtype], architecture, sample=sample)
-        signature = {
-            "weight_ptr": f"*{dtype}", "hidden_ptr": f"*{dtype}", "eligible_ptr": "*i1",
-            "partial_ptr": "*fp32", "stride_wv": "i32", "stride_hn": "i32", "rows": "i32",
-            "V": "i32", "E": "i32", "share": "i32", "token_base": "i32", "temperature": "fp32",
-        }  # fmt: skip
-        sampling = {"seed_ptr": "*i64", "noise_ids_ptr": "*i64"}
-        absent = {"bias_ptr": None} | ({} if sample else dict.fromkeys(sampling))
-        signature |= sampling if sample else {}
-        pointers = tuple(name for name, kind in signature.items() if kind[0] == "*")
-        cases.append(
-            CompileCase(
-                op="lm_head_confidence",
-                name=f"{confidence}{' sampled' if sample else ''} {dtype} {rows} rows",
-                kernel=_lm_head_kernel,
-                signature=signature,
-                constexprs={
-                    **launch.blocks, **absent, "EVEN_K": True, "BANNED": (126336,),
-                    "SAMPLE": sample, "CONFIDENCE": confidence,
-                },
-                num_warps=launch.num_warps,
-                num_stages=launch.num_stages,
-                divisible=(*pointers, "stride_wv", "stride_hn", "V", "E"),
-                architectures=(architecture,),
-                expects_tensor_cores=dtype != "fp32",
-            )
-        )  # fmt: skip
-    return cases
+lm_head_confidence = op(lm_head_confidence_reference, launch=_launch, check=_check)
+lm_head_partial = op(lm_head_partial_reference, launch=_launch_partial, check=_check_partial)

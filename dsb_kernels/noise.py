@@ -1,13 +1,18 @@
-"""Counter-based noise for sampling: Philox4x32-10 (Salmon et al., SC 2011) in plain PyTorch.
+"""Counter-based noise for sampling: Philox4x32-10 (Salmon et al., SC 2011).
 
-The noise of a token depends on the seed, its row's noise id and the token id alone, so a sample
-does not change with the batch, with how the vocabulary is split, or with a vocabulary shard.
+The noise of a token depends on the seed, its candidate's noise id and the token id alone, so a
+sample does not change with the batch, with how the vocabulary is split, or with a vocabulary shard.
+The definitions' side is plain PyTorch; the kernels' side computes the same words with `tl.philox`.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from dsb_kernels._op import jit, tl
+
+# --- definition -------------------------------------------------------------------------------
 
 
 def philox4x32(
@@ -25,7 +30,9 @@ def philox4x32(
     return c0, c1, c2, c3
 
 
-def gumbel_noise(seed: Tensor, noise_ids: Tensor, first: int, last: int, dtype: torch.dtype):
+def gumbel_noise(
+    seed: Tensor, noise_ids: Tensor, first: int, last: int, dtype: torch.dtype
+) -> Tensor:
     """Standard Gumbel noise of tokens [first, last) for each noise id: (..., last - first).
 
     -log(-log(1 - w)) with w = (word + 1/2) / 2^32: fine steps where the noise is large.
@@ -41,6 +48,24 @@ def gumbel_noise(seed: Tensor, noise_ids: Tensor, first: int, last: int, dtype: 
     return -torch.log(-torch.log1p(-w)).to(dtype)
 
 
+def sampling_scores(
+    x: Tensor,
+    temperature: float,
+    seed: Tensor | None,
+    noise_ids: Tensor | None,
+    first: int = 0,
+) -> Tensor:
+    """Scores whose argmax is a sample from softmax(x / temperature), or of `x` at temperature 0.
+
+    `x` (..., V) are the logits of tokens first, first + 1, ...
+    """
+    if temperature == 0:
+        return x
+    assert seed is not None and noise_ids is not None
+    noise = gumbel_noise(seed, noise_ids, first, first + x.shape[-1], x.dtype)
+    return x / temperature + noise
+
+
 def uniform(seed: Tensor, noise_ids: Tensor) -> Tensor:
     """One float64 in [0, 1) for each noise id (N,), independent of its Gumbel noise."""
     low = 0xFFFFFFFF
@@ -48,3 +73,25 @@ def uniform(seed: Tensor, noise_ids: Tensor) -> Tensor:
     counter = (zero, noise_ids & low, (noise_ids >> 32) & low, one)
     high, more, _, _ = philox4x32(counter, (seed & low, (seed >> 32) & low))
     return ((high << 21) | (more >> 11)).double() * 2.0**-53
+
+
+# --- kernel -----------------------------------------------------------------------------------
+
+
+@jit
+def philox_words(key, counter, id_low, id_high):
+    """Four random words for each of N consecutive counters, in token order: (4 N,) uint32."""
+    counter = counter.to(tl.uint32)
+    zero = tl.zeros_like(counter)
+    w0, w1, w2, w3 = tl.philox(key, counter, zero + id_low, zero + id_high, zero)
+    return tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3))
+
+
+@jit
+def gumbel(word):
+    """Standard Gumbel noise of a Philox word, the same as `gumbel_noise`."""
+    w = tl.minimum((word.to(tl.float32) + 0.5) * 2.3283064365386963e-10, 0.99999994)
+    # -log(1 - w), by its series where 1 - w would round away the fine steps of w.
+    series = 1.0 / 4 + w * (1.0 / 5 + w * (1.0 / 6 + w * (1.0 / 7)))
+    series = w * (1.0 + w * (1.0 / 2 + w * (1.0 / 3 + w * series)))
+    return -tl.log(tl.where(w < 0.0625, series, -tl.log(1.0 - w)))

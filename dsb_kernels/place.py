@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dsb_kernels._check import check_choice, check_tensor
-from dsb_kernels._configs import CompileCase, configuration
+from dsb_kernels._configs import configuration
 from dsb_kernels._op import (
     jit,
     launch_options,
@@ -258,34 +258,3 @@ def place_rows(
     room = [rows, width, held]
     found = run(canvas, *tensors.values(), kind, first, room, int(shift), prompt_length)
     return PlacedRows(*found[0].unbind(), *found[1:])
-
-
-def compile_cases() -> list[CompileCase]:
-    """Each kind of step of one row, and windows of some of a batch's rows."""
-    kinds = dict.fromkeys(("canvas_ptr", "ids_ptr", "keep_ptr", "noise_ids_ptr"), "*i64")
-    kinds |= dict.fromkeys(("active_ptr", "eligible_ptr"), "*i1")
-    cases = []
-    for name, kind, B, K, every in (
-        ("window", WINDOW, 1, 32, True),
-        ("refresh", REFRESH, 1, 32, True),
-        ("window of 16 out of 64 rows", WINDOW, 64, 256, False),
-    ):
-        constexprs = {"KIND": kind, "SHIFT": 1, "ALL": every, "BLOCK_B": B, "BLOCK_K": K}
-        constexprs |= CONFIG.blocks
-        signature = {
-            n: kinds.get(n, "*i32" if n.endswith("_ptr") else "i32")
-            for n in _place_rows_kernel.arg_names
-            if n not in constexprs
-        }
-        cases.append(
-            CompileCase(
-                op="place_rows",
-                name=f"{name} K={K}",
-                kernel=_place_rows_kernel,
-                signature=signature,
-                constexprs=constexprs,
-                num_warps=CONFIG.num_warps,
-                divisible=tuple(n for n in signature if n.endswith("_ptr")),
-            )
-        )
-    return cases

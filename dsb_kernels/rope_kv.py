@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dsb_kernels._check import check_tensor
-from dsb_kernels._configs import CompileCase, configuration
+from dsb_kernels._configs import configuration
 from dsb_kernels._op import jit, launch_options, register_op, tl, triton, use_triton, wrap_triton
 
 TILE = configuration("rope_write_kv", 0, "any")  # one for every window and architecture
@@ -276,42 +276,3 @@ def rope_write_kv(
         q, k, v, cos_sin_cache, k_cache, v_cache,
         window_start, window_length, position_offset, cache_batch_idx, is_neox,
     )  # fmt: skip
-
-
-def compile_cases() -> list[CompileCase]:
-    """The models' head dim in both layouts; a table in float32 and in the model's dtype; a batch
-    that is the cache's and one that is some of its rows."""
-    names = _rope_write_kv_kernel.arg_names
-    integers = ("window_start_ptr", "window_length_ptr", "offset_ptr", "batch_idx_ptr")
-    cases = []
-    for is_neox, table, indexed in (
-        (True, "fp32", False),
-        (True, "fp32", True),
-        (True, "bf16", False),
-        (False, "fp32", False),
-    ):
-        constexprs = {"HEAD_DIM": 128, "NEOX": is_neox, "BLOCK_D": 128, **TILE.blocks}
-        constexprs |= {} if indexed else {"batch_idx_ptr": None}
-        kinds = dict.fromkeys(integers, "*i32") | {"cos_sin_ptr": f"*{table}"}
-        signature = {
-            n: kinds.get(n, "*bf16" if n.endswith("_ptr") else "i32")
-            for n in names
-            if n not in constexprs
-        }
-        layout = "neox" if is_neox else "interleaved"
-        cases.append(
-            CompileCase(
-                op="rope_write_kv",
-                name=f"head dim 128 {layout} table {table}{' indexed' * indexed}",
-                kernel=_rope_write_kv_kernel,
-                signature=signature,
-                constexprs=constexprs,
-                num_warps=TILE.num_warps,
-                num_stages=TILE.num_stages,
-                divisible=tuple(n for n in signature if n not in ("H", "max_pos")),
-                expects_wide_loads=True,
-                # The row's start, length and offset, and the cache's row.
-                scalar_load_bytes=16 if indexed else 12,
-            )
-        )
-    return cases

@@ -1,58 +1,96 @@
-"""Selection rules: which of a row's candidates a step commits (plain PyTorch; the kernel's are in
-`unmask_kernel.py`). B = batch rows, K = candidates of a row.
+"""Selection rules: which of a row's candidates a step commits.
+
+A rule is one `Rule` here and one branch of `_commit_count` in the kernel of `unmask_and_slide`;
+settings, command line and integrations are derived from `RULES`.
+
+B = batch rows, K = candidates of a row.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from dsb_kernels.rows import UnmaskSpec
 
-# A rule takes confidences sorted descending (B, K) float64 with -inf past the last candidate, their
-# ranks 1..K, the number of candidates (B,), the rule's value, and the tokens due by the quota (B,).
+@dataclass(frozen=True)
+class Rule:
+    """A selection rule and the setting of `DecodingConfig` that turns it on.
+
+    `count(c, rank, m, value, due)` says how many of the best candidates of each row are committed,
+    (B,) int64, before it is bounded by 1 and `m`:
+        c: confidences, descending, (B, K) float64; -inf past the last candidate.
+        rank: 1 to K, (K,) int64.
+        m: number of candidates, (B,) int64.
+        value: the setting's value (0.0 where `kind` is int).
+        due: how many commits a fixed number of steps asks for, (B,) int64.
+    """
+
+    name: str
+    setting: str  # the field of DecodingConfig
+    help: str  # what the setting does, a phrase for the command line and the docs
+    count: Callable[[Tensor, Tensor, Tensor, float, Tensor], Tensor]
+    low: float
+    high: float | None  # None: gen_length
+    open_low: bool = False  # whether `low` itself is refused
+    kind: type[int] | type[float] = float  # int: the setting is a number of steps
+    default: float | None = None  # of the rule that is used when no setting names one
 
 
 def count_threshold(c: Tensor, rank: Tensor, m: Tensor, value: float, due: Tensor) -> Tensor:
-    """Every confidence of at least `value`."""
     return (c >= value).sum(-1)
 
 
-def count_quota(c: Tensor, rank: Tensor, m: Tensor, value: float, due: Tensor) -> Tensor:
-    """A number fixed up front."""
-    return due
-
-
 def count_factor(c: Tensor, rank: Tensor, m: Tensor, value: float, due: Tensor) -> Tensor:
-    """The ranks before the first c_(j) < 1 - value / (j + 1); all if none or the last fails."""
+    """The ranks j before the first with c_(j) < 1 - value / (j + 1), where rank 1 never fails; all
+    of them if none fails or only the last does (Fast-dLLM)."""
     bound = torch.where(rank == 1, -1.0, 1.0 - value / (rank + 1).double())
     fails = (c < bound) & (rank <= m[:, None])
-    first = torch.where(fails, rank, c.shape[-1] + 1).amin(-1)
-    return torch.where(first >= m, m, first - 1)
+    first_failure = torch.where(fails, rank, c.shape[-1] + 1).amin(-1)
+    return torch.where(first_failure >= m, m, first_failure - 1)
 
 
 def count_frechet(c: Tensor, rank: Tensor, m: Tensor, value: float, due: Tensor) -> Tensor:
-    """The ranks with sum_{j<=n} c_(j) - (n - 1) - (1 - c_(n)) > value (arXiv 2606.02955)."""
+    """The ranks n with c_(1) + ... + c_(n) - (n - 1) - (1 - c_(n)) > value (arXiv 2606.02955)."""
     bound = c.cumsum(-1) - (rank - 1) - (1.0 - c)
     return ((bound > value) & (rank <= m[:, None])).sum(-1)
 
 
-RULES: dict[str, Callable[[Tensor, Tensor, Tensor, float, Tensor], Tensor]] = {
-    "threshold": count_threshold,
-    "quota": count_quota,
-    "factor": count_factor,
-    "frechet": count_frechet,
-}
+def count_quota(c: Tensor, rank: Tensor, m: Tensor, value: float, due: Tensor) -> Tensor:
+    return due
 
 
-def select(confidence: Tensor, valid: Tensor, due: Tensor, spec: UnmaskSpec) -> Tensor:
+RULES: dict[str, Rule] = {
+    rule.name: rule
+    for rule in (
+        Rule(
+            "threshold", "threshold", "commit every confidence of at least this",
+            count_threshold, 0.0, 1.0, default=0.9,
+        ),
+        Rule(
+            "factor", "factor", "Fast-dLLM's factor rule: commit more where many are confident",
+            count_factor, 0.0, 1e6, open_low=True,
+        ),
+        Rule(
+            "frechet", "frechet", "commit while the Fréchet bound of the joint probability exceeds "
+            "this (arXiv 2606.02955)", count_frechet, -1.0, 1.0,
+        ),
+        Rule(
+            "quota", "steps", "decode in this many steps, fixed up front",
+            count_quota, 1, None, kind=int,
+        ),
+    )
+}  # fmt: skip
+
+
+def select(confidence: Tensor, valid: Tensor, due: Tensor, rule: str, value: float) -> Tensor:
     """Which candidates the rule commits: (B, K) bool. Ties go to the lower position."""
     c = torch.where(valid, confidence.double(), -torch.inf)
     c, order = c.sort(dim=-1, descending=True, stable=True)
     rank = torch.arange(1, c.shape[-1] + 1, device=c.device)
     m = valid.sum(-1)
-    count = RULES[spec.rule](c, rank, m, spec.rule_value, due).clamp(min=1).minimum(m)
+    count = RULES[rule].count(c, rank, m, value, due).clamp(min=1).minimum(m)
     chosen = rank <= count[:, None]
     return torch.zeros_like(chosen).scatter(1, order, chosen) & valid

@@ -1,34 +1,36 @@
-"""A row's scoring state over part of the vocabulary, and the combine of such states.
+"""A candidate's scoring state over part of the vocabulary, and the combine of such states.
 
-Programs of `token_confidence` and `lm_head_confidence`, and ranks with a vocabulary shard, each
-see part of a row's logits x. They leave its state, which one small kernel combines in a fixed
+Programs of `token_confidence` and `lm_head_confidence`, and processes with a vocabulary shard, each
+see part of a candidate's logits x. They leave its state, which one small kernel combines in a fixed
 order. A state is six float32 planes:
 
     0 maximum  largest logit m
     1 total    sum of e^(x - m)
     2 score    best allowed score: logit, or logit / temperature + noise when sampling
     3 logit    "margin": the largest allowed logit; else the logit of `token`
-    4 extra    "margin": the second largest allowed logit; "neg_entropy": sum of e^(x - m) (x - m);
+    4 extra    "margin": the second largest allowed logit; "entropy": sum of e^(x - m) (x - m);
                else unused
     5 token    lowest token with the best score; NO_TOKEN where every allowed logit is -inf
 
-A NaN logit makes `total` NaN, whatever max does with NaN; `token` is then meaningless. "Allowed"
-are the tokens that are not banned. `R` = parts, `N` = rows.
+A NaN logit makes `total` NaN, whatever max does with NaN; `token` is then meaningless. Tokens that
+are not banned are "allowed". `R` = parts of the vocabulary, `N` = candidates, `V` = vocabulary.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from dsb_kernels._check import check_choice, check_tensor
-from dsb_kernels._configs import CompileCase
-from dsb_kernels._op import jit, launch_options, register_op, tl, triton, use_triton, wrap_triton
-from dsb_kernels.noise import gumbel_noise
+from dsb_kernels._op import jit, launch_options, op, tl, triton, wrap_triton
+from dsb_kernels.noise import sampling_scores
 
-CONFIDENCES = ("probability", "margin", "neg_entropy")
+CONFIDENCES = ("probability", "margin", "entropy")
 PLANES = 6
 MAX_VOCABULARY = 1 << 24  # token ids are exact in float32 up to here
 _NO_TOKEN = 1 << 30
@@ -37,8 +39,22 @@ NO_TOKEN = tl.constexpr(_NO_TOKEN) if tl else _NO_TOKEN
 # --- definition -------------------------------------------------------------------------------
 
 
-def state_definition(
+def confidence_of(p: Tensor, token: Tensor, banned: Sequence[int], confidence: str) -> Tensor:
+    """How confident distributions p (..., V) are in `token` (...): (...)."""
+    if confidence == "probability":
+        return p.gather(-1, token[..., None])[..., 0]
+    if confidence == "entropy":
+        return p.xlogy(p).sum(-1)
+    allowed = pad(p, (0, 1))  # a copy, of at least two
+    for b in banned:
+        allowed[..., b] = 0
+    best, second = allowed.topk(2, dim=-1).values.unbind(-1)
+    return best - second
+
+
+def state_of(
     logits: Tensor,
+    *,
     banned: Sequence[int],
     temperature: float,
     seed: Tensor | None,
@@ -50,36 +66,49 @@ def state_definition(
     float64 for float64 logits. `banned` are columns."""
     x = logits if logits.dtype == torch.float64 else logits.float()
     maximum = x.amax(-1)
-    # Finite where nothing is, so that e is 0 there; +inf counts as equal to +inf.
+    # The reference is finite where the maximum is -inf, so that e is 0 there. +inf equals +inf.
     reference = maximum.clamp(min=torch.finfo(x.dtype).min)[:, None]
     distance = torch.where(x == reference, 0.0, x - reference)
     e = distance.exp()
-    scores = allowed = x.clone()
+    allowed = x.clone()
     for b in banned:
         allowed[:, b] = -torch.inf
-    if temperature > 0:
-        noise = gumbel_noise(seed, noise_ids, vocab_start, vocab_start + x.shape[-1], x.dtype)
-        scores = allowed / temperature + noise
-    score, column = scores.max(-1)
+    score, column = sampling_scores(allowed, temperature, seed, noise_ids, vocab_start).max(-1)
     logit, extra = allowed.gather(-1, column[:, None])[:, 0], torch.zeros_like(maximum)
     if confidence == "margin":
-        best = torch.nn.functional.pad(allowed, (0, 1), value=-torch.inf).topk(2, dim=-1).values
-        logit, extra = best.unbind(-1)
-    elif confidence == "neg_entropy":
+        logit, extra = pad(allowed, (0, 1), value=-torch.inf).topk(2, dim=-1).values.unbind(-1)
+    elif confidence == "entropy":
         extra = torch.where(e > 0, e * distance, 0.0).sum(-1)
     token = torch.where(score == -torch.inf, _NO_TOKEN, column + vocab_start).to(x.dtype)
     return torch.stack([maximum, e.sum(-1), score, logit, extra, token])
 
 
-def combine_partials_definition(
-    partials: Tensor, eligible: Tensor | None, banned: Sequence[int], confidence: str
+def combine_partials_reference(
+    partials: Tensor,
+    *,
+    eligible: Tensor | None = None,
+    banned: Sequence[int] = (),
+    confidence: str = "probability",
 ) -> tuple[Tensor, Tensor]:
+    """Token and confidence of candidates whose vocabulary is sharded over processes.
+
+    Args:
+        partials: (R, 6, N) float32, contiguous: what `lm_head_partial` returned in each process,
+            gathered in any order (token ids are global).
+        eligible, banned, confidence: as given to it, `banned` in global token ids.
+
+    Returns:
+        token (N,) int64 and confidence (N,) float32, as from `token_confidence`. Every process
+        computes the same from the same gathered tensor.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong dtype, shape, device, stride or value.
+    """
     maxima, totals, scores, logits, extras, tokens = partials.unbind(1)
     maximum = maxima.amax(0)
     scale = torch.where(maxima == maximum, 1.0, (maxima - maximum).exp())
     total = (totals * scale).sum(0)
-    best = scores.amax(0)
-    token = torch.where(scores == best, tokens, _NO_TOKEN).amin(0)
+    token = torch.where(scores == scores.amax(0), tokens, _NO_TOKEN).amin(0)
 
     def probability(logit: Tensor) -> Tensor:
         return torch.where(logit == maximum, 1.0, (logit - maximum).exp()) / total
@@ -87,8 +116,8 @@ def combine_partials_definition(
     if confidence == "probability":
         c = probability(torch.where(tokens == token, logits, -torch.inf).amax(0))
     elif confidence == "margin":
-        top = torch.cat([logits, extras]).topk(2, dim=0).values
-        c = probability(top[0]) - probability(top[1])
+        best, second = torch.cat([logits, extras]).topk(2, dim=0).values
+        c = probability(best) - probability(second)
     else:
         moved = torch.where(scale > 0, scale * (extras + totals * (maxima - maximum)), 0.0)
         moved = torch.where(maxima == maximum, extras, moved)
@@ -100,6 +129,11 @@ def combine_partials_definition(
         token = torch.where(eligible, token, -1)
         c = torch.where(eligible, c, -torch.inf)
     return token, c
+
+
+def first_allowed(banned: Sequence[int]) -> int:
+    """The lowest token that is not banned."""
+    return next(v for v in range(len(banned) + 1) if v not in banned)
 
 
 # --- kernel -----------------------------------------------------------------------------------
@@ -130,29 +164,10 @@ def capped(e):
 
 
 @jit
-def philox_words(key, counter, id_low, id_high):
-    """Four random words for each of N consecutive counters, in token order: (4 N,) uint32."""
-    counter = counter.to(tl.uint32)
-    zero = tl.zeros_like(counter)
-    w0, w1, w2, w3 = tl.philox(key, counter, zero + id_low, zero + id_high, zero)
-    return tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3))
-
-
-@jit
-def gumbel(word):
-    """Standard Gumbel noise of a Philox word, as `philox.gumbel_noise`."""
-    w = tl.minimum((word.to(tl.float32) + 0.5) * 2.3283064365386963e-10, 0.99999994)
-    # -log(1 - w), by its series where 1 - w would round away the fine steps of w.
-    series = 1.0 / 4 + w * (1.0 / 5 + w * (1.0 / 6 + w * (1.0 / 7)))
-    series = w * (1.0 + w * (1.0 / 2 + w * (1.0 / 3 + w * series)))
-    return -tl.log(tl.where(w < 0.0625, series, -tl.log(1.0 - w)))
-
-
-@jit
 def store_state(
     state_ptr, stride_plane, mask, maximum, total, score, logit, extra, index, token_base
 ):
-    """Write a state of one row (scalars) or of many; `token_base` makes local tokens global."""
+    """Write the state of one candidate (scalars) or many; `token_base` makes token ids global."""
     token = tl.where(index == NO_TOKEN, NO_TOKEN, index + token_base).to(tl.float32)
     tl.store(state_ptr, maximum, mask=mask)
     tl.store(state_ptr + stride_plane, total, mask=mask)
@@ -164,22 +179,23 @@ def store_state(
 
 @jit
 def combine_kernel(
-    partial_ptr, eligible_ptr, token_ptr, confidence_ptr, state_ptr, rows, parts, first_allowed,
+    partial_ptr, eligible_ptr, token_ptr, confidence_ptr, state_ptr,
+    num_candidates, parts, first_allowed,
     PARTS: tl.constexpr, CONFIDENCE: tl.constexpr,
 ):  # fmt: skip
-    """Program (row): the states of its parts, all at once in a fixed order, to one state (where
-    `state_ptr` is given) or to token and confidence."""
-    row = tl.program_id(0)
+    """Program (candidate): the states of its parts, all at once in a fixed order, to one state
+    (where `state_ptr` is given) or to token and confidence."""
+    candidate = tl.program_id(0)
     part = tl.arange(0, PARTS)
-    if eligible_ptr is not None:  # the states of other rows were never written
-        parts = tl.where(tl.load(eligible_ptr + row) != 0, parts, 0)
+    if eligible_ptr is not None:  # the states of other candidates were never written
+        parts = tl.where(tl.load(eligible_ptr + candidate) != 0, parts, 0)
     valid = part < parts
-    part_ptr = partial_ptr + part.to(tl.int64) * rows * 6 + row
+    part_ptr = partial_ptr + part.to(tl.int64) * num_candidates * 6 + candidate
     maxima = tl.load(part_ptr, mask=valid, other=-float("inf"))
-    totals = tl.load(part_ptr + rows, mask=valid, other=0.0)
-    scores = tl.load(part_ptr + 2 * rows, mask=valid, other=-float("inf"))
-    logits = tl.load(part_ptr + 3 * rows, mask=valid, other=-float("inf"))
-    tokens = tl.load(part_ptr + 5 * rows, mask=valid, other=NO_TOKEN).to(tl.int32)
+    totals = tl.load(part_ptr + num_candidates, mask=valid, other=0.0)
+    scores = tl.load(part_ptr + 2 * num_candidates, mask=valid, other=-float("inf"))
+    logits = tl.load(part_ptr + 3 * num_candidates, mask=valid, other=-float("inf"))
+    tokens = tl.load(part_ptr + 5 * num_candidates, mask=valid, other=NO_TOKEN).to(tl.int32)
 
     maximum = tl.max(maxima, 0)
     scale = exp_from(maxima, maximum)
@@ -191,106 +207,95 @@ def combine_kernel(
         extra = tl.zeros_like(logit)
         confidence = exp_from(logit, maximum) / total
     elif CONFIDENCE == "margin":
-        extras = tl.load(part_ptr + 4 * rows, mask=valid, other=-float("inf"))
+        extras = tl.load(part_ptr + 4 * num_candidates, mask=valid, other=-float("inf"))
         logit = tl.max(logits, 0)
         owner = tl.min(tl.where(logits == logit, part, PARTS), 0)
         others = tl.max(tl.where(part == owner, -float("inf"), logits), 0)
         extra = tl.maximum(others, tl.max(extras, 0))
         confidence = (exp_from(logit, maximum) - exp_from(extra, maximum)) / total
     else:
-        extras = tl.load(part_ptr + 4 * rows, mask=valid, other=0.0)
+        extras = tl.load(part_ptr + 4 * num_candidates, mask=valid, other=0.0)
         moved = tl.where(scale > 0, scale * (extras + totals * (maxima - maximum)), 0.0)
         extra = tl.sum(tl.where(maxima == maximum, extras, moved), 0)
         logit = tl.max(tl.where(tokens == token, logits, -float("inf")), 0)
         confidence = extra / total - tl.log(total)
 
     if state_ptr is not None:
-        store_state(state_ptr + row, rows, None, maximum, total, score, logit, extra, token, 0)
+        store_state(
+            state_ptr + candidate, num_candidates, None,
+            maximum, total, score, logit, extra, token, 0,
+        )  # fmt: skip
     else:
         ok = total > 0  # false for NaN, and for nothing but -inf
         token = tl.where(token == NO_TOKEN, first_allowed, token)
         token = tl.where(ok, token, -1)
         confidence = tl.where(ok, confidence, float("nan"))
         if eligible_ptr is not None:
-            confidence = tl.where(tl.load(eligible_ptr + row) != 0, confidence, -float("inf"))
-        tl.store(token_ptr + row, token.to(tl.int64))
-        tl.store(confidence_ptr + row, confidence)
+            eligible = tl.load(eligible_ptr + candidate) != 0
+            confidence = tl.where(eligible, confidence, -float("inf"))
+        tl.store(token_ptr + candidate, token.to(tl.int64))
+        tl.store(confidence_ptr + candidate, confidence)
 
 
 # --- op ---------------------------------------------------------------------------------------
-
-
-def first_allowed(banned: Sequence[int]) -> int:
-    """The lowest token that is not banned."""
-    return next(v for v in range(len(banned) + 1) if v not in banned)
-
-
-@register_op("combine_partials")
-def _combine_partials_op(
-    partials: Tensor, eligible: Tensor | None, banned: list[int], confidence: str
-) -> tuple[Tensor, Tensor]:
-    if not use_triton(partials):
-        return combine_partials_definition(partials, eligible, banned, confidence)
-    parts, _, rows = partials.shape
-    token = partials.new_empty(rows, dtype=torch.int64)
-    c = partials.new_empty(rows)
-    if rows:
-        wrap_triton(combine_kernel)[(rows,)](
-            partials, eligible, token, c, None, rows, parts, first_allowed(banned),
-            PARTS=triton.next_power_of_2(parts), CONFIDENCE=confidence,
-            **launch_options(combine_warps(parts), 1),
-        )  # fmt: skip
-    return token, c
 
 
 def combine_warps(parts: int) -> int:
     return 1 if parts <= 64 else 4
 
 
-def combine_partials(
-    partials: Tensor,
-    *,
-    eligible: Tensor | None = None,
-    banned: Sequence[int] = (),
-    confidence: str = "probability",
+def launch_combine(
+    partials: Tensor, eligible: Tensor | None, banned: Sequence[int], confidence: str
 ) -> tuple[Tensor, Tensor]:
-    """Token and confidence of rows whose vocabulary is sharded over ranks.
+    """Token and confidence from partials (parts, 6, N) of the whole vocabulary."""
+    parts, _, N = partials.shape
+    token, c = partials.new_empty(N, dtype=torch.int64), partials.new_empty(N)
+    if N:
+        wrap_triton(combine_kernel)[(N,)](
+            partials, eligible, token, c, None, N, parts, first_allowed(banned),
+            PARTS=triton.next_power_of_2(parts), CONFIDENCE=confidence,
+            **launch_options(combine_warps(parts), 1),
+        )  # fmt: skip
+    return token, c
 
-    Args:
-        partials: (R, 6, N) float32, contiguous: what `lm_head_confidence(partial=True)` returned
-            on each rank, gathered in any order (token ids are global).
-        eligible, banned, confidence: as given to it, `banned` in global token ids.
 
-    Returns:
-        token (N,) int64 and confidence (N,) float32, as from `token_confidence`. Every rank
-        computes the same from the same gathered tensor.
-    """
-    op = "combine_partials"
-    shape = ("R", PLANES, "N")
-    check_tensor(op, "partials", partials, dtype=torch.float32, shape=shape, contiguous=True)
-    check_choice(op, "confidence", confidence, CONFIDENCES)
-    if partials.shape[0] < 1:
-        raise ValueError(f"{op}: partials of 0 ranks: accepted is at least 1")
-    if eligible is not None:
-        same = {"device": partials.device, "contiguous": True}
-        check_tensor(op, "eligible", eligible, dtype=torch.bool, shape=partials.shape[2:], **same)
-    return _combine_partials_op(partials, eligible, list(banned), confidence)
+def launch_merge(partials: Tensor, eligible: Tensor | None, confidence: str) -> Tensor:
+    """One state (6, N) from partials (parts, 6, N)."""
+    parts, _, N = partials.shape
+    state = partials.new_empty((PLANES, N))
+    if N:
+        wrap_triton(combine_kernel)[(N,)](
+            partials, eligible, None, None, state, N, parts, 0,
+            PARTS=triton.next_power_of_2(parts), CONFIDENCE=confidence,
+            **launch_options(combine_warps(parts), 1),
+        )  # fmt: skip
+    return state
+
+
+def _launch(a: Any) -> tuple[Tensor, Tensor]:
+    return launch_combine(a.partials, a.eligible, a.banned, a.confidence)
+
+
+def _check(a: Any) -> None:
+    check = functools.partial(check_tensor, "combine_partials", contiguous=True)
+    check("partials", a.partials, dtype=torch.float32, shape=("R", PLANES, "N"))
+    check_choice("combine_partials", "confidence", a.confidence, CONFIDENCES)
+    if a.partials.shape[0] < 1:
+        raise ValueError("combine_partials: partials of 0 processes: accepted is at least 1")
+    if a.eligible is not None:
+        N, device = a.partials.shape[2], a.partials.device
+        check("eligible", a.eligible, dtype=torch.bool, shape=(N,), device=device)
+
+
+combine_partials = op(combine_partials_reference, launch=_launch, check=_check)
 
 
 def check_scoring(
-    op: str,
-    rows: tuple[int, ...],
-    V: int,
-    device: torch.device,
-    eligible: Tensor | None,
-    banned: tuple[int, ...],
-    temperature: float,
-    seed: Tensor | None,
-    noise_ids: Tensor | None,
-    confidence: str,
+    op: str, a: Any, shape: Sequence[int], V: int, device: torch.device, banned: Sequence[int]
 ) -> None:
-    """What both scoring ops accept."""
-    check_choice(op, "confidence", confidence, CONFIDENCES)
+    """What the scoring ops accept of their arguments `a` for candidates of this shape; `banned`
+    are columns of their logits."""
+    check_choice(op, "confidence", a.confidence, CONFIDENCES)
     if not 1 <= V <= MAX_VOCABULARY:
         raise ValueError(f"{op}: vocabulary of {V} tokens: accepted are 1 to {MAX_VOCABULARY}")
     for b in banned:
@@ -298,37 +303,14 @@ def check_scoring(
             raise ValueError(f"{op}: banned token {b}: accepted are 0 to {V - 1}")
     if len(set(banned)) == V:
         raise ValueError(f"{op}: banned={banned!r} leaves no token of {V} to propose")
-    if not 0 <= temperature < float("inf"):
-        raise ValueError(f"{op}: temperature={temperature}: accepted is a finite number >= 0")
-    same = {"shape": rows, "device": device, "contiguous": True}
-    if eligible is not None:
-        check_tensor(op, "eligible", eligible, dtype=torch.bool, **same)
-    if temperature > 0:
-        for name, value in (("seed", seed), ("noise_ids", noise_ids)):
-            if value is None:
+    if not 0 <= a.temperature < float("inf"):
+        raise ValueError(f"{op}: temperature={a.temperature}: accepted is a finite number >= 0")
+    check = functools.partial(check_tensor, op, device=device, contiguous=True)
+    if a.eligible is not None:
+        check("eligible", a.eligible, dtype=torch.bool, shape=shape)
+    if a.temperature > 0:
+        for name in ("seed", "noise_ids"):
+            if getattr(a, name) is None:
                 raise ValueError(f"{op}: {name}=None: temperature > 0 needs an int64 tensor")
-        check_tensor(op, "seed", seed, dtype=torch.int64, shape=(), device=device)
-        check_tensor(op, "noise_ids", noise_ids, dtype=torch.int64, **same)
-
-
-def compile_cases() -> list[CompileCase]:
-    signature = {
-        "partial_ptr": "*fp32", "eligible_ptr": "*i1", "token_ptr": "*i64",
-        "confidence_ptr": "*fp32", "rows": "i32", "parts": "i32", "first_allowed": "i32",
-    }  # fmt: skip
-    cases = []
-    for confidence in CONFIDENCES:
-        # Triton turns arguments equal to 1 into constants: another program to compile.
-        for parts, ones in ((32, ()), (512, ()), (1, ("rows", "parts", "first_allowed"))):
-            constants = {"state_ptr": None, "PARTS": parts, "CONFIDENCE": confidence}
-            cases.append(
-                CompileCase(
-                    op="combine_partials",
-                    name=f"{confidence} {parts} parts",
-                    kernel=combine_kernel,
-                    signature=signature,
-                    constexprs=constants | dict.fromkeys(ones, 1),
-                    num_warps=combine_warps(parts),
-                )
-            )
-    return cases
+        check("seed", a.seed, dtype=torch.int64, shape=())
+        check("noise_ids", a.noise_ids, dtype=torch.int64, shape=shape)

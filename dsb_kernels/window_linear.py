@@ -6,7 +6,6 @@ gate and up never in memory. `N` = rows, `E` = input features, `F` = output feat
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,9 +15,6 @@ from torch.nn.functional import linear, silu
 
 from dsb_kernels._check import FLOATS, check_tensor
 from dsb_kernels._configs import (
-    ARCHITECTURES,
-    TRITON_DTYPES,
-    CompileCase,
     Config,
     architecture_of,
     configuration,
@@ -165,47 +161,3 @@ def _check(a: Any) -> None:
 
 
 window_linear = op(window_linear_reference, launch=_launch, check=_check)
-
-
-def compile_cases() -> list[CompileCase]:
-    """Every row class, plain and gated, at the models' shapes; bias and float16 once."""
-    variants = [
-        (rows, F, gated, "bf16", False)
-        for rows, (F, gated) in itertools.product(
-            (16, 32, 64, 128), ((12288, False), (12288, True))
-        )
-    ]
-    # Dream's 4608 features leave fewer tiles of 128 than there should be programs.
-    variants += [(rows, 4608, False, "bf16", True) for rows in (32, 128)]
-    variants += [(32, 12288, gated, "fp16", False) for gated in (False, True)]
-    variants += [(n, 12288, gated, "fp32", False) for n in (32, 64) for gated in (False, True)]
-    cases = []
-    for architecture, variant in itertools.product(ARCHITECTURES, variants):
-        rows, F, gated, dtype, bias = variant
-        launch = launch_of(rows, F, TRITON_DTYPES[dtype], architecture, gated=gated)
-        signature = {
-            "weight_ptr": f"*{dtype}", "x_ptr": f"*{dtype}", "bias_ptr": f"*{dtype}",
-            "out_ptr": f"*{dtype}", "stride_wf": "i32", "stride_xn": "i32", "stride_on": "i32",
-            "rows": "i32", "F": "i32", "E": "i32",
-        }  # fmt: skip
-        constexprs = {**launch.blocks, "EVEN_K": True, "GATED": gated}
-        if not bias:
-            del signature["bias_ptr"]
-            constexprs["bias_ptr"] = None
-        words = f"{'gated ' * gated}{dtype} {F} features{' bias' * bias}"
-        cases.append(
-            CompileCase(
-                op="window_linear",
-                name=f"{words} {rows} rows",
-                kernel=_window_linear_kernel,
-                signature=signature,
-                constexprs=constexprs,
-                num_warps=launch.num_warps,
-                num_stages=launch.num_stages,
-                divisible=tuple(name for name in signature if name != "rows"),
-                architectures=(architecture,),
-                expects_tensor_cores=dtype != "fp32",
-                expects_wide_loads=not bias,  # whose loads are as narrow as it is
-            )
-        )
-    return cases

@@ -1,17 +1,31 @@
-"""DecodingConfig: every setting of `generate`, checked when it is made."""
+"""The settings of a decoding: one field of `DecodingConfig` each, with all that the doors need.
+
+A field is declared by `setting(default, help, ...)`. Its type, range or choices, help and group
+are stated there once: the checks, the command line, `custom_generate`, the harness's model and the
+documentation's table read them from `settings()`.
+"""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, TypeVar
 
-SCHEDULES = ("dsb", "naive")
-CACHES = ("dsb", "dual", "none")
-REFRESH_COMMITS = ("select", "first")
-REFRESH_POLICIES = ("full", "response")
+from dsb_kernels.rules import RULES, Rule
+from dsb_kernels.score import CONFIDENCES
+
 DEFAULT_FULL_EVERY = 4
-DEFAULT_THRESHOLD = 0.9
+
+DEFAULT_RULE = next(rule for rule in RULES.values() if rule.default is not None)
+
+# Groups of the command line's help.
+DECODING = "decoding"
+RULE = f"selection rule, at most one (default: --{DEFAULT_RULE.setting} {DEFAULT_RULE.default})"
+SAMPLING = "sampling and ending"
+REFRESHES = "refreshes"
+
+T = TypeVar("T")
 
 
 def check_int(name: str, value: Any, low: int, high: int | None = None, why: str = "") -> None:
@@ -34,115 +48,244 @@ def check_real(name: str, value: Any, low: float, high: float, *, open_low: bool
 
 
 def check_choice(name: str, value: Any, accepted: tuple[str, ...]) -> None:
+    """Raise ValueError unless `value` is one of `accepted`."""
     if value not in accepted:
         raise ValueError(f"{name}={value!r}: expected one of {', '.join(accepted)}")
 
 
+def check_bool(name: str, value: Any) -> None:
+    """Raise TypeError unless `value` is True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}={value!r}: expected True or False")
+
+
 @dataclass(frozen=True)
+class Setting:
+    """What every door needs to know of one setting.
+
+    A bound is a number or the name of the setting that bounds this one. `optional`: None is
+    accepted as well. `unset`: what happens where the setting is not named, for help and docs.
+    `doors`: the name at a door that calls the setting something else.
+    """
+
+    default: Any
+    help: str
+    kind: type[int] | type[float] | type[bool] | type[str]
+    group: str
+    low: float | str
+    high: float | str | None
+    open_low: bool
+    choices: tuple[str, ...]
+    unset: str
+    doors: Mapping[str, str]
+
+    @property
+    def optional(self) -> bool:
+        return self.default is None
+
+    @property
+    def accepted(self) -> str:
+        """What the setting accepts, in words."""
+        if self.choices:
+            return " | ".join(self.choices)
+        if self.kind is bool:
+            return "True | False"
+        low, high = (f"{b:g}" if isinstance(b, (int, float)) else b for b in (self.low, self.high))
+        if high is None:
+            return f"{self.kind.__name__} >= {low}"
+        return f"{self.kind.__name__} in {'(' if self.open_low else '['}{low}, {high}]"
+
+    def check(self, name: str, value: Any, others: Any) -> None:
+        """Raise TypeError or ValueError unless `value` is accepted beside the config `others`."""
+        if value is None and self.optional:
+            return
+        if self.choices:
+            check_choice(name, value, self.choices)
+        elif self.kind is bool:
+            check_bool(name, value)
+        else:
+            low: Any = getattr(others, self.low) if isinstance(self.low, str) else self.low
+            high: Any = getattr(others, self.high) if isinstance(self.high, str) else self.high
+            if self.kind is float:
+                check_real(name, value, low, high, open_low=self.open_low)
+                return
+            why = f" (at least {self.low})" if isinstance(self.low, str) else ""
+            why += f" (at most {self.high})" if isinstance(self.high, str) else ""
+            check_int(name, value, low, high, why)
+
+
+def setting(
+    default: Any,
+    help: str,
+    *,
+    kind: type[int] | type[float] | type[bool] | type[str] = int,
+    group: str = DECODING,
+    low: float | str = 1,
+    high: float | str | None = None,
+    open_low: bool = False,
+    choices: tuple[str, ...] = (),
+    unset: str = "",
+    doors: Mapping[str, str] | None = None,
+) -> Any:
+    """A field of `DecodingConfig`; the arguments are those of `Setting`."""
+    row = Setting(default, help, kind, group, low, high, open_low, choices, unset, doors or {})
+    return field(default=default, metadata={"setting": row})
+
+
+def rule_setting(rule: Rule) -> Any:
+    """The field that turns a selection rule on."""
+    return setting(
+        None, rule.help, kind=rule.kind, group=RULE, low=rule.low, open_low=rule.open_low,
+        high="gen_length" if rule.high is None else rule.high,
+        unset="" if rule.default is None else f"{rule.default:g}, where no other rule is named",
+    )  # fmt: skip
+
+
+def with_rule_settings(cls: type[T]) -> type[T]:
+    """Give a dataclass to be the settings of the rules that it does not list itself."""
+    for rule in RULES.values():
+        if rule.setting not in cls.__annotations__:
+            cls.__annotations__[rule.setting] = f"{rule.kind.__name__} | None"
+            setattr(cls, rule.setting, rule_setting(rule))
+    return cls
+
+
+@dataclass(frozen=True)
+@with_rule_settings
 class DecodingConfig:
-    """How to decode. At most one of `threshold`, `factor`, `frechet`, `steps` may be named; with
-    none of them the rule is threshold 0.9.
+    """How to decode. At most one of the rules' settings (`threshold`, `factor`, `frechet`,
+    `steps`) may be named; with none of them the rule is threshold 0.9.
+
+    The rules listed here are known to type checkers and editors; `with_rule_settings` adds the
+    others.
 
     Raises:
         TypeError: a field of the wrong type.
         ValueError: a value outside what is accepted; the message names field, value and range.
     """
 
-    gen_length: int = 256  # G, response positions, >= 1
-    block_length: int = 32  # S_init, 1 .. gen_length
-    schedule: str = "dsb"  # "dsb" slides with the first mask; "naive" moves block by block
-    max_block_length: int | None = None  # S_max >= block_length; None is unbounded (greedy)
-    cache: str = "dsb"  # "dsb" (DSB Cache), "dual" (Fast-dLLM), "none"
-    prefix_window: int | None = None  # l_pm >= 0, cache="dsb" only; None: the family's value
-    threshold: float | None = None  # commit every confidence >= threshold, in [0, 1]
-    factor: float | None = None  # Fast-dLLM's factor rule, in (0, 1e6]
-    frechet: float | None = None  # arXiv 2606.02955's bound, in [-1, 1]
-    steps: int | None = None  # a quota: steps fixed up front, 1 .. gen_length
-    temperature: float = 0.0  # 0 is greedy
-    top_p: float | None = None  # Dream only, in (0, 1]
-    top_k: int | None = None  # Dream only, >= 1
-    stop_at_eos: bool = False  # a row ends at an EOS with no mask to its left
-    refresh_commit: str | None = None  # what a refresh commits; None: the family's way
-    refresh_policy: str = "full"  # "response": most refreshes leave the prompt's K/V as they are
-    full_refresh_every: int | None = None  # >= 2, of "response": refreshes per full one; None: 4
+    gen_length: int = setting(
+        256, "response positions", unset="as the checkpoint says, or 256",
+        doors={"custom_generate": "max_new_tokens"},
+    )  # fmt: skip
+    block_length: int = setting(
+        32, "positions of the block that decoding begins with", high="gen_length",
+        unset="gen_length / 4, at most 32",
+    )  # fmt: skip
+    schedule: str = setting(
+        "dsb", "dsb slides the block to the first mask; naive goes block by block",
+        kind=str, choices=("dsb", "naive"),
+    )  # fmt: skip
+    max_block_length: int | None = setting(
+        None, "positions that a sliding block may grow to", low="block_length",
+        unset="unbounded (greedy)",
+    )  # fmt: skip
+    cache: str = setting(
+        "dsb", "cached K/V: dsb (DSB Cache), dual (Fast-dLLM's) or none", kind=str,
+        choices=("dsb", "dual", "none"), doors={"custom_generate": "cache_policy"},
+    )  # fmt: skip
+    prefix_window: int | None = setting(
+        None, "positions before the block that DSB Cache recomputes with it", low=0,
+        unset="the family's published value",
+    )  # fmt: skip
+    threshold: float | None = rule_setting(RULES["threshold"])
+    factor: float | None = rule_setting(RULES["factor"])
+    frechet: float | None = rule_setting(RULES["frechet"])
+    steps: int | None = rule_setting(RULES["quota"])
+    confidence: str = setting(
+        "probability", "what ranks candidates: the token's probability, its margin over the "
+        "second, or the negative entropy", kind=str, group=SAMPLING, choices=CONFIDENCES,
+    )  # fmt: skip
+    temperature: float = setting(0.0, "0 is greedy", kind=float, group=SAMPLING, low=0.0, high=1e6)
+    top_p: float | None = setting(
+        None, "cut to the most likely tokens of this probability; Dream only", kind=float,
+        group=SAMPLING, low=0.0, high=1.0, open_low=True, unset="no cut",
+    )  # fmt: skip
+    top_k: int | None = setting(
+        None, "cut to so many most likely tokens; Dream only", group=SAMPLING, unset="no cut"
+    )
+    stop_at_eos: bool = setting(
+        False, "a row ends at an EOS with no mask to its left", kind=bool, group=SAMPLING,
+        unset="where the model has an EOS",
+    )  # fmt: skip
+    refresh_commit: str | None = setting(
+        None, "a refresh commits what the rule selects, or the first masked position only",
+        kind=str, group=REFRESHES, choices=("select", "first"), unset="the family's way",
+    )  # fmt: skip
+    refresh_policy: str = setting(
+        "full", "response: most refreshes leave the prompt's K/V as they are", kind=str,
+        group=REFRESHES, choices=("full", "response"),
+    )  # fmt: skip
+    full_refresh_every: int | None = setting(
+        None, "of refresh_policy=response: one refresh in so many is full", group=REFRESHES,
+        low=2, unset=str(DEFAULT_FULL_EVERY),
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
-        check_int("gen_length", self.gen_length, 1)
-        check_int("block_length", self.block_length, 1, self.gen_length, " (at most gen_length)")
-        check_choice("schedule", self.schedule, SCHEDULES)
-        check_choice("cache", self.cache, CACHES)
-        if self.max_block_length is not None:
-            if self.schedule == "naive":
-                raise ValueError(
-                    f"max_block_length={self.max_block_length!r}: only schedule='dsb' resizes its "
-                    "block; expected None with schedule='naive'"
-                )
-            check_int(
-                "max_block_length", self.max_block_length, self.block_length,
-                why=" (at least block_length), or None",
-            )  # fmt: skip
-        if self.prefix_window is not None:
-            if self.cache != "dsb":
-                raise ValueError(
-                    f"prefix_window={self.prefix_window!r}: only cache='dsb' has a prefix window; "
-                    f"expected None with cache={self.cache!r}"
-                )
-            check_int("prefix_window", self.prefix_window, 0)
+        for name, row in settings(self).items():
+            row.check(name, getattr(self, name), self)
         self._check_rule()
-        check_real("temperature", self.temperature, 0.0, 1e6)
-        if self.top_p is not None:
-            check_real("top_p", self.top_p, 0.0, 1.0, open_low=True)
-        if self.top_k is not None:
-            check_int("top_k", self.top_k, 1)
-        if not isinstance(self.stop_at_eos, bool):
-            raise TypeError(f"stop_at_eos={self.stop_at_eos!r}: expected True or False")
-        if self.refresh_commit is not None:
-            check_choice("refresh_commit", self.refresh_commit, REFRESH_COMMITS)
-            if self.cache == "none":
-                raise ValueError(
-                    f"refresh_commit={self.refresh_commit!r}: cache='none' has no refresh steps; "
-                    "expected None"
-                )
+        self._check_confidence()
+        self._check_schedule()
+        self._check_cache()
 
-        check_choice("refresh_policy", self.refresh_policy, REFRESH_POLICIES)
+    def _check_rule(self) -> None:
+        """At most one rule is named; without one the default rule's setting gets its value."""
+        names = rule_names()
+        named = [f"{n}={getattr(self, n)!r}" for n in names if getattr(self, n) is not None]
+        if len(named) > 1:
+            raise ValueError(f"{', '.join(named)}: expected at most one of {', '.join(names)}")
+        if not named:
+            object.__setattr__(self, DEFAULT_RULE.setting, DEFAULT_RULE.default)
+
+    def _check_confidence(self) -> None:
+        """A rule's bound must be one of the confidence's own scale."""
+        if self.confidence == "entropy" and self.rule != "quota":
+            raise ValueError(
+                f"confidence='entropy': a negative entropy is no probability, which {self.rule} "
+                "needs; expected steps with it"
+            )
+        if self.confidence == "margin" and self.rule == "frechet":
+            raise ValueError(
+                f"frechet={self.frechet!r}: it bounds a product of probabilities; expected "
+                "confidence='probability'"
+            )
+
+    def _check_schedule(self) -> None:
+        if self.schedule != "naive":
+            return
+        if self.max_block_length is not None:
+            raise ValueError(
+                f"max_block_length={self.max_block_length!r}: only schedule='dsb' resizes its "
+                "block; expected None with schedule='naive'"
+            )
+        if self.steps is not None and self.steps % self.num_blocks:
+            raise ValueError(
+                f"steps={self.steps!r}: schedule='naive' spreads steps evenly over its "
+                f"{self.num_blocks} blocks; expected a multiple of {self.num_blocks}"
+            )
+
+    def _check_cache(self) -> None:
+        if self.prefix_window is not None and self.cache != "dsb":
+            raise ValueError(
+                f"prefix_window={self.prefix_window!r}: only cache='dsb' has a prefix window; "
+                f"expected None with cache={self.cache!r}"
+            )
+        if self.refresh_commit is not None and self.cache == "none":
+            raise ValueError(
+                f"refresh_commit={self.refresh_commit!r}: cache='none' has no refresh steps; "
+                "expected None"
+            )
         if self.refresh_policy != "full" and self.cache == "none":
             raise ValueError(
                 f"refresh_policy={self.refresh_policy!r}: cache='none' keeps no K/V; "
                 "expected 'full'"
             )
-        if self.full_refresh_every is not None:
-            if self.refresh_policy == "full":
-                raise ValueError(
-                    f"full_refresh_every={self.full_refresh_every!r}: every refresh is full with "
-                    "refresh_policy='full'; expected None"
-                )
-            check_int("full_refresh_every", self.full_refresh_every, 2)
-
-    def _check_rule(self) -> None:
-        named = [
-            f"{name}={value!r}"
-            for name in ("threshold", "factor", "frechet", "steps")
-            if (value := getattr(self, name)) is not None
-        ]
-        if len(named) > 1:
+        if self.full_refresh_every is not None and self.refresh_policy == "full":
             raise ValueError(
-                f"{', '.join(named)}: expected at most one of threshold, factor, frechet, steps"
+                f"full_refresh_every={self.full_refresh_every!r}: every refresh is full with "
+                "refresh_policy='full'; expected None"
             )
-        if not named:
-            object.__setattr__(self, "threshold", DEFAULT_THRESHOLD)
-        if self.threshold is not None:
-            check_real("threshold", self.threshold, 0.0, 1.0)
-        if self.factor is not None:
-            check_real("factor", self.factor, 0.0, 1e6, open_low=True)
-        if self.frechet is not None:
-            check_real("frechet", self.frechet, -1.0, 1.0)
-        if self.steps is not None:
-            check_int("steps", self.steps, 1, self.gen_length, " (at most gen_length)")
-            if self.schedule == "naive" and self.steps % self.num_blocks:
-                raise ValueError(
-                    f"steps={self.steps!r}: schedule='naive' spreads steps evenly over its "
-                    f"{self.num_blocks} blocks; expected a multiple of {self.num_blocks}"
-                )
 
     @property
     def num_blocks(self) -> int:
@@ -151,16 +294,14 @@ class DecodingConfig:
 
     @property
     def rule(self) -> str:
-        """The selection rule in force: a key of `dsb_kernels.commit.RULES`."""
-        for name in ("factor", "frechet"):
-            if getattr(self, name) is not None:
-                return name
-        return "quota" if self.steps is not None else "threshold"
+        """The selection rule in force: a key of `dsb_kernels.rules.RULES`."""
+        return next(r.name for r in RULES.values() if getattr(self, r.setting) is not None)
 
     @property
     def rule_value(self) -> float:
         """The rule's number (0 for a quota, which counts in `steps`)."""
-        return 0.0 if self.rule == "quota" else float(getattr(self, self.rule))
+        rule = RULES[self.rule]
+        return 0.0 if rule.kind is int else float(getattr(self, rule.setting))
 
     @property
     def full_every(self) -> int:
@@ -168,3 +309,30 @@ class DecodingConfig:
         if self.refresh_policy == "full":
             return 1
         return self.full_refresh_every or DEFAULT_FULL_EVERY
+
+
+def settings(config: Any = DecodingConfig) -> dict[str, Setting]:
+    """Every setting by its name, in the order of the fields."""
+    return {f.name: f.metadata["setting"] for f in fields(config)}
+
+
+def rule_names() -> tuple[str, ...]:
+    """The settings of the selection rules; a decoding has one of them."""
+    return tuple(rule.setting for rule in RULES.values())
+
+
+def settings_table() -> list[tuple[str, str, str, str, str]]:
+    """(name, type, default, accepted, help) of every setting, for the documentation."""
+    return [
+        (name, row.kind.__name__, row.unset or str(row.default), row.accepted, row.help)
+        for name, row in settings().items()
+    ]
+
+
+def check_names(named: Mapping[str, Any]) -> None:
+    """Raise TypeError for the first name that is no setting."""
+    unknown = sorted(set(named) - set(settings()))
+    if unknown:
+        raise TypeError(
+            f"{unknown[0]}={named[unknown[0]]!r}: expected one of {', '.join(settings())}"
+        )

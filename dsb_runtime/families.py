@@ -49,6 +49,16 @@ class DiffusionInfo:
     eos_ids: tuple[int, ...]
 
 
+def check_model(model: Any) -> DiffusionInfo:
+    """The model's family, mask id and EOS ids."""
+    info = getattr(model, "dsb", None)
+    if not isinstance(info, DiffusionInfo):
+        raise TypeError(
+            f"model={type(model).__name__}: expected a model from dsb_runtime.load_model or patch"
+        )
+    return info
+
+
 def real(name: str, value: Any) -> float:
     """`value` where it is a positive number; ValueError names the field otherwise."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
@@ -89,7 +99,7 @@ def rope_parameters(raw: RawConfig) -> dict[str, Any]:
 
 
 # Special ids are checked and kept in `DiffusionInfo`; transformers would fill in its own.
-NO_IDS = {"pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
+NO_IDS: dict[str, Any] = {"pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
 
 # What an absent field means to LLaDA's configuration class, which inherits GPT-2's values.
 LLADA_DEFAULTS = {

@@ -34,6 +34,7 @@ def settings(case: dict[str, Any]) -> dict[str, Any]:
         "block_length": case["block_length"],
         "schedule": "dsb" if method.startswith("dsb") else "naive",
         "cache": cache_policy,
+        "stop_at_eos": False,
         {"quota": "steps"}.get(rule, rule): case["steps"] if rule == "quota" else case[rule],
     }
     if method.startswith("dsb") and case["max_block_length"] > 0:

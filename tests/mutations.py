@@ -56,7 +56,7 @@ def tiles_of(
     those that the table has for 16 bits."""
     for op in ops:
         if "production" not in request.fixturenames:
-            monkeypatch.setitem(tuning.CONFIGS, (op, "any"), {1 << 62: small})
+            monkeypatch.setitem(tuning.CONFIGS, (op, "any"), {tuning.INFINITY: small})
         monkeypatch.setitem(tuning.CONFIGS, (f"{op} float32", "any"), tuning.CONFIGS[op, "any"])
 
 

@@ -6,11 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsb_kernels import _configs as tuning
-from dsb_kernels import score as row_state
+from dsb_kernels import score
 from dsb_kernels import token_confidence as module
 from dsb_kernels.noise import gumbel_noise, philox4x32
 from dsb_kernels.score import CONFIDENCES
-from dsb_kernels.token_confidence import token_confidence, token_confidence_definition
+from dsb_kernels.token_confidence import token_confidence, token_confidence_reference
 from tests.mutations import DEVICE, assert_caught, kernels
 
 INF, NAN = float("inf"), float("nan")
@@ -22,7 +22,7 @@ def small_blocks(request, monkeypatch):
     """Blocks of 64 and splits of 128 logits, so that small shapes have many of both."""
     if "production" not in request.fixturenames:
         for op in ("token_confidence", "token_confidence sampled"):
-            monkeypatch.setitem(tuning.CONFIGS, (op, "any"), {1 << 62: SMALL})
+            monkeypatch.setitem(tuning.CONFIGS, (op, "any"), {tuning.INFINITY: SMALL})
 
 
 @pytest.fixture
@@ -66,16 +66,12 @@ def compare(logits: torch.Tensor, **options) -> None:
     options = {k: v.to(DEVICE) if isinstance(v, torch.Tensor) else v for k, v in options.items()}
     with kernels():
         token, c = token_confidence(logits, **options)
-    defaults = {
-        "eligible": None, "banned": (), "temperature": 0.0, "seed": None, "noise_ids": None,
-        "confidence": "probability",
-    } | options  # fmt: skip
-    expected, reference = token_confidence_definition(logits.double(), **defaults)
+    expected, reference = token_confidence_reference(logits.double(), **options)
     assert token.tolist() == expected.tolist()
     assert c.dtype == torch.float32 and c.shape == token.shape
     # A margin is a difference and an entropy a sum of terms of both signs: relative to the terms.
-    scale = {"probability": 0.0, "margin": 0.1, "neg_entropy": 0.1}[defaults["confidence"]]
-    error = (c.double() - reference).abs() / reference.abs().clamp(min=max(scale, 1e-37))
+    scale = 1e-37 if options.get("confidence", "probability") == "probability" else 0.1
+    error = (c.double() - reference).abs() / reference.abs().clamp(min=scale)
     same = (c.double() == reference) | (c.isnan() & reference.isnan())
     assert ((error <= 1e-5) | same).all(), f"{c.tolist()} for {reference.tolist()}"
 
@@ -105,7 +101,7 @@ def test_vocabularies_that_end_at_and_beside_the_edge_of_a_block(V):
 
 @pytest.mark.parametrize(
     ("confidence", "sample"),
-    [("probability", True), ("margin", False), ("neg_entropy", False)],
+    [("probability", True), ("margin", False), ("entropy", False)],
 )
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_low_precision_logits_are_scored_in_float32(dtype, confidence, sample):
@@ -175,13 +171,13 @@ def test_property_kernel_equals_definition(data, V, rows, sample):
 def test_definition_is_the_textbook_one():
     x = torch.randn(7, 700, dtype=torch.float64) * 3
     p = x.softmax(-1)
-    token, c = token_confidence_definition(x, None, (), 0.0, None, None, "probability")
+    token, c = token_confidence_reference(x)
     assert torch.equal(token, x.argmax(-1))
     torch.testing.assert_close(c, p.amax(-1))
-    c = token_confidence_definition(x, None, (), 0.0, None, None, "margin")[1]
+    c = token_confidence_reference(x, confidence="margin")[1]
     best = p.topk(2).values
     torch.testing.assert_close(c, best[:, 0] - best[:, 1])
-    c = token_confidence_definition(x, None, (), 0.0, None, None, "neg_entropy")[1]
+    c = token_confidence_reference(x, confidence="entropy")[1]
     torch.testing.assert_close(c, (p * p.log()).sum(-1))
 
 
@@ -334,5 +330,5 @@ def check_edges():
     ],
 )  # fmt: skip
 def test_deliberate_mistakes_are_caught(kernel, old, new):
-    owner = row_state if kernel == "combine_kernel" else module
+    owner = score if kernel == "combine_kernel" else module
     assert_caught(check_edges, owner, kernel, old, new)

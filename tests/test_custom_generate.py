@@ -47,7 +47,7 @@ def test_golden_trajectories(family):
         settings["max_new_tokens"] = settings.pop("gen_length")
         settings["cache_policy"] = settings.pop("cache")
         ids = torch.tensor([case["prompt"]])
-        assert run(model, ids, **settings, stop_at_eos=False)[0].tolist() == case["sequence"]
+        assert run(model, ids, **settings)[0].tolist() == case["sequence"]
     assert len(seen) == {"llada": 12, "dream": 6}[family]
 
 
@@ -55,10 +55,10 @@ def test_auto_model_and_defaults():
     model = AutoModelForCausalLM.from_pretrained(golden.DATA / "llada")
     ids = prompts(1)[0][None]
     found = model.generate(ids, custom_generate=dsb.custom_generate, max_new_tokens=40)
-    expected = dsb.generate(model, ids, gen_length=40, block_length=32, stop_at_eos=True)
+    expected = dsb.generate(model, ids, gen_length=40, block_length=10, stop_at_eos=True)
     assert found.tolist() == expected.sequences.tolist()
     capped = model.generate(ids, custom_generate=dsb.custom_generate, max_length=ids.shape[1] + 9)
-    expected = dsb.generate(model, ids, gen_length=9, block_length=9, stop_at_eos=True)
+    expected = dsb.generate(model, ids, gen_length=9, block_length=2, stop_at_eos=True)
     assert capped.tolist() == expected.sequences.tolist()
 
 
@@ -150,7 +150,7 @@ def test_arguments_of_the_forward_are_refused():
 def test_eos():
     ids = prompts(1, seed=3)[0][None]
     with biased_to_eos("llada") as model:
-        whole = dsb.generate(model, ids, threshold=0.5, **SAME)
+        whole = dsb.generate(model, ids, threshold=0.5, stop_at_eos=False, **SAME)
         response = whole.sequences[0, ids.shape[1] :].tolist()
         own = run(model, ids, threshold=0.5, return_dict_in_generate=True)
         assert own.row_tokens == whole.row_tokens

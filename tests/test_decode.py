@@ -123,7 +123,7 @@ def test_stop_at_eos_changes_nothing_before_the_eos(family, cache):
     with biased_to_eos(family) as model:
         eos = model.dsb.eos_ids[0]
         for prompt in prompts(6, seed=3):
-            whole = dsb.generate(model, prompt[None], **config)
+            whole = dsb.generate(model, prompt[None], stop_at_eos=False, **config)
             short = dsb.generate(model, prompt[None], stop_at_eos=True, **config)
             response = whole.sequences[0, len(prompt) :].tolist()
             stopped = short.sequences[0, len(prompt) :].tolist()

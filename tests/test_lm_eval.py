@@ -17,7 +17,9 @@ lm_eval = pytest.importorskip("lm_eval", reason="needs the extra: pip install .[
 
 from lm_eval.api.instance import Instance  # noqa: E402
 
-from dsb_runtime.doors.lm_eval import DSBLM, SETTINGS, cut_at_stop  # noqa: E402
+from dsb_runtime.config import settings  # noqa: E402
+from dsb_runtime.doors.lm_eval import DSBLM  # noqa: E402
+from dsb_runtime.doors.lm_eval_requests import answer_text, cut_at_stop  # noqa: E402
 
 PROBLEMS = [p for steps in (1, 2, 3) for p in heldout(3, steps=steps)]
 PROMPTS = [chat_text(problem.prompt) for problem in PROBLEMS]
@@ -47,7 +49,7 @@ def answers(lm: DSBLM, prompts: list[str] = PROMPTS, **asked: Any) -> list[str]:
 ARGUMENTS = [
     "gen_length=48,block_length=8,schedule=dsb,max_block_length=16,cache=dsb,prefix_window=6,"
     "threshold=0.8,temperature=0.5,stop_at_eos=False,refresh_commit=first",
-    "gen_length=48,block_length=8,factor=1.5,top_p=0.9,top_k=5",
+    "gen_length=48,block_length=8,factor=1.5,top_p=0.9,top_k=5,confidence=margin",
     "gen_length=48,block_length=8,frechet=0.25,refresh_policy=response,full_refresh_every=3",
     "gen_length=48,block_length=8,steps=12,schedule=naive,cache=dual",
 ]
@@ -61,7 +63,7 @@ def test_settings_are_read_from_model_args(text):
 
 
 def test_every_setting_is_covered_above():
-    assert {pair.split("=")[0] for text in ARGUMENTS for pair in text.split(",")} == set(SETTINGS)
+    assert {pair.split("=")[0] for text in ARGUMENTS for pair in text.split(",")} == set(settings())
 
 
 @pytest.mark.parametrize(
@@ -173,9 +175,10 @@ def test_stop_strings_are_honoured(lm):
 
 def test_special_tokens_stop_too(lm):
     words = lm.tokenizer.encode("Monday <|user|> Tuesday", add_special_tokens=False)
-    assert lm.answer(words, []) == "Monday Tuesday"
-    assert lm.answer(words, ["<|user|>"]) == "Monday"
-    assert lm.answer([words[0], *lm.model.dsb.eos_ids, words[2]], []) == "Monday"
+    eos_ids = lm.model.dsb.eos_ids
+    assert answer_text(lm.tokenizer, words, eos_ids, []) == "Monday Tuesday"
+    assert answer_text(lm.tokenizer, words, eos_ids, ["<|user|>"]) == "Monday"
+    assert answer_text(lm.tokenizer, [words[0], *eos_ids, words[2]], eos_ids, []) == "Monday"
 
 
 def test_padding_of_the_harness_costs_nothing(lm):
@@ -192,7 +195,7 @@ def test_a_long_prompt_loses_its_beginning(caplog):
     ids = short.tok_encode(PROMPTS[-1])
     assert len(ids) > 24
     with caplog.at_level("WARNING", logger="lm_eval"):
-        assert short.prompt_ids(PROMPTS[-1], 24) == ids[-24:]
+        assert short.cut_prompt(ids, 24) == ids[-24:]
     assert "lose their beginning" in caplog.text
     assert short.scored(ids * 2, [5, 6]) == Scored(tuple((ids * 2)[-38:]), (5, 6))
     with pytest.raises(ValueError, match="a continuation of 40 tokens: expected 1 to 39"):

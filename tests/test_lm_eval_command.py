@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import subprocess
@@ -88,33 +89,24 @@ def test_the_harness_end_to_end(tasks):
     assert measured["tokens_per_forward"] == measured["tokens"] / measured["forwards"] > 2
 
 
-@pytest.fixture(scope="module")
-def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """A path on which this checkout is an installed package, entry points and all."""
-    folder = tmp_path_factory.mktemp("installed")
-    subprocess.run(
-        [sys.executable, "setup.py", "-q", "egg_info", "--egg-base", str(folder)],
-        cwd=ROOT, check=True, capture_output=True,
-    )  # fmt: skip
-    return {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(folder), str(ROOT)]),
-        "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1",
-        "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1",
-    }  # fmt: skip
+ENVIRONMENT = {
+    **os.environ,
+    "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1",
+}  # fmt: skip
 
 
-def run_harness(launcher: list[str], tasks: Path, environment: dict[str, str], out: Path) -> dict:
+def run_harness(launcher: list[str], tasks: Path, out: Path) -> dict:
     """The command of the README; its results with every sample's responses."""
     command = [
-        *launcher, "-m", "lm_eval", "--model", "dsb", "--model_args",
+        *launcher, "-m", "dsb_runtime.doors.lm_eval", "--model", "dsb", "--model_args",
         f"pretrained={MODEL_DIR},schedule=dsb,cache=dsb,threshold=0.9,gen_length=64,mc_num=4",
         "--tasks", "word_problems,word_choices", "--include_path", str(tasks),
         "--batch_size", "8", "--device", "cpu", "--apply_chat_template",
         "--output_path", str(out), "--log_samples",
     ]  # fmt: skip
     done = subprocess.run(
-        command, cwd=tasks, env=environment, capture_output=True, text=True, timeout=1200
+        command, cwd=tasks, env=ENVIRONMENT, capture_output=True, text=True, timeout=1200
     )
     assert done.returncode == 0, done.stderr[-4000:]
     assert "tokens_per_forward" in done.stderr and "exact_match" in done.stdout
@@ -128,15 +120,15 @@ def run_harness(launcher: list[str], tasks: Path, environment: dict[str, str], o
 
 
 @pytest.mark.slow
-def test_the_command_with_one_and_two_processes(tasks, environment, tmp_path):
-    """`lm_eval --model dsb` by the entry points alone, and dealt out by accelerate."""
-    one = run_harness([sys.executable], tasks, environment, tmp_path / "one")
+def test_the_command_with_one_and_two_processes(tasks, tmp_path):
+    """The harness's own command with the model registered, in one process and under accelerate."""
+    one = run_harness([sys.executable], tasks, tmp_path / "one")
     # Without GPUs `--multi_gpu` is still what makes accelerate start more than one process.
     accelerate = [
         sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
         "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
     ]  # fmt: skip
-    two = run_harness(accelerate, tasks, environment, tmp_path / "two")
+    two = run_harness(accelerate, tasks, tmp_path / "two")
     assert one["results"]["word_problems"]["exact_match,answer"] >= 0.9
     for name, metric in (("word_problems", "exact_match,answer"), ("word_choices", "acc,none")):
         assert one["results"][name][metric] == two["results"][name][metric]
@@ -153,11 +145,27 @@ def test_the_command_with_one_and_two_processes(tasks, environment, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("code", ["import torch", "import lm_eval, torch"])
-def test_nothing_but_the_name_is_loaded_with_torch(environment, code):
-    """torch's import calls an entry point of this package: it must not load the package."""
-    code += "; import sys; print([m for m in sys.modules if m.startswith('dsb_')])"
+def test_torch_and_the_harness_load_nothing_of_ours(tmp_path):
+    """Installed, the package is found by the entry point `lm_eval.models` and by nothing else."""
+    subprocess.run(
+        [sys.executable, "setup.py", "-q", "egg_info", "--egg-base", str(tmp_path)],
+        cwd=ROOT, check=True, capture_output=True,
+    )  # fmt: skip
+    code = """
+import sys, importlib.metadata as metadata
+(ours,) = [d for d in metadata.distributions(path=sys.path[1:2]) if d.name == "dsb-kernels"]
+print(sorted((e.group, e.name, e.value) for e in ours.entry_points))
+import torch, lm_eval
+print([m for m in sys.modules if m.startswith("dsb_")])
+"""
+    path = os.pathsep.join([str(tmp_path), str(ROOT)])
     done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
-    )
-    assert done.stdout.strip() == "['dsb_lm_eval']"
+        [sys.executable, "-c", code], env={**ENVIRONMENT, "PYTHONPATH": path},
+        cwd=tmp_path, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    entries, loaded = done.stdout.splitlines()
+    assert ast.literal_eval(entries) == [
+        ("console_scripts", "dsb", "dsb_runtime.cli.main:main"),
+        ("lm_eval.models", "dsb", "dsb_runtime.doors.lm_eval:DSBLM"),
+    ]
+    assert loaded == "[]"

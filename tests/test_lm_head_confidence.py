@@ -7,9 +7,13 @@ from hypothesis import strategies as st
 
 from dsb_kernels import _configs as tuning
 from dsb_kernels import lm_head as module
-from dsb_kernels.lm_head import lm_head_confidence, lm_head_confidence_definition
+from dsb_kernels.lm_head import (
+    lm_head_confidence,
+    lm_head_confidence_reference,
+    lm_head_partial,
+)
 from dsb_kernels.score import CONFIDENCES, combine_partials
-from dsb_kernels.token_confidence import token_confidence_definition
+from dsb_kernels.token_confidence import token_confidence_reference
 from tests.mutations import DEVICE, assert_caught, kernels, tiles_of
 
 INF, NAN = float("inf"), float("nan")
@@ -51,9 +55,8 @@ def in_shards(cuts, hidden, weight, bias, **options):
     """The same through partial states of the shards between `cuts`."""
     ends = zip([0, *cuts], [*cuts, len(weight)], strict=True)
     partials = [
-        lm_head_confidence(
-            hidden, weight[a:b], None if bias is None else bias[a:b], vocab_start=a, partial=True,
-            **options,
+        lm_head_partial(
+            hidden, weight[a:b], None if bias is None else bias[a:b], vocab_start=a, **options
         )
         for a, b in ends
     ]  # fmt: skip
@@ -74,13 +77,9 @@ def compare(hidden, weight, bias=None, cuts=(), **options) -> None:
             results.append(in_shards(cuts, hidden, weight, bias, **options))
     if cuts:
         results.append(in_shards(cuts, hidden, weight, bias, **options))
-    defaults = {
-        "eligible": None, "banned": (), "temperature": 0.0, "seed": None, "noise_ids": None,
-        "confidence": "probability",
-    } | options  # fmt: skip
     wide = [None if t is None else t.double() for t in (hidden, weight, bias)]
-    expected, reference = lm_head_confidence_definition(*wide, **defaults)
-    floor = 1e-30 if defaults["confidence"] == "probability" else 0.1
+    expected, reference = lm_head_confidence_reference(*wide, **options)
+    floor = 1e-30 if options.get("confidence", "probability") == "probability" else 0.1
     for token, c in results:
         assert token.tolist() == expected.tolist()
         error = (c.double() - reference).abs() / reference.abs().clamp(min=floor)
@@ -141,13 +140,11 @@ def check_low_precision(dtype, confidence, sample):
     """Whole and in shards, with ragged tiles of vocabulary, rows and hidden size."""
     rows, cuts = 12, (37,)
     tensors = [t.to(DEVICE) for t in inputs(rows, 75, 40, dtype)]
-    greedy = {"temperature": 0.0, "seed": None, "noise_ids": None}
-    options = {"eligible": None, "banned": (5,), "confidence": confidence}
-    options |= sampling(rows) if sample else greedy
+    options = {"banned": (5,), "confidence": confidence} | (sampling(rows) if sample else {})
     options |= {k: v.to(DEVICE) for k, v in options.items() if isinstance(v, torch.Tensor)}
     wide = [t.double() for t in tensors]
-    expected, reference = lm_head_confidence_definition(*wide, **options)
-    other, plain = lm_head_confidence_definition(*tensors, **options)
+    expected, reference = lm_head_confidence_reference(*wide, **options)
+    other, plain = lm_head_confidence_reference(*tensors, **options)
     same = other == expected  # rounded logits may propose another token, with its confidence
     assert same.sum() > rows / 2
     bound = 2 * (plain - reference)[same].abs().max()
@@ -163,7 +160,7 @@ def check_low_precision(dtype, confidence, sample):
 
 @pytest.mark.parametrize(
     ("confidence", "sample"),
-    [("probability", True), ("margin", False), ("neg_entropy", False)],
+    [("probability", True), ("margin", False), ("entropy", False)],
 )
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_low_precision_error_is_at_most_twice_the_plain_one(dtype, confidence, sample):
@@ -177,18 +174,17 @@ def test_production_configuration(production, rows):
 
 def test_a_padded_shard_and_a_shard_of_banned_tokens():
     hidden, weight, _ = inputs(5, 40, 24)
+    banned = tuple(range(20, 30))
     padded = torch.cat([weight[30:], torch.full((6, 24), 9.0)])
     for backend in (kernels(), None):
         with backend or torch.no_grad():
             shards = [
-                lm_head_confidence(hidden, part, vocab_start=a, vocab_end=b, partial=True,
-                                   banned=tuple(range(20, 30)))
+                lm_head_partial(hidden, part, vocab_start=a, vocab_end=b, banned=banned)
                 for a, b, part in ((0, 20, weight[:20]), (20, 30, weight[20:30]), (30, 40, padded))
-            ]  # fmt: skip
-            token, c = combine_partials(torch.stack(shards), banned=tuple(range(20, 30)))
+            ]
+            token, c = combine_partials(torch.stack(shards), banned=banned)
         logits = (hidden @ weight.T).double()
-        args = (None, tuple(range(20, 30)), 0.0, None, None, "probability")
-        expected, reference = token_confidence_definition(logits, *args)
+        expected, reference = token_confidence_reference(logits, banned=banned)
         assert token.tolist() == expected.tolist()
         torch.testing.assert_close(c.double(), reference, rtol=1e-5, atol=0)
 
@@ -219,13 +215,11 @@ def test_opcheck_and_fullgraph(backend, monkeypatch):
     monkeypatch.setenv("DSB_BACKEND", backend)
     hidden, weight, bias = (t.to(DEVICE) for t in inputs(3, 50, 16))
     scoring = (None, [3], 0.0, None, None, "margin")
-    shards = torch.stack(
-        [lm_head_confidence(hidden, weight, confidence="margin", partial=True) for _ in range(2)]
-    )
+    shards = torch.stack([lm_head_partial(hidden, weight, confidence="margin")] * 2)
     tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
     for op, args in (
         (torch.ops.dsb.lm_head_confidence, (hidden, weight, bias, *scoring)),
-        (torch.ops.dsb.lm_head_partial, (hidden, weight, bias, *scoring, 0)),
+        (torch.ops.dsb.lm_head_partial, (hidden, weight, bias, 0, None, *scoring)),
         (torch.ops.dsb.combine_partials, (shards, None, [], "margin")),
     ):
         torch.library.opcheck(op, args, test_utils=tests)
@@ -249,8 +243,6 @@ HIDDEN, WEIGHT = torch.zeros(2, 4), torch.zeros(9, 4)
         (HIDDEN, WEIGHT.to("meta"), {}, "weight is on meta: accepted is cpu"),
         (HIDDEN, WEIGHT, {"bias": torch.zeros(8)}, r"bias has shape \(8,\): accepted is \(9\)"),
         (HIDDEN, WEIGHT, {"banned": (9,)}, "banned token 9: accepted are 0 to 8"),
-        (HIDDEN, WEIGHT, {"vocab_start": 5}, "vocab_start=5: accepted is 0, or more with partial"),
-        (HIDDEN, WEIGHT, {"vocab_end": 10}, "vocab_end=10 with vocab_start=0: accepted are 1 to 9"),
         (HIDDEN, WEIGHT, {"confidence": "top"}, "confidence='top'"),
         (HIDDEN, WEIGHT, {"temperature": 0.5}, "seed=None"),
         (HIDDEN, WEIGHT, {"eligible": (torch.ones(4) > 0)[::2]}, "eligible has strides"),
@@ -262,11 +254,26 @@ def test_bad_input_names_argument_value_and_what_is_accepted(hidden, weight, opt
 
 
 @pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"vocab_start": -1}, "vocab_start=-1: accepted is at least 0"),
+        ({"vocab_end": 10}, "vocab_end=10 with vocab_start=0: accepted are 1 to 9"),
+        ({"vocab_start": 9, "vocab_end": 9}, "vocab_end=9 with vocab_start=9: accepted are 10 to"),
+        ({"bias": torch.zeros(8)}, r"bias has shape \(8,\): accepted is \(9\)"),
+        ({"temperature": 0.5}, "seed=None"),
+    ],
+)
+def test_bad_shards(options, words):
+    with pytest.raises((TypeError, ValueError), match=f"lm_head_partial: .*{words}"):
+        lm_head_partial(HIDDEN, WEIGHT, **options)
+
+
+@pytest.mark.parametrize(
     ("partials", "options", "words"),
     [
         (torch.zeros(2, 5, 3), {}, r"partials has shape \(2, 5, 3\): accepted is \(R, 6, N\)"),
         (torch.zeros(3, 6, 2).transpose(0, 2), {}, "accepted is a contiguous tensor"),
-        (torch.zeros(0, 6, 2), {}, "partials of 0 ranks"),
+        (torch.zeros(0, 6, 2), {}, "partials of 0 processes"),
         (torch.zeros(2, 6, 3), {"eligible": torch.ones(2) > 0}, "eligible has shape"),
         (torch.zeros(2, 6, 3), {"eligible": (torch.ones(6) > 0)[::2]}, "eligible has strides"),
     ],
@@ -293,11 +300,11 @@ def check_edges():
     [
         ("_lm_head_kernel", "tl.minimum(first + share, V)", "tl.minimum(first + share, V - 1)"),
         ("_lm_head_kernel", "(token < last)[:, None]", "(token < last - 1)[:, None]"),
-        ("_lm_head_kernel", "inside = at + k < E", "inside = at + k < E - 1"),
+        ("_lm_head_kernel", "inside = offset + k < E", "inside = offset + k < E - 1"),
         ("_lm_head_kernel", "tl.cdiv(share, BLOCK_V)", "(share // BLOCK_V)"),
         ("_lm_head_kernel", "bias_ptr + token,", "bias_ptr + 0 * token,"),
         ("_store_states", "token[:, None] < last", "token[:, None] <= last"),
-        ("_store_states", "first_row + BLOCK_N // 2", "first_row + BLOCK_N // 4"),
+        ("_store_states", "first_candidate + BLOCK_N // 2", "first_candidate + BLOCK_N // 4"),
         ("_store_states", "tl.min(tl.where(scores == score[None, :], token[:, None], NO_TOKEN)",
          "tl.max(tl.where(scores == score[None, :], token[:, None], -1)"),
         ("_store_states", "(BANNED[i] < first + BLOCK_V)", "(BANNED[i] < first + BLOCK_V - 1)"),

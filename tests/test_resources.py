@@ -16,8 +16,9 @@ import triton
 
 from dsb_kernels.attention_kernel import tile_of
 from dsb_runtime.engine.graphs import WIDTHS
+from tools.compile_report.cases import collect_cases
 from tools.compile_report.disassembly import Disassembly, longest_loop
-from tools.compile_report.report import ARCHITECTURES, CHIPS, Resources, collect_cases, failures
+from tools.compile_report.report import ARCHITECTURES, CHIPS, Resources, failures
 
 ROOT = Path(__file__).parent.parent
 # Triton 3.6 keeps a few more registers: 4 to 92 bytes of a thread.

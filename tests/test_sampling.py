@@ -13,6 +13,7 @@ from torch.distributions import Categorical
 
 import dsb_runtime as dsb
 from dsb_kernels.noise import gumbel_noise, uniform
+from dsb_kernels.score import CONFIDENCES
 from dsb_runtime.engine.sampling import cut_top_k, cut_top_p, propose, sample_nucleus
 from dsb_runtime.families import LLADA, DiffusionInfo
 from tests import golden
@@ -36,13 +37,15 @@ def noise(seed: int, rows: int) -> dict[str, Tensor]:
     return {"seed": torch.tensor(seed), "noise_ids": torch.arange(rows)}
 
 
-def llada_proposals(logits: Tensor, temperature: float, seed: int) -> tuple[Tensor, Tensor]:
-    """What LLaDA proposes for rows of logits (N, V): an LM head that gives them from unit rows."""
+def llada_proposals(
+    logits: Tensor, temperature: float = 0.0, seed: int = 0, **values: Any
+) -> tuple[Tensor, Tensor]:
+    """What LLaDA proposes for logits (N, V): an LM head that gives them from unit vectors."""
     head = torch.nn.Linear(*logits.shape, bias=False)
     head.weight.data = logits.T.contiguous()
     info = DiffusionInfo(LLADA, logits.shape[1] - 1, ())
     rows = len(logits)
-    config = dsb.DecodingConfig(**SHAPE, temperature=temperature)
+    config = settings(temperature=temperature, **values)
     eligible = torch.ones(rows, dtype=torch.bool)
     return propose(torch.eye(rows), head, eligible, config, info, **noise(seed, rows))
 
@@ -78,20 +81,87 @@ def published_row(
     return softmax(values)
 
 
+def published_confidence(kind: str, probability: list[float], chosen: int) -> float:
+    """Dream's `confidence`, with its `margin_confidence` and its `neg_entropy` (eps = 1e-10)."""
+    if kind == "margin":
+        best, second = sorted(probability, reverse=True)[:2]
+        return best - second
+    if kind == "entropy":
+        return sum(p * math.log(p + 1e-10) for p in probability)
+    return probability[chosen]
+
+
 @pytest.mark.parametrize(("top_p", "top_k"), CUTS)
 @pytest.mark.parametrize("temperature", [0.0, 0.5, 2.0])
-def test_dreams_confidence_is_the_probability_after_temperature_and_cuts(temperature, top_p, top_k):
+@pytest.mark.parametrize("kind", CONFIDENCES)
+def test_dreams_confidence_is_of_the_distribution_after_temperature_and_cuts(
+    kind, temperature, top_p, top_k
+):
     """The mask token is the least likely here, so that it decides nothing."""
     logits = random_logits(40)
     logits[:, MASK] = -30.0
-    config = settings(temperature=temperature, top_p=top_p, top_k=top_k)
+    config = settings(temperature=temperature, top_p=top_p, top_k=top_k, confidence=kind)
     token, confidence = sample_nucleus(logits.clone(), MASK, config, **noise(1, 40))
-    for row, chosen, found in zip(logits.tolist(), token.tolist(), confidence, strict=True):
+    for row, chosen, c in zip(logits.tolist(), token.tolist(), confidence, strict=True):
         expected = published_row(row, temperature, top_p, top_k)
         assert expected[chosen] > 0
-        assert found.item() == pytest.approx(expected[chosen], abs=1e-6)
+        assert c.item() == pytest.approx(published_confidence(kind, expected, chosen), abs=1e-6)
         if temperature == 0:
             assert expected[chosen] == max(expected)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+@pytest.mark.parametrize("kind", CONFIDENCES)
+def test_lladas_confidence_is_of_the_distribution_before_temperature(kind, temperature):
+    """The mask token is the most likely of every second candidate, and no part of a margin."""
+    logits = random_logits(40)
+    logits[::2, MASK] = 9.0
+    token, confidence = llada_proposals(logits, temperature, seed=2, confidence=kind)
+    p = logits.double().softmax(-1)
+    best = p[:, :MASK].topk(2).values
+    expected = {
+        "probability": p.gather(-1, token[:, None])[:, 0],
+        "margin": best[:, 0] - best[:, 1],
+        "entropy": (p * p.log()).sum(-1),
+    }
+    torch.testing.assert_close(confidence.double(), expected[kind], atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("family", golden.FAMILIES)
+def test_the_confidence_decides_which_candidate_is_committed(family):
+    """With one block, no cache and one commit a step, a decode is a loop of a few lines."""
+    model = golden.model(family)
+    orders = {}
+    for kind in CONFIDENCES:
+        shape = {"gen_length": 16, "block_length": 16, "steps": 16}
+        out = dsb.generate(model, PROMPT, cache="none", confidence=kind, **shape)
+        orders[kind] = out.sequences[0, PROMPT.shape[1] :].tolist()
+        assert orders[kind] == decode_plainly(model, kind)
+    assert len({tuple(order) for order in orders.values()}) > 1
+
+
+@torch.no_grad()
+def decode_plainly(model: Any, kind: str) -> list[int]:
+    """Commit the best candidate of all 16 until none is left."""
+    mask, prompt = model.dsb.mask_id, PROMPT.shape[1]
+    canvas = torch.cat([PROMPT, torch.full((1, 16), mask)], -1)
+    bidirectional = torch.ones(1, 1, canvas.shape[1], canvas.shape[1], dtype=torch.bool)
+    while (masked := (canvas[0] == mask).nonzero()[:, 0]).numel():
+        logits = model(canvas, attention_mask=bidirectional).logits[0]
+        if model.dsb.family.shift:
+            logits = torch.cat([logits[:1], logits[:-1]])
+        p = logits.double().softmax(-1)
+        allowed = p.clone()
+        allowed[:, mask] = 0
+        best, token = allowed.topk(2)
+        c = {
+            "probability": best[:, 0],
+            "margin": best[:, 0] - best[:, 1],
+            "entropy": p.xlogy(p).sum(-1),
+        }[kind]
+        chosen = masked[c[masked].argmax()]
+        canvas[0, chosen] = token[chosen, 0]
+    return canvas[0, prompt:].tolist()
 
 
 @pytest.mark.parametrize(("top_p", "top_k"), CUTS)

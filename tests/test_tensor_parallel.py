@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.distributed import DistributedConfig
 
 import dsb_runtime as dsb
+from dsb_kernels.score import CONFIDENCES
 from dsb_runtime.engine.parallel import check_distributed
 from tests import golden
 
@@ -72,7 +73,7 @@ def work(folder: Path) -> None:
                 ).sequences[0].tolist()
                 for case in one_of_each(family)
             ],
-            "batch": decode_batch(model),
+            "batch": [decode_batch(model, confidence=kind) for kind in CONFIDENCES],
             "sampled": decode_batch(model, **SAMPLING[family]),
             "patched": decode_patched(family),
         }  # fmt: skip
@@ -121,7 +122,9 @@ def test_two_processes_decode_the_golden_trajectories(ranks, family):
 
 @pytest.mark.parametrize("family", golden.FAMILIES)
 def test_two_processes_decode_a_batch_as_one_does(ranks, family):
-    assert ranks[0][family]["batch"] == decode_batch(golden.model(family))
+    """By each confidence."""
+    model = golden.model(family)
+    assert ranks[0][family]["batch"] == [decode_batch(model, confidence=k) for k in CONFIDENCES]
 
 
 @pytest.mark.parametrize("family", golden.FAMILIES)

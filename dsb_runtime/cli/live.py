@@ -1,8 +1,9 @@
-"""The canvas while it fills, in the terminal."""
+"""`dsb generate --live`: the canvas in the terminal while it fills."""
 
 from __future__ import annotations
 
 import time
+from typing import Any
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -46,8 +47,8 @@ def canvas_text(
     text = Text()
     for index in range(leftpad, len(ids)):
         masked = index >= prompt_length and ids[index] == mask_id
-        word = MASK_GLYPH if masked else tokenizer.convert_ids_to_tokens(ids[index])
-        word = word or f"<{ids[index]}>"  # an id that the tokenizer does not know
+        token = MASK_GLYPH if masked else tokenizer.convert_ids_to_tokens(ids[index])
+        word = str(token or f"<{ids[index]}>")  # where the tokenizer does not know the id
         if masked:
             style = "active" if start <= index < end else "mask"
         elif index in new:
@@ -85,8 +86,8 @@ class LiveCanvas:
         self.live.__enter__()
         return self
 
-    def __exit__(self, *exc: object) -> None:
-        self.live.__exit__(*exc)
+    def __exit__(self, *error: Any) -> None:
+        self.live.__exit__(*error)
         if not self.live.console.is_terminal:  # rich leaves out the last newline there
             self.live.console.print()
 

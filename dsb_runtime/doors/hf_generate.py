@@ -1,8 +1,8 @@
-"""custom_generate: DSB through transformers' own door, `model.generate(custom_generate=...)`.
+"""custom_generate: DSB as `model.generate(custom_generate=...)` of transformers.
 
-transformers prepares the prompt, its padding mask and a GenerationConfig and calls a function in
-place of its loop. What means the same there is taken from the GenerationConfig; what cannot hold
-for positions committed in any order is an error that names the field.
+transformers prepares the prompt, its padding mask and a GenerationConfig, and calls a function in
+place of its own loop. What has the same meaning here is taken from the GenerationConfig. What
+cannot hold for positions that are committed in any order is an error that names the field.
 """
 
 from __future__ import annotations
@@ -25,11 +25,12 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import ModelOutput
 
-from dsb_runtime.config import CACHES, DecodingConfig, check_choice, check_int
-from dsb_runtime.engine.check import check_model
+from dsb_runtime.config import DecodingConfig, Setting, check_int, settings
+from dsb_runtime.defaults import defaults_for
 from dsb_runtime.engine.engine import ENGINE, StepEvent, generate
+from dsb_runtime.families import check_model
 
-DEFAULT_BLOCK = 32
+DOOR = "custom_generate"
 DEFAULT_TOP_K = 50  # what transformers fills in where nobody named one
 # Fields that would change the result, and the one value (or None) that changes nothing.
 NEUTRAL: dict[str, Any] = {
@@ -51,9 +52,9 @@ CALL_ONLY = (
     "assistant_model", "logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn",
     "negative_prompt_ids",
 )  # fmt: skip
-# Arguments of the model's forward that transformers passes through and no loop of ours reads.
+# Arguments of the model's forward that transformers passes on and DSB does not read.
 FORWARD_ONLY = ("cache", "past_key_values", "inputs_embeds", "position_ids")
-# What transformers itself makes of fields that are honoured here.
+# What transformers itself builds from fields that are honoured here.
 OWN_PROCESSORS = ("TemperatureLogitsWarper", "TopKLogitsWarper", "TopPLogitsWarper")
 OWN_CRITERIA = ("MaxLengthCriteria", "EosTokenCriteria")
 
@@ -73,23 +74,27 @@ class PrefixStreamer:
     """Feeds a streamer the tokens of row 0 in order, as the prefix without masks grows."""
 
     def __init__(
-        self, streamer: BaseStreamer, prompt: int, mask_id: int, ends: tuple[int, ...]
+        self, streamer: BaseStreamer, prompt: int, mask_id: int, eos_ids: tuple[int, ...]
     ) -> None:
-        self.streamer, self.sent = streamer, prompt
-        self.mask_id, self.ends = mask_id, ends
+        self.streamer, self.position = streamer, prompt
+        self.mask_id, self.eos_ids = mask_id, eos_ids
         self.ended = False  # an EOS was fed: what follows it is filling
 
     def __call__(self, event: StepEvent) -> None:
-        for token in event.canvas[0, self.sent :].tolist():
+        for token in event.canvas[0, self.position :].tolist():
             if self.ended or token == self.mask_id:
                 return
             self.streamer.put(torch.tensor([token]))
-            self.sent += 1
-            self.ended = token in self.ends
+            self.position += 1
+            self.ended = token in self.eos_ids
 
 
 def call_arguments() -> dict[str, Any]:
-    """The arguments of the running `generate`, some of which it does not pass on (the streamer)."""
+    """The local variables of the running `GenerationMixin.generate`, found on the stack.
+
+    No release of transformers up to 5.24 passes `streamer` and a few other arguments on to a
+    `custom_generate` function; the first one that does makes this function unnecessary.
+    """
     code = inspect.unwrap(GenerationMixin.generate).__code__
     frame = inspect.currentframe()
     while frame is not None and frame.f_code is not code:
@@ -102,14 +107,14 @@ def refuse(name: str, value: object, expected: object) -> None:
 
 
 def check_fields(
-    settings: GenerationConfig,
+    config: GenerationConfig,
     call: dict[str, Any],
     processors: LogitsProcessorList,
     criteria: StoppingCriteriaList,
 ) -> None:
     """Raise ValueError for the first thing that was asked for and cannot hold."""
     for name, neutral in NEUTRAL.items():
-        value = getattr(settings, name, None)
+        value = getattr(config, name, None)
         if value is not None and value != neutral:
             refuse(name, value, neutral)
     for name in CALL_ONLY:
@@ -120,58 +125,78 @@ def check_fields(
         value = call.get("kwargs", {}).get(name)
         if value is not None:
             refuse(name, type(value).__name__, None)
-    for name, made, own in (
+    for name, items, own in (
         ("logits_processor", processors, OWN_PROCESSORS),
         ("stopping_criteria", criteria, OWN_CRITERIA),
     ):
-        for item in made:
+        for item in items:
             if type(item).__name__ not in own:
                 refuse(name, type(item).__name__, None)
 
 
-def sampling(
-    settings: GenerationConfig,
-    temperature: float | None,
-    top_p: float | None,
-    top_k: int | None,
-) -> dict[str, Any]:
-    """Temperature and cuts: those named in the call before those of the GenerationConfig."""
-    if not settings.do_sample:
+def read_sampling(config: GenerationConfig, named: dict[str, Any]) -> dict[str, Any]:
+    """Temperature and cuts: those `named` in the call before those of the GenerationConfig."""
+    temperature, top_p, top_k = (named.get(n) for n in ("temperature", "top_p", "top_k"))
+    if not config.do_sample:
         for name, value, neutral in (
             ("temperature", temperature, (0, 1)), ("top_p", top_p, (1,)), ("top_k", top_k, ()),
         ):  # fmt: skip
             if value is not None and value not in neutral:
                 raise ValueError(f"{name}={value!r}: expected do_sample=True with it")
-        return {}
+        return {"temperature": None, "top_p": None, "top_k": None}
     if temperature is None:
-        temperature = settings.temperature
-    if top_p is None and settings.top_p not in (None, 1.0):
-        top_p = settings.top_p
-    if top_k is None and settings.top_k not in (None, 0, DEFAULT_TOP_K):
-        top_k = settings.top_k
+        temperature = config.temperature
+    if top_p is None and config.top_p not in (None, 1.0):
+        top_p = config.top_p
+    if top_k is None and config.top_k not in (None, 0, DEFAULT_TOP_K):
+        top_k = config.top_k
     return {"temperature": temperature, "top_p": top_p, "top_k": top_k}
 
 
-def with_ends(
-    model: PreTrainedModel, settings: GenerationConfig, named: int | list[int] | None
+def model_with_eos(
+    model: PreTrainedModel, config: GenerationConfig, named: int | list[int] | None
 ) -> PreTrainedModel:
-    """The model, or the same one with the EOS ids that the call or its config names.
+    """The model, or a view of it with the EOS ids that the call or its config names.
 
-    The latter has no engine, which would decode with the model's own ids: it makes one for the
-    call, buffers and captured steps included.
+    A view shares the modules and weights. It has no engine, since the model's would decode with
+    the model's own ids: it makes one for the call, buffers and captured steps included.
     """
     info = check_model(model)
-    if named is None and settings.eos_token_id != model.generation_config.eos_token_id:
-        named = settings.eos_token_id
+    if named is None and config.eos_token_id != model.generation_config.eos_token_id:
+        named = config.eos_token_id
     if named is None:
         return model
-    ends = tuple(named) if isinstance(named, (list, tuple)) else (named,)
-    for end in ends:
-        check_int("eos_token_id", end, 0, model.config.vocab_size - 1)
-    view = copy.copy(model)  # the same modules and weights
+    eos_ids = tuple(named) if isinstance(named, (list, tuple)) else (named,)
+    for eos in eos_ids:
+        check_int("eos_token_id", eos, 0, model.config.vocab_size - 1)
+    view = copy.copy(model)
     vars(view).pop(ENGINE, None)
-    view.dsb = dataclasses.replace(info, eos_ids=ends)
+    vars(view)["dsb"] = dataclasses.replace(info, eos_ids=eos_ids)
     return view
+
+
+def read_settings(
+    model: PreTrainedModel, config: GenerationConfig, prompt: int, call: dict[str, Any],
+    named: dict[str, Any],
+) -> DecodingConfig:  # fmt: skip
+    """The settings of the call, of its GenerationConfig, and the model's defaults.
+
+    Args:
+        prompt: positions of the prompt.
+        call: transformers' local variables, which tell whether anybody named a length.
+        named: settings by their names here, None where not named.
+    """
+    named = {**named, **read_sampling(config, named)}
+    given: dict[str, Any] = {}
+    for name, row in settings().items():
+        here = row.doors.get(DOOR, name)
+        if named.get(here) is not None:
+            if here != name:  # an error names the argument as the caller did
+                row.check(here, named[here], None)
+            given[name] = named[here]
+    if config.max_new_tokens is not None or not call.get("has_default_max_length"):
+        given["gen_length"] = config.max_length - prompt
+    return defaults_for(model, **given)
 
 
 def custom_generate(
@@ -185,24 +210,8 @@ def custom_generate(
     generator: torch.Generator | None = None,
     seed: int | None = None,
     on_step: Callable[[StepEvent], None] | None = None,
-    temperature: float | None = None,
-    top_p: float | None = None,
-    top_k: int | None = None,
     eos_token_id: int | list[int] | None = None,
-    stop_at_eos: bool | None = None,
-    block_length: int | None = None,
-    cache_policy: str | None = None,
-    schedule: str | None = None,
-    max_block_length: int | None = None,
-    prefix_window: int | None = None,
-    threshold: float | None = None,
-    factor: float | None = None,
-    frechet: float | None = None,
-    steps: int | None = None,
-    refresh_commit: str | None = None,
-    refresh_policy: str | None = None,
-    full_refresh_every: int | None = None,
-    **model_kwargs: Any,
+    **named: Any,
 ) -> Tensor | DiffusionGenerateOutput:
     """`dsb_runtime.generate` as `model.generate(input_ids, custom_generate=custom_generate, ...)`.
 
@@ -214,11 +223,11 @@ def custom_generate(
             named in the call, is taken.
         streamer: fed token by token as the finished prefix grows, one prompt at a time.
         generator, seed: source of randomness; neither is torch's global one.
-        stop_at_eos: None is True where the model has an EOS, as everywhere in transformers.
-        block_length: None is 32, at most `max_new_tokens`.
-        cache_policy: `DecodingConfig.cache`. `cache` is transformers' own argument, a Cache
-            object: a policy under that name is an error before this function is called.
-        The others are `DecodingConfig`'s fields.
+        named: any setting of `DecodingConfig` (this function's signature lists them), and what
+            transformers passes to a model's forward. `cache` is called `cache_policy`, since
+            `cache` is transformers' own argument, a Cache object: a policy under that name is an
+            error before this function is called. Settings that are not named, or None, have the
+            defaults of `dsb_runtime.generate`.
 
     Returns:
         (B, P + G) sequences, or `DiffusionGenerateOutput` with `return_dict_in_generate`.
@@ -230,24 +239,9 @@ def custom_generate(
     streamer = call.get("streamer") if streamer is None else streamer
     try:
         check_fields(generation_config, call, logits_processor, stopping_criteria)
-        model = with_ends(model, generation_config, eos_token_id)
+        model = model_with_eos(model, generation_config, eos_token_id)
         prompt = input_ids.shape[1]
-        if cache_policy is not None:
-            check_choice("cache_policy", cache_policy, CACHES)
-        given = {
-            "gen_length": generation_config.max_length - prompt,
-            "block_length": block_length, "cache": cache_policy, "schedule": schedule,
-            "max_block_length": max_block_length, "prefix_window": prefix_window,
-            "threshold": threshold, "factor": factor, "frechet": frechet, "steps": steps,
-            "refresh_commit": refresh_commit, "refresh_policy": refresh_policy,
-            "full_refresh_every": full_refresh_every, "stop_at_eos": stop_at_eos,
-            **sampling(generation_config, temperature, top_p, top_k),
-        }  # fmt: skip
-        if block_length is None:
-            given["block_length"] = min(DEFAULT_BLOCK, given["gen_length"])
-        if stop_at_eos is None:
-            given["stop_at_eos"] = bool(model.dsb.eos_ids)
-        config = DecodingConfig(**{k: v for k, v in given.items() if v is not None})
+        config = read_settings(model, generation_config, prompt, call, named)
         if seed is not None:
             if generator is not None:
                 raise ValueError("generator and seed: expected one of the two")
@@ -257,8 +251,9 @@ def custom_generate(
             raise ValueError(f"streamer: {len(input_ids)} prompts; expected one")
         watchers = [on_step] if on_step is not None else []
         if streamer is not None:
-            ends = model.dsb.eos_ids if config.stop_at_eos else ()
-            watchers.append(PrefixStreamer(streamer, prompt, model.dsb.mask_id, ends))
+            info = check_model(model)
+            eos_ids = info.eos_ids if config.stop_at_eos else ()
+            watchers.append(PrefixStreamer(streamer, prompt, info.mask_id, eos_ids))
 
         def watch(event: StepEvent) -> None:
             for watcher in watchers:
@@ -268,7 +263,7 @@ def custom_generate(
             model,
             input_ids,
             config,
-            attention_mask=model_kwargs.get("attention_mask"),
+            attention_mask=named.get("attention_mask"),
             generator=generator,
             on_step=watch if watchers else None,
         )
@@ -278,3 +273,21 @@ def custom_generate(
     if generation_config.return_dict_in_generate:
         return DiffusionGenerateOutput(**vars(out))
     return out.sequences
+
+
+def signature_with(rows: dict[str, Setting]) -> inspect.Signature:
+    """`custom_generate`'s signature with the settings as keywords.
+
+    transformers passes a function the arguments that its signature lists. `gen_length` is not one
+    of them: it is the GenerationConfig's `max_new_tokens`.
+    """
+    plain = inspect.signature(custom_generate)
+    *parameters, rest = plain.parameters.values()
+    names = [row.doors.get(DOOR, name) for name, row in rows.items() if name != "gen_length"]
+    parameters += [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in names
+    ]
+    return plain.replace(parameters=[*parameters, rest])
+
+
+custom_generate.__signature__ = signature_with(settings())  # type: ignore[attr-defined]

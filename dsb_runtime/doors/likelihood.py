@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from dsb_runtime.engine.engine import generate
+from dsb_runtime.families import check_model
 
 # Rows whose logits are held at a time: 126464 tokens of them take 130 MB in float32.
 HEAD_ROWS = 256
@@ -68,16 +69,16 @@ def masked_log_probs(
         items: b prompts and texts, of any lengths: padded on the left to one width.
         masks: b masks, (length of the text,) bool.
     """
-    info, device = model.dsb, model.get_input_embeddings().weight.device
+    info, device = check_model(model), model.device
     width = max(len(item.prompt) + len(item.text) for item in items)
     ids = torch.full((len(items), width), info.mask_id)
     exists = torch.zeros((len(items), width), dtype=torch.long)
     masked = torch.zeros((len(items), width), dtype=torch.bool)
-    for row, (item, mask) in enumerate(zip(items, masks, strict=True)):
+    for i, (item, mask) in enumerate(zip(items, masks, strict=True)):
         whole = torch.tensor(item.prompt + item.text)
-        ids[row, -len(whole) :] = whole
-        exists[row, -len(whole) :] = 1
-        masked[row, -len(item.text) :] = mask
+        ids[i, -len(whole) :] = whole
+        exists[i, -len(whole) :] = 1
+        masked[i, -len(item.text) :] = mask
     target = ids[masked].to(device)
     row, column = masked.nonzero(as_tuple=True)
     ids[masked] = info.mask_id
@@ -145,7 +146,7 @@ def are_greedy(
     by_length: dict[int, list[int]] = defaultdict(list)
     for i, item in enumerate(items):
         by_length[len(item.text)].append(i)
-    device = model.get_input_embeddings().weight.device
+    device = model.device
     for length, members in by_length.items():
         members.sort(key=lambda i: -len(items[i].prompt))
         for at in range(0, len(members), batch_size):
@@ -153,7 +154,7 @@ def are_greedy(
             ids, mask = left_pad([items[i].prompt for i in part])
             out = generate(
                 model, ids.to(device), attention_mask=mask.to(device), gen_length=length,
-                block_length=length, steps=length, cache="none",
+                block_length=length, steps=length, cache="none", stop_at_eos=False,
             )  # fmt: skip
             for i, row in zip(part, out.sequences[:, ids.shape[1] :].tolist(), strict=True):
                 greedy[i] = tuple(row) == items[i].text

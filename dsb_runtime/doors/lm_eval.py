@@ -1,8 +1,12 @@
-"""The model `dsb` of lm-evaluation-harness: `lm_eval --model dsb --model_args pretrained=...`.
+"""The model `dsb` of lm-evaluation-harness.
 
 Generation is `generate` with the settings named in `--model_args`; log-likelihoods are the
 Monte-Carlo estimate of `likelihood`. Under `accelerate launch` the harness deals the requests out
-to the processes, and what each measured is added up.
+to the processes, and their measurements are added up.
+
+Releases of the harness after 0.4.13 find the model by an entry point. 0.4.13 reads none: there,
+`python -m dsb_runtime.doors.lm_eval --model dsb ...` is the harness's own command with the model
+registered.
 """
 
 from __future__ import annotations
@@ -11,40 +15,42 @@ import json
 import logging
 import os
 import time
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from typing import Any
 
+import lm_eval.models  # noqa: F401 - fills the harness's list, which takes no more once it has one
 import torch
 import torch.distributed as dist
+from lm_eval.__main__ import cli_evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
-from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import Tensor
 from tqdm import tqdm
 
-from dsb_runtime.config import DecodingConfig, check_int
+from dsb_runtime.config import DecodingConfig, check_bool, check_int, settings
+from dsb_runtime.defaults import defaults_for
 from dsb_runtime.doors.likelihood import Scored, are_greedy, left_pad, log_likelihoods
+from dsb_runtime.doors.lm_eval_requests import (
+    LENGTHS,
+    answer_text,
+    first_copies,
+    read_batch_size,
+    request_settings,
+    rolling_windows,
+    summarize,
+)
 from dsb_runtime.engine.engine import generate
+from dsb_runtime.families import check_model
 from dsb_runtime.models.load import load_model, load_tokenizer
 
 logger = logging.getLogger("lm_eval.dsb")  # shown as the harness shows its own
-SETTINGS = tuple(DecodingConfig.__dataclass_fields__)
-LENGTH_NAMES = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
-
-
-def read_batch_size(value: Any) -> int:
-    """The harness passes an int or its digits."""
-    number = int(value) if isinstance(value, str) and value.isdigit() else value
-    check_int("batch_size", number, 1)
-    return number
-
-
-def cut_at_stop(text: str, stops: Iterable[str]) -> str:
-    """The text before whichever stop string comes first."""
-    ends = [at for stop in stops if stop and (at := text.find(stop)) >= 0]
-    return text[: min(ends, default=None)]
+ARGUMENTS = (
+    "pretrained", "tokenizer", "dtype", "device", "family", "mask_id", "revision", "batch_size",
+    "mc_num", "seed", "check_greedy", "max_length",
+)  # fmt: skip
 
 
 @register_model("dsb")
@@ -62,12 +68,10 @@ class DSBLM(TemplateLM):
         check_greedy: False skips `is_greedy` of log-likelihoods (then always False), which
             decodes every continuation, one forward a token.
         max_length: longest prompt and response together, where it is below the model's.
-        settings: any field of `DecodingConfig`. `gen_length` is the response canvas; a request
-            for fewer tokens gets a shorter one, and without it each request's own number holds.
-            `stop_at_eos` is True unless named.
+        named: any setting of `DecodingConfig`; `defaults_for` gives the others.
 
     Raises:
-        TypeError, ValueError: an unknown argument, or a wrong value, said in one line.
+        TypeError, ValueError: an unknown argument, or a wrong value; the message is one line.
     """
 
     backend = "causal"  # a prompt and its continuation are tokenized together
@@ -87,26 +91,24 @@ class DSBLM(TemplateLM):
         seed: int = 0,
         check_greedy: bool = True,
         max_length: int | None = None,
-        **settings: Any,
+        **named: Any,
     ) -> None:
         super().__init__()
-        unknown = sorted(set(settings) - set(SETTINGS))
+        unknown = sorted(set(named) - set(settings()))
         if unknown:
             raise TypeError(
-                f"{unknown[0]}={settings[unknown[0]]!r}: no such argument of model dsb; expected "
-                f"pretrained, tokenizer, dtype, device, family, mask_id, revision, batch_size, "
-                f"mc_num, seed, check_greedy, max_length, {', '.join(SETTINGS)}"
+                f"{unknown[0]}={named[unknown[0]]!r}: no such argument of model dsb; expected "
+                f"{', '.join((*ARGUMENTS, *settings()))}"
             )
         self.batch_size = read_batch_size(batch_size)
         check_int("mc_num", mc_num, 1)
         check_int("seed", seed, 0, 2**31 - 1)
-        if not isinstance(check_greedy, bool):
-            raise TypeError(f"check_greedy={check_greedy!r}: expected True or False")
+        check_bool("check_greedy", check_greedy)
         self.mc_num, self.seed, self.check_greedy = mc_num, seed, check_greedy
-        self.settings = settings
-        self.decoding_config({})  # a wrong setting is said before the weights are read
+        self.settings = named
+        defaults_for(None, **named)  # a wrong setting is refused before the weights are read
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            from accelerate import PartialState
+            from accelerate import PartialState  # type: ignore[import-untyped]
 
             state = PartialState(cpu=device == "cpu" or not torch.accelerator.is_available())
             self._rank, self._world_size = state.process_index, state.num_processes
@@ -115,75 +117,45 @@ class DSBLM(TemplateLM):
             pretrained, dtype=dtype, device=device or "auto", family=family, mask_id=mask_id,
             revision=revision,
         )  # fmt: skip
+        self.info = check_model(self.model)
         self.tokenizer = load_tokenizer(tokenizer or pretrained, None if tokenizer else revision)
         self.pretrained, self._device = pretrained, self.model.device
-        self.settings.setdefault("stop_at_eos", bool(self.model.dsb.eos_ids))
         self.max_length = self.model.config.max_position_embeddings
         if max_length is not None:
             check_int("max_length", max_length, 2, self.max_length, " (the model's)")
             self.max_length = max_length
         self.generator = torch.Generator(self._device).manual_seed(seed + self._rank)
         self.totals = dict.fromkeys(("answers", "tokens", "forwards", "seconds"), 0.0)
+        self.measured: dict[str, float] = {}
         self.warned: set[str] = set()
 
-    # --- what one request asks for ------------------------------------------------------------
-
-    def decoding_config(self, asked: dict[str, Any]) -> DecodingConfig:
-        """The settings of a request whose `generation_kwargs` are `asked`.
-
-        Its own temperature, `top_p`, `top_k` hold where it asks for sampling; any other field of
-        `DecodingConfig` in it (`--gen_kwargs threshold=0.8`) overrides the model's.
-        """
-        asked = {name: value for name, value in asked.items() if value is not None}
-        sampling = asked.pop("do_sample", True) and asked.get("temperature", 0) > 0
-        length = next((asked[name] for name in LENGTH_NAMES if name in asked), None)
-        own = {k: v for k, v in asked.items() if k in SETTINGS}
-        if not sampling:
-            for name in ("temperature", "top_p", "top_k"):
-                own.pop(name, None)
-        for name in sorted(set(asked) - set(SETTINGS) - set(LENGTH_NAMES) - {"until"}):
-            self.warn(name, f"generation_kwargs {name}={asked[name]!r} means nothing to model dsb")
-        settings = {**self.settings, **own}
-        rules = {"threshold", "factor", "frechet", "steps"}
-        if rules & set(own):  # the request's rule replaces the model's
-            settings = {k: v for k, v in settings.items() if k not in rules or k in own}
-        gen_length = settings.get("gen_length")
-        if length is not None:
-            check_int("max_gen_toks", length, 1)
-            gen_length = length if gen_length is None else min(gen_length, length)
-        if gen_length is None:
-            gen_length = self.max_gen_toks
-        named = settings.get("block_length")
-        block = max(1, min(32, gen_length // 4)) if named is None else named
-        if isinstance(block, int) and length is not None:
-            block = min(block, gen_length)  # a block of the model's may outgrow a short request
-        return DecodingConfig(**{**settings, "gen_length": gen_length, "block_length": block})
+    def decoding_config(self, asked: Mapping[str, Any]) -> DecodingConfig:
+        """The settings of a request whose `generation_kwargs` are `asked`."""
+        for name in sorted(set(asked) - set(settings()) - {*LENGTHS, "until", "do_sample"}):
+            if asked[name] is not None:
+                self.warn(
+                    name, f"generation_kwargs {name}={asked[name]!r} means nothing to model dsb"
+                )
+        return defaults_for(self.model, **request_settings(self.settings, asked))
 
     def warn(self, key: str, message: str) -> None:
-        """Say it once."""
+        """Log a warning, once for each key."""
         if key not in self.warned:
             self.warned.add(key)
             logger.warning(message)
-
-    @property
-    def max_gen_toks(self) -> int:
-        """Response positions where neither model_args nor a request says."""
-        known = hasattr(self, "model") and self.model.generation_config.max_new_tokens
-        return known or DecodingConfig.gen_length
 
     # --- text and tokens ----------------------------------------------------------------------
 
     @property
     def eot_token_id(self) -> int:
-        if self.tokenizer.eos_token_id is not None:
-            return self.tokenizer.eos_token_id
-        if not self.model.dsb.eos_ids:
+        ids = [self.tokenizer.eos_token_id, *self.info.eos_ids]
+        if ids == [None]:
             raise ValueError(f"{self.pretrained}: neither model nor tokenizer names an EOS token")
-        return self.model.dsb.eos_ids[0]
+        return next(i for i in ids if i is not None)
 
     @property
     def prefix_token_id(self) -> int:
-        """What stands before a text that has nothing before it."""
+        """The token that stands before a text that has nothing before it."""
         bos = self.tokenizer.bos_token_id
         return self.eot_token_id if bos is None else bos
 
@@ -199,12 +171,10 @@ class DSBLM(TemplateLM):
                 f"{self.pretrained}: the tokenizer has no chat template; run without "
                 "--apply_chat_template"
             )
-        return self.tokenizer.apply_chat_template(
-            chat_history,
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
+        return self.tokenizer.apply_chat_template(  # type: ignore[return-value]  # a str
+            chat_history, tokenize=False, add_generation_prompt=add_generation_prompt,
             continue_final_message=not add_generation_prompt,
-        )
+        )  # fmt: skip
 
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
@@ -215,68 +185,60 @@ class DSBLM(TemplateLM):
             add_special_tokens = not (bos and string.startswith(bos))
         return self.tokenizer.encode(string, add_special_tokens=add_special_tokens)
 
-    def prompt_ids(self, text: str, room: int) -> list[int]:
-        """A prompt's ids, its beginning cut off where it is longer than `room`."""
-        ids = self.tok_encode(text) or [self.prefix_token_id]
-        if len(ids) > room:
-            self.warn("cut", f"prompts of more than {room} tokens lose their beginning")
-        return ids[-room:]
-
-    def answer(self, ids: list[int], stops: Sequence[str]) -> str:
-        """A response's text, up to its first EOS and the first stop string."""
-        special = set(self.tokenizer.all_special_ids)
-        known = {self.tokenizer.convert_tokens_to_ids(stop) for stop in stops} & special
-        ends = known | set(self.model.dsb.eos_ids)
-        end = next((i for i, token in enumerate(ids) if token in ends), len(ids))
-        return cut_at_stop(self.tokenizer.decode(ids[:end], skip_special_tokens=True), stops)
+    def cut_prompt(self, ids: list[int], longest: int) -> list[int]:
+        """The end of a prompt of more than `longest` tokens."""
+        if len(ids) > longest:
+            self.warn("cut", f"prompts of more than {longest} tokens lose their beginning")
+        return ids[-longest:]
 
     # --- requests -----------------------------------------------------------------------------
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Answers, in the requests' order; requests with equal settings share batches."""
-        answers: list[str | None] = [None] * len(requests)
+        answers: list[str] = [""] * len(requests)
+        source = first_copies(requests)
         groups: dict[str, list[int]] = defaultdict(list)
-        seen: Counter[int] = Counter()
-        first: dict[int, int] = {}
-        copies = []
         for i, request in enumerate(requests):
-            seen[id(request)] += 1
-            if seen[id(request)] > request.repeats:  # padding for equal work in every process
-                copies.append(i)
-                continue
-            first.setdefault(id(request), i)
-            groups[json.dumps(request.args[1], sort_keys=True)].append(i)
-        bar = self.bar(len(requests) - len(copies), "generate_until", disable_tqdm)
+            if source[i] == i:
+                groups[json.dumps(request.args[1], sort_keys=True)].append(i)
+        total = sum(map(len, groups.values()))
         began = time.perf_counter()
-        for members in groups.values():
-            asked = requests[members[0]].args[1]
-            config = self.decoding_config(dict(asked))
-            stops = asked.get("until") or []
-            stops = [stops] if isinstance(stops, str) else stops
-            room = self.max_length - config.gen_length
-            if room < 1:
-                raise ValueError(
-                    f"gen_length={config.gen_length}: no room for a prompt in {self.max_length} "
-                    "positions"
-                )
-            prompts = {i: self.prompt_ids(requests[i].args[0], room) for i in members}
-            members.sort(key=lambda i: -len(prompts[i]))  # little padding, the longest first
-            for at in range(0, len(members), self.batch_size):
-                part = members[at : at + self.batch_size]
-                for i, ids in zip(
-                    part, self.decode([prompts[i] for i in part], config), strict=True
-                ):
-                    answers[i] = self.answer(ids, stops)
-                    self.cache_hook.add_partial("generate_until", requests[i].args, answers[i])
-                bar.update(len(part))
-        bar.close()
+        with self.bar(total, "generate_until", disable_tqdm) as bar:
+            for members in groups.values():
+                for i, answer in self.answer_group(requests, members):
+                    answers[i] = answer
+                    self.cache_hook.add_partial("generate_until", requests[i].args, answer)
+                    bar.update()
         self.totals["seconds"] += time.perf_counter() - began
-        for i in copies:
-            answers[i] = answers[first[id(requests[i])]]
         self.measured = self.add_up()
         if self._rank == 0 and self.measured:
             logger.info("dsb: " + ", ".join(f"{v:.6g} {k}" for k, v in self.measured.items()))
-        return answers
+        return [answers[i] for i in source]
+
+    def answer_group(
+        self, requests: list[Instance], members: list[int]
+    ) -> Iterator[tuple[int, str]]:
+        """(index, answer) of the requests `members`, which have the same `generation_kwargs`."""
+        asked = requests[members[0]].args[1]
+        config = self.decoding_config(asked)
+        stops = asked.get("until") or []
+        stops = [stops] if isinstance(stops, str) else stops
+        longest = self.max_length - config.gen_length
+        if longest < 1:
+            raise ValueError(
+                f"gen_length={config.gen_length}: no room for a prompt in {self.max_length} "
+                "positions"
+            )
+        prompts = {}
+        for i in members:
+            ids = self.tok_encode(requests[i].args[0]) or [self.prefix_token_id]
+            prompts[i] = self.cut_prompt(ids, longest)
+        members = sorted(members, key=lambda i: -len(prompts[i]))  # little padding, longest first
+        for first in range(0, len(members), self.batch_size):
+            batch = members[first : first + self.batch_size]
+            responses = self.decode([prompts[i] for i in batch], config)
+            for i, ids in zip(batch, responses, strict=True):
+                yield i, answer_text(self.tokenizer, ids, self.info.eos_ids, stops)
 
     def decode(self, prompts: list[list[int]], config: DecodingConfig) -> list[list[int]]:
         """Response ids of one batch, each up to and including its first EOS."""
@@ -308,16 +270,12 @@ class DSBLM(TemplateLM):
     def loglikelihood_rolling(
         self, requests: list[Instance], disable_tqdm: bool = False
     ) -> list[float]:
-        """Of whole texts: windows of the model's length, each token scored in one of them."""
+        """Log-likelihoods of whole texts, in windows of the model's length; each token is scored
+        in one of them."""
         items, owner = [], []
         for i, request in enumerate(requests):
-            windows = get_rolling_token_windows(
-                self.tok_encode(request.args[0], add_special_tokens=False),
-                prefix_token=self.prefix_token_id,
-                max_seq_len=self.max_length - 1,  # a token of context beside it
-                context_len=1,
-            )
-            for prompt, text in map(make_disjoint_window, windows):
+            ids = self.tok_encode(request.args[0], add_special_tokens=False)
+            for prompt, text in rolling_windows(ids, self.prefix_token_id, self.max_length):
                 items.append(self.scored(prompt, text))
                 owner.append(i)
         scores = self.score(items, self.bar(len(items), "loglikelihood_rolling", disable_tqdm))
@@ -334,10 +292,7 @@ class DSBLM(TemplateLM):
             raise ValueError(
                 f"a continuation of {len(text)} tokens: expected 1 to {self.max_length - 1}"
             )
-        room = self.max_length - len(text)
-        if len(prompt) > room:
-            self.warn("cut", f"prompts longer than {self.max_length} tokens lose their beginning")
-        return Scored(tuple(prompt[-room:]), tuple(text))
+        return Scored(tuple(self.cut_prompt(prompt, self.max_length - len(text))), tuple(text))
 
     def score(self, items: list[Scored], bar: tqdm) -> list[float]:
         with bar:
@@ -352,30 +307,17 @@ class DSBLM(TemplateLM):
     # --- results and processes ----------------------------------------------------------------
 
     def add_up(self) -> dict[str, float]:
-        """Over all processes: tokens and forwards of every answer, seconds of the slowest."""
+        """Tokens and forwards of every process's answers; the seconds are the slowest one's."""
         mine = torch.tensor([*self.totals.values()], dtype=torch.float64, device=self._device)
-        parts = self.all_gather(mine).view(-1, len(mine)).cpu()
-        answers, tokens, forwards, _ = parts.sum(0).tolist()
-        seconds = parts[:, -1].max().item()
-        if not forwards:
-            return {}
-        return {
-            "answers": answers,
-            "tokens": tokens,
-            "forwards": forwards,
-            "tokens_per_forward": tokens / forwards,
-            "tokens_per_second": tokens / seconds,
-            "seconds": seconds,
-            "processes": self._world_size,
-        }
+        return summarize(self.all_gather(mine).view(-1, len(mine)).cpu())
 
     def get_model_info(self) -> dict[str, Any]:
         """What the harness writes beside the scores: `results["config"]`."""
         return {
             "model_num_parameters": self.model.num_parameters(),
             "model_dtype": str(self.model.dtype),
-            "dsb_settings": self.settings,
-            "dsb_measured": getattr(self, "measured", {}),
+            "dsb_settings": asdict(defaults_for(self.model, **self.settings)),
+            "dsb_measured": self.measured,
         }
 
     def all_gather(self, tensor: Tensor) -> Tensor:
@@ -389,10 +331,14 @@ class DSBLM(TemplateLM):
     def gather_object(self, obj: Any, dst: int = 0) -> list[Any] | None:
         if self._world_size == 1:
             return [obj]
-        parts = [None] * self._world_size if self._rank == dst else None
+        parts: list[Any] | None = [None] * self._world_size if self._rank == dst else None
         dist.gather_object(obj, parts, dst=dst)
         return parts
 
     def barrier(self) -> None:
         if self._world_size > 1:
             dist.barrier()
+
+
+if __name__ == "__main__":
+    cli_evaluate()

@@ -11,16 +11,6 @@ from dsb_runtime.config import DecodingConfig
 from dsb_runtime.families import DiffusionInfo
 
 
-def check_model(model: Any) -> DiffusionInfo:
-    """The model's family, mask id and EOS ids."""
-    info = getattr(model, "dsb", None)
-    if not isinstance(info, DiffusionInfo):
-        raise TypeError(
-            f"model={type(model).__name__}: expected a model from dsb_runtime.load_model or patch"
-        )
-    return info
-
-
 def check_prompt(model: Any, input_ids: Any, info: DiffusionInfo, config: DecodingConfig) -> None:
     """(B, P) integer ids on the model's device, inside the vocabulary, at least one each."""
     if not isinstance(input_ids, Tensor):

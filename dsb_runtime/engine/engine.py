@@ -20,11 +20,11 @@ from transformers import PreTrainedModel
 
 from dsb_kernels.rows import WindowState
 from dsb_runtime.config import DecodingConfig
+from dsb_runtime.defaults import defaults_for
 from dsb_runtime.engine.check import (
     check_attention_mask,
     check_family_settings,
     check_generator,
-    check_model,
     check_no_masks,
     check_prompt,
 )
@@ -32,6 +32,7 @@ from dsb_runtime.engine.forward import Phase, no_phase
 from dsb_runtime.engine.graphs import Capture, CudaGraphs
 from dsb_runtime.engine.loop import Runner, StepDone
 from dsb_runtime.engine.parallel import agree, is_sharded
+from dsb_runtime.families import check_model
 
 ENGINE = "_dsb_engine"  # where a model keeps the engine that `generate` made for it
 PROMPT_MULTIPLE = 64  # captured steps serve prompts up to the next multiple, padded on the left
@@ -153,12 +154,12 @@ class Engine(Runner):
         Raises:
             RuntimeError: called by `on_step` of a call of this engine.
         """
-        config = config_of(config, settings)
+        info = check_model(self.model)
+        config = config_of(self.model, config, settings)
         if on_step is not None and not callable(on_step):
             raise TypeError(
                 f"on_step={on_step!r}: expected a callable that takes a StepEvent, or None"
             )
-        info = check_model(self.model)
         check_family_settings(info, config)
         check_prompt(self.model, input_ids, info, config)
         leftpad = check_attention_mask(input_ids, attention_mask)
@@ -229,17 +230,13 @@ class Engine(Runner):
         )
 
 
-def config_of(config: DecodingConfig | None, settings: dict[str, Any]) -> DecodingConfig:
-    """One of a config and its fields by name."""
+def config_of(
+    model: PreTrainedModel, config: DecodingConfig | None, settings: dict[str, Any]
+) -> DecodingConfig:
+    """The config, or the settings by name with the model's defaults for the others; not both."""
     if config is not None and settings:
         raise TypeError(f"config and {sorted(settings)[0]}: expected settings in one of the two")
-    if config is not None:
-        return config
-    unknown = sorted(set(settings) - set(DecodingConfig.__dataclass_fields__))
-    if unknown:
-        accepted = ", ".join(DecodingConfig.__dataclass_fields__)
-        raise TypeError(f"{unknown[0]}={settings[unknown[0]]!r}: expected one of {accepted}")
-    return DecodingConfig(**settings)
+    return defaults_for(model, **settings) if config is None else config
 
 
 def engine_of(model: PreTrainedModel) -> Engine:
@@ -268,7 +265,8 @@ def generate(
     Args:
         model: from `load_model` or `patch`.
         input_ids: (B, P) int64 or int32 on the model's device, left-padded where lengths differ.
-        config: the settings; or name its fields as keyword arguments, not both.
+        config: the settings; or name its fields as keyword arguments, not both. `defaults_for`
+            gives those that are not named.
         attention_mask: (B, P), 0 for left padding; None means none.
         generator: source of randomness at temperature > 0; the same seed gives the same tokens.
         on_step: called after every forward with a `StepEvent`.

@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PretrainedConfig
 from transformers.distributed import DistributedConfig
 
-from dsb_kernels.lm_head import lm_head_confidence
+from dsb_kernels.lm_head import lm_head_partial
 from dsb_kernels.score import combine_partials
 
 
@@ -58,12 +58,19 @@ def check_distributed(plan: DistributedConfig, config: PretrainedConfig) -> int:
     return size
 
 
-def is_sharded(lm_head: torch.nn.Module) -> bool:
+def is_sharded(lm_head: torch.nn.Linear) -> bool:
     """Whether each process holds a part of the vocabulary."""
     return isinstance(lm_head.weight, DTensor)
 
 
+def local(weight: Tensor) -> Tensor:
+    """This process's part of a sharded weight."""
+    assert isinstance(weight, DTensor)
+    return weight.to_local()
+
+
 def group_of(lm_head: torch.nn.Linear) -> dist.ProcessGroup:
+    assert isinstance(lm_head.weight, DTensor)
     return lm_head.weight.device_mesh.get_group()
 
 
@@ -76,6 +83,7 @@ def score_sharded(
     temperature: float,
     seed: Tensor | None,
     noise_ids: Tensor | None,
+    confidence: str,
 ) -> tuple[Tensor, Tensor]:
     """Token and confidence as by `lm_head_confidence`; each process scores its share of the
     vocabulary and no logits are exchanged.
@@ -87,22 +95,15 @@ def score_sharded(
         (N,) int64 and (N,) float32, the same in every process.
     """
     group = group_of(lm_head)
-    weight = lm_head.weight.to_local()
-    bias = None if lm_head.bias is None else lm_head.bias.to_local()
-    state = lm_head_confidence(
-        hidden,
-        weight,
-        bias,
-        banned=banned,
-        temperature=temperature,
-        seed=seed,
-        noise_ids=noise_ids,
-        partial=True,
-        vocab_start=dist.get_rank(group) * weight.shape[0],
-    )
+    weight = local(lm_head.weight)
+    bias = None if lm_head.bias is None else local(lm_head.bias)
+    state = lm_head_partial(
+        hidden, weight, bias, vocab_start=dist.get_rank(group) * len(weight), banned=banned,
+        temperature=temperature, seed=seed, noise_ids=noise_ids, confidence=confidence,
+    )  # fmt: skip
     states = state.new_empty((dist.get_world_size(group), *state.shape))
     dist.all_gather(list(states.unbind()), state, group=group)  # into it, in the ranks' order
-    return combine_partials(states, eligible=eligible, banned=banned)
+    return combine_partials(states, eligible=eligible, banned=banned, confidence=confidence)
 
 
 def agree(lm_head: torch.nn.Linear, seed: Tensor) -> None:

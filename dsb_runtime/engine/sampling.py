@@ -1,13 +1,16 @@
 """From hidden states to proposed tokens: through the scoring op, or by Dream's cuts.
 
-Sampling follows each family's published code: LLaDA adds Gumbel noise to the logits and keeps the
-untempered probability as confidence, which the scoring op does; Dream tempers, cuts to top_p and
-top_k and samples, and its confidence is the probability after all of that. Random numbers are a
-function of a seed and of a noise id for each row (`dsb_kernels.noise`), not of what was drawn
-before.
+Sampling follows each family's published code. LLaDA adds Gumbel noise to the logits and takes the
+confidence from the untempered distribution, which the scoring op does. Dream tempers, cuts to top_p
+and top_k and samples, and takes the confidence from the distribution after all of that. Random
+numbers are a function of a seed and of a noise id for each candidate (`dsb_kernels.noise`), not of
+what was drawn before.
 """
 
 from __future__ import annotations
+
+import functools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -15,6 +18,7 @@ from torch.nn.functional import linear, pad
 
 from dsb_kernels.lm_head import lm_head_confidence
 from dsb_kernels.noise import uniform
+from dsb_kernels.score import confidence_of
 from dsb_kernels.token_confidence import first_argmax
 from dsb_runtime.config import DecodingConfig
 from dsb_runtime.engine.parallel import is_sharded, score_sharded
@@ -44,8 +48,8 @@ def sample_nucleus(
 ) -> tuple[Tensor, Tensor]:
     """Dream: temper, cut, sample; confidence after the cuts. (N, V) -> (N,), (N,).
 
-    Where the cuts leave nothing but the mask token, the most likely other token is proposed, with
-    the confidence that the cuts gave it: none.
+    Where the cuts leave nothing but the mask token, the most likely other token is proposed; the
+    cuts gave it a probability of 0.
     """
     logits = logits.float()
     token = first_argmax(logits, (mask_id,))[:, None]
@@ -62,9 +66,11 @@ def sample_nucleus(
         barred = ~(allowed.sum(-1, keepdim=True) > 0)  # only the mask token is left, or NaN
         # The inverse of the distribution function: the first token whose sum exceeds the draw.
         sums = allowed.masked_fill(barred, 1.0).double().cumsum(-1)
+        assert seed is not None and noise_ids is not None
         draw = uniform(seed, noise_ids)[:, None] * sums[:, -1:]
         token = torch.where(barred, token, torch.searchsorted(sums, draw, right=True))
-    return token[:, 0], probability.gather(1, token)[:, 0]
+    token = token[:, 0]
+    return token, confidence_of(probability, token, (mask_id,), config.confidence)
 
 
 def propose(
@@ -76,12 +82,13 @@ def propose(
     seed: Tensor | None = None,
     noise_ids: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The proposed token and its confidence for every candidate row; never the mask token.
+    """The proposed token and its confidence for every candidate; never the mask token.
 
     Args:
-        hidden: (N, E), rows of the last hidden state, after the final norm.
+        hidden: (N, E), the candidates' last hidden states, after the final norm.
         lm_head: the model's output layer.
         eligible: (N,) bool; the others' results are not used.
+        config: says how to sample and what the confidence is.
         seed, noise_ids: () int64 and (N,) int64, at a temperature: what the noise is a function of.
 
     Returns:
@@ -90,13 +97,15 @@ def propose(
     sharded = is_sharded(lm_head)
     cuts = config.top_p is not None or config.top_k is not None
     if not cuts and (config.temperature == 0 or not info.family.nucleus):
-        scoring = {
-            "eligible": eligible, "banned": (info.mask_id,), "temperature": config.temperature,
-            "seed": seed, "noise_ids": noise_ids,
-        }  # fmt: skip
-        if sharded:
-            return score_sharded(hidden, lm_head, **scoring)
-        return lm_head_confidence(hidden, lm_head.weight, lm_head.bias, **scoring)
+        score: Callable[..., tuple[Tensor, Tensor]] = (
+            functools.partial(score_sharded, hidden, lm_head)
+            if sharded
+            else functools.partial(lm_head_confidence, hidden, lm_head.weight, lm_head.bias)
+        )
+        return score(
+            eligible=eligible, banned=(info.mask_id,), temperature=config.temperature, seed=seed,
+            noise_ids=noise_ids, confidence=config.confidence,
+        )  # fmt: skip
     # A sharded head's own forward gathers the vocabulary, which the cuts need as a whole.
     logits = lm_head(hidden) if sharded else linear(hidden, lm_head.weight, lm_head.bias)
     return sample_nucleus(logits, info.mask_id, config, seed, noise_ids)

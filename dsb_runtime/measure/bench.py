@@ -30,8 +30,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from dsb_runtime.config import DecodingConfig, check_int
 from dsb_runtime.demo import MODEL_DIR
 from dsb_runtime.engine.engine import GenerationOutput, StepEvent, generate
+from dsb_runtime.files import check_writable, read_json, write_json
 from dsb_runtime.measure.limits import LinearLayers, StepRows, copy_bandwidth, synchronize, timed
-from dsb_runtime.measure.plots import check_files, draw_bench, read_kept, write_json
+from dsb_runtime.measure.plots import check_picture, draw_bench
 
 BATCHES = (1, 2, 4, 8)
 KINDS = ("window", "response", "refresh")
@@ -295,8 +296,8 @@ def show(record: dict[str, Any], plot: Path | None) -> None:
 
 def run_kept(path: Path, plot: Path | None) -> int:
     """`dsb bench --from`: the table and the picture of what was measured before."""
-    check_files(None, plot)
-    record = read_kept(path)
+    check_picture("--plot", plot)
+    record = read_json(path)
     try:
         show(record, plot)
     except (KeyError, TypeError, IndexError) as error:
@@ -312,7 +313,8 @@ def check_arguments(args: argparse.Namespace) -> None:
     check_int("--rounds", args.rounds, 1)
     if args.seed is not None:
         check_int("--seed", args.seed, 0, 2**63 - 1)
-    check_files(args.json, args.plot)
+    check_writable("--json", args.json)
+    check_picture("--plot", args.plot)
 
 
 def run(

@@ -19,10 +19,12 @@ from rich.table import Table
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from dsb_kernels.rules import RULES
 from dsb_runtime.config import DecodingConfig, check_int
 from dsb_runtime.demo.problems import Problem, heldout, is_exact
 from dsb_runtime.engine.engine import generate
-from dsb_runtime.measure.plots import check_files, draw_scores, read_kept, write_json
+from dsb_runtime.files import check_writable, read_json, write_json
+from dsb_runtime.measure.plots import check_picture, draw_scores
 
 SCHEDULES: dict[str, dict[str, Any]] = {
     "naive": {"schedule": "naive"},
@@ -32,6 +34,8 @@ SCHEDULES: dict[str, dict[str, Any]] = {
 THRESHOLDS = (0.2, 0.3, 0.4, 0.5, 0.7, 0.95, 0.99)
 FACTORS = (0.25, 1.0, 4.0, 8.0)
 FRECHETS = (-0.9, -0.5, 0.0, 0.25, 0.9)
+# Thresholds and quotas are measured apart; of a rule that is not here, its lowest value is.
+SWEEPS = {"threshold": (), "quota": (), "factor": FACTORS, "frechet": FRECHETS}
 # Of how many refreshes one is full; None is refresh_policy="full".
 FULL_EVERY = (None, 4, 99)
 SMALL_BLOCK = 4  # for many refreshes
@@ -95,8 +99,11 @@ def build_settings(gen_length: int, block_length: int, quick: bool) -> list[Sett
     if not quick:
         for schedule, cache in (("naive", "dual"), ("DSB greedy", "dsb")):
             made += [make(f"threshold {v:g}", schedule, cache, threshold=v) for v in THRESHOLDS]
-        made += [make(f"factor {v:g}", "DSB greedy", "dsb", factor=v) for v in FACTORS]
-        made += [make(f"frechet {v:g}", "DSB greedy", "dsb", frechet=v) for v in FRECHETS]
+        made += [
+            make(f"{rule.name} {v:g}", "DSB greedy", "dsb", **{rule.setting: rule.kind(v)})
+            for rule in RULES.values()
+            for v in SWEEPS.get(rule.name, (rule.low,))
+        ]
         small = min(SMALL_BLOCK, block_length)
         for every in FULL_EVERY:
             policy: dict[str, Any] = {"steps": gen_length, "block_length": small}
@@ -181,8 +188,8 @@ def show(title: str, scores: list[Score], plot: Path | None) -> None:
 
 def run_kept(path: Path, plot: Path | None) -> int:
     """`dsb eval --from`: the table and the picture of what was measured before."""
-    check_files(None, plot)
-    kept = read_kept(path)
+    check_picture("--plot", plot)
+    kept = read_json(path)
     try:
         scores = [Score(**item) for item in kept]
         show(f"{scores[0].problems} held-out problems", scores, plot)
@@ -196,7 +203,8 @@ def check_arguments(args: argparse.Namespace) -> None:
     check_int("--problems", args.problems, 1)
     check_int("--batch", args.batch, 1)
     check_int("--seed", args.seed, 0)
-    check_files(args.json, args.plot)
+    check_writable("--json", args.json)
+    check_picture("--plot", args.plot)
     build_settings(args.gen_length, args.block_length, args.quick)
 
 

@@ -1,15 +1,15 @@
-"""The JSON that `dsb eval`, `dsb bench` and the benchmarks keep, and the pictures drawn from it.
+"""The pictures that `dsb eval`, `dsb bench` and the benchmarks draw from their JSON.
 
 matplotlib is imported where a picture is drawn: it is slow to import.
 """
 
 from __future__ import annotations
 
-import json
-import os
 from collections import defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from dsb_runtime.files import check_writable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -17,73 +17,16 @@ if TYPE_CHECKING:
 STEP_COLORS = {"window": "#5b8cc9", "response": "#7fb069", "refresh": "#e0a63a"}
 
 
-def check_files(
-    json_file: Path | None, plot_file: Path | None, names: tuple[str, str] = ("--json", "--plot")
-) -> None:
-    """Raise ValueError unless both can be written (None: not asked for); before any work.
-
-    `names` are the arguments that named them.
-    """
-    for name, path in zip(names, (json_file, plot_file), strict=True):
-        if path is None:
-            continue
-        if not path.absolute().parent.is_dir():
-            raise ValueError(f"{name} {path}: no such folder as {path.absolute().parent}")
-        if path.is_dir():
-            raise ValueError(f"{name} {path}: a folder; expected a file")
-        check_writable(name, path)
-    if plot_file is not None:
-        from matplotlib.backend_bases import FigureCanvasBase
-
-        known = FigureCanvasBase.get_supported_filetypes()
-        if plot_file.suffix[1:].lower() not in known:
-            endings = ", .".join(known)
-            raise ValueError(f"{names[1]} {plot_file}: expected a file ending in .{endings}")
-
-
-def check_writable(name: str, path: Path) -> None:
-    """Raise ValueError unless the file can be written, by trying; what it holds stays."""
-    there = path.exists()
-    if there and not path.is_file():  # a pipe, whose reader would see an end
+def check_picture(name: str, path: Path | None) -> None:
+    """Raise ValueError unless the picture that the argument `name` named can be written."""
+    check_writable(name, path)
+    if path is None:
         return
-    try:
-        path.open("ab").close()
-    except OSError as error:
-        raise ValueError(
-            f"{name} {path}: {error.strerror}; expected a file that can be written"
-        ) from error
-    if not there:
-        path.unlink()
+    from matplotlib.backend_bases import FigureCanvasBase
 
-
-def write_json(path: Path, record: Any) -> None:
-    """Write a file of JSON whole or not at all, so that an interrupt leaves what it held.
-
-    What a rename would take the place of (a pipe, a link), and a file in a folder that takes no
-    other, is written in place.
-    """
-    text = json.dumps(record, indent=1) + "\n"
-    other = path.is_symlink() or (path.exists() and not path.is_file())
-    if other or not os.access(path.absolute().parent, os.W_OK):
-        path.write_text(text, encoding="utf-8")
-        return
-    part = path.with_name(f"{path.name}.part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)
-
-
-def read_kept(path: Path) -> Any:
-    """The JSON in a file named by `--from`.
-
-    Raises:
-        ValueError: no such file, or no JSON in it.
-    """
-    try:
-        return json.loads(path.read_text("utf-8"))
-    except OSError as error:
-        raise ValueError(f"--from {path}: {error.strerror}; expected a file") from error
-    except ValueError as error:  # JSON's and UTF-8's
-        raise ValueError(f"--from {path}: expected a JSON file ({error})") from error
+    known = FigureCanvasBase.get_supported_filetypes()
+    if path.suffix[1:].lower() not in known:
+        raise ValueError(f"{name} {path}: expected a file ending in .{', .'.join(known)}")
 
 
 def draw_scores(scores: list[dict[str, Any]], path: Path) -> None:

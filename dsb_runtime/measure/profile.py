@@ -31,8 +31,8 @@ from dsb_runtime.engine.forward import Phase, no_phase
 from dsb_runtime.engine.graphs import Capture
 from dsb_runtime.engine.loop import Launched, Session
 from dsb_runtime.engine.step import StepShape
+from dsb_runtime.files import check_writable
 from dsb_runtime.measure.limits import synchronize
-from dsb_runtime.measure.plots import check_files
 from dsb_runtime.measure.profile_tables import PREFIX, longest_table, phase_table, read_trace
 
 NOTE = (
@@ -59,7 +59,7 @@ def check_arguments(args: argparse.Namespace) -> None:
     """Raise for a wrong argument; asked before a model is made."""
     check_int("--profile-steps", args.profile_steps, 1)
     check_int("--warmup", args.warmup, 0)
-    check_files(args.torch, None, names=("--torch", "--plot"))
+    check_writable("--torch", args.torch)
     if args.torch is not None and args.torch.suffix != ".json":
         raise ValueError(f"--torch {args.torch}: expected a file ending in .json")
 

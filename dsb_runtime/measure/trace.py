@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from dsb_runtime.engine.engine import StepEvent
-from dsb_runtime.measure.plots import check_files
+from dsb_runtime.measure.plots import check_picture
 
 REFRESH_COLOR, RESPONSE_COLOR = "#dfe7f5", "#d3e8cd"  # what a forward recomputes, ...
 BLOCK_COLOR, PREFIX_COLOR = "#fbe7b2", "#bcd0ee"  # ... and the window in it
@@ -38,7 +38,7 @@ class Trace:
         """
         from matplotlib.figure import Figure
 
-        check_files(None, Path(path), names=("json", "path"))
+        check_picture("path", Path(path))
         if not self.kinds:
             raise ValueError("trace: nothing was recorded; pass it as on_step to generate")
         steps, prompt = len(self.kinds), self.prompt_length

@@ -66,9 +66,9 @@ class DiffusionModel(PreTrainedModel):
             self.dsb = DiffusionInfo(config.family, config.mask_token_id, ends)
 
     @classmethod
-    def from_pretrained(
+    def from_pretrained(  # type: ignore[override]  # `pretrained_model_name_or_path` is long
         cls,
-        source: str | Path | None,
+        source: str | Path,
         *args: Any,
         config: Any = None,
         mask_id: int | None = None,
@@ -87,15 +87,17 @@ class DiffusionModel(PreTrainedModel):
         hub = {name: kwargs.pop(name) for name in DOWNLOAD if name in kwargs}
         folder = find_folder(source, revision, **hub) / (subfolder or "")
         raw = read_config(folder)
-        if not isinstance(config, cls.config_class):
-            config = cls.config_class.from_dict(dict(raw))
+        config_class: Any = cls.config_class
+        if not isinstance(config, config_class):
+            config = config_class.from_dict(dict(raw))
         info = diffusion_info(
             folder, raw, config.family, config.vocab_size,
             config.mask_token_id if mask_id is None else mask_id, eos_ids,
         )  # fmt: skip
         if config._attn_implementation is None:
             kwargs.setdefault("attn_implementation", "dsb")
-        model, report = read_model(cls, super().from_pretrained, folder, config, info, **kwargs)
+        parent: Any = super().from_pretrained
+        model, report = read_model(cls, parent, folder, config, info, **kwargs)
         return (model, report) if output_loading_info else model
 
 

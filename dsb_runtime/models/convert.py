@@ -18,6 +18,7 @@ import torch
 import transformers
 from transformers import GenerationConfig, PreTrainedModel
 
+from dsb_runtime.families import check_model
 from dsb_runtime.models.load import find_folder, load_model, load_tokenizer, read_object
 
 TOKENIZER_FILES = (
@@ -68,7 +69,7 @@ def copy_tokenizer(folder: Path, target: Path) -> list[str]:
 
 def prepare_configs(model: PreTrainedModel) -> None:
     """What the copy's config.json and generation_config.json say beside the network."""
-    ends = list(model.dsb.eos_ids) or None
+    ends = list(check_model(model).eos_ids) or None
     given = {name: getattr(model.generation_config, name, None) for name in KEPT_GENERATION}
     model.config.eos_token_id = ends
     model.generation_config = GenerationConfig(eos_token_id=ends, **given)
@@ -127,6 +128,6 @@ def convert(
                 parent.rmdir()
         raise
     size = sum(weight.nbytes for weight in model.parameters())
-    kind, name = type(model).__name__, model.dsb.family.name
+    kind, name = type(model).__name__, check_model(model).family.name
     say(f"{kind} ({name}), {size / 1e9:.2f} GB: AutoModelForCausalLM.from_pretrained loads it")
     return target

@@ -256,7 +256,9 @@ def load_model(
         attn_implementation="dsb",
         distributed_config=distributed_config if split else None,
     )
-    return model.eval() if split else model.to(device).eval()
+    if not split:
+        torch.nn.Module.to(model, device)
+    return model.eval()
 
 
 def diffusion_info(
@@ -325,9 +327,9 @@ def read_model(
             f"{folder}: config.json ties the embeddings, but the checkpoint's output weights "
             "differ from them"
         )
-    model.dsb = info
+    vars(model)["dsb"] = info
     # A saved copy has the names that the model has now, and says what it is.
-    model._weight_conversions = None
+    vars(model)["_weight_conversions"] = None
     model.config.mask_token_id, model.config.dsb_family = info.mask_id, info.family.name
     return model, report
 

@@ -9,17 +9,16 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import importlib
 import json
-import pkgutil
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 
-import dsb_kernels
-from dsb_kernels._configs import ARCHITECTURES, CompileCase
+from dsb_kernels._configs import ARCHITECTURES
 from dsb_kernels._op import interpreted, triton
+from tools.compile_report.case import CompileCase
+from tools.compile_report.cases import collect_cases
 from tools.compile_report.disassembly import disassemble
 
 
@@ -67,17 +66,6 @@ class Resources:
     loop: int  # instructions of the longest loop that holds no other
     exponentials: float | None  # per element, where the case says how to count them
     failures: tuple[str, ...] = ()  # what keeps it from being fit for sm_90, in words
-
-
-def collect_cases(ops: Sequence[str] = ()) -> list[CompileCase]:
-    """What every module of the package lists in its `compile_cases()`, or the ops named of it."""
-    cases: list[CompileCase] = []
-    for info in sorted(pkgutil.iter_modules(dsb_kernels.__path__), key=lambda info: info.name):
-        module = importlib.import_module(f"dsb_kernels.{info.name}")
-        listed = getattr(module, "compile_cases", None)
-        if listed is not None and listed.__module__ == module.__name__:
-            cases += listed()
-    return [case for case in cases if not ops or case.op in ops]
 
 
 def compile_case(case: CompileCase, architecture: str) -> Resources:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from dsb_runtime.measure.plots import write_json
+from dsb_runtime.files import write_json
 
 
 def test_a_file_is_replaced_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

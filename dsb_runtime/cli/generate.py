@@ -1,0 +1,115 @@
+"""`dsb generate`: answer one prompt, with the canvas, a picture or JSON where asked for."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from dsb_runtime.cli.live import LiveCanvas
+from dsb_runtime.config import DecodingConfig, check_int, check_real
+from dsb_runtime.engine.engine import GenerationOutput, StepEvent, generate
+from dsb_runtime.families import check_model
+from dsb_runtime.measure.plots import check_picture
+from dsb_runtime.measure.trace import Trace
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    output = parser.add_argument_group("output")
+    output.add_argument("--raw", action="store_true", help="do not apply the chat template")
+    output.add_argument("--live", action="store_true", help="show the canvas while it fills")
+    output.add_argument(
+        "--frame-seconds", type=float, default=0.1, help="pause between frames (default: 0.1)"
+    )
+    output.add_argument("--trace", type=Path, metavar="FILE.png", help="draw position × forward")
+    output.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """Raise ValueError or TypeError for a wrong argument, before a checkpoint is read."""
+    if args.live and args.json:
+        raise ValueError("--live and --json: expected one of the two")
+    check_real("--frame-seconds", args.frame_seconds, 0, 3600)
+    check_picture("--trace", args.trace)
+    if args.seed is not None:
+        check_int("--seed", args.seed, 0, 2**63 - 1)
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, prompt: str, raw: bool) -> torch.Tensor:
+    """(1, P) ids of the prompt, in the checkpoint's chat format unless `raw`."""
+    if not tokenizer.chat_template or raw:
+        return tokenizer(prompt, return_tensors="pt").input_ids
+    message = [{"role": "user", "content": prompt}]
+    try:
+        text = tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
+    except Exception as error:  # whatever a template in the checkpoint raises
+        raise ValueError(f"chat template: {error}; --raw leaves it out") from error
+    return tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
+
+
+def answer_of(out: GenerationOutput, prompt: int, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The text of row 0 up to its first EOS, after a prompt of so many positions."""
+    ids = out.sequences[0, prompt : prompt + out.row_tokens[0]]
+    return str(tokenizer.decode(ids, skip_special_tokens=True)).strip()
+
+
+def run(
+    args: argparse.Namespace,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    config: DecodingConfig,
+) -> int:
+    """Print the answer and its counts."""
+    text = sys.stdin.read() if args.prompt == "-" else args.prompt
+    if not text.strip():
+        raise ValueError("prompt: empty; expected some text")
+    input_ids = encode(tokenizer, text, args.raw).to(model.device)
+    prompt = input_ids.shape[1]
+    generator = None
+    if args.seed is not None:
+        generator = torch.Generator(model.device).manual_seed(args.seed)
+
+    trace = Trace(prompt, config.gen_length) if args.trace else None
+    live = None
+    if args.live:
+        mask_id = check_model(model).mask_id
+        live = LiveCanvas(tokenizer, prompt, mask_id, frame_seconds=args.frame_seconds)
+    watchers = [w for w in (trace, live) if w is not None]
+
+    def on_step(event: StepEvent) -> None:
+        for watcher in watchers:
+            watcher(event)
+
+    with ExitStack() as stack:
+        if live is not None:
+            stack.enter_context(live)
+        began = time.perf_counter()
+        out = generate(
+            model, input_ids, config, generator=generator, on_step=on_step if watchers else None
+        )
+        seconds = time.perf_counter() - began - (live.spent if live else 0.0)
+
+    tokens = out.row_tokens[0]
+    answer = answer_of(out, prompt, tokenizer)
+    if args.json:
+        print(json.dumps({
+            "answer": answer, "tokens": tokens, "forwards": out.nfe,
+            "tokens_per_forward": tokens / out.nfe, "tokens_per_second": tokens / seconds,
+            "seconds": seconds, "committed_per_forward": out.tokens_per_forward,
+            "response_ids": out.sequences[0, prompt:].tolist(),
+        }))  # fmt: skip
+    else:
+        print(answer)
+        print(
+            f"{tokens} tokens, {out.nfe} forwards, {tokens / out.nfe:.2f} tokens per forward, "
+            f"{tokens / seconds:.1f} tokens/s"
+        )
+    if trace is not None:  # after the answer, which must not be lost where the picture fails
+        trace.save(args.trace)
+    return 0

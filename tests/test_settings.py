@@ -1,0 +1,239 @@
+"""A setting is one row, a rule one object: both reach every door, and every door has the same
+defaults."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import dsb_runtime as dsb
+from dsb_runtime.cli.main import main
+from dsb_runtime.config import settings, settings_table
+from dsb_runtime.defaults import defaults_for
+from dsb_runtime.engine.engine import Engine
+from tests import golden
+from tests.checkpoints import write_chat_model
+
+ROOT = Path(__file__).parents[1]
+IDS = torch.tensor([[2, 10, 20, 30, 3]])  # "w10 w20 w30" in the chat template
+PROMPT = "w10 w20 w30"
+
+
+@pytest.fixture(scope="module")
+def chat(tmp_path_factory) -> Path:
+    return write_chat_model(tmp_path_factory.mktemp("chat"))
+
+
+# --- the table --------------------------------------------------------------------------------
+
+
+def test_every_field_is_a_row_of_the_table():
+    names = list(dsb.DecodingConfig.__dataclass_fields__)
+    assert [row[0] for row in settings_table()] == list(settings()) == names
+    for name, kind, default, accepted, text in settings_table():
+        assert kind in ("int", "float", "bool", "str") and default and accepted and text, name
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"confidence": "entropy"}, "confidence='entropy': .* threshold needs; expected steps"),
+        ({"confidence": "entropy", "factor": 1.0}, "factor needs; expected steps"),
+        ({"confidence": "margin", "frechet": 0.2}, "frechet=0.2: .* expected confidence='prob"),
+        ({"confidence": "logit"}, "confidence='logit': expected one of probability, margin, entr"),
+    ],
+)
+def test_rules_that_a_confidence_does_not_fit(settings, said):
+    with pytest.raises(ValueError, match=said):
+        dsb.DecodingConfig(**settings)
+
+
+def test_rules_that_a_confidence_fits():
+    for rule in ({}, {"factor": 1.0}, {"steps": 8}):
+        assert dsb.DecodingConfig(confidence="margin", **rule).confidence == "margin"
+    assert dsb.DecodingConfig(confidence="entropy", steps=8).rule == "quota"
+
+
+# --- defaults ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("length", "block"),
+    [(1, 1), (3, 1), (16, 4), (60, 15), (127, 31), (128, 32), (129, 32), (1024, 32)],
+)
+def test_the_default_block(length, block):
+    assert defaults_for(golden.model("llada"), length).block_length == block
+
+
+def test_defaults_depend_on_the_model():
+    model = dsb.load_model(golden.DATA / "llada", device="cpu", eos_ids=())
+    assert defaults_for(golden.model("llada")) == dsb.DecodingConfig(stop_at_eos=True)
+    assert defaults_for(model) == dsb.DecodingConfig()
+    assert defaults_for(model, 16, block_length=8).block_length == 8
+    model.generation_config.max_new_tokens = 24
+    assert defaults_for(model) == dsb.DecodingConfig(gen_length=24, block_length=6)
+    with pytest.raises(TypeError, match="blok_length=8: expected one of gen_length, block_length"):
+        defaults_for(model, blok_length=8)
+
+
+@pytest.mark.parametrize("lengths", [{}, {"gen_length": 20}])
+def test_five_doors_decode_the_same(chat, capsys, monkeypatch, lengths):
+    """The same tokens, forwards and stop at the EOS, whoever calls."""
+    pytest.importorskip("lm_eval", reason="needs the extra: pip install .[eval]")
+    from lm_eval.api.instance import Instance
+
+    from dsb_runtime.doors.lm_eval import DSBLM
+
+    def seen(out: Any) -> tuple[Any, ...]:
+        return out.sequences[0, IDS.shape[1] :].tolist(), out.nfe, out.row_tokens
+
+    model = dsb.load_model(chat, device="cpu")
+    free = seen(dsb.generate(model, IDS, **lengths))[0]
+    # A token that the model does produce, and not at once, ends the answer.
+    eos = next(token for i, token in enumerate(free) if i > 2 and token not in free[:i])
+    model = dsb.load_model(chat, device="cpu", eos_ids=(eos,))
+    expected = seen(dsb.generate(model, IDS, **lengths))
+    assert 3 < expected[2][0] < len(expected[0]) == lengths.get("gen_length", 256)
+    assert set(expected[0][expected[2][0] :]) == {eos}, "the row must stop at its EOS"
+
+    assert seen(Engine(model).generate(IDS, **lengths)) == expected
+    length = {"max_new_tokens": 20} if lengths else {}
+    out = model.generate(
+        IDS, custom_generate=dsb.custom_generate, return_dict_in_generate=True, **length
+    )
+    assert seen(out) == expected
+    patched = dsb.patch(dsb.load_model(chat, device="cpu"), eos_ids=(eos,))
+    assert seen(patched.dsb_generate(IDS, **lengths)) == expected
+
+    monkeypatch.setattr("dsb_runtime.cli.main.load_model", lambda *a, **how: model)
+    options = ["--gen-length", "20"] if lengths else []
+    assert main(["generate", PROMPT, "--model", str(chat), "--json", *options]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["response_ids"], found["forwards"], [found["tokens"]]) == expected
+
+    monkeypatch.setattr("dsb_runtime.doors.lm_eval.load_model", lambda *a, **how: model)
+    lm, outs = DSBLM(str(chat), **lengths), []
+    generate = dsb.generate
+    monkeypatch.setattr(
+        "dsb_runtime.doors.lm_eval.generate",
+        lambda *a, **how: outs.append(generate(*a, **how)) or outs[-1],
+    )
+    text = lm.apply_chat_template([{"role": "user", "content": PROMPT}])
+    lm.generate_until(
+        [Instance("generate_until", {}, (text, {}), 0, metadata=("task", 0, 1))], disable_tqdm=True
+    )
+    assert [seen(out) for out in outs] == [expected]
+
+
+# --- a rule and a field of somebody else -------------------------------------------------------
+
+
+def copy_packages(folder: Path) -> Path:
+    for name in ("dsb_kernels", "dsb_runtime"):
+        ignore = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(ROOT / name, folder / name, ignore=ignore)
+    return folder
+
+
+def insert(path: Path, before: str, text: str) -> None:
+    """Put `text` before the one line that starts with `before`."""
+    source = path.read_text()
+    assert len(re.findall(rf"^{re.escape(before)}", source, re.M)) == 1, before
+    path.write_text(re.sub(rf"^(?={re.escape(before)})", lambda _: text, source, flags=re.M))
+
+
+def run_copy(folder: Path, *argv: str, **environment: str) -> str:
+    """Run Python over the copied packages; what it prints."""
+    done = subprocess.run(
+        [sys.executable, *argv], capture_output=True, text=True, cwd=folder, check=False,
+        env={**os.environ, "PYTHONPATH": str(folder), "HF_HUB_OFFLINE": "1", **environment},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+RULE = """
+def count_two(c: Tensor, rank: Tensor, m: Tensor, value: float, due: Tensor) -> Tensor:
+    return torch.full_like(m, int(value))
+
+
+"""
+FIELD = '    shade: str = setting("light", "of nothing", kind=str, choices=("light", "dark"))\n\n'
+EVERY_DOOR = """
+import json, sys
+import torch
+import dsb_runtime as dsb
+from dsb_kernels.rules import RULES
+from dsb_runtime.cli.main import main
+from dsb_runtime.engine.engine import Engine
+
+folder, ids = sys.argv[1], torch.tensor([[2, 10, 20, 30, 3]])
+model, seen, decode = dsb.load_model(folder, device="cpu"), [], Engine.decode
+
+def record(self, config, *rest):
+    out = decode(self, config, *rest)
+    seen.append((config.rule, config.rule_value, config.shade, out.tokens_per_forward))
+    return out
+
+Engine.decode = record
+named = {"gen_length": 8, "two": 2.0, "shade": "dark"}
+dsb.generate(model, ids, **named)
+Engine(model).generate(ids, dsb.DecodingConfig(block_length=2, stop_at_eos=True, **named))
+model.generate(ids, custom_generate=dsb.custom_generate, max_new_tokens=8, two=2.0, shade="dark")
+options = ["--gen-length", "8", "--two", "2", "--shade", "dark"]
+assert main(["generate", "w10 w20 w30", "--model", folder, *options]) == 0
+if "lm_eval" in sys.argv:
+    from lm_eval.api.instance import Instance
+    from dsb_runtime.doors.lm_eval import DSBLM
+    lm = DSBLM(folder, device="cpu", gen_length=8, threshold=0.5, shade="dark")
+    asked = ("w2 w10 w20 w30 w3", {"two": 2.0})
+    request = Instance("generate_until", {}, asked, 0, metadata=("task", 0, 1))
+    lm.generate_until([request], disable_tqdm=True)
+from dsb_runtime.measure.evaluate import build_settings
+assert [s.rule for s in build_settings(64, 16, False) if s.config.rule == "two"] == ["two 1"]
+print(json.dumps(seen))
+"""
+
+
+@pytest.fixture(scope="module")
+def changed(tmp_path_factory) -> Path:
+    """The packages with a rule of somebody else, `two`, and a field, `shade`."""
+    folder = copy_packages(tmp_path_factory.mktemp("changed"))
+    rules, kernel = folder / "dsb_kernels/rules.py", folder / "dsb_kernels/commit_kernel.py"
+    insert(rules, "RULES: dict", RULE)
+    insert(
+        rules, "    )\n}", '        Rule("two", "two", "commit so many", count_two, 1.0, 9.0),\n'
+    )
+    insert(kernel, '    elif RULE == "factor":', '    elif RULE == "two":\n        count = 2\n')
+    insert(folder / "dsb_runtime/config.py", "    def __post_init__(self)", FIELD)
+    return folder
+
+
+def test_a_made_up_rule_and_field_reach_every_door(changed, chat):
+    pytest.importorskip("lm_eval", reason="needs the extra: pip install .[eval]")
+    out = run_copy(changed, "-c", EVERY_DOOR, str(chat), "lm_eval")
+    seen = json.loads(out.splitlines()[-1])
+    assert len(seen) == 5
+    for rule, value, shade, committed in seen:
+        assert (rule, value, shade) == ("two", 2.0, "dark")
+        assert committed[0] <= 2 and sum(committed) == 8 and max(committed) == 2
+
+
+@pytest.mark.parametrize("backend", ["eager", "triton"])
+def test_the_recipe_for_a_rule(changed, chat, backend):
+    """What CONTRIBUTING says, to the letter: two tokens are committed by each step."""
+    options = ["--gen-length", "8", "--block-length", "8", "--two", "2", "--json"]
+    out = run_copy(
+        changed, "-m", "dsb_runtime", "generate", PROMPT, "--model", str(chat), *options,
+        DSB_BACKEND=backend, TRITON_INTERPRET="1",
+    )  # fmt: skip
+    assert json.loads(out)["committed_per_forward"] == [2, 2, 2, 2]

@@ -1,0 +1,104 @@
+"""Compile cases of window_attention."""
+
+from __future__ import annotations
+
+import itertools
+
+from dsb_kernels._configs import ARCHITECTURES
+from dsb_kernels._op import triton
+from dsb_kernels.attention_kernel import COMBINE_ROWS, _attention_kernel, _combine_kernel, tile_of
+from tools.compile_report.case import DTYPES, CompileCase, all_but, pointers_of, signature_of
+
+SHAPES = [  # name, heads, KV heads, head dim, window capacities
+    ("LLaDA-8B", 32, 32, 128, (16, 32, 64, 128, 256)),
+    ("iLLaDA-8B", 32, 8, 128, (16, 32, 64, 128, 256)),
+    ("Dream-7B", 28, 4, 128, (32, 64, 128, 256)),  # its tile for a window of 16 is that for 32
+    *((f"head dim {d}", 16, 16, d, (64, 128)) for d in (64, 80, 96, 256)),
+]
+WAYS = ("in cache", "in cache indexed", "fresh listed")
+
+
+def cases() -> list[CompileCase]:
+    """LLaDA-8B, iLLaDA-8B and Dream-7B at every window capacity, and the other head dims.
+
+    Capacities that share tile and splits are one case. The KV cache has been written (as the
+    runtime does it) and is the batch's or has other rows too, or the window is fresh and listed
+    blocks are visited.
+    """
+    listed: dict[object, CompileCase] = {}
+    for architecture, (name, H, H_kv, D, capacities) in itertools.product(ARCHITECTURES, SHAPES):
+        for W, way in itertools.product(capacities, WAYS[: 3 if D == 128 else 1]):
+            words = f"{name} {min(H // H_kv * W, 128)} rows {way}"
+            case = attention_case(words, H, H_kv, W, D, way, 4, architecture)
+            listed.setdefault((words, architecture), case)
+    for architecture in ARCHITECTURES:
+        listed["one split", architecture] = attention_case(
+            "LLaDA-8B one split", 32, 32, 64, 128, "in cache", 1, architecture
+        )
+        for D in (64, 128, 256):
+            listed["float32", D, architecture] = attention_case(
+                f"float32 head dim {D}", 16, 4, 64, D, "in cache", 4, architecture, "fp32"
+            )
+    return [*listed.values(), *(combine_case(*shape) for shape in ((128, 4), (128, 32), (256, 4)))]
+
+
+def attention_case(
+    name: str, H: int, H_kv: int, W: int, D: int, way: str, splits: int, architecture: str,
+    dtype: str = "bf16",
+) -> CompileCase:  # fmt: skip
+    config = tile_of(H // H_kv * W, D, DTYPES[dtype], architecture)
+    block_m = config.blocks["BLOCK_M"]
+    listed, indexed = "listed" in way, "indexed" in way
+    lists = ("num_blocks_ptr", "indices_ptr")
+    absent = (*(() if listed else lists), *(() if indexed else ("batch_idx_ptr",)))
+    constexprs = {
+        "GROUP": H // H_kv, "HEAD_DIM": D, "NUM_SPLITS": splits,
+        "WINDOW_IN_CACHE": "in cache" in way, "KV_BLOCK": 64, "RETURN_LSE": False, **config.blocks,
+        "BLOCK_D": max(64, triton.next_power_of_2(D)), **dict.fromkeys(absent),
+    }  # fmt: skip
+    integers = ("window_start_ptr", "window_length_ptr", "seqlens_ptr", "leftpad_ptr")
+    types = dict.fromkeys((*integers, "batch_idx_ptr", *lists), "*i32")
+    types |= {"lse_ptr": "*fp32", "softmax_scale": "fp32"}
+    signature = signature_of(_attention_kernel, constexprs, types, f"*{dtype}")
+    # 64 positions of 128 rows are 1024 clocks of an SM's tensor cores, and 920 of its four
+    # schedulers if each of 8 warps has 460 instructions.
+    max_loop = {64: 500, 128: 460}.get(block_m) if D == 128 and not listed else None
+    return CompileCase(
+        op="window_attention",
+        name=name,
+        kernel=_attention_kernel,
+        signature=signature,
+        constexprs=constexprs,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        divisible=all_but(
+            signature, "H_kv", "softmax_scale", "stride_nb", "stride_nh", "stride_ib", "stride_ih"
+        ),
+        architectures=(architecture,),
+        expects_tensor_cores=block_m >= 64,
+        expects_wide_loads=True,
+        max_loop=max_loop,
+        # Start, length, end and padding of the row, its row of the cache; a list's length and an
+        # entry for each stage.
+        scalar_load_bytes=16 + 4 * indexed + 4 * (1 + config.num_stages) * listed,
+    )
+
+
+def combine_case(D: int, splits: int) -> CompileCase:
+    constexprs = {
+        "HEAD_DIM": D, "NUM_SPLITS": splits, "RETURN_LSE": False, "BLOCK_M": COMBINE_ROWS,
+        "BLOCK_D": D,
+    }  # fmt: skip
+    types = {"partial_lse_ptr": "*fp32", "lse_ptr": "*fp32", "window_length_ptr": "*i32"}
+    signature = signature_of(_combine_kernel, constexprs, types, "*bf16")
+    return CompileCase(
+        op="window_attention",
+        name=f"combine {splits} splits, head dim {D}",
+        kernel=_combine_kernel,
+        signature=signature,
+        constexprs=constexprs,
+        num_warps=4,
+        divisible=(*pointers_of(signature), "stride_ob", "stride_oh", "stride_ow", "W"),
+        expects_wide_loads=True,
+        scalar_load_bytes=4 + 2 * 4 * splits,  # the row's length; each log-sum-exp, twice
+    )

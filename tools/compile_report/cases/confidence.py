@@ -1,0 +1,107 @@
+"""Compile cases of token_confidence, lm_head_confidence and combine_partials."""
+
+from __future__ import annotations
+
+import itertools
+
+from dsb_kernels import lm_head, token_confidence
+from dsb_kernels._configs import ARCHITECTURES
+from dsb_kernels.score import CONFIDENCES, combine_kernel, combine_warps
+from tools.compile_report.case import DTYPES, CompileCase, pointers_of, signature_of
+
+VOCABULARY, MASK_TOKEN = 126464, 126336  # LLaDA's; the mask token is banned
+SAMPLING = {"seed_ptr": "*i64", "noise_ids_ptr": "*i64"}
+TYPES = SAMPLING | {"eligible_ptr": "*i1", "partial_ptr": "*fp32", "temperature": "fp32"}
+LOGITS = [  # rows, confidence, sampled, dtype
+    *((rows, "probability", False, "bf16") for rows in (32, 256, 1024)),
+    (64, "probability", True, "bf16"),
+    *((64, c, sample, "bf16") for c in CONFIDENCES[1:] for sample in (False, True)),
+    *((64, "probability", False, dtype) for dtype in ("fp16", "fp32")),
+]
+HEAD = [
+    *((rows, c, False, "bf16") for rows in (16, 32, 64, 128) for c in CONFIDENCES),
+    *((rows, "probability", True, "bf16") for rows in (16, 32, 64, 128)),
+    *((32, c, True, "bf16") for c in CONFIDENCES[1:]),
+    (32, "probability", False, "fp16"),
+    *((n, "probability", sample, "fp32") for n in (32, 64) for sample in (False, True)),
+]
+
+
+def cases() -> list[CompileCase]:
+    """Every variant of confidence, greedy and sampled, at every shape class."""
+    # Triton turns arguments equal to 1 into constants: another program to compile.
+    parts = ((32, ()), (512, ()), (1, ("num_candidates", "parts", "first_allowed")))
+    return [
+        *(logits_case(*variant) for variant in LOGITS),
+        *(head_case(a, *variant) for a, variant in itertools.product(ARCHITECTURES, HEAD)),
+        *(combine_case(c, *part) for c, part in itertools.product(CONFIDENCES, parts)),
+    ]
+
+
+def words(rows: int, confidence: str, sample: bool, dtype: str) -> str:
+    return f"{confidence}{' sampled' * sample} {dtype} {rows} candidates"
+
+
+def logits_case(rows: int, confidence: str, sample: bool, dtype: str) -> CompileCase:
+    launch = token_confidence.launch_of(rows, VOCABULARY, "sm_90", sample)
+    constexprs = {
+        **launch.blocks, **({} if sample else dict.fromkeys(SAMPLING)), "BANNED": (MASK_TOKEN,),
+        "SAMPLE": sample, "CONFIDENCE": confidence, "STAGES": launch.num_stages,
+        "LANES": launch.lanes,
+    }  # fmt: skip
+    kernel = token_confidence._token_confidence_kernel
+    signature = signature_of(kernel, constexprs, TYPES, f"*{dtype}")
+    usual = confidence == "probability" and not sample and dtype != "fp32"
+    return CompileCase(
+        op="token_confidence",
+        name=words(rows, confidence, sample, dtype),
+        kernel=kernel,
+        signature=signature,
+        constexprs=constexprs,
+        num_warps=launch.num_warps,
+        num_stages=launch.num_stages,
+        divisible=(*pointers_of(signature), "stride_n", "V"),
+        expects_wide_loads=True,
+        scalar_load_bytes=17 if sample else 1,
+        # 32 logits a thread; a third of it is run only where a tile has a new best token.
+        max_loop=560 if usual else None,
+        max_exponentials=1.1,
+        # One tile in the loop and the masked last one, both unrolled.
+        elements_per_thread=2 * launch.blocks["BLOCK_V"] / (32 * launch.num_warps),
+    )
+
+
+def head_case(
+    architecture: str, rows: int, confidence: str, sample: bool, dtype: str
+) -> CompileCase:
+    launch = lm_head.launch_of(rows, VOCABULARY, DTYPES[dtype], architecture, sample=sample)
+    constexprs = {
+        **launch.blocks, "bias_ptr": None, **({} if sample else dict.fromkeys(SAMPLING)),
+        "EVEN_K": True, "BANNED": (MASK_TOKEN,), "SAMPLE": sample, "CONFIDENCE": confidence,
+    }  # fmt: skip
+    signature = signature_of(lm_head._lm_head_kernel, constexprs, TYPES, f"*{dtype}")
+    return CompileCase(
+        op="lm_head_confidence",
+        name=words(rows, confidence, sample, dtype),
+        kernel=lm_head._lm_head_kernel,
+        signature=signature,
+        constexprs=constexprs,
+        num_warps=launch.num_warps,
+        num_stages=launch.num_stages,
+        divisible=(*pointers_of(signature), "stride_wv", "stride_hn", "V", "E"),
+        architectures=(architecture,),
+        expects_tensor_cores=dtype != "fp32",
+    )
+
+
+def combine_case(confidence: str, parts: int, ones: tuple[str, ...]) -> CompileCase:
+    types = {"eligible_ptr": "*i1", "token_ptr": "*i64"}
+    constexprs = {"state_ptr": None, "PARTS": parts, "CONFIDENCE": confidence}
+    return CompileCase(
+        op="combine_partials",
+        name=f"{confidence} {parts} parts",
+        kernel=combine_kernel,
+        signature=signature_of(combine_kernel, constexprs, types, "*fp32"),
+        constexprs=constexprs | dict.fromkeys(ones, 1),
+        num_warps=combine_warps(parts),
+    )

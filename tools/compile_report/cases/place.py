@@ -1,0 +1,34 @@
+"""Compile cases of place_rows."""
+
+from __future__ import annotations
+
+from dsb_kernels.place import CONFIG, _place_rows_kernel
+from dsb_kernels.rows import REFRESH, WINDOW
+from tools.compile_report.case import CompileCase, pointers_of, signature_of
+
+
+def cases() -> list[CompileCase]:
+    """Each kind of step of one row, and windows of some of a batch's rows."""
+    types = dict.fromkeys(("canvas_ptr", "ids_ptr", "keep_ptr", "noise_ids_ptr"), "*i64")
+    types |= dict.fromkeys(("active_ptr", "eligible_ptr"), "*i1")
+    listed = []
+    for name, kind, B, K, every in (
+        ("window", WINDOW, 1, 32, True),
+        ("refresh", REFRESH, 1, 32, True),
+        ("window of 16 out of 64 rows", WINDOW, 64, 256, False),
+    ):
+        constexprs = {"KIND": kind, "SHIFT": 1, "ALL": every, "BLOCK_B": B, "BLOCK_K": K}
+        constexprs |= CONFIG.blocks
+        signature = signature_of(_place_rows_kernel, constexprs, types)
+        listed.append(
+            CompileCase(
+                op="place_rows",
+                name=f"{name} K={K}",
+                kernel=_place_rows_kernel,
+                signature=signature,
+                constexprs=constexprs,
+                num_warps=CONFIG.num_warps,
+                divisible=pointers_of(signature),
+            )
+        )
+    return listed
