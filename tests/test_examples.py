@@ -1,0 +1,70 @@
+"""Every file of examples/ runs offline, in a process of its own, and prints what it is about."""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+EXAMPLES = ROOT / "examples"
+
+# What the output says, as regular expressions.
+EXPECTED = {
+    "generate.py": [r"Monday 12 \+ 7 = 19\. Tuesday 19 - 5 = 14\. Answer 14\.",
+                    r"[2-9] forwards for \d+ tokens"],
+    "stream.py": [r"forward  0 \(refresh\): .*__", r"\(window\): .*Answer 45 \.", r"\d+ forwards"],
+    "batch.py": [r"Answer 23\. \(\d+ tokens, \d+ forwards\)",
+                 r"Answer 20\. \(\d+ tokens, \d+ forwards\)"],
+    "transformers_generate.py": [r"Monday 8 \* 2 = 16\. Answer 16\.", r"\d+ forwards"],
+    "attention_implementation.py": [r"transformers' own attention: (0\.0e\+00|\d\.\de-0[6-9])"],
+    "window_attention.py": [r"difference from SDPA: (0\.0e\+00|\d\.\de-0[6-9])"],
+}  # fmt: skip
+
+
+def run(*arguments: str) -> str:
+    environment = {
+        **os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1",
+    }  # fmt: skip
+    environment.pop("TRITON_INTERPRET", None)
+    result = subprocess.run(
+        [sys.executable, *arguments], capture_output=True, text=True, env=environment, timeout=300
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_every_example_is_listed():
+    assert sorted(EXPECTED) == sorted(path.name for path in EXAMPLES.glob("*.py"))
+
+
+@pytest.mark.parametrize("name", sorted(EXPECTED))
+def test_example(name):
+    output = run(str(EXAMPLES / name))
+    for pattern in EXPECTED[name]:
+        assert re.search(pattern, output), output
+
+
+@pytest.mark.parametrize("name", sorted(EXPECTED))
+def test_example_is_short_and_says_how_to_run_it(name):
+    text = (EXAMPLES / name).read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 45
+    assert f"python examples/{name}" in ast.get_docstring(ast.parse(text))
+
+
+def test_readme_code_runs_with_the_embedded_model(tmp_path):
+    """The README's Python, with the embedded model in the place of the hub's."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    code = re.search(r"```python\n(.*?)```", readme, re.DOTALL)[1]
+    assert code.count('"GSAI-ML/LLaDA-8B-Instruct"') == 1
+    code = code.replace(
+        '"GSAI-ML/LLaDA-8B-Instruct"', "str(__import__('dsb_runtime.demo').demo.MODEL_DIR)"
+    )
+    script = tmp_path / "readme.py"
+    script.write_text(code, encoding="utf-8")
+    assert re.search(r"\d+ forwards for \d+ tokens", run(str(script)))

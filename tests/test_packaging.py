@@ -1,0 +1,85 @@
+"""The wheel: its files, metadata and entry points."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import zipfile
+from email import message_from_string
+from pathlib import Path
+
+import pytest
+
+import dsb_kernels
+
+ROOT = Path(__file__).parents[1]
+pytest.importorskip("setuptools", "77", reason="the build backend")
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Name -> text of the files of a wheel built from a copy of the checkout; weights left out."""
+    folder = tmp_path_factory.mktemp("build")
+    for name in ("dsb_kernels", "dsb_runtime", "tools", "benchmarks", "tests", "examples"):
+        ignore = shutil.ignore_patterns("__pycache__", "data")
+        shutil.copytree(ROOT / name, folder / name, ignore=ignore)
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, folder)
+    code = "from setuptools.build_meta import build_wheel; build_wheel('.')"
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, timeout=120
+    )
+    assert result.returncode == 0, result.stderr
+    (path,) = folder.glob("*.whl")
+    with zipfile.ZipFile(path) as archive:
+        return {
+            name: "" if name.endswith(".safetensors") else archive.read(name).decode()
+            for name in archive.namelist()
+        }
+
+
+def one(wheel: dict[str, str], name: str) -> str:
+    return next(text for path, text in wheel.items() if path.endswith(f".dist-info/{name}"))
+
+
+def test_wheel_holds_the_two_packages_and_nothing_else(wheel):
+    folders = {path.split("/")[0] for path in wheel if ".dist-info" not in path}
+    assert folders == {"dsb_kernels", "dsb_runtime"}
+
+
+def test_wheel_holds_every_module_and_the_embedded_model(wheel):
+    expected = {
+        str(path.relative_to(ROOT))
+        for package in ("dsb_kernels", "dsb_runtime")
+        for path in (ROOT / package).rglob("*.py")
+    }
+    expected |= {f"{package}/py.typed" for package in ("dsb_kernels", "dsb_runtime")}
+    model = ROOT / "dsb_runtime/demo/model"
+    expected |= {str(path.relative_to(ROOT)) for path in model.iterdir()}
+    assert {path for path in wheel if ".dist-info" not in path} == expected
+
+
+def test_metadata(wheel):
+    metadata = message_from_string(one(wheel, "METADATA"))
+    assert (metadata["Name"], metadata["Version"]) == ("dsb-kernels", dsb_kernels.__version__)
+    assert metadata["License-Expression"] == "Apache-2.0"
+    assert metadata["Author"] == "DSB Kernels contributors"
+    assert metadata["Requires-Python"] == ">=3.10"
+    assert metadata.get_all("Provides-Extra") == ["eval", "flash", "test", "docs", "dev"]
+    assert "torch>=2.11" in metadata.get_all("Requires-Dist")
+    assert metadata.get_payload().startswith("# DSB Kernels")
+
+
+def test_entry_points_leave_torch_alone(wheel):
+    lines = one(wheel, "entry_points.txt").split("\n")
+    assert [line for line in lines if line] == [
+        "[console_scripts]", "dsb = dsb_runtime.cli.main:main",
+        "[lm_eval.models]", "dsb = dsb_runtime.doors.lm_eval:DSBLM",
+    ]  # fmt: skip
+
+
+def test_version_is_the_changelogs_and_the_citations():
+    version = dsb_kernels.__version__
+    assert f"\n## {version} " in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")

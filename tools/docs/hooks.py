@@ -1,0 +1,90 @@
+"""Hooks of `mkdocs build`: parts of the docs that are made from the code, so that none goes stale.
+
+A page names such a part by a comment on a line of its own:
+    <!-- settings -->       the table of every field of `DecodingConfig`
+    <!-- ops -->            an API entry for every op of `dsb_kernels`
+    <!-- modules: FOLDER -->   a table of the folder's modules and the first sentence of each
+    <!-- file: NAME -->     a Markdown file of the repository's root, without its title
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import pkgutil
+import re
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+MARKER = re.compile(
+    r"^<!-- (?P<part>settings|ops|modules|file)(: (?P<name>\S+))? -->$", re.MULTILINE
+)
+
+
+def settings() -> str:
+    """The settings as a Markdown table, one row a field."""
+    from dsb_runtime.config import settings_table
+
+    lines = ["| setting | type | default | accepted | what it does |", "|---|---|---|---|---|"]
+    for row in settings_table():
+        name, kind, default, accepted, text = (str(cell).replace("|", "\\|") for cell in row)
+        lines.append(f"| `{name}` | {kind} | {default} | {accepted} | {text} |")
+    return "\n".join(lines)
+
+
+def op_names() -> list[str]:
+    """The dotted names of all ops of `dsb_kernels`, in the order of their names."""
+    import dsb_kernels
+
+    names = {}
+    for info in pkgutil.iter_modules(dsb_kernels.__path__, "dsb_kernels."):
+        module = importlib.import_module(info.name)
+        for name, value in vars(module).items():
+            definition = getattr(value, "definition", None)
+            if callable(definition) and definition.__module__ == module.__name__:
+                names[name] = f"{module.__name__}.{name}"
+    return [names[name] for name in sorted(names)]
+
+
+def ops() -> str:
+    return "\n\n".join(f"::: {name}" for name in op_names())
+
+
+def first_sentence(docstring: str) -> str:
+    """The first sentence of a module's docstring, on one line."""
+    paragraph = " ".join(docstring.split("\n\n")[0].split())
+    return re.split(r"(?<=\.)\s(?=[A-Z`])", paragraph)[0].rstrip(":")
+
+
+def modules(folder: str) -> str:
+    """A Markdown table of a folder's modules, what each says of itself beside it."""
+    lines = ["| file | what it is |", "|---|---|"]
+    for path in sorted((ROOT / folder).glob("*.py")):
+        docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+        if path.name not in ("__init__.py", "__main__.py"):
+            text = first_sentence(docstring).replace("|", "\\|")
+            lines.append(f"| `{path.name}` | {text} |")
+    return "\n".join(lines)
+
+
+def root_file(name: str) -> str:
+    """A file of the root, its links into docs/ made links between pages."""
+    text = (ROOT / name).read_text(encoding="utf-8")
+    text = re.sub(r"\A# .*\n", "", text)
+    text = text.replace("](docs/", "](")
+    return text.replace("](CHANGELOG.md)", "](changelog.md)")
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """MkDocs' event: fill in the marked parts of a page."""
+
+    def part(match: re.Match[str]) -> str:
+        kind, name = match["part"], match["name"]
+        if kind == "settings":
+            return settings()
+        if kind == "ops":
+            return ops()
+        return modules(name) if kind == "modules" else root_file(name)
+
+    return MARKER.sub(part, markdown)
