@@ -203,7 +203,7 @@ def changed(tmp_path_factory) -> Path:
     """The packages with the rule `two`, by CONTRIBUTING's recipe, and a made-up field, `shade`."""
     folder = copy_packages(tmp_path_factory.mktemp("changed"))
     recipe = (ROOT / "CONTRIBUTING.md").read_text().split("## To add a selection rule")[1]
-    count, entry, branch = re.findall(r"^```python\n# .*\n(.*?)^```", recipe, re.M | re.S)[:3]
+    count, entry, branch = re.findall(r"^```python\n# [^\n]*\n(.*?)^```", recipe, re.M | re.S)[:3]
     insert(folder / "dsb_kernels/rules.py", "RULES: dict", f"{count}\n\n")
     insert(folder / "dsb_kernels/rules.py", "    )\n}", entry)
     insert(folder / "dsb_kernels/commit_kernel.py", '    elif RULE == "factor":', branch)
