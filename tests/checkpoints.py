@@ -94,3 +94,33 @@ def write_chat_model(folder: Path) -> Path:
         chat_template=CHAT_TEMPLATE,
     ).save_pretrained(folder)
     return folder
+
+
+REMOTE = {  # as the published repositories have it
+    "llada": {
+        "AutoConfig": "configuration_llada.LLaDAConfig",
+        "AutoModelForCausalLM": "modeling_llada.LLaDAModelLM",
+        "AutoModel": "modeling_llada.LLaDAModelLM",
+    },
+    "dream": {
+        "AutoConfig": "configuration_dream.DreamConfig",
+        "AutoModel": "modeling_dream.DreamModel",
+    },
+}
+
+
+def published(folder: Path, family: str, **changes: Any) -> Path:
+    config, weights = parts(family)
+    return write(folder, {**config, "auto_map": REMOTE[family], **changes}, weights)
+
+
+def write_dream_tokenizer(folder: Path) -> None:
+    """As Dream publishes it: a vocabulary, merges and a class in the repository."""
+    vocab = {"<|endoftext|>": 0, "a": 1, "b": 2, "ab": 3}
+    (folder / "vocab.json").write_text(json.dumps(vocab))
+    (folder / "merges.txt").write_text("#version: 0.2\na b\n")
+    settings = {
+        "tokenizer_class": "DreamTokenizer",
+        "auto_map": {"AutoTokenizer": ["tokenization_dream.DreamTokenizer", None]},
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,25 +20,9 @@ from transformers import (
 
 import dsb_runtime as dsb
 from tests import golden
-from tests.checkpoints import parts, write, write_chat_model
+from tests.checkpoints import parts, published, write, write_chat_model, write_dream_tokenizer
 
 KINDS = {"llada": LlamaForCausalLM, "dream": Qwen2ForCausalLM}
-REMOTE = {  # as the published repositories have it
-    "llada": {
-        "AutoConfig": "configuration_llada.LLaDAConfig",
-        "AutoModelForCausalLM": "modeling_llada.LLaDAModelLM",
-        "AutoModel": "modeling_llada.LLaDAModelLM",
-    },
-    "dream": {
-        "AutoConfig": "configuration_dream.DreamConfig",
-        "AutoModel": "modeling_dream.DreamModel",
-    },
-}
-
-
-def published(folder: Path, family: str, **changes: Any) -> Path:
-    config, weights = parts(family)
-    return write(folder, {**config, "auto_map": REMOTE[family], **changes}, weights)
 
 
 def reference(family: str) -> tuple[Tensor, Tensor]:
@@ -153,18 +135,6 @@ def test_lladas_tokenizer(tmp_path):
     folder = write_chat_model(tmp_path)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     assert tokenizer("w5 w6").input_ids == dsb.load_tokenizer(folder)("w5 w6").input_ids == [5, 6]
-
-
-def write_dream_tokenizer(folder: Path) -> None:
-    """As Dream publishes it: a vocabulary, merges and a class in the repository."""
-    vocab = {"<|endoftext|>": 0, "a": 1, "b": 2, "ab": 3}
-    (folder / "vocab.json").write_text(json.dumps(vocab))
-    (folder / "merges.txt").write_text("#version: 0.2\na b\n")
-    settings = {
-        "tokenizer_class": "DreamTokenizer",
-        "auto_map": {"AutoTokenizer": ["tokenization_dream.DreamTokenizer", None]},
-    }
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
 
 
 def test_dreams_tokenizer(tmp_path):

@@ -14,8 +14,14 @@ import dsb_runtime as dsb
 from dsb_runtime.cli.main import main
 from dsb_runtime.models.convert import convert
 from tests import golden
-from tests.checkpoints import CHAT_TEMPLATE, parts, write, write_chat_model
-from tests.test_auto import published, write_dream_tokenizer
+from tests.checkpoints import (
+    CHAT_TEMPLATE,
+    parts,
+    published,
+    write,
+    write_chat_model,
+    write_dream_tokenizer,
+)
 
 # Prints the largest difference from the golden logits, as the named class and as the Auto class.
 PLAIN = """

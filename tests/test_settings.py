@@ -161,12 +161,6 @@ def run_copy(folder: Path, *argv: str, **environment: str) -> str:
     return done.stdout
 
 
-RULE = """
-def count_two(c: Tensor, rank: Tensor, m: Tensor, value: float, due: Tensor) -> Tensor:
-    return torch.full_like(m, int(value))
-
-
-"""
 FIELD = '    shade: str = setting("light", "of nothing", kind=str, choices=("light", "dark"))\n\n'
 EVERY_DOOR = """
 import json, sys
@@ -206,14 +200,13 @@ print(json.dumps(seen))
 
 @pytest.fixture(scope="module")
 def changed(tmp_path_factory) -> Path:
-    """The packages with a rule of somebody else, `two`, and a field, `shade`."""
+    """The packages with the rule `two`, by CONTRIBUTING's recipe, and a made-up field, `shade`."""
     folder = copy_packages(tmp_path_factory.mktemp("changed"))
-    rules, kernel = folder / "dsb_kernels/rules.py", folder / "dsb_kernels/commit_kernel.py"
-    insert(rules, "RULES: dict", RULE)
-    insert(
-        rules, "    )\n}", '        Rule("two", "two", "commit so many", count_two, 1.0, 9.0),\n'
-    )
-    insert(kernel, '    elif RULE == "factor":', '    elif RULE == "two":\n        count = 2\n')
+    recipe = (ROOT / "CONTRIBUTING.md").read_text().split("## To add a selection rule")[1]
+    count, entry, branch = re.findall(r"^```python\n# [^\n]*\n(.*?)^```", recipe, re.M | re.S)[:3]
+    insert(folder / "dsb_kernels/rules.py", "RULES: dict", f"{count}\n\n")
+    insert(folder / "dsb_kernels/rules.py", "    )\n}", entry)
+    insert(folder / "dsb_kernels/commit_kernel.py", '    elif RULE == "factor":', branch)
     insert(folder / "dsb_runtime/config.py", "    def __post_init__(self)", FIELD)
     return folder
 
