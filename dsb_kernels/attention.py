@@ -21,6 +21,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from dsb_kernels._check import FLOATS, check_between, check_tensor
 from dsb_kernels._op import op
 from dsb_kernels.attention_kernel import MAX_SPLITS, launch
+from dsb_kernels.rope_kv import zero_unless
 
 # --- definition -------------------------------------------------------------------------------
 
@@ -100,7 +101,8 @@ def window_attention_reference(
     k, v, mask = k_cache, v_cache, None
     if k_window is not None and v_window is not None:
         k, v = torch.cat([k_cache, k_window], 2), torch.cat([v_cache, v_window], 2)
-    inside = torch.arange(q.shape[2], device=q.device) < window_length[:, None]
+    column = torch.arange(q.shape[2], dtype=torch.int32, device=q.device)
+    inside = column < window_length[:, None]
     answered = inside[:, None, :, None]  # (B, 1, W, 1), queries that get an answer
     bounds = (k_window, cache_seqlens, cache_leftpad, kv_indices)
     if any(bound is not None for bound in bounds):  # otherwise every key is visible
@@ -114,7 +116,7 @@ def window_attention_reference(
         answered = answered & mask.any(-1, keepdim=True)
     grouped = bool(H_kv != H)  # a plain bool where the compiler's sizes are symbols
     out = scaled_dot_product_attention(q, k, v, mask, scale=softmax_scale, enable_gqa=grouped)
-    out = torch.where(answered, out, 0).transpose(1, 2).contiguous().transpose(1, 2)
+    out = zero_unless(answered, out).transpose(1, 2).contiguous().transpose(1, 2)
     if not return_lse:
         return out, q.new_empty(0, dtype=torch.float32)
     scale = 1 / math.sqrt(q.shape[-1]) if softmax_scale is None else softmax_scale

@@ -35,6 +35,17 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return turned
 
 
+BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def zero_unless(condition: Tensor, x: Tensor) -> Tensor:
+    """x where the condition holds, else 0, in place: `torch.where`, which a CPU computes number by
+    number, as a bitwise and with a mask of ones or zeros, which it computes many at a time."""
+    bits = x.view(BITS[x.dtype.itemsize])
+    bits.bitwise_and_(-condition.to(bits.dtype))
+    return x
+
+
 def rope_write_kv_reference(
     q: Tensor,
     k: Tensor,
@@ -74,21 +85,25 @@ def rope_write_kv_reference(
     Raises:
         TypeError, ValueError: an argument of the wrong dtype, shape, device or stride.
     """
-    column = torch.arange(q.shape[2], device=q.device)
+    column = torch.arange(q.shape[2], dtype=torch.int32, device=q.device)
     index = window_start[:, None] + column
     written = (column < window_length[:, None]) & (index < k_cache.shape[2])
     position = index if position_offset is None else index - position_offset[:, None]
     cos_sin = cos_sin_cache[position.clamp(0, len(cos_sin_cache) - 1)]
     cos, sin = cos_sin[:, None].chunk(2, -1)
     q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-    if cache_batch_idx is None:
-        cache_batch_idx = torch.arange(len(q), device=q.device)
     # A column that is not written stores what the cache holds; the remainder keeps it inside.
-    for b, columns in enumerate(written[:, :, None, None]):
-        place = cache_batch_idx[b : b + 1], slice(None), index[b] % k_cache.shape[2]
+    index = index % k_cache.shape[2]
+    for b, columns in enumerate(written[:, :, None]):
         for cache, x in ((k_cache, k), (v_cache, v)):
-            cache[place] = torch.where(columns, x[b].transpose(0, 1), cache[place])
-    return torch.where(written[:, None, :, None], q, 0)
+            if cache_batch_idx is None:  # a view of the row, which is faster than an index
+                before = cache[b].index_select(1, index[b])
+                cache[b].index_copy_(1, index[b].long(), torch.where(columns, x[b], before))
+            else:
+                place = cache_batch_idx[b : b + 1], slice(None), index[b]
+                new = x[b].transpose(0, 1)  # (W, H_kv, D), as indexing has it
+                cache[place] = torch.where(columns[:, None], new, cache[place])
+    return zero_unless(written[:, None, :, None], q)
 
 
 # --- kernel -----------------------------------------------------------------------------------

@@ -110,7 +110,7 @@ def unpatch(model: PreTrainedModel) -> PreTrainedModel:
     """Put back every attribute that `patch` set; a model that is not patched stays as it is."""
     if not hasattr(model, "_dsb_replaced"):
         return model
-    before, replaced = model._dsb_replaced
+    before, replaced = vars(model)["_dsb_replaced"]
     vars(model).pop(ENGINE, None)
     model.set_attn_implementation(before)
     for target, name, value in reversed(replaced):

@@ -26,9 +26,10 @@ EAGER_ONLY = frozenset(
 )
 
 
-def dsb_mask(*args: Any, allow_is_causal_skip: bool = True, **kwargs: Any) -> Tensor | None:
+def dsb_mask(*args: Any, **kwargs: Any) -> Tensor | None:
     """SDPA's boolean mask; a causal one is always written out."""
-    return sdpa_mask(*args, allow_is_causal_skip=False, **kwargs)
+    kwargs["allow_is_causal_skip"] = False
+    return sdpa_mask(*args, **kwargs)
 
 
 def causal_by_default(module: torch.nn.Module) -> bool:

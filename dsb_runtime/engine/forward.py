@@ -56,8 +56,7 @@ class Backbone:
     @staticmethod
     def rotary_table(model: PreTrainedModel, length: int) -> Tensor:
         """(length, D) float32: cosines and sines of every position, half a head each."""
-        device = model.get_input_embeddings().weight.device
-        position = torch.arange(length, device=device)[None]
+        position = torch.arange(length, device=model.device)[None]
         cos, sin = model.model.rotary_emb(position.float(), position_ids=position)
         half = cos.shape[-1] // 2
         return torch.cat([cos[0, :, :half], sin[0, :, :half]], dim=-1)

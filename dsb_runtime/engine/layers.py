@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.functional import rms_norm
@@ -25,6 +26,7 @@ RMS_NORMS = ("LlamaRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm", "MistralRMSNorm")
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
 
+Module = Any  # a module of transformers, of whose attributes nn.Module says nothing
 Norm = Callable[[Tensor], Tensor]
 Normed = tuple[Tensor, Tensor | None]  # the residual, and its norm where it is computed
 
@@ -40,7 +42,7 @@ class RmsNorm:
         return rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
-def norm_of(module: nn.Module) -> Norm:
+def norm_of(module: Module) -> Norm:
     """A norm as one call where it is RMSNorm, the module itself otherwise."""
     if type(module).__name__ not in RMS_NORMS or not is_plain(module):
         return module
@@ -57,10 +59,10 @@ def is_plain(module: nn.Module) -> bool:
     )
 
 
-def can_pack(layer: nn.Module) -> bool:
+def can_pack(layer: Module) -> bool:
     """Whether `PackedLayer` computes what the layer's modules would."""
     attn, mlp = layer.self_attn, layer.mlp
-    linears = [getattr(attn, name, None) for name in PROJECTIONS]
+    linears: list[Module] = [getattr(attn, name, None) for name in PROJECTIONS]
     linears += [getattr(mlp, name, None) for name in MLP]
     if any(type(linear) is not nn.Linear for linear in linears):
         return False
@@ -85,7 +87,7 @@ def add_linear(hidden: Tensor, x: Tensor, weight: Tensor, norm: Norm) -> Normed:
 class PackedLayer:
     """A layer of plain linear modules."""
 
-    def __init__(self, layer: nn.Module) -> None:
+    def __init__(self, layer: Module) -> None:
         attn, mlp = layer.self_attn, layer.mlp
         self.head_dim, self.scaling, self.attn = attn.head_dim, attn.scaling, attn
         self.input_norm = norm_of(layer.input_layernorm)
@@ -107,7 +109,7 @@ class PackedLayer:
         # (b, W, H, D) seen as (b, H, W, D).
         shape, strides = (len(x) // width, heads, width, D), (width * heads * D, D, heads * D, 1)
         q, k, v = packed.as_strided(shape, strides).split(self.sizes, 1)
-        if self.q_norm is not None:
+        if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         return [q, k, v]
 
@@ -123,7 +125,7 @@ class PackedLayer:
         return add_linear(hidden, act, self.down, norm)
 
 
-def project(attn: nn.Module, x: Tensor, width: int) -> list[Tensor]:
+def project(attn: Module, x: Tensor, width: int) -> list[Tensor]:
     """x (N, E), `width` tokens of each row, through an attention module's own projections: q
     (b, H, W, D), k and v (b, H_kv, W, D)."""
     projected = []
@@ -138,7 +140,7 @@ def project(attn: nn.Module, x: Tensor, width: int) -> list[Tensor]:
 class ModuleLayer:
     """The same through the layer's own modules, whatever they are."""
 
-    def __init__(self, layer: nn.Module) -> None:
+    def __init__(self, layer: Module) -> None:
         self.layer, self.attn = layer, layer.self_attn
         self.head_dim, self.scaling = self.attn.head_dim, self.attn.scaling
         self.input_norm = layer.input_layernorm
@@ -153,13 +155,14 @@ class ModuleLayer:
         return hidden + self.layer.mlp(self.layer.post_attention_layernorm(hidden)), None
 
 
-def layers_of(model: nn.Module) -> list[PackedLayer | ModuleLayer]:
+def layers_of(model: Module) -> list[PackedLayer | ModuleLayer]:
     """The layers of a decoder (`LlamaModel` or alike), packed where every one of them can be."""
-    kind = PackedLayer if all(can_pack(layer) for layer in model.layers) else ModuleLayer
-    return [kind(layer) for layer in model.layers]
+    if all(can_pack(layer) for layer in model.layers):
+        return [PackedLayer(layer) for layer in model.layers]
+    return [ModuleLayer(layer) for layer in model.layers]
 
 
-def fingerprint(model: nn.Module) -> list[int]:
+def fingerprint(model: Module) -> list[int]:
     """What a backbone and captured steps rely on: equal while each of the model's weights is where
     it was and its layers are what they were."""
     weights = [getattr(p, "_local_tensor", p).data_ptr() for p in model.parameters()]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,13 +31,14 @@ class CacheShape:
 
 
 def cache_shape_of(model: PreTrainedModel) -> CacheShape:
-    embedding = model.get_input_embeddings().weight
+    embedding: Any = model.get_input_embeddings()
     attn = model.model.layers[0].self_attn
     heads, weight = model.config.num_key_value_heads, getattr(attn.k_proj, "weight", None)
     if isinstance(weight, DTensor):
         heads = weight.to_local().shape[0] // attn.head_dim
     layers = model.config.num_hidden_layers
-    return CacheShape(layers, heads, attn.head_dim, embedding.dtype, embedding.device)
+    weight = embedding.weight
+    return CacheShape(layers, heads, attn.head_dim, weight.dtype, weight.device)
 
 
 def allocate(shape: CacheShape, batch: int, length: int) -> Tensor:

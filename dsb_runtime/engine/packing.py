@@ -1,15 +1,16 @@
 """One matmul where a layer has several with the same input: q, k, v and gate, up.
 
 Their weights are moved into one storage and the model's own parameters become views of it: the
-same `Parameter` objects with the same values, nothing held twice, and what is written into them is
-seen by both. The layout is read off the parameters each time, so moving the model (`.to`), which
-gives each a storage of its own again, only means that they are packed anew.
+same `Parameter` objects with the same values, nothing is stored twice, and a write to one is seen
+through the other. Where the parameters lie is looked up each time: moving the model (`.to`) gives
+each a storage of its own again, and then they are packed anew.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -49,5 +50,5 @@ def packed(parameters: Sequence[nn.Parameter]) -> Tensor:
 def packed_linear(linears: Sequence[nn.Linear]) -> tuple[Tensor, Tensor | None]:
     """Weight (sum out, in) and bias (sum out,) of linear layers that share their input."""
     weight = packed([linear.weight for linear in linears])
-    bias = None if linears[0].bias is None else packed([linear.bias for linear in linears])
-    return weight, bias
+    biases: list[Any] = [linear.bias for linear in linears]
+    return weight, None if biases[0] is None else packed(biases)
