@@ -100,10 +100,13 @@ def test_every_kind_of_step(gpu, monkeypatch, family, padded, packed):
 
 SETTINGS = (
     {"cache": "none"}, {"cache": "dual", "schedule": "naive", "steps": 6}, {"temperature": 0.7},
-    {"confidence": "margin"}, {"confidence": "entropy", "temperature": 0.7},
+    {"confidence": "margin"}, {"confidence": "entropy", "temperature": 0.7, "steps": 6},
     {"factor": 1.0, "stop_at_eos": True}, {"frechet": 0.25, "max_block_length": 8},
 )  # fmt: skip
-NUCLEUS = ({"top_p": 0.9, "confidence": "entropy"}, {"temperature": 0.7, "top_p": 0.9, "top_k": 5})
+NUCLEUS = (
+    {"top_p": 0.9, "confidence": "entropy", "steps": 6},
+    {"temperature": 0.7, "top_p": 0.9, "top_k": 5},
+)
 
 
 @pytest.mark.parametrize(
