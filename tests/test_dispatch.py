@@ -180,6 +180,8 @@ def test_float32_has_configurations_of_its_own():
     wide = [op for op, _ in tuning.CONFIGS if op.endswith(" float32")]
     assert tuning.of_dtype("linear_add_norm", torch.float32) in wide
     narrow = {
-        op for op, _ in tuning.CONFIGS if "BLOCK_K" in tuning.CONFIGS[op, "any"][tuning.INFINITY].blocks
+        op
+        for op, _ in tuning.CONFIGS
+        if "BLOCK_K" in tuning.CONFIGS[op, "any"][tuning.INFINITY].blocks
     }
     assert narrow - set(wide) == {op.removesuffix(" float32") for op in wide} - {"window_attention"}
