@@ -1,101 +1,79 @@
-"""token_confidence against its definition, eager and compiled, and the float64 eager scoring.
-
-    python -m pytest benchmarks/bench_token_confidence.py
-
-"op" is the public function: the Triton kernel on a GPU, the definition on a CPU. "float64" is what
-the published decoding loops do: softmax over the vocabulary in float64, argmax, gather. Results are
-compared with the definition's before they are timed.
-"""
+"""token_confidence against what published decoding loops do ("float64"): a softmax over the
+vocabulary in float64, argmax, gather."""
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
+import math
+from typing import Any
 
-import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.measure import Call, Make, compiled, device, low_precision, on_gpu, run
-from dsb_kernels.token_confidence import token_confidence, token_confidence_reference
+from benchmarks.ops import (
+    Case,
+    Shape,
+    allowed_error,
+    dtype,
+    on_gpu,
+    over,
+    randn,
+    relative_error,
+    run,
+)
+from dsb_kernels.token_confidence import token_confidence
 
+VOCABULARIES = (126464, 155136, 152064)  # LLaDA-8B, iLLaDA-8B, Dream-7B
+
+
+def shape(
+    candidates: int, V: int, confidence: str = "probability", temperature: float = 0
+) -> Shape:
+    return {"candidates": candidates, "V": V, "confidence": confidence, "temperature": temperature}
+
+
+SHAPES: list[Shape]
 if on_gpu():
-    VOCABULARIES = (126464, 155136, 152064)  # LLaDA-8B, iLLaDA-8B, Dream-7B
-    SHAPES = [(rows, V, "probability", 0.0) for V in VOCABULARIES for rows in (32, 64, 256, 1024)]
-    SHAPES += [(4096, 126464, "probability", 0.0)]
-    SHAPES += [(64, 126464, c, 0.0) for c in ("margin", "entropy")]
-    SHAPES += [(rows, 126464, "probability", 1.0) for rows in (64, 1024)]
+    SHAPES = [shape(n, V) for n in (1024, 64, 32, 256) for V in VOCABULARIES]
+    SHAPES += [shape(4096, 126464), *(shape(64, 126464, c) for c in ("margin", "entropy"))]
+    SHAPES += [shape(n, 126464, temperature=1.0) for n in (64, 1024)]
 else:
-    SHAPES = [
-        (8, 3000, "probability", 0.0),
-        (8, 3000, "margin", 0.0),
-        (8, 3000, "probability", 1.0),
-    ]
-
-Scored = tuple[Tensor, Tensor]
+    SHAPES = [shape(8, 3000), shape(8, 3000, "margin"), shape(8, 3000, temperature=1.0)]
 
 
-class Rows:
-    """Logits of a step; the mask token near the end of the vocabulary is banned."""
+def case(candidates: int, V: int, confidence: str, temperature: float) -> Case:
+    torch.manual_seed(0)
+    logits, banned = 3 * randn(candidates, V), (V - 128,)
+    options: dict[str, Any] = {"banned": banned, "confidence": confidence}
+    if temperature > 0:
+        options |= {
+            "temperature": temperature, "seed": torch.tensor(1, device=logits.device),
+            "noise_ids": torch.arange(candidates, device=logits.device),
+        }  # fmt: skip
 
-    def __init__(self, rows: int, V: int, confidence: str, temperature: float) -> None:
-        torch.manual_seed(0)
-        self.logits = (3 * torch.randn(rows, V, device=device())).to(low_precision())
-        self.banned, self.confidence, self.temperature = (V - 128,), confidence, temperature
-        self.seed = torch.tensor(1, device=device())
-        self.ids = torch.arange(rows, device=device())
-
-    def op(self) -> Scored:
-        return token_confidence(
-            self.logits, banned=self.banned, temperature=self.temperature, seed=self.seed,
-            noise_ids=self.ids, confidence=self.confidence,
-        )  # fmt: skip
-
-    def definition(self, scoring: Callable[..., Scored] = token_confidence_reference) -> Scored:
-        return scoring(
-            self.logits, banned=self.banned, temperature=self.temperature, seed=self.seed,
-            noise_ids=self.ids, confidence=self.confidence,
-        )  # fmt: skip
-
-    def float64(self) -> Scored:
-        p = self.logits.to(torch.float64).softmax(-1)
+    def float64() -> tuple[Tensor, Tensor]:
+        p = logits.double().softmax(-1)
         scores = p.clone()
-        scores[:, self.banned[0]] = -1.0
+        scores[:, banned[0]] = -1.0
         token = scores.argmax(-1)
         return token, p.gather(-1, token[:, None])[:, 0]
 
+    def error(result: tuple[Tensor, Tensor]) -> float:
+        """Equal scores may be ordered otherwise where the arithmetic is another one."""
+        token, value = token_confidence.definition(logits, **options)
+        _, exact = token_confidence.definition(logits.double(), **options)
+        same = result[0] == token
+        if same.double().mean() < 0.95:
+            return math.inf
+        allowed = allowed_error(value[same], exact[same])
+        return relative_error(result[1][same], exact[same]) / allowed
 
-Shape = tuple[int, int, str, float]  # rows, vocabulary, confidence, temperature
+    plain = confidence == "probability" and temperature == 0
+    return Case(
+        token_confidence, (logits,), options, {"float64": float64} if plain else {},
+        bytes=candidates * (V * dtype().itemsize + 12), error=error,
+    )  # fmt: skip
 
 
-def maker(shape: Shape, contender: str) -> Make:
-    if contender == "definition compiled":
-        scoring = compiled(token_confidence_reference)
-        return lambda: Call(functools.partial(Rows(*shape).definition, scoring))
-    return lambda: Call(getattr(Rows(*shape), contender))
-
-
-def bytes_needed(shape: Shape) -> int:
-    rows, V, *_ = shape
-    return rows * (V * low_precision().itemsize + 12)
-
-
-@pytest.mark.parametrize("contender", ["op", "definition", "definition compiled", "float64"])
-@pytest.mark.parametrize(("rows", "V", "confidence", "temperature"), SHAPES)
-def test_score(
-    benchmark, rows: int, V: int, confidence: str, temperature: float, contender: str
-) -> None:
-    if contender == "float64" and (confidence, temperature) != ("probability", 0.0):
-        pytest.skip("the float64 scoring is greedy and gives a probability")
-    shape = (rows, V, confidence, temperature)
-    make = maker(shape, contender)
-    expected, found = Rows(*shape).definition(), make().run()
-    # Equal scores may round apart where the arithmetic is another one.
-    share = 1.0 if contender == "definition" else 0.95
-    assert (found[0] == expected[0]).float().mean() >= share
-    same = found[0] == expected[0]
-    torch.testing.assert_close(
-        found[1][same].float(), expected[1][same].float(), rtol=1e-3, atol=1e-5
-    )
-    benchmark.group = f"{confidence}{' sampled' if temperature else ''} {rows} rows V={V}"
-    run(benchmark, make, bytes_needed=bytes_needed(shape))
+@over(SHAPES, ["float64"])
+def test_token_confidence(benchmark: Any, shape: Shape, contender: str) -> None:
+    run(benchmark, case, shape, contender)

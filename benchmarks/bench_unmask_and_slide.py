@@ -1,106 +1,57 @@
-"""unmask_and_slide against its definition, eager and compiled.
+"""unmask_and_slide against its definition: the last launch of a step.
 
-    python -m pytest benchmarks/bench_unmask_and_slide.py
-
-The op changes its state in place and would soon have nothing left to unmask: canvas and state are
-restored between the calls that are timed (`measure.py`). Results are compared with the definition's
-before they are timed. "op" is the public function, which runs the definition on a CPU.
+The op changes its state in place and would soon have nothing left to unmask, so that canvas and
+state are restored between the calls that are timed.
 """
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable
-from dataclasses import fields
+from typing import Any
 
-import pytest
 import torch
-from torch import Tensor
 
-from benchmarks.measure import Call, Make, compiled, device, on_gpu, run
-from dsb_kernels.commit import (
-    UnmaskSpec,
-    WindowState,
-    initial_state,
-    unmask_and_slide,
-    unmask_and_slide_definition,
-)
+from benchmarks.ops import Case, Shape, device, on_gpu, over, run
+from dsb_kernels.commit import initial_rows, unmask_and_slide
+from dsb_kernels.rows import UnmaskSpec
 
-MASK, EOS = 126336, (126081,)
 RULES = {"threshold": 0.9, "factor": 1.0, "frechet": 0.25}
+
+
+def shape(rule: str, batch: int, prompt: int, response: int) -> Shape:
+    return {"rule": rule, "batch": batch, "prompt": prompt, "response": response}
+
+
+SHAPES: list[Shape]
 if on_gpu():
-    SHAPES = [(rule, B, 1024, 256) for rule in RULES for B in (1, 8, 64)]
-    SHAPES += [("threshold", 1, 1024, 4096)]
+    SHAPES = [shape(rule, B, 1024, 256) for B in (1, 8, 64) for rule in RULES]
+    SHAPES += [shape("threshold", 1, 1024, 4096)]
 else:
-    SHAPES = [(rule, 2, 16, 64) for rule in RULES]
+    SHAPES = [shape(rule, 2, 16, 64) for rule in RULES]
 
 
-class Step:
+def case(rule: str, batch: int, prompt: int, response: int) -> Case:
     """The first step of a response."""
-
-    def __init__(self, rule: str, B: int, prompt: int, response: int) -> None:
-        torch.manual_seed(0)
-        self.spec = UnmaskSpec(
-            prompt, 32, 32, "dsb", "dsb", 24, 0, rule, RULES[rule], 0, "select", MASK, EOS, True
-        )  # fmt: skip
-        canvas = torch.randint(0, 1000, (B, prompt + response), device=device())
-        canvas[:, prompt:] = MASK
-        self.leftpad = torch.zeros(B, dtype=torch.int32, device=device())
-        state = initial_state(canvas, self.leftpad, self.spec)
-        shape = state.position.shape
-        self.token = torch.randint(0, 1000, shape, device=device())
-        self.confidence = 1 - 0.3 * torch.rand(shape, device=device()) ** 2
-        self.active = torch.ones(B, dtype=torch.bool, device=device())
-        self.canvas, self.state = canvas, state
-        self.before = self.tensors(copy.deepcopy(canvas), copy.deepcopy(state))
-
-    @staticmethod
-    def tensors(canvas: Tensor, state: WindowState) -> list[Tensor]:
-        return [canvas, *(getattr(state, f.name) for f in fields(WindowState))]
-
-    def restore(self) -> None:
-        for tensor, before in zip(self.tensors(self.canvas, self.state), self.before, strict=True):
-            tensor.copy_(before)
-
-    def call(self, fn: Callable[..., Tensor]) -> Tensor:
-        return fn(
-            self.canvas, self.token, self.confidence, self.state, self.active, self.leftpad,
-            self.spec,
-        )  # fmt: skip
+    torch.manual_seed(0)
+    spec = UnmaskSpec(
+        prompt_length=prompt, block_length=32, max_block_length=32, schedule="dsb", cache="dsb",
+        prefix_window=24, min_prefix=0, rule=rule, rule_value=RULES[rule], steps=0,
+        refresh_commit="select", mask_id=126336, eos_ids=(126081,), stop_at_eos=True,
+    )  # fmt: skip
+    canvas = torch.randint(0, 1000, (batch, prompt + response), device=device())
+    canvas[:, prompt:] = spec.mask_id
+    leftpad = torch.zeros(batch, dtype=torch.int32, device=device())
+    table, position = initial_rows(canvas, leftpad, spec)
+    token = torch.randint(0, 1000, position.shape, device=device())
+    confidence = 1 - 0.3 * torch.rand(position.shape, device=device()) ** 2
+    commit = torch.zeros_like(position, dtype=torch.bool)
+    written = (canvas, table, position, commit, torch.zeros_like(confidence))
+    active = torch.ones(batch, dtype=torch.bool, device=device())
+    # The response's canvas once; of 32 candidates positions, tokens, confidences and commits.
+    moved = batch * (8 * response + 32 * (4 + 8 + 4 + 1 + 4))
+    args = (*written, token, confidence, active, None, spec)
+    return Case(unmask_and_slide, args, written=written, bytes=moved)
 
 
-def contender_of(name: str) -> Callable[..., Tensor]:
-    if name == "definition compiled":
-        return compiled(unmask_and_slide_definition)
-    return {"op": unmask_and_slide, "definition": unmask_and_slide_definition}[name]
-
-
-Shape = tuple[str, int, int, int]  # rule, batch, prompt, response
-
-
-def maker(shape: Shape, fn: Callable[..., Tensor]) -> Make:
-    def make() -> Call:
-        step = Step(*shape)
-        return Call(lambda: step.call(fn), step.restore)
-
-    return make
-
-
-def bytes_needed(shape: Shape) -> int:
-    """The response's canvas once; of 32 candidates positions, tokens, confidences and commits."""
-    _, B, _, response = shape
-    return B * (8 * response + 32 * (4 + 8 + 4 + 1 + 4))
-
-
-@pytest.mark.parametrize("contender", ["op", "definition", "definition compiled"])
-@pytest.mark.parametrize(("rule", "B", "prompt", "response"), SHAPES)
-def test_unmask(benchmark, rule: str, B: int, prompt: int, response: int, contender: str) -> None:
-    shape = (rule, B, prompt, response)
-    step, fn = Step(*shape), contender_of(contender)
-    commit = step.call(unmask_and_slide_definition)
-    expected = [t.clone() for t in (commit, *step.tensors(step.canvas, step.state))]
-    step.restore()
-    found = (step.call(fn), *step.tensors(step.canvas, step.state))
-    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
-    benchmark.group = f"{rule} B={B} G={response}"
-    run(benchmark, maker(shape, fn), bytes_needed=bytes_needed(shape))
+@over(SHAPES)
+def test_unmask_and_slide(benchmark: Any, shape: Shape, contender: str) -> None:
+    run(benchmark, case, shape, contender)

@@ -3,33 +3,34 @@
     python -m benchmarks.decode --preset 60m --device cpu --json decode.json --plot decode.png
     python -m benchmarks.decode --preset llada-8b --device cuda --dtype bfloat16 --batch 1 8 32
 
-builds a random model of real shapes on the device and decodes with it in this package and in the
-loop of `eager.py`, which runs the prompts of a batch one after another.
+It builds a random model of published shapes on the device and decodes with it in this package and
+in the loop of `eager.py`, which runs the prompts of a batch one after another.
 
-float32: the LM head is scaled so that the threshold rule commits about `--tokens-per-forward`;
-unless both loops commit the same tokens at the same forwards, nothing is timed. 16 bits: rounding
-flips near ties, so our run under the quota rule, of gen / tokens-per-forward forwards, is recorded
-and the eager loop is driven along it: each forward starts from the recorded canvas and window, and
-the share of decisions on which both agree there is printed.
+float32: the LM head is scaled so that the threshold rule commits about `--tokens-per-forward`.
+Unless both loops commit the same tokens at the same forwards, nothing is timed. 16 bits: rounding
+flips near ties, so our run decodes in gen / tokens-per-forward steps and is recorded, and the eager
+loop is driven along it: each forward starts from the recorded canvas and window, and the share of
+decisions on which both agree there is printed.
 
-Timed in turn with both loops are the linear layers alone, of the same forwards (`floor.py`): with
-the LM head on the rows that can be unmasked, as ours, or on all rows of a forward, as published
-loops. Ratios are medians pair by pair, so that a drifting machine cancels. Steps are timed one by
-one in further runs, in which the host looks at each before it launches the next; `--phases` times
-the phases in them in a run of its own.
+The linear layers alone, of the same forwards, are timed in turn with both loops: with the LM head
+and the last layer on the positions that are scored, as ours, or with everything on all positions of
+a forward, as published loops. Ratios are medians pair by pair, so that a drifting machine cancels.
+Single steps are timed in further runs, in which the host looks at each before it launches the next,
+and in the free runs, in which a speculative launch may be wasted; `--phases` times the phases of
+steps in a run of its own.
 
-A GPU's idle share is the time in which no kernel runs, the gaps between kernels included; of it
-"between steps" is what the GPU waits for the host. `--no-eager` leaves the eager loop out, which
-takes a large batch's prompts one by one.
+A GPU is idle while no kernel runs, the gaps between kernels included; "between steps" is the part
+in which it waits for the host. `--no-eager` leaves the eager loop out, which is slow for a large
+batch. `--against DIR` compares this checkout with another one instead (`against.py`).
 """
 
 from __future__ import annotations
 
 import argparse
+import resource
 import statistics
 import sys
 from collections.abc import Callable, Sequence
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -38,37 +39,30 @@ from torch import Tensor
 from tqdm import tqdm
 
 import dsb_runtime as dsb
-from benchmarks.ceilings import (
-    copy_gb_per_s,
-    gpu_busy_seconds,
-    matmul_tflops,
-    peak_memory,
-    reset_peak_memory,
-)
-from benchmarks.decode_report import draw_runs, print_runs, step_figures
+from benchmarks import against
+from benchmarks.decode_report import draw_runs, median_ms, print_runs, step_figures
 from benchmarks.eager import EagerOutput, eager_generate
-from benchmarks.floor import ForwardRows, LinearFloor
-from benchmarks.presets import (
-    PRESETS,
-    Preset,
-    check_device,
-    check_prompt_length,
-    check_tokens,
-    random_model,
-    random_prompt,
-)
+from benchmarks.profiled import gpu_busy_seconds, phase_times
 from benchmarks.roofline import Ceilings, positive
 from benchmarks.step_cost import total_cost
-from benchmarks.step_times import TimedEngine, phase_times
-from benchmarks.trajectory import Agreement, Recorder, StepClock, StepTimes, agreement
+from benchmarks.trajectory import Agreement, EagerClock, Trajectory, agreement
 from dsb_runtime.cli.main import OneLineParser
 from dsb_runtime.config import check_int
 from dsb_runtime.files import check_writable, write_json
-from dsb_runtime.measure.bench import describe_machine, describe_versions
-from dsb_runtime.measure.limits import timed
+from dsb_runtime.measure.machine import describe_run
+from dsb_runtime.measure.models import (
+    DTYPES,
+    POSITIONS,
+    PRESETS,
+    TOKENS_PER_FORWARD,
+    Preset,
+    check_device,
+    random_model,
+    random_prompts,
+)
 from dsb_runtime.measure.plots import check_picture
-
-DTYPES = ("float32", "bfloat16", "float16")
+from dsb_runtime.measure.steps import LinearLayers, StepTimes, TimedEngine
+from dsb_runtime.measure.timing import copy_bandwidth, matmul_speed, timed
 
 
 @torch.no_grad()
@@ -89,9 +83,16 @@ def scale_head(engine: dsb.Engine, prompt: Tensor, settings: dict[str, Any], tar
         low, high = (scale, high) if reached < target else (low, scale)
 
 
+def peak_memory(device: torch.device) -> int:
+    """Bytes: allocated on the GPU since its counter was reset; on a CPU, of the whole process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
 class Case:
-    """One batch of prompts: both loops over it, checked against each other when it is made; or,
-    without `compare`, ours alone.
+    """One batch of prompts, decoded by both loops, which are checked against each other when a case
+    is made; without `compare`, by ours alone.
 
     Raises:
         SystemExit: what would be timed does other work.
@@ -103,31 +104,31 @@ class Case:
         self.engine, self.prompt, self.settings = engine, prompt, settings
         self.model = model = engine.model
         self.exact = model.dtype == torch.float32
-        self.record = Recorder(prompt.shape[1], model.dtype.itemsize)
-        reset_peak_memory(model.device)
+        self.record = Trajectory(model, prompt.shape[1], settings["gen_length"])
+        if model.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(model.device)
         self.out = self.ours(self.record)
         self.peak = peak_memory(model.device)
-        # What is timed is not watched, and then steps may be wider: in 16 bits that may round
-        # otherwise and flip a near tie, but never change how many commit.
+        # The timed run is not watched, and its steps may be wider: in 16 bits that may round
+        # otherwise and flip a near tie, but it must not change how many forwards there are.
         free = self.ours()
         self.repeats = torch.equal(free.sequences, self.out.sequences)
         self.agreed = self.check(self.eager()) if compare else None
-        same_work = free.tokens_per_forward == self.out.tokens_per_forward
-        if not same_work or (self.exact and not self.repeats):
+        if free.nfe != self.out.nfe or (self.exact and not self.repeats):
             raise SystemExit("decode: a watched run decides differently: nothing is timed")
 
     def ours(self, on_step: Callable[[dsb.StepEvent], None] | None = None) -> dsb.GenerationOutput:
         return self.engine.generate(self.prompt, on_step=on_step, **self.settings)
 
-    def eager(self, clock: StepClock | None = None) -> list[EagerOutput]:
+    def eager(self, clock: EagerClock | None = None) -> list[EagerOutput]:
         """One prompt after another, driven along our run where rounding may flip a decision."""
         names = ("gen_length", "block_length", "max_block_length", "threshold", "steps")
         settings = {name: self.settings.get(name) for name in names}
-        found = []
+        outputs = []
         for row in range(len(self.prompt)):
             if clock is not None:
                 clock.restart()
-            found.append(
+            outputs.append(
                 eager_generate(
                     self.model,
                     self.prompt[row : row + 1],
@@ -137,43 +138,47 @@ class Case:
                     **settings,
                 )
             )
-        return found
+        return outputs
 
     def check(self, eager: list[EagerOutput]) -> Agreement:
-        """How far both loops' decisions agree; float32 accepts nothing but all."""
-        found = Agreement(0, 0, 0)
+        """How far both loops' decisions agree; in float32 they must agree on all."""
+        whole = Agreement(0, 0, 0)
         for row, other in enumerate(eager):
             steps = self.record.rows[row]
             if self.exact and not torch.equal(self.out.sequences[row], other.sequences[0]):
                 raise SystemExit("decode: the loops return different tokens: nothing is timed")
             if self.exact and [step.commits for step in steps] != other.commits:
                 raise SystemExit("decode: the loops commit differently: nothing is timed")
-            found += agreement(steps, other.commits)
-        return found
+            whole += agreement(steps, other.commits)
+        return whole
 
 
-def time_steps(
-    run: Callable[[Callable[[dsb.StepEvent], None]], object], engine: TimedEngine
-) -> StepTimes:
-    """One run, given an `on_step`: watched, so that its steps are those that were recorded."""
+def watched_times(case: Case, engine: TimedEngine) -> StepTimes:
+    """The step times of a watched run, whose steps are those that were recorded."""
     engine.take()
-    run(lambda event: None)
+    case.ours(lambda event: None)
     return engine.take()
 
 
 def measure(
     case: Case, engine: TimedEngine, ceilings: Ceilings, preset: Preset, rounds: int
 ) -> dict[str, Any]:
-    """Everything that is reported of one batch."""
+    """All figures of one batch."""
     device, record = case.model.device, case.record
-    forwards = record.forwards
-    floor = LinearFloor(case.model, max(f.hidden for f in forwards))
-    ours, eager, inside = StepTimes(), StepClock(device), []
+    works = record.steps
+    floor = LinearLayers(case.model, max(work.num_tokens for work in works))
+    watched, free, shares = StepTimes([], []), StepTimes([], []), []
+    eager = EagerClock(device)
+
+    def floor_of(all_positions: bool) -> None:
+        for work in works:
+            floor.run(work.num_tokens, work.num_tokens if all_positions else work.scored)
+
     runs: dict[str, Callable[[], object]] = {
         "ours": case.ours,
         "eager": lambda: case.eager(eager),
-        "floor": lambda: floor.run(forwards),
-        "floor_all_rows": lambda: floor.run([ForwardRows(f.hidden, f.hidden) for f in forwards]),
+        "floor": lambda: floor_of(False),
+        "floor_all_positions": lambda: floor_of(True),
     }
     if case.agreed is None:
         del runs["eager"]
@@ -183,8 +188,10 @@ def measure(
             engine.take()
             seconds[name].append(timed(run, device)[1])
             if name == "ours":
-                inside.append(sum(engine.take().seconds) / seconds[name][-1])
-        ours.add(time_steps(case.ours, engine))
+                times = engine.take()
+                free += times
+                shares.append(sum(times.seconds) / seconds[name][-1])
+        watched += watched_times(case, engine)
 
     def ratio(a: str, b: str) -> float | None:
         if not {a, b} <= runs.keys():
@@ -193,22 +200,17 @@ def measure(
 
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     tokens = sum(case.out.row_tokens)
-    steps = step_figures(record, ours, preset, ceilings)
-    flops = sum(total_cost(preset, shape).flops for shape in record.shapes)
+    steps = step_figures(record, watched, preset, ceilings)
+    flops = sum(total_cost(preset, size).flops for size in record.sizes)
     agreed = case.agreed
-    window = [w for w, kind in zip(record.windows, record.kinds, strict=True) if kind == "window"]
-    eager_ms = {
-        kind: 1e3 * statistics.median(found)
-        for kind in ("window", "refresh")
-        if (found := [s for s, k in zip(eager.seconds, eager.kinds, strict=True) if k == kind])
-    }
+    widths = [work.widest for work in works if work.kind == "window"]
     return {
         "batch": len(case.prompt),
         "forwards": case.out.nfe,
         "tokens": tokens,
-        "tokens_per_forward": record.tokens / record.row_forwards,
-        "refresh_share": record.kinds.count("refresh") / len(record.kinds),
-        "window_rows": statistics.mean(window) if window else None,
+        "tokens_per_forward": record.num_commits / record.row_forwards,
+        "refresh_share": record.kinds.count("refresh") / len(works),
+        "window_width": statistics.mean(widths) if widths else None,
         "check": None if agreed is None else {
             "same_tokens": case.exact,
             "decisions": agreed.decisions,
@@ -221,30 +223,34 @@ def measure(
         "eager_tokens_per_second": None if agreed is None else tokens / medians["eager"],
         "share_of_products_limit": flops / ceilings.flops / medians["ours"],
         "ours_over_eager": ratio("ours", "eager"),
+        "eager_over_ours": ratio("eager", "ours"),
         "ours_over_floor": ratio("ours", "floor"),
-        "ours_over_floor_all_rows": ratio("ours", "floor_all_rows"),
+        "ours_over_floor_all_positions": ratio("ours", "floor_all_positions"),
         "floor_over_eager": ratio("floor", "eager"),
-        "floor_all_rows_over_eager": ratio("floor_all_rows", "eager"),
+        "floor_all_positions_over_eager": ratio("floor_all_positions", "eager"),
         "steps": steps,
         "window_step_ms": steps["window"]["ms"] if "window" in steps else None,
         "refresh_step_ms": steps["refresh"]["ms"] if "refresh" in steps else None,
-        "eager_window_step_ms": eager_ms.get("window"),
-        "eager_refresh_step_ms": eager_ms.get("refresh"),
-        "gpu_wait_share": 1 - statistics.median(inside) if device.type == "cuda" else None,
+        "eager_window_step_ms": median_ms(eager, "window"),
+        "eager_refresh_step_ms": median_ms(eager, "refresh"),
+        "free_window_step_ms": median_ms(free, "window"),
+        "free_refresh_step_ms": median_ms(free, "refresh"),
+        "wasted_launches": len(free.kinds) / rounds - case.out.nfe,
+        "gpu_wait_share": 1 - statistics.median(shares) if device.type == "cuda" else None,
         "peak_memory_bytes": case.peak,
     }  # fmt: skip
 
 
 def idle_share(case: Case, run: dict[str, Any]) -> float | None:
-    """Share of a decoding in which the GPU runs nothing. After all timing: what the profiler hooks
-    into the driver stays there."""
+    """Share of a decoding in which the GPU runs nothing. It is measured after all timing: what the
+    profiler hooks into the driver stays there."""
     case.ours()  # a larger batch may have displaced what was captured
     busy = gpu_busy_seconds(case.ours, case.model.device)
     return None if busy is None else 1 - busy / run["seconds"]["ours"]
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = OneLineParser(prog="decode", description=__doc__.split("\n")[0])
+    parser = OneLineParser(prog="decode", description=(__doc__ or "").split("\n")[0])
     add, above = parser.add_argument, positive(int)
     add("--preset", choices=PRESETS, default="60m", help="model shapes (60m)")
     add("--device", choices=["cpu", "cuda"], default="cpu")
@@ -254,13 +260,15 @@ def build_parser() -> argparse.ArgumentParser:
     add("--gen", type=above, default=128, help="response positions (128)")
     add("--block", type=above, default=32, help="block length (32)")
     add("--max-block", type=above, help="maximal block length; unbounded without it")
-    add("--prefix-window", type=int, help="rows before the window; the family's without it")
+    add("--prefix-window", type=int, help="positions before the window; the family's without it")
     add("--threshold", type=float, default=0.9, help="of the rule in float32 (0.9)")
-    add("--tokens-per-forward", type=positive(float), default=3.5, help="aimed at (3.5)")
+    add("--tokens-per-forward", type=positive(float), default=TOKENS_PER_FORWARD,
+        help=f"how many a step should commit ({TOKENS_PER_FORWARD:g})")  # fmt: skip
     add("--rounds", type=above, default=7, help="timed rounds (7)")
     add("--no-graphs", action="store_true", help="launch every kernel instead of CUDA graphs")
     add("--no-eager", action="store_true", help="do not compare with the eager loop")
     add("--phases", action="store_true", help="time the phases of steps as well, for roofline")
+    add("--against", type=Path, metavar="DIR", help="compare with this other checkout instead")
     add("--seed", type=int, default=0)
     add("--json", type=Path, metavar="FILE", help="write the figures here")
     add("--plot", type=Path, metavar="FILE.png", help="draw them")
@@ -268,15 +276,29 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def settings_of(args: argparse.Namespace, preset: Preset) -> dict[str, Any]:
-    """The decoding's settings; ValueError for what cannot be."""
+    """The decoding's settings.
+
+    Raises:
+        ValueError: an argument that cannot be, or that contradicts another.
+    """
     check_device(args.device)
     if args.device == "cpu" and args.no_graphs:
         raise ValueError("--no-graphs: a CPU has none; expected it with --device cuda")
-    check_tokens(args.tokens_per_forward, args.block)
+    if args.tokens_per_forward > args.block:
+        raise ValueError(
+            f"--tokens-per-forward {args.tokens_per_forward:g}: expected at most --block, "
+            f"{args.block}"
+        )
     check_int("--seed", args.seed, 0, 2**63 - 1)
-    check_prompt_length(args.prompt, args.gen)
+    if args.prompt + args.gen > POSITIONS:
+        raise ValueError(
+            f"--prompt {args.prompt}: expected at most {POSITIONS - args.gen} before {args.gen} "
+            "response positions"
+        )
     check_writable("--json", args.json)
     check_picture("--plot", args.plot)
+    if args.against is not None:
+        against.check(args)
     args.dtype = args.dtype or ("bfloat16" if args.device == "cuda" else "float32")
     prefix = preset.family.prefix_window if args.prefix_window is None else args.prefix_window
     rule: dict[str, Any] = {"threshold": args.threshold}
@@ -302,41 +324,44 @@ def main(argv: Sequence[str] | None = None) -> None:
     model = random_model(preset, dtype, device, args.seed)
     engine = TimedEngine(model, graphs=False if args.no_graphs else None)
     batches = list(dict.fromkeys(args.batch))
-    prompts = random_prompt(preset, max(batches), args.prompt, args.seed).to(device)
+    prompts = random_prompts(model, None, max(batches), args.prompt, args.seed)
     if dtype == torch.float32:
         scale_head(engine, prompts[:1], settings, args.tokens_per_forward)
-    ceilings = Ceilings(copy_gb_per_s(device), matmul_tflops(dtype, device), "this run")
+    command = " ".join(["python -m benchmarks.decode", *(sys.argv[1:] if argv is None else argv)])
     result: dict[str, Any] = {
         "benchmark": "decode",
-        "command": " ".join(["python -m benchmarks.decode", *(argv or sys.argv[1:])]),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "device": describe_machine(device)["device"],
-        "machine": describe_machine(device),
-        "versions": describe_versions(),
+        **describe_run(command, device),
         "settings": {
             "preset": args.preset, "dtype": args.dtype, "prompt": args.prompt, "gen": args.gen,
             "block": args.block, "seed": args.seed, "rounds": args.rounds,
             "graphs": device.type == "cuda" and not args.no_graphs, **settings,
         },
-        "ceilings": {"copy_gb_per_s": ceilings.gb_per_s, "matmul_tflops": ceilings.tflops},
-        "eager": "the prompts of a batch one after another",
-        "runs": [],
     }  # fmt: skip
 
-    def keep() -> None:
+    def write() -> None:
         if args.json:
             write_json(args.json, result)
 
+    if args.against is not None:
+        engine.release()
+        result |= against.compare(args, model, prompts, settings, batches)
+        write()
+        return
+    gb_per_s, tflops = copy_bandwidth(device) * 1e-9, matmul_speed(dtype, device) * 1e-12
+    ceilings = Ceilings(gb_per_s, tflops, "this run")
+    result["ceilings"] = {"copy_gb_per_s": gb_per_s, "matmul_tflops": tflops}
+    result["eager"] = "the prompts of a batch one after another"
+    result["runs"] = []
     cases = []
     for batch in batches:
         cases.append(Case(engine, prompts[:batch], settings, compare=not args.no_eager))
         result["runs"].append(measure(cases[-1], engine, ceilings, preset, args.rounds))
-        keep()  # a larger batch may fail, and takes nothing along
+        write()  # a larger batch may fail, and must take no other along
     for case, run in zip(cases, result["runs"], strict=True):
         run["gpu_idle_share"] = idle_share(case, run)
         if args.phases:
             run["phase_us"] = phase_times(model, case.prompt, settings, case.record.kinds)
-        keep()
+        write()
     print_runs(result)
     if args.plot:
         draw_runs(result, args.plot)

@@ -1,4 +1,4 @@
-"""What `decode.py` says of its runs: figures of a step, tables, a picture."""
+"""What `decode.py` reports: figures of a step, tables, a picture."""
 
 from __future__ import annotations
 
@@ -9,19 +9,27 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.presets import Preset
 from benchmarks.roofline import KINDS, Ceilings, budget
-from benchmarks.trajectory import Recorder, StepTimes
+from benchmarks.trajectory import EagerClock, Trajectory
+from dsb_runtime.measure.models import Preset
+from dsb_runtime.measure.steps import StepTimes
 
-ROW_CLASSES = (32, 64, 128, 256)  # widest window of a forward; the last class is what is wider
-
-
-def row_class(rows: int) -> str:
-    return next((f"<= {most}" for most in ROW_CLASSES if rows <= most), f"> {ROW_CLASSES[-1]}")
+WIDTH_CLASSES = (32, 64, 128, 256)  # bounds of a forward's widest window
 
 
-def summarize(seconds: list[float], budgets: list[Any], rows: list[int]) -> dict[str, Any]:
-    """Figures of steps alike: their time, what they moved and multiplied, and its limits."""
+def width_class(width: int) -> str:
+    """The class of a width, in words; the last class has no bound."""
+    return next((f"<= {most}" for most in WIDTH_CLASSES if width <= most), f"> {WIDTH_CLASSES[-1]}")
+
+
+def median_ms(times: StepTimes | EagerClock, kind: str) -> float | None:
+    """Median milliseconds of the steps of a kind; None where there was none."""
+    seconds = [s for s, k in zip(times.seconds, times.kinds, strict=True) if k == kind]
+    return 1e3 * statistics.median(seconds) if seconds else None
+
+
+def summarize(seconds: list[float], budgets: list[Any], widths: list[int]) -> dict[str, Any]:
+    """Figures of similar steps: their time, what they moved and multiplied, and its limits."""
     time = sum(seconds)
 
     def share(milliseconds: list[float]) -> float:
@@ -31,7 +39,7 @@ def summarize(seconds: list[float], budgets: list[Any], rows: list[int]) -> dict
     flops = sum(phase["flops"] for b in budgets for phase in b.phases.values())
     return {
         "steps": len(seconds),
-        "rows": statistics.mean(rows),
+        "width": statistics.mean(widths),
         "ms": 1e3 * statistics.median(seconds),
         "gb_per_s": 1e-9 * moved / time,
         "tflops": 1e-12 * flops / time,
@@ -45,59 +53,57 @@ def summarize(seconds: list[float], budgets: list[Any], rows: list[int]) -> dict
 
 
 def step_figures(
-    record: Recorder, times: StepTimes, preset: Preset, ceilings: Ceilings
+    record: Trajectory, times: StepTimes, preset: Preset, ceilings: Ceilings
 ) -> dict[str, dict[str, Any]]:
     """By kind, and for window steps by width: medians over the rounds of each forward, then over
-    forwards. A call's first step also makes the call's tensors: it is left out where others are of
-    its kind.
+    forwards. A call's first step also makes the call's tensors: it is left out where there are
+    other steps of its kind.
 
     Raises:
         RuntimeError: the timed runs were not the recorded one.
     """
-    count = len(record.kinds)
-    rounds = len(times.kinds) // max(count, 1)
-    if times.kinds != record.kinds * rounds:
+    kinds, widths = record.kinds, [step.widest for step in record.steps]
+    count = len(kinds)
+    if times.kinds != kinds * (len(times.kinds) // max(count, 1)):
         raise RuntimeError("timed runs took other steps than the recorded one: nothing is reported")
     seconds = [statistics.median(times.seconds[i::count]) for i in range(count)]
     budgets = [
-        budget(preset, kind, shape, ceilings)
-        for kind, shape in zip(record.kinds, record.shapes, strict=True)
-    ]
+        budget(preset, kind, size, ceilings)
+        for kind, size in zip(kinds, record.sizes, strict=True)
+    ]  # fmt: skip
 
-    def of(picked: list[int]) -> dict[str, Any]:
+    def figures(steps: list[int]) -> dict[str, Any]:
         return summarize(
-            [seconds[i] for i in picked],
-            [budgets[i] for i in picked],
-            [record.windows[i] for i in picked],
+            [seconds[i] for i in steps], [budgets[i] for i in steps], [widths[i] for i in steps]
         )
 
-    found: dict[str, dict[str, Any]] = {}
+    by_kind: dict[str, dict[str, Any]] = {}
     for kind in KINDS:
-        steps = [i for i in range(count) if record.kinds[i] == kind]
+        steps = [i for i in range(count) if kinds[i] == kind]
         steps = [i for i in steps if i > 0] or steps
         if steps:
-            found[kind] = of(steps)
-    if "window" in found:
+            by_kind[kind] = figures(steps)
+    if "window" in by_kind:
         classes: dict[str, list[int]] = {}
-        for i in sorted(range(count), key=lambda i: record.windows[i]):
-            if record.kinds[i] == "window":
-                classes.setdefault(row_class(record.windows[i]), []).append(i)
-        found["window"]["by_rows"] = {name: of(steps) for name, steps in classes.items()}
-    return found
+        for i in sorted(range(count), key=lambda i: widths[i]):
+            if kinds[i] == "window":
+                classes.setdefault(width_class(widths[i]), []).append(i)
+        by_kind["window"]["by_width"] = {name: figures(steps) for name, steps in classes.items()}
+    return by_kind
 
 
 def table(title: str, columns: list[str]) -> Table:
-    made = Table(title=title, title_justify="left")
+    empty = Table(title=title, title_justify="left")
     for index, name in enumerate(columns):
-        made.add_column(name, justify="right" if index else "left")
-    return made
+        empty.add_column(name, justify="right" if index else "left")
+    return empty
 
 
 def step_table(run: dict[str, Any]) -> Table:
-    """Ours by kind and width, with the limits."""
-    made = table(
+    """Our steps by kind and width, with their limits."""
+    lines_table = table(
         f"batch {run['batch']}: time per step against its limits",
-        ["step", "rows", "steps", "ms", "eager ms", "GB/s", "TFLOP/s", "floor ms", "of floor",
+        ["step", "positions", "steps", "ms", "eager ms", "GB/s", "TFLOP/s", "floor ms", "of floor",
          "weights ms", "of weights", "products ms", "of products"],
     )  # fmt: skip
     lines = []
@@ -105,31 +111,31 @@ def step_table(run: dict[str, Any]) -> Table:
         if kind in run["steps"]:
             step = run["steps"][kind]
             lines.append((kind, step, run[f"eager_{kind}_step_ms"]))
-            if len(step.get("by_rows", {})) > 1:
-                lines += [(f"  {name} rows", s, None) for name, s in step["by_rows"].items()]
+            if len(step.get("by_width", {})) > 1:
+                lines += [(f"  {name} positions", s, None) for name, s in step["by_width"].items()]
     for name, s, eager in lines:
-        made.add_row(
-            name, f"{s['rows']:.0f}", str(s["steps"]), f"{s['ms']:.2f}",
+        lines_table.add_row(
+            name, f"{s['width']:.0f}", str(s["steps"]), f"{s['ms']:.2f}",
             "" if eager is None else f"{eager:.2f}", f"{s['gb_per_s']:.1f}",
             f"{s['tflops']:.3g}", f"{s['floor_ms']:.3f}", f"{s['share_of_floor']:.0%}",
             f"{s['weights_ms']:.3f}", f"{s['share_of_weights_limit']:.0%}",
             f"{s['products_ms']:.3f}", f"{s['share_of_products_limit']:.0%}",
         )  # fmt: skip
-    return made
+    return lines_table
 
 
 def print_runs(result: dict[str, Any]) -> None:
     console = Console(width=None if Console().is_terminal else 150)
     say, settings, ceilings = console.print, result["settings"], result["ceilings"]
     say(
-        f"{settings['preset']}, {settings['dtype']}, on {result['device']}: copy "
+        f"{settings['preset']}, {settings['dtype']}, on {result['machine']['device']}: copy "
         f"{ceilings['copy_gb_per_s']:.1f} GB/s, matrix product {ceilings['matmul_tflops']:.3g} "
         "TFLOP/s, measured in this run"
     )
     for run in result["runs"]:
         say()
         say(step_table(run))
-        made = table(
+        lines_table = table(
             f"batch {run['batch']}: prompt {settings['prompt']}, gen {settings['gen_length']}, "
             f"medians of {settings['rounds']} rounds",
             ["", "ms", "tokens/s", "ours over it"],
@@ -137,15 +143,15 @@ def print_runs(result: dict[str, Any]) -> None:
         ratios = {
             "eager": "ours_over_eager",
             "floor": "ours_over_floor",
-            "floor_all_rows": "ours_over_floor_all_rows",
+            "floor_all_positions": "ours_over_floor_all_positions",
         }
         for name, seconds in run["seconds"].items():
             ratio = f"{run[ratios[name]]:.3f}" if name in ratios else ""
-            made.add_row(
+            lines_table.add_row(
                 name.replace("_", " "), f"{1e3 * seconds:.1f}", f"{run['tokens'] / seconds:.1f}",
                 ratio,
             )  # fmt: skip
-        say(made)
+        say(lines_table)
         check = run["check"]
         if check is None:
             say("not compared with the eager loop (--no-eager)")
@@ -158,11 +164,12 @@ def print_runs(result: dict[str, Any]) -> None:
                 f"{check['positions_agreed']:.1%}"
             )
         if not run["timed_run_repeats_the_recorded"]:
-            say("near ties fell otherwise in the timed run, which committed as many in each")
+            say("the timed run broke near ties otherwise; each forward committed as many tokens")
         idle, wait = run["gpu_idle_share"], run["gpu_wait_share"]
         say(
             f"{run['forwards']} forwards, {run['refresh_share']:.1%} of them refreshes, "
-            f"{run['tokens_per_forward']:.2f} tokens per forward; peak memory "
+            f"{run['tokens_per_forward']:.2f} tokens per forward, {run['wasted_launches']:.1f} "
+            "launches wasted; peak memory "
             f"{run['peak_memory_bytes'] / 1e9:.2f} GB"
             + ("" if idle is None else f"; GPU idle {idle:.1%}, of it between steps {wait:.1%}")
         )
@@ -178,14 +185,14 @@ def draw_runs(result: dict[str, Any], path: Path) -> None:
     width = 0.38
     colors = {"window": "#5b8cc9", "refresh": "#e0a63a"}
     for kind, side in (("window", -0.5), ("refresh", 0.5)):
-        places = [(i + side * width, r["steps"][kind]) for i, r in enumerate(runs)
+        bars = [(i + side * width, r["steps"][kind]) for i, r in enumerate(runs)
                   if kind in r["steps"]]  # fmt: skip
-        if not places:
+        if not bars:
             continue
-        x = [place for place, _ in places]
-        axes[0].bar(x, [s["ms"] for _, s in places], 0.95 * width, color=colors[kind], label=kind)
+        x = [place for place, _ in bars]
+        axes[0].bar(x, [s["ms"] for _, s in bars], 0.95 * width, color=colors[kind], label=kind)
         low, high = [v - width / 2 for v in x], [v + width / 2 for v in x]
-        axes[0].hlines([s["floor_ms"] for _, s in places], low, high, color="black",
+        axes[0].hlines([s["floor_ms"] for _, s in bars], low, high, color="black",
                        label="floor of bytes and FLOPs" if kind == "window" else None)  # fmt: skip
     axes[0].set(
         xlabel="batch", ylabel="ms per step", title="time per step against its limit",
@@ -204,7 +211,7 @@ def draw_runs(result: dict[str, Any], path: Path) -> None:
         axes[1].grid(alpha=0.3)
     settings = result["settings"]
     figure.suptitle(
-        f"{settings['preset']}, {settings['dtype']}, {result['device']}: prompt "
+        f"{settings['preset']}, {settings['dtype']}, {result['machine']['device']}: prompt "
         f"{settings['prompt']}, gen {settings['gen_length']}", fontsize=10,
     )  # fmt: skip
     figure.savefig(path, dpi=120)

@@ -1,10 +1,10 @@
-"""The plain loop that published DSB Cache code amounts to, as a baseline: kept simple, not slow
-on purpose.
+"""The plain loop that published DSB Cache code amounts to, as a baseline. It is simple, and not
+slow on purpose.
 
-Logits for all rows of a forward, softmax in float64, keys cached before rotation and rotated
-again at every step, and the host asked (`.item()`) at every decision. One prompt, as published:
-a batch is decoded one prompt after another. DSB schedule with DSB Cache; LLaDA's and Dream's
-format.
+It computes logits for all positions of a forward and a softmax in float64, caches keys before the
+rotation and rotates them again at every step, and asks the host (`.item()`) at every decision. Like
+the published code it decodes one prompt at a time. It follows the DSB schedule with DSB Cache, for
+LLaDA's and Dream's format.
 """
 
 from __future__ import annotations
@@ -28,10 +28,11 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 @dataclass
 class EagerOutput:
-    """What the loop decided at each forward; where it follows a trajectory, not what it took."""
+    """What the loop decided at each forward, also where it follows a trajectory that decided
+    otherwise."""
 
     sequences: Tensor  # (1, P + G)
-    rows_per_forward: list[int] = field(default_factory=list)
+    positions_per_forward: list[int] = field(default_factory=list)
     commits: list[dict[int, int]] = field(default_factory=list)  # position -> token
 
     @property
@@ -58,7 +59,7 @@ class EagerModel:
         return x.view(1, x.shape[1], heads, self.dim).transpose(1, 2)
 
     def forward(self, ids: Tensor, first: int, *, full: bool) -> Tensor:
-        """Logits (1, N, V) of canvas rows [first, first + N)."""
+        """Logits (1, N, V) of canvas positions [first, first + N)."""
         hidden = self.model.model.embed_tokens(ids)
         last = first + ids.shape[1]
         for i, layer in enumerate(self.model.model.layers):
@@ -117,7 +118,7 @@ def eager_generate(
         threshold, steps: one of the two is the selection rule.
         follow: a recorded trajectory. Each forward then starts from its canvas and window, and
             what the loop decided there is returned but not taken.
-        on_step: called after each forward and its decisions with "refresh" or "window".
+        on_step: called after each forward and its decisions, with "refresh" or "window".
     """
     family, mask_id = model.dsb.family, model.dsb.mask_id
     prompt = input_ids.shape[1]
@@ -153,10 +154,10 @@ def eager_generate(
             picked = order[: max(due, 1)].tolist()
         else:
             picked = [order[0].item()]
-            picked += [r for r in order[1:].tolist() if confidence[0, r].item() >= threshold]
-        commits = {first + row: token[0, row].item() for row in picked}
+            picked += [i for i in order[1:].tolist() if confidence[0, i].item() >= threshold]
+        commits = {first + i: token[0, i].item() for i in picked}
         out.commits.append(commits)
-        out.rows_per_forward.append(ids.shape[1])
+        out.positions_per_forward.append(ids.shape[1])
 
         if follow is None:
             for position, token_id in commits.items():

@@ -13,7 +13,6 @@ faster than its floor by what the activations take, and by no more.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -23,19 +22,19 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.presets import PRESETS, Preset
 from benchmarks.step_cost import (
     LAYER_PHASES,
     OUTSIDE,
     PHASES,
-    StepShape,
+    StepSize,
     step_cost,
     total,
     total_cost,
     weight_bytes,
 )
 from dsb_runtime.cli.main import OneLineParser
-from dsb_runtime.files import check_writable, write_json
+from dsb_runtime.files import check_writable, read_json, write_json
+from dsb_runtime.measure.models import PRESETS, Preset
 
 KINDS = ("window", "refresh")
 ITEMSIZE = {"bfloat16": 2, "float16": 2, "float32": 4}
@@ -76,17 +75,17 @@ class Budget:
     """One kind of step at its floor."""
 
     kind: str
-    shape: StepShape
+    size: StepSize
     phases: dict[str, dict[str, Any]]  # by phase: bytes, FLOPs, floor_us, one_layer_us, limit
     floor_ms: float
     weights_ms: float  # the weights alone, once
     products_ms: float  # the matrix products alone
 
 
-def budget(preset: Preset, kind: str, shape: StepShape, ceilings: Ceilings) -> Budget:
+def budget(preset: Preset, kind: str, size: StepSize, ceilings: Ceilings) -> Budget:
     """Cost and floor of every phase of a step."""
     phases = {}
-    for name, costs in step_cost(preset, shape).items():
+    for name, costs in step_cost(preset, size).items():
         seconds = [cost.seconds(ceilings.bandwidth, ceilings.flops) for cost in costs]
         middle = (len(costs) - 1) // 2  # not the last layer, which is cheaper
         by_flops = costs[middle].flops / ceilings.flops == seconds[middle]
@@ -97,10 +96,10 @@ def budget(preset: Preset, kind: str, shape: StepShape, ceilings: Ceilings) -> B
             "one_layer_us": seconds[middle] * 1e6 if name in LAYER_PHASES else None,
             "limit": "FLOPs" if by_flops else "bytes",
         }
-    whole = total_cost(preset, shape)
+    whole = total_cost(preset, size)
     return Budget(
         kind,
-        shape,
+        size,
         phases,
         floor_ms=sum(phase["floor_us"] for phase in phases.values()) * 1e-3,
         weights_ms=whole.weights / ceilings.bandwidth * 1e3,
@@ -113,17 +112,17 @@ def refresh_share(block: int, tokens_per_forward: float) -> float:
     return 1 / math.ceil(block / tokens_per_forward)
 
 
-def step_shapes(
-    preset: Preset, batch: int, prompt: int, gen: int, block: int, rows: int | None, itemsize: int
-) -> dict[str, StepShape]:
-    """Shapes of both kinds of step, every batch row in the same one. `rows`: of a window, None for
-    the block and the family's prefix window."""
+def step_sizes(
+    preset: Preset, batch: int, prompt: int, gen: int, block: int, width: int | None, itemsize: int
+) -> dict[str, StepSize]:
+    """Sizes of both kinds of step, every batch row in the same one. `width`: positions of a window,
+    None for the block and the family's prefix window."""
     length = prompt + gen
-    window = min(block + preset.family.prefix_window, length) if rows is None else rows
+    window = min(block + preset.family.prefix_window, length) if width is None else width
     scored = batch * block
     return {
-        "window": StepShape(batch, batch * window, scored, length, gen, itemsize),
-        "refresh": StepShape(batch, batch * length, scored, length, gen, itemsize),
+        "window": StepSize(batch, batch * window, scored, length, gen, itemsize),
+        "refresh": StepSize(batch, batch * length, scored, length, gen, itemsize),
     }
 
 
@@ -133,20 +132,19 @@ def read_measured(path: Path, batch: int | None) -> dict[str, Any]:
     Raises:
         ValueError: not such a file, or no run of that batch.
     """
+    record = read_json(path, "--measured")
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        runs = {run["batch"]: run for run in found["runs"]}
+        runs = {run["batch"]: run for run in record["runs"]}
+        if batch is not None and batch not in runs:
+            raise ValueError(f"--batch {batch}: --measured {path} has {sorted(runs)}")
         run = runs[batch] if batch is not None else next(iter(runs.values()))
-        wanted = ("window_step_ms", "refresh_step_ms", "window_rows")
-        measured = {**found["settings"], **found["ceilings"], "device": found["device"], **run}
-        missing = [name for name in wanted if name not in run]
-    except OSError as error:
-        raise ValueError(f"--measured {path}: {error.strerror}; expected a file") from error
-    except KeyError as error:
-        if error.args[0] == batch:
-            raise ValueError(f"--batch {batch}: --measured {path} has {sorted(runs)}") from error
-        missing = [error.args[0]]
-    except (ValueError, TypeError, AttributeError, StopIteration) as error:
+        device = record["machine"]["device"]
+        measured = {**record["settings"], **record["ceilings"], "device": device, **run}
+        missing = [
+            name for name in ("window_step_ms", "refresh_step_ms", "window_width")
+            if measured.get(name) is None
+        ]  # fmt: skip
+    except (KeyError, TypeError, AttributeError, StopIteration) as error:
         raise ValueError(f"--measured {path}: expected the JSON of benchmarks/decode.py") from error
     if missing:
         raise ValueError(f"--measured {path} has no {missing[0]}: expected that of decode.py")
@@ -154,16 +152,16 @@ def read_measured(path: Path, batch: int | None) -> dict[str, Any]:
 
 
 def find_ceilings(args: argparse.Namespace, measured: dict[str, Any] | None) -> Ceilings:
-    """Given ones before the data sheet's before measured ones.
+    """The ceilings of the command line, else those of the data sheet, else the measured ones.
 
     Raises:
         ValueError: none, or one of a pair, or a data sheet's for another dtype.
     """
     if (args.bandwidth is None) != (args.tflops is None):
-        given = "--bandwidth" if args.tflops is None else "--tflops"
-        raise ValueError(f"{given} alone: expected --bandwidth and --tflops together")
+        alone = "--bandwidth" if args.tflops is None else "--tflops"
+        raise ValueError(f"{alone} alone: expected --bandwidth and --tflops together")
     if args.bandwidth is not None:
-        return Ceilings(args.bandwidth, args.tflops, "given")
+        return Ceilings(args.bandwidth, args.tflops, "command line")
     if args.gpu is not None:
         if args.dtype == "float32":
             raise ValueError(
@@ -185,21 +183,21 @@ def settle(args: argparse.Namespace) -> dict[str, Any] | None:
     """
     measured = None if args.measured is None else read_measured(args.measured, args.batch)
     for name, default in SHAPE_DEFAULTS.items():
-        given, flag = getattr(args, name), "--" + name.replace("_", "-")
-        found = default if measured is None else measured.get(name, default)
-        if given is None:
-            setattr(args, name, found)
-        elif measured is not None and name != "tokens_per_forward" and given != found:
-            raise ValueError(f"{flag} {given}: --measured {args.measured} has {found}")
-    if args.rows is None and measured is not None:
-        args.rows = round(measured["window_rows"])
+        value, flag = getattr(args, name), "--" + name.replace("_", "-")
+        known = default if measured is None else measured.get(name, default)
+        if value is None:
+            setattr(args, name, known)
+        elif measured is not None and name != "tokens_per_forward" and value != known:
+            raise ValueError(f"{flag} {value}: --measured {args.measured} has {known}")
+    if args.width is None and measured is not None:
+        args.width = round(measured["window_width"])
     if args.preset not in PRESETS:
         raise ValueError(f"--preset {args.preset}: expected one of {', '.join(PRESETS)}")
     length = args.prompt + args.gen
     if args.block > args.gen:
         raise ValueError(f"--block {args.block}: expected at most --gen, {args.gen}")
-    if args.rows is not None and args.rows > length:
-        raise ValueError(f"--rows {args.rows}: expected at most --prompt + --gen, {length}")
+    if args.width is not None and args.width > length:
+        raise ValueError(f"--width {args.width}: expected at most --prompt + --gen, {length}")
     if args.tokens_per_forward > args.block:
         raise ValueError(
             f"--tokens-per-forward {args.tokens_per_forward:g}: expected at most --block, "
@@ -210,10 +208,10 @@ def settle(args: argparse.Namespace) -> dict[str, Any] | None:
 
 def table_of(step: Budget, measured: dict[str, Any] | None) -> Table:
     """Phases down, cost and floor across, the measurement beside where there is one."""
-    shape = step.shape
+    size = step.size
     table = Table(
-        title=f"{step.kind} step: batch {shape.batch}, {shape.rows} rows, {shape.scored} scored, "
-        f"{shape.length} positions",
+        title=f"{step.kind} step: batch {size.batch}, {size.num_tokens} tokens, {size.scored} of "
+        f"them scored, {size.length} positions",
         title_justify="left",
     )
     for name in ("phase", "weights MB", "K/V MB", "activations MB", "GFLOP", "floor µs",
@@ -281,7 +279,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--prompt", type=positive(int), help="prompt tokens (1024)")
     add("--gen", type=positive(int), help="response positions (256)")
     add("--block", type=positive(int), help="block length (32)")
-    add("--rows", type=positive(int), help="rows of a window (block + prefix window)")
+    add("--width", type=positive(int), help="positions of a window (block + prefix window)")
     add("--batch", type=positive(int), help="prompts decoded together (1)")
     add("--dtype", choices=ITEMSIZE, help="of weights and activations (bfloat16)")
     add("--tokens-per-forward", type=positive(float), help="committed by a row's forward (3.5)")
@@ -305,10 +303,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     except ValueError as error:
         parser.error(str(error))
     preset = PRESETS[args.preset]
-    shapes = step_shapes(
-        preset, args.batch, args.prompt, args.gen, args.block, args.rows, ITEMSIZE[args.dtype]
+    sizes = step_sizes(
+        preset, args.batch, args.prompt, args.gen, args.block, args.width, ITEMSIZE[args.dtype]
     )
-    steps = {kind: budget(preset, kind, shapes[kind], ceilings) for kind in KINDS}
+    steps = {kind: budget(preset, kind, sizes[kind], ceilings) for kind in KINDS}
 
     def mean_ms(window: float, refresh: float) -> float:
         return (1 - share) * window + share * refresh
@@ -335,17 +333,17 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"{step.kind} step: floor {step.floor_ms:.3f} ms; weights alone "
             f"{step.weights_ms:.3f} ms, matrix products alone {step.products_ms:.3f} ms\n"
         )
-    said = [("floor", step_ms)]
+    lines = [("floor", step_ms)]
     if measured is not None:
-        found = mean_ms(*(measured[f"{kind}_step_ms"] for kind in KINDS))
+        whole_ms = mean_ms(*(measured[f"{kind}_step_ms"] for kind in KINDS))
         result["measured"] = {
             "window_step_ms": measured["window_step_ms"],
             "refresh_step_ms": measured["refresh_step_ms"],
-            "step_ms": found, "tokens_per_second": tokens / found * 1e3,
-            "share_of_floor": step_ms / found,
+            "step_ms": whole_ms, "tokens_per_second": tokens / whole_ms * 1e3,
+            "share_of_floor": step_ms / whole_ms,
         }  # fmt: skip
-        said.append((f"measured on {measured['device']}", found))
-    for name, ms in said:
+        lines.append((f"measured on {measured['device']}", whole_ms))
+    for name, ms in lines:
         console.print(
             f"{name}: {ms:.3f} ms a step with {share:.1%} refreshes; {tokens / ms * 1e3:.1f} "
             f"tokens/s at {args.tokens_per_forward:g} tokens per forward"

@@ -3,7 +3,7 @@
 The smallest step that computes the same: every weight is read once, a phase reads its inputs and
 writes its outputs once, Q, K, V are one product, gate and up are one whose SiLU · mul is its
 epilogue, a residual is added where the next norm reads it, and the last layer computes what
-follows K and V for the scored rows alone (`engine/forward.py`). FLOPs are those of the matrix
+follows K and V for the scored positions alone (`engine/forward.py`). FLOPs are those of the matrix
 products, two for each multiplication.
 """
 
@@ -12,8 +12,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from benchmarks.presets import Preset
 from dsb_runtime.families import DREAM
+from dsb_runtime.measure.models import Preset
 
 LAYER_PHASES = ("norm", "qkv", "rope+write", "attention", "out", "mlp")
 PHASES = ("place", "embed", *LAYER_PHASES, "final norm", "score", "unmask")
@@ -22,12 +22,13 @@ FLOAT32, INT32, INT64 = 4, 4, 8
 
 
 @dataclass(frozen=True)
-class StepShape:
-    """One step of `batch` rows. `rows` go through the layers and `scored` are scored, in all batch
-    rows together; each attends to `length` positions, the last `gen` of which are the response."""
+class StepSize:
+    """One step of `batch` rows. `num_tokens` positions go through the layers and `scored` are
+    scored, in all batch rows together; each attends to `length` positions, the last `gen` of which
+    are the response."""
 
     batch: int
-    rows: int
+    num_tokens: int
     scored: int
     length: int
     gen: int
@@ -64,56 +65,56 @@ def total(costs: Iterable[Cost]) -> Cost:
     return sum(costs, Cost())
 
 
-def layer_cost(preset: Preset, shape: StepShape, layer: int) -> dict[str, Cost]:
+def layer_cost(preset: Preset, size: StepSize, layer: int) -> dict[str, Cost]:
     """Each phase of one layer, by its name in LAYER_PHASES."""
-    E, D, F, b = preset.hidden, preset.head_dim, preset.mlp, shape.itemsize
-    q, kv = preset.heads * D, 2 * preset.kv_heads * D  # a row's queries; its keys and values
-    N = shape.rows
-    M = shape.scored if layer == preset.layers - 1 else N  # rows of all that follows K and V
+    E, D, F, b = preset.hidden, preset.head_dim, preset.mlp, size.itemsize
+    q, kv = preset.heads * D, 2 * preset.kv_heads * D  # a token's queries; its keys and values
+    N = size.num_tokens
+    M = size.scored if layer == preset.layers - 1 else N  # tokens of all that follows K and V
     bias = q + kv if preset.family is DREAM else 0
     # The first norm reads the residual and what the layer before added to it, and writes both
     # their sum and its norm; the first layer has nothing to add.
     first_norm = (2 if layer == 0 else 4) * N * E
-    positions = shape.batch * shape.length
+    positions = size.batch * size.length
     return {
         "norm": Cost(2 * E * b, 0, (first_norm + 4 * M * E) * b),
         "qkv": Cost(
             ((q + kv) * E + bias) * b, 0, (N * E + M * q + N * kv) * b, 2 * E * (M * q + N * kv)
         ),
         "rope+write": Cost(0, 0, 2 * (M * q + N * kv) * b + N * D * FLOAT32),
-        "attention": Cost(0, positions * kv * b, 2 * M * q * b, 4 * M * q * shape.length),
+        "attention": Cost(0, positions * kv * b, 2 * M * q * b, 4 * M * q * size.length),
         "out": Cost(q * E * b, 0, M * (q + E) * b, 2 * M * q * E),
         "mlp": Cost(3 * E * F * b, 0, 2 * M * (E + F) * b, 6 * M * E * F),
     }
 
 
-def step_cost(preset: Preset, shape: StepShape) -> dict[str, list[Cost]]:
+def step_cost(preset: Preset, size: StepSize) -> dict[str, list[Cost]]:
     """Each phase of a step, by its name in PHASES: one cost, or one for each layer."""
-    E, V, b, K = preset.hidden, preset.vocab, shape.itemsize, shape.scored
-    layers = [layer_cost(preset, shape, layer) for layer in range(preset.layers)]
+    E, V, b, K = preset.hidden, preset.vocab, size.itemsize, size.scored
+    layers = [layer_cost(preset, size, layer) for layer in range(preset.layers)]
     return {
-        # Tokens of the windows; candidates come as positions, go as rows, flags and noise ids.
-        "place": [Cost(0, 0, shape.rows * 2 * INT64 + K * (INT32 + 2 * INT64 + 1))],
-        "embed": [Cost(0, 0, shape.rows * (INT64 + 2 * E * b))],
+        # Tokens of the windows; candidates come as positions, go as indices, flags and noise ids.
+        "place": [Cost(0, 0, size.num_tokens * 2 * INT64 + K * (INT32 + 2 * INT64 + 1))],
+        "embed": [Cost(0, 0, size.num_tokens * (INT64 + 2 * E * b))],
         **{name: [layer[name] for layer in layers] for name in LAYER_PHASES},
         "final norm": [Cost(E * b, 0, 3 * K * E * b)],
         "score": [Cost(V * E * b, 0, K * (E * b + INT64 + FLOAT32), 2 * K * E * V)],
         # The response is searched for masks; candidates come and go as positions, come as tokens
         # and confidences, and are written into the canvas.
         "unmask": [
-            Cost(0, 0, shape.batch * shape.gen * INT64 + K * (2 * INT64 + FLOAT32 + 2 * INT32))
+            Cost(0, 0, size.batch * size.gen * INT64 + K * (2 * INT64 + FLOAT32 + 2 * INT32))
         ],
     }
 
 
-def total_cost(preset: Preset, shape: StepShape) -> Cost:
+def total_cost(preset: Preset, size: StepSize) -> Cost:
     """A whole step."""
-    return total(cost for phase in step_cost(preset, shape).values() for cost in phase)
+    return total(cost for phase in step_cost(preset, size).values() for cost in phase)
 
 
 def weight_bytes(preset: Preset, itemsize: int) -> int:
     """Bytes of all weights: those that a step streams, and the embedding, of which it reads a few
     rows (none beside the LM head where the two are one)."""
-    shape = StepShape(1, 1, 1, 1, 1, itemsize)
-    streamed = total_cost(preset, shape).weights
+    size = StepSize(1, 1, 1, 1, 1, itemsize)
+    streamed = total_cost(preset, size).weights
     return streamed + (0 if preset.tied else preset.vocab * preset.hidden * itemsize)

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
-from benchmarks.floor import ForwardRows
-from benchmarks.step_cost import StepShape
+from benchmarks.step_cost import StepSize
 from dsb_runtime import StepEvent
-from dsb_runtime.measure.limits import synchronize
+from dsb_runtime.measure.steps import StepRecorder
+from dsb_runtime.measure.timing import synchronize
 
 
 @dataclass(frozen=True)
@@ -20,64 +21,54 @@ class RowStep:
     """One forward of one batch row."""
 
     kind: str  # "refresh" or "window"
-    start: int  # the active block [start, end) and the rows before it that were recomputed
+    start: int  # of the block [start, end)
     end: int
-    prefix: int
+    prefix: int  # positions before the block that were recomputed with it
     commits: dict[int, int]  # position -> token
     canvas: Tensor  # (L,) after the commits
 
     @property
-    def window(self) -> int:
+    def width(self) -> int:
         return self.end - self.start + self.prefix
 
 
-@dataclass
-class Recorder:
-    """An `on_step` callback that keeps every forward; `prompt` columns stand before the response
-    and `itemsize` bytes hold a weight."""
+class Trajectory(StepRecorder):
+    """An `on_step` callback that keeps what every forward decided, by batch row."""
 
-    prompt: int
-    itemsize: int
-    rows: dict[int, list[RowStep]] = field(default_factory=dict)  # by batch row
-    kinds: list[str] = field(default_factory=list)
-    shapes: list[StepShape] = field(default_factory=list)
-    windows: list[int] = field(default_factory=list)  # the widest of each forward
+    def __init__(self, model: PreTrainedModel, prompt_length: int, gen_length: int) -> None:
+        super().__init__(model, prompt_length, gen_length)
+        self.length, self.gen_length = prompt_length + gen_length, gen_length
+        self.itemsize = model.dtype.itemsize
+        self.rows: dict[int, list[RowStep]] = {}
 
     def __call__(self, event: StepEvent) -> None:
-        length = event.canvas.shape[1]
+        super().__call__(event)
         canvas = event.canvas.clone()
         for row, (start, end, prefix) in zip(event.rows, event.before, strict=True):
-            at = event.position[row][event.commit[row]].long()
-            commits = dict(zip(at.tolist(), canvas[row, at].tolist(), strict=True))
+            position = event.position[row][event.commit[row]].long()
+            commits = dict(zip(position.tolist(), canvas[row, position].tolist(), strict=True))
             step = RowStep(event.kind, start, end, prefix, commits, canvas[row])
             self.rows.setdefault(row, []).append(step)
-        full = event.kind == "refresh"
-        widths = [length if full else e - s + p for s, e, p in event.before]
-        scored = int((event.position[event.rows] >= 0).sum())
-        self.kinds.append(event.kind)
-        self.windows.append(max(widths))
-        self.shapes.append(
-            StepShape(len(widths), sum(widths), scored, length, length - self.prompt, self.itemsize)
-        )
 
     @property
-    def forwards(self) -> list[ForwardRows]:
-        """What the linear layers alone would multiply."""
-        return [ForwardRows(shape.rows, shape.scored) for shape in self.shapes]
+    def sizes(self) -> list[StepSize]:
+        """What the roofline needs to know of every forward."""
+        shape = (self.length, self.gen_length, self.itemsize)
+        return [StepSize(s.batch, s.num_tokens, s.scored, *shape) for s in self.steps]
 
     @property
-    def tokens(self) -> int:
+    def num_commits(self) -> int:
         return sum(len(step.commits) for steps in self.rows.values() for step in steps)
 
     @property
     def row_forwards(self) -> int:
-        """Forwards that rows took part in, over all rows."""
+        """Forwards that each batch row took part in, summed over the batch."""
         return sum(len(steps) for steps in self.rows.values())
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """Of the decisions on a trajectory, how many another loop takes as well."""
+    """How many decisions of a trajectory another loop takes as well."""
 
     decisions: int
     positions: int  # the same position committed
@@ -92,33 +83,22 @@ class Agreement:
 
 
 def agreement(steps: Sequence[RowStep], commits: Sequence[dict[int, int]]) -> Agreement:
-    """Compare what a row's forwards decided with what another loop decided in their place."""
-    found = Agreement(0, 0, 0)
+    """Compare what a batch row's forwards decided with what another loop decided in their place."""
+    sum_of_steps = Agreement(0, 0, 0)
     for step, theirs in zip(steps, commits, strict=True):
         shared = step.commits.keys() & theirs.keys()
         both = sum(step.commits[position] == theirs[position] for position in shared)
-        found += Agreement(len(step.commits), len(shared), both)
-    return found
+        sum_of_steps += Agreement(len(step.commits), len(shared), both)
+    return sum_of_steps
 
 
-@dataclass
-class StepTimes:
-    """Kind and seconds of forwards, one after another."""
-
-    kinds: list[str] = field(default_factory=list)
-    seconds: list[float] = field(default_factory=list)
-
-    def add(self, other: StepTimes) -> None:
-        self.kinds += other.kinds
-        self.seconds += other.seconds
-
-
-class StepClock(StepTimes):
+class EagerClock:
     """Times the forwards of the eager loop: its `on_step`."""
 
     def __init__(self, device: torch.device) -> None:
-        super().__init__()
         self.device = device
+        self.kinds: list[str] = []
+        self.seconds: list[float] = []
         self.restart()
 
     def restart(self) -> None:
@@ -128,7 +108,6 @@ class StepClock(StepTimes):
 
     def __call__(self, kind: str) -> None:
         synchronize(self.device)
-        now = time.perf_counter()
         self.kinds.append(kind)
-        self.seconds.append(now - self.began)
+        self.seconds.append(time.perf_counter() - self.began)
         self.began = time.perf_counter()

@@ -76,25 +76,31 @@ def use_triton(*tensors: Tensor | None) -> bool:
     return True
 
 
-def takes_definition(*tensors: Tensor | None) -> bool:
-    """Whether a public function may call the definition itself instead of the op, which does the
-    same 70 us later. The compiler is given the op, whose dispatch it can trace."""
-    return not torch.compiler.is_compiling() and not use_triton(*tensors)
-
-
-def register_op(name: str, *, mutates_args: Sequence[str] = ()) -> Callable:
-    """Decorator: make a function the op `dsb::name`. To be replaced by `op`."""
-    return lambda fn: _register(name, fn, mutates_args)
-
-
+@typing.overload
+def op(
+    definition: Callable[P, Any],
+    *,
+    launch: Callable[[Any], Any],
+    check: Callable[[Any], None],
+    finish: Callable[[Any, Any], R],
+    mutates_args: Sequence[str] = (),
+) -> Callable[P, R]: ...
+@typing.overload
 def op(
     definition: Callable[P, R],
     *,
     launch: Callable[[Any], Any],
     check: Callable[[Any], None],
+    mutates_args: Sequence[str] = (),
+) -> Callable[P, R]: ...
+def op(
+    definition: Callable[P, Any],
+    *,
+    launch: Callable[[Any], Any],
+    check: Callable[[Any], None],
     finish: Callable[[Any, Any], Any] | None = None,
     mutates_args: Sequence[str] = (),
-) -> Callable[P, R]:
+) -> Callable[P, Any]:
     """The public function of an op, `dsb::<name of the definition without _reference>`.
 
     The op is transparent to `torch.compile`: what is traced is the definition's own operators or
@@ -156,7 +162,7 @@ def op(
     )
     registered = _register(name, implementation, mutates_args)
 
-    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+    def call(*args: P.args, **kwargs: P.kwargs) -> Any:
         a = bind(args, kwargs)
         check(a)
         # The definition itself where it is what would run: torch's dispatch takes 70 us more.

@@ -1,13 +1,14 @@
 """The Triton kernels of window_attention: attention over splits of the keys, and their combine.
 
-They restate the definition in `dsb_kernels.attention` without sharing code with it, whose
-shape letters they use.
+They restate the definition in `dsb_kernels.attention`, whose shape letters they use, and share no
+code with it.
 """
 
 from __future__ import annotations
 
 import functools
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,50 +55,36 @@ def sm_count(device: torch.device) -> int:
 
 
 @jit
-def _attention_kernel(
-    q_ptr, kw_ptr, vw_ptr, kc_ptr, vc_ptr, out_ptr, lse_ptr,
-    window_start_ptr, window_length_ptr, seqlens_ptr, leftpad_ptr, batch_idx_ptr,
-    num_blocks_ptr, indices_ptr,
-    stride_qb, stride_qh, stride_qw,
-    stride_kwb, stride_kwh, stride_kwn, stride_vwb, stride_vwh, stride_vwn,
-    stride_kcb, stride_kch, stride_kcn, stride_vcb, stride_vch, stride_vcn,
-    stride_ob, stride_os, stride_oh, stride_ow,
-    stride_nb, stride_nh, stride_ib, stride_ih,
-    H_kv, W, C, softmax_scale,
-    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, NUM_SPLITS: tl.constexpr,
-    WINDOW_IN_CACHE: tl.constexpr, KV_BLOCK: tl.constexpr, RETURN_LSE: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """One program: BLOCK_M query rows of one KV head against one split of its keys.
-
-    Row r of a KV head's G * W rows is window row r // G of the group's head r % G, so that the
-    rows in use are the first ones and all of a group's share the K/V that is loaded.
-    Keys are visited in blocks of BLOCK_N, cached ones first, then the window's; a block reads one
-    of the two. Invariant: acc and total are sums over the visited keys weighted with
-    2^(score * scale - top), top the largest score * scale so far, scale in units of log2.
-    """
-    # Neighbouring programs share K/V: they run together and find it in the L2 cache.
-    split = tl.program_id(1)
-    b = (tl.program_id(2) // H_kv).to(tl.int64)
-    kv_head = (tl.program_id(2) % H_kv).to(tl.int64)
-    window_start = tl.load(window_start_ptr + b)
-    window_length = tl.minimum(tl.load(window_length_ptr + b), W)
-    seqlen = tl.minimum(tl.load(seqlens_ptr + b), C)
-    leftpad = 0
+def _load_bounds(window_start_ptr, window_length_ptr, seqlens_ptr, leftpad_ptr, b, W, C):
+    """Where a row's window stands and which positions are stored: start, length, end, start."""
+    window_length = tl.minimum(tl.load(window_length_ptr), W)
+    seqlen, leftpad = C, 0
+    if seqlens_ptr is not None:
+        seqlen = tl.minimum(tl.load(seqlens_ptr + b), C)
     if leftpad_ptr is not None:
         leftpad = tl.load(leftpad_ptr + b)
-    window_end = window_start + window_length
+    return tl.load(window_start_ptr), window_length, seqlen, leftpad
 
-    # The visit list: the cached positions before the window, those after it, then the window's own
-    # rows (counted from its start), each in blocks from its first position on, so that a block is
-    # cut off at its end alone. Or listed blocks of the cache, then the window's rows.
+
+@jit
+def _visit_list(
+    window_start, window_length, seqlen, leftpad, num_blocks_ptr, list_index,
+    WINDOW_IN_CACHE: tl.constexpr, KV_BLOCK: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """The key blocks that a row's queries visit: the cached positions before the window, those
+    after it, then the window's own columns (counted from its start), each in blocks from its first
+    position on, so that a block is cut off at its end alone. Or the listed blocks of the cache,
+    then the window's columns.
+
+    Returns the ends of the three ranges, the starts of the last two, and how many blocks lie in the
+    first range, in the first two and in all three.
+    """
+    window_end = window_start + window_length
     before_end = tl.minimum(window_start, seqlen)
     after, after_end = tl.maximum(window_end, leftpad), seqlen
     own, own_end = tl.maximum(leftpad - window_start, 0), window_length
-    if indices_ptr is not None:
-        indices_ptr += b * stride_ib + kv_head * stride_ih
-        n_before = tl.load(num_blocks_ptr + b * stride_nb + kv_head * stride_nh)
-        n_before *= KV_BLOCK // BLOCK_N
+    if num_blocks_ptr is not None:
+        n_before = tl.load(num_blocks_ptr + list_index) * (KV_BLOCK // BLOCK_N)
         n_cached = n_before
     else:
         if WINDOW_IN_CACHE:
@@ -109,204 +96,228 @@ def _attention_kernel(
         n_before = tl.cdiv(tl.maximum(before_end - leftpad, 0), BLOCK_N)
         n_cached = n_before + tl.cdiv(tl.maximum(after_end - after, 0), BLOCK_N)
     n_blocks = n_cached + tl.cdiv(tl.maximum(own_end - own, 0), BLOCK_N)
+    return before_end, after_end, own_end, after, own, n_before, n_cached, n_blocks
+
+
+@jit
+def _online_softmax(q, k, seen, top, total, scale):
+    """One block of keys of the online softmax: the weights of its values, what the sums so far are
+    multiplied with, and the new largest score and sum of weights."""
+    scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+    scores = tl.where(seen[None, :], scores, float("-inf"))
+    new_top = tl.maximum(top, tl.max(scores, 1) * scale)
+    # Nothing seen yet: -inf - -inf would be NaN.
+    shift = tl.where(new_top == float("-inf"), 0.0, new_top)
+    p = tl.exp2(scores * scale - shift[:, None])
+    decay = tl.exp2(top - shift)
+    return p, decay, new_top, total * decay + tl.sum(p, 1)
+
+
+@jit
+def _store_split(
+    out_ptr, lse_ptr, acc, top, total, first_row, column, head, window_length, W, H,
+    HEAD_DIM: tl.constexpr, NUM_SPLITS: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Write a split's normalised sums and their log-sum-exp; `first_row` is the split's first of
+    all W columns of all splits."""
+    # Nothing seen: acc is 0 and top is -inf, as the result should be.
+    total = tl.where(total == 0.0, 1.0, total)
+    valid = column < window_length
+    acc = tl.where(valid[:, None], acc / total[:, None], 0.0)
+    d = tl.arange(0, BLOCK_D)
+    out_ptrs = out_ptr + ((first_row + column) * H + head)[:, None] * HEAD_DIM + d[None, :]
+    # Partial results of columns past the window are not read.
+    stored = (column < W) if NUM_SPLITS == 1 else valid
+    mask = stored[:, None] & (d < HEAD_DIM)[None, :]
+    tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=mask)
+    if lse_ptr is not None:
+        lse = (top + tl.log2(total)) * 0.6931471805599453  # ln(2)
+        lse = tl.where(valid, lse, float("-inf"))
+        tl.store(lse_ptr + first_row * H + head * W + column, lse, mask=stored)
+
+
+@jit
+def _attention_kernel(
+    q_ptr, kw_ptr, vw_ptr, kc_ptr, vc_ptr, out_ptr, lse_ptr,
+    window_start_ptr, window_length_ptr, seqlens_ptr, leftpad_ptr, batch_idx_ptr,
+    num_blocks_ptr, indices_ptr, lists, list_size,
+    stride_qb, stride_qh, stride_qw, stride_wb, stride_wh, stride_wn,
+    stride_cb, stride_ch, stride_cn, W, C, softmax_scale,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, NUM_SPLITS: tl.constexpr,
+    KV_BLOCK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Program (tile and split, KV head, batch row): BLOCK_M queries of a KV head against one split
+    of its keys. kw_ptr is None where the window's keys are in the cache.
+
+    Query r of a KV head's G * W is column r // G of the group's head r % G, so that the columns in
+    use are the first ones and a group's heads share the K/V that is loaded. Invariant: acc and
+    total are sums over the visited keys weighted with 2^(score * scale - top), top the largest
+    score * scale so far, scale in units of log2. (B, splits, W, H, D) and (B, splits, H, W) result.
+    """
+    # Neighbouring programs share K/V: they run together and find it in the L2 cache.
+    tiles = tl.cdiv(W * GROUP, BLOCK_M)
+    first_query = tl.program_id(0) % tiles * BLOCK_M
+    split = tl.program_id(0) // tiles
+    kv_head, b = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    H = tl.num_programs(1) * GROUP
+    window_start, window_length, seqlen, leftpad = _load_bounds(
+        window_start_ptr + b, window_length_ptr + b, seqlens_ptr, leftpad_ptr, b, W, C
+    )
+    # A row has one list, or one for each KV head.
+    list_index = b * lists + tl.minimum(kv_head, lists - 1)
+    before_end, after_end, own_end, after, own, n_before, n_cached, n_blocks = _visit_list(
+        window_start, window_length, seqlen, leftpad, num_blocks_ptr, list_index,
+        kw_ptr is None, KV_BLOCK, BLOCK_N,
+    )  # fmt: skip
     per_split = tl.cdiv(n_blocks, NUM_SPLITS)
     low = split * per_split
     high = tl.minimum(low + per_split, n_blocks)
 
-    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    window_row = (row // GROUP).to(tl.int64)
-    head = kv_head * GROUP + row % GROUP
-    valid = window_row < window_length
-    if tl.program_id(0) * BLOCK_M >= window_length * GROUP:
+    query = first_query + tl.arange(0, BLOCK_M)
+    column = (query // GROUP).to(tl.int64)
+    head = kv_head * GROUP + query % GROUP
+    valid = column < window_length
+    if first_query >= window_length * GROUP:
         high = low  # a tile past the window's end visits nothing
     d = tl.arange(0, BLOCK_D)
-    q_ptrs = q_ptr + b * stride_qb + head[:, None] * stride_qh + window_row[:, None] * stride_qw
-    if HEAD_DIM == BLOCK_D:
-        q = tl.load(q_ptrs + d[None, :], mask=valid[:, None], other=0.0)
-    else:
-        q = tl.load(q_ptrs + d[None, :], mask=valid[:, None] & (d < HEAD_DIM)[None, :], other=0.0)
+    inside = (d < HEAD_DIM)[None, :]
+    q_ptrs = q_ptr + b * stride_qb + head[:, None] * stride_qh + column[:, None] * stride_qw
+    q_mask = valid[:, None] if HEAD_DIM == BLOCK_D else valid[:, None] & inside
+    q = tl.load(q_ptrs + d[None, :], mask=q_mask, other=0.0)
     scale = tl.cast(softmax_scale, tl.float32) * 1.4426950408889634  # log2(e)
-    # The largest score is found before it is scaled: scale > 0. A scale of 0 makes scores equal,
+    # The largest score is taken before it is scaled: scale > 0. A scale of 0 makes scores equal,
     # and so does a tiny one, which leaves -inf what it is.
     q = tl.where(scale < 0, -q, q)
     scale = tl.maximum(tl.abs(scale), 1e-37)
 
-    cache_b = b
+    cache_row = b
     if batch_idx_ptr is not None:
-        cache_b = tl.load(batch_idx_ptr + b).to(tl.int64)
-    kc_ptr += cache_b * stride_kcb + kv_head * stride_kch
-    vc_ptr += cache_b * stride_vcb + kv_head * stride_vch
-    if not WINDOW_IN_CACHE:
-        kw_ptr += b * stride_kwb + kv_head * stride_kwh
-        vw_ptr += b * stride_vwb + kv_head * stride_vwh
+        cache_row = tl.load(batch_idx_ptr + b).to(tl.int64)
+    kc_ptr += cache_row * stride_cb + kv_head * stride_ch
+    vc_ptr += cache_row * stride_cb + kv_head * stride_ch
+    if kw_ptr is not None:
+        kw_ptr += b * stride_wb + kv_head * stride_wh
+        vw_ptr += b * stride_wb + kv_head * stride_wh
 
     top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    offset = tl.arange(0, BLOCK_N)
     for j in range(low, high):
-        fresh = j >= n_cached
-        if indices_ptr is not None:
-            part = KV_BLOCK // BLOCK_N
-            n0 = tl.load(indices_ptr + j // part, mask=j < n_cached, other=0) * KV_BLOCK
-            n0 += j % part * BLOCK_N
-            stop = seqlen
-        else:
-            in_before = j < n_before
+        fresh, in_before = j >= n_cached, j < n_before
+        if indices_ptr is None:
             n0 = tl.where(in_before, leftpad + j * BLOCK_N, after + (j - n_before) * BLOCK_N)
             stop = tl.where(in_before, before_end, after_end)
+        else:
+            part = KV_BLOCK // BLOCK_N
+            entry = indices_ptr + list_index * list_size + j // part
+            n0 = tl.load(entry, mask=j < n_cached, other=0) * KV_BLOCK + j % part * BLOCK_N
+            stop = seqlen
         n0 = tl.where(fresh, own + (j - n_cached) * BLOCK_N, n0)
-        stop = tl.where(fresh, own_end, stop)
-        offset = tl.arange(0, BLOCK_N)
-        seen = offset < stop - n0
+        seen = offset < tl.where(fresh, own_end, stop) - n0
         if indices_ptr is not None:  # what is cached, but for padding and the window
             seen &= offset >= tl.where(fresh, 0, leftpad - n0)
             hole = (offset - tl.where(fresh, W, window_start - n0)).to(tl.uint32)
             seen &= hole >= tl.where(fresh, 0, window_length).to(tl.uint32)
-        if WINDOW_IN_CACHE:
-            first_row = n0 + tl.where(fresh, window_start, 0)
-            k_ptr = kc_ptr + first_row.to(tl.int64) * stride_kcn
-            v_ptr = vc_ptr + first_row.to(tl.int64) * stride_vcn
-            stride_kn, stride_vn = stride_kcn, stride_vcn
+        k_ptr, v_ptr, stride_n = kc_ptr, vc_ptr, stride_cn
+        if kw_ptr is None:
+            n0 += tl.where(fresh, window_start, 0)
         else:
-            stride_kn = tl.where(fresh, stride_kwn, stride_kcn)
-            stride_vn = tl.where(fresh, stride_vwn, stride_vcn)
-            k_ptr = tl.where(fresh, kw_ptr, kc_ptr) + n0.to(tl.int64) * stride_kn
-            v_ptr = tl.where(fresh, vw_ptr, vc_ptr) + n0.to(tl.int64) * stride_vn
-        mask = seen[:, None]
-        if HEAD_DIM != BLOCK_D:
-            mask = mask & (d < HEAD_DIM)[None, :]
+            stride_n = tl.where(fresh, stride_wn, stride_cn)
+            k_ptr, v_ptr = tl.where(fresh, kw_ptr, kc_ptr), tl.where(fresh, vw_ptr, vc_ptr)
+        mask = seen[:, None] if HEAD_DIM == BLOCK_D else seen[:, None] & inside
         # Unsigned 32 bits: all these offsets stay in registers from block to block.
-        k_offset = (offset[:, None] * stride_kn + d[None, :]).to(tl.uint32).to(tl.uint64)
-        v_offset = (offset[:, None] * stride_vn + d[None, :]).to(tl.uint32).to(tl.uint64)
-        k = tl.load(k_ptr + k_offset, mask=mask, other=0.0)
-        scores = tl.dot(q, tl.trans(k), input_precision="ieee")
-        scores = tl.where(seen[None, :], scores, float("-inf"))
-        new_top = tl.maximum(top, tl.max(scores, 1) * scale)
-        # Nothing seen yet: -inf - -inf would be NaN.
-        shift = tl.where(new_top == float("-inf"), 0.0, new_top)
-        p = tl.exp2(scores * scale - shift[:, None])
-        decay = tl.exp2(top - shift)
-        total = total * decay + tl.sum(p, 1)
-        v = tl.load(v_ptr + v_offset, mask=mask, other=0.0)
+        offsets = (offset[:, None] * stride_n + d[None, :]).to(tl.uint32).to(tl.uint64)
+        k = tl.load(k_ptr + n0.to(tl.int64) * stride_n + offsets, mask=mask, other=0.0)
+        p, decay, top, total = _online_softmax(q, k, seen, top, total, scale)
+        v = tl.load(v_ptr + n0.to(tl.int64) * stride_n + offsets, mask=mask, other=0.0)
         acc = tl.dot(p.to(v.dtype), v, acc * decay[:, None], input_precision="ieee")
-        top = new_top
 
-    # Nothing seen: acc is 0 and top is -inf, as the result should be.
-    total = tl.where(total == 0.0, 1.0, total)
-    acc = tl.where(valid[:, None], acc / total[:, None], 0.0)
-    out_ptrs = out_ptr + b * stride_ob + split * stride_os + head[:, None] * stride_oh
-    out_ptrs += window_row[:, None] * stride_ow + d[None, :]
-    # Partial results of rows past the window are not read.
-    stored = (window_row < W) if NUM_SPLITS == 1 else valid
-    mask = stored[:, None] & (d < HEAD_DIM)[None, :]
-    tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=mask)
-    if RETURN_LSE or NUM_SPLITS > 1:
-        lse = (top + tl.log2(total)) * 0.6931471805599453  # ln(2)
-        lse = tl.where(valid, lse, float("-inf"))
-        lse_ptrs = lse_ptr + ((b * NUM_SPLITS + split) * H_kv * GROUP + head) * W + window_row
-        tl.store(lse_ptrs, lse, mask=stored)
+    _store_split(
+        out_ptr, lse_ptr, acc, top, total, (b * NUM_SPLITS + split) * W, column, head,
+        window_length, W, H, HEAD_DIM, NUM_SPLITS, BLOCK_D,
+    )  # fmt: skip
 
 
 @jit
 def _combine_kernel(
-    partial_ptr, partial_lse_ptr, out_ptr, lse_ptr, window_length_ptr,
-    stride_ob, stride_oh, stride_ow, H, W,
-    HEAD_DIM: tl.constexpr, NUM_SPLITS: tl.constexpr, RETURN_LSE: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+    partial_ptr, partial_lse_ptr, out_ptr, lse_ptr, window_length_ptr, H, W,
+    HEAD_DIM: tl.constexpr, NUM_SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """One program: the splits of BLOCK_M of a batch row's H * W query rows, in a fixed order."""
+    """Program (tile, batch row): the splits of BLOCK_M of a row's W * H queries, in a fixed
+    order."""
     b = tl.program_id(1).to(tl.int64)
-    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    head, window_row = (row // W).to(tl.int64), (row % W).to(tl.int64)
-    inside = row < H * W
-    valid = inside & (window_row < tl.load(window_length_ptr + b))
+    query = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    column, head = (query // H).to(tl.int64), (query % H).to(tl.int64)
+    inside = query < H * W
+    valid = inside & (column < tl.load(window_length_ptr + b))
     d = tl.arange(0, BLOCK_D)
     mask = (d < HEAD_DIM)[None, :]
-    partial_lse_ptrs = partial_lse_ptr + b * NUM_SPLITS * H * W + row
+    lse_ptrs = partial_lse_ptr + b * NUM_SPLITS * H * W + head * W + column
     top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     for split in range(NUM_SPLITS):
-        lse = tl.load(partial_lse_ptrs + split * H * W, mask=valid, other=float("-inf"))
+        lse = tl.load(lse_ptrs + split * H * W, mask=valid, other=float("-inf"))
         top = tl.maximum(top, lse)
     shift = tl.where(top == float("-inf"), 0.0, top)
-    partial_ptrs = partial_ptr + (b * NUM_SPLITS * H * W + row)[:, None] * HEAD_DIM + d[None, :]
+    partial_ptrs = partial_ptr + (b * NUM_SPLITS * H * W + query)[:, None] * HEAD_DIM + d[None, :]
     total = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     for split in range(NUM_SPLITS):
-        lse = tl.load(partial_lse_ptrs + split * H * W, mask=valid, other=float("-inf"))
+        lse = tl.load(lse_ptrs + split * H * W, mask=valid, other=float("-inf"))
         weight = tl.exp(lse - shift)
         total += weight
-        at = tl.cast(split, tl.int64) * H * W * HEAD_DIM
-        part = tl.load(partial_ptrs + at, mask=valid[:, None] & mask, other=0)
+        offset = tl.cast(split, tl.int64) * H * W * HEAD_DIM
+        part = tl.load(partial_ptrs + offset, mask=valid[:, None] & mask, other=0)
         acc += part.to(tl.float32) * weight[:, None]
     total = tl.where(total == 0.0, 1.0, total)
     acc = acc / total[:, None]
-    out_ptrs = out_ptr + b * stride_ob + head[:, None] * stride_oh + window_row[:, None] * stride_ow
-    tl.store(out_ptrs + d[None, :], acc.to(out_ptr.dtype.element_ty), mask=inside[:, None] & mask)
-    if RETURN_LSE:
-        tl.store(lse_ptr + b * H * W + row, top + tl.log(total), mask=inside)
+    out_ptrs = out_ptr + (b * H * W + query)[:, None] * HEAD_DIM + d[None, :]
+    tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=inside[:, None] & mask)
+    if lse_ptr is not None:
+        lse_ptr += b * H * W + head * W + column
+        tl.store(lse_ptr, top + tl.log(total), mask=inside)
 
 
-def launch(
-    q: Tensor,
-    k_window: Tensor | None,
-    v_window: Tensor | None,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    window_start: Tensor,
-    window_length: Tensor,
-    cache_seqlens: Tensor,
-    cache_leftpad: Tensor | None,
-    cache_batch_idx: Tensor | None,
-    kv_num_blocks: Tensor | None,
-    kv_indices: Tensor | None,
-    kv_block_size: int,
-    softmax_scale: float,
-    num_splits: int | None,
-    return_lse: bool,
-) -> tuple[Tensor, Tensor]:
-    """As `window_attention`; without `return_lse` the second tensor is empty."""
-    B, H, W, D = q.shape
-    H_kv, C = k_cache.shape[1:3]
-    out = torch.empty_like(q)
-    lse = q.new_empty((B, H, W) if return_lse else 0, dtype=torch.float32)
-    if q.numel() == 0:
-        return out, lse
-    config = tile_of(H // H_kv * W, D, q.dtype, architecture_of(q.device))
-    blocks = dict(config.blocks, BLOCK_D=max(64, triton.next_power_of_2(D)))
-    if kv_indices is not None:
-        blocks["BLOCK_N"] = min(blocks["BLOCK_N"], kv_block_size)
-    tiles = triton.cdiv(H // H_kv * W, blocks["BLOCK_M"])
-    if num_splits is None:
-        num_splits = choose_splits(B * H_kv * tiles, sm_count(q.device), H // H_kv * W)
-    target, target_lse = out, lse
-    if num_splits > 1:
-        # Each is normalised: rounded like a result, weighted in float32.
-        target = q.new_empty(B, num_splits, H, W, D)
-        target_lse = q.new_empty(B, num_splits, H, W, dtype=torch.float32)
-    window = (k_cache, v_cache) if k_window is None else (k_window, v_window)
-    lists = (0, 0, 0, 0)
-    if kv_indices is not None:
-        per_head = kv_indices.ndim == 3
-        lists = (
-            kv_num_blocks.stride(0), kv_num_blocks.stride(1) if per_head else 0,
-            kv_indices.stride(0), kv_indices.stride(1) if per_head else 0,
+def launch(a: Any) -> tuple[Tensor, Tensor]:
+    """What `window_attention_reference` returns, by kernels."""
+    B, H, W, D = a.q.shape
+    H_kv, C = a.k_cache.shape[1:3]
+    group = H // H_kv
+    out = a.q.new_empty(B, W, H, D)
+    lse = a.q.new_empty((B, H, W), dtype=torch.float32) if a.return_lse else None
+    if out.numel() > 0:
+        config = tile_of(group * W, D, a.q.dtype, architecture_of(a.q.device))
+        blocks = dict(config.blocks, BLOCK_D=max(64, triton.next_power_of_2(D)))
+        if a.kv_indices is not None:
+            blocks["BLOCK_N"] = min(blocks["BLOCK_N"], a.kv_block_size)
+        tiles = triton.cdiv(group * W, blocks["BLOCK_M"])
+        splits = a.num_splits or choose_splits(B * H_kv * tiles, sm_count(a.q.device), group * W)
+        target, target_lse = out, lse
+        if splits > 1:
+            # Each is normalised: rounded like a result, weighted in float32.
+            target = a.q.new_empty(B, splits, W, H, D)
+            target_lse = a.q.new_empty(B, splits, H, W, dtype=torch.float32)
+        k_window, v_window = a.k_window, a.v_window
+        if k_window is not None and k_window.stride() != v_window.stride():
+            v_window = torch.empty_like(k_window).copy_(v_window)
+        lists, list_size = 1, 1
+        if a.kv_indices is not None:
+            lists, list_size = a.kv_num_blocks.numel() // B, a.kv_indices.shape[-1]
+        wrap_triton(_attention_kernel)[(tiles * splits, H_kv, B)](
+            a.q, k_window, v_window, a.k_cache, a.v_cache, target, target_lse,
+            a.window_start, a.window_length, a.cache_seqlens, a.cache_leftpad, a.cache_batch_idx,
+            a.kv_num_blocks, a.kv_indices, lists, list_size, *a.q.stride()[:3],
+            *(a.k_cache if k_window is None else k_window).stride()[:3], *a.k_cache.stride()[:3],
+            W, C, 1 / math.sqrt(D) if a.softmax_scale is None else a.softmax_scale,
+            GROUP=group, HEAD_DIM=D, NUM_SPLITS=splits, KV_BLOCK=a.kv_block_size,
+            **blocks, **launch_options(config.num_warps, config.num_stages),
         )  # fmt: skip
-    wrap_triton(_attention_kernel)[(tiles, num_splits, B * H_kv)](
-        q, *window, k_cache, v_cache, target, target_lse,
-        window_start, window_length, cache_seqlens, cache_leftpad, cache_batch_idx,
-        kv_num_blocks, kv_indices,
-        *q.stride()[:3], *window[0].stride()[:3], *window[1].stride()[:3],
-        *k_cache.stride()[:3], *v_cache.stride()[:3],
-        target.stride(0), 0 if num_splits == 1 else target.stride(1), *target.stride()[-3:-1],
-        *lists, H_kv, W, C, softmax_scale,
-        GROUP=H // H_kv, HEAD_DIM=D, NUM_SPLITS=num_splits, WINDOW_IN_CACHE=k_window is None,
-        KV_BLOCK=kv_block_size, RETURN_LSE=return_lse,
-        **blocks, **launch_options(config.num_warps, config.num_stages),
-    )  # fmt: skip
-    if num_splits > 1:
-        wrap_triton(_combine_kernel)[(triton.cdiv(H * W, COMBINE_ROWS), B)](
-            target, target_lse, out, lse, window_length, *out.stride()[:3], H, W,
-            HEAD_DIM=D, NUM_SPLITS=num_splits, RETURN_LSE=return_lse,
-            BLOCK_M=COMBINE_ROWS, BLOCK_D=blocks["BLOCK_D"], **launch_options(4, 1),
-        )  # fmt: skip
-    return out, lse
+        if splits > 1:
+            wrap_triton(_combine_kernel)[(triton.cdiv(H * W, COMBINE_ROWS), B)](
+                target, target_lse, out, lse, a.window_length, H, W,
+                HEAD_DIM=D, NUM_SPLITS=splits, BLOCK_M=COMBINE_ROWS, BLOCK_D=blocks["BLOCK_D"],
+                **launch_options(4, 1),
+            )  # fmt: skip
+    if lse is None:
+        lse = a.q.new_empty(0, dtype=torch.float32)
+    return out.transpose(1, 2), lse

@@ -10,6 +10,8 @@ left out by window_attention itself, whatever a list names.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -33,7 +35,7 @@ def _blocks(capacity: int, block_size: int, like: Tensor) -> Tensor:
 
 
 def _check_rows(**tensors: Tensor | None) -> None:
-    first = next(iter(tensors.values()))
+    first: Any = next(iter(tensors.values()))
     for name, tensor in tensors.items():
         if tensor is not None:
             check_tensor(

@@ -1,48 +1,50 @@
-"""unmask_and_slide: from confidences to the next decoding state (arXiv 2602.05992).
+"""unmask_and_slide: the last operation of a decoding step (DSB, arXiv 2602.05992).
 
-One step of the schedule for every row of a batch: pick which candidates to commit, write their
-tokens into the canvas, slide the window, and say what the row needs next (a refresh, a window
-step, or nothing) and what the host wants to know of it. `L` = canvas length, `P` = where the
-response starts, `K` = candidates of a row, `b` and `k` = rows and candidates that were scored.
+For each batch row that takes part in the step:
+    1. select   candidates by the rule (threshold, factor, frechet, quota)
+    2. commit   their tokens into the canvas
+    3. slide    the block [start, end) to the first remaining mask
+    4. plan     what the row needs next: a window step, a refresh, or nothing
+
+`dsb_kernels.method` says the same for one row in plain Python: read that first. The kernel is in
+`dsb_kernels.commit_kernel`.
+
+Shapes: B batch rows, L canvas positions, K candidates of a row; b rows and k candidates of each
+were scored.
 """
 
 from __future__ import annotations
 
-from dataclasses import fields
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from dsb_kernels._check import check_choice, check_tensor
-from dsb_kernels._op import register_op, takes_definition, use_triton
+from dsb_kernels._check import check_tensor
+from dsb_kernels._op import op
 from dsb_kernels.commit_kernel import launch
-from dsb_kernels.rows import (
-    BOOL_FIELDS,
-    FLAGS,
-    INT_FIELDS,
-    NOTHING,
-    REFRESH,
-    RESPONSE,
-    WINDOW,
-    UnmaskSpec,
-    WindowState,
-)
-from dsb_kernels.rules import RULES, select
-
-SCHEDULES = ("dsb", "naive")
-CACHES = ("dsb", "dual", "none")
-REFRESH_COMMITS = ("select", "first")
-
+from dsb_kernels.rows import NUM_COLUMNS, Column, StepKind, UnmaskSpec
+from dsb_kernels.rules import select
 
 # --- definition -------------------------------------------------------------------------------
 
 
-def quota_due(state: WindowState, spec: UnmaskSpec, length: int) -> Tensor:
+def in_batch(scored: Tensor, rows: Tensor | None, whole: Tensor) -> Tensor:
+    """Values of the rows that were scored, (b,) or (b, k), at their places in a tensor of the shape
+    of `whole`, (B,) or (B, K); 0 elsewhere."""
+    if rows is None and scored.shape == whole.shape:
+        return scored
+    values = torch.zeros_like(whole, dtype=scored.dtype)
+    part = values if values.ndim == 1 else values[:, : scored.shape[1]]
+    part[slice(None) if rows is None else rows.long()] = scored
+    return values
+
+
+def tokens_due(step: Tensor, start: Tensor, committed: Tensor, length: int, spec: UnmaskSpec):
     """Tokens to commit in this step so that the plan is met: m masks in k steps, the first m mod k
-    steps taking one more. What a window could not supply earlier is carried over. (B,) int64."""
-    step, committed = state.step.long(), state.committed.long()
+    steps taking one more. What a block could not supply earlier is carried over. (B,) int64."""
     if spec.schedule == "naive":
-        start = state.start.long()
         masks = (length - start).clamp(max=spec.block_length)
         committed = committed - (start - spec.prompt_length)
     else:
@@ -52,8 +54,17 @@ def quota_due(state: WindowState, spec: UnmaskSpec, length: int) -> Tensor:
     return torch.where(step + 1 >= steps, masks, planned) - committed
 
 
-def window_of(first_masked: Tensor, committed: Tensor, length: int, spec: UnmaskSpec) -> tuple:
-    """Active block [s, e) of each row, given its first masked position and commits so far."""
+def commit_tokens(canvas: Tensor, position: Tensor, token: Tensor, commit: Tensor) -> None:
+    """Write the tokens of the candidates that `commit` names into the canvas."""
+    L = canvas.shape[1]
+    index = torch.where(commit, position.long(), L)  # column L is thrown away
+    canvas.copy_(pad(canvas, (0, 1)).scatter(1, index, token)[:, :L])
+
+
+def block_of(
+    first_masked: Tensor, committed: Tensor, length: int, spec: UnmaskSpec
+) -> tuple[Tensor, Tensor]:
+    """The block [start, end) of each row, given its first masked position and its commits."""
     prompt, size = spec.prompt_length, spec.block_length
     if spec.schedule == "naive":
         start = prompt + (first_masked - prompt) // size * size
@@ -65,289 +76,218 @@ def window_of(first_masked: Tensor, committed: Tensor, length: int, spec: Unmask
     return first_masked, end
 
 
-def candidates(masked: Tensor, end: Tensor, width: int) -> Tensor:
-    """The first `width` masked positions before `end`, ascending, -1 beyond: (B, width) int32."""
-    length = masked.shape[1]
-    index = torch.arange(length, device=masked.device)
-    key = torch.where(masked & (index < end[:, None]), index, length)
-    key = key.topk(width, dim=-1, largest=False, sorted=True).values
-    return torch.where(key < length, key, -1).int()
+def next_prefix(old: dict[Column, Tensor], start: Tensor, refresh: Tensor, spec: UnmaskSpec):
+    """How many positions before the block the next window step computes. (B,) int64."""
+    if spec.cache == "none":
+        return torch.zeros_like(start)
+    distance = start - old[Column.START]
+    if spec.cache == "dsb":
+        prefix = distance.clamp(min=spec.prefix_window)
+    else:  # dual: from where the block stood at its refresh
+        at_refresh = old[Column.NEXT_KIND] != StepKind.WINDOW
+        prefix = distance + old[Column.PREFIX].masked_fill(at_refresh, 0)
+        prefix = prefix.masked_fill(refresh, 0).clamp(min=spec.min_prefix)
+    return prefix.minimum(start - old[Column.LEFTPAD])
 
 
-def spread(scored: Tensor, rows: Tensor | None, whole: Tensor) -> Tensor:
-    """What was scored, (b,) or (b, k), in its place in a tensor like `whole`, 0 elsewhere."""
-    if rows is None and scored.shape == whole.shape:
-        return scored
-    whole = torch.zeros_like(whole, dtype=scored.dtype)
-    part = whole if whole.ndim == 1 else whole[:, : scored.shape[1]]
-    part[slice(None) if rows is None else rows.long()] = scored
-    return whole
+def first_candidates(masked: Tensor, end: Tensor, num: int) -> Tensor:
+    """The first `num` masked positions before `end`, ascending, -1 beyond: (B, num) int32."""
+    L = masked.shape[1]
+    index = torch.arange(L, device=masked.device)
+    key = torch.where(masked & (index < end[:, None]), index, L)
+    key = key.topk(num, dim=-1, largest=False, sorted=True).values
+    return torch.where(key < L, key, -1).int()
 
 
-def needs_of(state: WindowState, spec: UnmaskSpec) -> Tensor:
-    """(B,) int32: what each row needs next."""
-    kind = torch.where(state.refresh, REFRESH, WINDOW)
-    if spec.full_every > 1:
-        kept = state.refresh & (state.refreshes % spec.full_every != 0)
-        kind = torch.where(kept, RESPONSE, kind)
-    return torch.where(state.done, NOTHING, kind).int()
+def fill_after_eos(canvas: Tensor, first_masked: Tensor, moved: Tensor, spec: UnmaskSpec) -> Tensor:
+    """Whether a row that moved has an EOS with no mask to its left, (B,) bool; all that follows
+    its first EOS becomes that EOS."""
+    L = canvas.shape[1]
+    index = torch.arange(L, device=canvas.device)
+    is_eos = torch.zeros_like(canvas, dtype=torch.bool)
+    for eos_id in spec.eos_ids:
+        is_eos |= canvas == eos_id
+    is_eos &= (index >= spec.prompt_length) & (index < first_masked[:, None])
+    first_eos = torch.where(is_eos, index, L).amin(-1)
+    stopped = moved & (first_eos < L)
+    eos = canvas.gather(1, first_eos.clamp(max=L - 1)[:, None])
+    after = stopped[:, None] & (index > first_eos[:, None])
+    canvas.copy_(torch.where(after, eos, canvas))
+    return stopped
 
 
-def flags_of(state: WindowState, length: int, took_part: Tensor, spec: UnmaskSpec) -> Tensor:
-    """(B, len(FLAGS)) int32."""
-    columns = {
-        **{name: getattr(state, name) for name in ("needs", "failed", "start", "end", "prefix")},
-        "held": (state.position >= 0).sum(-1),
-        "since": state.since_refresh,
-        "left": length - spec.prompt_length - state.committed,
-        "took_part": took_part,
-        "new": state.commit.sum(-1),
-    }
-    return torch.stack([columns[name].int() for name in FLAGS], dim=1)
-
-
-def unmask_and_slide_definition(
+def unmask_and_slide_reference(
     canvas: Tensor,
+    table: Tensor,
+    position: Tensor,
+    commit: Tensor,
+    candidate_confidence: Tensor,
     token: Tensor,
     confidence: Tensor,
-    state: WindowState,
     active: Tensor,
-    leftpad: Tensor,
+    rows: Tensor | None,
     spec: UnmaskSpec,
-    rows: Tensor | None = None,
-) -> Tensor:
-    length, prompt = canvas.shape[1], spec.prompt_length
-    index = torch.arange(length, device=canvas.device)
-    response = index >= prompt
-    width = confidence.shape[1]
-    token, confidence = (spread(x, rows, state.position) for x in (token, confidence))
-    active = spread(active, rows, state.done) & ~state.done
-    state.scored.copy_(torch.where(active[:, None], confidence, 0))
+) -> None:
+    """Commit the selected candidates of every active row and slide its block, in place.
 
-    # Select among the candidates and commit them.
-    at = state.position.long().clamp(min=0)
-    is_masked = canvas.gather(1, at) == spec.mask_id
-    valid = (state.position >= 0) & is_masked & (state.position < state.end[:, None])
-    valid[:, width:] = False
-    valid = valid & active[:, None]
-    nan = (valid & confidence.isnan()).any(-1)
-    valid = valid & ~nan[:, None]
-    due = quota_due(state, spec, length)
-    commit = select(confidence, valid, due, spec.rule, spec.rule_value)
+    Args:
+        canvas: (B, L) int64, prompt and response; committed tokens are written into it.
+        table: (B, NUM_COLUMNS) int32, the row table (`dsb_kernels.rows.Column`), updated.
+        position: (B, K) int32, canvas positions of the candidates, ascending, -1 beyond the last;
+            becomes those of the next step.
+        commit: (B, K) bool, becomes which of the candidates that the step began with it committed.
+        candidate_confidence: (B, K) float32, becomes their confidence, 0 where none was scored.
+        token: (b, k) int64, proposed tokens of the first k <= K candidates of the b rows that were
+            scored; candidates beyond are not committed.
+        confidence: (b, k) float32, their confidence; ignored where there is no candidate.
+        active: (b,) bool, rows that take part; done rows never do.
+        rows: (b,) int32, the batch row of each row that was scored, no row twice (not checked);
+            None: b = B, each in its place.
+        spec: schedule, cache policy, rule and ids.
+
+    A row with a candidate of NaN confidence commits nothing and has its FAILED column set.
+
+    Raises:
+        TypeError, ValueError: a tensor of the wrong dtype, shape, device or stride (the canvas may
+            have any row stride, the others are contiguous), or a spec that does not fit the canvas.
+    """
+    L, k = canvas.shape[1], token.shape[1]
+    old = {column: table[:, column].long() for column in Column}
+    was_refresh = old[Column.NEXT_KIND] != StepKind.WINDOW
+    token = in_batch(token, rows, position)
+    confidence = in_batch(confidence, rows, position)
+    takes_part = in_batch(active, rows, old[Column.NEXT_KIND]) & (
+        old[Column.NEXT_KIND] != StepKind.NOTHING
+    )
+    candidate_confidence.copy_(confidence.where(takes_part[:, None], 0))
+
+    # Select.
+    is_masked = canvas.gather(1, position.clamp(min=0).long()) == spec.mask_id
+    valid = (position >= 0) & (position < old[Column.END][:, None]) & is_masked
+    valid = valid & takes_part[:, None]
+    valid[:, k:] = False
+    failed = (valid & confidence.isnan()).any(-1)
+    valid = valid & ~failed[:, None]
+    due = tokens_due(old[Column.STEP], old[Column.START], old[Column.COMMITTED], L, spec)
+    chosen = select(confidence, valid, due, spec.rule, spec.rule_value)
     if spec.refresh_commit == "first":
         first = valid & (valid.cumsum(-1) == 1)
-        commit = torch.where(state.refresh[:, None], first, commit)
-    # A padded candidate aliases index 0, so scatter by addition of (token - mask), zero elsewhere.
-    delta = torch.where(commit, token - spec.mask_id, 0)
-    canvas.scatter_add_(1, at, delta)
+        chosen = torch.where(was_refresh[:, None], first, chosen)
 
-    # Slide the window of the rows that took part.
-    moved = active & ~nan
-    new = commit.sum(-1)
-    committed = state.committed + new
-    masked = (canvas == spec.mask_id) & response
-    first_masked = torch.where(masked, index, length).amin(-1)
-    start, end = window_of(first_masked, committed, length, spec)
-    since = torch.where(state.refresh, 0, state.since_refresh) + new
-    step = torch.where(
-        (start != state.start) & (spec.schedule == "naive"), 0, state.step.long() + 1
-    )
-    distance = start - state.start
+    # Commit.
+    commit.copy_(chosen)
+    commit_tokens(canvas, position, token, chosen)
+    new = chosen.sum(-1)
+    committed = old[Column.COMMITTED] + new
+    since_refresh = old[Column.SINCE_REFRESH].masked_fill(was_refresh, 0) + new
+    refreshes = old[Column.REFRESHES] + was_refresh
+
+    # Slide.
+    moved = takes_part & ~failed
+    index = torch.arange(L, device=canvas.device)
+    masked = (canvas == spec.mask_id) & (index >= spec.prompt_length)
+    first_masked = torch.where(masked, index, L).amin(-1)
+    start, end = block_of(first_masked, committed, L, spec)
+    step = old[Column.STEP] + 1
+    if spec.schedule == "naive":
+        step = step.masked_fill(start != old[Column.START], 0)
+
+    # Plan.
+    refresh = since_refresh >= spec.block_length
     if spec.cache == "none":
-        refresh, prefix = torch.ones_like(state.refresh), torch.zeros_like(start)
-    else:
-        refresh = since >= spec.block_length
-        if spec.cache == "dsb":
-            prefix = distance.clamp(min=spec.prefix_window)
-        else:  # dual: recompute from where the block stood at its refresh
-            prefix = torch.where(state.refresh, 0, state.prefix) + distance
-            prefix = prefix.masked_fill(refresh, 0).clamp(min=spec.min_prefix)
-        prefix = prefix.minimum(start - leftpad)
-
-    # A row is done when no mask is left, or at an EOS with no mask to its left.
-    done = first_masked >= length
+        refresh = torch.ones_like(refresh)
+    prefix = next_prefix(old, start, refresh, spec)
+    done = first_masked >= L
     if spec.stop_at_eos:
-        eos = torch.zeros_like(masked)
-        for eos_id in spec.eos_ids:
-            eos |= canvas == eos_id
-        eos &= response & (index < first_masked[:, None])
-        eos_at = torch.where(eos, index, length).amin(-1)
-        stopped = moved & (eos_at < length)
-        fill = canvas.gather(1, eos_at.clamp(max=length - 1)[:, None])
-        canvas.copy_(torch.where(stopped[:, None] & (index > eos_at[:, None]), fill, canvas))
-        done = done | stopped
-    position = candidates(masked & ~done[:, None], end, state.position.shape[1])
+        done = done | fill_after_eos(canvas, first_masked, moved, spec)
+    full = refreshes % spec.full_every == 0
+    next_kind = torch.where(full, StepKind.REFRESH, StepKind.RESPONSE)
+    next_kind = torch.where(refresh, next_kind, StepKind.WINDOW)
+    next_kind = torch.where(done, StepKind.NOTHING, next_kind)
+    next_position = first_candidates(masked & ~done[:, None], end, position.shape[1])
+    position.copy_(torch.where(moved[:, None], next_position, position))
 
-    for name, value in (
-        ("start", start), ("end", end), ("prefix", prefix), ("committed", committed),
-        ("since_refresh", since), ("step", step), ("refreshes", state.refreshes + state.refresh),
-        ("forwards", state.forwards + 1), ("refresh", refresh), ("done", done),
-    ):  # fmt: skip
-        old = getattr(state, name)
-        old.copy_(torch.where(moved, value.to(old.dtype), old))
-    state.position.copy_(torch.where(moved[:, None], position, state.position))
-    state.failed.logical_or_(nan)
-    state.commit.copy_(commit)
-    state.needs.copy_(needs_of(state, spec))
-    state.flags.copy_(flags_of(state, length, active, spec))
-    return state.commit
+    after = {
+        Column.NEXT_KIND: next_kind, Column.START: start, Column.END: end, Column.PREFIX: prefix,
+        Column.NUM_CANDIDATES: (next_position >= 0).sum(-1), Column.LEFTPAD: old[Column.LEFTPAD],
+        Column.COMMITTED: committed, Column.SINCE_REFRESH: since_refresh, Column.STEP: step,
+        Column.REFRESHES: refreshes, Column.FORWARDS: old[Column.FORWARDS] + 1,
+    }  # fmt: skip
+    after = {column: torch.where(moved, value, old[column]) for column, value in after.items()}
+    # These say what this step did, also of the rows that did not move.
+    after |= {
+        Column.TOOK_PART: takes_part, Column.NEW: new, Column.FAILED: old[Column.FAILED] | failed,
+    }  # fmt: skip
+    table.copy_(torch.stack([after[column].int() for column in Column], dim=1))
 
 
-def initial_state(canvas: Tensor, leftpad: Tensor, spec: UnmaskSpec) -> WindowState:
-    """The state before the first step: everything masked, the first step is a refresh."""
-    rows, length = canvas.shape
-    zeros = torch.zeros(rows, dtype=torch.int32, device=canvas.device)
-    masked = (canvas == spec.mask_id) & (
-        torch.arange(length, device=canvas.device) >= spec.prompt_length
-    )
-    start, end = window_of(zeros.long() + spec.prompt_length, zeros.long(), length, spec)
-    position = candidates(masked, end, min(spec.block_length, length - spec.prompt_length))
-    state = WindowState(
-        **{name: zeros.clone() for name in INT_FIELDS},
-        refresh=zeros == 0,
-        done=zeros != 0,
-        failed=zeros != 0,
-        position=position,
-        commit=position < -1,
-        scored=torch.zeros_like(position, dtype=torch.float32),
-        flags=zeros.new_zeros(rows, len(FLAGS)),
-    )
-    state.start.copy_(start)
-    state.end.copy_(end)
-    state.needs.fill_(REFRESH)
-    state.flags.copy_(flags_of(state, length, state.done, spec))
-    return state
+def initial_rows(canvas: Tensor, leftpad: Tensor, spec: UnmaskSpec) -> tuple[Tensor, Tensor]:
+    """The row table and the candidates' positions before the first step, which is a refresh.
+
+    Args:
+        canvas: (B, L) int64, prompt and response.
+        leftpad: (B,), padding positions before each prompt.
+
+    Returns:
+        `table`, (B, NUM_COLUMNS) int32, and `position`, (B, K) int32 with K the smaller of
+        `block_length` and the response's length.
+    """
+    B, L = canvas.shape
+    zeros = torch.zeros(B, dtype=torch.int64, device=canvas.device)
+    masked = canvas == spec.mask_id
+    masked &= torch.arange(L, device=canvas.device) >= spec.prompt_length
+    start, end = block_of(zeros + spec.prompt_length, zeros, L, spec)
+    num_candidates = min(spec.block_length, L - spec.prompt_length)
+    position = first_candidates(masked, end, num_candidates)
+    values = dict.fromkeys(Column, zeros) | {
+        Column.NEXT_KIND: zeros + int(StepKind.REFRESH),
+        Column.START: start,
+        Column.END: end,
+        Column.NUM_CANDIDATES: (position >= 0).sum(-1),
+        Column.LEFTPAD: leftpad,
+    }
+    return torch.stack([values[column].int() for column in Column], dim=1), position
 
 
 # --- op ---------------------------------------------------------------------------------------
 
 
-@register_op("unmask_and_slide", mutates_args=("canvas", *(f.name for f in fields(WindowState))))
-def _unmask_and_slide_op(
-    canvas: Tensor,
-    token: Tensor,
-    confidence: Tensor,
-    start: Tensor,
-    end: Tensor,
-    prefix: Tensor,
-    committed: Tensor,
-    since_refresh: Tensor,
-    step: Tensor,
-    refreshes: Tensor,
-    forwards: Tensor,
-    needs: Tensor,
-    refresh: Tensor,
-    done: Tensor,
-    failed: Tensor,
-    position: Tensor,
-    commit: Tensor,
-    scored: Tensor,
-    flags: Tensor,
-    active: Tensor,
-    leftpad: Tensor,
-    rows: Tensor | None,
-    prompt_length: int,
-    block_length: int,
-    max_block_length: int | None,
-    schedule: str,
-    cache: str,
-    prefix_window: int,
-    min_prefix: int,
-    rule: str,
-    rule_value: float,
-    steps: int,
-    refresh_commit: str,
-    mask_id: int,
-    eos_ids: list[int],
-    stop_at_eos: bool,
-    full_every: int,
-) -> None:
-    state = WindowState(
-        start, end, prefix, committed, since_refresh, step, refreshes, forwards, needs, refresh,
-        done, failed, position, commit, scored, flags,
-    )  # fmt: skip
-    spec = UnmaskSpec(
-        prompt_length, block_length, max_block_length, schedule, cache, prefix_window, min_prefix,
-        rule, rule_value, steps, refresh_commit, mask_id, tuple(eos_ids), stop_at_eos, full_every,
-    )  # fmt: skip
-    step_of = launch if use_triton(canvas, confidence) else unmask_and_slide_definition
-    step_of(canvas, token, confidence, state, active, leftpad, spec, rows)
-
-
-def unmask_and_slide(
-    canvas: Tensor,
-    token: Tensor,
-    confidence: Tensor,
-    state: WindowState,
-    active: Tensor,
-    leftpad: Tensor,
-    spec: UnmaskSpec,
-    rows: Tensor | None = None,
-) -> Tensor:
-    """Commit the selected candidates of every active row and slide its window, in place.
-
-    Args:
-        canvas: (B, L) int64, prompt and response; committed tokens are written into it.
-        token: (b, k) int64, proposed token of the first k <= K candidates (`state.position`) of
-            the b rows that were scored; candidates beyond are not committed.
-        confidence: (b, k) float32, its confidence; ignored where there is no candidate.
-        state: per-row window state, updated in place.
-        active: (b,) bool, rows that take part; done rows never do.
-        leftpad: (B,) int32, padding positions before the row's prompt.
-        spec: schedule, cache policy, rule and ids.
-        rows: (b,) int32, the batch row of each row that was scored, no row twice (not checked);
-            None: b = B, each in its place.
-
-    Returns:
-        `state.commit`, (B, K) bool, the candidates that were committed.
-
-    Raises:
-        TypeError, ValueError: a tensor of the wrong dtype, shape, device or stride (canvas may
-            have any row stride, the rest is contiguous), or a spec that is not defined.
-    """
-    op = "unmask_and_slide"
-    check_tensor(op, "canvas", canvas, dtype=torch.int64, shape=("B", "L"), unit_stride=True)
-    B, L = canvas.shape
-    same = {"device": canvas.device, "contiguous": True}
-    shape = (B, "K")
-    check_tensor(op, "state.position", state.position, dtype=torch.int32, shape=shape, **same)
-    K = state.position.shape[1]
-    if rows is not None:
-        check_tensor(op, "rows", rows, dtype=torch.int32, shape=("b",), **same)
-    b = B if rows is None else len(rows)
-    check_tensor(op, "token", token, dtype=torch.int64, shape=(b, "k"), **same)
-    for name, tensor, dtype, shape in (
-        ("confidence", confidence, torch.float32, (b, token.shape[1])),
-        ("active", active, torch.bool, (b,)),
-        *((f"state.{n}", getattr(state, n), torch.int32, (B,)) for n in INT_FIELDS),
-        *((f"state.{n}", getattr(state, n), torch.bool, (B,)) for n in BOOL_FIELDS),
-        ("state.commit", state.commit, torch.bool, (B, K)),
-        ("state.scored", state.scored, torch.float32, (B, K)),
-        ("state.flags", state.flags, torch.int32, (B, len(FLAGS))),
-        ("leftpad", leftpad, torch.int32, (B,)),
+def _check(a: Any) -> None:
+    name = "unmask_and_slide"
+    check_tensor(name, "canvas", a.canvas, dtype=torch.int64, shape=("B", "L"), unit_stride=True)
+    B, L = a.canvas.shape
+    K = a.position.shape[-1] if isinstance(a.position, Tensor) else 0
+    b = B if a.rows is None else len(a.rows)
+    shape: tuple[Any, ...]
+    for field, dtype, shape in (
+        ("table", torch.int32, (B, NUM_COLUMNS)),
+        ("position", torch.int32, (B, "K")),
+        ("commit", torch.bool, (B, K)),
+        ("candidate_confidence", torch.float32, (B, K)),
+        *([] if a.rows is None else [("rows", torch.int32, ("b",))]),
+        ("token", torch.int64, (b, "k")),
+        ("confidence", torch.float32, (b, a.token.shape[-1])),
+        ("active", torch.bool, (b,)),
     ):
-        check_tensor(op, name, tensor, dtype=dtype, shape=shape, **same)
-    check_choice(op, "schedule", spec.schedule, SCHEDULES)
-    check_choice(op, "cache", spec.cache, CACHES)
-    check_choice(op, "rule", spec.rule, tuple(RULES))
-    check_choice(op, "refresh_commit", spec.refresh_commit, REFRESH_COMMITS)
+        check_tensor(
+            name, field, getattr(a, field), dtype=dtype, shape=shape, device=a.canvas.device,
+            contiguous=True,
+        )  # fmt: skip
     if K < 1:
-        raise ValueError(f"{op}: state.position has no candidates: accepted is K >= 1")
-    if not 1 <= token.shape[1] <= K:
+        raise ValueError(f"{name}: position has no candidates: accepted is K >= 1")
+    if not 1 <= a.token.shape[1] <= K:
         raise ValueError(
-            f"{op}: token has {token.shape[1]} candidates a row: accepted are 1 to state's {K}"
+            f"{name}: token has {a.token.shape[1]} candidates a row: accepted are 1 to {K}"
         )
-    if not 0 <= spec.prompt_length <= L:
-        raise ValueError(f"{op}: prompt_length={spec.prompt_length}: accepted are 0 to {L}")
-    if spec.block_length < 1:
-        raise ValueError(f"{op}: block_length={spec.block_length}: accepted is at least 1")
-    if spec.full_every < 1:
-        raise ValueError(f"{op}: full_every={spec.full_every}: accepted is at least 1")
-    if spec.rule == "quota" and spec.steps < 1:
-        raise ValueError(f"{op}: steps={spec.steps}: the quota rule accepts at least 1")
-    if takes_definition(canvas, confidence):
-        unmask_and_slide_definition(canvas, token, confidence, state, active, leftpad, spec, rows)
-    else:
-        tensors, settings = ([getattr(x, f.name) for f in fields(x)] for x in (state, spec))
-        _unmask_and_slide_op(canvas, token, confidence, *tensors, active, leftpad, rows, *settings)
-    return state.commit
+    if a.spec.prompt_length > L:
+        raise ValueError(
+            f"{name}: spec.prompt_length={a.spec.prompt_length}: accepted are 0 to {L}"
+        )
+
+
+unmask_and_slide = op(
+    unmask_and_slide_reference,
+    launch=launch,
+    check=_check,
+    mutates_args=("canvas", "table", "position", "commit", "candidate_confidence"),
+)

@@ -1,35 +1,72 @@
-"""The Triton kernel of unmask_and_slide: one launch per step, one program per batch row.
+"""The kernel of `unmask_and_slide`: one program for each row of the batch.
 
-It restates the definition in `dsb_kernels.commit` without sharing code with it. Sorting is by
-counting: a candidate's rank is one more than the number of candidates before it in the order
-(confidence descending, then position ascending).
+A row's candidates are held in registers, BLOCK_K of them; its response is read in pieces of BLOCK_L
+positions. What a row does not do is an empty range: a scalar condition in a vector mask is more
+than Triton's interpreter takes.
 """
 
 from __future__ import annotations
 
-from dataclasses import fields
-
-from torch import Tensor
+from typing import Any
 
 from dsb_kernels._configs import Config, configuration
 from dsb_kernels._op import jit, launch_options, tl, triton, wrap_triton
-from dsb_kernels.rows import NOTHING as _NOTHING
-from dsb_kernels.rows import REFRESH as _REFRESH
-from dsb_kernels.rows import RESPONSE as _RESPONSE
-from dsb_kernels.rows import WINDOW as _WINDOW
-from dsb_kernels.rows import UnmaskSpec, WindowState
+from dsb_kernels.rows import NUM_COLUMNS, Column, StepKind, UnmaskSpec
 
-# Kernels read constants of their module only as such.
-WINDOW, REFRESH, RESPONSE, NOTHING = (
-    tl.constexpr(value) if tl else value for value in (_WINDOW, _REFRESH, _RESPONSE, _NOTHING)
-)
+
+def _constant(value: int) -> Any:
+    """A value that kernels can read: Triton takes globals of this type only."""
+    return tl.constexpr(int(value)) if tl else int(value)
+
+
+WINDOW = _constant(StepKind.WINDOW)
+REFRESH = _constant(StepKind.REFRESH)
+RESPONSE = _constant(StepKind.RESPONSE)
+NOTHING = _constant(StepKind.NOTHING)
+COLUMNS = _constant(NUM_COLUMNS)
+NEXT_KIND = _constant(Column.NEXT_KIND)
+START = _constant(Column.START)
+END = _constant(Column.END)
+PREFIX = _constant(Column.PREFIX)
+NUM_CANDIDATES = _constant(Column.NUM_CANDIDATES)
+LEFTPAD = _constant(Column.LEFTPAD)
+COMMITTED = _constant(Column.COMMITTED)
+SINCE_REFRESH = _constant(Column.SINCE_REFRESH)
+STEP = _constant(Column.STEP)
+REFRESHES = _constant(Column.REFRESHES)
+FORWARDS = _constant(Column.FORWARDS)
+TOOK_PART = _constant(Column.TOOK_PART)
+NEW = _constant(Column.NEW)
+FAILED = _constant(Column.FAILED)
 
 
 @jit
-def _valid_candidates(at, k, scored, canvas_ptr, end, mask_id):
-    """Whether candidates `k` at canvas `at` may be committed: scored, masked, before `end`."""
-    held = (k < scored) & (at >= 0) & (at < end)
-    return held & (tl.load(canvas_ptr + at, mask=held, other=0) == mask_id)
+def _valid_candidates(position, k, num_scored, canvas_ptr, end, mask_id):
+    """Whether candidates `k` at `position` may be committed: scored, masked, before `end`."""
+    valid = (k < num_scored) & (position >= 0) & (position < end)
+    return valid & (tl.load(canvas_ptr + position, mask=valid, other=0) == mask_id)
+
+
+@jit
+def _rank_candidates(
+    c, k, num_scored, position_ptr, confidence_ptr, canvas_ptr, K, end, mask_id,
+    RULE: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_J: tl.constexpr,
+):  # fmt: skip
+    """Each candidate's rank, 1 for the largest confidence, and the sum of the confidences before
+    it (frechet only), by comparing it with BLOCK_J candidates at a time."""
+    rank = tl.full((BLOCK_K,), 1, tl.int32)
+    total_before = tl.zeros((BLOCK_K,), tl.float64)
+    for base in range(0, K, BLOCK_J):
+        j = base + tl.arange(0, BLOCK_J)
+        position = tl.load(position_ptr + j, mask=j < K, other=-1)
+        valid = _valid_candidates(position, j, num_scored, canvas_ptr, end, mask_id)
+        cj = tl.load(confidence_ptr + j, mask=valid, other=float("-inf"))[None, :]
+        precedes = (cj > c[:, None]) | ((cj == c[:, None]) & (j[None, :] < k[:, None]))
+        precedes = precedes & valid[None, :]
+        rank += tl.sum(precedes.to(tl.int32), 1)
+        if RULE == "frechet":  # float64, so that the order of adding does not matter
+            total_before += tl.sum(tl.where(precedes, cj.to(tl.float64), 0.0), 1)
+    return rank, total_before
 
 
 @jit
@@ -51,102 +88,33 @@ def _commit_count(
         bound = tl.where(rank == 1, -1.0, 1.0 - value / (rank + 1).to(tl.float64))
         first = tl.min(tl.where(valid & (c < bound), rank, K + 1), 0)
         count = tl.where(first >= m, m, first - 1)
-    else:
-        tl.static_assert(RULE == "frechet")
+    elif RULE == "frechet":
         bound = total_before - (rank - 1).to(tl.float64) - (1.0 - c)
         count = tl.sum((valid & (bound > value)).to(tl.int32), 0)
+    else:
+        tl.static_assert(False, "no branch of _commit_count for this rule")
     return count
 
 
 @jit
-def _unmask_kernel(
-    canvas_ptr, token_ptr, confidence_ptr,
-    start_ptr, end_ptr, prefix_ptr, committed_ptr, since_ptr, step_ptr, refreshes_ptr,
-    forwards_ptr, needs_ptr, refresh_ptr, done_ptr, failed_ptr, position_ptr,
-    commit_ptr, scored_ptr, flags_ptr, active_ptr, leftpad_ptr, rows_ptr,
-    stride_cb, L, K, rows, width, prompt, size, max_size, prefix_window, min_prefix, steps,
-    mask_id, full_every,
-    SCHEDULE: tl.constexpr, CACHE: tl.constexpr, RULE: tl.constexpr, RULE_VALUE: tl.constexpr,
-    BOUNDED: tl.constexpr, REFRESH_FIRST: tl.constexpr, EOS_IDS: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_R: tl.constexpr,
-):  # fmt: skip
-    """One program: one row of the batch, whether it was scored or not. Candidates are held in
-    registers, BLOCK_K of them; the response is read in pieces of BLOCK_L. EOS_IDS is empty where
-    a row does not stop at an EOS."""
-    b = tl.program_id(0).to(tl.int64)
-    # Where the row stands among those that were scored; nowhere: `listed` is 0.
-    at_row = b
-    listed = 1
-    if rows_ptr is not None:
-        r = tl.arange(0, BLOCK_R)
-        here = tl.load(rows_ptr + r, mask=r < rows, other=-1) == b
-        listed = tl.sum(here.to(tl.int32), 0)
-        at_row = tl.sum(tl.where(here, r, 0), 0).to(tl.int64)
-    canvas_ptr += b * stride_cb
-    position_ptr += b * K
-    confidence_ptr += at_row * width
-    old_start = tl.load(start_ptr + b)
-    old_end = tl.load(end_ptr + b)
-    old_step = tl.load(step_ptr + b)
-    old_committed = tl.load(committed_ptr + b)
-    old_refresh = tl.load(refresh_ptr + b) != 0
-    active = tl.load(active_ptr + at_row, mask=listed != 0, other=0)
-    takes_part = (active != 0) & (tl.load(done_ptr + b) == 0)
+def _tokens_due(step, start, committed, L, prompt, size, steps, SCHEDULE: tl.constexpr):
+    """Tokens to commit so that the quota's plan is met, what was missed so far included."""
+    if SCHEDULE == "naive":
+        masks = tl.minimum(tl.maximum(L - start, 0), size)
+        committed = committed - (start - prompt)
+    else:
+        masks = L - prompt
+    planned = (step + 1) * (masks // steps) + tl.minimum(step + 1, masks % steps)
+    return tl.where(step + 1 >= steps, masks, planned) - committed
 
-    # Select: rank every candidate against pieces of BLOCK_J candidates. What a row does not do is
-    # an empty range: a scalar condition in a vector mask is more than Triton's interpreter takes.
-    k = tl.arange(0, BLOCK_K)
-    scored = tl.where(takes_part, width, 0)
-    at = tl.load(position_ptr + k, mask=k < K, other=-1)
-    c = tl.load(confidence_ptr + k, mask=k < scored, other=0.0)
-    tl.store(scored_ptr + b * K + k, c, mask=k < K)
-    valid = _valid_candidates(at, k, scored, canvas_ptr, old_end, mask_id)
-    c = tl.where(valid, c, float("-inf"))
-    failed = tl.max((c != c).to(tl.int32), 0) > 0
-    moved = takes_part & (failed == 0)
-    scored = tl.where(moved, width, 0)
-    valid = valid & (k < scored)
-    m = tl.sum(valid.to(tl.int32), 0)
-    rank = tl.full((BLOCK_K,), 1, tl.int32)
-    total_before = tl.zeros((BLOCK_K,), tl.float64)
-    for base in range(0, K, BLOCK_J):
-        j = base + tl.arange(0, BLOCK_J)
-        at_j = tl.load(position_ptr + j, mask=j < K, other=-1)
-        other = _valid_candidates(at_j, j, scored, canvas_ptr, old_end, mask_id)
-        cj = tl.load(confidence_ptr + j, mask=other, other=float("-inf"))[None, :]
-        precedes = (cj > c[:, None]) | ((cj == c[:, None]) & (j[None, :] < k[:, None]))
-        precedes = precedes & other[None, :]
-        rank += tl.sum(precedes.to(tl.int32), 1)
-        if RULE == "frechet":  # float64, so that the order of adding does not matter
-            total_before += tl.sum(tl.where(precedes, cj.to(tl.float64), 0.0), 1)
-    c = tl.where(valid, c, float("-inf")).to(tl.float64)
 
-    due = 0
-    if RULE == "quota":
-        if SCHEDULE == "naive":
-            masks = tl.minimum(tl.maximum(L - old_start, 0), size)
-            so_far = old_committed - (old_start - prompt)
-        else:
-            masks = L - prompt
-            so_far = old_committed
-        planned = (old_step + 1) * (masks // steps) + tl.minimum(old_step + 1, masks % steps)
-        due = tl.where(old_step + 1 >= steps, masks, planned) - so_far
-    count = _commit_count(c, rank, total_before + c, valid, m, K, due, RULE, RULE_VALUE)
-    commit = valid & (rank <= tl.maximum(count, 1))
-    if REFRESH_FIRST:
-        first = tl.min(tl.where(valid, k, K), 0)
-        commit = tl.where(old_refresh, valid & (k == first), commit)
-    token = tl.load(token_ptr + at_row * width + k, mask=commit, other=0)
-    tl.debug_barrier()  # every thread has read the masks that are overwritten here
-    tl.store(canvas_ptr + at, token, mask=commit)
-    tl.store(commit_ptr + b * K + k, commit, mask=k < K)
-    new = tl.sum(commit.to(tl.int32), 0)
-    tl.debug_barrier()  # the canvas is read again, by other threads
-
-    # The first mask and the first EOS of the response.
+@jit
+def _first_mask_and_eos(
+    canvas_ptr, prompt, stop, L, mask_id, EOS_IDS: tl.constexpr, BLOCK_L: tl.constexpr
+):
+    """The response's first mask and first EOS before `stop`, L where there is none."""
     first_masked = L
     first_eos = L
-    stop = tl.where(moved, L, 0)
     for base in range(prompt // BLOCK_L * BLOCK_L, stop, BLOCK_L):
         index = base + tl.arange(0, BLOCK_L)
         inside = (index >= prompt) & (index < stop)
@@ -156,108 +124,194 @@ def _unmask_kernel(
         for i in tl.static_range(len(EOS_IDS)):
             eos = inside & (piece == EOS_IDS[i])
             first_eos = tl.minimum(first_eos, tl.min(tl.where(eos, index, L), 0))
-    stopped = moved & (first_eos < first_masked)
-    done = (first_masked >= L) | stopped
+    return first_masked, first_eos
 
-    # Slide.
-    committed = old_committed + new
+
+@jit
+def _slide(
+    first_masked, old_start, old_step, committed, L, prompt, size, max_size, SCHEDULE: tl.constexpr
+):
+    """The block [start, end), and the row's step in it."""
     if SCHEDULE == "naive":
         start = tl.where(first_masked >= L, L, prompt + (first_masked - prompt) // size * size)
         end = tl.minimum(start + size, L)
         step = tl.where(start != old_start, 0, old_step + 1)
     else:
         start = first_masked
-        end = tl.minimum(prompt + size + committed, L)
-        if BOUNDED:
-            end = tl.minimum(end, first_masked + max_size)
+        end = tl.minimum(tl.minimum(prompt + size + committed, L), first_masked + max_size)
         step = old_step + 1
-    since = tl.where(old_refresh, 0, tl.load(since_ptr + b)) + new
+    return start, end, step
+
+
+@jit
+def _plan(
+    start, old_start, old_prefix, since_refresh, was_refresh, leftpad, size, prefix_window,
+    min_prefix, CACHE: tl.constexpr,
+):  # fmt: skip
+    """Whether the next step is a refresh, and the prefix that it computes if it is not."""
     if CACHE == "none":
-        refresh = moved
+        refresh = since_refresh >= 0
         prefix = 0
     else:
-        refresh = since >= size
+        refresh = since_refresh >= size
         if CACHE == "dsb":
             prefix = tl.maximum(start - old_start, prefix_window)
-        else:
-            # Dual: recompute from where the block stood at its refresh.
-            prefix = tl.where(old_refresh, 0, tl.load(prefix_ptr + b)) + start - old_start
+        else:  # dual: from where the block stood at its refresh
+            prefix = tl.where(was_refresh, 0, old_prefix) + start - old_start
             prefix = tl.maximum(tl.where(refresh, 0, prefix), min_prefix)
-        prefix = tl.minimum(prefix, start - tl.load(leftpad_ptr + b))
-    tl.store(start_ptr + b, start, mask=moved)
-    tl.store(end_ptr + b, end, mask=moved)
-    tl.store(prefix_ptr + b, prefix, mask=moved)
-    tl.store(committed_ptr + b, committed, mask=moved)
-    tl.store(since_ptr + b, since, mask=moved)
-    tl.store(step_ptr + b, step, mask=moved)
-    refreshes = tl.load(refreshes_ptr + b) + old_refresh.to(tl.int32)
-    tl.store(refreshes_ptr + b, refreshes, mask=moved)
-    tl.store(forwards_ptr + b, tl.load(forwards_ptr + b) + 1, mask=moved)
-    tl.store(refresh_ptr + b, refresh, mask=moved)
-    tl.store(done_ptr + b, done, mask=moved)
-    tl.store(failed_ptr + b, failed, mask=failed)
-    kind = tl.where(refreshes % full_every != 0, RESPONSE, REFRESH)
-    needs = tl.where(done, NOTHING, tl.where(refresh, kind, WINDOW))
-    tl.store(needs_ptr + b, needs, mask=moved)
+        prefix = tl.minimum(prefix, start - leftpad)
+    return refresh, prefix
 
-    # The next candidates, in order: the masked positions before the window's end.
-    held = 0
-    stop = tl.where(moved & (done == 0), end, 0)
+
+@jit
+def _list_candidates(
+    position_ptr, canvas_ptr, first_masked, stop, prompt, K, mask_id, BLOCK_L: tl.constexpr
+):
+    """Write the masked positions before `stop` in order; returns how many there are."""
+    num_candidates = 0
     for base in range(first_masked // BLOCK_L * BLOCK_L, stop, BLOCK_L):
         index = base + tl.arange(0, BLOCK_L)
         inside = (index >= prompt) & (index < stop)
         masked = inside & (tl.load(canvas_ptr + index, mask=inside, other=-1) == mask_id)
-        slot = held + tl.cumsum(masked.to(tl.int32), 0) - 1
+        slot = num_candidates + tl.cumsum(masked.to(tl.int32), 0) - 1
         tl.store(position_ptr + slot, index, mask=masked & (slot < K))
-        held += tl.sum(masked.to(tl.int32), 0)
-    tl.store(position_ptr + k, k * 0 - 1, mask=(k >= held) & (k < tl.where(moved, K, 0)))
+        num_candidates += tl.sum(masked.to(tl.int32), 0)
+    return num_candidates
 
-    # What the host wants to know, in the order of FLAGS. A row that did not move is as it was.
-    flags_ptr += b * 10
-    tl.store(flags_ptr, needs, mask=moved)
-    tl.store(flags_ptr + 1, 1, mask=failed)
-    tl.store(flags_ptr + 2, start, mask=moved)
-    tl.store(flags_ptr + 3, end, mask=moved)
-    tl.store(flags_ptr + 4, prefix, mask=moved)
-    tl.store(flags_ptr + 5, tl.minimum(held, K), mask=moved)
-    tl.store(flags_ptr + 6, since, mask=moved)
-    tl.store(flags_ptr + 7, L - prompt - committed, mask=moved)
-    tl.store(flags_ptr + 8, takes_part.to(tl.int32))
-    tl.store(flags_ptr + 9, new)
 
-    # After an EOS with no mask to its left comes nothing but that EOS.
+@jit
+def _fill_after_eos(canvas_ptr, first_eos, stopped, L, BLOCK_L: tl.constexpr):
+    """After an EOS with no mask to its left comes nothing but that EOS."""
+    eos = tl.load(canvas_ptr + first_eos, mask=stopped, other=0)
+    for base in range(tl.where(stopped, first_eos // BLOCK_L * BLOCK_L, L), L, BLOCK_L):
+        index = base + tl.arange(0, BLOCK_L)
+        tl.store(canvas_ptr + index, eos, mask=(index > first_eos) & (index < L))
+
+
+@jit
+def _unmask_kernel(
+    canvas_ptr, table_ptr, position_ptr, commit_ptr, candidate_confidence_ptr,
+    token_ptr, confidence_ptr, active_ptr, rows_ptr,
+    stride_cb, L, K, num_rows, num_scored, prompt, size, max_size, prefix_window, min_prefix, steps,
+    mask_id, full_every,
+    SCHEDULE: tl.constexpr, CACHE: tl.constexpr, RULE: tl.constexpr, RULE_VALUE: tl.constexpr,
+    REFRESH_FIRST: tl.constexpr, EOS_IDS: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """One row, whether it was scored or not. EOS_IDS is empty where a row does not stop at one."""
+    b = tl.program_id(0).to(tl.int64)
+    r = b  # where the row stands among those that were scored
+    is_scored = 1
+    if rows_ptr is not None:
+        each = tl.arange(0, BLOCK_R)
+        is_mine = tl.load(rows_ptr + each, mask=each < num_rows, other=-1) == b
+        is_scored = tl.sum(is_mine.to(tl.int32), 0)
+        r = tl.sum(tl.where(is_mine, each, 0), 0).to(tl.int64)
+    canvas_ptr += b * stride_cb
+    table_ptr += b * COLUMNS
+    position_ptr += b * K
+    confidence_ptr += r * num_scored
+    old_kind = tl.load(table_ptr + NEXT_KIND)
+    old_end = tl.load(table_ptr + END)
+    was_refresh = old_kind != WINDOW
+    active = tl.load(active_ptr + r, mask=is_scored != 0, other=0)
+    takes_part = (active != 0) & (old_kind != NOTHING)
+
+    # Select.
+    k = tl.arange(0, BLOCK_K)
+    scored = tl.where(takes_part, num_scored, 0)
+    position = tl.load(position_ptr + k, mask=k < K, other=-1)
+    c = tl.load(confidence_ptr + k, mask=k < scored, other=0.0)
+    tl.store(candidate_confidence_ptr + b * K + k, c, mask=k < K)
+    valid = _valid_candidates(position, k, scored, canvas_ptr, old_end, mask_id)
+    c = tl.where(valid, c, float("-inf"))
+    failed = tl.max((c != c).to(tl.int32), 0) > 0
+    moved = takes_part & (failed == 0)
+    scored = tl.where(moved, num_scored, 0)
+    valid = valid & (k < scored)
+    rank, total_before = _rank_candidates(
+        c, k, scored, position_ptr, confidence_ptr, canvas_ptr, K, old_end, mask_id, RULE, BLOCK_K,
+        BLOCK_J,
+    )  # fmt: skip
+    c = tl.where(valid, c, float("-inf")).to(tl.float64)
+    old_start = tl.load(table_ptr + START)
+    old_step = tl.load(table_ptr + STEP)
+    old_committed = tl.load(table_ptr + COMMITTED)
+    due = 0
+    if RULE == "quota":
+        due = _tokens_due(old_step, old_start, old_committed, L, prompt, size, steps, SCHEDULE)
+    m = tl.sum(valid.to(tl.int32), 0)
+    count = _commit_count(c, rank, total_before + c, valid, m, K, due, RULE, RULE_VALUE)
+    commit = valid & (rank <= tl.maximum(count, 1))
+    if REFRESH_FIRST:
+        first = tl.min(tl.where(valid, k, K), 0)
+        commit = tl.where(was_refresh, valid & (k == first), commit)
+
+    # Commit. Columns of a row that did not move stay as they are.
+    token = tl.load(token_ptr + r * num_scored + k, mask=commit, other=0)
+    tl.debug_barrier()  # every thread has read the masks that are overwritten here
+    tl.store(canvas_ptr + position, token, mask=commit)
+    tl.store(commit_ptr + b * K + k, commit, mask=k < K)
+    new = tl.sum(commit.to(tl.int32), 0)
+    tl.debug_barrier()  # the canvas is read again, by other threads
+    committed = old_committed + new
+    since_refresh = tl.where(was_refresh, 0, tl.load(table_ptr + SINCE_REFRESH)) + new
+    refreshes = tl.load(table_ptr + REFRESHES) + was_refresh.to(tl.int32)
+    tl.store(table_ptr + COMMITTED, committed, mask=moved)
+    tl.store(table_ptr + SINCE_REFRESH, since_refresh, mask=moved)
+    tl.store(table_ptr + REFRESHES, refreshes, mask=moved)
+    tl.store(table_ptr + FORWARDS, tl.load(table_ptr + FORWARDS) + 1, mask=moved)
+    tl.store(table_ptr + TOOK_PART, takes_part.to(tl.int32))
+    tl.store(table_ptr + NEW, new)
+    tl.store(table_ptr + FAILED, 1, mask=failed)
+
+    # Slide.
+    stop = tl.where(moved, L, 0)
+    first_masked, first_eos = _first_mask_and_eos(
+        canvas_ptr, prompt, stop, L, mask_id, EOS_IDS, BLOCK_L
+    )
+    start, end, step = _slide(
+        first_masked, old_start, old_step, committed, L, prompt, size, max_size, SCHEDULE
+    )
+    tl.store(table_ptr + START, start, mask=moved)
+    tl.store(table_ptr + END, end, mask=moved)
+    tl.store(table_ptr + STEP, step, mask=moved)
+
+    # Plan.
+    refresh, prefix = _plan(
+        start, old_start, tl.load(table_ptr + PREFIX), since_refresh, was_refresh,
+        tl.load(table_ptr + LEFTPAD), size, prefix_window, min_prefix, CACHE,
+    )  # fmt: skip
+    stopped = moved & (first_eos < first_masked)
+    done = (first_masked >= L) | stopped
+    next_kind = tl.where(refreshes % full_every != 0, RESPONSE, REFRESH)
+    next_kind = tl.where(done, NOTHING, tl.where(refresh, next_kind, WINDOW))
+    tl.store(table_ptr + PREFIX, prefix, mask=moved)
+    tl.store(table_ptr + NEXT_KIND, next_kind, mask=moved)
+    stop = tl.where(moved & (done == 0), end, 0)
+    num_candidates = _list_candidates(
+        position_ptr, canvas_ptr, first_masked, stop, prompt, K, mask_id, BLOCK_L
+    )
+    unused = (k >= num_candidates) & (k < tl.where(moved, K, 0))
+    tl.store(position_ptr + k, k * 0 - 1, mask=unused)
+    tl.store(table_ptr + NUM_CANDIDATES, tl.minimum(num_candidates, K), mask=moved)
     if len(EOS_IDS) > 0:
-        fill = tl.load(canvas_ptr + first_eos, mask=stopped, other=0)
-        for base in range(tl.where(stopped, first_eos // BLOCK_L * BLOCK_L, L), L, BLOCK_L):
-            index = base + tl.arange(0, BLOCK_L)
-            tl.store(canvas_ptr + index, fill, mask=(index > first_eos) & (index < L))
+        _fill_after_eos(canvas_ptr, first_eos, stopped, L, BLOCK_L)
 
 
-def launch(
-    canvas: Tensor,
-    token: Tensor,
-    confidence: Tensor,
-    state: WindowState,
-    active: Tensor,
-    leftpad: Tensor,
-    spec: UnmaskSpec,
-    rows: Tensor | None,
-) -> None:
-    """As `unmask_and_slide_definition`."""
-    B, K = state.position.shape
+def launch(a: Any) -> None:
+    """Launch the kernel on the arguments of `unmask_and_slide`."""
+    (B, K), spec = a.position.shape, a.spec
     if B == 0:
         return
+    config = config_of(K)
     wrap_triton(_unmask_kernel)[(B,)](
-        canvas, token, confidence, *(getattr(state, f.name) for f in fields(state)),
-        active, leftpad, rows,
-        canvas.stride(0), canvas.shape[1], K, *confidence.shape, spec.prompt_length,
-        spec.block_length, spec.max_block_length or 0, spec.prefix_window, spec.min_prefix,
-        max(spec.steps, 1), spec.mask_id, spec.full_every,
-        **constants(
-            K, len(confidence), spec.schedule, spec.max_block_length, spec.cache, spec.rule,
-            spec.rule_value, spec.refresh_commit, spec.eos_ids if spec.stop_at_eos else (),
-        ),
-        **launch_options(config_of(K).num_warps, config_of(K).num_stages),
+        a.canvas, a.table, a.position, a.commit, a.candidate_confidence, a.token, a.confidence,
+        a.active, a.rows, a.canvas.stride(0), a.canvas.shape[1], K, *a.confidence.shape,
+        spec.prompt_length, spec.block_length, spec.max_block_length or a.canvas.shape[1],
+        spec.prefix_window, spec.min_prefix, max(spec.steps, 1), spec.mask_id, spec.full_every,
+        **constants(K, len(a.confidence), spec),
+        **launch_options(config.num_warps, config.num_stages),
     )  # fmt: skip
 
 
@@ -266,27 +320,16 @@ def config_of(K: int) -> Config:
     return configuration("unmask_and_slide", K, "any")
 
 
-def constants(
-    K: int,
-    rows: int,
-    schedule: str,
-    max_block_length: int | None,
-    cache: str,
-    rule: str,
-    rule_value: float,
-    refresh_commit: str,
-    eos_ids: tuple[int, ...],
-) -> dict[str, object]:
-    """The kernel's compile-time arguments."""
+def constants(K: int, num_rows: int, spec: UnmaskSpec) -> dict[str, object]:
+    """The kernel's compile-time arguments for K candidates of rows, of which so many are scored."""
     return {
-        "SCHEDULE": schedule,
-        "CACHE": cache,
-        "RULE": rule,
-        "RULE_VALUE": float(rule_value),  # a runtime float would be rounded to float32
-        "BOUNDED": max_block_length is not None,
-        "REFRESH_FIRST": refresh_commit == "first",
-        "EOS_IDS": eos_ids,
+        "SCHEDULE": spec.schedule,
+        "CACHE": spec.cache,
+        "RULE": spec.rule,
+        "RULE_VALUE": float(spec.rule_value),  # a runtime float would be rounded to float32
+        "REFRESH_FIRST": spec.refresh_commit == "first",
+        "EOS_IDS": spec.eos_ids if spec.stop_at_eos else (),
         "BLOCK_K": triton.next_power_of_2(K),
-        "BLOCK_R": triton.next_power_of_2(rows),
+        "BLOCK_R": triton.next_power_of_2(num_rows),
         **config_of(K).blocks,
     }

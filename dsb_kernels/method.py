@@ -1,6 +1,37 @@
-"""The method's definitions written out a second time, in plain Python over lists, for one row.
+"""The method for one row, in plain Python over lists: read this page first.
 
-Shares nothing with `dsb_kernels.commit`: the tests hold one against the other.
+A masked diffusion model sees a *canvas*, the prompt and then `gen_length` mask tokens, and proposes
+a token and a confidence for every mask at once. Decoding runs the model again and again; after each
+forward it commits some of the proposals, and commits are final. Three choices make a decoder:
+
+    the schedule      where tokens may be committed next: the block [start, end)
+    the rule          which of the masks in the block are committed
+    the cache policy  which positions the next forward computes, the others keeping their K/V
+
+**Schedule.** "naive" cuts the response into blocks of `block_length` and moves to the next one when
+a block is full. "dsb" (Dynamic Sliding Block, arXiv 2602.05992, section 3) lets the block begin at
+the first mask and grow with each commit, up to `max_block_length` positions if that is given: easy
+positions further right need not wait for a hard one.
+
+**Rule.** Confidences are looked at from the largest down, and at least one is committed:
+"threshold" takes all that reach a value, "quota" a number fixed up front, "factor" (Fast-dLLM) and
+"frechet" (arXiv 2606.02955) as many as their bound on the joint choice allows.
+
+**Cache policy.** "none" computes every position in every forward. "dual" (Fast-dLLM) does so at a
+*refresh* and otherwise computes the block alone. "dsb" (DSB Cache, same paper) computes a prefix as
+well, since what has just been committed changes the K/V of its neighbours most: as many positions
+as the block has just moved by, and at least `prefix_window`. Both refresh once `block_length`
+tokens were committed since the last refresh. Of every `full_every` refreshes all but the first
+leave the prompt's K/V as they are.
+
+    row = Row(prompt_length=2, gen_length=8, block_length=4)
+    while not row.done:
+        first, last = row.computed()  # the positions that this forward computes
+        tokens, confidences = model(row.canvas, row.candidates())
+        row.advance(tokens, confidences)
+
+Nothing here is shared with the ops, which do the same for a batch on a GPU; the tests hold
+`place_rows` and `unmask_and_slide` against this page.
 """
 
 from __future__ import annotations
@@ -10,8 +41,11 @@ from dataclasses import dataclass, field
 MASK, EOS = -1, 0
 
 
-def choose(confidences: list[float], rule: str, value: float, due: int) -> list[int]:
-    """Indices that the rule commits, out of the candidates' confidences (position order)."""
+def choose(confidences: list[float], rule: str, value: float, due: int = 0) -> list[int]:
+    """Which candidates the rule commits: indices into `confidences`, ascending.
+
+    Ties go to the lower index. `due`: how many a fixed number of steps asks for ("quota").
+    """
     order = sorted(range(len(confidences)), key=lambda i: (-confidences[i], i))
     c = [confidences[i] for i in order]
     if rule == "threshold":
@@ -24,108 +58,146 @@ def choose(confidences: list[float], rule: str, value: float, due: int) -> list[
             if x < (-1.0 if j == 1 else 1.0 - value / (j + 1)):
                 count = len(c) if j == len(c) else j - 1
                 break
-    else:
+    elif rule == "frechet":
         count = 0
         for n in range(1, len(c) + 1):
             if sum(c[:n]) - (n - 1) - (1 - c[n - 1]) > value:
                 count = n
+    else:
+        raise ValueError(f"rule={rule!r}: expected threshold, quota, factor or frechet")
     return sorted(order[: min(max(count, 1), len(c))])
+
+
+def source(position: int, shift: bool) -> int:
+    """The position whose output predicts `position`: with `shift` (Dream) the one before it."""
+    return max(position - 1, 0) if shift else position
 
 
 @dataclass
 class Row:
-    """One row's decoding, a step at a time."""
+    """One row's decoding, a step at a time. The settings are those of `DecodingConfig`."""
 
-    prompt: int
-    gen: int
-    block: int
-    max_block: int | None
-    schedule: str
-    cache: str
-    prefix_window: int
-    rule: str
-    value: float
-    steps: int
-    refresh_commit: str
-    min_prefix: int
-    stop_at_eos: bool
-    leftpad: int = 0
+    prompt_length: int
+    gen_length: int
+    block_length: int
+    max_block_length: int | None = None  # dsb: None lets the block grow without bound
+    schedule: str = "dsb"
+    cache: str = "dsb"
+    prefix_window: int = 0  # cache="dsb"
+    rule: str = "threshold"
+    value: float = 0.9  # of the rule
+    steps: int = 1  # quota: steps of the response (dsb) or of each block (naive)
+    refresh_commit: str = "select"  # "first": a refresh commits the first candidate alone
+    min_prefix: int = 0  # cache="dual": 1 if a window's first token is predicted before it
+    stop_at_eos: bool = False
+    full_every: int = 1
+    leftpad: int = 0  # padding positions before the prompt
+
     canvas: list[int] = field(init=False)
-    refresh: bool = True
-    done: bool = False
-    n: int = 0
-    since: int = 0
-    step: int = 0
-    p: int = 0
+    next_kind: str = "refresh"  # "refresh", "response", "window" or "nothing"
+    start: int = field(init=False)
+    end: int = field(init=False)
+    prefix: int = 0
+    committed: int = 0
+    since_refresh: int = 0
+    step: int = 0  # naive: of the block
+    refreshes: int = 0
 
     def __post_init__(self) -> None:
-        self.canvas = [1] * self.prompt + [MASK] * self.gen
-        self.s, self.e = self.window()
+        self.canvas = [1] * self.prompt_length + [MASK] * self.gen_length
+        self.start, self.end = self.block()
 
     @property
     def length(self) -> int:
-        return self.prompt + self.gen
+        return self.prompt_length + self.gen_length
+
+    @property
+    def done(self) -> bool:
+        return self.next_kind == "nothing"
 
     def first_masked(self) -> int:
         return self.canvas.index(MASK) if MASK in self.canvas else self.length
 
-    def window(self) -> tuple[int, int]:
+    def block(self) -> tuple[int, int]:
+        """The schedule: the block [start, end) of the canvas as it is."""
         first = self.first_masked()
         if self.schedule == "naive":
             if first == self.length:
                 return self.length, self.length
-            k = (first - self.prompt) // self.block
-            start = self.prompt + k * self.block
-            return start, min(start + self.block, self.length)
-        end = self.prompt + self.block + self.n
-        end = min(
-            end, self.length, self.length if self.max_block is None else first + self.max_block
-        )
+            number = (first - self.prompt_length) // self.block_length
+            start = self.prompt_length + number * self.block_length
+            return start, min(start + self.block_length, self.length)
+        end = min(self.prompt_length + self.block_length + self.committed, self.length)
+        if self.max_block_length is not None:
+            end = min(end, first + self.max_block_length)
         return first, end
 
     def candidates(self) -> list[int]:
-        return [i for i in range(self.prompt, self.e) if self.canvas[i] == MASK]
+        """Positions that may be committed: masks before the block's end."""
+        return [i for i in range(self.prompt_length, self.end) if self.canvas[i] == MASK]
+
+    def computed(self, shift: bool = False) -> tuple[int, int]:
+        """The positions [first, last) that the coming forward computes.
+
+        `shift`: tokens are predicted from the position before (Dream), so that the response needs
+        the prompt's last position.
+        """
+        if self.next_kind == "window":
+            return self.start - self.prefix, self.end
+        first = self.prompt_length - int(shift) if self.next_kind == "response" else 0
+        return first, self.length
 
     def due(self) -> int:
-        """Planned commits up to and including this step, less what has been committed."""
+        """Commits planned up to and including this step, less those made: of m masks in k steps
+        the first m mod k steps take one more."""
         if self.schedule == "naive":
-            masks, done = min(self.block, self.length - self.s), self.n - (self.s - self.prompt)
+            masks = min(self.block_length, self.length - self.start)
+            made = self.committed - (self.start - self.prompt_length)
         else:
-            masks, done = self.gen, self.n
-        planned = sum(masks // self.steps + (t < masks % self.steps) for t in range(self.step + 1))
-        return (masks if self.step + 1 >= self.steps else planned) - done
+            masks, made = self.gen_length, self.committed
+        if self.step + 1 >= self.steps:
+            return masks - made
+        each, more = divmod(masks, self.steps)
+        return sum(each + (t < more) for t in range(self.step + 1)) - made
 
     def advance(self, tokens: list[int], confidences: list[float]) -> list[int]:
-        """Commit by the rule and slide; returns the committed positions."""
-        at = self.candidates()
-        if self.refresh and self.refresh_commit == "first":
-            picked = [0]
+        """Commit and slide, given a proposal for each candidate. Returns committed positions."""
+        candidates, is_refresh = self.candidates(), self.next_kind != "window"
+        if is_refresh and self.refresh_commit == "first":
+            chosen = [0]
         else:
             due = self.due() if self.rule == "quota" else 0
-            picked = choose(confidences, self.rule, self.value, due)
-        for i in picked:
-            self.canvas[at[i]] = tokens[i]
-        self.n += len(picked)
-        self.since = (0 if self.refresh else self.since) + len(picked)
-        old, was_refresh = self.s, self.refresh
-        self.s, self.e = self.window()
-        moved = self.s - old
-        self.step = 0 if self.schedule == "naive" and moved else self.step + 1
+            chosen = choose(confidences, self.rule, self.value, due)
+        for i in chosen:
+            self.canvas[candidates[i]] = tokens[i]
+        self.committed += len(chosen)
+        self.since_refresh = (0 if is_refresh else self.since_refresh) + len(chosen)
+        self.refreshes += is_refresh
+        self.slide(is_refresh)
+        return [candidates[i] for i in chosen]
+
+    def slide(self, was_refresh: bool) -> None:
+        """Move the block, and decide what the next forward computes."""
+        old_start = self.start
+        self.start, self.end = self.block()
+        distance = self.start - old_start
+        self.step = 0 if self.schedule == "naive" and distance else self.step + 1
+
+        refresh = self.cache == "none" or self.since_refresh >= self.block_length
         if self.cache == "none":
-            self.refresh, self.p = True, 0
-        else:
-            self.refresh = self.since >= self.block
-            if self.cache == "dsb":
-                self.p = max(moved, self.prefix_window)
-            else:
-                self.p = max(0 if self.refresh else (0 if was_refresh else self.p) + moved,
-                             self.min_prefix)  # fmt: skip
-            self.p = min(self.p, self.s - self.leftpad)
+            self.prefix = 0
+        elif self.cache == "dsb":
+            self.prefix = max(distance, self.prefix_window)
+        else:  # from where the block stood at its refresh
+            since = 0 if was_refresh else self.prefix
+            self.prefix = max(0 if refresh else since + distance, self.min_prefix)
+        self.prefix = min(self.prefix, self.start - self.leftpad)
+        full = self.refreshes % self.full_every == 0
+        self.next_kind = ("refresh" if full else "response") if refresh else "window"
+
         first = self.first_masked()
-        self.done = first == self.length
-        if self.stop_at_eos:
-            ends = [i for i in range(self.prompt, first) if self.canvas[i] == EOS]
-            if ends:
-                self.canvas[ends[0] + 1 :] = [EOS] * (self.length - ends[0] - 1)
-                self.done = True
-        return [at[i] for i in picked]
+        eos = [i for i in range(self.prompt_length, first) if self.canvas[i] == EOS]
+        if self.stop_at_eos and eos:  # what follows an EOS is EOS
+            self.canvas[eos[0] + 1 :] = [EOS] * (self.length - eos[0] - 1)
+        if first == self.length or (self.stop_at_eos and eos):
+            self.next_kind = "nothing"

@@ -1,50 +1,42 @@
 """place_rows: which rows take part in a step, where their windows stand, and what is in them.
 
-The first launch of a step of DSB Cache (arXiv 2602.05992); `unmask_and_slide` is the last. `B` =
-batch rows, `L` = canvas length, `K` = candidates of a row, `b`, `W` and `k` = the rows, positions
-and candidates that the step has room for.
+This is the first launch of a step of DSB Cache (arXiv 2602.05992); `unmask_and_slide` is the last.
+
+Shapes: B batch rows, L canvas positions, K candidates of a row; b rows, W positions and k
+candidates are the capacity of the step.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from dsb_kernels._check import check_choice, check_tensor
 from dsb_kernels._configs import configuration
-from dsb_kernels._op import (
-    jit,
-    launch_options,
-    register_op,
-    takes_definition,
-    tl,
-    triton,
-    use_triton,
-    wrap_triton,
-)
-from dsb_kernels.rows import REFRESH, RESPONSE, WINDOW, WindowState
+from dsb_kernels._op import jit, launch_options, op, tl, triton, wrap_triton
+from dsb_kernels.rows import NUM_COLUMNS, Column, StepKind
 
 CONFIG = configuration("place_rows", 0, "any")  # one for every batch and architecture
-_WINDOW = tl.constexpr(WINDOW) if tl else WINDOW
 
 
-class PlacedRows(NamedTuple):
-    """The rows of a step, those that take part first.
+class Layout(NamedTuple):
+    """The rows of a step and where their windows stand.
 
-    A row that is there to fill the step has length 0, and nothing of it is eligible.
+    With b < B the rows that take part come first. A row that only fills the step has length 0, and
+    none of its candidates is eligible.
     """
 
     rows: Tensor  # (b,) int32, batch row
-    start: Tensor  # (b,) int32, canvas position of the window's row 0
-    length: Tensor  # (b,) int32, rows of the window, 0 to W
-    seqlens: Tensor  # (b,) int32, L
-    leftpad: Tensor  # (b,) int32, positions before the prompt
-    kept: Tensor  # (b,) int32, k where the row takes part, else 0
-    active: Tensor  # (b,) bool, whether it takes part
-    ids: Tensor  # (b, W) int64, tokens of the window (past its length, of some position)
-    keep: Tensor  # (b * k,) int64, rows that predict the candidates, of all b * W
+    start: Tensor  # (b,) int32, canvas position of the window's first token
+    length: Tensor  # (b,) int32, positions of the window, 0 to W
+    seqlens: Tensor  # (b,) int32, L for every row
+    leftpad: Tensor  # (b,) int32, padding positions before the prompt
+    num_scored: Tensor  # (b,) int32, k where the row takes part, else 0
+    active: Tensor  # (b,) bool, whether the row takes part
+    input_ids: Tensor  # (b, W) int64, tokens of the window; past its length any token of the row
+    source_index: Tensor  # (b * k,) int64, which of all b * W tokens predicts each candidate
     eligible: Tensor  # (b * k,) bool, whether there is such a candidate
     noise_ids: Tensor  # (b * k,) int64, what a candidate's noise is a function of
 
@@ -52,209 +44,206 @@ class PlacedRows(NamedTuple):
 # --- definition -------------------------------------------------------------------------------
 
 
-def place_rows_definition(
+def place_rows_reference(
     canvas: Tensor,
-    start: Tensor,
-    end: Tensor,
-    prefix: Tensor,
+    table: Tensor,
     position: Tensor,
-    needs: Tensor,
-    forwards: Tensor,
-    leftpad: Tensor,
+    *,
     kind: int,
-    first: int,
-    room: list[int],
-    shift: int,
-    prompt_length: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    (b, W, k), (B, L) = room, canvas.shape
-    low = start - prefix if kind == WINDOW else torch.full_like(start, first)
-    length = (end if kind == WINDOW else L) - low
-    active = (needs == kind) & (length <= W)
-    if k < position.shape[1]:  # candidates are ascending, -1 beyond the last
-        active = active & (position[:, k] < 0)
+    num_rows: int,
+    width: int,
+    num_candidates: int,
+    first: int = 0,
+    shift: bool = False,
+    prompt_length: int = 0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Place the rows of a step: those that need a step of this kind and fit its capacity.
+
+    Args:
+        canvas: (B, L) int64, prompt and response.
+        table: (B, NUM_COLUMNS) int32, the row table (`dsb_kernels.rows.Column`).
+        position: (B, K) int32, canvas positions of each row's candidates, ascending, -1 beyond the
+            last.
+        kind: the `StepKind` that rows must need: WINDOW computes `[start - prefix, end)`, REFRESH
+            and RESPONSE `[first, L)`.
+        num_rows, width, num_candidates: the capacity: b <= B rows, W <= L positions and k <= K
+            candidates of each. A row that needs more does not take part, nor do rows past the b-th.
+        first: where a step that is not of windows begins, 0 to L - 1.
+        shift: whether position i is predicted by the token at position i - 1 (Dream).
+        prompt_length: P, the first response position.
+
+    Returns:
+        A `Layout`. With b = B every row is in its place; with fewer, those that take part come
+        first, and both they and the others keep the batch's order.
+
+    Raises:
+        TypeError, ValueError: a tensor of the wrong dtype, shape, device or stride (the canvas may
+            have any row stride, the others are contiguous), or a number out of its range.
+    """
+    B, L = canvas.shape
+    if kind == StepKind.WINDOW:
+        start = table[:, Column.START] - table[:, Column.PREFIX]
+        length = table[:, Column.END] - start
+    else:
+        start = torch.full_like(table[:, Column.START], first)
+        length = L - start
+    active = (table[:, Column.NEXT_KIND] == kind) & (length <= width)
+    active &= table[:, Column.NUM_CANDIDATES] <= num_candidates
+
     rows = torch.arange(B, device=canvas.device)
-    if b < B:  # those that take part come first
-        rows = active.logical_not().int().argsort(stable=True)[:b]
-        active, low, length, leftpad = active[rows], low[rows], length[rows], leftpad[rows]
-        position, forwards = position[rows], forwards[rows]
+    if num_rows < B:
+        rows = active.logical_not().int().argsort(stable=True)[:num_rows]
+        start, length, active = start[rows], length[rows], active[rows]
+        table, position = table[rows], position[rows]
     length = torch.where(active, length, 0)
-    column = torch.arange(W, device=canvas.device)
-    ids = canvas[rows[:, None], (low[:, None] + column).clamp(max=L - 1)]
-    at = position[:, :k].long()
-    eligible = active[:, None] & (at >= 0)
-    # The row that predicts a position: its own, or the one before it (row 0 keeps its own).
-    source = (at - shift).clamp(min=0)
-    keep = (source - low[:, None]).clamp(0, W - 1) + torch.arange(b, device=at.device)[:, None] * W
-    # Of the batch row, its steps so far and the place in the response: no other row, no padding,
-    # and no step that the row did not take part in, changes its noise.
-    place = (at - prompt_length).clamp(min=0)
-    noise_ids = ((rows << 42) | (forwards.long() << 21))[:, None] | place
-    columns = (rows, low, length, torch.full_like(low, L), leftpad, active * k)
-    table = torch.stack([c.int() for c in columns])
-    return table, active, ids, keep.flatten(), eligible.flatten(), noise_ids.flatten()
+    index = (start[:, None] + torch.arange(width, device=canvas.device)).clamp(max=L - 1)
+    input_ids = canvas[rows[:, None], index]
+
+    position = position[:, :num_candidates].long()
+    eligible = active[:, None] & (position >= 0)
+    # Position 0 has no token before it, and predicts itself where predictions are shifted.
+    source = (position - int(shift)).clamp(min=0)
+    in_window = (source - start[:, None]).clamp(0, width - 1)
+    source_index = in_window + width * torch.arange(num_rows, device=canvas.device)[:, None]
+    # Noise depends on the row, on the steps that it took part in and on the response position: no
+    # other row, no padding and no step that passed the row by changes it.
+    response_index = (position - prompt_length).clamp(min=0)
+    forwards = table[:, Column.FORWARDS].long()
+    noise_ids = ((rows << 42) | (forwards << 21))[:, None] | response_index
+    return (
+        rows.int(), start, length, torch.full_like(start, L), table[:, Column.LEFTPAD].clone(),
+        active.int() * num_candidates, active, input_ids,
+        source_index.flatten(), eligible.flatten(), noise_ids.flatten(),
+    )  # fmt: skip
 
 
 # --- kernel -----------------------------------------------------------------------------------
 
 
+def _constant(value: int) -> Any:
+    """A value that kernels can read: Triton takes globals of this type only."""
+    return tl.constexpr(int(value)) if tl else int(value)
+
+
+WINDOW = _constant(StepKind.WINDOW)
+COLUMNS = _constant(NUM_COLUMNS)
+NEXT_KIND = _constant(Column.NEXT_KIND)
+START = _constant(Column.START)
+END = _constant(Column.END)
+PREFIX = _constant(Column.PREFIX)
+NUM_CANDIDATES = _constant(Column.NUM_CANDIDATES)
+LEFTPAD = _constant(Column.LEFTPAD)
+FORWARDS = _constant(Column.FORWARDS)
+
+
 @jit
 def _place_rows_kernel(
-    canvas_ptr, start_ptr, end_ptr, prefix_ptr, position_ptr, needs_ptr, forwards_ptr, leftpad_ptr,
-    table_ptr, active_ptr, ids_ptr, keep_ptr, eligible_ptr, noise_ids_ptr,
-    stride_cb, B, L, K, rows, width, held, first, prompt,
+    canvas_ptr, table_ptr, position_ptr,
+    rows_ptr, start_ptr, length_ptr, seqlens_ptr, leftpad_ptr, num_scored_ptr, active_ptr,
+    input_ids_ptr, source_index_ptr, eligible_ptr, noise_ids_ptr,
+    stride_cb, B, L, K, width, capacity, first, prompt,
     KIND: tl.constexpr, SHIFT: tl.constexpr, ALL: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
-    """Program (r, piece): BLOCK_W tokens of the r-th row of the step; piece 0 the rest of it.
+    """Program (r, piece) writes BLOCK_W tokens of the r-th row of the step; piece 0 the rest of it.
 
-    Each program finds its row for itself, from all B rows at once: the r-th that takes part or,
-    past those, the r-th of the others, both in the batch's order.
+    Each program looks for its row among all B rows: the r-th that takes part or, past those, the
+    r-th of the others, both in the batch's order. `capacity` is k.
     """
     r = tl.program_id(0)
-    i = tl.arange(0, BLOCK_B)
-    inside = i < B
-    if KIND == _WINDOW:
-        low = tl.load(start_ptr + i, mask=inside, other=0)
-        low -= tl.load(prefix_ptr + i, mask=inside, other=0)
-        length = tl.load(end_ptr + i, mask=inside, other=0) - low
+    b = tl.arange(0, BLOCK_B)
+    inside = b < B
+    row_ptrs = table_ptr + b * COLUMNS
+    if KIND == WINDOW:
+        start = tl.load(row_ptrs + START, mask=inside, other=0)
+        start -= tl.load(row_ptrs + PREFIX, mask=inside, other=0)
+        length = tl.load(row_ptrs + END, mask=inside, other=0) - start
     else:
-        low = tl.full((BLOCK_B,), first, tl.int32)
-        length = L - low
-    # A candidate past what the step has room for, where there may be one.
-    past = tl.load(position_ptr + i * K + held, mask=i < tl.where(held < K, B, 0), other=-1)
-    needs = tl.load(needs_ptr + i, mask=inside, other=-1)
-    active = (needs == KIND) & (length <= width) & (past < 0)
+        start = tl.full((BLOCK_B,), first, tl.int32)
+        length = L - start
+    next_kind = tl.load(row_ptrs + NEXT_KIND, mask=inside, other=-1)
+    num_candidates = tl.load(row_ptrs + NUM_CANDIDATES, mask=inside, other=0)
+    active = (next_kind == KIND) & (length <= width) & (num_candidates <= capacity)
     if ALL:
-        here = i == r
+        is_mine = b == r
     else:
         before = tl.cumsum(active.to(tl.int32), 0) - active.to(tl.int32)
-        behind = tl.sum(active.to(tl.int32), 0) + i - before
-        here = tl.where(active, before, behind) == r
-    row = tl.sum(tl.where(here, i, 0), 0).to(tl.int64)
-    takes_part = tl.sum((here & active).to(tl.int32), 0)
-    low = tl.sum(tl.where(here, low, 0), 0)
-    length = tl.sum(tl.where(here & active, length, 0), 0)
+        behind = tl.sum(active.to(tl.int32), 0) + b - before
+        is_mine = tl.where(active, before, behind) == r
+    row = tl.sum(tl.where(is_mine, b, 0), 0).to(tl.int64)
+    takes_part = tl.sum((is_mine & active).to(tl.int32), 0)
+    start = tl.sum(tl.where(is_mine, start, 0), 0)
+    length = tl.sum(tl.where(is_mine & active, length, 0), 0)
 
     w = tl.program_id(1) * BLOCK_W + tl.arange(0, BLOCK_W)
-    index = tl.minimum(low + w, L - 1)
+    index = tl.minimum(start + w, L - 1)
     token = tl.load(canvas_ptr + row * stride_cb + index, mask=w < width)
-    tl.store(ids_ptr + r.to(tl.int64) * width + w, token, mask=w < width)
+    tl.store(input_ids_ptr + r.to(tl.int64) * width + w, token, mask=w < width)
 
     if tl.program_id(1) == 0:
-        tl.store(table_ptr + r, row)
-        tl.store(table_ptr + rows + r, low)
-        tl.store(table_ptr + 2 * rows + r, length)
-        tl.store(table_ptr + 3 * rows + r, L)
-        tl.store(table_ptr + 4 * rows + r, tl.load(leftpad_ptr + row))
-        tl.store(table_ptr + 5 * rows + r, takes_part * held)
+        table_ptr += row * COLUMNS
+        tl.store(rows_ptr + r, row)
+        tl.store(start_ptr + r, start)
+        tl.store(length_ptr + r, length)
+        tl.store(seqlens_ptr + r, L)
+        tl.store(leftpad_ptr + r, tl.load(table_ptr + LEFTPAD))
+        tl.store(num_scored_ptr + r, takes_part * capacity)
         tl.store(active_ptr + r, takes_part != 0)
         k = tl.arange(0, BLOCK_K)
-        mask = k < held
-        at = tl.load(position_ptr + row * K + k, mask=mask, other=-1)
-        source = tl.maximum(at - SHIFT, 0)
-        keep = tl.minimum(tl.maximum(source - low, 0), width - 1).to(tl.int64)
-        tl.store(keep_ptr + r * held + k, keep + r.to(tl.int64) * width, mask=mask)
-        eligible = (at >= 0) & (k < takes_part * held)
-        tl.store(eligible_ptr + r * held + k, eligible, mask=mask)
-        noise_id = (row << 42) | (tl.load(forwards_ptr + row).to(tl.int64) << 21)
-        noise_id = noise_id | tl.maximum(at - prompt, 0).to(tl.int64)
-        tl.store(noise_ids_ptr + r * held + k, noise_id, mask=mask)
+        mask = k < capacity
+        position = tl.load(position_ptr + row * K + k, mask=mask, other=-1)
+        source = tl.maximum(position - SHIFT, 0)
+        source = tl.minimum(tl.maximum(source - start, 0), width - 1).to(tl.int64)
+        out = r.to(tl.int64) * capacity + k
+        tl.store(source_index_ptr + out, source + r.to(tl.int64) * width, mask=mask)
+        eligible = (position >= 0) & (k < takes_part * capacity)
+        tl.store(eligible_ptr + out, eligible, mask=mask)
+        noise_id = (row << 42) | (tl.load(table_ptr + FORWARDS).to(tl.int64) << 21)
+        noise_id = noise_id | tl.maximum(position - prompt, 0).to(tl.int64)
+        tl.store(noise_ids_ptr + out, noise_id, mask=mask)
 
 
 # --- op ---------------------------------------------------------------------------------------
 
 
-@register_op("place_rows")
-def _place_rows_op(
-    canvas: Tensor,
-    start: Tensor,
-    end: Tensor,
-    prefix: Tensor,
-    position: Tensor,
-    needs: Tensor,
-    forwards: Tensor,
-    leftpad: Tensor,
-    kind: int,
-    first: int,
-    room: list[int],
-    shift: int,
-    prompt_length: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    if not use_triton(canvas):
-        return place_rows_definition(
-            canvas, start, end, prefix, position, needs, forwards, leftpad, kind, first, room,
-            shift, prompt_length,
-        )  # fmt: skip
-    (b, W, k), (B, L) = room, canvas.shape
-    table = canvas.new_empty((6, b), dtype=torch.int32)
-    active, eligible = (canvas.new_empty(n, dtype=torch.bool) for n in (b, b * k))
-    ids, keep, noise_ids = (canvas.new_empty(shape) for shape in ((b, W), b * k, b * k))
-    wrap_triton(_place_rows_kernel)[(b, triton.cdiv(W, CONFIG.blocks["BLOCK_W"]))](
-        canvas, start, end, prefix, position, needs, forwards, leftpad,
-        table, active, ids, keep, eligible, noise_ids,
-        canvas.stride(0), B, L, position.shape[1], b, W, k, first, prompt_length,
-        KIND=kind, SHIFT=shift, ALL=b == B, BLOCK_B=triton.next_power_of_2(B),
+def _launch(a: Any) -> tuple[Tensor, ...]:
+    (B, L), b, k = a.canvas.shape, a.num_rows, a.num_candidates
+    numbers = [a.table.new_empty(b) for _ in range(6)]
+    active, eligible = (a.canvas.new_empty(n, dtype=torch.bool) for n in (b, b * k))
+    input_ids, source_index, noise_ids = (
+        a.canvas.new_empty(shape) for shape in ((b, a.width), b * k, b * k)
+    )
+    layout = (*numbers, active, input_ids, source_index, eligible, noise_ids)
+    wrap_triton(_place_rows_kernel)[(b, triton.cdiv(a.width, CONFIG.blocks["BLOCK_W"]))](
+        a.canvas, a.table, a.position, *layout,
+        a.canvas.stride(0), B, L, a.position.shape[1], a.width, k, a.first, a.prompt_length,
+        KIND=a.kind, SHIFT=int(a.shift), ALL=b == B, BLOCK_B=triton.next_power_of_2(B),
         BLOCK_K=triton.next_power_of_2(k), **CONFIG.blocks,
         **launch_options(CONFIG.num_warps, CONFIG.num_stages),
     )  # fmt: skip
-    return table, active, ids, keep, eligible, noise_ids
+    return layout
 
 
-def place_rows(
-    canvas: Tensor,
-    state: WindowState,
-    leftpad: Tensor,
-    *,
-    kind: int,
-    rows: int,
-    width: int,
-    held: int,
-    first: int = 0,
-    shift: bool = False,
-    prompt_length: int = 0,
-) -> PlacedRows:
-    """Place the rows of a step: those of `state` that need a step of this kind and fit it.
-
-    Args:
-        canvas: (B, L) int64, prompt and response.
-        state: per-row window state, which is not changed.
-        leftpad: (B,) int32, padding positions before the row's prompt.
-        kind: what the rows must need: WINDOW computes `[start - prefix, end)`, REFRESH and
-            RESPONSE `[first, L)`.
-        rows, width, held: b <= B rows, W <= L positions and k <= K candidates that there is room
-            for. A row that needs more does not take part; nor do those past the b-th.
-        first: where a step that is not of windows begins, 0 to L - 1.
-        shift: position i is predicted by the row of position i - 1 (Dream).
-        prompt_length: P, first response position.
-
-    Returns:
-        `PlacedRows`. With b = B every row is in its place; otherwise those that take part come
-        first, both they and the others in the batch's order.
-
-    Raises:
-        TypeError, ValueError: a tensor of the wrong dtype, shape, device or stride (canvas may
-            have any row stride, the rest is contiguous), or a number out of its range.
-    """
-    op = "place_rows"
-    check_tensor(op, "canvas", canvas, dtype=torch.int64, shape=("B", "L"), unit_stride=True)
-    (B, L), same = canvas.shape, {"device": canvas.device, "contiguous": True}
-    tensors = {f"state.{n}": getattr(state, n) for n in ("start", "end", "prefix")}
-    tensors["state.position"] = state.position
-    tensors |= {f"state.{n}": getattr(state, n) for n in ("needs", "forwards")}
-    tensors["leftpad"] = leftpad
-    for name, tensor in tensors.items():
-        shape = (B, "K") if name == "state.position" else (B,)
-        check_tensor(op, name, tensor, dtype=torch.int32, shape=shape, **same)
-    check_choice(op, "kind", kind, (WINDOW, REFRESH, RESPONSE))
-    K = state.position.shape[1]
-    for name, value, low, high in (
-        ("rows", rows, 1, B), ("width", width, 1, L), ("held", held, 1, K),
-        ("first", first, 0, L - 1), ("prompt_length", prompt_length, 0, L),
+def _check(a: Any) -> None:
+    name = "place_rows"
+    check_tensor(name, "canvas", a.canvas, dtype=torch.int64, shape=("B", "L"), unit_stride=True)
+    B, L = a.canvas.shape
+    for field, tensor, columns in (
+        ("table", a.table, NUM_COLUMNS), ("position", a.position, "K"),
     ):  # fmt: skip
-        if not low <= value <= high:
-            raise ValueError(f"{op}: {name}={value}: accepted are {low} to {high}")
-    run = place_rows_definition if takes_definition(canvas) else _place_rows_op
-    room = [rows, width, held]
-    found = run(canvas, *tensors.values(), kind, first, room, int(shift), prompt_length)
-    return PlacedRows(*found[0].unbind(), *found[1:])
+        check_tensor(
+            name, field, tensor, dtype=torch.int32, shape=(B, columns), device=a.canvas.device,
+            contiguous=True,
+        )  # fmt: skip
+    check_choice(name, "kind", a.kind, [int(kind) for kind in StepKind if kind.name != "NOTHING"])
+    for field, low, high in (
+        ("num_rows", 1, B), ("width", 1, L), ("num_candidates", 1, a.position.shape[1]),
+        ("first", 0, L - 1), ("prompt_length", 0, L),
+    ):  # fmt: skip
+        if not low <= getattr(a, field) <= high:
+            raise ValueError(f"{name}: {field}={getattr(a, field)}: accepted are {low} to {high}")
+
+
+place_rows = op(
+    place_rows_reference, launch=_launch, check=_check, finish=lambda a, layout: Layout(*layout)
+)

@@ -1,92 +1,138 @@
-"""What `place_rows` and `unmask_and_slide` read and write: the constants of a call, the state of
-its rows.
-
-B = batch rows, K = candidates of a row.
-"""
+"""What `place_rows` and `unmask_and_slide` share: the row table and the settings of a call."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import functools
+import json
+from dataclasses import dataclass, fields
+from enum import IntEnum
 
 from torch import Tensor
 
-# What a row needs next: the values of `WindowState.needs`. A refresh computes every position, a
-# response step all but the prompt.
-WINDOW, REFRESH, RESPONSE, NOTHING = 0, 1, 2, 3
+from dsb_kernels._check import check_choice
+from dsb_kernels.rules import RULES
 
-# The columns of `WindowState.flags`.
-FLAGS = (
-    "needs",
-    "failed",
-    "start",
-    "end",
-    "prefix",
-    "held",  # candidates of the coming step
-    "since",  # commits since the last refresh
-    "left",  # masks left in the response
-    "took_part",  # in the last step
-    "new",  # commits of the last step
-)
+SCHEDULES = ("dsb", "naive")
+CACHES = ("dsb", "dual", "none")
+REFRESH_COMMITS = ("select", "first")
+
+
+class StepKind(IntEnum):
+    """What a row needs next, and what a step computes."""
+
+    WINDOW = 0  # the window
+    REFRESH = 1  # every position
+    RESPONSE = 2  # every position but the prompt's
+    NOTHING = 3  # the row is done
+
+    @property
+    def label(self) -> str:
+        """The kind as users read it: "window", "refresh" or "response"."""
+        return self.name.lower()
+
+
+class Column(IntEnum):
+    """The columns of the row table, (B, NUM_COLUMNS) int32: all that is known of each row.
+
+    A step reads and updates the table on the device, and the host copies it as a whole. The order
+    of the columns is written down here and nowhere else.
+    """
+
+    NEXT_KIND = 0  # a StepKind
+    START = 1  # the block is [start, end)
+    END = 2
+    PREFIX = 3  # a window step computes [start - prefix, end)
+    NUM_CANDIDATES = 4  # of the coming step
+    LEFTPAD = 5  # padding positions before the prompt, fixed during a call
+    COMMITTED = 6  # tokens committed so far
+    SINCE_REFRESH = 7  # tokens committed since the last refresh, that of the refresh included
+    STEP = 8  # steps so far; with schedule="naive" those of the current block
+    REFRESHES = 9  # refreshes that the row took part in, of either kind
+    FORWARDS = 10  # steps that the row took part in
+    TOOK_PART = 11  # in the last step: 0 or 1
+    NEW = 12  # tokens committed by the last step
+    FAILED = 13  # 1 once a candidate's confidence was NaN: such a step commits nothing
+
+
+NUM_COLUMNS = len(Column)
+
+
+@dataclass(kw_only=True)
+class Row:
+    """One row of the table on the host, with a field for each `Column`."""
+
+    next_kind: int
+    start: int
+    end: int
+    prefix: int
+    num_candidates: int
+    leftpad: int
+    committed: int
+    since_refresh: int
+    step: int
+    refreshes: int
+    forwards: int
+    took_part: int
+    new: int
+    failed: int
+
+
+_NAMES = [column.name.lower() for column in Column]
+
+
+def read_rows(table: Tensor) -> list[Row]:
+    """The rows of a table that is on the host, (B, NUM_COLUMNS)."""
+    return [Row(**dict(zip(_NAMES, row, strict=True))) for row in table.tolist()]
 
 
 @dataclass(frozen=True)
 class UnmaskSpec:
-    """What stays fixed during a call of `generate`; every field is a launch constant."""
+    """What stays fixed during a call of `generate`.
 
-    prompt_length: int  # P, first response position (rows are left-padded to it)
+    Raises:
+        ValueError: a value that is not defined; the message names it and what is accepted.
+    """
+
+    prompt_length: int  # P, the first response position (rows are left-padded to it)
     block_length: int  # S_init
     max_block_length: int | None  # S_max; None is unbounded ("greedy")
-    schedule: str  # "dsb" | "naive"
-    cache: str  # "dsb" | "dual" | "none"
-    prefix_window: int  # l_pm, rows recomputed before the window (cache="dsb")
+    schedule: str  # one of SCHEDULES
+    cache: str  # one of CACHES
+    prefix_window: int  # l_pm, positions recomputed before the window (cache="dsb")
     min_prefix: int  # 1 where logits are shifted and a refresh selects, else 0
     rule: str  # a key of RULES
-    rule_value: float  # threshold, factor, delta; unused by "quota"
+    rule_value: float  # the value of the rule's setting; 0.0 for "quota"
     steps: int  # quota: steps for the response (dsb) or for one block (naive); else 0
-    refresh_commit: str  # "select" | "first": what a refresh step commits
+    refresh_commit: str  # one of REFRESH_COMMITS: what a refresh step commits
     mask_id: int
     eos_ids: tuple[int, ...]
     stop_at_eos: bool
-    full_every: int = 1  # of so many refreshes the first computes the prompt as well
+    full_every: int = 1  # the first of so many refreshes computes the prompt as well
 
+    def __post_init__(self) -> None:
+        check_choice("UnmaskSpec", "schedule", self.schedule, SCHEDULES)
+        check_choice("UnmaskSpec", "cache", self.cache, CACHES)
+        check_choice("UnmaskSpec", "rule", self.rule, tuple(RULES))
+        check_choice("UnmaskSpec", "refresh_commit", self.refresh_commit, REFRESH_COMMITS)
+        for name, low in (
+            ("prompt_length", 0), ("block_length", 1), ("full_every", 1),
+            ("steps", 1 if RULES[self.rule].kind is int else 0),
+        ):  # fmt: skip
+            if getattr(self, name) < low:
+                raise ValueError(
+                    f"UnmaskSpec: {name}={getattr(self, name)}: accepted is at least {low}"
+                )
+        # Made here, since torch.compile cannot trace what makes it.
+        values = [getattr(self, field.name) for field in fields(self)]
+        object.__setattr__(self, "_code", json.dumps(values))
 
-@dataclass
-class WindowState:
-    """Per-row decoding state, device tensors of fixed shape, updated in place by each step.
+    def encode(self) -> str:
+        """The spec as a string, which an op of torch can take."""
+        return self._code  # type: ignore[attr-defined]
 
-    `start`, `end`, `prefix`, `committed`, `since_refresh`, `step`, `refreshes`, `forwards`: (B,)
-    int32. Window steps recompute `[start - prefix, end)`; `refreshes` and `forwards` count the
-    steps of either kind that the row took part in. `refresh`, `done`, `failed`: (B,) bool;
-    `failed` is set (and nothing committed) when a candidate's confidence is NaN. `needs`: (B,)
-    int32, WINDOW, REFRESH, RESPONSE or NOTHING. `position`: (B, K) int32, the canvas indices that
-    may be unmasked in the coming step, ascending, -1 beyond the last.
-
-    What the last step did: `commit` (B, K) bool, which of the candidates that it began with it
-    committed; `scored` (B, K) float32, their confidence, 0 for what was not scored; `flags`
-    (B, len(FLAGS)) int32, what a host wants to know of each row, side by side.
-    """
-
-    start: Tensor
-    end: Tensor
-    prefix: Tensor
-    committed: Tensor
-    since_refresh: Tensor
-    step: Tensor
-    refreshes: Tensor
-    forwards: Tensor
-    needs: Tensor
-    refresh: Tensor
-    done: Tensor
-    failed: Tensor
-    position: Tensor
-    commit: Tensor
-    scored: Tensor
-    flags: Tensor
-
-
-# The fields by dtype and shape.
-INT_FIELDS = (
-    "start", "end", "prefix", "committed", "since_refresh", "step", "refreshes", "forwards",
-    "needs",
-)  # fmt: skip
-BOOL_FIELDS = ("refresh", "done", "failed")
+    @staticmethod
+    @functools.lru_cache(maxsize=64)
+    def decode(code: str) -> UnmaskSpec:
+        """The spec of `encode`."""
+        *values, eos_ids, stop_at_eos, full_every = json.loads(code)
+        return UnmaskSpec(*[*values, tuple(eos_ids), stop_at_eos, full_every])

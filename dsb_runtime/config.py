@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, TypeVar
 
+from dsb_kernels.rows import CACHES, REFRESH_COMMITS, SCHEDULES
 from dsb_kernels.rules import RULES, Rule
 from dsb_kernels.score import CONFIDENCES
 
@@ -174,7 +175,7 @@ class DecodingConfig:
     )  # fmt: skip
     schedule: str = setting(
         "dsb", "dsb slides the block to the first mask; naive goes block by block",
-        kind=str, choices=("dsb", "naive"),
+        kind=str, choices=SCHEDULES,
     )  # fmt: skip
     max_block_length: int | None = setting(
         None, "positions that a sliding block may grow to", low="block_length",
@@ -182,7 +183,7 @@ class DecodingConfig:
     )  # fmt: skip
     cache: str = setting(
         "dsb", "cached K/V: dsb (DSB Cache), dual (Fast-dLLM's) or none", kind=str,
-        choices=("dsb", "dual", "none"), doors={"custom_generate": "cache_policy"},
+        choices=CACHES, doors={"custom_generate": "cache_policy"},
     )  # fmt: skip
     prefix_window: int | None = setting(
         None, "positions before the block that DSB Cache recomputes with it", low=0,
@@ -210,7 +211,7 @@ class DecodingConfig:
     )  # fmt: skip
     refresh_commit: str | None = setting(
         None, "a refresh commits what the rule selects, or the first masked position only",
-        kind=str, group=REFRESHES, choices=("select", "first"), unset="the family's way",
+        kind=str, group=REFRESHES, choices=REFRESH_COMMITS, unset="the family's way",
     )  # fmt: skip
     refresh_policy: str = setting(
         "full", "response: most refreshes leave the prompt's K/V as they are", kind=str,
@@ -318,7 +319,7 @@ def settings(config: Any = DecodingConfig) -> dict[str, Setting]:
 
 def rule_names() -> tuple[str, ...]:
     """The settings of the selection rules; a decoding has one of them."""
-    return tuple(rule.setting for rule in RULES.values())
+    return tuple(dict.fromkeys(rule.setting for rule in RULES.values()))
 
 
 def settings_table() -> list[tuple[str, str, str, str, str]]:

@@ -1,12 +1,17 @@
-"""The golden checkpoints and trajectories in `tests/data` (tiny random models of both families)."""
+"""The golden checkpoints and trajectories in `tests/data`, tiny random models of both families, and
+helpers for tests of decoding."""
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
-from functools import cache
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 import dsb_runtime as dsb
@@ -15,12 +20,12 @@ DATA = Path(__file__).parent / "data"
 FAMILIES = ("llada", "dream")
 
 
-@cache
+@functools.cache
 def model(family: str) -> PreTrainedModel:
     return dsb.load_model(DATA / family, dtype="float32", device="cpu")
 
 
-@cache
+@functools.cache
 def cases(family: str) -> list[dict[str, Any]]:
     return json.loads((DATA / family / "trajectories.json").read_text())
 
@@ -29,7 +34,7 @@ def settings(case: dict[str, Any]) -> dict[str, Any]:
     """`generate`'s arguments for one trajectory."""
     method, rule = case["method"], case["rule"]
     cache_policy = "dual" if method == "dual_cache" else "dsb" if "cache" in method else "none"
-    made: dict[str, Any] = {
+    values: dict[str, Any] = {
         "gen_length": case["gen_length"],
         "block_length": case["block_length"],
         "schedule": "dsb" if method.startswith("dsb") else "naive",
@@ -38,7 +43,86 @@ def settings(case: dict[str, Any]) -> dict[str, Any]:
         {"quota": "steps"}.get(rule, rule): case["steps"] if rule == "quota" else case[rule],
     }
     if method.startswith("dsb") and case["max_block_length"] > 0:
-        made["max_block_length"] = case["max_block_length"]
+        values["max_block_length"] = case["max_block_length"]
     if cache_policy == "dsb":
-        made["prefix_window"] = case["prefix_window"]
-    return made
+        values["prefix_window"] = case["prefix_window"]
+    return values
+
+
+CASES = [(family, i) for family in FAMILIES for i in range(len(cases(family)))]
+
+
+def shortest(family: str, method: str, count: int) -> list[int]:
+    """The `count` cases of a method with the fewest forwards (the interpreter is slow)."""
+    ours = [i for i, case in enumerate(cases(family)) if case["method"] == method]
+    length = {i: (cases(family)[i]["nfe"] or 99, len(cases(family)[i]["sequence"])) for i in ours}
+    return sorted(ours, key=length.__getitem__)[:count]
+
+
+Generate = Callable[..., dsb.GenerationOutput]  # (input_ids, config or settings)
+
+
+def generate_of(family: str) -> Generate:
+    return functools.partial(dsb.generate, model(family))
+
+
+def check_trajectory(
+    generate: Generate, family: str, index: int, device: str = "cpu"
+) -> dsb.GenerationOutput:
+    """A trajectory is decoded as the authors' code did: the same tokens in the same forwards."""
+    case = cases(family)[index]
+    out = generate(torch.tensor([case["prompt"]], device=device), **settings(case))
+    assert out.sequences[0].tolist() == case["sequence"]
+    assert sum(out.tokens_per_forward) == case["gen_length"]
+    assert case["nfe"] in (None, out.nfe)
+    assert case.get("tokens_per_forward") in (None, out.tokens_per_forward)
+    return out
+
+
+def prompts(count: int, seed: int = 0) -> list[Tensor]:
+    """Random prompts of different lengths."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(2, 500, (5 + 9 * i,), generator=generator) for i in range(count)]
+
+
+def left_pad(rows: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Prompts side by side, (B, P), and their attention mask."""
+    width = max(len(row) for row in rows)
+    ids = torch.stack([torch.cat([row.new_ones(width - len(row)), row]) for row in rows])
+    lengths = torch.tensor([len(row) for row in rows])
+    return ids, (torch.arange(width) >= width - lengths[:, None]).long()
+
+
+def check_batch(
+    generate: Generate, alone_by: Generate, rows: list[Tensor], **settings: Any
+) -> dsb.GenerationOutput:
+    """Every row of a decoded batch is what its prompt gets alone."""
+    ids, mask = left_pad(rows)
+    batch, gen = generate(ids, attention_mask=mask, **settings), settings["gen_length"]
+    for i, row in enumerate(rows):
+        alone = alone_by(row[None], **settings)
+        assert batch.sequences[i, -gen:].tolist() == alone.sequences[0, -gen:].tolist()
+        assert batch.row_nfe[i] == alone.nfe
+        assert batch.row_tokens[i] == alone.row_tokens[0]
+    assert torch.equal(batch.sequences[:, :-gen], ids)
+    assert len(batch.tokens_per_forward) == batch.nfe
+    return batch
+
+
+BIAS = {"llada": 16.0, "dream": 9.0}  # EOS then ends some answers early, not all at once
+
+
+@contextlib.contextmanager
+def biased_to_eos(family: str) -> Iterator[PreTrainedModel]:
+    """The golden model with its LM head moved towards EOS, so that answers end early."""
+    biased = model(family)
+    original, head = biased.lm_head, torch.nn.Linear(64, 512, bias=True)
+    with torch.no_grad():
+        head.weight.copy_(original.weight)
+        head.bias.zero_()
+        head.bias[biased.dsb.eos_ids[0]] = BIAS[family]
+    biased.lm_head = head
+    try:
+        yield biased
+    finally:
+        biased.lm_head = original

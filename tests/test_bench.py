@@ -16,15 +16,10 @@ import dsb_runtime as dsb
 from dsb_runtime.cli import main as cli
 from dsb_runtime.demo import MODEL_DIR
 from dsb_runtime.engine.engine import GenerationOutput
-from dsb_runtime.measure.bench import (
-    Round,
-    StepClock,
-    random_prompts,
-    summarize,
-    summarize_steps,
-)
-from dsb_runtime.measure.limits import LinearLayers, StepRows
+from dsb_runtime.measure.bench import Round, measure, summarize, summarize_steps
+from dsb_runtime.measure.models import random_prompts
 from dsb_runtime.measure.plots import draw_bench
+from dsb_runtime.measure.steps import LinearLayers, StepRecorder, StepWork
 
 SMALL = ["--device", "cpu", "--prompt-length", "12", "--gen-length", "24", "--block-length", "8"]
 STEP_KEYS = {
@@ -100,30 +95,31 @@ def test_stop_at_eos_ends_rows_by_the_counting_rule(model, tokenizer, tmp_path):
     assert batch["tokens_per_forward"] == sum(out.row_tokens) / sum(out.row_nfe)
 
 
-def test_the_clock_counts_the_rows_of_every_forward(model, tokenizer):
+def test_the_recorder_counts_the_work_of_every_forward(model, tokenizer):
     prompts = random_prompts(model, tokenizer, 2, 12, seed=1)
-    shape = {"gen_length": 24, "block_length": 8, "steps": 24}
-    clock = StepClock(model, 12, 24)
-    dsb.generate(model, prompts, on_step=clock, cache="none", **shape)
-    assert [s.rows for s in clock.steps] == [2 * 36] * 24
-    assert [s.scored for s in clock.steps] == [2 * min(8, 24 - n) for n in range(24)]
-    assert len(clock.seconds) == 24 and min(clock.seconds) > 0
+
+    def steps(**settings: Any) -> list[StepWork]:
+        recorder = StepRecorder(model, 12, 24)
+        shape = {"gen_length": 24, "block_length": 8, "steps": 24, "stop_at_eos": False}
+        dsb.generate(model, prompts, on_step=recorder, **shape, **settings)
+        assert {s.batch for s in recorder.steps} == {2}
+        assert all(s.num_tokens == 2 * s.widest for s in recorder.steps)
+        return recorder.steps
+
+    whole = steps(cache="none")
+    assert [s.num_tokens for s in whole] == [2 * 36] * 24
+    assert [s.scored for s in whole] == [2 * min(8, 24 - n) for n in range(24)]
     # A window of 8 (block by block, each token a step), and the whole canvas where it moves.
-    clock = StepClock(model, 12, 24)
-    dsb.generate(model, prompts, on_step=clock, schedule="naive", cache="dual", **shape)
-    assert [(s.kind, s.rows) for s in clock.steps] == 3 * [
-        ("refresh", 72), *(7 * [("window", 16)])
+    dual = steps(schedule="naive", cache="dual")
+    block = [("refresh", 72), *(7 * [("window", 16)])]
+    assert [(s.kind, s.num_tokens) for s in dual] == 3 * block
+    assert [s.scored for s in dual] == 3 * [2 * (8 - n) for n in range(8)]
+    prefix = steps(schedule="naive", cache="dsb", prefix_window=4)
+    assert [s.num_tokens for s in prefix if s.kind == "window"] == 21 * [2 * (8 + 4)]
+    response = steps(schedule="naive", cache="dual", refresh_policy="response")
+    assert [(s.kind, s.num_tokens) for s in response if s.kind != "window"] == [
+        ("refresh", 72), ("response", 48), ("response", 48),
     ]  # fmt: skip
-    assert [s.scored for s in clock.steps] == 3 * [2 * (8 - n) for n in range(8)]
-    clock = StepClock(model, 12, 24)
-    settings = {"schedule": "naive", "cache": "dsb", "prefix_window": 4}
-    dsb.generate(model, prompts, on_step=clock, **settings, **shape)
-    assert [s.rows for s in clock.steps if s.kind == "window"] == 21 * [2 * (8 + 4)]
-    clock = StepClock(model, 12, 24)
-    settings = {"schedule": "naive", "cache": "dual", "refresh_policy": "response"}
-    dsb.generate(model, prompts, on_step=clock, **settings, **shape)
-    found = [(s.kind, s.rows) for s in clock.steps if s.kind != "window"]
-    assert found == [("refresh", 72), ("response", 48), ("response", 48)]
 
 
 def test_the_limit_multiplies_what_a_step_needs(model):
@@ -132,9 +128,28 @@ def test_the_limit_multiplies_what_a_step_needs(model):
     late = 2 * d * d + 3 * d * mlp + vocab * d  # last layer's q, output and MLP; LM head
     early = 3 * (4 * d * d + 3 * d * mlp) + 2 * d * d
     with FlopCounterMode(display=False) as counter:
-        limit.run(StepRows("window", 100, 7))
+        limit.run(100, 7)
     assert counter.get_total_flops() == 2 * (100 * early + 7 * late)
     assert limit.bytes == 4 * (early + late)
+
+
+def test_a_preset_is_measured_like_a_checkpoint(tmp_path):
+    kept = tmp_path / "bench.json"
+    argv = ["bench", *SMALL, "--preset", "tiny-dream", "--batch", "1", "--rounds", "1"]
+    assert cli.main([*argv, "--json", str(kept)]) == 0
+    record = json.loads(kept.read_text())
+    assert (record["model"], record["dtype"]) == ("tiny-dream", "float32")
+    assert record["settings"]["steps"] == record["batches"][0]["forwards"] == round(24 / 3.5)
+    assert record["batches"][0]["tokens"] == 24
+
+
+def test_measuring_changes_no_model(model, tokenizer):
+    """Not the ids that end a row, and not the engine that `generate` keeps with the model."""
+    before = dict(vars(model))
+    config = dsb.DecodingConfig(gen_length=8, block_length=4, steps=4)
+    prompts = random_prompts(model, tokenizer, 1, 12, seed=1)
+    list(measure(model, prompts, config, [1], rounds=1, seed=0))
+    assert vars(model) == before
 
 
 def test_prompts_have_no_special_ids(model, tokenizer):
@@ -147,14 +162,18 @@ def test_prompts_have_no_special_ids(model, tokenizer):
 # --- figures ----------------------------------------------------------------------------------
 
 
-def made_round() -> Round:
+def work(kind: str, num_tokens: int, scored: int) -> StepWork:
+    return StepWork(kind, 1, num_tokens, scored, num_tokens)
+
+
+def one_round_by_hand() -> Round:
     out = GenerationOutput(torch.zeros(1, 8), 3, [1, 2, 1], [3], [4])
-    steps = [StepRows("refresh", 8, 4), StepRows("window", 4, 4), StepRows("window", 4, 2)]
+    steps = [work("refresh", 8, 4), work("window", 4, 4), work("window", 4, 2)]
     return Round(out, 0.5, steps, [0.9, 0.2, 0.4], [0.3, 0.1, 0.1])
 
 
 def test_medians_by_hand():
-    window = summarize_steps([made_round()], "window", 0.1)
+    window = summarize_steps([one_round_by_hand()], "window", 0.1)
     assert window == pytest.approx(
         {
             "steps": 2, "rows": 4, "scored": 3, "ms": 300, "linear_ms": 100,
@@ -162,17 +181,19 @@ def test_medians_by_hand():
         }
     )  # fmt: skip
     # The first step of a call counts where a call has no other of its kind.
-    assert summarize_steps([made_round()], "refresh", None)["ms"] == 900
-    longer = made_round()
-    longer.steps.append(StepRows("refresh", 8, 4))
+    assert summarize_steps([one_round_by_hand()], "refresh", None)["ms"] == 900
+    longer = one_round_by_hand()
+    longer.steps.append(work("refresh", 8, 4))
     longer.step_seconds.append(0.5)
     longer.linear_seconds.append(0.3)
     refresh = summarize_steps([longer], "refresh", None)
     assert (refresh["steps"], refresh["ms"], refresh["weights_ms"]) == (1, 500, None)
-    whole = summarize([made_round()], None)
+    ends, never = (dsb.DecodingConfig(8, 4, stop_at_eos=stop) for stop in (True, False))
+    whole = summarize([one_round_by_hand()], ends, None)
     assert (whole["tokens_per_second"], whole["tokens_per_forward"]) == (8, 4 / 3)
-    without = Round(made_round().out, 0.5, made_round().steps[:1], [0.9], [0.3])
-    assert set(summarize([without], None)["steps"]) == {"refresh"}
+    assert summarize([one_round_by_hand()], never, None)["tokens"] == 8, "an EOS ends no row"
+    without = Round(one_round_by_hand().out, 0.5, one_round_by_hand().steps[:1], [0.9], [0.3])
+    assert set(summarize([without], never, None)["steps"]) == {"refresh"}
 
 
 def test_the_picture_is_drawn_from_the_record(measured, tmp_path, capsys):
@@ -208,7 +229,7 @@ def test_an_interrupt_leaves_the_rounds_before_it(tmp_path, capsys, monkeypatch)
     kept, rounds = tmp_path / "bench.json", []
 
     def one_round(*args: Any) -> Round:
-        rounds.append(made_round())
+        rounds.append(one_round_by_hand())
         if len(rounds) == 4:  # the one that warms up, two that count
             raise KeyboardInterrupt
         return rounds[-1]
@@ -252,6 +273,9 @@ def test_asking_whether_a_file_can_be_written_changes_none(tmp_path):
         (["--from", "/nowhere/at/all.json"], "--from /nowhere/at/all.json: No such file"),
         (["--from", "/"], "--from /: Is a directory; expected a file"),
         (["--from", "a.json", "--json", "b.json"], "--from and --json"),
+        (["--preset", "gpt"], "argument --preset: invalid choice: 'gpt'"),
+        (["--preset", "tiny", "--model", "x"], "--preset and --model: expected one of the two"),
+        (["--preset", "tiny", "--dtype", "int8"], "--dtype int8: expected one of auto, float32"),
         (["--model", "/no/such/folder"], "expected a checkpoint folder or a hub id"),
     ],
 )

@@ -10,30 +10,24 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 import dsb_runtime as dsb
-from benchmarks import ceilings, decode, roofline
-from benchmarks.decode import Case, scale_head
-from benchmarks.decode_report import row_class, step_figures
+from benchmarks import against, decode, roofline
+from benchmarks.decode import Case, scale_head, watched_times
+from benchmarks.decode_report import step_figures, width_class
 from benchmarks.eager import eager_generate, quota_due
-from benchmarks.floor import ForwardRows, LinearFloor
-from benchmarks.presets import PRESETS, random_model, random_prompt
+from benchmarks.profiled import profiled_count
 from benchmarks.roofline import Ceilings, budget
-from benchmarks.step_cost import OUTSIDE, PHASES, StepShape
-from benchmarks.step_times import TimedEngine, profiled_count
-from benchmarks.trajectory import (
-    Agreement,
-    Recorder,
-    RowStep,
-    StepClock,
-    StepTimes,
-    agreement,
-)
+from benchmarks.step_cost import OUTSIDE, PHASES, StepSize
+from benchmarks.trajectory import Agreement, EagerClock, RowStep, Trajectory, agreement
+from dsb_runtime.measure.models import PRESETS, random_model, random_prompts
+from dsb_runtime.measure.steps import StepRecorder, StepTimes, StepWork, TimedEngine
+from dsb_runtime.measure.timing import timed
 from tests.recorded import Recorder as Replays
 
 ROOT = Path(__file__).parents[1]
@@ -44,8 +38,8 @@ SETTINGS = {"gen_length": 32, "block_length": 8, "schedule": "dsb", "cache": "ds
 def case_of(name: str, batch: int = 1, dtype: torch.dtype = torch.float32, **more: Any) -> Case:
     preset = PRESETS[name]
     settings = {**SETTINGS, "prefix_window": preset.family.prefix_window, **more}
-    engine = dsb.Engine(random_model(preset, dtype, "cpu"))
-    prompts = random_prompt(preset, batch, 24)
+    engine = TimedEngine(random_model(preset, dtype, "cpu"))
+    prompts = random_prompts(engine.model, None, batch, 24, 0)
     if settings.get("threshold"):
         scale_head(engine, prompts[:1], settings, 3.0)
     return Case(engine, prompts, settings)
@@ -103,14 +97,14 @@ def test_what_is_written(which, request):
     settings = found["settings"]
     assert found["command"].startswith("python -m benchmarks.decode --prompt 24")
     assert found["versions"]["torch"] == torch.__version__
-    assert found["device"] == found["machine"]["device"] and found["date"].startswith("20")
+    assert found["machine"]["device"] and found["date"].startswith("20")
     assert (settings["prompt"], settings["gen"], settings["rounds"]) == (24, 32, 2)
     assert min(found["ceilings"].values()) > 0
     for run in found["runs"]:
         batch = run["batch"]
         assert run["tokens"] == 32 * batch and f"batch {batch}:" in found["said"]
         seconds = run["seconds"]
-        assert set(seconds) == {"ours", "eager", "floor", "floor_all_rows"}
+        assert set(seconds) == {"ours", "eager", "floor", "floor_all_positions"}
         assert min(seconds.values()) > 0
         assert run["tokens_per_second"] == pytest.approx(32 * batch / seconds["ours"])
         assert run["eager_tokens_per_second"] == pytest.approx(32 * batch / seconds["eager"])
@@ -122,9 +116,11 @@ def test_what_is_written(which, request):
             assert run[f"eager_{kind}_step_ms"] > 0
             assert 0 < step["share_of_floor"] < 1
             assert step["floor_ms"] >= max(step["weights_ms"], step["products_ms"])
-        assert run["window_rows"] < 56 == run["steps"]["refresh"]["rows"]
-        by_rows = run["steps"]["window"]["by_rows"].values()
-        assert sum(s["steps"] for s in by_rows) == run["steps"]["window"]["steps"]
+        assert run["window_width"] < 56 == run["steps"]["refresh"]["width"]
+        assert run["free_window_step_ms"] > 0 and run["free_refresh_step_ms"] > 0
+        assert run["wasted_launches"] == 0, "nothing is speculative without captured steps"
+        by_width = run["steps"]["window"]["by_width"].values()
+        assert sum(s["steps"] for s in by_width) == run["steps"]["window"]["steps"]
         assert run["peak_memory_bytes"] > 1e8
         assert run["gpu_idle_share"] is None and run["gpu_wait_share"] is None
         products = [run["steps"][kind]["products_ms"] for kind in ("window", "refresh")]
@@ -167,8 +163,8 @@ def test_the_budget_stands_beside_it(exact, rounded, capsys, tmp_path):
         assert 0 < budget["measured"]["share_of_floor"] < 1
         # All rows of a refresh are the same in both; a window's are the mean of many.
         refresh = budget["steps"]["refresh"]
-        assert refresh["shape"]["rows"] == 2 * 56
-        assert f"measured on {found['device']}" in capsys.readouterr().out
+        assert refresh["size"]["num_tokens"] == 2 * 56
+        assert f"measured on {found['machine']['device']}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", ["tiny", "tiny-dream"])
@@ -187,7 +183,7 @@ def test_the_eager_loop_is_the_method(name, more):
     case = case_of(name, 2, **more)
     assert case.agreed == Agreement(64, 64, 64)
     assert {step.kind for step in case.record.rows[1]} == {"refresh", "window"}
-    assert case.record.tokens == 64
+    assert case.record.num_commits == 64
 
 
 def test_phases_stand_beside_their_floors(exact, rounded, capsys):
@@ -229,25 +225,27 @@ def test_profiled_steps_are_of_both_kinds():
 @pytest.mark.parametrize("capture", [None, Replays()], ids=["direct", "replayed"])
 def test_every_step_is_timed_once(capture):
     """Those of a watched run are the recorded ones; ahead of the host there may be more."""
-    engine = TimedEngine(random_model(PRESETS["tiny"], torch.float32, "cpu"), capture=capture)
-    prompt, recorder = random_prompt(PRESETS["tiny"], 2, 64), Recorder(64, 4)
+    model = random_model(PRESETS["tiny"], torch.float32, "cpu")
+    engine, recorder = TimedEngine(model, capture=capture), StepRecorder(model, 64, 32)
+    prompt = random_prompts(model, None, 2, 64, 0)
     engine.generate(prompt, on_step=recorder, **SETTINGS, steps=9)
     engine.take()
-    times = decode.time_steps(
-        lambda each: engine.generate(prompt, on_step=each, **SETTINGS, steps=9), engine
+    case = SimpleNamespace(
+        ours=lambda each: engine.generate(prompt, on_step=each, **SETTINGS, steps=9)
     )
+    times = watched_times(case, engine)
     assert times.kinds == recorder.kinds and min(times.seconds) > 0
-    out, seconds = decode.timed(lambda: engine.generate(prompt, **SETTINGS, steps=9), engine.device)
+    out, seconds = timed(lambda: engine.generate(prompt, **SETTINGS, steps=9), engine.device)
     times = engine.take()
     assert len(times.kinds) >= out.nfe and 0 < sum(times.seconds) < seconds
-    assert engine.take() == StepTimes()
+    assert engine.take() == StepTimes([], [])
 
 
 def test_alone_it_is_not_compared(tmp_path):
     options = ("--preset", "tiny", "--tokens-per-forward", "3", "--no-eager", "--batch", "1", "2")
     found = measured(tmp_path, *options)
     for run in found["runs"]:
-        assert set(run["seconds"]) == {"ours", "floor", "floor_all_rows"}
+        assert set(run["seconds"]) == {"ours", "floor", "floor_all_positions"}
         assert run["check"] is None and run["ours_over_eager"] is None
         assert run["eager_window_step_ms"] is None and run["ours_over_floor"] > 1
     assert "not compared with the eager loop (--no-eager)" in found["said"]
@@ -288,7 +286,7 @@ def test_following_takes_the_recorded_path_and_decides_freely():
     """Driven along another model's trajectory, the loop goes its way and decides as it would."""
     case = case_of("tiny", dtype=torch.float32, steps=9)
     path = case.record.rows[0]
-    clock = StepClock(torch.device("cpu"))
+    clock = EagerClock(torch.device("cpu"))
     settings = {"gen_length": 32, "block_length": 8, "max_block_length": None,
                 "prefix_window": 24, "steps": 9, "follow": path, "on_step": clock}  # fmt: skip
     same = eager_generate(case.model, case.prompt, **settings)
@@ -297,8 +295,9 @@ def test_following_takes_the_recorded_path_and_decides_freely():
     other = eager_generate(stranger, case.prompt, **settings)
     assert torch.equal(other.sequences, case.out.sequences)
     assert other.tokens_per_forward == case.out.tokens_per_forward
-    expected = [56 if step.kind == "refresh" else step.window for step in path]
-    assert other.rows_per_forward == expected == case.record.windows
+    expected = [56 if step.kind == "refresh" else step.width for step in path]
+    assert other.positions_per_forward == expected
+    assert expected == [step.widest for step in case.record.steps]
     assert clock.kinds == 2 * [step.kind for step in path] and min(clock.seconds) > 0
     found = agreement(path, other.commits)
     assert found.both < 8 and found.both <= found.positions < 32
@@ -322,80 +321,67 @@ def test_quota_is_spread_evenly():
     assert quota_due(3, 9, 32, 10) == 6  # what an earlier window could not supply
 
 
-def test_the_floor_multiplies_every_weight():
-    model = random_model(PRESETS["tiny-dream"], torch.float32, "cpu")
-    floor = LinearFloor(model, 40)
-    with FlopCounterMode(display=False) as counter:
-        floor.run([ForwardRows(40, 8), ForwardRows(20, 4)])
-    layers = sum(p.numel() for n, p in model.model.named_parameters()
-                 if p.ndim == 2 and "embed" not in n)  # fmt: skip
-    assert counter.get_total_flops() == 2 * (60 * layers + 12 * model.lm_head.weight.numel())
-
-
-def test_recorded_shapes_are_those_of_the_forwards():
+def test_recorded_sizes_are_those_of_the_forwards():
     case = case_of("tiny", 2, threshold=0.9)
     record, length = case.record, 56
-    assert len(record.shapes) == case.out.nfe
+    assert len(record.sizes) == case.out.nfe
     assert record.row_forwards == sum(case.out.row_nfe)
-    for kind, shape, forward in zip(record.kinds, record.shapes, record.forwards, strict=True):
-        assert (shape.length, shape.gen, shape.itemsize) == (length, 32, 4)
-        assert shape.rows == shape.batch * length if kind == "refresh" else shape.rows < 2 * length
-        assert 1 <= shape.scored <= 8 * shape.batch
-        assert forward == ForwardRows(shape.rows, shape.scored)
-    assert record.shapes[0] == StepShape(2, 112, 16, 56, 32, 4)
+    for kind, size in zip(record.kinds, record.sizes, strict=True):
+        assert (size.length, size.gen, size.itemsize) == (length, 32, 4)
+        whole = size.batch * length
+        assert size.num_tokens == whole if kind == "refresh" else size.num_tokens < whole
+        assert 1 <= size.scored <= 8 * size.batch
+    assert record.sizes[0] == StepSize(2, 112, 16, 56, 32, 4)
 
 
 def test_step_figures_by_hand():
     preset, limits = PRESETS["tiny"], Ceilings(10, 0.1, "")
-    record = Recorder(24, 4)
-    shapes = {"refresh": StepShape(1, 56, 8, 56, 32, 4), "window": StepShape(1, 40, 8, 56, 32, 4)}
-    for kind in ("refresh", "window", "window", "refresh"):
-        record.kinds.append(kind)
-        record.shapes.append(shapes[kind])
-        record.windows.append(shapes[kind].rows)
-    clock = StepClock(torch.device("cpu"))
-    clock.kinds = 3 * record.kinds
-    clock.seconds = [9, 1, 2, 5, 8, 3, 2, 4, 7, 2, 2, 6]  # a call a third; the first step is left
-    found = step_figures(record, clock, preset, limits)
-    window, refresh = found["window"], found["refresh"]
-    assert (window["steps"], window["rows"], window["ms"]) == (2, 40, 2000)
-    assert (refresh["steps"], refresh["rows"], refresh["ms"]) == (1, 56, 5000)
-    one = budget(preset, "window", shapes["window"], limits)
+    record = Trajectory(random_model(preset, torch.float32, "meta"), 24, 32)
+    works = {
+        "refresh": StepWork("refresh", 1, 56, 8, 56),
+        "window": StepWork("window", 1, 40, 8, 40),
+    }
+    record.steps += [works[kind] for kind in ("refresh", "window", "window", "refresh")]
+    # A call is a third; its first step is left out.
+    times = StepTimes(3 * record.kinds, [9, 1, 2, 5, 8, 3, 2, 4, 7, 2, 2, 6])
+    figures = step_figures(record, times, preset, limits)
+    window, refresh = figures["window"], figures["refresh"]
+    assert (window["steps"], window["width"], window["ms"]) == (2, 40, 2000)
+    assert (refresh["steps"], refresh["width"], refresh["ms"]) == (1, 56, 5000)
+    one = budget(preset, "window", record.sizes[1], limits)
     assert window["share_of_floor"] == pytest.approx(one.floor_ms / 2000)
     assert window["share_of_weights_limit"] == pytest.approx(one.weights_ms / 2000)
     moved = sum(phase["bytes"] for phase in one.phases.values())
     flops = sum(phase["flops"] for phase in one.phases.values())
     assert window["gb_per_s"] == pytest.approx(moved / 2e9)
     assert window["tflops"] == pytest.approx(flops / 2e12)
-    assert list(window["by_rows"]) == ["<= 64"] and window["by_rows"]["<= 64"]["steps"] == 2
-    clock.kinds[1] = "refresh"
+    assert list(window["by_width"]) == ["<= 64"] and window["by_width"]["<= 64"]["steps"] == 2
+    times.kinds[1] = "refresh"
     with pytest.raises(RuntimeError, match="other steps than the recorded"):
-        step_figures(record, clock, preset, limits)
-    assert [row_class(n) for n in (1, 32, 33, 256, 257)] == [
-        "<= 32", "<= 32", "<= 64", "<= 256", "> 256",
-    ]  # fmt: skip
+        step_figures(record, times, preset, limits)
+    classes = ["<= 32", "<= 32", "<= 64", "<= 256", "> 256"]
+    assert [width_class(n) for n in (1, 32, 33, 256, 257)] == classes
 
 
-def test_ceilings_count_what_they_move(monkeypatch):
-    device = torch.device("cpu")
-    assert ceilings.copy_gb_per_s(device) > 0.1
-    assert ceilings.matmul_tflops(torch.float32, device) > 1e-4
-    monkeypatch.setattr(ceilings, "best_seconds", lambda run, device: run() is None or 2.0)
-    assert ceilings.copy_gb_per_s(device) == 2**28 / 1e9  # read and written in two seconds
-    monkeypatch.setattr(ceilings, "CPU_SIZES", (64,))
-    assert ceilings.matmul_tflops(torch.float32, device) == 64**3 * 1e-12
-    assert ceilings.gpu_busy_seconds(lambda: None, device) is None
+def test_two_checkouts_in_turn(tmp_path, capsys):
+    """This checkout against itself: the same tokens, and a ratio of times."""
+    path = tmp_path / "ratio.json"
+    options = ["--preset", "tiny-dream", *SHAPE, "--against", str(ROOT), "--json", str(path)]
+    decode.main([*options, "--rounds", "2"])
+    (line,) = json.loads(path.read_text())["comparisons"]
+    assert line["batch"] == 1 and {len(times) for times in line["seconds"].values()} == {2}
+    assert line["ratio_of_medians"] == line["medians"]["ours"] / line["medians"]["other"]
+    assert f"ratio of medians {line['ratio_of_medians']:.3f}" in capsys.readouterr().out
 
 
-def test_busy_is_each_moment_once():
-    """Kernels side by side, one inside of another, and gaps; other events do not count."""
-    spans = [(0, 10), (5, 10), (6, 2), (20, 5), (30, 1)]
-    events = [{"cat": "kernel", "ts": ts, "dur": dur} for ts, dur in spans]
-    events.append({"cat": "gpu_memcpy", "ts": 40, "dur": 4})
-    events.append({"cat": "gpu_user_annotation", "ts": 0, "dur": 100})
-    assert ceilings.busy_seconds(events) == pytest.approx((15 + 5 + 1 + 4) * 1e-6)
-    with pytest.raises(ValueError, match="holds no kernel"):
-        ceilings.busy_seconds(events[-1:])
+def test_another_checkout_that_decodes_otherwise_stops_it(monkeypatch):
+    answers = {"ours": {"forwards": 3, "tokens": "a"}, "other": {"forwards": 3, "tokens": "b"}}
+    checkouts = {
+        name: SimpleNamespace(run=lambda batch, answer=answer: answer)
+        for name, answer in answers.items()
+    }
+    with pytest.raises(SystemExit, match="differ in tokens: nothing is timed"):
+        against.compare_batch(checkouts, 1, SimpleNamespace(dtype="float32", rounds=1))
 
 
 @pytest.mark.parametrize(
@@ -413,6 +399,8 @@ def test_busy_is_each_moment_once():
         ("--seed -1", "--seed=-1: expected an int from 0"),
         ("--json /nope/x.json", "--json /nope/x.json: no such folder"),
         ("--plot x.txt", "--plot x.txt: expected a file ending in"),
+        ("--against /nope", "--against /nope: expected a checkout with dsb_runtime in it"),
+        ("--against . --phases", "--against and --phases: expected one of the two"),
         pytest.param("--device cuda", "--device cuda: no CUDA device here; expected cpu",
                      marks=pytest.mark.skipif(torch.cuda.is_available(), reason="has one")),
     ],
@@ -441,18 +429,16 @@ def test_a_batch_that_fails_leaves_those_before_it(monkeypatch, tmp_path):
 
 
 def test_prompts_hold_no_mask():
-    for preset in PRESETS.values():
-        ids = random_prompt(preset, 2, 4000)
-        assert not (ids == preset.mask_id).any() and ids.min() >= 0 and ids.max() < preset.vocab
-    tiny = random_prompt(PRESETS["tiny-dream"], 1, 20000)
-    assert set(range(512)) - set(tiny[0].tolist()) == {500}
+    model = random_model(PRESETS["tiny-dream"], torch.float32, "cpu")
+    ids = random_prompts(model, None, 2, 10000, 0)
+    assert set(range(512)) - set(ids.flatten().tolist()) == {PRESETS["tiny-dream"].mask_id}
 
 
 def test_a_tied_head_is_the_embedding():
     preset = PRESETS["tiny"]
     model = random_model(dataclasses.replace(preset, tied=True), torch.bfloat16, "cpu")
     assert model.lm_head.weight is model.model.embed_tokens.weight
-    assert dsb.generate(model, random_prompt(preset, 1, 8), **SETTINGS).nfe > 0
+    assert dsb.generate(model, random_prompts(model, None, 1, 8, 0), **SETTINGS).nfe > 0
 
 
 def test_a_run_that_differs_when_watched_stops_it(monkeypatch):

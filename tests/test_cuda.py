@@ -8,38 +8,31 @@ import torch
 import dsb_runtime as dsb
 from dsb_kernels.lm_head import lm_head_confidence
 from tests import golden
-from tests.test_decode import left_pad, prompts
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-CASES = [(f, i) for f in golden.FAMILIES for i in range(len(golden.cases(f)))]
 SHAPE = {"gen_length": 24, "block_length": 8}
 
 
 @pytest.fixture(scope="module")
 def engines() -> dict[tuple[str, bool], dsb.Engine]:
-    made = {}
+    engines = {}
     for family in golden.FAMILIES:
         model = dsb.load_model(golden.DATA / family, dtype="float32", device="cuda")
         for graphs in (False, True):
-            made[family, graphs] = dsb.Engine(model, graphs=graphs)
-    return made
+            engines[family, graphs] = dsb.Engine(model, graphs=graphs)
+    return engines
 
 
 @pytest.mark.parametrize("graphs", [False, True])
-@pytest.mark.parametrize(("family", "index"), CASES)
+@pytest.mark.parametrize(("family", "index"), golden.CASES)
 def test_trajectory(engines, family, index, graphs):
-    case = golden.cases(family)[index]
     for _ in range(2):  # captured, then replayed
-        out = engines[family, graphs].generate(
-            torch.tensor([case["prompt"]], device="cuda"), **golden.settings(case)
-        )
-        assert out.sequences[0].tolist() == case["sequence"]
-        assert case["nfe"] in (None, out.nfe)
+        golden.check_trajectory(engines[family, graphs].generate, family, index, "cuda")
 
 
 @pytest.mark.parametrize("family", golden.FAMILIES)
 def test_batches_seeds_and_policies_are_the_same_with_graphs(engines, family):
-    ids, mask = (t.cuda() for t in left_pad(prompts(3)))
+    ids, mask = (t.cuda() for t in golden.left_pad(golden.prompts(3)))
     for settings in ({}, {"temperature": 1.0}, {"refresh_policy": "response"}, {"cache": "none"}):
         runs = [
             engines[family, graphs].generate(
@@ -55,7 +48,7 @@ def test_captures_anew_where_the_cache_grows_beside_another_engine(engines):
     """Torch's matmuls leave workspace in the pool, and with the stream, of what is captured."""
     made = [dsb.Engine(engines["llada", True].model) for _ in range(2)]
     for rows in (2, 4):
-        ids, mask = (t.cuda() for t in left_pad(prompts(rows)))
+        ids, mask = (t.cuda() for t in golden.left_pad(golden.prompts(rows)))
         expected = engines["llada", False].generate(ids, attention_mask=mask, **SHAPE)
         for engine in (*made, *made):  # captured, then replayed
             out = engine.generate(ids, attention_mask=mask, **SHAPE)

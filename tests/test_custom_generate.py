@@ -25,7 +25,7 @@ from transformers.generation.streamers import BaseStreamer
 import dsb_runtime as dsb
 from tests import golden
 from tests.checkpoints import write_chat_model
-from tests.test_decode import biased_to_eos, left_pad, prompts
+from tests.golden import biased_to_eos, left_pad, prompts
 
 SHAPE = {"max_new_tokens": 24, "block_length": 8}
 SAME = {"gen_length": 24, "block_length": 8}

@@ -2,59 +2,32 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
-from collections.abc import Iterator
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import PreTrainedModel
 
 import dsb_runtime as dsb
 from dsb_runtime.engine.engine import count_tokens
 from tests import golden
+from tests.golden import biased_to_eos, prompts
 
 SCHEDULES = [("naive", None), ("dsb", 8), ("dsb", None)]
 CACHES = ["none", "dual", "dsb"]
-BIAS = {"llada": 16.0, "dream": 9.0}  # EOS then ends some answers early, not all at once
 RULES = [{"threshold": 0.6}, {"factor": 1.0}, {"frechet": 0.0}, {"steps": 12}]
 MATRIX = list(itertools.product(golden.FAMILIES, SCHEDULES, CACHES, RULES))
 
 
-def prompts(count: int, seed: int = 0) -> list[torch.Tensor]:
-    """Random prompts of different lengths."""
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randint(2, 500, (5 + 9 * i,), generator=generator) for i in range(count)]
-
-
-def left_pad(rows: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    width = max(len(r) for r in rows)
-    ids = torch.stack([torch.cat([r.new_ones(width - len(r)), r]) for r in rows])
-    mask = torch.stack([torch.cat([r.new_zeros(width - len(r)), r.new_ones(len(r))]) for r in rows])
-    return ids, mask
-
-
 @pytest.mark.parametrize(("family", "schedule", "cache", "rule"), MATRIX)
 def test_batch_rows_equal_single_runs(family, schedule, cache, rule):
-    model = golden.model(family)
-    config = dsb.DecodingConfig(
-        gen_length=24, block_length=8, schedule=schedule[0], max_block_length=schedule[1],
-        cache=cache, **rule,
+    generate = golden.generate_of(family)
+    batch = golden.check_batch(
+        generate, generate, prompts(3), gen_length=24, block_length=8, schedule=schedule[0],
+        max_block_length=schedule[1], cache=cache, **rule,
     )  # fmt: skip
-    rows = prompts(3)
-    ids, mask = left_pad(rows)
-    batch = dsb.generate(model, ids, config, attention_mask=mask)
-    width = ids.shape[1]
-    for i, row in enumerate(rows):
-        alone = dsb.generate(model, row[None], config)
-        assert batch.sequences[i, width:].tolist() == alone.sequences[0, len(row) :].tolist()
-        assert batch.row_nfe[i] == alone.nfe
-        assert batch.row_tokens[i] == alone.row_tokens[0]
-    assert torch.equal(batch.sequences[:, :width], ids)
     assert sum(batch.tokens_per_forward) == 3 * 24
-    assert len(batch.tokens_per_forward) == batch.nfe
 
 
 @pytest.mark.parametrize("family", golden.FAMILIES)
@@ -99,22 +72,6 @@ def test_everything_is_committed_once(data):
     assert not (out.sequences == golden.model(family).dsb.mask_id).any()
 
 
-@contextlib.contextmanager
-def biased_to_eos(family: str) -> Iterator[PreTrainedModel]:
-    """The golden model with its LM head moved towards EOS, so that answers end early."""
-    model = golden.model(family)
-    original, head = model.lm_head, torch.nn.Linear(64, 512, bias=True)
-    with torch.no_grad():
-        head.weight.copy_(original.weight)
-        head.bias.zero_()
-        head.bias[model.dsb.eos_ids[0]] = BIAS[family]
-    model.lm_head = head
-    try:
-        yield model
-    finally:
-        model.lm_head = original
-
-
 @pytest.mark.parametrize("family", golden.FAMILIES)
 @pytest.mark.parametrize("cache", CACHES)
 def test_stop_at_eos_changes_nothing_before_the_eos(family, cache):
@@ -138,15 +95,10 @@ def test_stop_at_eos_changes_nothing_before_the_eos(family, cache):
 
 @pytest.mark.parametrize("family", golden.FAMILIES)
 def test_stop_at_eos_in_a_batch(family):
-    rows = prompts(6, seed=3)
-    ids, mask = left_pad(rows)
-    config = dsb.DecodingConfig(gen_length=32, block_length=8, threshold=0.5, stop_at_eos=True)
-    with biased_to_eos(family) as model:
-        batch = dsb.generate(model, ids, config, attention_mask=mask)
-        singles = [dsb.generate(model, row[None], config) for row in rows]
-    for i, alone in enumerate(singles):
-        assert batch.sequences[i, -32:].tolist() == alone.sequences[0, -32:].tolist()
-        assert batch.row_nfe[i] == alone.nfe
+    settings = {"gen_length": 32, "block_length": 8, "threshold": 0.5, "stop_at_eos": True}
+    with biased_to_eos(family):
+        generate = golden.generate_of(family)
+        batch = golden.check_batch(generate, generate, prompts(6, seed=3), **settings)
     assert len(set(batch.row_nfe)) > 1, "rows must end at different times, or this shows nothing"
 
 

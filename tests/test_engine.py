@@ -14,18 +14,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import dsb_runtime as dsb
-from dsb_kernels.rows import NOTHING
-from dsb_runtime.engine.loop import SESSIONS
-from dsb_runtime.engine.state import KINDS, read_flags
+from dsb_kernels.rows import Column, StepKind, read_rows
+from dsb_runtime.engine import loop
 from dsb_runtime.engine.step import StepShape
 from tests import golden
+from tests.golden import biased_to_eos, left_pad, prompts
 from tests.mutations import kernels
 from tests.recorded import Recorder
-from tests.test_decode import biased_to_eos, left_pad, prompts
-from tests.test_kernels_end_to_end import shortest
 
-CASES = [(f, i) for f in golden.FAMILIES for i in range(len(golden.cases(f)))]
-SHORT = [(f, i) for f in golden.FAMILIES for i in shortest(f, "dsb_cache_greedy", 1)]
+SHORT = [(f, golden.shortest(f, "dsb_cache_greedy", 1)[0]) for f in golden.FAMILIES]
 SHAPE = {"gen_length": 24, "block_length": 8}
 
 
@@ -36,31 +33,28 @@ def recording_engine(family: str) -> dsb.Engine:
 # --- two ways to drive a step -----------------------------------------------------------------
 
 
-def check_trajectory(family: str, index: int) -> dsb.Engine:
-    case, engine = golden.cases(family)[index], recording_engine(family)
-    out = engine.generate(torch.tensor([case["prompt"]]), **golden.settings(case))
-    assert out.sequences[0].tolist() == case["sequence"]
-    assert case["nfe"] in (None, out.nfe)
-    assert case.get("tokens_per_forward") in (None, out.tokens_per_forward)
+def check_captured(family: str, index: int) -> Recorder:
+    engine = recording_engine(family)
+    recorder = engine.loop.capture
+    out = golden.check_trajectory(engine.generate, family, index)
     # Again, now from recordings alone.
-    recorded = len(engine.capture.recordings)
-    again = engine.generate(torch.tensor([case["prompt"]]), **golden.settings(case))
-    assert again.sequences[0].tolist() == case["sequence"] and again.nfe == out.nfe
-    assert engine.capture.replays > 0 and len(engine.capture.recordings) == recorded
-    return engine
+    recorded = len(recorder.recordings)
+    assert golden.check_trajectory(engine.generate, family, index).nfe == out.nfe
+    assert recorder.replays > 0 and len(recorder.recordings) == recorded
+    return recorder
 
 
-@pytest.mark.parametrize(("family", "index"), CASES)
+@pytest.mark.parametrize(("family", "index"), golden.CASES)
 def test_captured_trajectory(family, index):
-    check_trajectory(family, index)
+    check_captured(family, index)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("family", "index"), SHORT)
 def test_captured_trajectory_by_kernel(family, index):
     with kernels():
-        engine = check_trajectory(family, index)
-    names = {n for r in engine.capture.recordings for n in r.names}
+        recorder = check_captured(family, index)
+    names = {name for recording in recorder.recordings for name in recording.names}
     assert {"dsb.rope_write_kv", "dsb.window_attention", "dsb.unmask_and_slide"} <= names
 
 
@@ -68,15 +62,8 @@ def test_captured_trajectory_by_kernel(family, index):
 @pytest.mark.parametrize("cache", ["none", "dual", "dsb"])
 @pytest.mark.parametrize("rule", [{"threshold": 0.6}, {"steps": 12}])
 def test_captured_batch_rows_equal_single_runs(family, cache, rule):
-    rows = prompts(3)
-    ids, mask = left_pad(rows)
     engine, alone = recording_engine(family), dsb.Engine(golden.model(family), graphs=False)
-    batch = engine.generate(ids, attention_mask=mask, cache=cache, **SHAPE, **rule)
-    for i, row in enumerate(rows):
-        single = alone.generate(row[None], cache=cache, **SHAPE, **rule)
-        assert batch.sequences[i, -24:].tolist() == single.sequences[0, -24:].tolist()
-        assert batch.row_nfe[i] == single.nfe
-    assert torch.equal(batch.sequences[:, :-24], ids)
+    golden.check_batch(engine.generate, alone.generate, prompts(3), cache=cache, **SHAPE, **rule)
 
 
 @pytest.mark.slow
@@ -106,7 +93,7 @@ def test_captured_steps_serve_other_prompts_and_lengths(family):
         expected = dsb.generate(golden.model(family), prompt[None], **SHAPE)
         out = engine.generate(prompt[None], **SHAPE)
         assert torch.equal(out.sequences, expected.sequences) and out.nfe == expected.nfe
-    assert len(engine.sessions) == 1
+    assert len(engine.loop.sessions) == 1
 
 
 @pytest.mark.parametrize("family", golden.FAMILIES)
@@ -133,33 +120,37 @@ def test_rows_of_a_batch_draw_different_noise(family):
     assert len({tuple(row) for row in out.sequences.tolist()}) == 4
 
 
-def test_a_step_is_launched_before_its_predecessor_is_known():
+def watch_launches(engine: dsb.Engine, monkeypatch: pytest.MonkeyPatch) -> list[StepShape]:
+    launched, launch = [], engine.loop.launch
+    monkeypatch.setattr(engine.loop, "launch", lambda *a: launched.append(a[1]) or launch(*a))
+    return launched
+
+
+def test_a_step_is_launched_before_its_predecessor_is_known(monkeypatch):
     """With one token a step what comes next is certain: the host is one step behind but for
     refreshes, and no step is wasted."""
-    engine, launched = recording_engine("llada"), []
-    launch = engine.launch
-    engine.launch = lambda session, shape: launched.append(shape) or launch(session, shape)
-    waits = []
-    run = engine.foresee
-    engine.foresee = lambda *a: waits.append(run(*a)) or waits[-1]
+    engine, speculate, guesses = recording_engine("llada"), loop.speculate, []
+    launched = watch_launches(engine, monkeypatch)
+    monkeypatch.setattr(loop, "speculate", lambda *a: guesses.append(speculate(*a)) or guesses[-1])
     out = engine.generate(prompts(1)[0][None], gen_length=24, block_length=8, steps=24)
     assert out.nfe == 24 == len(launched)
-    assert sum(w is not None for w in waits) >= 15
+    assert sum(guess is not None for guess in guesses) >= 15
 
 
-def test_a_wrong_guess_changes_nothing():
-    """A window step is foreseen after every step; refreshes and ends are then missed at first."""
-    engine, launched = recording_engine("llada"), []
-    launch, widest = engine.launch, 32
+def test_a_wrong_guess_changes_nothing(monkeypatch):
+    """A window step is expected after every step; refreshes and ends are then missed at first."""
 
-    def guess(session, flags, shape, most):
-        missed = flags[0].needs != KINDS[shape.kind]  # the step under way is such a guess
-        return None if missed else StepShape("window", 1, widest, 8)
+    def guess(session, table, shape, most_new):
+        missed = table[0].next_kind != shape.kind  # the step under way is such a guess
+        return None if missed else StepShape(StepKind.WINDOW, 1, 32, 8)
 
-    engine.launch = lambda session, shape: launched.append(shape) or launch(session, shape)
-    engine.foresee = guess
+    engine = recording_engine("llada")
+    launched = watch_launches(engine, monkeypatch)
+    monkeypatch.setattr(loop, "speculate", guess)
     for prompt in prompts(3):
-        expected = dsb.generate(golden.model("llada"), prompt[None], **SHAPE)
+        expected = dsb.Engine(golden.model("llada"), graphs=False).generate(
+            prompt[None], on_step=lambda e: None, **SHAPE
+        )
         out = engine.generate(prompt[None], **SHAPE)
         assert torch.equal(out.sequences, expected.sequences)
         assert out.tokens_per_forward == expected.tokens_per_forward
@@ -179,24 +170,23 @@ def test_no_step_can_be_wrong(data):
     config = dsb.DecodingConfig(threshold=0.5, refresh_policy=policy, **SHAPE)
     engine = dsb.Engine(golden.model(family), graphs=False)
     with torch.no_grad():
-        session = engine.session(config, ids, leftpad, 0)
+        session = engine.loop.session(config, ids, leftpad, 0)
         length = session.state.canvas.shape[1]
         for _ in range(400):
-            flags = read_flags(session.state.window.flags)
-            if all(f.needs == NOTHING for f in flags):
+            shape = loop.next_step(session, read_rows(session.state.table))
+            if shape is None:
                 break
-            if data.draw(st.integers(0, 3)) == 0:
-                session.step(engine.shape_for(session, flags))
-                continue
-            kind = data.draw(st.sampled_from(["window", "refresh", "response"]))
-            width = {"refresh": length, "response": 25}.get(kind)
-            width = width or data.draw(st.integers(1, length))
-            count, held = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 8))
-            session.step(StepShape(kind, count, width, held))
+            if data.draw(st.integers(0, 3)) > 0:
+                kind = data.draw(st.sampled_from([k for k in StepKind if k != StepKind.NOTHING]))
+                widths = {StepKind.REFRESH: st.just(length), StepKind.RESPONSE: st.just(25)}
+                width = data.draw(widths.get(kind, st.integers(1, length)))
+                count, candidates = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 8))
+                shape = StepShape(kind, count, width, candidates)
+            session.step(shape)
     for i, row in enumerate(rows):
         alone = dsb.generate(golden.model(family), row[None], config)
         assert session.state.canvas[i, -24:].tolist() == alone.sequences[0, -24:].tolist()
-        assert session.state.window.forwards[i] == alone.nfe
+        assert session.state.table[i, Column.FORWARDS] == alone.nfe
 
 
 # --- buffers ----------------------------------------------------------------------------------
@@ -211,36 +201,36 @@ def test_memory_is_reused_and_grows():
         assert torch.equal(
             out.sequences, dsb.generate(golden.model("llada"), ids, **SHAPE).sequences
         )
-        return engine.storage[0].data_ptr()
+        return engine.loop.storage[0].data_ptr()
 
     first = run(small)
-    size = engine.storage[0].shape[1]
+    size = engine.loop.storage[0].shape[1]
     assert run(small) == first, "the same memory serves the next call"
     run(large)
-    assert engine.storage[0].shape[1] > size
-    grown = engine.storage[0].data_ptr()
+    assert engine.loop.storage[0].shape[1] > size
+    grown = engine.loop.storage[0].data_ptr()
     assert run(small) == run(small.repeat(2, 1)[:1]) == grown, "a smaller call leaves it as it is"
     engine.release()
-    assert engine.storage == [] and run(small)
+    assert engine.loop.storage == [] and run(small)
 
 
 def test_a_batch_and_a_long_row_share_memory():
     """Rows times positions is what is reserved, not the largest of each."""
     engine = dsb.Engine(golden.model("llada"), graphs=False)
     engine.generate(torch.full((8, 4), 7), **SHAPE)
-    held = engine.storage[0].shape[1]
-    assert held == 8 * 29
+    size = engine.loop.storage[0].shape[1]
+    assert size == 8 * 29
     long = torch.arange(2, 202)[None]
     out = engine.generate(long, **SHAPE)
-    assert engine.storage[0].shape[1] == held
+    assert engine.loop.storage[0].shape[1] == size
     assert torch.equal(out.sequences, dsb.generate(golden.model("llada"), long, **SHAPE).sequences)
 
 
 def test_captured_steps_are_kept_for_a_few_settings_only():
     engine = recording_engine("llada")
-    for threshold in range(SESSIONS + 3):
+    for threshold in range(loop.SESSIONS + 3):
         engine.generate(prompts(1)[0][None], threshold=threshold / 20, **SHAPE)
-    assert len(engine.sessions) == SESSIONS
+    assert len(engine.loop.sessions) == loop.SESSIONS
 
 
 def test_growth_drops_steps_that_point_into_the_old_memory():

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 import torch
 
 import dsb_runtime as dsb
+from dsb_kernels.rules import RULES
 from dsb_runtime.cli import main as cli
 from dsb_runtime.demo import MODEL_DIR
 from dsb_runtime.demo.problems import heldout, is_exact
-from dsb_runtime.measure.evaluate import build_settings, encode_batches, score
+from dsb_runtime.measure.evaluate import SWEEPS, build_settings, encode_batches, score
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -36,13 +41,37 @@ def test_the_embedded_model_solves_held_out_problems(model, tokenizer):
 
 def test_settings_cover_every_schedule_cache_and_rule():
     quick = build_settings(64, 16, quick=True)
-    nine = {(s.schedule, s.cache) for s in quick if s.rule == "threshold 0.9"}
+    nine = {(s.schedule, s.cache) for s in quick if s.sweep == "schedules"}
     assert len(nine) == 9
     rules = {s.config.rule for s in build_settings(64, 16, quick=False)}
     assert rules == {"threshold", "quota", "factor", "frechet"}
     whole = build_settings(64, 16, quick=False)
     assert {s.config.full_every for s in whole} == {1, 4, 99}
     assert {s.config.cache for s in whole} == {"none", "dual", "dsb"}
+    refreshes = [(s.rule, s.cache) for s in whole if s.sweep == "refreshes"]
+    assert refreshes == [("1 token, block 4", cache) for cache in ("dsb", "dsb/4", "dsb/99")]
+    const = [s.config for s in whole if s.schedule == "DSB const"]
+    assert all(c.max_block_length == c.block_length == 16 for c in const)
+
+
+def test_a_rule_without_values_of_its_own_is_measured_inside_its_range(monkeypatch):
+    made_up = dataclasses.replace(RULES["frechet"], name="made up")
+    monkeypatch.setitem(RULES, "made up", made_up)
+    monkeypatch.delitem(SWEEPS, "frechet")
+    values = [s.value for s in build_settings(64, 16, quick=False) if s.rule == "made up"]
+    assert values == [-0.5, 0.0, 0.5]
+
+
+def test_the_kept_scores_are_those_of_todays_settings(tmp_path, capsys):
+    """README's picture is drawn from this file."""
+    kept, picture = ROOT / "benchmarks" / "eval_embedded.json", tmp_path / "accuracy.png"
+    words = [(i["sweep"], i["rule"], i["value"], i["schedule"], i["cache"])
+             for i in json.loads(kept.read_text())]  # fmt: skip
+    settings = build_settings(64, 16, quick=False)
+    assert words == [(s.sweep, s.rule, s.value, s.schedule, s.cache) for s in settings]
+    assert cli.main(["eval", "--from", str(kept), "--plot", str(picture)]) == 0
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert "threshold 0.95" in capsys.readouterr().out
 
 
 def test_scores_follow_the_counting_rule(model, tokenizer):

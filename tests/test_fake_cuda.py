@@ -40,12 +40,11 @@ from triton.runtime.jit import JITFunction, MockTensor
 
 import dsb_runtime as dsb
 from dsb_kernels import score as row_state
-from dsb_kernels.rows import NOTHING, REFRESH, WINDOW
+from dsb_kernels.rows import Column, StepKind
 from dsb_runtime.engine import layers
 from dsb_runtime.engine.cache import WindowCache
 from dsb_runtime.engine.graphs import HostCopy
 from dsb_runtime.engine.loop import Session
-from dsb_runtime.engine.state import RowFlags
 from dsb_runtime.engine.step import StepShape
 from tests import golden
 from tests.test_attention_backend import cache_argument
@@ -251,7 +250,7 @@ def session_of(gpu: FakeCuda, family: str, *, padded: bool = False, **settings: 
     config = dsb.DecodingConfig(**SHAPE, **settings)
     gpu.answers = [padded]  # the one thing that the host reads
     leftpad = integers(ROWS, dtype=torch.int32)
-    session = engine.session(config, integers(ROWS, PROMPT), leftpad, 0)
+    session = engine.loop.session(config, integers(ROWS, PROMPT), leftpad, 0)
     assert not gpu.answers and session.step.padded is padded
     return session
 
@@ -259,7 +258,7 @@ def session_of(gpu: FakeCuda, family: str, *, padded: bool = False, **settings: 
 def run(gpu: FakeCuda, session: Session, kind: str, rows: int, width: int) -> None:
     """A step, and what it must have launched."""
     with gpu.step():
-        session.step(StepShape(kind, rows, width, SHAPE["block_length"]))
+        session.step(StepShape(StepKind[kind.upper()], rows, width, SHAPE["block_length"]))
     depth = len(session.step.backbone.layers)
     assert sum(n for name, n in gpu.launched.items() if "unmask" in name) == 1
     assert gpu.launched["_rope_write_kv_kernel"] == depth * (session.step.cache is not None)
@@ -313,7 +312,7 @@ def test_settings(gpu, family, settings):
 @pytest.mark.parametrize("family", golden.FAMILIES)
 def test_a_call_from_prompt_to_output(gpu, monkeypatch, family):
     """Checks, state, captures by class of shape, flags, output. What the flags say is a script."""
-    script = [REFRESH, WINDOW, WINDOW, NOTHING]
+    script = [StepKind.REFRESH, StepKind.WINDOW, StepKind.WINDOW, StepKind.NOTHING]
     captured: list[Counter[str]] = []
 
     def capture(step: Callable[[], None]) -> Callable[[], None]:
@@ -323,9 +322,9 @@ def test_a_call_from_prompt_to_output(gpu, monkeypatch, family):
         return step
 
     def wait(self: HostCopy) -> Tensor:
-        values = {"needs": script.pop(0), "start": 64, "end": 72, "held": 8, "left": 20}
-        row = [values.get(name, 1) for name in RowFlags.__dataclass_fields__]
-        row[list(RowFlags.__dataclass_fields__).index("failed")] = 0
+        row = [1] * len(Column)
+        row[Column.NEXT_KIND], row[Column.NUM_CANDIDATES] = script.pop(0), 8
+        row[Column.START], row[Column.END], row[Column.FAILED] = 64, 72, 0
         gpu.answers = row * ROWS
         return self.values
 
@@ -337,7 +336,8 @@ def test_a_call_from_prompt_to_output(gpu, monkeypatch, family):
     assert out.nfe == 3 and out.row_nfe == [3] * ROWS and not script
     assert out.sequences.is_cuda and out.sequences.shape == (ROWS, LENGTH)
     assert gpu.devices == [prompts.device]
-    assert len(captured) == 2 and captured[1]["_attention_kernel"] == len(engine.backbone.layers)
+    depth = len(engine.loop.backbone.layers)
+    assert len(captured) == 2 and captured[1]["_attention_kernel"] == depth
 
 
 @pytest.mark.parametrize("kind", ["Llama", "Qwen3"])

@@ -4,10 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import dsb_runtime as dsb
 from tests import golden
-
-CASES = [(f, i) for f in golden.FAMILIES for i in range(len(golden.cases(f)))]
 
 
 @pytest.mark.parametrize("family", golden.FAMILIES)
@@ -18,17 +15,9 @@ def test_forward_reproduces_the_published_logits(family):
     assert (logits - reference["logits"]).abs().max() < 1e-4
 
 
-@pytest.mark.parametrize(("family", "index"), CASES)
+@pytest.mark.parametrize(("family", "index"), golden.CASES)
 def test_trajectory(family, index):
-    case = golden.cases(family)[index]
-    prompt = torch.tensor([case["prompt"]])
-    out = dsb.generate(golden.model(family), prompt, **golden.settings(case))
-    assert out.sequences[0].tolist() == case["sequence"]
-    assert sum(out.tokens_per_forward) == case["gen_length"]
-    if case["nfe"] is not None:
-        assert out.nfe == case["nfe"]
-    if case.get("tokens_per_forward") is not None:
-        assert out.tokens_per_forward == case["tokens_per_forward"]
+    golden.check_trajectory(golden.generate_of(family), family, index)
 
 
 def test_every_method_and_rule_is_covered():

@@ -4,6 +4,7 @@ forward of a decoding computes in bfloat16."""
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,46 +14,30 @@ from torch.nn.functional import linear
 from transformers import PreTrainedModel
 
 import dsb_runtime as dsb
+from dsb_kernels.place import Layout
 from dsb_runtime.engine import step
-from dsb_runtime.engine.cache import WindowCache
+from dsb_runtime.engine.cache import KVCache
 from dsb_runtime.engine.forward import Backbone
 from dsb_runtime.engine.sampling import propose
 from tests import golden
 from tests.mutations import DEVICE, kernels
-from tests.test_decode import left_pad, prompts
 
 
-def shortest(family: str, method: str, count: int) -> list[int]:
-    """The `count` cases of a method with the fewest forwards (the interpreter is slow)."""
-    cases = golden.cases(family)
-    ours = [i for i, c in enumerate(cases) if c["method"] == method]
-    return sorted(ours, key=lambda i: (cases[i]["nfe"] or 99, len(cases[i]["sequence"])))[:count]
+def shortest(method: str, family: str) -> tuple[str, int]:
+    return family, golden.shortest(family, method, 1)[0]
 
 
-QUICK = [("llada", i) for i in shortest("llada", "dsb_cache_greedy", 1)]
 METHODS = ["naive", "dual_cache", "dsb_greedy", "dsb_cache_const", "dsb_cache_greedy"]
-MORE = [(f, i) for f in golden.FAMILIES for m in METHODS for i in shortest(f, m, 1)]
+QUICK = shortest("dsb_cache_greedy", "llada")
+MORE = {shortest(method, family) for method in METHODS for family in golden.FAMILIES} - {QUICK}
 
 
-def check(family: str, index: int) -> None:
-    case = golden.cases(family)[index]
-    prompt = torch.tensor([case["prompt"]])
-    with kernels():
-        out = dsb.generate(golden.model(family), prompt, **golden.settings(case))
-    assert out.sequences[0].tolist() == case["sequence"]
-    assert case["nfe"] in (None, out.nfe)
-    assert case.get("tokens_per_forward") in (None, out.tokens_per_forward)
-
-
-@pytest.mark.parametrize(("family", "index"), QUICK)
+@pytest.mark.parametrize(
+    ("family", "index"), [QUICK, *(pytest.param(*x, marks=pytest.mark.slow) for x in sorted(MORE))]
+)
 def test_trajectory(family, index):
-    check(family, index)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("family", "index"), sorted(set(MORE) - set(QUICK)))
-def test_more_trajectories(family, index):
-    check(family, index)
+    with kernels():
+        golden.check_trajectory(golden.generate_of(family), family, index)
 
 
 class Errors:
@@ -64,22 +49,23 @@ class Errors:
         self.wide, self.patch = copy.deepcopy(model).double(), patch
         self.squares: dict[str, list[tuple[Tensor, Tensor]]] = {}
         self.forward = Backbone.__call__
-        patch.setattr(Backbone, "__call__", lambda *args: self.run(*args))
+        patch.setattr(Backbone, "__call__", lambda *args, **options: self.run(*args, **options))
         patch.setattr(step, "propose", self.propose)
 
-    def run(self, backbone: Backbone, *args: Any) -> Tensor:
+    def run(self, backbone: Backbone, layout: Layout, cache: KVCache, **options: bool) -> Tensor:
         """In place of `Backbone.__call__`: hidden states by kernels."""
-        *where, cache = args
-        plain, wide = copy.deepcopy(cache), copy.deepcopy(cache)
-        for layer in wide.layers:
-            layer.keys, layer.values = layer.keys.double(), layer.values.double()
+        plain, wide = (
+            replace(cache, keys=[copy_of(x) for x in cache.keys],
+                    values=[copy_of(x) for x in cache.values])
+            for copy_of in (Tensor.clone, Tensor.double)
+        )  # fmt: skip
         with self.patch.context() as patch:
             patch.setenv("DSB_BACKEND", "eager")
             wide_backbone = Backbone(self.wide, len(backbone.cos_sin))
-            self.plain = self.forward(backbone, *where, plain)
-            self.exact = self.forward(wide_backbone, *where, wide)
-        hidden = self.forward(backbone, *where, cache)
-        self.add("K/V", *(stored(c) for c in (cache, plain, wide)))
+            self.plain = self.forward(backbone, layout, plain, **options)
+            self.exact = self.forward(wide_backbone, layout, wide, **options)
+        hidden = self.forward(backbone, layout, cache, **options)
+        self.add("K/V", *(torch.stack([*c.keys, *c.values]) for c in (cache, plain, wide)))
         return hidden
 
     def propose(
@@ -104,19 +90,13 @@ class Errors:
         return (kernel / plain).sqrt().item()
 
 
-def stored(cache: WindowCache) -> Tensor:
-    """All keys and values but those of the last slot, which takes what lies past a window."""
-    both = [x for layer in cache.layers for x in (layer.keys, layer.values)]
-    return torch.stack(both)[..., :-1, :]
-
-
 @pytest.mark.parametrize("family", ["dream", pytest.param("llada", marks=pytest.mark.slow)])
 def test_bfloat16_error_is_at_most_twice_the_definitions(
     family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = dsb.load_model(golden.DATA / family, dtype="bfloat16", device=DEVICE)
     errors, kinds = Errors(model, monkeypatch), set()
-    ids, mask = (t.to(DEVICE) for t in left_pad([row[:6] for row in prompts(2)]))
+    ids, mask = (t.to(DEVICE) for t in golden.left_pad([row[:6] for row in golden.prompts(2)]))
     with kernels():
         dsb.Engine(model, graphs=False).generate(
             ids, attention_mask=mask, gen_length=4, block_length=4, steps=2,

@@ -1,5 +1,5 @@
-"""How the kernel benchmarks are timed, with a stand-in for CUDA: what a graph holds, what is done
-around its replay, and what is divided by what."""
+"""The clock: with a stand-in for CUDA, what a graph holds, what is done around its replay, and what
+is divided by what; ceilings and linear layers on a CPU."""
 
 from __future__ import annotations
 
@@ -10,8 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import ceilings, measure
-from benchmarks.measure import Call, Timing, plan
+from benchmarks import ops
+from benchmarks.profiled import busy_seconds, gpu_busy_seconds
+from dsb_runtime.measure import timing
+from dsb_runtime.measure.timing import Call, Timing, plan
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
 L2 = 50 << 20
 
@@ -32,7 +36,7 @@ L2 = 50 << 20
 def test_plan(one, touched, restored, expected):
     cold, warm, sets = plan(one, touched, L2, restored=restored)
     assert (cold, warm, sets) == expected
-    assert sets == cold or sets * touched >= measure.EVICT * L2
+    assert sets == cold or sets * touched >= timing.EVICT * L2
 
 
 class Cuda:
@@ -81,10 +85,11 @@ class Cuda:
         patch.setattr(cuda, "set_stream", lambda stream: setattr(self, "stream", stream))
         patch.setattr(cuda, "stream", lambda _: contextlib.nullcontext())
         patch.setattr(cuda, "synchronize", lambda *_: None)
+        patch.setattr(cuda, "mem_get_info", lambda device: (80 << 30, 80 << 30))
         patch.setattr(cuda, "_sleep", lambda cycles: note("spin"))
-        patch.setattr(measure, "l2_bytes", lambda: L2)
+        patch.setattr(timing, "l2_bytes", lambda: L2)
         other = SimpleNamespace(sum=lambda: note("evict"))
-        patch.setattr(measure, "_other_data", lambda: other)
+        patch.setattr(timing, "_other_data", lambda: other)
 
 
 @pytest.mark.parametrize("restored", [False, True])
@@ -101,13 +106,13 @@ def test_what_a_gpu_is_asked(monkeypatch, restored):
 
         return Call(run, (lambda: cuda.calls.append("restore")) if restored else None)
 
-    found = measure.timing(make, touched=25 << 20)
+    found = timing.time_call(make, 25 << 20, GPU)
     assert found == Timing(pytest.approx(20e-6), pytest.approx(20e-6))
     assert len(made) == (50 if restored else 8)  # a millisecond's calls; four times the L2
     around = ["spin", "record", "replay 50", "record"]
     cold = [*["restore"] * len(made) * restored, "evict", *around]
     warm = around if not restored else ["restore", "spin", "record", "replay 1", "record"]
-    repeats = measure.REPEATS
+    repeats = timing.REPEATS
     first = len(cuda.calls) - repeats * (len(cold) + len(warm))
     assert cuda.calls[first:] == cold * repeats + warm * repeats
     assert "evict" not in cuda.calls[:first]
@@ -116,7 +121,7 @@ def test_what_a_gpu_is_asked(monkeypatch, restored):
 def test_calls_take_turns_over_the_sets(monkeypatch):
     Cuda(monkeypatch, 1e-6)
     order: list[int] = []
-    measure._graph_seconds([Call(lambda i=i: order.append(i)) for i in range(3)], 7)
+    timing._graph_seconds([Call(lambda i=i: order.append(i)) for i in range(3)], 7)
     assert order[-7:] == [0, 1, 2, 0, 1, 2, 0]
     assert order[:-7] == [0, 0, 0, 1, 2, 0, 1, 2, 0], "compiled before the capture"
 
@@ -133,17 +138,16 @@ def test_a_capture_that_fails_leaves_the_stream_as_it_was(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "graph", graph)
     with pytest.raises(RuntimeError, match="previous error"):
-        measure._graph_seconds([Call(lambda: None)], 3)
+        timing._graph_seconds([Call(lambda: None)], 3)
     assert cuda.stream is before
 
 
 def test_a_cpu_is_timed_by_its_clock(monkeypatch):
-    monkeypatch.setattr(measure, "on_gpu", lambda: False)
     log: list[str] = []
     call = Call(lambda: log.append("run"), lambda: log.append("restore"))
-    found = measure.timing(lambda: call, 100)
+    found = timing.time_call(lambda: call, 100, CPU)
     assert found.cold == found.warm > 0
-    assert log == ["restore", "run"] * (measure.REPEATS + 1)
+    assert log == ["restore", "run"] * (timing.REPEATS + 1)
 
 
 def test_copies_are_timed_outside_of_graphs(monkeypatch):
@@ -157,9 +161,9 @@ def test_copies_are_timed_outside_of_graphs(monkeypatch):
     memory = SimpleNamespace(random_=lambda: memory, copy_=copy)
     monkeypatch.setattr(torch, "empty", lambda size, dtype, device: memory)
     monkeypatch.setattr(torch, "empty_like", lambda other: memory)
-    bandwidth = measure.copy_bandwidth.__wrapped__()
+    bandwidth = timing.copy_bandwidth.__wrapped__(GPU)
     assert bandwidth == pytest.approx(2 * (1 << 30) / 0.5e-3)
-    assert cuda.calls == ["spin", "record", "record"] * measure.REPEATS
+    assert cuda.calls == ["spin", "record", "record"] * timing.REPEATS
 
 
 def test_products_are_timed_by_events(monkeypatch):
@@ -169,28 +173,38 @@ def test_products_are_timed_by_events(monkeypatch):
         runs.append(None)
         cuda.clock += 5.0 if len(runs) == 1 else 2.0 - 0.1 * len(runs)
 
-    best = ceilings.best_seconds(run, torch.device("cuda"))
-    assert len(runs) == ceilings.REPEATS + 1
+    best = timing.best_seconds(run, GPU)
+    assert len(runs) == timing.BEST_OF + 1
     assert best == pytest.approx(2.0 - 0.1 * len(runs)), "the best, the first left out"
 
 
 def test_what_a_benchmark_reports(monkeypatch):
     cuda = Cuda(monkeypatch, 100e-6)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
-    monkeypatch.setattr(measure, "copy_bandwidth", lambda: 4e12)
-
-    class Benchmark:
-        extra_info: dict[str, Any] = {}  # noqa: RUF012
-
-        def pedantic(self, run: Any, setup: Any, rounds: int, warmup_rounds: int) -> None:
-            assert setup is None and (run(), cuda.calls[-1])[1] == "replay 1"
-
-    def make() -> Call:
-        return Call(lambda: cuda.captured.append(0) if cuda.capturing else None)
-
-    benchmark = Benchmark()
-    measure.run(benchmark, make, bytes_needed=300_000_000, flops=50_000_000_000)
-    assert benchmark.extra_info == {
-        "device": "a GPU", "cold_us": 100.0, "warm_us": 100.0, "bandwidth_share": 0.75,
-        "tflops": 500.0,
+    monkeypatch.setattr(ops, "copy_bandwidth", lambda device: 4e12)
+    call = Call(lambda: cuda.captured.append(0) if cuda.capturing else None)
+    case = SimpleNamespace(bytes=300_000_000, flops=50_000_000_000, call=lambda contender: call)
+    line = ops.time_contender(lambda: case, "op")
+    assert line == {
+        "cold_us": 100.0, "warm_us": 100.0, "bandwidth_share": 0.75, "tflops": 500.0,
     }  # fmt: skip
+
+
+def test_ceilings_count_what_they_move(monkeypatch):
+    assert timing.copy_bandwidth(CPU) > 1e8
+    assert timing.matmul_speed(torch.float32, CPU) > 1e8
+    monkeypatch.setattr(timing, "best_seconds", lambda run, device: run() is None or 2.0)
+    assert timing.copy_bandwidth.__wrapped__(CPU) == 2**28  # read and written in two seconds
+    monkeypatch.setattr(timing, "CPU_SIZES", (64,))
+    assert timing.matmul_speed.__wrapped__(torch.float32, CPU) == 64**3
+    assert gpu_busy_seconds(lambda: None, CPU) is None
+
+
+def test_busy_is_each_moment_once():
+    """Kernels side by side, one inside of another, and gaps; other events do not count."""
+    spans = [(0, 10), (5, 10), (6, 2), (20, 5), (30, 1)]
+    events = [{"cat": "kernel", "ts": ts, "dur": dur} for ts, dur in spans]
+    events.append({"cat": "gpu_memcpy", "ts": 40, "dur": 4})
+    events.append({"cat": "gpu_user_annotation", "ts": 0, "dur": 100})
+    assert busy_seconds(events) == pytest.approx((15 + 5 + 1 + 4) * 1e-6)
+    with pytest.raises(ValueError, match="holds no kernel"):
+        busy_seconds(events[-1:])

@@ -13,8 +13,8 @@ import torch
 import dsb_runtime as dsb
 from dsb_runtime.engine.memory import allocate, is_out_of_memory, largest, layout_of
 from tests import golden
+from tests.golden import prompts
 from tests.recorded import Recorder
-from tests.test_decode import prompts
 
 ROOT = Path(__file__).parents[1]
 SHAPE = {"gen_length": 24, "block_length": 8}
@@ -24,7 +24,7 @@ LIMITED = """
 import resource, torch
 import dsb_runtime as dsb
 from tests import golden
-from tests.test_decode import prompts
+from tests.golden import prompts
 
 torch.set_num_threads(1)
 model, prompt = golden.model("llada"), prompts(1)[0][None]
@@ -92,7 +92,7 @@ def test_a_step_that_runs_out_of_memory_while_captured(rows, kind):
     advice = "a shorter prompt or gen_length" if rows == 1 else "a batch of 1"
     with pytest.raises(torch.OutOfMemoryError, match=rf"refresh step.*{said}.*{advice}"):
         engine.generate(ids, **SHAPE)
-    assert not engine.sessions
+    assert not engine.loop.sessions
     tight[0] = False
     assert torch.equal(engine.generate(ids, **SHAPE).sequences, expected)
 

@@ -13,7 +13,7 @@ import dsb_runtime as dsb
 from dsb_runtime.engine.layers import ModuleLayer, PackedLayer, layers_of
 from dsb_runtime.engine.packing import neighbours, packed
 from tests import golden
-from tests.test_decode import prompts
+from tests.golden import prompts
 from tests.test_patch import KINDS, random_model
 
 SHAPE = {"gen_length": 24, "block_length": 8}

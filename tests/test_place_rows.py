@@ -1,8 +1,8 @@
-"""place_rows: the definition against a plain loop, the kernel against the definition."""
+"""place_rows: the definition against the method in plain Python, the kernel against it."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -11,13 +11,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dsb_kernels import place as module
-from dsb_kernels.commit import initial_state
-from dsb_kernels.place import PlacedRows, place_rows
-from dsb_kernels.rows import NOTHING, REFRESH, RESPONSE, WINDOW, UnmaskSpec, WindowState
+from dsb_kernels.method import Row, source
+from dsb_kernels.place import Layout, place_rows
+from dsb_kernels.rows import NUM_COLUMNS, Column, StepKind, read_rows
 from tests.mutations import DEVICE, assert_caught, kernels
 
 SLOW = pytest.mark.slow
-MASK = 99
+WINDOW, REFRESH, RESPONSE, NOTHING = StepKind
 
 
 @dataclass
@@ -26,19 +26,18 @@ class Case:
 
     kind: int = WINDOW
     batch: int = 5
-    rows: int = 5
+    num_rows: int = 5
     width: int = 14
-    held: int = 6
+    num_candidates: int = 6
     candidates: int = 8  # K
     length: int = 40
-    first: int = 0
     shift: bool = False
     prompt: int = 9
-    needs: tuple[int, ...] = (WINDOW, REFRESH, WINDOW, RESPONSE, NOTHING, WINDOW)
+    next_kinds: tuple[int, ...] = (WINDOW, REFRESH, WINDOW, RESPONSE, NOTHING, WINDOW)
     seed: int = 0
 
-    def state(self) -> tuple[Tensor, WindowState, Tensor]:
-        """Windows of any length, before which up to six rows are computed again."""
+    def arguments(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Canvas, row table and candidates: windows of any length, after prefixes of up to six."""
         draw = torch.Generator().manual_seed(self.seed)
 
         def ints(low: int, high: Tensor | int, shape: tuple[int, ...] = (self.batch,)) -> Tensor:
@@ -46,96 +45,99 @@ class Case:
             return low + whole % (torch.as_tensor(high) - low + 1)
 
         canvas = ints(0, 9999, (self.batch, self.length))
-        spec = UnmaskSpec(
-            self.prompt, self.candidates, None, "dsb", "dsb", 4, 0, "threshold", 0.9, 0, "select",
-            MASK, (3,), False,
-        )  # fmt: skip
-        leftpad = ints(0, min(3, self.prompt))
-        state = initial_state(canvas, leftpad.int(), spec)
-        shape = (self.batch, self.candidates)
         start = ints(min(self.prompt, self.length - 1), self.length - 1)
         end = ints(0, self.length - start) + start
-        position = start[:, None] + ints(0, 2, shape).cumsum(-1)
+        position = start[:, None] + ints(0, 2, (self.batch, self.candidates)).cumsum(-1)
         position[position >= end[:, None]] = -1
         position[:, 1:][position[:, :-1] < 0] = -1
-        needs = torch.tensor((self.needs * self.batch)[: self.batch])
-        values = {
-            "start": start, "end": end, "prefix": ints(0, torch.minimum(start, torch.tensor(6))),
-            "position": position, "needs": needs, "forwards": ints(0, 1 << 20),
-        }  # fmt: skip
-        state = replace(state, **{name: value.int() for name, value in values.items()})
-        state = WindowState(*(getattr(state, f.name).to(DEVICE) for f in fields(state)))
-        return canvas.to(DEVICE), state, leftpad.int().to(DEVICE)
+        table = torch.randint(0, 99, (self.batch, NUM_COLUMNS), generator=draw)
+        for column, value in (
+            (Column.NEXT_KIND, torch.tensor((self.next_kinds * self.batch)[: self.batch])),
+            (Column.START, start),
+            (Column.END, end),
+            (Column.PREFIX, ints(0, torch.minimum(start, torch.tensor(6)))),
+            (Column.NUM_CANDIDATES, (position >= 0).sum(-1)),
+            (Column.LEFTPAD, ints(0, min(3, self.prompt))),
+            (Column.FORWARDS, ints(0, 1 << 20)),
+        ):
+            table[:, column] = value
+        return canvas.to(DEVICE), table.int().to(DEVICE), position.int().to(DEVICE)
 
     def step(self) -> dict[str, object]:
+        first = max(self.prompt - int(self.shift), 0) if self.kind == RESPONSE else 0
         return {
-            "kind": self.kind, "rows": self.rows, "width": self.width, "held": self.held,
-            "first": self.first, "shift": self.shift, "prompt_length": self.prompt,
+            "kind": self.kind, "num_rows": self.num_rows, "width": self.width,
+            "num_candidates": self.num_candidates, "first": first, "shift": self.shift,
+            "prompt_length": self.prompt,
         }  # fmt: skip
 
+    def by_definition(self) -> Layout:
+        return place_rows(*(x.cpu() for x in self.arguments()), **self.step())
+
     def check(self) -> None:
-        given = self.state()
-        expected = place_rows(*(x.cpu() if isinstance(x, Tensor) else on_cpu(x) for x in given),
-                              **self.step())  # fmt: skip
         with kernels():
-            found = place_rows(*given, **self.step())
-        for name, wanted in zip(PlacedRows._fields, expected, strict=True):
-            x = getattr(found, name).cpu()
-            assert x.dtype == wanted.dtype and torch.equal(x, wanted), name
+            layout = place_rows(*self.arguments(), **self.step())
+        for name, x, expected in zip(Layout._fields, layout, self.by_definition(), strict=True):
+            assert x.dtype == expected.dtype and torch.equal(x.cpu(), expected), name
 
 
-def on_cpu(state: WindowState) -> WindowState:
-    return WindowState(*(getattr(state, f.name).cpu() for f in fields(state)))
-
-
-def plain(case: Case) -> list[dict[str, object]]:
-    """What the docstrings say, a row at a time."""
-    canvas, state, leftpad = case.state()
-    found, length = [], case.length
-    for b in range(case.batch):
-        low, high = case.first, length
-        if case.kind == WINDOW:
-            low, high = int(state.start[b] - state.prefix[b]), int(state.end[b])
-        at = [i for i in state.position[b].tolist() if i >= 0]
-        fits = high - low <= case.width and len(at) <= case.held
-        active = int(state.needs[b]) == case.kind and fits
-        rest = [-1] * (case.held - len(at[: case.held]))
-        at = at[: case.held] + rest
-        source = [max(i - case.shift, 0) - low for i in at]
-        found.append({
-            "rows": b, "start": low, "length": high - low if active else 0, "seqlens": length,
-            "leftpad": int(leftpad[b]), "kept": case.held if active else 0, "active": active,
-            "ids": [int(canvas[b, min(low + j, length - 1)]) for j in range(case.width)],
-            "keep": [min(max(s, 0), case.width - 1) for s in source],
-            "eligible": [active and i >= 0 for i in at],
+def by_method(case: Case) -> list[dict[str, object]]:
+    """The layout, row by row; what a row computes is what `dsb_kernels.method` says."""
+    canvas, table, position = (x.cpu() for x in case.arguments())
+    listed, capacity = [], case.num_candidates
+    for b, row in enumerate(read_rows(table)):
+        method = Row(case.prompt, case.length - case.prompt, 1)
+        method.next_kind = StepKind(case.kind).label
+        method.start, method.end, method.prefix = row.start, row.end, row.prefix
+        first, last = method.computed(case.shift and case.prompt > 0)
+        candidates = [i for i in position[b].tolist() if i >= 0]
+        fits = last - first <= case.width and len(candidates) <= capacity
+        active = row.next_kind == case.kind and fits
+        candidates = (candidates + [-1] * capacity)[:capacity]
+        sources = [source(i, case.shift) - first for i in candidates]
+        listed.append({
+            "rows": b, "start": first, "length": last - first if active else 0,
+            "seqlens": case.length, "leftpad": row.leftpad,
+            "num_scored": capacity if active else 0, "active": active,
+            "input_ids": [
+                int(canvas[b, min(first + j, case.length - 1)]) for j in range(case.width)
+            ],
+            "source_index": [min(max(s, 0), case.width - 1) for s in sources],
+            "eligible": [active and i >= 0 for i in candidates],
             "noise_ids": [
-                (b << 42) | (int(state.forwards[b]) << 21) | max(i - case.prompt, 0) for i in at
+                (b << 42) | (row.forwards << 21) | max(i - case.prompt, 0) for i in candidates
             ],
         })  # fmt: skip
-    if case.rows < case.batch:
-        found.sort(key=lambda row: not row["active"])  # stable
-    for r, row in enumerate(found[: case.rows]):
-        row["keep"] = [i + r * case.width for i in row["keep"]]
-    return found[: case.rows]
+    if case.num_rows < case.batch:
+        listed.sort(key=lambda row: not row["active"])  # stable
+    for r, row in enumerate(listed[: case.num_rows]):
+        row["source_index"] = [i + r * case.width for i in row["source_index"]]
+    return listed[: case.num_rows]
 
 
 CASES = {
     "window": Case(),
     "shifted": Case(shift=True, seed=1),
-    "some_rows": Case(rows=2),
-    "one_of_many": Case(batch=37, rows=1, needs=(NOTHING, REFRESH, NOTHING, NOTHING, WINDOW)),
-    "none": Case(needs=(REFRESH,), rows=3),
-    "all_fit": Case(width=40, held=8, needs=(WINDOW,), rows=4),
-    "every_row": Case(width=40, held=8, needs=(WINDOW,)),
-    "few_candidates": Case(width=40, held=2, needs=(WINDOW,)),
-    "nothing_fits": Case(width=1, held=1, needs=(WINDOW,)),
-    "refresh": Case(kind=REFRESH, width=40, held=8),
-    "refresh_of_some": Case(kind=REFRESH, width=40, held=8, rows=2, seed=3),
+    "some_rows": Case(num_rows=2),
+    "one_of_many": Case(
+        batch=37, num_rows=1, next_kinds=(NOTHING, REFRESH, NOTHING, NOTHING, WINDOW)
+    ),
+    "none": Case(next_kinds=(REFRESH,), num_rows=3),
+    "all_fit": Case(width=40, num_candidates=8, next_kinds=(WINDOW,), num_rows=4),
+    "every_row": Case(width=40, num_candidates=8, next_kinds=(WINDOW,)),
+    "few_candidates": Case(width=40, num_candidates=2, next_kinds=(WINDOW,)),
+    "nothing_fits": Case(width=1, num_candidates=1, next_kinds=(WINDOW,)),
+    "refresh": Case(kind=REFRESH, width=40, num_candidates=8),
+    "refresh_of_some": Case(kind=REFRESH, width=40, num_candidates=8, num_rows=2, seed=3),
     "refresh_without_room": Case(kind=REFRESH, width=39),
-    "response": Case(kind=RESPONSE, first=8, width=32, shift=True, held=8),
-    "tokens_in_pieces": Case(kind=REFRESH, batch=2, rows=2, length=2100, width=2100, prompt=2000),
-    "one_position": Case(batch=1, rows=1, length=1, width=1, held=1, candidates=1, prompt=0),
-    "batch_64": Case(batch=64, rows=16, seed=5),
+    "response": Case(kind=RESPONSE, width=32, shift=True, num_candidates=8),
+    "tokens_in_pieces": Case(
+        kind=REFRESH, batch=2, num_rows=2, length=2100, width=2100, prompt=2000
+    ),
+    "one_position": Case(
+        batch=1, num_rows=1, length=1, width=1, num_candidates=1, candidates=1, prompt=0
+    ),
+    "batch_64": Case(batch=64, num_rows=16, seed=5),
 }
 
 
@@ -145,18 +147,15 @@ def test_kernel_matches_definition(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_definition_is_the_loop(name: str) -> None:
-    check_loop(CASES[name])
+def test_definition_is_the_method(name: str) -> None:
+    check_definition(CASES[name])
 
 
-def check_loop(case: Case) -> None:
-    canvas, state, leftpad = case.state()
-    found = place_rows(canvas.cpu(), on_cpu(state), leftpad.cpu(), **case.step())
-    expected = plain(case)
-    for name in PlacedRows._fields:
-        x = getattr(found, name).view(case.rows, -1).tolist()
+def check_definition(case: Case) -> None:
+    expected = by_method(case)
+    for name, x in zip(Layout._fields, case.by_definition(), strict=True):
         wanted = [row[name] if isinstance(row[name], list) else [row[name]] for row in expected]
-        assert x == wanted, name
+        assert x.view(case.num_rows, -1).tolist() == wanted, name
 
 
 @st.composite
@@ -166,15 +165,16 @@ def cases(draw: st.DrawFn) -> Case:
     return Case(
         kind=draw(st.sampled_from([WINDOW, REFRESH, RESPONSE])),
         batch=batch,
-        rows=draw(st.integers(1, batch)),
+        num_rows=draw(st.integers(1, batch)),
         width=draw(st.integers(1, length)),
-        held=draw(st.integers(1, candidates)),
+        num_candidates=draw(st.integers(1, candidates)),
         candidates=candidates,
         length=length,
-        first=draw(st.integers(0, length - 1)),
         shift=draw(st.booleans()),
         prompt=draw(st.integers(0, length - 1)),
-        needs=draw(st.tuples(*[st.sampled_from([WINDOW, REFRESH, RESPONSE, NOTHING])] * batch)),
+        next_kinds=draw(
+            st.tuples(*[st.sampled_from([WINDOW, REFRESH, RESPONSE, NOTHING])] * batch)
+        ),
         seed=draw(st.integers(0, 2**31)),
     )
 
@@ -182,20 +182,20 @@ def cases(draw: st.DrawFn) -> Case:
 @settings(max_examples=40, deadline=None)
 @given(cases())
 def test_any_step(case: Case) -> None:
-    check_loop(case)
+    check_definition(case)
     case.check()
 
 
 MUTATIONS = {
     # case, what stands there, the mistake
     "width_excluded": ("refresh", "(length <= width)", "(length < width)"),
-    "candidates_ignored": ("few_candidates", "& (past < 0)", ""),
+    "candidates_ignored": ("few_candidates", "& (num_candidates <= capacity)", ""),
     "order_reversed": ("some_rows", "active, before, behind", "active, behind, before"),
-    "row_dropped": ("every_row", "i < B\n", "i < B - 1\n"),
-    "not_shifted": ("shifted", "at - SHIFT", "at"),
-    "last_token_dropped": ("tokens_in_pieces", "low + w, L - 1", "low + w, L - 2"),
-    "prefix_left_out": ("window", "low -= tl.load", "low -= 0 * tl.load"),
-    "inactive_is_eligible": ("none", "k < takes_part * held", "k < held"),
+    "row_dropped": ("every_row", "b < B\n", "b < B - 1\n"),
+    "not_shifted": ("shifted", "position - SHIFT", "position"),
+    "last_token_dropped": ("tokens_in_pieces", "start + w, L - 1", "start + w, L - 2"),
+    "prefix_left_out": ("window", "start -= tl.load", "start -= 0 * tl.load"),
+    "inactive_is_eligible": ("none", "k < takes_part * capacity", "k < capacity"),
     "steps_left_out": ("window", "to(tl.int64) << 21", "to(tl.int64) << 0"),
 }
 
@@ -206,62 +206,51 @@ def test_mistakes_are_caught(mutation: str) -> None:
     assert_caught(CASES[name].check, module, "_place_rows_kernel", old, new)
 
 
-def flat(case: Case) -> tuple[object, ...]:
-    """Arguments of the op as it is registered."""
-    canvas, state, leftpad = case.state()
-    names = ("start", "end", "prefix", "position", "needs", "forwards")
-    tensors = (canvas, *(getattr(state, name) for name in names), leftpad)
-    room = [case.rows, case.width, case.held]
-    return (*tensors, case.kind, case.first, room, int(case.shift), case.prompt)
-
-
 def test_opcheck() -> None:
     op = torch.ops.dsb.place_rows
     for name in ("some_rows", "response"):
+        arguments, step = CASES[name].arguments(), CASES[name].step()
         with kernels():
             names = ("test_schema", "test_faketensor")
-            torch.library.opcheck(op, flat(CASES[name]), test_utils=names)
-        torch.library.opcheck(op, flat(CASES[name]))
+            torch.library.opcheck(op, arguments, step, test_utils=names)
+        torch.library.opcheck(op, arguments, step)
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=SLOW)])
 def test_compiles_without_a_graph_break(backend: str) -> None:
     case = CASES["some_rows"]
     compiled = torch.compile(place_rows, fullgraph=True, backend=backend)
-    found, expected = (f(*case.state(), **case.step()) for f in (compiled, place_rows))
-    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    layout, expected = (f(*case.arguments(), **case.step()) for f in (compiled, place_rows))
+    assert all(map(torch.equal, layout, expected))
 
 
 def test_canvas_of_any_row_stride() -> None:
-    canvas, state, leftpad = CASES["window"].state()
+    canvas, *rest = CASES["window"].arguments()
     wide = torch.zeros(5, 100, dtype=torch.int64, device=DEVICE)
     wide[:, 7:47] = canvas
     with kernels():
-        found = place_rows(wide[:, 7:47], state, leftpad, **CASES["window"].step())
-        expected = place_rows(canvas, state, leftpad, **CASES["window"].step())
-    assert torch.equal(found.ids, expected.ids)
+        layout = place_rows(wide[:, 7:47], *rest, **CASES["window"].step())
+    assert torch.equal(layout.input_ids.cpu(), CASES["window"].by_definition().input_ids)
 
 
 @pytest.mark.parametrize(
-    ("change", "error", "message"),
+    ("name", "change", "error", "message"),
     [
-        ({"canvas": lambda t: t.int()}, TypeError, "canvas has dtype int32"),
-        ({"leftpad": lambda t: t[1:]}, ValueError, r"leftpad has shape \(4,\)"),
-        ({"state": lambda s: replace(s, needs=s.needs.long())}, TypeError, "state.needs has dtype"),
-        ({"state": lambda s: replace(s, end=s.end.to("meta"))}, ValueError, "state.end is on meta"),
-        ({"kind": lambda k: NOTHING}, ValueError, "kind=3: accepted are 0, 1, 2"),
-        ({"rows": lambda n: 6}, ValueError, "rows=6: accepted are 1 to 5"),
-        ({"width": lambda n: 41}, ValueError, "width=41: accepted are 1 to 40"),
-        ({"held": lambda n: 0}, ValueError, "held=0: accepted are 1 to 8"),
-        ({"first": lambda n: 40}, ValueError, "first=40: accepted are 0 to 39"),
-        ({"prompt_length": lambda n: -1}, ValueError, "prompt_length=-1: accepted are 0 to 40"),
+        ("canvas", lambda t: t.int(), TypeError, "canvas has dtype int32"),
+        ("table", lambda t: t[:, 1:], ValueError, r"table has shape \(5, 13\)"),
+        ("table", lambda t: t.long(), TypeError, "table has dtype int64"),
+        ("position", lambda t: t.to("meta"), ValueError, "position is on meta"),
+        ("kind", lambda k: NOTHING, ValueError, "kind=.*: accepted are 0, 1, 2"),
+        ("num_rows", lambda n: 6, ValueError, "num_rows=6: accepted are 1 to 5"),
+        ("width", lambda n: 41, ValueError, "width=41: accepted are 1 to 40"),
+        ("num_candidates", lambda n: 0, ValueError, "num_candidates=0: accepted are 1 to 8"),
+        ("first", lambda n: 40, ValueError, "first=40: accepted are 0 to 39"),
+        ("prompt_length", lambda n: -1, ValueError, "prompt_length=-1: accepted are 0 to 40"),
     ],
 )
-def test_bad_input_is_named(change: dict, error: type[Exception], message: str) -> None:
-    names = ("canvas", "state", "leftpad")
-    given = dict(zip(names, Case().state(), strict=True)) | Case().step()
-    for name, changed in change.items():
-        given[name] = changed(given[name])
-    positional = [given.pop(name) for name in names]
+def test_bad_input_is_named(name: str, change, error: type[Exception], message: str) -> None:
+    names = ("canvas", "table", "position")
+    values = dict(zip(names, Case().arguments(), strict=True)) | Case().step()
+    values[name] = change(values[name])
     with pytest.raises(error, match=f"place_rows: {message}"):
-        place_rows(*positional, **given)
+        place_rows(**values)

@@ -1,10 +1,9 @@
-"""`dsb profile` and `benchmarks.profile_step`: ranges, brackets, tables, the lines for Nsight."""
+"""`dsb profile`: ranges, brackets, tables, the lines for Nsight."""
 
 from __future__ import annotations
 
 import contextlib
 import io
-import json
 import shlex
 import subprocess
 import sys
@@ -16,11 +15,9 @@ import torch
 from torch.profiler import ProfilerActivity
 
 import dsb_runtime as dsb
-from benchmarks import profile_step
-from benchmarks.presets import PRESETS, random_model, random_prompt
 from dsb_runtime.cli import main as cli
 from dsb_runtime.demo import MODEL_DIR
-from dsb_runtime.measure.bench import random_prompts
+from dsb_runtime.measure.models import random_prompts
 from dsb_runtime.measure.profile import Bracket, profile_steps, without_torch
 from dsb_runtime.measure.profile_tables import by_kind, phase_table, read_trace, totals
 from tests import golden
@@ -306,47 +303,21 @@ def test_the_torch_option_is_left_out():
 
 def test_a_process_prints_its_own_command_line(tmp_path):
     trace = str(tmp_path / "a trace.json")
-    argv = [sys.executable, "-m", "benchmarks.profile_step", "--gen", "16", "--block", "8"]
-    argv += ["--prompt", "8", "--rows", "12", "--profile-steps", "3"]
+    argv = [sys.executable, "-m", "dsb_runtime", "profile", "--preset", "tiny-dream", "--device",
+            "cpu", "--prompt-length", "8", "--gen-length", "24", "--block-length", "8",
+            "--max-block-length", "8", "--prefix-window", "4", "--warmup", "0"]  # fmt: skip
     done = subprocess.run(
         [*argv, "--torch", trace], capture_output=True, text=True, check=True,
         cwd=Path(__file__).parents[1],
     )  # fmt: skip
-    found = lines_of(done.stdout)
-    assert len(found) == 3 and all(line[-len(argv) :] == argv for line in found)
-    assert json.loads(Path(trace).read_text())["traceEvents"]
-    assert sum(" step " in name for name in names(Path(trace))) == 3
-
-
-# --- real shapes ------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("preset", ["tiny", "tiny-dream"])
-def test_rows_are_those_of_a_window_step(preset):
-    args = ["--preset", preset, "--gen", "32", "--block", "8", "--rows", "20", "--prompt", "40"]
-    args = profile_step.build_parser().parse_args(args)
-    settings = profile_step.settings_of(args, PRESETS[preset])
-    widths: list[int] = []
-
-    def watch(event: dsb.StepEvent) -> None:
-        if event.kind == "window":
-            widths.extend(end - start + prefix for start, end, prefix in event.before)
-
-    model = random_model(PRESETS[preset], torch.float32, "cpu")
-    out = dsb.generate(model, random_prompt(PRESETS[preset], 1, 40), on_step=watch, **settings)
-    assert out.nfe == settings["steps"] == 9
-    assert widths and max(widths) == 20 and widths[0] == 20
-
-
-def test_a_preset_is_profiled_by_the_same_code(tmp_path, capsys):
-    trace = tmp_path / "trace.json"
-    profile_step.main(["--preset", "tiny-dream", "--gen", "24", "--block", "8", "--prompt", "8",
-                       "--batch", "2", "--warmup", "0", "--torch", str(trace)])  # fmt: skip
-    said = capsys.readouterr().out
-    assert said.startswith("Profiled steps 0 to 6 (") and "│ layer: rope+write │      2 │" in said
-    found = names(trace)
-    assert found[:3] == ["dsb: refresh step 0", "dsb: place", "dsb: embed"]
-    assert found.count("dsb: layer 1: mlp") == 7 and "dsb: layer 2: mlp" not in found
+    lines = lines_of(done.stdout)
+    assert len(lines) == 3 and all(line[-len(argv) :] == argv for line in lines)
+    # A preset commits 3.5 tokens a step: 7 steps.
+    assert done.stdout.startswith("Profiled steps 0 to 6 (")
+    assert "│ layer: rope+write │      2 │" in done.stdout
+    ranges = names(Path(trace))
+    assert ranges[:3] == ["dsb: refresh step 0", "dsb: place", "dsb: embed"]
+    assert ranges.count("dsb: layer 1: mlp") == 7 and "dsb: layer 2: mlp" not in ranges
 
 
 # --- errors -----------------------------------------------------------------------------------
@@ -376,25 +347,4 @@ def test_bad_arguments_are_one_line(options, said, capsys):
         code = stop.code
     captured = capsys.readouterr()
     assert code == 2 and said in captured.err
-    assert captured.err.count("\n") == 1 and captured.out == ""
-
-
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [
-        (["--rows", "31"], "--rows 31: expected at least --block, 32"),
-        (["--preset", "tiny-dream", "--rows", "32"], "prefix_window=0"),
-        (["--tokens-per-forward", "33"], "--tokens-per-forward 33: expected at most --block, 32"),
-        (["--graphs"], "--graphs: a CPU has none"),
-        (["--gen", "0"], "argument --gen"),
-        (["--block", "200"], "block_length=200"),
-        (["--warmup", "37"], "--warmup 37: the decoding has 37 steps"),
-        (["--torch", "trace.txt"], "--torch trace.txt: expected a file ending in .json"),
-    ],
-)
-def test_bad_arguments_of_the_benchmark_are_one_line(options, said, capsys):
-    with pytest.raises(SystemExit) as stop:
-        profile_step.main(options)
-    captured = capsys.readouterr()
-    assert stop.value.code == 2 and said in captured.err
     assert captured.err.count("\n") == 1 and captured.out == ""

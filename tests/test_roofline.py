@@ -10,22 +10,22 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.presets import PRESETS, random_model, random_prompt
-from benchmarks.roofline import GPUS, Ceilings, budget, main, refresh_share, step_shapes
+from benchmarks.roofline import GPUS, Ceilings, budget, main, refresh_share, step_sizes
 from benchmarks.step_cost import (
     LAYER_PHASES,
     PHASES,
     Cost,
-    StepShape,
+    StepSize,
     layer_cost,
     step_cost,
     total,
     total_cost,
     weight_bytes,
 )
+from dsb_runtime.measure.models import PRESETS, random_model, random_prompts
 
 TINY, DREAM = PRESETS["tiny"], PRESETS["tiny-dream"]
-SHAPE = StepShape(batch=1, rows=40, scored=16, length=96, gen=64, itemsize=2)
+SHAPE = StepSize(batch=1, num_tokens=40, scored=16, length=96, gen=64, itemsize=2)
 
 
 def run(capsys: pytest.CaptureFixture, *options: str) -> str:
@@ -95,12 +95,12 @@ def test_flops_are_those_that_torch_counts(name):
     model = random_model(preset, torch.float32, "cpu")
     model.set_attn_implementation("eager")  # products that the counter knows
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model(random_prompt(preset, 2, L))
+        model(random_prompts(model, None, 2, L, 0))
     counts = counter.get_flop_counts()
     # Some versions multiply positions by frequencies in a matrix product.
     angles = counts.get(f"{type(model).__name__}.model.rotary_emb", {})
     found = counter.get_total_flops() - sum(angles.values())
-    assert found == total_cost(preset, StepShape(2, 2 * L, 2 * L, L, 16, 4)).flops
+    assert found == total_cost(preset, StepSize(2, 2 * L, 2 * L, L, 16, 4)).flops
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -111,15 +111,15 @@ def test_what_grows_with_what(name):
         return total_cost(preset, dataclasses.replace(SHAPE, **change))
 
     one = cost()
-    batch = cost(batch=2, rows=80, scored=32)
+    batch = cost(batch=2, num_tokens=80, scored=32)
     assert batch == Cost(one.weights, 2 * one.cache, 2 * one.activations, 2 * one.flops)
     wide = cost(itemsize=4)
     assert (wide.weights, wide.cache) == (2 * one.weights, 2 * one.cache)
     assert wide.flops == one.flops and one.activations < wide.activations < 2 * one.activations
-    rows = [cost(rows=n) for n in (40, 41, 42)]
-    assert all(r.weights == one.weights and r.cache == one.cache for r in rows)
+    tokens = [cost(num_tokens=n) for n in (40, 41, 42)]
+    assert all(r.weights == one.weights and r.cache == one.cache for r in tokens)
     for kind in ("activations", "flops"):
-        a, b, c = (getattr(r, kind) for r in rows)
+        a, b, c = (getattr(r, kind) for r in tokens)
         assert 0 < b - a == c - b
     longer = cost(length=2 * 96)
     assert longer.cache == 2 * one.cache and longer.weights == one.weights
@@ -148,12 +148,12 @@ def test_budget_sums_the_phases():
     assert found.floor_ms >= max(found.weights_ms, found.products_ms)
 
 
-def test_step_shapes_and_refreshes():
-    shapes = step_shapes(TINY, 2, 100, 64, 16, None, 2)
-    assert shapes["window"] == StepShape(2, 2 * (16 + 24), 32, 164, 64, 2)
-    assert shapes["refresh"] == StepShape(2, 2 * 164, 32, 164, 64, 2)
-    assert step_shapes(DREAM, 1, 100, 64, 16, None, 2)["window"].rows == 16 + 4
-    assert step_shapes(TINY, 2, 100, 64, 16, 50, 2)["window"].rows == 100
+def test_step_sizes_and_refreshes():
+    shapes = step_sizes(TINY, 2, 100, 64, 16, None, 2)
+    assert shapes["window"] == StepSize(2, 2 * (16 + 24), 32, 164, 64, 2)
+    assert shapes["refresh"] == StepSize(2, 2 * 164, 32, 164, 64, 2)
+    assert step_sizes(DREAM, 1, 100, 64, 16, None, 2)["window"].num_tokens == 16 + 4
+    assert step_sizes(TINY, 2, 100, 64, 16, 50, 2)["window"].num_tokens == 100
     assert refresh_share(32, 4) == 1 / 8
     assert refresh_share(32, 3.5) == 1 / 10  # 9 forwards commit 31.5
     assert refresh_share(32, 32) == 1
@@ -180,15 +180,15 @@ def test_command(name, gpu, capsys, tmp_path):
 def test_given_ceilings_and_shape(capsys, tmp_path):
     path = tmp_path / "budget.json"
     options = (
-        "--preset tiny --bandwidth 10 --tflops 0.05 --prompt 64 --gen 32 --block 8 --rows 12 "
+        "--preset tiny --bandwidth 10 --tflops 0.05 --prompt 64 --gen 32 --block 8 --width 12 "
         "--batch 3 --dtype float32 --tokens-per-forward 2 --refresh-share 0.5"
     )
     run(capsys, *options.split(), "--json", str(path))
     found = json.loads(path.read_text())
     window, refresh = (found["steps"][kind] for kind in ("window", "refresh"))
-    assert window["shape"] == dataclasses.asdict(StepShape(3, 36, 24, 96, 32, 4))
-    assert refresh["shape"] == dataclasses.asdict(StepShape(3, 288, 24, 96, 32, 4))
-    expected = budget(TINY, "window", StepShape(3, 36, 24, 96, 32, 4), Ceilings(10, 0.05, ""))
+    assert window["size"] == dataclasses.asdict(StepSize(3, 36, 24, 96, 32, 4))
+    assert refresh["size"] == dataclasses.asdict(StepSize(3, 288, 24, 96, 32, 4))
+    expected = budget(TINY, "window", StepSize(3, 36, 24, 96, 32, 4), Ceilings(10, 0.05, ""))
     assert window["floor_ms"] == expected.floor_ms
     assert found["step_ms"] == pytest.approx((window["floor_ms"] + refresh["floor_ms"]) / 2)
     assert found["tokens_per_second"] == pytest.approx(6 / found["step_ms"] * 1e3)
@@ -198,11 +198,11 @@ def test_given_ceilings_and_shape(capsys, tmp_path):
 def measured(tmp_path) -> Path:
     """The keys of a measurement that the budget reads; `test_benchmarks.py` takes a real one."""
     path = tmp_path / "measured.json"
-    run = {"batch": 2, "window_rows": 12.4, "window_step_ms": 4.0, "refresh_step_ms": 9.0,
+    run = {"batch": 2, "window_width": 12.4, "window_step_ms": 4.0, "refresh_step_ms": 9.0,
            "tokens_per_forward": 3.0, "refresh_share": 0.25,
            "phase_us": {"window": {"mlp": 100.0, "outside": 7.0}}}  # fmt: skip
     found = {
-        "device": "a machine",
+        "machine": {"device": "a machine"},
         "settings": {"preset": "tiny", "dtype": "float32", "prompt": 64, "gen": 32, "block": 8},
         "ceilings": {"copy_gb_per_s": 10.0, "matmul_tflops": 0.05},
         "runs": [run],
@@ -216,7 +216,7 @@ def test_measurement_beside(measured, capsys, tmp_path):
     said = run(capsys, "--measured", str(measured), "--json", str(path))
     found = json.loads(path.read_text())
     window = found["steps"]["window"]
-    assert window["shape"] == dataclasses.asdict(StepShape(2, 24, 16, 96, 32, 4))
+    assert window["size"] == dataclasses.asdict(StepSize(2, 24, 16, 96, 32, 4))
     assert found["ceilings"] == {"gb_per_s": 10.0, "tflops": 0.05,
                                  "source": "measured on a machine"}  # fmt: skip
     assert (found["refresh_share"], found["tokens_per_forward"]) == (0.25, 3.0)
@@ -228,7 +228,7 @@ def test_measurement_beside(measured, capsys, tmp_path):
     assert "100.0" in mlp and f"{window['phases']['mlp']['floor_us'] / 100:.0%}" in mlp
     run(capsys, "--measured", str(measured), "--bandwidth", "20", "--tflops", "1", "--json",
         str(path))  # fmt: skip
-    assert json.loads(path.read_text())["ceilings"]["source"] == "given"
+    assert json.loads(path.read_text())["ceilings"]["source"] == "command line"
 
 
 @pytest.mark.parametrize(
@@ -244,7 +244,10 @@ def test_measurement_beside(measured, capsys, tmp_path):
         ("--preset tiny --tflops 3", "--tflops alone: expected --bandwidth and --tflops"),
         ("--preset tiny --gpu h100 --dtype float32", "--dtype float32: data sheet figures"),
         ("--preset tiny --gpu h100 --block 300", "--block 300: expected at most --gen, 256"),
-        ("--preset tiny --gpu h100 --rows 2000", "--rows 2000: expected at most --prompt + --gen"),
+        (
+            "--preset tiny --gpu h100 --width 2000",
+            "--width 2000: expected at most --prompt + --gen",
+        ),
         ("--preset tiny --gpu h100 --tokens-per-forward 33", "33: expected at most --block, 32"),
         ("--preset tiny --gpu h100 --refresh-share 2", "--refresh-share 2: expected a number in"),
         ("--preset tiny --gpu h100 --json /nope/x.json", "no such folder as /nope"),
@@ -265,10 +268,14 @@ def test_bad_arguments_take_one_line(options, said, measured, capsys):
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("{", "expected the JSON of"),
+        ("{", "expected a JSON file"),
         ("[]", "expected the JSON of"),
         ('{"runs": []}', "expected the JSON of"),
-        ('{"runs": [{"batch": 1}]}', "has no settings"),
+        ('{"runs": [{"batch": 1}]}', "expected the JSON of"),
+        (
+            '{"settings": {}, "ceilings": {}, "machine": {"device": ""}, "runs": [{"batch": 1}]}',
+            "has no window_step_ms",
+        ),
     ],
 )
 def test_a_file_that_is_no_measurement(text, said, tmp_path, capsys):

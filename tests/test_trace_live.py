@@ -149,7 +149,8 @@ def test_every_position_has_the_style_of_its_state(tokenizer):
     def watch(event: dsb.StepEvent) -> None:
         drawn = styles(canvas_text(tokenizer, event, 5, MASK))
         assert len(drawn) == 29
-        start, end = int(event.state.start[0]), int(event.state.end[0])
+        row = event.table[0]
+        start, end = row.start, row.end
         new = set(event.position[0][event.commit[0]].tolist())
         done.update(new)
         for index, (word, style) in enumerate(drawn):
@@ -162,7 +163,7 @@ def test_every_position_has_the_style_of_its_state(tokenizer):
             assert word == f"w{int(event.canvas[0, index])}"
             if index in new:
                 assert name == "new"
-            elif start - int(event.state.prefix[0]) <= index < start:
+            elif start - row.prefix <= index < start:
                 assert name == "prefix"
             else:
                 assert name == ("prompt" if index < 5 else "committed")

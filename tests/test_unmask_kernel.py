@@ -1,10 +1,10 @@
-"""unmask_and_slide: the kernel's commits and states equal the definition's, step by step."""
+"""unmask_and_slide: the kernel's commits and row tables equal the definition's, step by step."""
 
 from __future__ import annotations
 
 import copy
 import itertools
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -13,13 +13,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dsb_kernels import commit_kernel as module
-from dsb_kernels.commit import (
-    UnmaskSpec,
-    WindowState,
-    initial_state,
-    unmask_and_slide,
-    unmask_and_slide_definition,
-)
+from dsb_kernels.commit import initial_rows, unmask_and_slide, unmask_and_slide_reference
+from dsb_kernels.rows import Column, UnmaskSpec
+from dsb_kernels.rules import RULES as ALL_RULES
 from tests.mutations import DEVICE, assert_caught, kernels
 
 SLOW = pytest.mark.slow
@@ -84,50 +80,65 @@ class Run:
         canvas[:, self.prompt :] = MASK
         return canvas.to(DEVICE)
 
+    def arguments(self) -> dict[str, object]:
+        """What the first step is called with: a commit of every candidate."""
+        canvas, spec = self.canvas(), self.spec()
+        leftpad = ints(*(self.leftpads * self.rows)[: self.rows])
+        table, position = initial_rows(canvas, leftpad, spec)
+        return {
+            "canvas": canvas,
+            "table": table,
+            "position": position,
+            "commit": torch.zeros_like(position, dtype=torch.bool),
+            "candidate_confidence": torch.zeros_like(position, dtype=torch.float32),
+            "token": torch.full_like(position, 11, dtype=torch.int64),
+            "confidence": torch.full_like(position, 0.8, dtype=torch.float32),
+            "active": torch.ones(self.rows, dtype=torch.bool, device=DEVICE),
+            "rows": None,
+            "spec": spec,
+        }
+
+    def proposals(self, generator: torch.Generator, shape: torch.Size) -> dict[str, object]:
+        """Tokens, the mask itself and both EOS ids among them, and confidences of a step."""
+        values = torch.tensor(self.values)
+        token = torch.randint(0, 20, shape, generator=generator)
+        token[torch.rand(shape, generator=generator) < 0.02] = MASK
+        confidence = values[torch.randint(0, len(values), shape, generator=generator)]
+        active = torch.rand(self.rows, generator=generator) >= self.inactive
+        step = {"token": token, "confidence": confidence, "active": active}
+        if self.scored is not None:  # some of the rows, some of their candidates
+            rows = torch.randperm(self.rows, generator=generator)
+            rows = rows[: max(1, int(self.scored * self.rows))]
+            step = {name: x[rows] for name, x in step.items()} | {"rows": rows.int()}
+            k = max(1, int(self.scored * shape[1]))
+            step |= {name: step[name][:, :k].contiguous() for name in ("token", "confidence")}
+        return {name: x.to(DEVICE) for name, x in step.items()}
+
     def check(self) -> None:
         generator = torch.Generator().manual_seed(self.seed + 1)
-        spec, canvas = self.spec(), self.canvas()
-        leftpad = ints(*(self.leftpads * self.rows)[: self.rows])
-        state = initial_state(canvas, leftpad, spec)
-        expected_canvas, expected_state = canvas.clone(), copy.deepcopy(state)
-        shape = state.position.shape
-        values = torch.tensor(self.values)
+        result = self.arguments()
         for _ in range(self.steps):
-            # Tokens include the mask itself and both EOS ids.
-            token = torch.randint(0, 20, shape, generator=generator)
-            token[torch.rand(shape, generator=generator) < 0.02] = MASK
-            confidence = values[torch.randint(0, len(values), shape, generator=generator)]
-            active = torch.rand(self.rows, generator=generator) >= self.inactive
-            rows = None
-            if self.scored is not None:  # some of the rows, some of their candidates
-                order, k = torch.randperm(self.rows, generator=generator), shape[1]
-                rows = order[: max(1, int(self.scored * self.rows))].int()
-                k = max(1, int(self.scored * k))
-                token, confidence, active = token[rows, :k], confidence[rows, :k], active[rows]
-                token, confidence, rows = (
-                    token.contiguous(),
-                    confidence.contiguous(),
-                    rows.to(DEVICE),
-                )
-            step = (token.to(DEVICE), confidence.to(DEVICE))
-            active = active.to(DEVICE)
-            with kernels():
-                commit = unmask_and_slide(canvas, *step, state, active, leftpad, spec, rows)
-            unmask_and_slide_definition(
-                expected_canvas, *step, expected_state, active, leftpad, spec, rows
-            )
-            assert commit is state.commit
-            assert torch.equal(canvas, expected_canvas)
-            assert_same_state(state, expected_state)
+            result |= self.proposals(generator, result["position"].shape)
+            check_step(result)
 
 
-def assert_same_state(found: WindowState, expected: WindowState) -> None:
-    for field in fields(WindowState):
-        x, wanted = getattr(found, field.name), getattr(expected, field.name)
+def check_step(result: dict[str, object]) -> None:
+    """A step by the kernel, in place, writes what the definition does."""
+    expected = copy.deepcopy(result)
+    with kernels():
+        unmask_and_slide(**result)
+    unmask_and_slide_reference(**expected)
+    assert_same(result, expected)
+
+
+def assert_same(result: dict[str, object], expected: dict[str, object]) -> None:
+    for name in WRITTEN:
+        x, wanted = result[name], expected[name]
         assert x.dtype == wanted.dtype
-        assert x.equal(wanted) or x.allclose(wanted, rtol=0, atol=0, equal_nan=True), field.name
+        assert x.equal(wanted) or x.allclose(wanted, rtol=0, atol=0, equal_nan=True), name
 
 
+WRITTEN = ("canvas", "table", "position", "commit", "candidate_confidence")
 RULES = {"threshold": 0.75, "factor": 1.0, "frechet": 0.25, "quota": 0.0}
 
 
@@ -196,6 +207,9 @@ CASES = {
 }
 
 
+QUOTA = run_of("quota", "dsb", steps=6, inactive=0.3)
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_edge_cases(name: str) -> None:
     CASES[name].check()
@@ -256,22 +270,29 @@ def test_any_run_at_length(run: Run) -> None:
 
 LOOP = "prompt // BLOCK_L * BLOCK_L, stop"
 MUTATIONS = {
-    # kernel, case, what stands there, the mistake
-    "ties_to_the_higher": ("unmask_kernel", "all_equal", "j[None, :] < k[", "j[None, :] > k["),
-    "window_end_included": ("valid_candidates", "late_candidate", "at < end", "at <= end"),
-    "last_candidate_dropped": ("valid_candidates", "all_above", "k < scored", "k < scored - 1"),
+    # kernel or helper, case, what stands there, the mistake
+    "ties_to_the_higher": ("rank_candidates", "all_equal", "j[None, :] < k[", "j[None, :] > k["),
+    "block_end_included": (
+        "valid_candidates", "late_candidate", "position < end", "position <= end",
+    ),
+    "last_candidate_dropped": (
+        "valid_candidates", "all_above", "k < num_scored", "k < num_scored - 1",
+    ),
     "threshold_excluded": ("commit_count", "all_above", "c >= value", "c > value"),
     "nothing_committed": ("unmask_kernel", "all_equal", "tl.maximum(count, 1)", "count"),
-    "refresh_counts_on": ("unmask_kernel", "to_the_end", "0, tl.load(since_", "1, tl.load(since_"),
-    "end_does_not_grow": ("unmask_kernel", "to_the_end", "size + committed", "size"),
+    "refresh_counts_on": ("unmask_kernel", "to_the_end", "refresh, 0, tl", "refresh, 1, tl"),
+    "end_does_not_grow": ("slide", "to_the_end", "size + committed", "size"),
     "eos_after_a_mask": ("unmask_kernel", "eos", "first_eos < first_masked", "first_eos < L"),
-    "candidate_lost": ("unmask_kernel", "to_the_end", "0) - 1\n", "0)\n"),
-    "row_of_another": ("unmask_kernel", "some_rows", "here, r, 0)", "here, rows - 1 - r, 0)"),
-    "not_scored": ("unmask_kernel", "few_candidates", "takes_part, width, 0)", "takes_part, K, 0)"),
+    "candidate_lost": ("list_candidates", "to_the_end", "0) - 1\n", "0)\n"),
+    "row_of_another": (
+        "unmask_kernel", "some_rows", "is_mine, each, 0)", "is_mine, num_rows - 1 - each, 0)",
+    ),
+    "not_scored": ("unmask_kernel", "few_candidates", "takes_part, num_scored", "takes_part, K"),
     "refresh_kind": ("unmask_kernel", "to_the_end", "RESPONSE, REFRESH", "REFRESH, RESPONSE"),
-    "flag_of_before": ("unmask_kernel", "to_the_end", "t - committed", "t - old_committed"),
-    "padding_recomputed": ("unmask_kernel", "padded", "start - tl.load", "L - tl.load"),
-    "piece_dropped": ("unmask_kernel", "canvas_in_pieces", LOOP, LOOP + " - BLOCK_L"),
+    "column_of_before": ("unmask_kernel", "to_the_end", "COMMITTED, committed", "COMMITTED, new"),
+    "padding_recomputed": ("plan", "padded", "start - leftpad", "start"),
+    "quota_not_carried": ("tokens_due", "quota", ", masks, planned) - committed", ", masks, 1)"),
+    "piece_dropped": ("first_mask_and_eos", "canvas_in_pieces", LOOP, LOOP + " - BLOCK_L"),
 }  # fmt: skip
 
 
@@ -281,37 +302,17 @@ def test_mistakes_are_caught(mutation: str) -> None:
     check = {
         "late_candidate": check_late_candidate,
         "eos": replace(CASES["to_the_end"], stop_at_eos=True, steps=6).check,
+        "quota": QUOTA.check,
     }.get(name) or CASES[name].check
     assert_caught(check, module, f"_{kernel}", old, new)
 
 
-def arguments(run: Run) -> dict[str, object]:
-    canvas, spec = run.canvas(), run.spec()
-    leftpad = ints(*(run.leftpads * run.rows)[: run.rows])
-    state = initial_state(canvas, leftpad, spec)
-    return {
-        "canvas": canvas,
-        "token": torch.zeros_like(state.position, dtype=torch.int64) + 11,
-        "confidence": torch.zeros_like(state.position, dtype=torch.float32) + 0.8,
-        "state": state,
-        "active": torch.ones_like(state.done),
-        "leftpad": leftpad,
-        "spec": spec,
-        "rows": None,
-    }
-
-
 def check_late_candidate() -> None:
-    """A candidate at the window's end, or one that is no longer masked, is not committed."""
-    found = arguments(Run(rows=2))
-    found["state"].position[0, -1] = found["state"].end[0]
-    found["canvas"][1, 6] = 0
-    expected = copy.deepcopy(found)
-    with kernels():
-        unmask_and_slide(**found)
-    unmask_and_slide_definition(**expected)
-    assert_same_state(found["state"], expected["state"])
-    assert torch.equal(found["canvas"], expected["canvas"])
+    """A candidate at the block's end, or one that is no longer masked, is not committed."""
+    result = Run(rows=2).arguments()
+    result["position"][0, -1] = result["table"][0, Column.END]
+    result["canvas"][1, 6] = 0
+    check_step(result)
 
 
 def test_late_candidates_are_not_committed() -> None:
@@ -319,44 +320,38 @@ def test_late_candidates_are_not_committed() -> None:
 
 
 def test_canvas_of_any_row_stride() -> None:
-    found = arguments(Run())
-    expected = copy.deepcopy(found)
+    result = Run().arguments()
     wide = torch.full((3, 100), MASK, device=DEVICE)
-    found["canvas"] = wide[:, 4:33].copy_(found["canvas"])
-    with kernels():
-        unmask_and_slide(**found)
-    unmask_and_slide_definition(**expected)
-    assert_same_state(found["state"], expected["state"])
-    assert torch.equal(found["canvas"], expected["canvas"])
+    result["canvas"] = wide[:, 4:33].copy_(result["canvas"])
+    check_step(result)
     assert (wide[:, :4] == MASK).all() and (wide[:, 33:] == MASK).all()
 
 
-def flat(values: dict[str, object]) -> tuple[object, ...]:
-    """Arguments of the op as it is registered."""
-    state, spec = values["state"], values["spec"]
-    settings = (getattr(spec, f.name) for f in fields(UnmaskSpec))
-    tensors = (values["canvas"], values["token"], values["confidence"])
-    fields_of_state = (getattr(state, f.name) for f in fields(WindowState))
-    given = (values["active"], values["leftpad"], values["rows"])
-    return (*tensors, *fields_of_state, *given, *settings)
+def test_every_rule_is_tested() -> None:
+    assert set(RULES) == set(ALL_RULES)
+
+
+def registered(values: dict[str, object]) -> tuple[object, ...]:
+    """Arguments of the op as torch has it."""
+    *tensors, spec = values.values()
+    return (*tensors, spec.encode())
 
 
 def test_opcheck() -> None:
     op = torch.ops.dsb.unmask_and_slide
     with kernels():
         names = ("test_schema", "test_faketensor")
-        torch.library.opcheck(op, flat(arguments(Run())), test_utils=names)
-    torch.library.opcheck(op, flat(arguments(Run())))
+        torch.library.opcheck(op, registered(Run().arguments()), test_utils=names)
+    torch.library.opcheck(op, registered(Run().arguments()))
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=SLOW)])
 def test_compiles_without_a_graph_break(backend: str) -> None:
-    found = arguments(Run())
-    expected = copy.deepcopy(found)
-    torch.compile(unmask_and_slide, fullgraph=True, backend=backend)(**found)
-    unmask_and_slide_definition(**expected)
-    assert torch.equal(found["canvas"], expected["canvas"])
-    assert_same_state(found["state"], expected["state"])
+    result = Run().arguments()
+    expected = copy.deepcopy(result)
+    torch.compile(unmask_and_slide, fullgraph=True, backend=backend)(**result)
+    unmask_and_slide_reference(**expected)
+    assert_same(result, expected)
 
 
 @pytest.mark.parametrize(
@@ -368,27 +363,35 @@ def test_compiles_without_a_graph_break(backend: str) -> None:
         ("token", lambda t: t.repeat(1, 2), ValueError, r"confidence has shape \(3, 8\)"),
         ("rows", lambda t: ints(0, 1), ValueError, r"token has shape \(3, 8\)"),
         ("rows", lambda t: torch.arange(3), TypeError, "rows has dtype int64"),
-        (
-            "state",
-            lambda s: replace(s, flags=s.flags[:, 1:].clone()),
-            ValueError,
-            "state.flags has",
-        ),
-        ("spec", lambda s: replace(s, full_every=0), ValueError, "full_every=0"),
+        ("table", lambda t: t[:, 1:].clone(), ValueError, r"table has shape \(3, 13\)"),
+        ("table", lambda t: t.long(), TypeError, "table has dtype int64"),
+        ("commit", lambda t: t[:2], ValueError, "commit has shape"),
         ("confidence", lambda t: t.double(), TypeError, "confidence has dtype float64"),
         ("active", lambda t: t.int(), TypeError, "active has dtype int32"),
-        ("leftpad", lambda t: t.to("meta"), ValueError, "leftpad is on meta"),
-        ("state", lambda s: replace(s, end=s.end.long()), TypeError, "state.end has dtype int64"),
-        ("state", lambda s: replace(s, done=s.done[:2]), ValueError, "state.done has shape"),
-        ("spec", lambda s: replace(s, rule="best"), ValueError, "rule='best': accepted are"),
-        ("spec", lambda s: replace(s, schedule="x"), ValueError, "schedule='x': accepted are"),
-        ("spec", lambda s: replace(s, prompt_length=30), ValueError, "prompt_length=30"),
-        ("spec", lambda s: replace(s, block_length=0), ValueError, "block_length=0"),
-        ("spec", lambda s: replace(s, rule="quota"), ValueError, "steps=0: the quota rule"),
+        ("position", lambda t: t.to("meta"), ValueError, "position is on meta"),
+        ("spec", lambda s: replace(s, prompt_length=30), ValueError, "spec.prompt_length=30"),
     ],
 )
 def test_bad_input_is_named(name: str, change, error: type[Exception], message: str) -> None:
-    values = arguments(Run())
+    values = Run().arguments()
     values[name] = change(values[name])
     with pytest.raises(error, match=f"unmask_and_slide: {message}"):
         unmask_and_slide(**values)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rule": "best"}, "rule='best': accepted are"),
+        ({"schedule": "x"}, "schedule='x': accepted are"),
+        ({"cache": "x"}, "cache='x': accepted are"),
+        ({"refresh_commit": "x"}, "refresh_commit='x': accepted are"),
+        ({"prompt_length": -1}, "prompt_length=-1: accepted is at least 0"),
+        ({"block_length": 0}, "block_length=0: accepted is at least 1"),
+        ({"full_every": 0}, "full_every=0: accepted is at least 1"),
+        ({"rule": "quota"}, "steps=0: accepted is at least 1"),
+    ],
+)
+def test_a_bad_spec_is_named(change: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=f"UnmaskSpec: {message}"):
+        replace(Run().spec(), **change)

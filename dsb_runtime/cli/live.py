@@ -40,8 +40,8 @@ def canvas_text(
 ) -> Text:
     """Row 0 of the canvas after an event: one styled word a position."""
     ids = event.canvas[0].tolist()
-    start, end = int(event.state.start[0]), int(event.state.end[0])
-    prefix = start - int(event.state.prefix[0])
+    row = event.table[0]
+    start, end, prefix = row.start, row.end, row.start - row.prefix
     picked = event.commit[0].nonzero().flatten()
     new = set(event.position[0][picked].tolist())
     text = Text()

@@ -18,6 +18,7 @@ from dsb_runtime.defaults import defaults_for
 from dsb_runtime.demo import MODEL_DIR
 from dsb_runtime.families import FAMILIES
 from dsb_runtime.measure import bench, evaluate, profile
+from dsb_runtime.measure.models import load_preset, random_prompts
 from dsb_runtime.models.convert import convert
 from dsb_runtime.models.load import load_model, load_tokenizer
 
@@ -146,6 +147,13 @@ def load(args: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenizer
     return model, load_tokenizer(args.model)
 
 
+def load_measured(
+    args: argparse.Namespace,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
+    """A checkpoint or, with `--preset`, a random model, which has no tokenizer."""
+    return (load_preset(args), None) if args.preset else load(args)
+
+
 def run_generate(args: argparse.Namespace) -> int:
     generate.check_arguments(args)
     model, tokenizer = load(args)
@@ -158,7 +166,7 @@ def run_bench(args: argparse.Namespace) -> int:
             raise ValueError("--from and --json: expected one of the two")
         return bench.run_kept(args.kept, args.plot)
     bench.check_arguments(args)
-    model, tokenizer = load(args)
+    model, tokenizer = load_measured(args)
     return bench.run(args, model, tokenizer, named_settings(args, model), args.command_line)
 
 
@@ -168,9 +176,9 @@ def run_profile(args: argparse.Namespace) -> int:
     if args.seed is not None:
         check_int("--seed", args.seed, 0, 2**63 - 1)
     profile.check_arguments(args)
-    model, tokenizer = load(args)
+    model, tokenizer = load_measured(args)
     config, seed = named_settings(args, model), args.seed or 0
-    prompts = bench.random_prompts(model, tokenizer, args.batch, args.prompt_length, seed)
+    prompts = random_prompts(model, tokenizer, args.batch, args.prompt_length, seed)
     return profile.run(args, model, prompts, config, args.process)
 
 

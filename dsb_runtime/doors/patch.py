@@ -1,6 +1,6 @@
 """patch and unpatch: DSB decoding for a model that is in memory already.
 
-No parameter is held twice: patching sets a few attributes, and `unpatch` puts every one back.
+No parameter is stored twice: patching sets a few attributes, and `unpatch` puts every one back.
 """
 
 from __future__ import annotations
@@ -12,8 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from dsb_runtime.engine.engine import ENGINE, GenerationOutput, generate
-from dsb_runtime.engine.forward import patched_attention
-from dsb_runtime.engine.layers import SAME_RESULT, layers_of
+from dsb_runtime.engine.layers import layers_of
 from dsb_runtime.families import FAMILIES, DiffusionInfo
 from dsb_runtime.models.load import special_id
 
@@ -27,6 +26,7 @@ SUPPORTED: dict[str, str | None] = {
     "MistralForCausalLM": None,
 }
 ABSENT = object()
+Replaced = list[tuple[Any, str, Any]]  # object, attribute, value before
 
 
 def refusal(model: Any) -> str | None:
@@ -42,9 +42,9 @@ def refusal(model: Any) -> str | None:
     return None
 
 
-def set_kept(target: Any, name: str, value: Any, kept: list[tuple[Any, str, Any]]) -> None:
-    """Set an attribute and note what the object itself held."""
-    kept.append((target, name, vars(target).get(name, ABSENT)))
+def set_attribute(target: Any, name: str, value: Any, replaced: Replaced) -> None:
+    """Set an attribute and note the object's own before that."""
+    replaced.append((target, name, vars(target).get(name, ABSENT)))
     setattr(target, name, value)
 
 
@@ -57,10 +57,9 @@ def patch(
 ) -> PreTrainedModel:
     """Make a Llama, Qwen2, Qwen3 or Mistral in memory decode with DSB; returns the model.
 
-    Its attention becomes bidirectional and runs through the "dsb" implementation; its forward
-    passes over a `WindowCache` take the kernels (`patched_attention`); its q, k, v and gate, up
-    weights become views of one storage each (`engine.packing`), which they stay; and it gains
-    `model.dsb_generate(input_ids, **settings)`, which scores without logits.
+    Its attention becomes bidirectional and runs through the "dsb" implementation; its q, k, v and
+    gate, up weights become views of one storage each (`engine.packing`), which they stay; and it
+    gains `model.dsb_generate(input_ids, **settings)`, which scores without logits.
 
     Args:
         model: a causal or bidirectional model whose weights are a diffusion model's.
@@ -76,34 +75,29 @@ def patch(
     why = refusal(model)
     if why is not None:
         raise TypeError(f"patch: {why}; supported are {', '.join(SUPPORTED)} with full attention")
-    if hasattr(model, "_dsb_kept"):
+    if hasattr(model, "_dsb_replaced"):
         return model
     kind = next(c.__name__ for c in type(model).__mro__ if c.__name__ in SUPPORTED)
     name = family or SUPPORTED[kind]
     if name not in FAMILIES:
         raise ValueError(f"family={name!r}: expected one of {', '.join(FAMILIES)} for a {kind}")
     config = model.config
-    given = getattr(config, "mask_token_id", None) if mask_id is None else mask_id
-    mask = special_id("mask_id", given, config.vocab_size, "")
+    token = getattr(config, "mask_token_id", None) if mask_id is None else mask_id
+    mask = special_id("mask_id", token, config.vocab_size, "")
     if eos_ids is None:
-        found = config.eos_token_id
-        eos_ids = found if isinstance(found, list) else [found] if found is not None else []
+        ids = config.eos_token_id
+        eos_ids = ids if isinstance(ids, list) else [ids] if ids is not None else []
     ends = tuple(special_id("eos_ids", i, config.vocab_size, "") for i in eos_ids)
 
-    kept: list[tuple[Any, str, Any]] = []
-    set_kept(config, "is_causal", False, kept)
-    set_kept(config, "mask_token_id", mask, kept)
+    replaced: Replaced = []
+    set_attribute(config, "is_causal", False, replaced)
+    set_attribute(config, "mask_token_id", mask, replaced)
     before = config._attn_implementation
     model.set_attn_implementation("dsb")
-    for layer in model.model.layers:
-        attn = layer.self_attn
-        forward = functools.partial(patched_attention, attn, attn.forward)
-        setattr(forward, SAME_RESULT, True)
-        set_kept(attn, "forward", forward, kept)
     layers_of(model.model)  # q, k, v and gate, up into one storage each
-    set_kept(model, "dsb", DiffusionInfo(FAMILIES[name], mask, ends), kept)
-    set_kept(model, "dsb_generate", functools.partial(dsb_generate, model), kept)
-    set_kept(model, "_dsb_kept", (before, kept), kept)
+    set_attribute(model, "dsb", DiffusionInfo(FAMILIES[name], mask, ends), replaced)
+    set_attribute(model, "dsb_generate", functools.partial(dsb_generate, model), replaced)
+    set_attribute(model, "_dsb_replaced", (before, replaced), replaced)
     return model
 
 
@@ -114,12 +108,12 @@ def dsb_generate(model: PreTrainedModel, input_ids: Tensor, **settings: Any) -> 
 
 def unpatch(model: PreTrainedModel) -> PreTrainedModel:
     """Put back every attribute that `patch` set; a model that is not patched stays as it is."""
-    if not hasattr(model, "_dsb_kept"):
+    if not hasattr(model, "_dsb_replaced"):
         return model
-    before, kept = model._dsb_kept
+    before, replaced = model._dsb_replaced
     vars(model).pop(ENGINE, None)
     model.set_attn_implementation(before)
-    for target, name, value in reversed(kept):
+    for target, name, value in reversed(replaced):
         if value is ABSENT:
             delattr(target, name)
         else:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import bidirectional_mask_function, sdpa_mask
+from transformers.masking_utils import sdpa_mask
 from transformers.modeling_flash_attention_utils import _flash_attention_forward
 from transformers.utils import is_flash_attn_2_available, logging
 
@@ -26,23 +26,8 @@ EAGER_ONLY = frozenset(
 )
 
 
-class CanvasOffset(int):
-    """A `WindowCache`'s query offset, 0 to transformers: its queries stand anywhere in the canvas,
-    so that only a mask that does not depend on where they stand is right."""
-
-
 def dsb_mask(*args: Any, allow_is_causal_skip: bool = True, **kwargs: Any) -> Tensor | None:
-    """SDPA's boolean mask; a causal one is always written out.
-
-    Raises:
-        ValueError: a window forward of a causal or sliding-window model.
-    """
-    offset, function = kwargs.get("q_offset"), kwargs.get("mask_function")
-    if isinstance(offset, CanvasOffset) and function is not bidirectional_mask_function:
-        raise ValueError(
-            "attn_implementation='dsb': a WindowCache with a causal or sliding-window mask; "
-            "expected a bidirectional model of full attention (config.is_causal=False)"
-        )
+    """SDPA's boolean mask; a causal one is always written out."""
     return sdpa_mask(*args, allow_is_causal_skip=False, **kwargs)
 
 
@@ -159,7 +144,7 @@ def dsb_attention(
     is_causal: bool | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """Attention of window or full queries over all cached positions.
+    """Attention of queries over all positions, as transformers calls it.
 
     Args:
         query: (B, H, W, D). key, value: (B, H_kv, L, D), H a multiple of H_kv.

@@ -1,8 +1,7 @@
 """generate: one engine for every schedule, cache policy and selection rule.
 
-A forward is either full (every position) or a window of rows; what it computes is scored, some of
-it is committed, and the window slides: `dsb_kernels.commit` decides all of that on the device
-(`dsb_runtime.engine.step`), and the host launches step after step (`dsb_runtime.engine.loop`).
+An engine checks the arguments, takes turns between threads and streams, and makes the output; its
+loop (`dsb_runtime.engine.loop`) launches step after step (`dsb_runtime.engine.step`).
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from dsb_kernels.rows import WindowState
+from dsb_kernels.rows import Row
 from dsb_runtime.config import DecodingConfig
 from dsb_runtime.defaults import defaults_for
 from dsb_runtime.engine.check import (
@@ -30,7 +29,7 @@ from dsb_runtime.engine.check import (
 )
 from dsb_runtime.engine.forward import Phase, no_phase
 from dsb_runtime.engine.graphs import Capture, CudaGraphs
-from dsb_runtime.engine.loop import Runner, StepDone
+from dsb_runtime.engine.loop import Loop, StepDone
 from dsb_runtime.engine.parallel import agree, is_sharded
 from dsb_runtime.families import check_model
 
@@ -51,8 +50,8 @@ class GenerationOutput:
 
 @dataclass
 class StepEvent:
-    """One forward, after its commit: what `on_step` is called with. Tensors are live: copy what
-    must outlast the call."""
+    """One forward, after its commit: what `on_step` is called with. Copy the canvas if it must
+    outlast the call: the next step writes into it."""
 
     index: int  # forwards before this one
     kind: str  # "refresh" (every position), "response" (without the prompt) or "window"
@@ -60,9 +59,9 @@ class StepEvent:
     before: list[tuple[int, int, int]]  # their (start, end, prefix) in this forward
     canvas: Tensor  # (B, L) after the commit
     position: Tensor  # (B, K) candidates of this forward, -1 beyond
-    commit: Tensor  # (B, K) bool
+    commit: Tensor  # (B, K) bool, which of them were committed
     confidence: Tensor  # (B, K)
-    state: WindowState  # what comes next
+    table: list[Row]  # every batch row as it is now: its block, and what it needs next
 
 
 def count_tokens(response: Tensor, eos_ids: tuple[int, ...]) -> list[int]:
@@ -73,18 +72,21 @@ def count_tokens(response: Tensor, eos_ids: tuple[int, ...]) -> list[int]:
     return (torch.where(eos, index, length - 1).amin(-1) + 1).tolist()
 
 
-class Engine(Runner):
-    """Decodes with one model and keeps what that takes, the K/V cache and captured steps, between
-    calls. `dsb_runtime.generate` keeps one for each model; make your own to set how it runs.
+class Engine:
+    """Decodes with one model, and keeps the K/V cache and captured steps between calls.
+    `dsb_runtime.generate` keeps one for each model; make your own to set how it runs.
 
     Args:
         model: from `load_model` or `patch`.
         graphs: capture steps as CUDA graphs and replay them; None does so on a GPU.
         capture: how a step is captured; None takes CUDA graphs.
         phase: entered around each phase of a step by its name, for a profiler.
+        observer: entered around each launch of a step by its kind, "window", "refresh" or
+            "response".
 
     Raises:
-        TypeError: not such a model. ValueError: graphs without a GPU.
+        TypeError: not such a model.
+        ValueError: graphs without a GPU.
     """
 
     def __init__(
@@ -94,23 +96,24 @@ class Engine(Runner):
         graphs: bool | None = None,
         capture: Capture | None = None,
         phase: Phase = no_phase,
+        observer: Phase = no_phase,
     ) -> None:
         check_model(model)
-        on_gpu = model.get_input_embeddings().weight.is_cuda
+        self.model, self.device = model, device_of(model)
+        on_gpu = self.device.type == "cuda"
         if graphs and capture is None and not on_gpu:
             raise ValueError("graphs=True: the model is not on a CUDA device; expected False")
         if graphs is None:
             graphs = on_gpu or capture is not None
         if graphs and capture is None:
             capture = CudaGraphs()
-        super().__init__(model, capture if graphs else None, phase)
-        self.device = model.get_input_embeddings().weight.device
+        self.loop = Loop(model, capture if graphs else None, phase, observer)
         self.lock, self.decoding = threading.RLock(), False
         self.stream: torch.cuda.Stream | None = None  # of the last call
 
-    def __reduce__(self) -> tuple[type, tuple[()]]:
-        """A copied or pickled model has no engine: it makes its own."""
-        return type(None), ()
+    def release(self) -> None:
+        """Give back the cache and every captured step; the next call makes them anew."""
+        self.loop.release()
 
     def in_call(self) -> bool:
         """Whether this thread is inside a call (another one waits for its turn)."""
@@ -123,9 +126,9 @@ class Engine(Runner):
 
     @contextlib.contextmanager
     def on_device(self) -> Iterator[None]:
-        """On a GPU, the model's is the current one inside: events, captures and the compiler take
-        that. Where the current stream is not the last call's, it runs after what that left there:
-        a step that was launched ahead, and everything that is kept between calls."""
+        """Inside, the model's GPU is the current one, which events, captures and the compiler take.
+        A stream other than the last call's waits for it: it has left there a speculative launch
+        and everything that is kept between calls."""
         if self.device.type != "cuda":
             yield
             return
@@ -188,9 +191,11 @@ class Engine(Runner):
         """`generate` of arguments that have been checked."""
         batch, prompt = input_ids.shape
         watched = on_step is not None
-        pad = 0 if watched or self.capture is None else -prompt % PROMPT_MULTIPLE
-        session = self.session(config, input_ids, leftpad, pad)
-        state, window, info = session.state, session.state.window, self.model.dsb
+        # Captured steps then serve prompts of other lengths. A watcher sees the canvas as it is.
+        rounded = self.loop.capture is not None and not watched
+        pad = -prompt % PROMPT_MULTIPLE if rounded else 0
+        session = self.loop.session(config, input_ids, leftpad, pad)
+        state, info = session.state, self.model.dsb
         if config.temperature > 0:
             # A GPU's default generator refuses to draw while another thread captures a graph.
             source = "cpu" if generator is None else generator.device
@@ -201,25 +206,31 @@ class Engine(Runner):
             state.seed.copy_(seed)
         commits: list[int] = []
         row_nfe = [0] * batch
-        position = window.position.clone()  # of the coming step
+        position = state.position.clone()  # of the coming step
 
         def each(done: StepDone) -> None:
             nonlocal position
-            commits.append(sum(f.new for f in done.after if f.took_part))
+            commits.append(sum(row.new for row in done.after if row.took_part))
             for row in done.rows:
                 row_nfe[row] += 1
             if on_step is not None:
-                before = [(f.start, f.end, f.prefix) for f in done.before]
+                before = [done.before[row] for row in done.rows]
                 on_step(
                     StepEvent(
-                        len(commits) - 1, done.shape.kind, done.rows,
-                        [before[row] for row in done.rows], state.canvas,
-                        position, window.commit.clone(), window.scored.clone(), window,
+                        index=len(commits) - 1,
+                        kind=done.shape.kind.label,
+                        rows=done.rows,
+                        before=[(row.start, row.end, row.prefix) for row in before],
+                        canvas=state.canvas,
+                        position=position,
+                        commit=state.commit.clone(),
+                        confidence=state.confidence.clone(),
+                        table=done.after,
                     )
-                )  # fmt: skip
-                position = window.position.clone()
+                )
+                position = state.position.clone()
 
-        self.run(session, each, ahead=not watched)
+        self.loop.run(session, each, speculative=not watched)
         canvas = state.canvas[:, pad:].clone()
         return GenerationOutput(
             sequences=canvas,
@@ -239,15 +250,29 @@ def config_of(
     return defaults_for(model, **settings) if config is None else config
 
 
+class EngineSlot:
+    """Where a model keeps its engine. The slot of a copied or unpickled model is empty: an engine
+    belongs to one model, and has locks and GPU memory that cannot be copied."""
+
+    engine: Engine | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
+
+
+def device_of(model: PreTrainedModel) -> torch.device:
+    return model.get_input_embeddings().weight.device
+
+
 def engine_of(model: PreTrainedModel) -> Engine:
     """The engine that `generate` keeps with a model, made at its first call; another one inside a
     call of that."""
     check_model(model)
-    engine = vars(model).get(ENGINE)
-    if engine is None or engine.device != model.get_input_embeddings().weight.device:
+    slot = vars(model).setdefault(ENGINE, EngineSlot())
+    if slot.engine is None or slot.engine.device != device_of(model):
         # A proxy: the model must not be kept alive by what it holds itself.
-        engine = vars(model)[ENGINE] = Engine(weakref.proxy(model))
-    return Engine(model) if engine.in_call() else engine
+        slot.engine = Engine(weakref.proxy(model))
+    return Engine(model) if slot.engine.in_call() else slot.engine
 
 
 def generate(

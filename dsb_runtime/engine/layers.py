@@ -1,37 +1,29 @@
 """A decoder layer as the engine runs it: what comes before attention and what follows it.
 
-`PackedLayer` runs q, k, v as one matmul and gate, up as one, with the residual added by the matmul
-that produces the other summand. For the few rows of a window step, where the kernels run, its
-matmuls are ours, which read the weights faster and compute SiLU and the next norm along the way.
+`PackedLayer` computes q, k, v as one op and gate, up with their SiLU as another; the op that
+projects back to the hidden size adds the residual and computes the next norm. It serves plain
+linear layers. A model whose layers are anything else (DTensors of tensor parallelism, quantised or
+adapted linear layers, hooks) runs module by module in `ModuleLayer`. In both, `finish` and `mlp`
+return the residual and its next norm, or None where that norm is still to be computed.
 
-It serves plain linear layers; a model whose layers are anything else (DTensors of tensor
-parallelism, quantised or adapted linear layers, hooks) runs module by module in `ModuleLayer`.
-Of either, `finish` and `mlp` return the residual and what the next norm makes of it, or None where
-that is still to be computed. N = rows of all sequences, E = hidden size, D = head dim.
+Shapes: N tokens of all rows, E hidden size, D head dim.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
-from torch.nn.functional import rms_norm, silu
+from torch.nn.functional import rms_norm
 
-from dsb_kernels._op import use_triton
-from dsb_kernels.linear_add_norm import linear_add_norm
-from dsb_kernels.window_linear import MAX_ROWS, window_linear
-from dsb_runtime.engine.graphs import CAPTURING
+from dsb_kernels.linear import linear_add_norm, window_linear
 from dsb_runtime.engine.packing import packed_linear
 
 # Norms that F.rms_norm computes from `weight` and `variance_epsilon`.
 RMS_NORMS = ("LlamaRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm", "MistralRMSNorm")
-SAME_RESULT = "_dsb_same_result"  # marks a forward of ours that computes what it replaces
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
-
 
 Norm = Callable[[Tensor], Tensor]
 Normed = tuple[Tensor, Tensor | None]  # the residual, and its norm where it is computed
@@ -58,8 +50,7 @@ def norm_of(module: nn.Module) -> Norm:
 def is_plain(module: nn.Module) -> bool:
     """Whether calling a module does no more than its class's forward on ordinary tensors, laid out
     as ours are read."""
-    forward = vars(module).get("forward")
-    replaced = forward is not None and not hasattr(forward, SAME_RESULT)
+    replaced = "forward" in vars(module)
     return not (module._forward_hooks or module._forward_pre_hooks or replaced) and all(
         type(p) is nn.Parameter and p.is_floating_point() and p.is_contiguous()
         for p in module.parameters()
@@ -84,39 +75,11 @@ def can_pack(layer: nn.Module) -> bool:
     )
 
 
-def silu_mul(gate_up: Tensor) -> Tensor:
-    """silu(gate) * up of (N, 2 F): (N, F)."""
-    gate, up = gate_up.chunk(2, -1)
-    return silu(gate) * up
-
-
-@functools.cache
-def fused_silu_mul() -> Callable[[Tensor], Tensor]:
-    """`silu_mul` as one kernel. The compiler is imported where it is used: on a GPU."""
-    return torch.compile(silu_mul, dynamic=True)
-
-
-def activate(gate_up: Tensor) -> Tensor:
-    """`silu_mul`, on a GPU as one kernel. What compiles that times it on the device."""
-    if not gate_up.is_cuda:
-        return silu_mul(gate_up)
-    with CAPTURING:
-        return fused_silu_mul()(gate_up)
-
-
-def few_rows(x: Tensor) -> bool:
-    """Whether x (N, E) goes through our linear kernels. More rows are better off with a matmul made
-    for many."""
-    return len(x) <= MAX_ROWS and use_triton(x)
-
-
 def add_linear(hidden: Tensor, x: Tensor, weight: Tensor, norm: Norm) -> Normed:
-    """hidden (N, E) += x (N, F) @ weight (F, E) in place, and its norm where one op computes
-    both."""
-    fused = isinstance(norm, RmsNorm) and norm.weight.dtype == hidden.dtype
-    if fused and few_rows(hidden):
-        return hidden, linear_add_norm(x, weight.t(), hidden, norm.weight, norm.eps)
-    return hidden.addmm_(x, weight), None
+    """hidden (N, E) += x (N, F) @ weight.T in place, and its norm where that is RMSNorm."""
+    if isinstance(norm, RmsNorm) and norm.weight.dtype == hidden.dtype:
+        return hidden, linear_add_norm(x, weight, hidden, norm.weight, norm.eps)
+    return hidden.addmm_(x, weight.t()), None
 
 
 class PackedLayer:
@@ -133,24 +96,17 @@ class PackedLayer:
         )
         projections = [attn.q_proj, attn.k_proj, attn.v_proj]
         self.sizes = [p.out_features // self.head_dim for p in projections]
-        weight, self.qkv_bias = packed_linear(projections)
-        gate_up, _ = packed_linear([mlp.gate_proj, mlp.up_proj])
-        # (in, out): what a matmul takes, a view made once.
-        self.qkv_weight, self.gate_up = weight.t(), gate_up.t()
-        self.out, self.down = attn.o_proj.weight.data.t(), mlp.down_proj.weight.data.t()
+        self.qkv_weight, self.qkv_bias = packed_linear(projections)
+        self.gate_up, _ = packed_linear([mlp.gate_proj, mlp.up_proj])
+        self.out, self.down = attn.o_proj.weight.data, mlp.down_proj.weight.data
 
     def qkv(self, x: Tensor, width: int) -> list[Tensor]:
-        """x (N, E) of sequences of `width` rows: q (b, H, W, D), k and v (b, H_kv, W, D)."""
-        if few_rows(x):
-            made = window_linear(x, self.qkv_weight.t(), self.qkv_bias)
-        elif self.qkv_bias is None:
-            made = x.mm(self.qkv_weight)
-        else:
-            made = torch.addmm(self.qkv_bias, x, self.qkv_weight)
+        """x (N, E), `width` tokens of each row: q (b, H, W, D), k and v (b, H_kv, W, D)."""
+        packed = window_linear(x, self.qkv_weight, self.qkv_bias)
         heads, D = sum(self.sizes), self.head_dim
         # (b, W, H, D) seen as (b, H, W, D).
         shape, strides = (len(x) // width, heads, width, D), (width * heads * D, D, heads * D, 1)
-        q, k, v = made.as_strided(shape, strides).split(self.sizes, 1)
+        q, k, v = packed.as_strided(shape, strides).split(self.sizes, 1)
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         return [q, k, v]
@@ -163,23 +119,20 @@ class PackedLayer:
         """MLP and residual: hidden (N, E), which is overwritten, and x, its norm; `norm` is what
         comes after the layer."""
         x = self.post_norm(hidden) if x is None else x
-        if few_rows(x):
-            act = window_linear(x, self.gate_up.t(), gated=True)
-        else:
-            act = activate(x.mm(self.gate_up))
+        act = window_linear(x, self.gate_up, gated=True)
         return add_linear(hidden, act, self.down, norm)
 
 
 def project(attn: nn.Module, x: Tensor, width: int) -> list[Tensor]:
-    """x (N, E) of sequences of `width` rows through an attention module's own projections: q
+    """x (N, E), `width` tokens of each row, through an attention module's own projections: q
     (b, H, W, D), k and v (b, H_kv, W, D)."""
-    made = []
+    projected = []
     for name in "qkv":
         heads = getattr(attn, f"{name}_proj")(x)
         heads = heads.view(-1, width, heads.shape[-1] // attn.head_dim, attn.head_dim)
         norm = getattr(attn, f"{name}_norm", None)
-        made.append((heads if norm is None else norm(heads)).transpose(1, 2))
-    return made
+        projected.append((heads if norm is None else norm(heads)).transpose(1, 2))
+    return projected
 
 
 class ModuleLayer:
@@ -196,7 +149,7 @@ class ModuleLayer:
     def finish(self, hidden: Tensor, out: Tensor) -> Normed:
         return hidden + self.attn.o_proj(out), None
 
-    def mlp(self, hidden: Tensor, x: None, norm: Norm) -> Normed:
+    def mlp(self, hidden: Tensor, x: Tensor | None, norm: Norm) -> Normed:
         return hidden + self.layer.mlp(self.layer.post_attention_layernorm(hidden)), None
 
 

@@ -1,9 +1,12 @@
-"""Runner: the buffers of a model's decoding, kept between calls, and the loop over its steps.
+"""The decode loop: choose a step, launch it, read the row table, repeat.
 
-The device decides everything but the shapes of the next step. The host learns by one small copy
-per step what the rows need next (`RowFlags`) and launches it; where what comes next is all but
-certain it launches that before the copy has arrived, so that a GPU never waits for it. A wrong
-guess costs a step and changes nothing (`dsb_runtime.engine.step`).
+    while some row has a next step:
+        step = next_step(table)        # refreshes first, then windows
+        launch(step)                   # run it, or replay its CUDA graph
+        table = read_back()            # (batch, columns) int32, the only copy to the host
+
+On a GPU the loop launches the likely next step before it has read the table (speculative launch).
+A wrong guess is harmless: a step skips every row that needs something else.
 """
 
 from __future__ import annotations
@@ -17,34 +20,41 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from dsb_kernels.rows import NOTHING, REFRESH, RESPONSE, WINDOW
+from dsb_kernels.rows import Row, StepKind, read_rows
 from dsb_runtime.config import DecodingConfig
-from dsb_runtime.engine.cache import WindowCache
+from dsb_runtime.engine.cache import KVCache
 from dsb_runtime.engine.forward import Backbone, Phase, no_phase
 from dsb_runtime.engine.graphs import Capture, HostCopy, row_class, width_class
 from dsb_runtime.engine.layers import fingerprint
-from dsb_runtime.engine.memory import allocate, is_out_of_memory, layout_of, step_message
-from dsb_runtime.engine.state import KINDS, DecodeState, RowFlags, copy_state, new_state, read_flags
+from dsb_runtime.engine.memory import (
+    CacheShape,
+    allocate,
+    cache_shape_of,
+    is_out_of_memory,
+    step_message,
+)
+from dsb_runtime.engine.state import DecodeState, new_state
 from dsb_runtime.engine.step import Step, StepShape, spec_of
 
 SESSIONS = 8  # calls of different shape or settings whose captured steps are kept
+SPECULATION_WINDOW = 8  # recent steps that bound how many tokens the next one may commit
 
 
 @dataclass
 class Launched:
-    """A step under way: its shape, and the flags that it will leave."""
+    """A step under way, and the row table that it will leave."""
 
     shape: StepShape
-    flags: HostCopy
+    table: HostCopy
 
 
 @dataclass
 class StepDone:
-    """A step that has run: what its rows were before it and are after it."""
+    """A step that has run: the row table before it and after it."""
 
     shape: StepShape
-    before: list[RowFlags]
-    after: list[RowFlags]
+    before: list[Row]
+    after: list[Row]
 
     @property
     def rows(self) -> list[int]:
@@ -54,9 +64,10 @@ class StepDone:
 
 @dataclass
 class Session:
-    """The state of a batch of one shape and the steps over it, captured ones by their shape."""
+    """The state of a batch of one shape and the steps over it."""
 
     step: Step
+    captured: bool  # whether steps are captured, and their capacity rounded up for that
     replays: dict[StepShape, Callable[[], None]] = field(default_factory=dict)
 
     @property
@@ -64,67 +75,129 @@ class Session:
         return self.step.state
 
 
-class Runner:
-    """Runs batches with one model; holds its K/V cache and captured steps between them. Not for two
-    threads at a time.
+def capacity_for(session: Session, kind: StepKind, rows: list[Row], growth: int = 0) -> StepShape:
+    """A step of this kind for these rows, whose windows may grow by `growth` positions before."""
+    batch, length = session.state.canvas.shape
+    if kind == StepKind.WINDOW:
+        width = max(row.end - row.start + row.prefix for row in rows) + growth
+    else:
+        width = length if kind == StepKind.REFRESH else session.step.response_width
+    if not session.captured:
+        return StepShape(kind, len(rows), width, max(row.num_candidates for row in rows))
+    if kind == StepKind.WINDOW:
+        width = width_class(width, length)
+    return StepShape(kind, row_class(len(rows), batch), width, session.state.position.shape[1])
+
+
+def next_step(session: Session, table: list[Row]) -> StepShape | None:
+    """The step that the rows need now, or None when every row is done. Refreshes come first: their
+    rows then join the window steps of the others."""
+    for kind in (StepKind.REFRESH, StepKind.RESPONSE, StepKind.WINDOW):
+        rows = [row for row in table if row.next_kind == kind]
+        if rows:
+            return capacity_for(session, kind, rows)
+    return None
+
+
+def speculate(
+    session: Session, table: list[Row], launched: StepShape, most_new: int
+) -> StepShape | None:
+    """The step that almost certainly follows `launched`, or None where the host must wait.
+
+    The guess holds unless a row ends at an EOS or commits more than expected.
+
+    Args:
+        table: the row table that `launched` began with.
+        most_new: tokens that a step is expected to commit in one row at most.
+    """
+    config, spec = session.step.config, session.step.spec
+    rows = [row for row in table if row.next_kind != StepKind.NOTHING]
+    if not session.captured or len(rows) > launched.num_rows:
+        return None
+    for row in rows:
+        # The row must take part in `launched`, and have masks left after it.
+        masks_left = config.gen_length - row.committed
+        if row.next_kind != launched.kind or masks_left <= most_new:
+            return None
+    if config.cache == "none":
+        return launched  # which is a refresh, and so is every step
+    is_window = launched.kind == StepKind.WINDOW
+    since_refresh = max(row.since_refresh for row in rows) if is_window else 0
+    if since_refresh + most_new >= config.block_length:
+        return None  # a refresh may be due
+    growth = most_new if is_window else most_new + spec.prefix_window
+    return capacity_for(session, StepKind.WINDOW, rows, growth)
+
+
+class Loop:
+    """Decodes batches with one model; keeps its K/V cache and captured steps between calls. Not for
+    two threads at a time.
 
     Args:
         model: from `load_model` or `patch`.
         capture: how a step is captured for replay; None runs every step directly.
         phase: entered around each phase of a step by its name.
+        observer: entered around each launch of a step by the name of its kind.
     """
 
     def __init__(
-        self, model: PreTrainedModel, capture: Capture | None = None, phase: Phase = no_phase
+        self,
+        model: PreTrainedModel,
+        capture: Capture | None = None,
+        phase: Phase = no_phase,
+        observer: Phase = no_phase,
     ) -> None:
-        self.model, self.capture, self.phase = model, capture, phase
+        self.model, self.capture, self.phase, self.observer = model, capture, phase, observer
         self.release()
 
     def release(self) -> None:
         """Give back the cache and every captured step; the next call makes them anew."""
         self.sessions: OrderedDict[Any, Session] = OrderedDict()
-        self.storage: list[Tensor] = []
+        self.storage: Tensor | None = None  # of the cache
         self.backbone: Backbone | None = None
 
     # --- buffers ------------------------------------------------------------------------------
 
-    def reserve(self, batch: int, length: int, cached: bool) -> None:
-        """Have room for `batch` rows of `length` positions.
+    def reserve(self, batch: int, length: int, shape: CacheShape) -> tuple[Backbone, Tensor]:
+        """Make buffers for `batch` rows of `length` positions, or keep those that suffice.
 
         Raises:
             torch.OutOfMemoryError: naming the bytes asked for and a setting that fits.
         """
         if self.backbone is not None and self.backbone.fingerprint != fingerprint(self.model):
             self.release()
-        slots = batch * (length + 1)
-        if cached and (not self.storage or self.storage[0].shape[1] < slots):
+        if self.storage is None or len(self.storage) < shape.elements(batch, length):
             self.sessions.clear()  # captured steps point into the old cache
-            self.storage = []
-            self.storage = allocate(layout_of(self.model), batch, length)
+            self.storage = None
+            self.storage = allocate(shape, batch, length)
         if self.backbone is None or len(self.backbone.cos_sin) < length:
             self.sessions.clear()
             self.backbone = Backbone(self.model, length, self.phase)
+        return self.backbone, self.storage
 
     def session(
         self, config: DecodingConfig, input_ids: Tensor, leftpad: Tensor, pad: int
     ) -> Session:
         """A session in the state before the first step; `pad` columns stand before the prompts."""
-        rows, info = len(input_ids), self.model.dsb
+        batch, info = len(input_ids), self.model.dsb
         spec = spec_of(config, info, input_ids.shape[1] + pad)
-        response = input_ids.new_full((rows, config.gen_length), info.mask_id)
-        canvas = torch.cat([input_ids.new_zeros(rows, pad), input_ids, response], dim=1).long()
-        state, cached = new_state(canvas, leftpad + pad, spec), config.cache != "none"
-        padded = bool((state.leftpad > 0).any())
-        self.reserve(*canvas.shape, cached)
+        response = input_ids.new_full((batch, config.gen_length), info.mask_id)
+        canvas = torch.cat([input_ids.new_zeros(batch, pad), input_ids, response], dim=1).long()
+        state, shape = new_state(canvas, leftpad + pad, spec), cache_shape_of(self.model)
+        num_layers = shape.layers
+        if config.cache == "none":  # one buffer that all layers share
+            shape = replace(shape, layers=1)
+        padded = pad > 0 or bool((leftpad > 0).any())
+        backbone, storage = self.reserve(*canvas.shape, shape)
         key = (canvas.shape, spec, config, padded)
         session = self.sessions.pop(key, None)
         if session is None:
-            cache = WindowCache.over(self.storage, *canvas.shape) if cached else None
-            session = Session(
-                Step(self.backbone, self.model.lm_head, info, cache, state, spec, config, padded)
-            )
+            cache = KVCache.over(storage, shape, *canvas.shape, num_layers)
+            step = Step(backbone, self.model.lm_head, info, cache, state, spec, config, padded)
+            session = Session(step, captured=self.capture is not None)
         else:
-            copy_state(session.state, state)
+            for buffer, value in zip(session.state, state, strict=True):
+                buffer.copy_(value)
         if self.capture is not None:
             self.sessions[key] = session
             while len(self.sessions) > SESSIONS:
@@ -141,92 +214,55 @@ class Runner:
         """
         replay = session.replays.get(shape)
         try:
-            if replay is not None:
-                replay()
-            else:
-                session.step(shape)
-            launched = Launched(shape, HostCopy(session.state.window.flags))
+            with self.observer(shape.kind.label):
+                if replay is not None:
+                    replay()
+                else:
+                    session.step(shape)
+                launched = Launched(shape, HostCopy(session.state.table))
             if self.capture is not None and replay is None:
-                # That was a step like any other, which compiled what it launches; now keep it.
+                # This was a step like any other, which compiled what it launches; now record it.
                 session.replays[shape] = self.capture(lambda: session.step(shape))
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
             self.sessions.clear()
-            message = step_message(shape.kind, shape.rows, shape.width, error)
+            message = step_message(shape.kind.label, shape.num_rows, shape.width, error)
             raise torch.OutOfMemoryError(message) from error
         return launched
 
-    def shape_for(self, session: Session, flags: list[RowFlags], grown: int = 0) -> StepShape:
-        """The step that rows with these flags need. Refreshes first: their rows then join the
-        others' window steps. `grown`: positions that windows may have grown by since."""
-        config, state = session.step.config, session.state
-        batch, length = state.canvas.shape
-        needs = {kind: [f for f in flags if f.needs == kind] for kind in (REFRESH, RESPONSE)}
-        held = state.window.position.shape[1]
-        if needs[REFRESH]:
-            kind, group, width = "refresh", needs[REFRESH], length
-        elif needs[RESPONSE]:
-            kind, group = "response", needs[RESPONSE]
-            width = config.gen_length + int(self.model.dsb.family.shift)
-        else:
-            kind, group = "window", [f for f in flags if f.needs == WINDOW]
-            width = max(f.end - f.start + f.prefix for f in group) + grown
-        if self.capture is None:
-            return StepShape(kind, len(group), width, max(f.held for f in group))
-        if kind == "window":
-            width = width_class(width, length)
-        return StepShape(kind, row_class(len(group), batch), width, held)
+    def run(self, session: Session, each: Callable[[StepDone], None], *, speculative: bool) -> None:
+        """Decode a session to its end.
 
-    def foresee(
-        self, session: Session, flags: list[RowFlags], shape: StepShape, most: int
-    ) -> StepShape | None:
-        """The step that is all but certain to follow `shape`, launched on rows with `flags`, when
-        no step commits more than `most` tokens of a row; None where the host should look first."""
-        config, live = session.step.config, [f for f in flags if f.needs != NOTHING]
-        if self.capture is None or len(live) > shape.rows:
-            return None
-        if any(f.needs != KINDS[shape.kind] or f.left <= most for f in live):
-            return None
-        if config.cache == "none":
-            return shape
-        since = 0 if shape.kind != "window" else max(f.since for f in live)
-        if since + most >= config.block_length:
-            return None
-        grown = most if shape.kind == "window" else most + session.step.spec.prefix_window
-        return self.shape_for(session, [replace(f, needs=WINDOW) for f in live], grown)
-
-    def run(self, session: Session, each: Callable[[StepDone], None], *, ahead: bool) -> None:
-        """Decode a session to its end. `each` is told of every step that moved a row; with
-        `ahead` off, before the next one is launched.
+        Args:
+            each: called with every step that moved a row.
+            speculative: launch the likely next step before `each` is called with this one.
 
         Raises:
             FloatingPointError: NaN logits.
         """
-        flags = read_flags(HostCopy(session.state.window.flags).wait())
+        table = read_rows(HostCopy(session.state.table).wait())
         under_way: deque[Launched] = deque()
-        recent: deque[int] = deque([session.step.config.block_length], maxlen=8)
-        steps, moved = 0, True
-        while any(f.needs != NOTHING for f in flags):
+        most_new: deque[int] = deque(maxlen=SPECULATION_WINDOW)  # of a row, in recent steps
+        steps, useful = 0, True
+        while (shape := next_step(session, table)) is not None:
             if not under_way:
-                under_way.append(self.launch(session, self.shape_for(session, flags)))
-            # After a wrong guess the host looks before it guesses again.
-            if ahead and moved and len(under_way) == 1:
-                guess = self.foresee(session, flags, under_way[0].shape, max(recent))
+                under_way.append(self.launch(session, shape))
+            if speculative and useful and len(under_way) == 1:
+                expected = max(most_new, default=session.step.config.block_length)
+                guess = speculate(session, table, under_way[0].shape, expected)
                 if guess is not None:
                     under_way.append(self.launch(session, guess))
-            done, before = under_way.popleft(), flags
-            flags = read_flags(done.flags.wait())
-            moved = any(f.took_part for f in flags)
-            if not moved:
-                continue
-            recent.append(max(f.new for f in flags if f.took_part))
-            if steps == 0:
-                recent.popleft()  # which stood for "not known yet"
-            steps += 1
-            failed = [row for row, f in enumerate(flags) if f.failed]
+            done, before = under_way.popleft(), table
+            table = read_rows(done.table.wait())
+            useful = any(row.took_part for row in table)
+            if not useful:
+                continue  # a wrong guess; the next step is launched without one
+            most_new.append(max(row.new for row in table if row.took_part))
+            failed = [index for index, row in enumerate(table) if row.failed]
             if failed:
                 raise FloatingPointError(
-                    f"step {steps - 1}: the model's logits are NaN (row {failed[0]})"
+                    f"step {steps}: the model's logits are NaN (row {failed[0]})"
                 )
-            each(StepDone(done.shape, before, flags))
+            steps += 1
+            each(StepDone(done.shape, before, table))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import bisect
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -13,7 +12,7 @@ from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
-class CacheLayout:
+class CacheShape:
     """What a position of one batch row takes in the cache of a model (of this process's share)."""
 
     layers: int
@@ -22,44 +21,40 @@ class CacheLayout:
     dtype: torch.dtype
     device: torch.device
 
-    @property
-    def slot_bytes(self) -> int:
-        """K and V of one position in every layer."""
-        return 2 * self.layers * self.kv_heads * self.head_dim * self.dtype.itemsize
+    def elements(self, batch: int, length: int) -> int:
+        """Numbers in the keys and values of `batch` rows of `length` positions."""
+        return 2 * self.layers * self.kv_heads * self.head_dim * batch * length
+
+    def nbytes(self, batch: int, length: int) -> int:
+        return self.elements(batch, length) * self.dtype.itemsize
 
 
-def layout_of(model: PreTrainedModel) -> CacheLayout:
+def cache_shape_of(model: PreTrainedModel) -> CacheShape:
     embedding = model.get_input_embeddings().weight
     attn = model.model.layers[0].self_attn
     heads, weight = model.config.num_key_value_heads, getattr(attn.k_proj, "weight", None)
     if isinstance(weight, DTensor):
         heads = weight.to_local().shape[0] // attn.head_dim
     layers = model.config.num_hidden_layers
-    return CacheLayout(layers, heads, attn.head_dim, embedding.dtype, embedding.device)
+    return CacheShape(layers, heads, attn.head_dim, embedding.dtype, embedding.device)
 
 
-def allocate(layout: CacheLayout, batch: int, length: int) -> list[Tensor]:
-    """One tensor (2, slots, kv_heads, head_dim) per layer, for `batch` rows of `length` positions
-    and a spare one each.
+def allocate(shape: CacheShape, batch: int, length: int) -> Tensor:
+    """Storage (n,) for the keys and values of `batch` rows of `length` positions.
 
     Raises:
-        torch.OutOfMemoryError: naming the bytes asked for and a setting that fits.
+        torch.OutOfMemoryError: names the bytes asked for and a setting that fits.
     """
-    shape = (2, batch * (length + 1), layout.kv_heads, layout.head_dim)
-    storage: list[Tensor] = []
     try:
-        for _ in range(layout.layers):
-            storage.append(torch.zeros(shape, dtype=layout.dtype, device=layout.device))
+        return torch.zeros(shape.elements(batch, length), dtype=shape.dtype, device=shape.device)
     except RuntimeError as error:  # a CPU's allocator raises no OutOfMemoryError
         if not is_out_of_memory(error):
             raise
-        storage.clear()
-        raise torch.OutOfMemoryError(growth_message(layout, batch, length)) from error
-    return storage
+        raise torch.OutOfMemoryError(growth_message(shape, batch, length)) from error
 
 
-# Of allocations that are not torch's GPU allocator's, which alone raises OutOfMemoryError: a CPU's,
-# CUDA's own (a graph's), cuBLAS's, Triton's (of a kernel that is loaded).
+# Messages of allocators other than torch's GPU allocator, which alone raises OutOfMemoryError: a
+# CPU's, CUDA's own (for a graph), cuBLAS's, and Triton's (for a kernel that is loaded).
 OUT_OF_MEMORY = (
     "can't allocate memory",
     "CUDA error: out of memory",
@@ -69,17 +64,16 @@ OUT_OF_MEMORY = (
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
-    said = str(error)
+    message = str(error)
     return isinstance(error, torch.OutOfMemoryError) or any(
-        words in said for words in OUT_OF_MEMORY
+        words in message for words in OUT_OF_MEMORY
     )
 
 
-def fits(layout: CacheLayout, batch: int, length: int) -> bool:
+def fits(shape: CacheShape, batch: int, length: int) -> bool:
     """Whether a cache of that size can be allocated now, by trying."""
-    size = batch * (length + 1) * layout.slot_bytes
     try:
-        torch.empty(size, dtype=torch.uint8, device=layout.device)
+        torch.empty(shape.nbytes(batch, length), dtype=torch.uint8, device=shape.device)
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
@@ -87,26 +81,32 @@ def fits(layout: CacheLayout, batch: int, length: int) -> bool:
     return True
 
 
-def largest(most: int, fits_with: Callable[[int], bool]) -> int:
-    """The largest n <= most for which `fits_with(n)`, which holds up to some n; 0 for none."""
-    return bisect.bisect_left(range(1, most + 1), True, key=lambda n: not fits_with(n))
+def largest(limit: int, fits_with: Callable[[int], bool]) -> int:
+    """The largest n <= limit for which `fits_with(n)`, which is true up to some n; 0 for none."""
+    low, high = 0, limit
+    while low < high:
+        middle = (low + high + 1) // 2
+        if fits_with(middle):
+            low = middle
+        else:
+            high = middle - 1
+    return low
 
 
-def growth_message(layout: CacheLayout, batch: int, length: int) -> str:
-    asked = batch * (length + 1) * layout.slot_bytes
+def growth_message(shape: CacheShape, batch: int, length: int) -> str:
     message = (
-        f"K/V cache for a batch of {batch} with {length} positions each: {asked:,} bytes asked for "
-        f"on {layout.device} and not there"
+        f"K/V cache for a batch of {batch} with {length} positions each: "
+        f"{shape.nbytes(batch, length):,} bytes asked for on {shape.device} and not there"
     )
-    rows = largest(batch - 1, lambda n: fits(layout, n, length))
+    rows = largest(batch - 1, lambda n: fits(shape, n, length))
     if rows:
         return f"{message}; a batch of {rows} fits"
-    positions = largest(length - 1, lambda n: fits(layout, 1, n))
+    positions = largest(length - 1, lambda n: fits(shape, 1, n))
     return f"{message}; a batch of 1 with prompt + gen_length = {positions} fits"
 
 
 def step_message(kind: str, rows: int, width: int, error: Exception) -> str:
     """What to say when a step, or its capture, runs out of memory."""
-    asked = str(error).strip().splitlines()[0]
+    allocation = str(error).strip().splitlines()[0]
     advice = f"a batch of {rows // 2}" if rows > 1 else "a shorter prompt or gen_length"
-    return f"a {kind} step of {rows} x {width} positions: {asked} Expected to fit: {advice}"
+    return f"a {kind} step of {rows} x {width} positions: {allocation} Expected to fit: {advice}"

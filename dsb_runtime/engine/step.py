@@ -1,8 +1,8 @@
 """One decoding step: a forward of the rows that need one of its kind, and their commit.
 
-The step is a tensor program over a `DecodeState`: no tensor is read by the host, and its shapes
-follow from three numbers that the host picks, `StepShape`. Whatever the host picks is right: a row
-that needs something else, does not fit, or is one too many is left as it is, for a later step.
+A step is a tensor program over a `DecodeState`: the host reads no tensor, and all shapes follow
+from the capacity that it picks, `StepShape`. Any capacity is right: rows that need another kind of
+step, do not fit or are too many stay as they are, for a later step.
 """
 
 from __future__ import annotations
@@ -12,28 +12,28 @@ from dataclasses import dataclass
 import torch
 
 from dsb_kernels.commit import unmask_and_slide
-from dsb_kernels.place import PlacedRows, place_rows
-from dsb_kernels.rows import UnmaskSpec
+from dsb_kernels.place import Layout, place_rows
+from dsb_kernels.rows import StepKind, UnmaskSpec
 from dsb_runtime.config import DecodingConfig
-from dsb_runtime.engine.cache import Place, WindowCache
-from dsb_runtime.engine.forward import Backbone, Scored
+from dsb_runtime.engine.cache import KVCache
+from dsb_runtime.engine.forward import Backbone
 from dsb_runtime.engine.sampling import propose
-from dsb_runtime.engine.state import KINDS, DecodeState
+from dsb_runtime.engine.state import DecodeState
 from dsb_runtime.families import DiffusionInfo
 
 
 @dataclass(frozen=True)
 class StepShape:
-    """What fixes the shapes of a step."""
+    """The kind of a step and its capacity, which fix the shapes of all its tensors."""
 
-    kind: str  # "window", "refresh" (every position), "response" (the prompt's K/V stay)
-    rows: int  # batch rows that it has room for
-    width: int  # positions of each
-    held: int  # candidates of each
+    kind: StepKind
+    num_rows: int  # batch rows
+    width: int  # positions of each row
+    num_candidates: int  # of each row
 
 
 def spec_of(config: DecodingConfig, info: DiffusionInfo, prompt_length: int) -> UnmaskSpec:
-    """The launch constants of a call, family defaults filled in."""
+    """What stays fixed during a call, with the family's defaults filled in."""
     family = info.family
     cached = config.cache != "none"
     refresh_commit = config.refresh_commit or (family.refresh_commit if cached else "select")
@@ -66,7 +66,7 @@ class Step:
         backbone: Backbone,
         lm_head: torch.nn.Linear,
         info: DiffusionInfo,
-        cache: WindowCache | None,
+        cache: KVCache,
         state: DecodeState,
         spec: UnmaskSpec,
         config: DecodingConfig,
@@ -75,46 +75,40 @@ class Step:
         self.backbone, self.lm_head, self.info, self.cache = backbone, lm_head, info, cache
         self.state, self.spec, self.config, self.padded = state, spec, config, padded
 
-    def place(self, shape: StepShape) -> tuple[PlacedRows, Place]:
-        """The rows that take part, and where they stand in the canvas."""
-        state, shift, first = self.state, self.info.family.shift, 0
-        if shape.kind == "response":  # the row before it predicts its first token, if shifted
-            first = self.spec.prompt_length - int(shift)
-        placed = place_rows(
-            state.canvas, state.window, state.leftpad, kind=KINDS[shape.kind], rows=shape.rows,
-            width=shape.width, held=shape.held, first=first, shift=shift,
-            prompt_length=self.spec.prompt_length,
+    @property
+    def response_width(self) -> int:
+        """Positions that a response step computes: where tokens are predicted from the position
+        before, the prompt's last one is among them."""
+        return self.config.gen_length + int(self.info.family.shift)
+
+    def layout(self, shape: StepShape) -> Layout:
+        """The rows that take part, and where their windows stand."""
+        state, length = self.state, self.state.canvas.shape[1]
+        return place_rows(
+            state.canvas, state.table, state.position, kind=shape.kind, num_rows=shape.num_rows,
+            width=shape.width, num_candidates=shape.num_candidates,
+            first=length - self.response_width if shape.kind == StepKind.RESPONSE else 0,
+            shift=self.info.family.shift, prompt_length=self.spec.prompt_length,
         )  # fmt: skip
-        batch, length = state.canvas.shape
-        place = Place(
-            rows=placed.rows if shape.rows < batch else None,
-            start=placed.start,
-            length=placed.length,
-            seqlens=placed.seqlens,
-            width=shape.width,
-            canvas_length=length,
-            leftpad=placed.leftpad if self.padded else None,
-            full=shape.kind == "refresh",
-        )
-        return placed, place
 
     def __call__(self, shape: StepShape) -> None:
         """Run one step and update the state in place."""
         state, phase = self.state, self.backbone.phase
         with phase("place"):
-            placed, place = self.place(shape)
-        if self.cache is not None:
-            self.cache.put(place)
-        scored = Scored(placed.keep, placed.leftpad, placed.kept)
-        hidden = self.backbone(placed.ids, place, scored, self.cache)
+            layout = self.layout(shape)
+        hidden = self.backbone(
+            layout, self.cache, full=shape.kind == StepKind.REFRESH, padded=self.padded
+        )
         with phase("score"):
             token, confidence = propose(
-                hidden, self.lm_head, placed.eligible, self.config, self.info,
-                *((state.seed, placed.noise_ids) if self.config.temperature > 0 else ()),
+                hidden, self.lm_head, layout.eligible, self.config, self.info,
+                *((state.seed, layout.noise_ids) if self.config.temperature > 0 else ()),
             )  # fmt: skip
         with phase("unmask"):
-            room = shape.rows, shape.held
+            capacity = shape.num_rows, shape.num_candidates
+            # None: all rows of the batch, in order.
+            rows = layout.rows if shape.num_rows < len(state.canvas) else None
             unmask_and_slide(
-                state.canvas, token.view(room), confidence.view(room), state.window, placed.active,
-                state.leftpad, self.spec, place.rows,
+                state.canvas, state.table, state.position, state.commit, state.confidence,
+                token.view(capacity), confidence.view(capacity), layout.active, rows, self.spec,
             )  # fmt: skip

@@ -1,22 +1,18 @@
 """`dsb bench`: time per step against its limit, and tokens/s by batch, of any checkpoint.
 
-The limit of a step is its matrices alone: every linear layer of the decoder multiplied with the
-rows that the step needs, with nothing between them, and the LM head with the rows that it scores.
-It is measured in the same run, in turn with the decoding. On a GPU there is a second one: the time
-in which the weights can be read at the bandwidth of a large copy.
+The limit of a step is its matrix products alone: every linear layer of the decoder multiplied with
+the positions that the step computes, with nothing between them, and the LM head with those that it
+scores. It is measured in the same run, in turn with the decoding. A GPU has a second limit: the
+time in which the weights can be read at the bandwidth of a large copy.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
-import platform
+import functools
 import statistics
-import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
-from datetime import datetime, timezone
-from importlib import metadata
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +25,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dsb_runtime.config import DecodingConfig, check_int
 from dsb_runtime.demo import MODEL_DIR
-from dsb_runtime.engine.engine import GenerationOutput, StepEvent, generate
+from dsb_runtime.engine.engine import GenerationOutput
 from dsb_runtime.files import check_writable, read_json, write_json
-from dsb_runtime.measure.limits import LinearLayers, StepRows, copy_bandwidth, synchronize, timed
+from dsb_runtime.measure.machine import describe_run
+from dsb_runtime.measure.models import add_preset, random_prompts
 from dsb_runtime.measure.plots import check_picture, draw_bench
+from dsb_runtime.measure.steps import LinearLayers, StepRecorder, StepWork, TimedEngine
+from dsb_runtime.measure.timing import copy_bandwidth, timed
 
 BATCHES = (1, 2, 4, 8)
 KINDS = ("window", "response", "refresh")
@@ -40,6 +39,7 @@ KINDS = ("window", "response", "refresh")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("measurement")
+    add_preset(group)
     group.add_argument("--batch", type=int, nargs="+", default=list(BATCHES), metavar="N",
                        help=f"batch sizes (default: {' '.join(map(str, BATCHES))})")  # fmt: skip
     group.add_argument("--prompt-length", type=int, default=128,
@@ -59,63 +59,23 @@ class Round:
 
     out: GenerationOutput
     seconds: float  # of the whole call, which nothing watched
-    steps: list[StepRows]
+    steps: list[StepWork]
     step_seconds: list[float]  # of a second call's steps
     linear_seconds: list[float]  # of the same steps' linear layers
 
 
-class StepClock:
-    """An `on_step` callback: every forward's kind, rows and seconds since the one before it."""
-
-    def __init__(self, model: PreTrainedModel, prompt_length: int, gen_length: int) -> None:
-        # Positions of the forwards whose size no window says. Where a token is predicted from the
-        # row before it, the response needs the prompt's last row.
-        shift = int(model.dsb.family.shift)
-        self.whole = {"refresh": prompt_length + gen_length, "response": gen_length + shift}
-        self.device = model.device
-        self.steps: list[StepRows] = []
-        self.seconds: list[float] = []
-        synchronize(self.device)
-        self.began = time.perf_counter()
-
-    def __call__(self, event: StepEvent) -> None:
-        synchronize(self.device)
-        self.seconds.append(time.perf_counter() - self.began)
-        rows = sum(
-            self.whole.get(event.kind, end - start + prefix) for start, end, prefix in event.before
-        )
-        scored = int((event.position[event.rows] >= 0).sum())
-        self.steps.append(StepRows(event.kind, rows, scored))
-        self.began = time.perf_counter()  # the lines above are not the step's
-
-
-def random_prompts(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: int, length: int, seed: int
-) -> Tensor:
-    """(rows, length) ids drawn from the vocabulary without its special and added tokens."""
-    known = min(model.config.vocab_size, len(tokenizer))
-    special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
-    special |= {model.dsb.mask_id, *model.dsb.eos_ids}
-    ids = torch.tensor([i for i in range(known) if i not in special])
-    if len(ids) == 0:
-        raise ValueError(f"vocabulary of {known}: only special tokens; expected others to draw")
-    generator = torch.Generator().manual_seed(seed)
-    return ids[torch.randint(len(ids), (rows, length), generator=generator)].to(model.device)
-
-
 def one_round(
-    model: PreTrainedModel,
-    input_ids: Tensor,
-    config: DecodingConfig,
-    seed: int,
-    limit: LinearLayers,
+    engine: TimedEngine, input_ids: Tensor, config: DecodingConfig, seed: int, limit: LinearLayers
 ) -> Round:
-    """Decode once unwatched and once with the clock, then run the same steps' linear layers."""
-    device = model.device
+    """Decode once unwatched and once watched, then run the same steps' linear layers."""
+    device = input_ids.device
 
-    def decode(clock: StepClock | None = None) -> GenerationOutput:
+    def decode(watch: StepRecorder | None = None) -> GenerationOutput:
         generator = torch.Generator(device).manual_seed(seed)
-        return generate(model, input_ids, config, generator=generator, on_step=clock)
+        return engine.generate(input_ids, config, generator=generator, on_step=watch)
+
+    def watch() -> StepRecorder:
+        return StepRecorder(engine.model, input_ids.shape[1], config.gen_length)
 
     # A GPU's captured steps may have made room for another batch's since the last round.
     warm = device.type == "cuda"
@@ -123,11 +83,16 @@ def one_round(
         decode()
     out, seconds = timed(decode, device)
     if warm:
-        decode(StepClock(model, input_ids.shape[1], config.gen_length))
-    clock = StepClock(model, input_ids.shape[1], config.gen_length)
-    decode(clock)
-    linear_seconds = [timed(lambda step=step: limit.run(step), device)[1] for step in clock.steps]
-    return Round(out, seconds, clock.steps, clock.seconds, linear_seconds)
+        decode(watch())
+    engine.take()
+    recorder = watch()
+    decode(recorder)
+    step_seconds = engine.take().seconds
+    linear_seconds = [
+        timed(functools.partial(limit.run, step.num_tokens, step.scored), device)[1]
+        for step in recorder.steps
+    ]
+    return Round(out, seconds, recorder.steps, step_seconds, linear_seconds)
 
 
 def summarize_steps(
@@ -135,28 +100,26 @@ def summarize_steps(
 ) -> dict[str, Any] | None:
     """Medians over all steps of a kind; None where there was none.
 
-    A call's first step also makes the call's tensors: it is left out where others are.
+    A call's first step also makes the call's tensors: it is left out where there are other steps.
     """
-    found = [
-        (index, step, seconds, least)
+    steps = [
+        (index, *step)
         for r in rounds
-        for index, (step, seconds, least) in enumerate(
-            zip(r.steps, r.step_seconds, r.linear_seconds, strict=True)
-        )
-        if step.kind == kind
+        for index, step in enumerate(zip(r.steps, r.step_seconds, r.linear_seconds, strict=True))
+        if step[0].kind == kind
     ]
-    found = [item for item in found if item[0] > 0] or found
-    if not found:
+    steps = [step for step in steps if step[0] > 0] or steps
+    if not steps:
         return None
-    _, steps, seconds, least = zip(*found, strict=True)
+    _, works, seconds, linear = zip(*steps, strict=True)
     summary = {
-        "steps": len(steps),
-        "rows": statistics.median(s.rows for s in steps),
-        "scored": statistics.median(s.scored for s in steps),
+        "steps": len(works),
+        "rows": statistics.median(work.num_tokens for work in works),
+        "scored": statistics.median(work.scored for work in works),
         "ms": 1e3 * statistics.median(seconds),
-        "linear_ms": 1e3 * statistics.median(least),
+        "linear_ms": 1e3 * statistics.median(linear),
         # Step by step, so that a machine that drifts cancels.
-        "linear_share": statistics.median(b / a for a, b in zip(seconds, least, strict=True)),
+        "linear_share": statistics.median(b / a for a, b in zip(seconds, linear, strict=True)),
         "weights_ms": None,
         "weights_share": None,
     }
@@ -166,19 +129,24 @@ def summarize_steps(
     return summary
 
 
-def summarize(rounds: list[Round], weights_seconds: float | None) -> dict[str, Any]:
-    """One batch size; a row's tokens end with its first EOS."""
+def summarize(
+    rounds: list[Round], config: DecodingConfig, weights_seconds: float | None
+) -> dict[str, Any]:
+    """Figures of one batch size. Random prompts have no answers that end: without `stop_at_eos`
+    each batch row has `gen_length` tokens, whatever its ids."""
     out = rounds[0].out
+    batch = len(out.row_tokens)
+    tokens = sum(out.row_tokens) if config.stop_at_eos else batch * config.gen_length
     seconds = statistics.median(r.seconds for r in rounds)
     steps = {kind: summarize_steps(rounds, kind, weights_seconds) for kind in KINDS}
     return {
-        "batch": len(out.row_tokens),
+        "batch": batch,
         "seconds": seconds,
-        "tokens": sum(out.row_tokens),
+        "tokens": tokens,
         "forwards": out.nfe,
-        "tokens_per_forward": sum(out.row_tokens) / sum(out.row_nfe),
-        "tokens_per_second": sum(out.row_tokens) / seconds,
-        "steps": {kind: found for kind, found in steps.items() if found is not None},
+        "tokens_per_forward": tokens / sum(out.row_nfe),
+        "tokens_per_second": tokens / seconds,
+        "steps": {kind: summary for kind, summary in steps.items() if summary is not None},
     }
 
 
@@ -200,52 +168,25 @@ def measure(
         rounds: those that count; one more before them warms up.
         seed: of the random numbers at temperature > 0.
     """
+    engine = TimedEngine(model)
     limit = LinearLayers(model, max(batches) * (prompts.shape[1] + config.gen_length))
-    bandwidth = copy_bandwidth(model.device)
+    bandwidth = copy_bandwidth(model.device) if model.device.type == "cuda" else None
     weights_seconds = None if bandwidth is None else limit.bytes / bandwidth
-    kept: dict[int, list[Round]] = {batch: [] for batch in batches}
+    done: dict[int, list[Round]] = {batch: [] for batch in batches}
     with tqdm(total=(rounds + 1) * len(batches), desc="rounds", disable=None) as bar:
         for index in range(rounds + 1):
             for batch in batches:
-                done = one_round(model, prompts[:batch], config, seed, limit)
+                one = one_round(engine, prompts[:batch], config, seed, limit)
                 if index > 0:
-                    kept[batch].append(done)
+                    done[batch].append(one)
                 bar.update()
             if index > 0:
                 yield {
                     "rounds": index,
                     "weight_bytes": limit.bytes,
                     "copy_bandwidth": bandwidth,
-                    "batches": [summarize(kept[batch], weights_seconds) for batch in batches],
+                    "batches": [summarize(done[b], config, weights_seconds) for b in batches],
                 }
-
-
-def describe_machine(device: torch.device) -> dict[str, Any]:
-    name = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        lines = (line.partition(":") for line in info.read_text().splitlines())
-        name = next((v.strip() for k, _, v in lines if k.strip() == "model name"), name)
-    gpu = device.type == "cuda"
-    return {
-        "device": torch.cuda.get_device_name(device) if gpu else name,
-        "cpu": name,
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "system": platform.system(),
-    }
-
-
-def describe_versions() -> dict[str, str | None]:
-    versions: dict[str, str | None] = {"python": platform.python_version()}
-    # torch itself names its build (+cu130), which its CUDA wheels' metadata leaves out.
-    versions["torch"] = str(torch.__version__)
-    for name in ("triton", "transformers", "dsb-kernels"):
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:  # triton where it has no build, or a bare checkout
-            versions[name] = None
-    return versions
 
 
 def print_table(record: dict[str, Any]) -> None:
@@ -262,7 +203,7 @@ def print_table(record: dict[str, Any]) -> None:
         "tokens/s",
         "tokens/\nforward",
         "step",
-        "rows",
+        "positions",
         "ms",
         "limit\nms",
         "reached",
@@ -320,34 +261,26 @@ def check_arguments(args: argparse.Namespace) -> None:
 def run(
     args: argparse.Namespace,
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase | None,
     config: DecodingConfig,
     command: str,
 ) -> int:
-    """The command: a table, and the files asked for.
-
-    Random prompts have no answers that end: without `stop_at_eos` no id counts as an EOS, and each
-    row has `gen_length` tokens.
-    """
+    """The command: a table, and the files asked for."""
     batches, seed = list(dict.fromkeys(args.batch)), args.seed or 0
     prompts = random_prompts(model, tokenizer, max(batches), args.prompt_length, seed)
-    if not config.stop_at_eos:
-        model.dsb = replace(model.dsb, eos_ids=())
+    name = "embedded model" if args.model == str(MODEL_DIR) else args.model
     about = {
-        "model": "embedded model" if args.model == str(MODEL_DIR) else args.model,
+        "model": args.preset or name,
         "dtype": str(model.dtype).removeprefix("torch."),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": command,
-        "machine": describe_machine(model.device),
-        "versions": describe_versions(),
+        **describe_run(command, model.device),
         "prompt_length": args.prompt_length,
         "settings": asdict(config),
         "seed": seed,
     }
     record = about
-    for measured in measure(model, prompts, config, batches, rounds=args.rounds, seed=seed):
-        record = {**about, **measured}
-        if args.json:  # kept as it grows: an interrupt loses nothing but the round that runs
+    for figures in measure(model, prompts, config, batches, rounds=args.rounds, seed=seed):
+        record = {**about, **figures}
+        if args.json:  # written as it grows: an interrupt loses the round that runs, no other
             write_json(args.json, record)
     show(record, args.plot)
     return 0

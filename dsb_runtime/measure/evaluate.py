@@ -19,33 +19,35 @@ from rich.table import Table
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from dsb_kernels.rules import RULES
+from dsb_kernels.rules import RULES, Rule
 from dsb_runtime.config import DecodingConfig, check_int
 from dsb_runtime.demo.problems import Problem, heldout, is_exact
 from dsb_runtime.engine.engine import generate
 from dsb_runtime.files import check_writable, read_json, write_json
 from dsb_runtime.measure.plots import check_picture, draw_scores
 
-SCHEDULES: dict[str, dict[str, Any]] = {
-    "naive": {"schedule": "naive"},
-    "DSB const": {"schedule": "dsb", "max_block_length": -1},  # -1: equal to block_length
-    "DSB greedy": {"schedule": "dsb"},
+THRESHOLD = 0.9  # at which schedules and caches are compared
+# Values of a selection rule's setting; a rule that is not listed takes values inside its range.
+SWEEPS: dict[str, tuple[float, ...]] = {
+    "threshold": (0.2, 0.3, 0.4, 0.5, 0.7, 0.95, 0.99),
+    "factor": (0.25, 1.0, 4.0, 8.0),
+    "frechet": (-0.9, -0.5, 0.0, 0.25, 0.9),
 }
-THRESHOLDS = (0.2, 0.3, 0.4, 0.5, 0.7, 0.95, 0.99)
-FACTORS = (0.25, 1.0, 4.0, 8.0)
-FRECHETS = (-0.9, -0.5, 0.0, 0.25, 0.9)
-# Thresholds and quotas are measured apart; of a rule that is not here, its lowest value is.
-SWEEPS = {"threshold": (), "quota": (), "factor": FACTORS, "frechet": FRECHETS}
-# Of how many refreshes one is full; None is refresh_policy="full".
-FULL_EVERY = (None, 4, 99)
+FULL_EVERY = (4, 99)  # with response refreshes, one refresh in so many is full
 SMALL_BLOCK = 4  # for many refreshes
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One line of the report."""
+    """One line of the report: a decoding, and the words for it.
 
-    rule: str  # "threshold 0.9", ...
+    `sweep` says what the line belongs to: "baseline" (one token a step), "schedules" (every
+    schedule with every cache at one threshold), "rules" or "refreshes".
+    """
+
+    sweep: str
+    rule: str
+    value: float | None  # of the rule's setting; None where the rule's words say all
     schedule: str
     cache: str
     config: DecodingConfig
@@ -53,9 +55,11 @@ class Setting:
 
 @dataclass(frozen=True)
 class Score:
-    """What one setting measured over all problems."""
+    """What one setting measured over all problems; the words are the setting's."""
 
+    sweep: str
     rule: str
+    value: float | None
     schedule: str
     cache: str
     problems: int
@@ -64,6 +68,10 @@ class Score:
     tokens: float  # per problem
     tokens_per_forward: float
     tokens_per_second: float
+
+    @property
+    def label(self) -> str:
+        return self.rule if self.value is None else f"{self.rule} {self.value:g}"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -79,40 +87,58 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="measure nothing: print and draw what --json kept")  # fmt: skip
 
 
+def sweep_values(rule: Rule) -> tuple[float, ...]:
+    """The values at which a rule is measured; none for a fixed number of steps."""
+    if rule.kind is int or rule.high is None:
+        return ()
+    inside = tuple(rule.low + share * (rule.high - rule.low) for share in (0.25, 0.5, 0.75))
+    return SWEEPS.get(rule.setting, inside)
+
+
 def build_settings(gen_length: int, block_length: int, quick: bool) -> list[Setting]:
-    """One token a step first; every schedule × cache at 0.9; then each rule's sweep, and refreshes
-    that leave the prompt's K/V as they are."""
-    shape = {"gen_length": gen_length, "block_length": block_length, "stop_at_eos": True}
+    """One token a step first; every schedule with every cache at threshold 0.9; then each rule's
+    sweep, and refreshes that leave the prompt's K/V as they are."""
+    shape: dict[str, Any] = {
+        "gen_length": gen_length, "block_length": block_length, "stop_at_eos": True,
+    }  # fmt: skip
+    schedules: dict[str, dict[str, Any]] = {
+        "naive": {"schedule": "naive"},
+        "DSB const": {"schedule": "dsb", "max_block_length": block_length},
+        "DSB greedy": {"schedule": "dsb"},
+    }
 
-    def make(rule: str, schedule: str, cache: str, **values: Any) -> Setting:
-        settings = {**shape, **SCHEDULES[schedule], "cache": cache.split("/")[0], **values}
-        if settings.get("max_block_length") == -1:
-            settings["max_block_length"] = block_length
-        return Setting(rule, schedule, cache, DecodingConfig(**settings))
+    def setting(
+        sweep: str, rule: str, value: float | None, schedule: str, cache: str, **settings: Any
+    ) -> Setting:
+        config = DecodingConfig(**{**shape, **schedules[schedule], "cache": cache, **settings})
+        name = cache if config.refresh_policy == "full" else f"{cache}/{config.full_every}"
+        return Setting(sweep, rule, value, schedule, name, config)
 
-    made = [make("one token a step", "DSB greedy", "none", steps=gen_length)]
-    made += [
-        make("threshold 0.9", schedule, cache, threshold=0.9)
-        for schedule in SCHEDULES
+    lines = [setting("baseline", "one token a step", None, "DSB greedy", "none", steps=gen_length)]
+    lines += [
+        setting("schedules", "threshold", THRESHOLD, schedule, cache, threshold=THRESHOLD)
+        for schedule in schedules
         for cache in ("none", "dual", "dsb")
     ]
-    if not quick:
-        for schedule, cache in (("naive", "dual"), ("DSB greedy", "dsb")):
-            made += [make(f"threshold {v:g}", schedule, cache, threshold=v) for v in THRESHOLDS]
-        made += [
-            make(f"{rule.name} {v:g}", "DSB greedy", "dsb", **{rule.setting: rule.kind(v)})
-            for rule in RULES.values()
-            for v in SWEEPS.get(rule.name, (rule.low,))
+    if quick:
+        return lines
+    for rule in RULES.values():
+        places = [("DSB greedy", "dsb")]
+        if rule.setting == "threshold":
+            places.insert(0, ("naive", "dual"))
+        lines += [
+            setting("rules", rule.name, value, schedule, cache, **{rule.setting: value})
+            for schedule, cache in places
+            for value in sweep_values(rule)
         ]
-        small = min(SMALL_BLOCK, block_length)
-        for every in FULL_EVERY:
-            policy: dict[str, Any] = {"steps": gen_length, "block_length": small}
-            label = "dsb"
-            if every is not None:
-                policy |= {"refresh_policy": "response", "full_refresh_every": every}
-                label = f"dsb/{every}"  # response refreshes, one in so many full
-            made.append(make(f"1 token, block {small}", "DSB greedy", label, **policy))
-    return made
+    small = min(SMALL_BLOCK, block_length)
+    policies: list[dict[str, Any]] = [{}]
+    policies += [{"refresh_policy": "response", "full_refresh_every": n} for n in FULL_EVERY]
+    for policy in policies:
+        settings = {"steps": gen_length, "block_length": small, **policy}
+        rule_words = f"1 token, block {small}"
+        lines.append(setting("refreshes", rule_words, None, "DSB greedy", "dsb", **settings))
+    return lines
 
 
 def score(
@@ -129,14 +155,14 @@ def score(
         prompt = input_ids.shape[1]
         for row, problem in enumerate(problems):
             ids = out.sequences[row, prompt : prompt + out.row_tokens[row]]
-            exact += is_exact(problem, tokenizer.decode(ids, skip_special_tokens=True))
+            exact += is_exact(problem, str(tokenizer.decode(ids, skip_special_tokens=True)))
         forwards += sum(out.row_nfe)
         tokens += sum(out.row_tokens)
         count += len(problems)
     seconds = time.perf_counter() - began
     return Score(
-        setting.rule, setting.schedule, setting.cache, count, exact / count, forwards / count,
-        tokens / count, tokens / forwards, tokens / seconds,
+        setting.sweep, setting.rule, setting.value, setting.schedule, setting.cache, count,
+        exact / count, forwards / count, tokens / count, tokens / forwards, tokens / seconds,
     )  # fmt: skip
 
 
@@ -152,8 +178,8 @@ def encode_batches(
     }
     order = sorted(problems, key=lambda p: len(texts[p]))
     batches = []
-    for at in range(0, len(order), size):
-        part = order[at : at + size]
+    for first in range(0, len(order), size):
+        part = order[first : first + size]
         encoded = tokenizer(
             [texts[p] for p in part],
             add_special_tokens=False, padding=True, padding_side="left", return_tensors="pt",
@@ -173,7 +199,7 @@ def print_table(title: str, scores: list[Score]) -> None:
         table.add_column(column, justify="right", no_wrap=True)
     for s in scores:
         table.add_row(
-            s.rule, s.schedule, s.cache, f"{100 * s.exact:.1f}%", f"{s.forwards:.1f}",
+            s.label, s.schedule, s.cache, f"{100 * s.exact:.1f}%", f"{s.forwards:.1f}",
             f"{s.tokens:.1f}", f"{s.tokens_per_forward:.2f}", f"{s.tokens_per_second:.0f}",
         )  # fmt: skip
     Console().print(table)
@@ -183,15 +209,15 @@ def show(title: str, scores: list[Score], plot: Path | None) -> None:
     print_table(title, scores)
     if plot is not None:
         # The refresh policies are compared in the table; in the picture they would lie on one spot.
-        draw_scores([asdict(s) for s in scores if "block" not in s.rule], plot)
+        draw_scores([asdict(s) for s in scores if s.sweep != "refreshes"], plot)
 
 
 def run_kept(path: Path, plot: Path | None) -> int:
     """`dsb eval --from`: the table and the picture of what was measured before."""
     check_picture("--plot", plot)
-    kept = read_json(path)
+    record = read_json(path)
     try:
-        scores = [Score(**item) for item in kept]
+        scores = [Score(**item) for item in record]
         show(f"{scores[0].problems} held-out problems", scores, plot)
     except (TypeError, ValueError, IndexError) as error:
         raise ValueError(f"--from {path}: expected what dsb eval --json writes") from error

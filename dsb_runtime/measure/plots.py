@@ -36,9 +36,7 @@ def draw_scores(scores: list[dict[str, Any]], path: Path) -> None:
 
     lines: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for item in scores:
-        rule = item["rule"]
-        rule = rule.rsplit(" ", 1)[0] if rule[-1].isdigit() else rule
-        lines[f"{rule}, {item['schedule']}, cache {item['cache']}"].append(item)
+        lines[f"{item['rule']}, {item['schedule']}, cache {item['cache']}"].append(item)
     figure = Figure(figsize=(9, 5.5), layout="constrained")
     axes = figure.subplots()
     colors = colormaps["tab20"]
@@ -89,10 +87,15 @@ def draw_bench(record: dict[str, Any], path: Path) -> None:
 def draw_steps(axes: Axes, batches: list[dict[str, Any]]) -> None:
     """Bars of ms per step, and on each the marks of what the step cannot go below."""
     kinds = [kind for kind in STEP_COLORS if any(kind in b["steps"] for b in batches)]
-    width, named = 0.76 / len(kinds), set()
+    width = 0.76 / len(kinds)
+    labels: set[str] = set()
 
-    def once(label: str) -> str | None:
-        return None if label in named else named.add(label) or label
+    def once(label: str) -> str:
+        """The label the first time; then one that matplotlib leaves out of the legend."""
+        if label in labels:
+            return f"_{label}"
+        labels.add(label)
+        return label
 
     for place, batch in enumerate(batches):
         for kind, step in batch["steps"].items():

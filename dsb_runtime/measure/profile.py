@@ -29,11 +29,10 @@ from dsb_runtime.config import DecodingConfig, check_int
 from dsb_runtime.engine.engine import Engine, GenerationOutput
 from dsb_runtime.engine.forward import Phase, no_phase
 from dsb_runtime.engine.graphs import Capture
-from dsb_runtime.engine.loop import Launched, Session
-from dsb_runtime.engine.step import StepShape
 from dsb_runtime.files import check_writable
-from dsb_runtime.measure.limits import synchronize
+from dsb_runtime.measure.models import add_preset
 from dsb_runtime.measure.profile_tables import PREFIX, longest_table, phase_table, read_trace
+from dsb_runtime.measure.timing import synchronize
 
 NOTE = (
     "Ranges are entered by the host that launches the kernels in them: replayed CUDA graphs "
@@ -42,8 +41,9 @@ NOTE = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What `dsb profile` and `benchmarks.profile_step` have in common."""
+    """The options of `dsb profile` itself."""
     group = parser.add_argument_group("profile")
+    add_preset(group)
     group.add_argument("--profile-steps", type=int, default=16, metavar="N",
                        help="steps to profile (default: 16)")  # fmt: skip
     group.add_argument("--warmup", type=int, default=1, metavar="W",
@@ -131,23 +131,6 @@ class Bracket:
         self.running = False
 
 
-class ProfiledEngine(Engine):
-    """An engine whose launches go through a bracket; phases have ranges unless captured."""
-
-    def __init__(
-        self, model: PreTrainedModel, *, graphs: bool, capture: Capture | None = None
-    ) -> None:
-        device = model.get_input_embeddings().weight.device
-        # A replay enters no phase; a capture would show each once, at a time that means nothing.
-        phase = no_phase if graphs else ranges(device)
-        super().__init__(model, graphs=graphs, capture=capture, phase=phase)
-        self.bracket = Bracket(device)
-
-    def launch(self, session: Session, shape: StepShape) -> Launched:
-        with self.bracket.step(shape.kind):
-            return super().launch(session, shape)
-
-
 @dataclass(frozen=True)
 class Profiled:
     """What was profiled, of a decoding of `total` steps."""
@@ -182,17 +165,25 @@ def profile_steps(
     Raises:
         ValueError: the decoding ends before step `first`, or graphs without a GPU.
     """
-    engine = ProfiledEngine(model, graphs=graphs, capture=capture)
+    device = model.device
+    # A replay enters no phase; a capture would show each once, at a time that means nothing.
+    phase = no_phase if graphs else ranges(device)
+    current = Bracket(device)
+    engine = Engine(
+        model, graphs=graphs, capture=capture, phase=phase,
+        observer=lambda kind: current.step(kind),
+    )  # fmt: skip
 
     def decode(bracket: Bracket) -> GenerationOutput:
-        engine.bracket = bracket
-        generator = torch.Generator(engine.device).manual_seed(seed)
+        nonlocal current
+        current = bracket
+        generator = torch.Generator(device).manual_seed(seed)
         try:
             return engine.generate(input_ids, config, generator=generator)
         finally:
             bracket.stop()  # the decoding has no further steps, or failed
 
-    counted = Bracket(engine.device)
+    counted = Bracket(device)
     decode(counted)
     total = len(counted.kinds)
     if first >= total:
@@ -202,11 +193,11 @@ def profile_steps(
     trace = None
     if trace_file is not None:
         activities = [ProfilerActivity.CPU]
-        if engine.device.type == "cuda":
+        if device.type == "cuda":
             activities.append(ProfilerActivity.CUDA)
         trace = torch.profiler.profile(activities=activities)
         trace.prepare_trace()  # what it sets up is not the first step's
-    bracket = Bracket(engine.device, first, count, trace)
+    bracket = Bracket(device, first, count, trace)
     out = decode(bracket)
     if trace is not None:
         trace.export_chrome_trace(str(trace_file))
@@ -214,48 +205,48 @@ def profile_steps(
 
 
 def nsight_lines(
-    command: Sequence[str], found: Profiled, layers: int, graphs: bool
+    command: Sequence[str], profiled: Profiled, layers: int, graphs: bool
 ) -> list[tuple[str, str]]:
     """(what it shows, command line) of Nsight's tools on the same run.
 
     Args:
         command: what was run, without `--torch`: CUDA's tracing has one client at a time.
     """
-    at = found.kinds.index("window") if "window" in found.kinds else 0
-    step = f"{found.kinds[at]} step {found.first + at}"
-    room = f"layer {layers // 2}: attention"
+    index = profiled.kinds.index("window") if "window" in profiled.kinds else 0
+    step = f"{profiled.kinds[index]} step {profiled.first + index}"
+    inner = f"layer {layers // 2}: attention"
     systems = ["nsys", "profile", "--capture-range=cudaProfilerApi", "--capture-range-end=stop",
                "--trace=cuda,nvtx", "--cuda-graph-trace=node", "-o", "dsb_steps"]  # fmt: skip
     compute = ["ncu", "--profile-from-start", "off", "--nvtx", "--nvtx-include"]
     # "a/" is the push/pop range a, and "a/b" b inside of a.
     whole = [*compute, f"{PREFIX}{step}/", "-o", "dsb_step"]
-    phase = [*compute, f"{PREFIX}{step}/{PREFIX}{room}", "--set", "full", "-o", "dsb_phase"]
+    phase = [*compute, f"{PREFIX}{step}/{PREFIX}{inner}", "--set", "full", "-o", "dsb_phase"]
     lines = [("the timeline of these steps", systems), (f"each kernel of {step}", whole)]
     if not graphs:
-        lines.append((f"all metrics of {room} in it", phase))
+        lines.append((f"all metrics of {inner} in it", phase))
     return [(title, shlex.join([*tool, *command])) for title, tool in lines]
 
 
 def without_torch(command: Sequence[str]) -> list[str]:
     """A command line without `--torch TRACE.json`."""
-    kept: list[str] = []
+    others: list[str] = []
     words = iter(command)
     for word in words:
         if word == "--torch":
             next(words, None)
         elif not word.startswith("--torch="):
-            kept.append(word)
-    return kept
+            others.append(word)
+    return others
 
 
-def describe(found: Profiled, asked: int, graphs: bool) -> str:
+def describe(profiled: Profiled, asked: int, graphs: bool) -> str:
     """One line: which steps were profiled."""
-    kinds = ", ".join(f"{n} {kind}" for kind, n in Counter(found.kinds).items())
-    last = found.first + len(found.kinds) - 1
-    short = f"; {asked} asked for, it has no more" if len(found.kinds) < asked else ""
+    kinds = ", ".join(f"{n} {kind}" for kind, n in Counter(profiled.kinds).items())
+    last = profiled.first + len(profiled.kinds) - 1
+    short = f"; {asked} asked for, it has no more" if len(profiled.kinds) < asked else ""
     return (
-        f"Profiled steps {found.first} to {last} ({kinds}) of a decoding of {found.total}, counted "
-        f"from 0, CUDA graphs {'on' if graphs else 'off'}{short}."
+        f"Profiled steps {profiled.first} to {last} ({kinds}) of a decoding of {profiled.total}, "
+        f"counted from 0, CUDA graphs {'on' if graphs else 'off'}{short}."
     )
 
 
@@ -272,11 +263,11 @@ def run(
         args: with the fields of `add_arguments`, and `seed`.
         command: the command line that was given.
     """
-    found = profile_steps(
+    profiled = profile_steps(
         model, input_ids, config, count=args.profile_steps, first=args.warmup, graphs=args.graphs,
         trace_file=args.torch, seed=args.seed or 0,
     )  # fmt: skip
-    print(describe(found, args.profile_steps, args.graphs))
+    print(describe(profiled, args.profile_steps, args.graphs))
     if args.torch is not None:
         events, on_gpu = read_trace(args.torch), model.device.type == "cuda"
         for table in (longest_table(events, on_gpu), phase_table(events, on_gpu)):
@@ -284,6 +275,6 @@ def run(
         print(f"Trace: {args.torch} (for Perfetto or chrome://tracing)")
     print(f"{NOTE}\nUnder Nsight, on a GPU:")
     layers = len(model.model.layers)
-    for title, line in nsight_lines(without_torch(command), found, layers, args.graphs):
+    for title, line in nsight_lines(without_torch(command), profiled, layers, args.graphs):
         print(f"\n# {title}\n{line}")
     return 0

@@ -72,10 +72,10 @@ def gpu_work(events: list[Event]) -> list[Event]:
     Raises:
         ValueError: there is none.
     """
-    found = [event for event in events if event.get("cat") in GPU_WORK]
-    if not found:
+    work = [event for event in events if event.get("cat") in GPU_WORK]
+    if not work:
         raise ValueError("trace: it holds no kernel; expected a GPU whose tracing is permitted")
-    return found
+    return work
 
 
 def own_times(events: list[Event]) -> Iterator[tuple[str, int, float]]:
@@ -109,26 +109,27 @@ def totals(events: list[Event], on_gpu: bool) -> list[Total]:
     if on_gpu:
         times = ((event["name"], 1, event["dur"]) for event in gpu_work(events))
     calls: Counter[str] = Counter()
-    us: Counter[str] = Counter()
+    us: dict[str, float] = defaultdict(float)
     for name, count, took in times:
         calls[name] += count
         us[name] += took
-    return [Total(name, calls[name], took) for name, took in us.most_common()]
+    longest_first = sorted(us.items(), key=lambda item: -item[1])
+    return [Total(name, calls[name], took) for name, took in longest_first]
 
 
 def longest_table(events: list[Event], on_gpu: bool, count: int = 10) -> Table:
     """The `count` kernels, on a CPU the operators, that took longest in all."""
-    found = totals(events, on_gpu)
-    whole = sum(total.us for total in found)
+    every = totals(events, on_gpu)
+    whole = sum(total.us for total in every)
     what = "kernel" if on_gpu else "operator"
     table = Table(
-        title=f"The {min(count, len(found))} longest {what}s of {len(found)}",
+        title=f"The {min(count, len(every))} longest {what}s of {len(every)}",
         caption="shares of all GPU time" if on_gpu else "own time, without operators called inside",
     )
     table.add_column(what, overflow="fold")
     for column in ("calls", "ms", "share"):
         table.add_column(column, justify="right")
-    for total in found[:count]:
+    for total in every[:count]:
         table.add_row(
             total.name, str(total.calls), f"{total.us / 1e3:.3f}", f"{total.us / whole:.1%}"
         )
@@ -142,8 +143,8 @@ def launched_work(events: list[Event]) -> list[tuple[float, float]]:
         for event in events
         if event.get("cat") in LAUNCHES and "correlation" in event.get("args", {})
     }
-    found = ((launched.get(w["args"].get("correlation")), w["dur"]) for w in gpu_work(events))
-    return [(time, took) for time, took in found if time is not None]
+    work = ((launched.get(w["args"].get("correlation")), w["dur"]) for w in gpu_work(events))
+    return [(time, took) for time, took in work if time is not None]
 
 
 def host_work(ranges: Ranges) -> list[tuple[float, float]]:
@@ -171,19 +172,19 @@ def by_kind(events: list[Event], on_gpu: bool) -> dict[str, KindOfStep]:
     phases = Ranges(r for r in named if not STEP.fullmatch(r.name))
     work = launched_work(events) if on_gpu else None
     kinds = Counter(kind_of(step) for step in steps.all)
-    whole: Counter[str] = Counter()
+    whole: dict[str, float] = defaultdict(float)
     for time, took in host_work(steps) if work is None else work:
         if (step := steps.at(time)) is not None:
             whole[kind_of(step)] += took
     calls: dict[str, Counter[str]] = {kind: Counter() for kind in kinds}
-    us: dict[str, Counter[str]] = {kind: Counter() for kind in kinds}
+    us: dict[str, dict[str, float]] = {kind: defaultdict(float) for kind in kinds}
     for phase in phases.all:
-        if (step := steps.at(phase.start)) is not None:
-            calls[kind_of(step)][label_of(phase)] += 1
+        if (caller := steps.at(phase.start)) is not None:
+            calls[kind_of(caller)][label_of(phase)] += 1
     for time, took in host_work(phases) if work is None else work:
-        step, phase = steps.at(time), phases.at(time)
-        if step is not None and phase is not None:
-            us[kind_of(step)][label_of(phase)] += took
+        in_step, in_phase = steps.at(time), phases.at(time)
+        if in_step is not None and in_phase is not None:
+            us[kind_of(in_step)][label_of(in_phase)] += took
     return {
         kind: KindOfStep(
             kinds[kind],
@@ -195,7 +196,7 @@ def by_kind(events: list[Event], on_gpu: bool) -> dict[str, KindOfStep]:
 
 
 def kind_of(step: Range) -> str:
-    return STEP.fullmatch(step.name)[1]
+    return step.name.removeprefix(PREFIX).split()[0]
 
 
 def label_of(phase: Range) -> str:
@@ -213,23 +214,23 @@ def phase_table(events: list[Event], on_gpu: bool) -> Table:
     table.add_column("phase")
     table.add_column("ranges", justify="right")
     labels: dict[str, int] = {}  # with the ranges of a step
-    for kind, found in kinds.items():
-        table.add_column(f"{kind}\n(of {found.steps})", justify="right")
+    for kind, of_kind in kinds.items():
+        table.add_column(f"{kind}\n(of {of_kind.steps})", justify="right")
         table.add_column("share", justify="right")
-        for phase in found.phases:
-            labels.setdefault(phase.name, phase.calls // found.steps)
+        for phase in of_kind.phases:
+            labels.setdefault(phase.name, phase.calls // of_kind.steps)
 
     def add(label: str, ranges: str, times: list[float]) -> None:
         cells = [label, ranges]
-        for us, found in zip(times, kinds.values(), strict=True):
-            cells.append(f"{us / found.steps / 1e3:.3f}")
-            cells.append(f"{us / found.us:.1%}" if found.us else "")
+        for us, of_kind in zip(times, kinds.values(), strict=True):
+            cells.append(f"{us / of_kind.steps / 1e3:.3f}")
+            cells.append(f"{us / of_kind.us:.1%}" if of_kind.us else "")
         table.add_row(*cells)
 
     for label, ranges in labels.items():
         add(label, str(ranges), [
-            sum(p.us for p in found.phases if p.name == label) for found in kinds.values()
+            sum(p.us for p in k.phases if p.name == label) for k in kinds.values()
         ])  # fmt: skip
-    add(OUTSIDE, "", [found.us - sum(p.us for p in found.phases) for found in kinds.values()])
-    add(WHOLE, "1", [found.us for found in kinds.values()])
+    add(OUTSIDE, "", [k.us - sum(p.us for p in k.phases) for k in kinds.values()])
+    add(WHOLE, "1", [k.us for k in kinds.values()])
     return table

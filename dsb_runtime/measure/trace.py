@@ -37,6 +37,7 @@ class Trace:
             ValueError: nothing was recorded, or no picture can be written there.
         """
         from matplotlib.figure import Figure
+        from matplotlib.ticker import MaxNLocator
 
         check_picture("path", Path(path))
         if not self.kinds:
@@ -55,10 +56,11 @@ class Trace:
             else:
                 axes.barh(step, prefix, left=start - prefix - prompt, height=1, color=PREFIX_COLOR)
             axes.barh(step, end - start, left=start - prompt, height=1, color=BLOCK_COLOR)
-        rows = range(steps)
+        above = [step - 0.5 for step in range(steps)]
+        below = [step + 0.5 for step in range(steps)]
         for edge in (0, 1):
-            x = [w[edge] - prompt for w in self.windows]
-            axes.vlines(x, [r - 0.5 for r in rows], [r + 0.5 for r in rows], color="#b07d00")
+            edges = [w[edge] - prompt for w in self.windows]
+            axes.vlines(edges, above, below, color="#b07d00")
         points = [(p - prompt + 0.5, s, c) for s, row in enumerate(self.commits) for p, c in row]
         x, y, confidence = zip(*points, strict=True)
         dots = axes.scatter(x, y, c=confidence, cmap="viridis", vmin=0, vmax=1, s=16, zorder=3)
@@ -71,7 +73,7 @@ class Trace:
             ylabel="forward pass",
         )
         axes.set_title(title or self.legend(), fontsize=9)
-        axes.yaxis.get_major_locator().set_params(integer=True)
+        axes.yaxis.set_major_locator(MaxNLocator(integer=True))
         figure.savefig(path, dpi=120)
 
     def legend(self) -> str:

@@ -49,11 +49,14 @@ def attention_case(
     config = tile_of(H // H_kv * W, D, DTYPES[dtype], architecture)
     block_m = config.blocks["BLOCK_M"]
     listed, indexed = "listed" in way, "indexed" in way
-    lists = ("num_blocks_ptr", "indices_ptr")
-    absent = (*(() if listed else lists), *(() if indexed else ("batch_idx_ptr",)))
+    lists, window = ("num_blocks_ptr", "indices_ptr"), ("kw_ptr", "vw_ptr")
+    # The runtime's caches are full: the end of what is stored is C.
+    absent = (
+        *(() if listed else (*lists, "seqlens_ptr")), *(() if indexed else ("batch_idx_ptr",)),
+        *(window if "in cache" in way else ()), *(("lse_ptr",) if splits == 1 else ()),
+    )  # fmt: skip
     constexprs = {
-        "GROUP": H // H_kv, "HEAD_DIM": D, "NUM_SPLITS": splits,
-        "WINDOW_IN_CACHE": "in cache" in way, "KV_BLOCK": 64, "RETURN_LSE": False, **config.blocks,
+        "GROUP": H // H_kv, "HEAD_DIM": D, "NUM_SPLITS": splits, "KV_BLOCK": 64, **config.blocks,
         "BLOCK_D": max(64, triton.next_power_of_2(D)), **dict.fromkeys(absent),
     }  # fmt: skip
     integers = ("window_start_ptr", "window_length_ptr", "seqlens_ptr", "leftpad_ptr")
@@ -71,23 +74,21 @@ def attention_case(
         constexprs=constexprs,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
-        divisible=all_but(
-            signature, "H_kv", "softmax_scale", "stride_nb", "stride_nh", "stride_ib", "stride_ih"
-        ),
+        divisible=all_but(signature, "softmax_scale", "lists", "list_size"),
         architectures=(architecture,),
         expects_tensor_cores=block_m >= 64,
         expects_wide_loads=True,
         max_loop=max_loop,
-        # Start, length, end and padding of the row, its row of the cache; a list's length and an
-        # entry for each stage.
-        scalar_load_bytes=16 + 4 * indexed + 4 * (1 + config.num_stages) * listed,
+        # Start, length and padding of the row, its row of the cache; the end of what is stored, a
+        # list's length and an entry for each stage.
+        scalar_load_bytes=12 + 4 * indexed + 4 * (2 + config.num_stages) * listed,
     )
 
 
 def combine_case(D: int, splits: int) -> CompileCase:
     constexprs = {
-        "HEAD_DIM": D, "NUM_SPLITS": splits, "RETURN_LSE": False, "BLOCK_M": COMBINE_ROWS,
-        "BLOCK_D": D,
+        "HEAD_DIM": D, "NUM_SPLITS": splits, "BLOCK_M": COMBINE_ROWS, "BLOCK_D": D,
+        "lse_ptr": None,
     }  # fmt: skip
     types = {"partial_lse_ptr": "*fp32", "lse_ptr": "*fp32", "window_length_ptr": "*i32"}
     signature = signature_of(_combine_kernel, constexprs, types, "*bf16")
@@ -98,7 +99,7 @@ def combine_case(D: int, splits: int) -> CompileCase:
         signature=signature,
         constexprs=constexprs,
         num_warps=4,
-        divisible=(*pointers_of(signature), "stride_ob", "stride_oh", "stride_ow", "W"),
+        divisible=(*pointers_of(signature), "W"),
         expects_wide_loads=True,
         scalar_load_bytes=4 + 2 * 4 * splits,  # the row's length; each log-sum-exp, twice
     )

@@ -2,43 +2,51 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from dsb_kernels.commit_kernel import _unmask_kernel, config_of, constants
+from dsb_kernels.rows import UnmaskSpec
 from tools.compile_report.case import CompileCase, pointers_of, signature_of
 
-VARIANTS = (
-    # K, rows, schedule, S_max, cache, rule, value, refresh commits, stops at EOS
-    (32, 1, "dsb", 32, "dsb", "threshold", 0.9, "select", True),
-    (32, 1, "dsb", None, "dsb", "threshold", 0.9, "first", True),
-    (32, 16, "dsb", None, "dsb", "threshold", 0.9, "select", True),
-    (32, 1, "dsb", None, "dsb", "frechet", 0.25, "select", True),
-    (32, 1, "dsb", None, "none", "factor", 1.0, "select", False),
-    (32, 1, "naive", None, "dual", "threshold", 0.9, "first", True),
-    (32, 1, "naive", None, "none", "quota", 0.0, "select", False),
-    (256, 1, "dsb", None, "dsb", "threshold", 0.9, "select", True),
-    (256, 64, "dsb", None, "dsb", "frechet", 0.25, "select", True),
-    (64, 1, "dsb", None, "dsb", "frechet", 0.25, "select", True),
-    (1024, 1, "naive", None, "none", "frechet", 0.25, "select", True),
+LLADA = UnmaskSpec(
+    prompt_length=128, block_length=32, max_block_length=None, schedule="dsb", cache="dsb",
+    prefix_window=24, min_prefix=0, rule="threshold", rule_value=0.9, steps=1,
+    refresh_commit="select", mask_id=126336, eos_ids=(126081, 126348), stop_at_eos=True,
+)  # fmt: skip
+FRECHET = {"rule": "frechet", "rule_value": 0.25}
+VARIANTS: tuple[tuple[int, int, dict[str, object]], ...] = (
+    # candidates of a row, rows scored, what differs from LLADA
+    (32, 1, {}),
+    (32, 1, {"refresh_commit": "first"}),
+    (32, 16, {}),
+    (32, 1, FRECHET),
+    (32, 1, {"cache": "none", "rule": "factor", "rule_value": 1.0, "stop_at_eos": False}),
+    (32, 1, {"schedule": "naive", "cache": "dual", "refresh_commit": "first"}),
+    (32, 1, {"schedule": "naive", "cache": "none", "rule": "quota", "stop_at_eos": False}),
+    (256, 1, {}),
+    (256, 64, FRECHET),
+    (64, 1, FRECHET),
+    (1024, 1, {"schedule": "naive", "cache": "none", **FRECHET}),
 )
 
 
 def cases() -> list[CompileCase]:
-    """Every rule, schedule and cache policy; K = 32 as published and the widest window."""
+    """Every rule, schedule and cache policy; 32 candidates as published and the widest window."""
     types = {"canvas_ptr": "*i64", "token_ptr": "*i64"}
-    types |= dict.fromkeys(("confidence_ptr", "scored_ptr"), "*fp32")
-    types |= dict.fromkeys(("commit_ptr", "refresh_ptr", "done_ptr"), "*i1")
-    types |= dict.fromkeys(("failed_ptr", "active_ptr"), "*i1")
+    types |= dict.fromkeys(("confidence_ptr", "candidate_confidence_ptr"), "*fp32")
+    types |= dict.fromkeys(("commit_ptr", "active_ptr"), "*i1")
     listed = []
-    for K, rows, schedule, max_size, cache, rule, value, commit, stop in VARIANTS:
-        eos = (126081, 126348) if stop else ()
-        constexprs = constants(K, rows, schedule, max_size, cache, rule, value, commit, eos)
+    for K, rows, changes in VARIANTS:
+        spec = replace(LLADA, **changes)  # type: ignore[arg-type]
+        constexprs = constants(K, rows, spec)
         if rows == 1:
             constexprs["rows_ptr"] = None
         signature = signature_of(_unmask_kernel, constexprs, types)
         listed.append(
             CompileCase(
                 op="unmask_and_slide",
-                name=f"{schedule} cache={cache} {rule} K={K}"
-                + " first" * (commit == "first")
+                name=f"{spec.schedule} cache={spec.cache} {spec.rule} K={K}"
+                + " first" * (spec.refresh_commit == "first")
                 + f" of {rows} rows" * (rows > 1),
                 kernel=_unmask_kernel,
                 signature=signature,

@@ -5,8 +5,7 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
-from dsb_kernels import linear_add_norm as add_norm_op
-from dsb_kernels import window_linear as linear_op
+from dsb_kernels import linear
 from dsb_kernels._configs import ARCHITECTURES
 from dsb_kernels._op import triton
 from tools.compile_report.case import DTYPES, CompileCase, all_but, signature_of
@@ -29,16 +28,17 @@ def cases() -> list[CompileCase]:
         *(linear_case(a, *variant) for a, variant in itertools.product(ARCHITECTURES, LINEAR)),
         *(split_case(a, *variant) for a, variant in itertools.product(ARCHITECTURES, SPLIT_LINEAR)),
         *(norm_case(*variant) for variant in ADD_NORM),
+        silu_case(),
     ]
 
 
 def linear_case(
     architecture: str, rows: int, F: int, gated: bool, dtype: str, bias: bool
 ) -> CompileCase:
-    launch = linear_op.launch_of(rows, F, DTYPES[dtype], architecture, gated=gated)
+    launch = linear.linear_launch(rows, F, DTYPES[dtype], architecture, gated=gated)
     constexprs: dict[str, Any] = {**launch.blocks, "EVEN_K": True, "GATED": gated}
     constexprs |= {} if bias else {"bias_ptr": None}
-    kernel = linear_op._window_linear_kernel
+    kernel = linear._window_linear_kernel
     signature = signature_of(kernel, constexprs, {}, f"*{dtype}")
     words = f"{'gated ' * gated}{dtype} {F} features{' bias' * bias}"
     return CompileCase(
@@ -49,7 +49,7 @@ def linear_case(
         constexprs=constexprs,
         num_warps=launch.num_warps,
         num_stages=launch.num_stages,
-        divisible=all_but(signature, "rows"),
+        divisible=all_but(signature, "num_tokens"),
         architectures=(architecture,),
         expects_tensor_cores=dtype != "fp32",
         expects_wide_loads=not bias,  # whose loads are as narrow as it is
@@ -57,9 +57,9 @@ def linear_case(
 
 
 def split_case(architecture: str, rows: int, dtype: str) -> CompileCase:
-    launch = add_norm_op.launch_of(rows, 4096, 12288, DTYPES[dtype], architecture)
+    launch = linear.split_launch(rows, 12288, 4096, DTYPES[dtype], architecture)
     constexprs = {**launch.blocks, "EVEN_K": True}
-    kernel = add_norm_op._split_linear_kernel
+    kernel = linear._split_linear_kernel
     signature = signature_of(kernel, constexprs, {"partial_ptr": "*fp32"}, f"*{dtype}")
     return CompileCase(
         op="linear_add_norm",
@@ -69,7 +69,7 @@ def split_case(architecture: str, rows: int, dtype: str) -> CompileCase:
         constexprs=constexprs,
         num_warps=launch.num_warps,
         num_stages=launch.num_stages,
-        divisible=all_but(signature, "rows"),
+        divisible=all_but(signature, "num_tokens"),
         architectures=(architecture,),
         expects_tensor_cores=dtype != "fp32",
         expects_wide_loads=True,
@@ -78,9 +78,9 @@ def split_case(architecture: str, rows: int, dtype: str) -> CompileCase:
 
 def norm_case(E: int, dtype: str, splits: int) -> CompileCase:
     """For the splits that the models' shapes give."""
-    constexprs = {"SPLITS": splits, "BLOCK_E": triton.next_power_of_2(E)}
+    constexprs = {"SPLITS": splits, "BLOCK_F": triton.next_power_of_2(E)}
     types = {"partial_ptr": "*fp32", "eps": "fp32"}
-    kernel = add_norm_op._add_norm_kernel
+    kernel = linear._add_norm_kernel
     signature = signature_of(kernel, constexprs, types, f"*{dtype}")
     return CompileCase(
         op="linear_add_norm",
@@ -88,7 +88,23 @@ def norm_case(E: int, dtype: str, splits: int) -> CompileCase:
         kernel=kernel,
         signature=signature,
         constexprs=constexprs,
-        num_warps=add_norm_op.norm_warps(E),
-        divisible=all_but(signature, "rows", "eps"),
+        num_warps=linear.norm_warps(E),
+        divisible=all_but(signature, "num_tokens", "eps"),
+        expects_wide_loads=True,
+    )
+
+
+def silu_case() -> CompileCase:
+    """What follows cuBLAS where there are more tokens than our kernel serves."""
+    kernel, constexprs = linear._silu_mul_kernel, {"BLOCK": linear.SILU_BLOCK}
+    signature = signature_of(kernel, constexprs, {}, "*bf16")
+    return CompileCase(
+        op="window_linear",
+        name="silu * mul bf16",
+        kernel=kernel,
+        signature=signature,
+        constexprs=constexprs,
+        num_warps=4,
+        divisible=all_but(signature),
         expects_wide_loads=True,
     )

@@ -9,30 +9,19 @@ from tools.compile_report.case import CompileCase, all_but, signature_of
 
 
 def cases() -> list[CompileCase]:
-    """The models' head dim in both layouts; a table in float32 and in the model's dtype; a batch
-    that is the cache's and one that is some of its rows."""
+    """The models' head dim; a table in float32 and in the model's dtype; a batch that is the
+    cache's and one that is some of its rows."""
     integers = ("window_start_ptr", "window_length_ptr", "offset_ptr", "batch_idx_ptr")
     listed = []
-    for is_neox, table, indexed in (
-        (True, "fp32", False),
-        (True, "fp32", True),
-        (True, "bf16", False),
-        (False, "fp32", False),
-    ):
-        constexprs: dict[str, Any] = {
-            "HEAD_DIM": 128,
-            "NEOX": is_neox,
-            "BLOCK_D": 128,
-            **TILE.blocks,
-        }
+    for table, indexed in (("fp32", False), ("fp32", True), ("bf16", False)):
+        constexprs: dict[str, Any] = {"HEAD_DIM": 128, "BLOCK_D": 128, **TILE.blocks}
         constexprs |= {} if indexed else {"batch_idx_ptr": None}
         types = dict.fromkeys(integers, "*i32") | {"cos_sin_ptr": f"*{table}"}
         signature = signature_of(_rope_write_kv_kernel, constexprs, types, "*bf16")
-        layout = "neox" if is_neox else "interleaved"
         listed.append(
             CompileCase(
                 op="rope_write_kv",
-                name=f"head dim 128 {layout} table {table}{' indexed' * indexed}",
+                name=f"head dim 128 table {table}{' indexed' * indexed}",
                 kernel=_rope_write_kv_kernel,
                 signature=signature,
                 constexprs=constexprs,

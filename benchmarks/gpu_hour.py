@@ -1,0 +1,324 @@
+"""Everything that is to be measured on one GPU, by one command that may be stopped and continued.
+
+    python -m benchmarks.gpu_hour                       # 540 seconds; then it says what is left
+    python -m benchmarks.gpu_hour --continue            # the parts that have not run
+    python -m benchmarks.gpu_hour --report              # what the folder holds, beside the targets
+
+Each part is a command of this repository in a process of its own, under a time limit. It writes its
+JSON as it goes, and what it prints stands in a log beside it, so that a part that fails or hangs
+costs nothing but itself. The parts run in the order of `--help`: correctness first, which also
+compiles the kernels side by side, then the most valuable figures. The targets are data:
+`targets.toml`. `--small` runs everything at small shapes on a CPU, where the targets do not apply.
+
+Needs the packages of `pip install ".[test]"`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import re
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks import read_toml
+
+ROOT = Path(__file__).parents[1]
+FOLDER = ROOT / "build" / "gpu_hour"  # ignored by git; a second call of the hour continues from it
+LEAST = 10  # seconds without which no part is begun
+COUNTS = re.compile(r"(\d+) (passed|failed|error|skipped)")
+OPS = {
+    "scoring": ["lm_head_confidence", "token_confidence"],
+    "attention": ["window_attention"],
+    "small": ["unmask_and_slide", "rope_write_kv", "place_rows"],
+    "linear": ["window_linear", "linear_add_norm"],
+}
+
+
+@dataclass(frozen=True)
+class Part:
+    """A piece of the hour. Its commands run side by side; "{json}" stands for a file of results."""
+
+    about: str
+    limit: float  # seconds
+    commands: list[list[str]]
+
+
+def module(name: str, *options: str) -> list[str]:
+    return [sys.executable, "-m", f"benchmarks.{name}", *options, "--json", "{json}"]
+
+
+def decode(model: str, small: bool, *options: str) -> list[str]:
+    """An end-to-end decoding at prompt 1024, gen 256, block 32, or at small shapes on a CPU."""
+    shape = ["--device", "cuda", "--prompt", "1024", "--gen", "256", "--block", "32"]
+    if small:
+        model = "tiny-dream" if model == "dream-7b" else "tiny"
+        shape = ["--dtype", "bfloat16", "--prompt", "24", "--gen", "32", "--block", "8"]
+    return module("decode", "--preset", model, *shape, *options)
+
+
+def pytest(tests: Sequence[str], *options: str) -> list[str]:
+    command = [sys.executable, "-m", "pytest", *tests, "-q", "--tb=short", "-o", "addopts="]
+    return [*command, *options]
+
+
+def parts(small: bool, folder: Path) -> dict[str, Part]:
+    """All parts by name, the most valuable first."""
+    workers = [] if small else ["-n", str(min(8, os.cpu_count() or 1))]
+
+    def bounded(width: int, *options: str) -> list[list[str]]:
+        """Windows of a block of 32 that does not grow and a prefix of the rest."""
+        block, prefix = (8, width // 4 - 8) if small else (32, width - 32)
+        limits = ["--max-block", str(block), "--prefix-window", str(prefix)]
+        return [decode("llada-8b", small, *limits, "--rounds", "1" if small else "3", *options)]
+
+    def ops(group: str) -> list[list[str]]:
+        return [module("ops", "--op", *OPS[group])]
+
+    sanitizer = shutil.which("compute-sanitizer")
+    families = "tests/test_cuda.py::test_batches_seeds_and_policies_are_the_same_with_graphs"
+    measured = ["--measured", str(folder / "decode_64.json")]
+    other_sizes = ["--size", "32", "128", "896", "1024"]
+    return {
+        "check": Part("each op against its definition in float64", 150,
+                      [module("ops", "--check", "--op", op) for ops in OPS.values() for op in ops]),
+        "goldens": Part("tests/test_cuda.py: recorded trajectories", 180,
+                        [pytest(["tests/test_cuda.py"], *workers)]),
+        "decode_64": Part("LLaDA-8B, windows of 64: steps, eager loop, phases, idle share", 120,
+                          bounded(64, "--phases")),
+        "decode_32": Part("windows of 32", 60, bounded(32, "--no-eager")),
+        "decode_128": Part("windows of 128", 60, bounded(128, "--no-eager")),
+        "greedy": Part("a block that grows", 90,
+                       [decode("llada-8b", small, "--rounds", "1" if small else "3")]),
+        "prompt_1000": Part("windows of 64 after a prompt of 1000", 60,
+                            bounded(64, "--no-eager", "--prompt", "20" if small else "1000")),
+        "roofline": Part("the phases of decode_64 beside their floors", 30,
+                         [module("roofline", *measured)]),
+        "sweep_64": Part("launch configurations at 64 positions", 120,
+                         [module("sweep", "--size", "64")]),
+        "scoring": Part("LM head, token_confidence", 120, ops("scoring")),
+        "attention": Part("window_attention beside SDPA, FlexAttention, flash-attn", 150,
+                          ops("attention")),
+        "small": Part("the small ops", 90, ops("small")),
+        "linear": Part("the linear layers of window steps beside cuBLAS", 90, ops("linear")),
+        "batches": Part("LLaDA-8B, batch 8 and 32", 180, [
+            decode("llada-8b", small, "--batch", *(("2", "3") if small else ("8", "32")),
+                   "--no-eager", "--rounds", "1")]),
+        "dream": Part("Dream-7B beside the eager loop", 120,
+                      [decode("dream-7b", small, "--rounds", "1" if small else "3")]),
+        "sweep": Part("launch configurations at other sizes", 240, [module("sweep", *other_sizes)]),
+        **({} if sanitizer is None else {
+            tool: Part(f"compute-sanitizer --tool {tool} on one test of each family", 300,
+                       [[sanitizer, "--tool", tool, "--error-exitcode", "9", *pytest([families])]])
+            for tool in ("memcheck", "racecheck")}),
+    }  # fmt: skip
+
+
+# --- running ----------------------------------------------------------------------------------
+
+
+def files_of(folder: Path, name: str) -> list[Path]:
+    """The JSON of a part, one file a command."""
+    return sorted(folder.glob(f"{name}.[0-9].json")) or [folder / f"{name}.json"]
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    """End a part's process with all that it started."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def run_part(name: str, part: Part, folder: Path, seconds: float) -> dict[str, Any]:
+    """Run the commands of a part side by side for at most `seconds`, and say how it went."""
+    for old in folder.glob(f"{name}.*"):
+        old.unlink()
+    began, processes = time.monotonic(), []
+    several, limit = len(part.commands) > 1, min(part.limit, seconds)
+    status, why = "ran", ""
+    try:
+        for index, command in enumerate(part.commands):
+            stem = f"{name}.{index}" if several else name
+            line = [str(folder / f"{stem}.json") if w == "{json}" else w for w in command]
+            with (folder / f"{stem}.log").open("wb") as log:
+                processes.append(subprocess.Popen(
+                    line, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
+                ))  # fmt: skip
+        for process in processes:
+            process.wait(max(limit - (time.monotonic() - began), 0.1))
+        codes = [process.returncode for process in processes]
+        if any(codes):
+            status, why = "failed", f"exit codes {codes}; {last_line(folder, name)}"
+    except subprocess.TimeoutExpired:
+        # A part that had its own whole limit would not end in another call either.
+        status = "failed" if limit == part.limit else "out of time"
+        why = f"stopped after {limit:.0f} s"
+    finally:
+        for process in processes:
+            end(process)
+    if "pytest" in part.commands[0]:
+        counts = count_tests(folder / f"{name}.log")
+        (folder / f"{name}.json").write_text(json.dumps({"lines": [counts]}))
+        if status == "ran" and not counts["passed"]:
+            status, why = "failed", "no test ran"
+    return {"status": status, "why": why, "seconds": round(time.monotonic() - began, 1)}
+
+
+def last_line(folder: Path, name: str) -> str:
+    """The last line that any of a part's logs ends with."""
+    text = "\n".join(p.read_text(errors="replace") for p in sorted(folder.glob(f"{name}*.log")))
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[-1][:200] if lines else "nothing was printed"
+
+
+def count_tests(log: Path) -> dict[str, int]:
+    """What pytest counted in its last line: "3 failed, 70 passed in 5.0s"."""
+    counts = {"passed": 0, "failed": 0, "skipped": 0}
+    lines = [line for line in log.read_text(errors="replace").splitlines() if COUNTS.search(line)]
+    for number, what in COUNTS.findall(lines[-1] if lines else ""):
+        counts["failed" if what == "error" else what] += int(number)
+    return counts
+
+
+# --- report -----------------------------------------------------------------------------------
+
+
+def value_of(line: Any, path: str) -> Any:
+    """The value at a path with dots; None where there is none."""
+    for key in path.split("."):
+        if not isinstance(line, dict) or key not in line:
+            return None
+        line = line[key]
+    return line
+
+
+def figure_of(target: dict[str, Any], lines: list[Any], applies: bool) -> float | None:
+    """The figure of a target. Small runs have other shapes, so that theirs are not compared."""
+    where = {
+        path: wanted for path, wanted in target.get("where", {}).items()
+        if applies or not path.startswith(("shape", "batch"))
+    }  # fmt: skip
+    values = [
+        value_of(line, target["value"]) for line in lines
+        if all(value_of(line, path) == wanted for path, wanted in where.items())
+    ]  # fmt: skip
+    numbers = [float(value) for value in values if value is not None]
+    if not numbers:
+        return None
+    if target.get("reduce") == "mean":
+        return statistics.geometric_mean(numbers)
+    return min(numbers) if "at_least" in target else max(numbers)
+
+
+def show(value: float, unit: str) -> str:
+    if unit == "share":
+        return f"{value:.1%}"
+    return f"{value:.4g} {unit}".strip()
+
+
+def report(folder: Path, state: dict[str, Any]) -> str:
+    """The table of all figures beside their targets, in Markdown, and what did not run."""
+    machines: dict[str, None] = {}
+    rows = [("figure", "target", "measured", "reached"), ("---",) * 4]
+    for target in read_toml("targets.toml")["target"]:
+        lines: list[Any] = []
+        for file in files_of(folder, target["part"]):
+            if file.is_file():
+                record = json.loads(file.read_text("utf-8"))
+                lines += record.get("runs", record.get("lines", []))
+                if "machine" in record:
+                    versions = (f"{k} {v}" for k, v in record["versions"].items() if v is not None)
+                    machines[f"{record['machine']['device']}; {', '.join(versions)}"] = None
+        unit, on_gpu = target.get("unit", ""), not state["small"]
+        bound = next((key for key in ("at_least", "at_most") if key in target), None)
+        limit = target.get(bound or "")
+        if "H200" in target and any("H200" in machine for machine in machines):
+            limit = target["H200"]
+        value = figure_of(target, lines, on_gpu)
+        reached = ""
+        if value is not None and bound is not None:
+            right = value >= limit if bound == "at_least" else value <= limit
+            reached = "-" if not on_gpu else "yes" if right else "NO"
+        part = state["parts"].get(target["part"], {"status": "not run", "why": ""})
+        wanted = "" if bound is None else f"{bound.replace('_', ' ')} {show(limit, unit)}"
+        measured = f"{part['status']} {part['why']}" if value is None else show(value, unit)
+        rows.append((target["figure"], wanted, measured.replace("|", "/"), reached))
+    table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    others = [
+        f"- {name}: {part['status']} {part['why']}"
+        for name, part in state["parts"].items() if part["status"] != "ran"
+    ]  # fmt: skip
+    head = "\n".join(machines) or "nothing was measured"
+    if state["small"]:
+        head += "\nSmall shapes: the targets do not apply."
+    return "\n\n".join(filter(None, (head, table, "\n".join(others))))
+
+
+# --- command ----------------------------------------------------------------------------------
+
+
+def build_parser() -> argparse.ArgumentParser:
+    listed = "\n".join(f"  {name:12} {part.about}" for name, part in parts(False, FOLDER).items())
+    parser = argparse.ArgumentParser(
+        prog="gpu_hour", description=(__doc__ or "").split("\n")[0],
+        epilog=f"parts:\n{listed}", formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    add = parser.add_argument
+    add("--budget", type=float, default=540, metavar="SECONDS", help="for all of it (540)")
+    add(
+        "--folder", type=Path, default=FOLDER, metavar="DIR", help="of the results (build/gpu_hour)"
+    )
+    add("--only", nargs="+", metavar="PART", help="these parts")
+    add("--continue", dest="resume", action="store_true", help="the parts that have not run")
+    add("--report", action="store_true", help="run nothing: print the table")
+    add("--small", action="store_true", help="small shapes on a CPU")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    began, parser = time.monotonic(), build_parser()
+    args = parser.parse_args(argv)
+    folder = args.folder.absolute()
+    every, file = parts(args.small, folder), folder / "parts.json"
+    unknown = sorted(set(args.only or ()) - set(every))
+    if unknown:
+        parser.error(f"--only {unknown[0]}: expected some of {', '.join(every)}")
+    if (args.resume or args.report) and not file.is_file():
+        parser.error(f"--folder {folder}: no results there to continue or to report")
+    folder.mkdir(parents=True, exist_ok=True)
+    state: dict[str, Any] = {"small": args.small, "parts": {}}
+    if file.is_file() and (args.resume or args.report or args.only):
+        state = json.loads(file.read_text("utf-8"))
+    names = [] if args.report else [n for n in every if args.only is None or n in args.only]
+    if args.resume and args.only is None:
+        done = {name: part["status"] for name, part in state["parts"].items()}
+        waiting = [n for n in names if done.get(n, "not run") == "not run"]
+        names = waiting + [n for n in names if done.get(n) == "out of time"]
+    for name in names:
+        left = args.budget - (time.monotonic() - began)
+        if left <= LEAST:
+            state["parts"].setdefault(name, {"status": "not run", "why": "no time was left"})
+        else:
+            print(f"gpu_hour: {name}: {every[name].about}", flush=True)
+            stopped = {"status": "out of time", "why": "the command ended in it"}
+            state["parts"][name] = stopped  # what the file says where this process is killed
+            file.write_text(json.dumps(state, indent=1))
+            state["parts"][name] = run_part(name, every[name], folder, left)
+            print(f"gpu_hour: {name}: {state['parts'][name]}", flush=True)
+        file.write_text(json.dumps(state, indent=1))
+    print(report(folder, state))
+    return int(any(part["status"] == "failed" for part in state["parts"].values()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,85 @@
+"""Figures of a decoding that need torch's profiler: the time of each phase, and how long a GPU is
+busy."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+from transformers import PreTrainedModel
+
+import dsb_runtime as dsb
+from benchmarks.step_cost import OUTSIDE, PHASES
+from dsb_runtime.measure.profile import profile_steps
+from dsb_runtime.measure.profile_tables import Event, by_kind, gpu_work, read_trace
+from dsb_runtime.measure.timing import timed
+
+MOST_STEPS = 40  # profiled at once; traces are large
+
+
+def profiled_count(kinds: list[str]) -> int:
+    """How many steps after the first to profile: up to the next refresh where it is near, so that
+    the trace shows both kinds."""
+    refreshes = [i for i, kind in enumerate(kinds) if i > 0 and kind == "refresh"]
+    wanted = refreshes[0] if refreshes else len(kinds) - 1
+    return max(1, min(max(wanted, 8), MOST_STEPS, len(kinds) - 1))
+
+
+def phase_times(
+    model: PreTrainedModel, prompts: Tensor, settings: dict[str, Any], kinds: list[str]
+) -> dict[str, dict[str, float]]:
+    """Microseconds of each phase (`step_cost.PHASES`, layers summed) in a step of each kind, and of
+    what is launched outside the phases: on the GPU, or on the host of a CPU.
+
+    They are measured in a decoding of its own that launches kernel by kernel, since a replayed
+    graph has no phases; a CPU's times are longer than unprofiled ones.
+
+    Args:
+        kinds: the kinds of the decoding's steps.
+    """
+    config = dsb.DecodingConfig(**settings)
+    first = min(1, len(kinds) - 1)  # a call's first step makes the call's tensors
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder) / "trace.json"
+        profile_steps(
+            model, prompts, config, first=first, count=profiled_count(kinds), trace_file=trace
+        )
+        steps = by_kind(read_trace(trace), model.device.type == "cuda")
+    phase_us: dict[str, dict[str, float]] = {}
+    for kind, of in steps.items():
+        times = {phase.name.removeprefix("layer: "): phase.us / of.steps for phase in of.phases}
+        unknown = sorted(set(times) - set(PHASES))
+        if unknown:
+            raise RuntimeError(f"phase {unknown[0]!r} of a step: the budget knows {PHASES}")
+        phase_us[kind] = {**times, OUTSIDE: of.us / of.steps - sum(times.values())}
+    return phase_us
+
+
+def busy_seconds(events: list[Event]) -> float:
+    """How long the GPU of a trace ran a kernel or a copy; those side by side count once."""
+    busy, until = 0.0, 0.0
+    for start, us in sorted((event["ts"], event["dur"]) for event in gpu_work(events)):
+        busy += max(0.0, start + us - max(start, until))
+        until = max(until, start + us)
+    return busy * 1e-6
+
+
+def gpu_busy_seconds(run: Callable[[], object], device: torch.device) -> float | None:
+    """How long the GPU runs a kernel or a copy during a call; None on a CPU.
+
+    The profiler sees each kernel of a replayed graph. It makes the gaps between kernels longer, not
+    the kernels: the idle time is what is left of the time of a call that is not profiled.
+    """
+    if device.type != "cuda":
+        return None
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder) / "trace.json"
+        with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+            timed(run, device)
+        profiler.export_chrome_trace(str(trace))
+        return busy_seconds(read_trace(trace))

@@ -1,0 +1,124 @@
+"""Other launch configurations than those of `dsb_kernels/_configs.py`, timed on a GPU.
+
+    python -m benchmarks.sweep --size 64 --json sweep.json
+
+The candidates are data: `sweep.toml`. Each is timed twice, so that noise shows. Someone changes the
+table by hand where a candidate is faster by more than its two times differ. The command replaces
+entries of the table in its own process, which ends with it.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from benchmarks import read_toml
+from benchmarks.ops import Case, check, device, on_gpu, time_contender
+from dsb_kernels import _configs
+from dsb_kernels._configs import Config, architecture_of
+from dsb_runtime.cli.main import OneLineParser
+from dsb_runtime.files import check_writable, write_json
+from dsb_runtime.measure.machine import describe_run
+
+SPLITS = (2, 3, 4, 5, 6)  # of window_attention, at 128 positions of LLaDA
+
+
+def words(config: Config) -> str:
+    blocks = " ".join(f"{name}={value}" for name, value in config.blocks.items())
+    return f"{blocks} warps={config.num_warps} stages={config.num_stages}"
+
+
+def using(key: str, size: int, config: Config) -> Any:
+    """A context in which the table's configuration of an op for a size is another one."""
+    entry = (key, architecture_of(device()))
+    table = _configs.CONFIGS[entry if entry in _configs.CONFIGS else (key, "any")]
+    return mock.patch.dict(table, {min(most for most in table if most >= size): config})
+
+
+def sweep_one(item: dict[str, Any], write: Callable[[dict[str, Any]], None]) -> None:
+    """The table's configuration and every candidate for one entry of `sweep.toml`."""
+    module = importlib.import_module(f"benchmarks.bench_{item['op']}")
+    shape = item["shape"] if on_gpu() else module.SHAPES[0]
+    key, size = item["key"], item["size"]
+    now = _configs.configuration(key, size, architecture_of(device()))
+    candidates = [
+        Config({k: v for k, v in c.items() if k.startswith(("BLOCK", "COL", "PROG", "SPLIT"))},
+               c["num_warps"], c["num_stages"])
+        for c in item["configs"]
+    ]  # fmt: skip
+    for config in (now, *candidates):
+        with using(key, size, config):
+            write(two_times(functools.partial(module.case, **shape)) | {
+                "key": key, "size": size, "shape": shape, "configuration": words(config),
+                "current": config is now,
+            })  # fmt: skip
+
+
+def sweep_splits(write: Callable[[dict[str, Any]], None]) -> None:
+    """`num_splits` of window_attention: as it is chosen (None), then fixed."""
+    module = importlib.import_module("benchmarks.bench_window_attention")
+    for positions in (1280, 4096) if on_gpu() else (96,):
+        width = 128 if on_gpu() else 8
+        shape = {"model": "LLaDA-8B", "batch": 1, "width": width, "positions": positions}
+        for splits in (None, *SPLITS):
+
+            def make(shape: dict[str, Any] = shape, splits: int | None = splits) -> Case:
+                case: Case = module.case(**shape)
+                case.options["num_splits"] = splits
+                return case
+
+            write(two_times(make) | {
+                "key": "window_attention splits", "size": width, "shape": shape,
+                "configuration": f"num_splits={splits}", "current": splits is None,
+            })  # fmt: skip
+
+
+def two_times(make: Callable[[], Case]) -> dict[str, Any]:
+    """Cold microseconds, twice, after a check; or why there are none."""
+    try:
+        error = check(make(), "op")
+        if error > 1:
+            return {"failed": f"{error:.2f} times the error that is allowed"}
+        return {"us": [time_contender(make, "op")["cold_us"] for _ in range(2)]}
+    except Exception as error:  # a configuration that does not compile is none
+        return {"failed": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = OneLineParser(prog="sweep", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--size", type=int, nargs="+", help="these sizes of sweep.toml only")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="written after every line")
+    args = parser.parse_args(argv)
+    items = read_toml("sweep.toml")["sweep"]
+    sizes = sorted({item["size"] for item in items})
+    try:
+        check_writable("--json", args.json)
+        if args.size and not set(args.size) <= set(sizes):
+            raise ValueError(f"--size {args.size}: expected some of {sizes}")
+    except ValueError as error:
+        parser.error(str(error))
+    command = " ".join(["python -m benchmarks.sweep", *(sys.argv[1:] if argv is None else argv)])
+    record: dict[str, Any] = {"benchmark": "sweep", **describe_run(command, device()), "lines": []}
+
+    def write(line: dict[str, Any]) -> None:
+        record["lines"].append(line)
+        print(line["key"], line["size"], line["configuration"], "*" if line["current"] else "",
+              line.get("us", line.get("failed")), flush=True)  # fmt: skip
+        if args.json:
+            write_json(args.json, record)
+
+    for item in items:
+        if not args.size or item["size"] in args.size:
+            sweep_one(item, write)
+    if not args.size or 128 in args.size:
+        sweep_splits(write)
+    return int(any("failed" in line for line in record["lines"] if line["current"]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

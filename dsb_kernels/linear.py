@@ -1,0 +1,342 @@
+"""window_linear and linear_add_norm: the matmuls of a layer for the few tokens of a window step.
+
+Both read their weights as fast as memory delivers them. The first is optionally gated, as the first
+half of a Llama MLP: silu(x @ gate.T) * (x @ up.T). The second is what follows attention and the
+MLP's activation: a projection, the residual it is added to, and the RMSNorm that comes next. More
+than MAX_TOKENS tokens are better off with cuBLAS, which the ops then call.
+
+Shapes: N tokens, E input features and F output features of a matmul.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear, rms_norm, silu
+
+from dsb_kernels._check import FLOATS, check_tensor
+from dsb_kernels._configs import Config, architecture_of, configuration, of_dtype
+from dsb_kernels._op import jit, launch_options, op, tl, triton, wrap_triton
+
+MAX_TOKENS = 128  # our kernels read the weights once for as many
+SILU_BLOCK = 1024
+
+# --- definitions ------------------------------------------------------------------------------
+
+
+def window_linear_reference(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, gated: bool = False
+) -> Tensor:
+    """x @ weight.T + bias; with `gated` silu(gate) * up of the two halves of that.
+
+    Args:
+        x: (N, E) float32, float16 or bfloat16, last dimension of stride 1. Any N; our kernel serves
+            MAX_TOKENS and fewer.
+        weight: (F, E), or (2 F, E) with `gated`, the gate's features first; same dtype, last
+            dimension of stride 1.
+        bias: (F,) or (2 F,) of the same dtype, or None.
+        gated: apply silu(gate) * up.
+
+    Returns:
+        (N, F), accumulated in float32. The kernel rounds once; the definition's gate and up are
+        rounded before they are multiplied.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong dtype, shape, device or stride.
+    """
+    y = linear(x, weight, bias)
+    if not gated:
+        return y
+    gate, up = y.chunk(2, -1)
+    return silu(gate) * up
+
+
+def linear_add_norm_reference(
+    x: Tensor, weight: Tensor, residual: Tensor, norm_weight: Tensor, eps: float
+) -> Tensor:
+    """residual += x @ weight.T, and the RMSNorm of that.
+
+    Args:
+        x: (N, E) float32, float16 or bfloat16. Any N; our kernels serve MAX_TOKENS and fewer.
+        weight: (F, E) of the same dtype.
+        residual: (N, F) of the same dtype, changed in place; summed in float32 and rounded once.
+            It shares no memory with the others (not checked).
+        norm_weight: (F,) of the same dtype, contiguous.
+        eps: added to the mean square.
+
+    x, weight and residual may have any stride in their first dimension, with the last one
+    contiguous.
+
+    Returns:
+        (N, F), `F.rms_norm` of the rounded residual: computed in float32 and rounded once.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong dtype, shape, device or stride.
+    """
+    residual.addmm_(x, weight.t())
+    return rms_norm(residual, norm_weight.shape, norm_weight, eps)
+
+
+# --- kernels ----------------------------------------------------------------------------------
+# The weights are the M operand of the tensor cores, which want 64 features of it, the tokens are N.
+# Of window_linear a program owns BLOCK_V output features (of gate and of up, where gated) and reads
+# each of their weights once for up to 128 tokens. All programs run at once and have equal work, so
+# that what they wait for is memory and nothing else.
+#
+# Of linear_add_norm there are too few output features to occupy every SM with 64 of them, so that
+# several programs share the input features of a tile. Each leaves its sum in float32; a program for
+# each token adds them in the order of the splits, whatever finished first.
+
+
+@jit
+def _window_linear_kernel(
+    weight_ptr, x_ptr, bias_ptr, out_ptr, stride_wf, stride_xn, stride_on, num_tokens, F, E,
+    BLOCK_V: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr,
+    GATED: tl.constexpr,
+):  # fmt: skip
+    """Program (tile of features, block of tokens): out (BLOCK_N, BLOCK_V), rounded once."""
+    feature = tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V)
+    token = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    k = tl.arange(0, BLOCK_K)
+    # Masks of whole tokens and features, where E allows it, keep the loads wide.
+    w_mask, x_mask = (feature < F)[:, None], (token < num_tokens)[None, :]
+    gate_ptrs = weight_ptr + feature.to(tl.int64)[:, None] * stride_wf + k[None, :]
+    up_ptrs = gate_ptrs + tl.cast(F, tl.int64) * stride_wf
+    x_ptrs = x_ptr + token.to(tl.int64)[None, :] * stride_xn + k[:, None]
+
+    gate = tl.zeros((BLOCK_V, BLOCK_N), tl.float32)  # the only sum where not gated
+    up = tl.zeros((BLOCK_V, BLOCK_N), tl.float32)
+    for k0 in range(0, E, BLOCK_K):
+        inside = k0 + k < E
+        wide_mask = w_mask if EVEN_K else w_mask & inside[None, :]
+        w = tl.load(gate_ptrs + k0, mask=wide_mask, other=0.0)
+        x = tl.load(x_ptrs + k0, mask=x_mask if EVEN_K else x_mask & inside[:, None], other=0.0)
+        gate = tl.dot(w, x, gate, input_precision="ieee")
+        if GATED:
+            w = tl.load(up_ptrs + k0, mask=wide_mask, other=0.0)
+            up = tl.dot(w, x, up, input_precision="ieee")
+    if bias_ptr is not None:
+        gate += tl.load(bias_ptr + feature, mask=feature < F, other=0.0).to(tl.float32)[:, None]
+        if GATED:
+            bias = tl.load(bias_ptr + F + feature, mask=feature < F, other=0.0)
+            up += bias.to(tl.float32)[:, None]
+    if GATED:
+        gate = gate / (1.0 + tl.exp(-gate)) * up
+    out_ptrs = out_ptr + token.to(tl.int64)[None, :] * stride_on + feature[:, None]
+    tl.store(out_ptrs, gate.to(out_ptr.dtype.element_ty), mask=w_mask & x_mask)
+
+
+@jit
+def _silu_mul_kernel(gate_up_ptr, out_ptr, numel, F, BLOCK: tl.constexpr):
+    """Program: BLOCK elements of out = silu(gate) * up, (N, F) out of (N, 2 F)."""
+    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = index < numel
+    gate_ptrs = gate_up_ptr + index // F * F + index
+    gate = tl.load(gate_ptrs, mask=mask, other=0.0).to(tl.float32)
+    up = tl.load(gate_ptrs + F, mask=mask, other=0.0).to(tl.float32)
+    out = gate / (1.0 + tl.exp(-gate)) * up
+    tl.store(out_ptr + index, out.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@jit
+def _split_linear_kernel(
+    weight_ptr, x_ptr, partial_ptr, stride_wf, stride_xn, num_tokens, F, E, share,
+    BLOCK_V: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr,
+):  # fmt: skip
+    """Program (tile of features, split, block of tokens): its sum of partial (S, N, F) over
+    the `share` input features of its split, S splits in all."""
+    feature = tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V)
+    split = tl.program_id(1)
+    token = tl.program_id(2) * BLOCK_N + tl.arange(0, BLOCK_N)
+    k = tl.arange(0, BLOCK_K)
+    # Masks of whole tokens and features, where E allows it, keep the loads wide.
+    w_mask, x_mask = (feature < F)[:, None], (token < num_tokens)[None, :]
+    w_ptrs = weight_ptr + feature.to(tl.int64)[:, None] * stride_wf + k[None, :]
+    x_ptrs = x_ptr + token.to(tl.int64)[None, :] * stride_xn + k[:, None]
+
+    first = split * share  # a multiple of BLOCK_K
+    last = tl.minimum(first + share, E)
+    y = tl.zeros((BLOCK_V, BLOCK_N), tl.float32)
+    for k0 in range(first, last, BLOCK_K):
+        inside = k0 + k < E
+        w = tl.load(w_ptrs + k0, mask=w_mask if EVEN_K else w_mask & inside[None, :], other=0.0)
+        x = tl.load(x_ptrs + k0, mask=x_mask if EVEN_K else x_mask & inside[:, None], other=0.0)
+        y = tl.dot(w, x, y, input_precision="ieee")
+    partial_token = split.to(tl.int64) * num_tokens + token
+    tl.store(partial_ptr + partial_token[None, :] * F + feature[:, None], y, mask=w_mask & x_mask)
+
+
+@jit
+def _add_norm_kernel(
+    partial_ptr, residual_ptr, norm_weight_ptr, out_ptr, stride_rn, stride_on, num_tokens, F, eps,
+    SPLITS: tl.constexpr, BLOCK_F: tl.constexpr,
+):  # fmt: skip
+    """Program (token): the residual, rounded once, and the norm of what it was rounded to."""
+    token = tl.program_id(0).to(tl.int64)
+    feature = tl.arange(0, BLOCK_F)
+    inside = feature < F
+    residual_ptr += token * stride_rn + feature
+    y = tl.zeros((BLOCK_F,), tl.float32)
+    for split in tl.static_range(SPLITS):
+        partial_token = tl.cast(split, tl.int64) * num_tokens + token
+        y += tl.load(partial_ptr + partial_token * F + feature, mask=inside, other=0.0)
+    y += tl.load(residual_ptr, mask=inside, other=0.0).to(tl.float32)
+    rounded = y.to(residual_ptr.dtype.element_ty)
+    tl.store(residual_ptr, rounded, mask=inside)
+
+    y = rounded.to(tl.float32)
+    eps = tl.cast(eps, tl.float32)  # Inductor passes scalars as float64
+    scale = tl.rsqrt(tl.sum(y * y, 0) / F + eps)
+    gain = tl.load(norm_weight_ptr + feature, mask=inside, other=0.0).to(tl.float32)
+    out = (y * scale * gain).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + token * stride_on + feature, out, mask=inside)
+
+
+# --- ops --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class LinearLaunch:
+    """Geometry of a call of window_linear, from static shapes alone."""
+
+    grid: tuple[int, int]  # (tiles of features, blocks of tokens)
+    blocks: dict[str, int]
+    num_warps: int
+    num_stages: int
+
+
+def narrowed(config: Config, features: int) -> tuple[dict[str, int], int]:
+    """Blocks and warps of a configuration, its tile of features halved (down to the 64 that tensor
+    cores want) while fewer programs than PROGRAMS would run."""
+    blocks, warps = dict(config.blocks), config.num_warps
+    programs = blocks.pop("PROGRAMS")
+    while blocks["BLOCK_V"] > 64 and triton.cdiv(features, blocks["BLOCK_V"]) < programs:
+        blocks["BLOCK_V"] //= 2
+        warps //= 2
+    return blocks, warps
+
+
+def linear_launch(
+    num_tokens: int, F: int, dtype: torch.dtype, architecture: str, *, gated: bool
+) -> LinearLaunch:
+    name = of_dtype("window_linear" + " gated" * gated, dtype)
+    config = configuration(name, num_tokens, architecture)
+    blocks, warps = narrowed(config, F)
+    grid = (triton.cdiv(F, blocks["BLOCK_V"]), triton.cdiv(num_tokens, blocks["BLOCK_N"]))
+    return LinearLaunch(grid, blocks, warps, config.num_stages)
+
+
+def _silu_mul(gate_up: Tensor, out: Tensor) -> Tensor:
+    """out = silu(gate) * up in one launch, for gate and up that cuBLAS has computed."""
+    wrap_triton(_silu_mul_kernel)[(triton.cdiv(out.numel(), SILU_BLOCK),)](
+        gate_up, out, out.numel(), out.shape[1], BLOCK=SILU_BLOCK, **launch_options(4, 1)
+    )
+    return out
+
+
+def _launch_linear(a: Any) -> Tensor:
+    (num_tokens, E), F = a.x.shape, len(a.weight) // (2 if a.gated else 1)
+    out = a.x.new_empty((num_tokens, F))
+    if out.numel() == 0:
+        return out
+    if num_tokens > MAX_TOKENS:
+        y = linear(a.x, a.weight, a.bias)
+        return _silu_mul(y, out) if a.gated else y
+    launch = linear_launch(num_tokens, F, a.x.dtype, architecture_of(a.x.device), gated=a.gated)
+    wrap_triton(_window_linear_kernel)[launch.grid](
+        a.weight, a.x, a.bias, out, a.weight.stride(0), a.x.stride(0), out.stride(0),
+        num_tokens, F, E, EVEN_K=E % launch.blocks["BLOCK_K"] == 0, GATED=a.gated, **launch.blocks,
+        **launch_options(launch.num_warps, launch.num_stages),
+    )  # fmt: skip
+    return out
+
+
+def _check_linear(a: Any) -> None:
+    name = "window_linear"
+    check_tensor(name, "x", a.x, dtype=FLOATS, shape=("N", "E"), unit_stride=True)
+    like_x = functools.partial(check_tensor, name, dtype=a.x.dtype, device=a.x.device)
+    shape = ("2 F" if a.gated else "F", a.x.shape[1])
+    like_x("weight", a.weight, shape=shape, unit_stride=True)
+    if a.gated and len(a.weight) % 2:
+        raise ValueError(
+            f"{name}: weight has {len(a.weight)} rows: accepted with gated is an even number"
+        )
+    if a.bias is not None:
+        like_x("bias", a.bias, shape=a.weight.shape[:1], contiguous=True)
+
+
+window_linear = op(window_linear_reference, launch=_launch_linear, check=_check_linear)
+
+
+@dataclass(frozen=True)
+class SplitLaunch:
+    """Geometry of a call of linear_add_norm, from static shapes alone."""
+
+    grid: tuple[int, int, int]  # (tiles of features, splits, blocks of tokens)
+    share: int  # input features of a split
+    blocks: dict[str, int]
+    num_warps: int
+    num_stages: int
+
+
+def split_launch(
+    num_tokens: int, E: int, F: int, dtype: torch.dtype, architecture: str
+) -> SplitLaunch:
+    """As few splits as give PROGRAMS programs for a block of tokens: every split costs partial sums
+    of N x F float32, written and read again."""
+    config = configuration(of_dtype("linear_add_norm", dtype), num_tokens, architecture)
+    blocks = dict(config.blocks)
+    programs, block_k = blocks.pop("PROGRAMS"), blocks["BLOCK_K"]
+    tiles, steps = triton.cdiv(F, blocks["BLOCK_V"]), triton.cdiv(E, block_k)
+    share = triton.cdiv(steps, min(triton.cdiv(programs, tiles), steps))
+    grid = (tiles, triton.cdiv(steps, share), triton.cdiv(num_tokens, blocks["BLOCK_N"]))
+    return SplitLaunch(grid, share * block_k, blocks, config.num_warps, config.num_stages)
+
+
+def norm_warps(F: int) -> int:
+    """16 elements a thread where that is a block's worth of them."""
+    return min(16, max(1, triton.next_power_of_2(F) // 512))
+
+
+def _launch_add_norm(a: Any) -> Tensor:
+    num_tokens, (F, E) = len(a.x), a.weight.shape
+    if num_tokens > MAX_TOKENS or 0 in (num_tokens, E, F):
+        return linear_add_norm_reference(*a)
+    launch = split_launch(num_tokens, E, F, a.x.dtype, architecture_of(a.x.device))
+    splits = launch.grid[1]
+    partial = a.x.new_empty((splits, num_tokens, F), dtype=torch.float32)
+    wrap_triton(_split_linear_kernel)[launch.grid](
+        a.weight, a.x, partial, a.weight.stride(0), a.x.stride(0), num_tokens, F, E, launch.share,
+        EVEN_K=E % launch.blocks["BLOCK_K"] == 0, **launch.blocks,
+        **launch_options(launch.num_warps, launch.num_stages),
+    )  # fmt: skip
+    out = a.x.new_empty((num_tokens, F))
+    wrap_triton(_add_norm_kernel)[(num_tokens,)](
+        partial, a.residual, a.norm_weight, out, a.residual.stride(0), out.stride(0),
+        num_tokens, F, a.eps, SPLITS=splits, BLOCK_F=triton.next_power_of_2(F),
+        **launch_options(norm_warps(F), 1),
+    )  # fmt: skip
+    return out
+
+
+def _check_add_norm(a: Any) -> None:
+    name = "linear_add_norm"
+    check_tensor(name, "x", a.x, dtype=FLOATS, shape=("N", "E"), unit_stride=True)
+    num_tokens, E = a.x.shape
+    like_x = functools.partial(check_tensor, name, dtype=a.x.dtype, device=a.x.device)
+    like_x("weight", a.weight, shape=("F", E), unit_stride=True)
+    F = len(a.weight)
+    like_x("residual", a.residual, shape=(num_tokens, F), unit_stride=True)
+    like_x("norm_weight", a.norm_weight, shape=(F,), contiguous=True)
+
+
+linear_add_norm = op(
+    linear_add_norm_reference,
+    launch=_launch_add_norm,
+    check=_check_add_norm,
+    mutates_args=("residual",),
+)

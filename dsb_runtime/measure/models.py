@@ -1,0 +1,160 @@
+"""Models to measure: published shapes, random weights.
+
+A step's time depends on shapes alone. A random model is never sure of a token, so that a fixed
+number of steps has to say how many tokens each commits.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Qwen2Config,
+)
+
+from dsb_kernels.rules import RULES
+from dsb_runtime.demo import MODEL_DIR
+from dsb_runtime.families import DREAM, LLADA, DiffusionInfo, Family, check_model
+
+DTYPES = ("float32", "bfloat16", "float16")
+POSITIONS = 32768  # that a model has
+TOKENS_PER_FORWARD = 3.5  # that a preset commits where no selection rule was named
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Shape of a model. `family` decides the rest: Dream's network is Qwen2, with biases on Q, K
+    and V."""
+
+    family: Family
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    mlp: int
+    vocab: int
+    mask_id: int
+    rope_theta: float
+    tied: bool = False  # the LM head is the embedding
+
+
+PRESETS = {
+    "llada-8b": Preset(LLADA, 32, 4096, 32, 32, 128, 12288, 126464, 126336, 5e5),
+    # The architecture table of the iLLaDA-8B-Base model card (arXiv 2606.25331): 7.62 B parameters.
+    # It gives no rotary base; LLaDA's stands in, which changes no cost.
+    "illada-8b": Preset(LLADA, 32, 4096, 32, 8, 128, 14336, 155136, 5, 5e5, tied=True),
+    "dream-7b": Preset(DREAM, 28, 3584, 28, 4, 128, 18944, 152064, 151666, 1e6),
+    "120m": Preset(LLADA, 12, 768, 12, 12, 64, 2048, 32000, 31999, 5e5),
+    "60m": Preset(LLADA, 8, 512, 8, 8, 64, 1536, 32000, 31999, 5e5),
+    "tiny": Preset(LLADA, 2, 64, 4, 4, 16, 160, 512, 511, 5e5),
+    "tiny-dream": Preset(DREAM, 2, 112, 7, 1, 16, 160, 512, 500, 1e6),
+}
+
+
+def config_of(preset: Preset) -> PretrainedConfig:
+    """The transformers config of a preset; attention is bidirectional and "dsb"."""
+    kind: Any = Qwen2Config if preset.family is DREAM else LlamaConfig
+    config = kind(
+        vocab_size=preset.vocab,
+        hidden_size=preset.hidden,
+        intermediate_size=preset.mlp,
+        num_hidden_layers=preset.layers,
+        num_attention_heads=preset.heads,
+        num_key_value_heads=preset.kv_heads,
+        head_dim=preset.head_dim,
+        max_position_embeddings=POSITIONS,
+        rope_parameters={"rope_type": "default", "rope_theta": preset.rope_theta},
+        tie_word_embeddings=preset.tied,
+        attn_implementation="dsb",
+    )
+    config.is_causal = False
+    return config
+
+
+@torch.no_grad()
+def random_model(
+    preset: Preset, dtype: torch.dtype, device: str | torch.device, seed: int = 0
+) -> PreTrainedModel:
+    """A bidirectional model with random weights, built on the device in `dtype`: an 8B model in
+    bfloat16 never takes more than its 16 GB."""
+    torch.manual_seed(seed)
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(config_of(preset), dtype=dtype).eval()
+    # Weights of unit gain: with the usual small ones every mask looks alike and all of a window
+    # commits at once, or nothing does.
+    for name, weight in model.model.named_parameters():
+        if weight.ndim == 2:
+            weight.normal_(0, weight.shape[1] ** -0.5)
+        elif name.endswith(".bias"):
+            weight.normal_(0, 0.1)
+    model.dsb = DiffusionInfo(preset.family, preset.mask_id, ())
+    return model
+
+
+def random_prompts(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    batch: int,
+    length: int,
+    seed: int,
+) -> Tensor:
+    """(batch, length) ids on the model's device, drawn from the vocabulary without its special and
+    added tokens; without a tokenizer, from the whole vocabulary but the mask token."""
+    info = check_model(model)
+    known, special = model.config.vocab_size, {info.mask_id, *info.eos_ids}
+    if tokenizer is not None:
+        known = min(known, len(tokenizer))
+        special |= {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+    ids = torch.tensor([i for i in range(known) if i not in special])
+    if len(ids) == 0:
+        raise ValueError(f"vocabulary of {known}: only special tokens; expected others to draw")
+    generator = torch.Generator().manual_seed(seed)
+    return ids[torch.randint(len(ids), (batch, length), generator=generator)].to(model.device)
+
+
+def add_preset(parser: Any) -> None:
+    parser.add_argument(
+        "--preset", choices=PRESETS,
+        help="instead of a checkpoint: random weights at published shapes; without a selection "
+        f"rule it commits {TOKENS_PER_FORWARD:g} tokens a step",
+    )  # fmt: skip
+
+
+def load_preset(args: argparse.Namespace) -> PreTrainedModel:
+    """The random model that `--preset` names, at `--device` and `--dtype`.
+
+    Where no rule was named, `args.steps` is set so that a step commits TOKENS_PER_FORWARD.
+
+    Raises:
+        ValueError: the device is not there, the dtype is not known, or a checkpoint is named too.
+    """
+    if args.model != str(MODEL_DIR):
+        raise ValueError("--preset and --model: expected one of the two")
+    device = args.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    check_device(device)
+    on_cpu = torch.device(device).type == "cpu"
+    name = args.dtype if args.dtype != "auto" else "float32" if on_cpu else "bfloat16"
+    if name not in DTYPES:
+        raise ValueError(f"--dtype {name}: expected one of auto, {', '.join(DTYPES)}")
+    if all(getattr(args, rule.setting) is None for rule in RULES.values()):
+        gen_length = args.gen_length or 256
+        args.steps = max(1, round(gen_length / TOKENS_PER_FORWARD))
+    return random_model(PRESETS[args.preset], getattr(torch, name), device, args.seed or 0)
+
+
+def check_device(device: str) -> None:
+    """Raise ValueError where `--device` names what is not there."""
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"--device {device}: no CUDA device here; expected cpu")

@@ -1,0 +1,124 @@
+"""The steps of a decoding: how much work each was, how long it took, and the least it can take."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+from transformers import PreTrainedModel
+
+from dsb_runtime.engine.engine import Engine, StepEvent
+from dsb_runtime.families import check_model
+from dsb_runtime.measure.timing import Marks
+
+
+@dataclass(frozen=True)
+class StepTimes:
+    """Kind and seconds of steps, one after another."""
+
+    kinds: list[str]
+    seconds: list[float]
+
+    def __add__(self, other: StepTimes) -> StepTimes:
+        return StepTimes(self.kinds + other.kinds, self.seconds + other.seconds)
+
+
+class TimedEngine(Engine):
+    """An engine that times every step it launches: on a GPU by events right before and after what
+    the step launches, so that the host's work between steps is not part of a step's time; on a CPU
+    by the clock."""
+
+    def __init__(self, model: PreTrainedModel, **settings: Any) -> None:
+        super().__init__(model, observer=self.time_launch, **settings)
+        self.marks = Marks(model.device)
+        self.launches: list[tuple[str, Any, Any]] = []
+
+    @contextlib.contextmanager
+    def time_launch(self, kind: str) -> Iterator[None]:
+        start = self.marks.now()
+        yield
+        self.launches.append((kind, start, self.marks.now()))
+
+    def take(self) -> StepTimes:
+        """The steps that were launched since the last call of this."""
+        launches, self.launches = self.launches, []
+        pairs = [(start, end) for _, start, end in launches]
+        return StepTimes([kind for kind, _, _ in launches], self.marks.seconds(pairs))
+
+
+@dataclass(frozen=True)
+class StepWork:
+    """What one forward has to compute, over all batch rows."""
+
+    kind: str  # "window", "response" (the prompt's K/V stay) or "refresh" (every position)
+    batch: int  # batch rows that took part
+    num_tokens: int  # positions through the layers
+    scored: int  # positions through the LM head
+    widest: int  # positions of the batch row that has most
+
+
+class StepRecorder:
+    """An `on_step` callback that notes the work of every forward.
+
+    Args:
+        model: the model that decodes.
+        prompt_length, gen_length: positions of the prompt and of the response.
+    """
+
+    def __init__(self, model: PreTrainedModel, prompt_length: int, gen_length: int) -> None:
+        # Where a token is predicted from the position before it, a forward of the response needs
+        # the prompt's last position.
+        shift = int(check_model(model).family.shift)
+        self.whole = {"refresh": prompt_length + gen_length, "response": gen_length + shift}
+        self.steps: list[StepWork] = []
+
+    def __call__(self, event: StepEvent) -> None:
+        widths = [
+            self.whole.get(event.kind, end - start + prefix) for start, end, prefix in event.before
+        ]
+        scored = int((event.position[event.rows] >= 0).sum())
+        self.steps.append(StepWork(event.kind, len(widths), sum(widths), scored, max(widths)))
+
+    @property
+    def kinds(self) -> list[str]:
+        return [step.kind for step in self.steps]
+
+
+class LinearLayers:
+    """The linear layers of a model's steps, with nothing between them: the limit of a step.
+
+    What follows the last layer's keys and values is read at the scored positions alone, so that it
+    is multiplied with those alone.
+
+    Args:
+        model: a decoder of Llama's modules.
+        most_tokens: positions that the largest step has.
+    """
+
+    def __init__(self, model: PreTrainedModel, most_tokens: int) -> None:
+        self.full: list[Tensor] = []  # multiplied with all positions of a step
+        self.late: list[Tensor] = [model.lm_head.weight]  # with those that are scored
+        last = len(model.model.layers) - 1
+        for index, layer in enumerate(model.model.layers):
+            for name, module in layer.named_modules():
+                if isinstance(module, nn.Linear):
+                    late = index == last and not name.endswith(("k_proj", "v_proj"))
+                    (self.late if late else self.full).append(module.weight)
+        weights = self.full + self.late
+        self.bytes = sum(w.numel() * w.element_size() for w in weights)
+        self.inputs = {
+            width: torch.randn(most_tokens, width, device=model.device).to(model.dtype)
+            for width in {w.shape[1] for w in weights}
+        }
+
+    @torch.no_grad()
+    def run(self, num_tokens: int, scored: int) -> None:
+        """The products of one step."""
+        for weights, count in ((self.full, num_tokens), (self.late, scored)):
+            for weight in weights:
+                linear(self.inputs[weight.shape[1]][:count], weight)

@@ -1,0 +1,148 @@
+"""`benchmarks.gpu_hour`: parts that fail, hang or are cut off, what continues, and the report."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import gpu_hour, ops, read_toml
+from benchmarks.gpu_hour import Part, figure_of, report
+
+PRINT = "import json, sys; json.dump({'lines': [{'value': 3}]}, open(sys.argv[1], 'w'))"
+SLEEP = "import time; print('asleep', flush=True); time.sleep(60)"
+
+
+def part(program: str, limit: float = 30, count: int = 1) -> Part:
+    return Part("a part", limit, [[sys.executable, "-c", program, "{json}"]] * count)
+
+
+def run(monkeypatch: Any, folder: Path, some: dict[str, Part], *options: str) -> dict[str, Any]:
+    monkeypatch.setattr(gpu_hour, "parts", lambda small, folder: some)
+    code = gpu_hour.main(["--folder", str(folder), "--small", *options])
+    state = json.loads((folder / "parts.json").read_text())["parts"]
+    assert code == any(p["status"] == "failed" for p in state.values())
+    return state
+
+
+def test_a_part_that_fails_costs_itself_alone(tmp_path, monkeypatch, capsys):
+    some = {"bad": part("raise SystemExit('no such thing')"), "good": part(PRINT)}
+    state = run(monkeypatch, tmp_path, some)
+    assert state["bad"]["status"] == "failed" and "no such thing" in state["bad"]["why"]
+    assert state["good"]["status"] == "ran"
+    assert json.loads((tmp_path / "good.json").read_text()) == {"lines": [{"value": 3}]}
+    assert "- bad: failed exit codes [1]; no such thing" in capsys.readouterr().out
+
+
+def test_a_part_that_hangs_is_ended_with_what_it_started(tmp_path, monkeypatch):
+    child = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {SLEEP!r}])"
+    began = time.monotonic()
+    state = run(monkeypatch, tmp_path, {"hangs": part(child, limit=3), "good": part(PRINT)})
+    assert time.monotonic() - began < 30
+    assert state["hangs"]["status"] == "failed" and "stopped after 3 s" in state["hangs"]["why"]
+    assert state["good"]["status"] == "ran"
+
+
+def test_what_was_cut_off_or_not_begun_continues(tmp_path, monkeypatch):
+    some = {"good": part(PRINT), "long": part(SLEEP), "last": part(PRINT)}
+    monkeypatch.setattr(gpu_hour, "LEAST", 1)
+    state = run(monkeypatch, tmp_path, some, "--budget", "4")
+    assert {name: p["status"] for name, p in state.items()} == {
+        "good": "ran", "long": "out of time", "last": "not run",
+    }  # fmt: skip
+    order: list[str] = []
+    run_part = gpu_hour.run_part
+
+    def noted(name: str, *args: Any) -> dict[str, Any]:
+        order.append(name)
+        return run_part(name, *args)
+
+    monkeypatch.setattr(gpu_hour, "run_part", noted)
+    some["long"] = part(PRINT)
+    state = run(monkeypatch, tmp_path, some, "--continue")
+    assert order == ["last", "long"], "what never ends keeps nothing else from its turn"
+    assert {p["status"] for p in state.values()} == {"ran"}
+    run(monkeypatch, tmp_path, some, "--only", "good")
+    assert order[2:] == ["good"]
+    run(monkeypatch, tmp_path, some, "--report")
+    assert order[3:] == []
+
+
+def test_commands_of_a_part_run_side_by_side(tmp_path, monkeypatch):
+    """Each writes a file of its own; one that fails fails the part."""
+    wait = "import time; time.sleep(2); " + PRINT
+    began = time.monotonic()
+    assert run(monkeypatch, tmp_path, {"both": part(wait, count=3)})["both"]["status"] == "ran"
+    assert time.monotonic() - began < 6
+    assert [p.name for p in gpu_hour.files_of(tmp_path, "both")] == [
+        "both.0.json", "both.1.json", "both.2.json",
+    ]  # fmt: skip
+
+
+def test_tests_are_counted(tmp_path):
+    log = tmp_path / "log"
+    log.write_text("..F\n1 failed, 70 passed, 2 skipped, 3 errors in 5.0s\n")
+    assert gpu_hour.count_tests(log) == {"passed": 70, "failed": 4, "skipped": 2}
+    log.write_text("")
+    assert gpu_hour.count_tests(log) == {"passed": 0, "failed": 0, "skipped": 0}
+
+
+def test_a_figure_is_the_worst_of_the_lines_that_are_meant():
+    lines = [
+        {"op": "a", "shape": {"n": 1}, "us": 3.0}, {"op": "a", "shape": {"n": 2}, "us": 12.0},
+        {"op": "b", "shape": {"n": 1}, "us": 99.0}, {"op": "a", "shape": {"n": 1}},
+    ]  # fmt: skip
+    where = {"op": "a"}
+    assert figure_of({"where": where, "value": "us", "at_most": 1}, lines, True) == 12
+    assert figure_of({"where": where, "value": "us", "at_least": 1}, lines, True) == 3
+    assert figure_of({"where": where, "value": "us", "reduce": "mean"}, lines, True) == 6
+    where = {"op": "a", "shape.n": 1}
+    assert figure_of({"where": where, "value": "us", "at_most": 1}, lines, True) == 3
+    assert figure_of({"where": where, "value": "us", "at_most": 1}, lines, False) == 12
+    assert figure_of({"where": {"op": "c"}, "value": "us"}, lines, True) is None
+    assert figure_of({"value": "deep.er"}, lines, True) is None
+
+
+@pytest.mark.parametrize(("device", "reached"), [("NVIDIA H100", "NO"), ("NVIDIA H200", "yes")])
+def test_the_report_compares_with_the_targets_of_the_gpu(tmp_path, device, reached):
+    run = {"steps": {"window": {"share_of_weights_limit": 0.76}}}
+    record = {"machine": {"device": device}, "versions": {"torch": "2", "x": None}, "runs": [run]}
+    (tmp_path / "decode_32.json").write_text(json.dumps(record))
+    state = {"small": False, "parts": {"decode_32": {"status": "ran", "why": ""}}}
+    lines = report(tmp_path, state).splitlines()
+    assert lines[0] == f"{device}; torch 2"
+    line = next(line for line in lines if line.startswith("| window step, 32 positions"))
+    assert line.endswith(f"| 76.0% | {reached} |")
+    assert "| not run" in next(line for line in lines if line.startswith("| refresh step"))
+
+
+def test_every_target_names_a_part_and_every_op_is_in_one(tmp_path):
+    names = gpu_hour.parts(False, tmp_path).keys()
+    targets = read_toml("targets.toml")["target"]
+    assert {target["part"] for target in targets} <= set(names)
+    assert len({target["figure"] for target in targets}) == len(targets)
+    assert sorted(op for some in gpu_hour.OPS.values() for op in some) == sorted(ops.OPS)
+    with pytest.raises(SystemExit):
+        gpu_hour.main(["--only", "nothing"])
+    with pytest.raises(SystemExit):
+        gpu_hour.main(["--folder", str(tmp_path / "none"), "--report"])
+
+
+@pytest.mark.slow
+def test_the_whole_hour_runs_on_a_cpu(tmp_path, capsys):
+    """Every part at small shapes. The recorded trajectories on a GPU are skipped here."""
+    code = gpu_hour.main(["--folder", str(tmp_path), "--small", "--budget", "1500"])
+    state = json.loads((tmp_path / "parts.json").read_text())["parts"]
+    assert {name: p["why"] for name, p in state.items() if p["status"] != "ran"} == {
+        "goldens": "no test ran"
+    }
+    assert code == 1
+    said = capsys.readouterr().out
+    assert "Small shapes: the targets do not apply." in said
+    table = [line.split("|") for line in said.splitlines() if line.startswith("| ")][1:]
+    missing = [cells[1].strip() for cells in table if cells[3].strip().startswith(("ran", "not"))]
+    assert missing == ["GPU idle, batch 1"], "every other figure is read from what a part wrote"

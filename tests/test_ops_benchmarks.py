@@ -1,0 +1,139 @@
+"""The op benchmarks at their small shapes: what is checked before a time is taken, and what a line
+of figures says."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import json
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks import ops, read_toml, sweep
+from benchmarks.ops import OPS, Case, check
+from dsb_kernels import _configs
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="shapes are those of a CPU")
+
+
+def cases() -> list[Any]:
+    """(op, shape) of every benchmark."""
+    modules = {op: importlib.import_module(f"benchmarks.bench_{op}") for op in OPS}
+    return [pytest.param(m, shape, id=f"{op} {' '.join(map(str, shape.values()))}")
+            for op, m in modules.items() for shape in m.SHAPES]  # fmt: skip
+
+
+@pytest.mark.parametrize(("module", "shape"), cases())
+def test_every_contender_is_right(module, shape):
+    """flex_attention is compiled, which takes too long here."""
+    others = [name for name in module.case(**shape).others if name != "flex"]
+    for contender in ("op", "definition", *others):
+        case = module.case(**shape)
+        before = [tensor.clone() for tensor in case.written]
+        assert check(case, contender) <= 1, contender
+        for tensor, old in zip(case.written, before, strict=True):
+            case.restore()
+            assert torch.equal(tensor, old), "a check leaves the case as it was"
+
+
+class Double:
+    """An op whose result may be wrong."""
+
+    def __init__(self, error: float) -> None:
+        self.error = error
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return 2 * x * (1 + self.error)
+
+    @staticmethod
+    def definition(x: Tensor) -> Tensor:
+        return 2 * x
+
+
+def case_of(error: float, dtype: torch.dtype = torch.float32) -> Case:
+    return Case(Double(error), (torch.linspace(1, 2, 100, dtype=dtype),), bytes=8)
+
+
+def test_an_error_is_measured_against_what_is_allowed():
+    assert check(case_of(0), "op") == 0
+    assert check(case_of(0.5e-5), "op") == pytest.approx(0.5, rel=0.05)
+    assert check(case_of(3e-5), "op") == pytest.approx(3, rel=0.05)
+    assert check(case_of(3e-5), "definition") == 0
+    assert check(case_of(math.nan), "op") == math.inf
+    wrong = Case(Double(0), (torch.arange(9),))
+    wrong.others["wrong"] = lambda: 2 * torch.arange(9) + 1
+    assert check(wrong, "wrong") == math.inf, "integers must be equal"
+
+
+def test_what_a_call_writes_is_checked_and_restored():
+    def add(x: Tensor, wrong: float = 0.0) -> None:
+        x += 1 + wrong
+
+    add.definition = add  # type: ignore[attr-defined]
+    for wrong in (0.0, 1.0):
+        x = torch.zeros(4)
+        case = Case(add, (x,), written=(x,))
+        case.others["other"] = functools.partial(add, x, wrong)
+        assert (check(case, "other") <= 1) == (wrong == 0)
+        assert torch.equal(x, torch.zeros(4))
+        call = case.call("op")
+        call.run()
+        assert call.restore is not None and call.restore() is None
+        assert torch.equal(x, torch.zeros(4))
+
+
+def test_the_command_writes_a_line_for_every_contender(tmp_path, capsys):
+    path = tmp_path / "ops.json"
+    assert ops.main(["--op", "window_linear", "--json", str(path)]) == 0
+    record = json.loads(path.read_text())
+    assert record["benchmark"] == "ops" and record["machine"]["device"]
+    lines = [line for line in record["lines"] if line["shape"]["layer"] == "small gated"]
+    assert [line["contender"] for line in lines] == 2 * ["op", "matmul", "best of the others"]
+    op, matmul, best = lines[:3]
+    assert op["error"] <= 1
+    assert min(op[name] for name in ("cold_us", "warm_us", "bandwidth_share", "tflops")) > 0
+    assert matmul["over_op"] == pytest.approx(matmul["cold_us"] / op["cold_us"], rel=0.01)
+    assert (best["best"], best["over_op"]) == ("matmul", matmul["over_op"])
+    assert "contender=matmul" in capsys.readouterr().out
+
+
+def test_an_op_that_is_wrong_fails_the_command(monkeypatch):
+    monkeypatch.setattr(ops, "check", lambda case, contender: 1.5)
+    assert ops.main(["--op", "place_rows", "--check"]) == 1
+
+
+def test_candidates_of_the_sweep_are_entries_of_the_table():
+    """Each stands for an entry of the table, names its blocks, and differs from it."""
+    for item in read_toml("sweep.toml")["sweep"]:
+        now = _configs.configuration(item["key"], item["size"], "sm_90")
+        importlib.import_module(f"benchmarks.bench_{item['op']}")
+        for config in item["configs"]:
+            blocks = {k: v for k, v in config.items() if k not in ("num_warps", "num_stages")}
+            assert blocks.keys() == dict(now.blocks).keys()
+            other = _configs.Config(blocks, config["num_warps"], config["num_stages"])
+            assert other != now, f"{item['key']} {item['size']}: the table has it already"
+            with sweep.using(item["key"], item["size"], other):
+                assert _configs.configuration(item["key"], item["size"], "sm_90") is other
+            assert _configs.configuration(item["key"], item["size"], "sm_90") is now
+
+
+def test_the_sweep_times_candidates_twice_and_survives_one_that_fails(tmp_path, monkeypatch):
+    path, count = tmp_path / "sweep.json", iter(range(1000))
+
+    def times(make: Any, contender: str) -> dict[str, float]:
+        if next(count) == 2:
+            raise RuntimeError("out of resource: shared memory")
+        return {"cold_us": 5.0}
+
+    monkeypatch.setattr(sweep, "time_contender", times)
+    assert sweep.main(["--size", "64", "--json", str(path)]) == 0
+    lines = json.loads(path.read_text())["lines"]
+    assert lines[0]["current"] and lines[0]["us"] == [5.0, 5.0]
+    assert lines[1]["failed"].startswith("RuntimeError: out of resource")
+    assert lines[2]["us"] == [5.0, 5.0] and not lines[2]["current"]
+    with pytest.raises(SystemExit):
+        sweep.main(["--size", "7"])
