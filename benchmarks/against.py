@@ -97,7 +97,8 @@ def compare(
         model.save_pretrained(folder)
         job = {
             "model": folder, "device": args.device, "family": model.dsb.family.name,
-            "mask_id": model.dsb.mask_id, "prompts": prompts.tolist(), "settings": settings,
+            "mask_id": model.dsb.mask_id, "prompts": prompts.tolist(),
+            "settings": {**settings, "stop_at_eos": False},
             "engine": {"graphs": False} if args.no_graphs else {},
         }  # fmt: skip
         checkouts = {"ours": Checkout(HERE, job), "other": Checkout(args.against, job)}

@@ -54,7 +54,7 @@ def case(model: str, batch: int, width: int, positions: int) -> Case:
         by_position = (x.transpose(1, 2) for x in (q, k, v))
         return flash_attn_with_kvcache(*by_position, cache_seqlens=seqlens).transpose(1, 2)
 
-    flex, seqlens = compiled(flex_attention), each(positions)
+    flex, seqlens = compiled(flex_attention, q.shape, k.shape), each(positions)
     others = {
         "sdpa": lambda: scaled_dot_product_attention(q, k, v, enable_gqa=True),
         "flex": lambda: flex(q, k, v, enable_gqa=True),

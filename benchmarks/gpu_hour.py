@@ -143,22 +143,25 @@ def run_part(name: str, part: Part, folder: Path, seconds: float) -> dict[str, A
     """Run the commands of a part side by side for at most `seconds`, and say how it went."""
     for old in folder.glob(f"{name}.*"):
         old.unlink()
-    began, processes = time.monotonic(), []
+    began = time.monotonic()
+    processes: list[subprocess.Popen[bytes]] = []
+    logs: list[Path] = []
     several, limit = len(part.commands) > 1, min(part.limit, seconds)
     status, why = "ran", ""
     try:
         for index, command in enumerate(part.commands):
             stem = f"{name}.{index}" if several else name
             line = [str(folder / f"{stem}.json") if w == "{json}" else w for w in command]
-            with (folder / f"{stem}.log").open("wb") as log:
+            logs.append(folder / f"{stem}.log")
+            with logs[-1].open("wb") as log:
                 processes.append(subprocess.Popen(
                     line, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
                 ))  # fmt: skip
         for process in processes:
             process.wait(max(limit - (time.monotonic() - began), 0.1))
-        codes = [process.returncode for process in processes]
-        if any(codes):
-            status, why = "failed", f"exit codes {codes}; {last_line(folder, name)}"
+        for process, path in zip(processes, logs, strict=True):
+            if process.returncode and status == "ran":
+                status, why = "failed", f"exit code {process.returncode}: {last_line(path)}"
     except subprocess.TimeoutExpired:
         # A part that had its own whole limit would not end in another call either.
         status = "failed" if limit == part.limit else "out of time"
@@ -167,18 +170,18 @@ def run_part(name: str, part: Part, folder: Path, seconds: float) -> dict[str, A
         for process in processes:
             end(process)
     if "pytest" in part.commands[0]:
-        counts = count_tests(folder / f"{name}.log")
-        (folder / f"{name}.json").write_text(json.dumps({"lines": [counts]}))
+        counts = count_tests(logs[0])
+        ended = status == "ran" or counts["failed"] > 0
         if status == "ran" and not counts["passed"]:
-            status, why = "failed", "no test ran"
+            status, why, ended = "failed", "no test ran", False
+        (folder / f"{name}.json").write_text(json.dumps({"lines": [counts] * ended}))
     return {"status": status, "why": why, "seconds": round(time.monotonic() - began, 1)}
 
 
-def last_line(folder: Path, name: str) -> str:
-    """The last line that any of a part's logs ends with."""
-    text = "\n".join(p.read_text(errors="replace") for p in sorted(folder.glob(f"{name}*.log")))
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return lines[-1][:200] if lines else "nothing was printed"
+def last_line(log: Path) -> str:
+    """The last line that a command printed."""
+    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    return lines[-1][:200] if lines else "it printed nothing"
 
 
 def count_tests(log: Path) -> dict[str, int]:

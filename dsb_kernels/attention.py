@@ -112,7 +112,8 @@ def window_attention_reference(
         k, v = torch.where(visible[..., None], k, 0), torch.where(visible[..., None], v, 0)
         mask = visible.repeat_interleave(H // H_kv, 1)[:, :, None]  # (B, H, 1, keys)
         answered = answered & mask.any(-1, keepdim=True)
-    out = scaled_dot_product_attention(q, k, v, mask, scale=softmax_scale, enable_gqa=H_kv != H)
+    grouped = bool(H_kv != H)  # a plain bool where the compiler's sizes are symbols
+    out = scaled_dot_product_attention(q, k, v, mask, scale=softmax_scale, enable_gqa=grouped)
     out = torch.where(answered, out, 0).transpose(1, 2).contiguous().transpose(1, 2)
     if not return_lse:
         return out, q.new_empty(0, dtype=torch.float32)

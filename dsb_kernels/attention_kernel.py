@@ -299,7 +299,7 @@ def launch(a: Any) -> tuple[Tensor, Tensor]:
             target_lse = a.q.new_empty(B, splits, H, W, dtype=torch.float32)
         k_window, v_window = a.k_window, a.v_window
         if k_window is not None and k_window.stride() != v_window.stride():
-            v_window = torch.empty_like(k_window).copy_(v_window)
+            k_window, v_window = k_window.contiguous(), v_window.contiguous()
         lists, list_size = 1, 1
         if a.kv_indices is not None:
             lists, list_size = a.kv_num_blocks.numel() // B, a.kv_indices.shape[-1]

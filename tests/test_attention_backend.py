@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 import sys
 from types import ModuleType, SimpleNamespace
@@ -32,7 +31,6 @@ from dsb_runtime.engine.attention import (
     flash_installed,
     takes_flash,
 )
-from dsb_runtime.engine.cache import WindowCache
 
 SIZES = {
     "vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
@@ -94,11 +92,11 @@ def test_logits_equal_those_of_transformers(name, causal):
     reference = "eager" if name in EAGER else "sdpa"
     for padding in ("none", "left", "right"):
         ids, mask = inputs(padding)
-        found = logits(model, "dsb", ids, mask)
+        ours = logits(model, "dsb", ids, mask)
         assert model.config._attn_implementation == "dsb"
         expected = logits(model, reference, ids, mask)
         real = slice(None) if mask is None else mask.bool()
-        assert (found - expected)[real].abs().max() < 1e-5, padding
+        assert (ours - expected)[real].abs().max() < 1e-5, padding
         assert expected[real].std() > 0.1, "logits must vary, or this shows nothing"
 
 
@@ -133,8 +131,8 @@ def test_from_pretrained_takes_the_name(tmp_path):
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="dsb")
     assert loaded.config._attn_implementation == "dsb"
     ids, mask = inputs("left")
-    found = logits(loaded, "dsb", ids, mask)
-    assert (found - logits(model, "sdpa", ids, mask))[mask.bool()].abs().max() < 1e-5
+    ours = logits(loaded, "dsb", ids, mask)
+    assert (ours - logits(model, "sdpa", ids, mask))[mask.bool()].abs().max() < 1e-5
 
 
 def test_dropout_and_gradients_as_with_sdpa():
@@ -191,8 +189,8 @@ def test_a_causal_layer_without_a_mask_stays_causal():
         q, k, v, is_causal=True, enable_gqa=True
     )
     for more in ({}, {"is_causal": True}):
-        found, _ = dsb_attention(Lonely(), q, k, v, None, softcap=None, **more)
-        assert (found.transpose(1, 2) - expected).abs().max() < 1e-6
+        ours, _ = dsb_attention(Lonely(), q, k, v, None, softcap=None, **more)
+        assert (ours.transpose(1, 2) - expected).abs().max() < 1e-6
     free, _ = dsb_attention(Lonely(), q, k, v, None, is_causal=False)
     assert (free.transpose(1, 2) - expected).abs().max() > 1e-2
     last, _ = dsb_attention(Lonely(), q[:, :, -1:], k, v, None)
@@ -266,11 +264,11 @@ def flash_stand_in(monkeypatch):
 
 def test_transformers_integration_is_called_as_it_wants(flash_stand_in):
     q, k, v = qkv(6, 6)
-    found = flash_attention(q, k, v, 0.3)
+    ours = flash_attention(q, k, v, 0.3)
     expected = torch.nn.functional.scaled_dot_product_attention(
         q, k, v, scale=0.3, enable_gqa=True
     ).transpose(1, 2)
-    assert found.shape == (1, 6, 4, 8) and torch.equal(found, expected)
+    assert ours.shape == (1, 6, 4, 8) and torch.equal(ours, expected)
 
 
 def test_a_bidirectional_model_takes_flash_where_nothing_is_masked(flash_stand_in, monkeypatch):
@@ -282,91 +280,22 @@ def test_a_bidirectional_model_takes_flash_where_nothing_is_masked(flash_stand_i
 
     monkeypatch.setattr(attention, "takes_flash", called)
     monkeypatch.setattr(attention, "flash_installed", lambda device: True)
-    real, model = attention.flash_attention, model_of("llama", causal=False)
+    wrapped, model = attention.flash_attention, model_of("llama", causal=False)
     taken: list[Tensor] = []
-    monkeypatch.setattr(attention, "flash_attention", lambda *a: taken.append(a[0]) or real(*a))
+    monkeypatch.setattr(attention, "flash_attention", lambda *a: taken.append(a[0]) or wrapped(*a))
     for padding, count in (("none", 2), ("left", 0)):
         ids, mask = inputs(padding)
-        found = logits(model, "dsb", ids, mask)
+        ours = logits(model, "dsb", ids, mask)
         assert (len(taken), len(calls)) == (count, 2)
         expected = logits(model, "sdpa", ids, mask)
-        kept = slice(None) if mask is None else mask.bool()
-        assert (found - expected)[kept].abs().max() < 1e-5
+        real = slice(None) if mask is None else mask.bool()
+        assert (ours - expected)[real].abs().max() < 1e-5
         taken.clear(), calls.clear()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="flash-attn may be installed there")
 def test_nothing_changes_where_flash_is_not_installed():
     assert not flash_installed(torch.device("cuda"))
-
-
-# --- windows ----------------------------------------------------------------------------------
-
-
-def cache_argument(model: PreTrainedModel) -> str:
-    names = inspect.signature(inspect.unwrap(type(model).forward)).parameters
-    return "cache" if "cache" in names else "past_key_values"
-
-
-def window_logits(
-    model: PreTrainedModel, ids: Tensor, mask: Tensor | None, first: int, last: int, **more
-) -> tuple[Tensor, Tensor]:
-    """Logits of rows [first, last) by a full forward, and by a window forward after it."""
-    length = ids.shape[1]
-    positions = torch.arange(length).expand_as(ids)
-    if mask is not None:
-        positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    cache = WindowCache(model.config.num_hidden_layers, *ids.shape)
-    given = {cache_argument(model): cache, "attention_mask": mask}
-
-    def rows(value: int) -> Tensor:
-        return torch.full((len(ids),), value)
-
-    cache.point(None, rows(0), rows(length))
-    with torch.no_grad():
-        full = model(input_ids=ids, position_ids=positions, **given).logits
-        cache.point(None, rows(first), rows(last - first), last - first)
-        part = model(
-            input_ids=ids[:, first:last], position_ids=positions[:, first:last], **given, **more
-        ).logits
-    return full[:, first:last], part
-
-
-@pytest.mark.parametrize("padding", ["none", "left", "right"])
-@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "gemma"])
-def test_a_window_forward_equals_the_rows_of_the_full_one(name, padding):
-    model = model_of(name, causal=False)
-    model.set_attn_implementation("dsb")
-    ids, mask = inputs(padding)
-    full, part = window_logits(model, ids, mask, 8, 12)
-    real = slice(None) if mask is None else mask[:, 8:12].bool()
-    assert (full - part)[real].abs().max() < 1e-5
-
-
-@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen2-sliding", "mistral", "gemma3"])
-def test_a_window_forward_of_a_causal_or_sliding_model_is_an_error(name):
-    for causal in (True, False):
-        model = model_of(name, causal)
-        if not causal and "sliding_window" not in CONFIGS[name][1]:
-            continue
-        model.set_attn_implementation("dsb")
-        with pytest.raises(ValueError, match="a WindowCache with a causal or sliding-window mask"):
-            window_logits(model, *inputs("none"), 8, 12)
-
-
-def test_a_window_forward_wants_its_positions():
-    model, (ids, _) = model_of("llama", causal=False), inputs("none")
-    model.set_attn_implementation("dsb")
-    cache = WindowCache(model.config.num_hidden_layers, *ids.shape)
-    given, rows = {cache_argument(model): cache}, torch.full((len(ids),), 8)
-    cache.point(None, rows * 0, rows * 0 + LENGTH)
-    with torch.no_grad():
-        full = model(input_ids=ids, **given).logits
-    assert (full - logits(model, "sdpa", ids, None)).abs().max() < 1e-5
-    model.set_attn_implementation("dsb")
-    cache.point(None, rows, rows * 0 + 4, 4)
-    with pytest.raises(ValueError, match="position_ids=None"):
-        model(input_ids=ids[:, 8:12], **given)
 
 
 @pytest.mark.parametrize(

@@ -98,9 +98,9 @@ def test_attention_visits_what_is_listed(per_head: bool) -> None:
             "num_splits": 2,
         }
         with kernels():
-            found = window_attention(q, None, None, k, v, **where, **call)
+            out = window_attention(q, None, None, k, v, **where, **call)
         expected = window_attention(q, None, None, k, v, **where, **call)
-        assert torch.allclose(found, expected, atol=1e-5)
+        assert torch.allclose(out, expected, atol=1e-5)
 
 
 def test_lists_compile_without_a_graph_break() -> None:

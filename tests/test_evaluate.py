@@ -14,7 +14,13 @@ from dsb_kernels.rules import RULES
 from dsb_runtime.cli import main as cli
 from dsb_runtime.demo import MODEL_DIR
 from dsb_runtime.demo.problems import heldout, is_exact
-from dsb_runtime.measure.evaluate import SWEEPS, build_settings, encode_batches, score
+from dsb_runtime.measure.evaluate import (
+    SWEEPS,
+    build_settings,
+    encode_batches,
+    score,
+    sweep_values,
+)
 
 ROOT = Path(__file__).parents[1]
 
@@ -54,12 +60,11 @@ def test_settings_cover_every_schedule_cache_and_rule():
     assert all(c.max_block_length == c.block_length == 16 for c in const)
 
 
-def test_a_rule_without_values_of_its_own_is_measured_inside_its_range(monkeypatch):
-    made_up = dataclasses.replace(RULES["frechet"], name="made up")
-    monkeypatch.setitem(RULES, "made up", made_up)
-    monkeypatch.delitem(SWEEPS, "frechet")
-    values = [s.value for s in build_settings(64, 16, quick=False) if s.rule == "made up"]
-    assert values == [-0.5, 0.0, 0.5]
+def test_a_rule_without_values_of_its_own_is_measured_inside_its_range():
+    made_up = dataclasses.replace(RULES["frechet"], name="made up", setting="made_up")
+    assert sweep_values(made_up) == (-0.5, 0.0, 0.5)
+    assert sweep_values(RULES["frechet"]) == SWEEPS["frechet"]
+    assert sweep_values(RULES["quota"]) == ()
 
 
 def test_the_kept_scores_are_those_of_todays_settings(tmp_path, capsys):

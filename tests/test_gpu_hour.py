@@ -35,7 +35,7 @@ def test_a_part_that_fails_costs_itself_alone(tmp_path, monkeypatch, capsys):
     assert state["bad"]["status"] == "failed" and "no such thing" in state["bad"]["why"]
     assert state["good"]["status"] == "ran"
     assert json.loads((tmp_path / "good.json").read_text()) == {"lines": [{"value": 3}]}
-    assert "- bad: failed exit codes [1]; no such thing" in capsys.readouterr().out
+    assert "- bad: failed exit code 1: no such thing" in capsys.readouterr().out
 
 
 def test_a_part_that_hangs_is_ended_with_what_it_started(tmp_path, monkeypatch):
@@ -89,6 +89,19 @@ def test_tests_are_counted(tmp_path):
     assert gpu_hour.count_tests(log) == {"passed": 70, "failed": 4, "skipped": 2}
     log.write_text("")
     assert gpu_hour.count_tests(log) == {"passed": 0, "failed": 0, "skipped": 0}
+
+
+@pytest.mark.parametrize(
+    ("last", "code", "lines"),
+    [("2 passed in 1s", 0, 1), ("1 failed, 2 passed in 1s", 1, 1), ("2 skipped in 1s", 0, 0)],
+)
+def test_tests_that_did_not_run_are_no_figure(tmp_path, monkeypatch, last, code, lines):
+    """Where nothing ran, nothing failed: that must not reach a target."""
+    program = f"print({last!r}); raise SystemExit({code})"
+    tests = Part("tests", 30, [[sys.executable, "-c", program, "pytest"]])
+    state = run(monkeypatch, tmp_path, {"goldens": tests})
+    assert (state["goldens"]["status"] == "ran") == (code == 0 and lines == 1)
+    assert len(json.loads((tmp_path / "goldens.json").read_text())["lines"]) == lines
 
 
 def test_a_figure_is_the_worst_of_the_lines_that_are_meant():
@@ -145,4 +158,6 @@ def test_the_whole_hour_runs_on_a_cpu(tmp_path, capsys):
     assert "Small shapes: the targets do not apply." in said
     table = [line.split("|") for line in said.splitlines() if line.startswith("| ")][1:]
     missing = [cells[1].strip() for cells in table if cells[3].strip().startswith(("ran", "not"))]
+    goldens = "recorded trajectories, with and without CUDA graphs: tests that failed"
     assert missing == ["GPU idle, batch 1"], "every other figure is read from what a part wrote"
+    assert any(cells[1].strip() == goldens and "no test ran" in cells[3] for cells in table)

@@ -41,12 +41,12 @@ def test_trajectory(family, index):
 
 
 class Errors:
-    """How far the kernels, and the definitions, are from the definitions in float64: in every
+    """How far the kernels, and the definitions, are from the definitions in float32: in every
     forward of a decoding by kernels, each from the same canvas and the same K/V. Tokens are not
     compared: rounding may change them."""
 
     def __init__(self, model: PreTrainedModel, patch: pytest.MonkeyPatch) -> None:
-        self.wide, self.patch = copy.deepcopy(model).double(), patch
+        self.wide, self.patch = copy.deepcopy(model).float(), patch
         self.squares: dict[str, list[tuple[Tensor, Tensor]]] = {}
         self.forward = Backbone.__call__
         patch.setattr(Backbone, "__call__", lambda *args, **options: self.run(*args, **options))
@@ -57,7 +57,7 @@ class Errors:
         plain, wide = (
             replace(cache, keys=[copy_of(x) for x in cache.keys],
                     values=[copy_of(x) for x in cache.values])
-            for copy_of in (Tensor.clone, Tensor.double)
+            for copy_of in (Tensor.clone, Tensor.float)
         )  # fmt: skip
         with self.patch.context() as patch:
             patch.setenv("DSB_BACKEND", "eager")

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dsb_kernels import _configs as tuning
-from dsb_kernels import linear_add_norm as module
-from dsb_kernels.linear_add_norm import launch_of, linear_add_norm, linear_add_norm_definition
+from dsb_kernels import linear as module
+from dsb_kernels.linear import linear_add_norm, linear_add_norm_reference, split_launch
 from tests.mutations import DEVICE, assert_caught, kernels, tiles_of
 
 INF, NAN = float("inf"), float("nan")
@@ -44,7 +44,7 @@ def inputs(N: int, E: int, F: int, dtype: torch.dtype = torch.float32, seed: int
 def exactly(tensors: Tensors, eps: float) -> tuple[Tensor, Tensor]:
     """Residual and result in float64."""
     x, weight, residual, gain = (t.double() for t in tensors)  # a copy of the residual
-    return residual, linear_add_norm_definition(x, weight, residual, gain, eps)
+    return residual, linear_add_norm_reference(x, weight, residual, gain, eps)
 
 
 def by_kernel(tensors: Tensors, eps: float) -> tuple[Tensor, Tensor]:
@@ -107,7 +107,7 @@ def check_low_precision(dtype: torch.dtype) -> None:
     for N, E, F in ((20, 40, 200), (5, 64, 48)):
         tensors, eps = inputs(N, E, F, dtype), 1e-5
         plain = tensors[2].clone()
-        plain = plain, linear_add_norm_definition(*tensors[:2], plain, tensors[3], eps)
+        plain = plain, linear_add_norm_reference(*tensors[:2], plain, tensors[3], eps)
         results = zip(by_kernel(tensors, eps), plain, exactly(tensors, eps), strict=True)
         for found, definition, expected in results:
             error, bound = (found - expected).abs(), (definition - expected).abs()
@@ -202,7 +202,7 @@ MODELS = {  # hidden size, MLP
 def test_programs_of_the_models_run_at_once_and_keep_the_memory_busy(production, name, rows):
     E, mlp = MODELS[name]
     for F in (E, mlp):
-        launch = launch_of(rows, E, F, torch.bfloat16, "sm_90")
+        launch = split_launch(rows, F, E, torch.bfloat16, "sm_90")
         (tiles, splits, blocks), tile = launch.grid, launch.blocks["BLOCK_V"]
         programs = tiles * splits
         assert blocks == 1 and tiles * tile == E and 100 <= programs <= 132
@@ -216,7 +216,7 @@ def test_programs_of_the_models_run_at_once_and_keep_the_memory_busy(production,
 
 def test_every_split_has_work():
     for F in range(1, 200):
-        launch = launch_of(1, 16, F, torch.bfloat16, "sm_90")
+        launch = split_launch(1, F, 16, torch.bfloat16, "sm_90")
         splits = launch.grid[1]
         assert (splits - 1) * launch.share < F <= splits * launch.share
         assert launch.share % SMALL.blocks["BLOCK_K"] == 0 and splits <= SMALL.blocks["PROGRAMS"]
@@ -250,10 +250,10 @@ X, WEIGHT, RESIDUAL, GAIN = (torch.zeros(s) for s in ((2, 4), (9, 4), (2, 9), (9
     ("changes", "words"),
     [
         ({"x": X.double()}, "x has dtype float64: accepted are float32"),
-        ({"x": X[0]}, r"x has shape \(4,\): accepted is \(N, F\)"),
+        ({"x": X[0]}, r"x has shape \(4,\): accepted is \(N, E\)"),
         ({"x": torch.zeros(4, 2).T}, "x has stride 2 in its last dimension"),
         ({"weight": WEIGHT.half()}, "weight has dtype float16: accepted are float32"),
-        ({"weight": torch.zeros(9, 5)}, r"weight has shape \(9, 5\): accepted is \(E, 4\)"),
+        ({"weight": torch.zeros(9, 5)}, r"weight has shape \(9, 5\): accepted is \(F, 4\)"),
         ({"weight": torch.zeros(4, 9).T}, "weight has stride 9 in its last dimension"),
         ({"residual": torch.zeros(3, 9)}, r"residual has shape \(3, 9\): accepted is \(2, 9\)"),
         ({"residual": RESIDUAL.half()}, "residual has dtype float16"),
@@ -279,18 +279,26 @@ def check_ragged() -> None:
 @pytest.mark.parametrize(
     ("kernel", "old", "new"),
     [
-        ("_split_linear_kernel", "(feature < E)[:, None],", "(feature < E - 1)[:, None],"),
-        ("_split_linear_kernel", "(row < rows)[None, :]\n", "(row < rows - 1)[None, :]\n"),
-        ("_split_linear_kernel", "at + k < F", "at + k < F - 1"),
+        ("_split_linear_kernel", "(feature < F)[:, None],", "(feature < F - 1)[:, None],"),
+        (
+            "_split_linear_kernel",
+            "(token < num_tokens)[None, :]\n",
+            "(token < num_tokens - 1)[None, :]\n",
+        ),
+        ("_split_linear_kernel", "k0 + k < E", "k0 + k < E - 1"),
         ("_split_linear_kernel", "first = split * share", "first = 0 * share"),
-        ("_split_linear_kernel", "tl.minimum(first + share, F)", "tl.minimum(first + share, 64)"),
-        ("_split_linear_kernel", "split.to(tl.int64) * rows", "split.to(tl.int64) * (rows - 1)"),
+        ("_split_linear_kernel", "tl.minimum(first + share, E)", "tl.minimum(first + share, 64)"),
+        (
+            "_split_linear_kernel",
+            "split.to(tl.int64) * num_tokens",
+            "split.to(tl.int64) * (num_tokens - 1)",
+        ),
         ("_add_norm_kernel", "tl.static_range(SPLITS)", "tl.static_range(1, SPLITS)"),
         ("_add_norm_kernel", "tl.store(residual_ptr, rounded, mask=inside)", "pass"),
-        ("_add_norm_kernel", "/ E + eps", "/ BLOCK_E + eps"),
-        ("_add_norm_kernel", "/ E + eps", "/ E"),
+        ("_add_norm_kernel", "/ F + eps", "/ BLOCK_F + eps"),
+        ("_add_norm_kernel", "/ F + eps", "/ F"),
         ("_add_norm_kernel", "norm_weight_ptr + feature", "norm_weight_ptr + 0 * feature"),
-        ("_add_norm_kernel", "inside = feature < E", "inside = feature < E - 1"),
+        ("_add_norm_kernel", "inside = feature < F", "inside = feature < F - 1"),
     ],
 )
 def test_deliberate_mistakes_are_caught(kernel, old, new):
@@ -302,7 +310,7 @@ def check_nan() -> None:
 
 
 def test_a_row_that_spoils_its_tile_is_caught():
-    old = "partial_row = split.to(tl.int64)"
+    old = "partial_token = split.to(tl.int64)"
     new = f"y += 0 * tl.sum(y, 1)[:, None]\n    {old}"
     assert_caught(check_nan, module, "_split_linear_kernel", old, new)
 

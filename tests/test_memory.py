@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import dsb_runtime as dsb
-from dsb_runtime.engine.memory import allocate, is_out_of_memory, largest, layout_of
+from dsb_runtime.engine.memory import allocate, cache_shape_of, is_out_of_memory, largest
 from tests import golden
 from tests.golden import prompts
 from tests.recorded import Recorder
@@ -49,11 +49,11 @@ def test_a_cache_that_does_not_fit():
         [sys.executable, "-c", LIMITED], cwd=ROOT, capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    found = re.search(r"batch of 2000 with 424 positions each: ([\d,]+) bytes asked", done.stdout)
-    layout = layout_of(golden.model("llada"))
-    assert int(found[1].replace(",", "")) == 2000 * 425 * layout.slot_bytes
+    asked = re.search(r"batch of 2000 with 424 positions each: ([\d,]+) bytes asked", done.stdout)
+    shape = cache_shape_of(golden.model("llada"))
+    assert int(asked[1].replace(",", "")) == shape.nbytes(2000, 424)
     fits = int(re.search(r"a batch of (\d+) fits", done.stdout)[1])
-    assert 0 < fits < 2000 and fits * 425 * layout.slot_bytes < 160 << 20
+    assert 0 < fits < 2000 and shape.nbytes(fits, 424) < 160 << 20
     assert "still right" in done.stdout
 
 
@@ -64,9 +64,8 @@ def test_largest_finds_the_edge():
 
 
 def test_other_errors_of_an_allocation_pass_through():
-    layout = layout_of(golden.model("llada"))
     with pytest.raises(RuntimeError, match="negative"):
-        allocate(layout, -2, 10)
+        allocate(cache_shape_of(golden.model("llada")), -2, 10)
 
 
 @pytest.mark.parametrize("rows", [1, 3])

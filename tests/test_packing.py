@@ -14,7 +14,7 @@ from dsb_runtime.engine.layers import ModuleLayer, PackedLayer, layers_of
 from dsb_runtime.engine.packing import neighbours, packed
 from tests import golden
 from tests.golden import prompts
-from tests.test_patch import KINDS, random_model
+from tests.random_models import KINDS, random_model
 
 SHAPE = {"gen_length": 24, "block_length": 8}
 
@@ -45,7 +45,7 @@ def test_nothing_is_held_twice_and_parameters_keep_their_identity(kind):
     with torch.no_grad():
         attn.k_proj.weight.zero_()
     rows = slice(attn.q_proj.out_features, attn.q_proj.out_features + attn.k_proj.out_features)
-    assert not layers[0].qkv_weight.T[rows].any() and layers[0].qkv_weight.any()
+    assert not layers[0].qkv_weight[rows].any() and layers[0].qkv_weight.any()
 
 
 def test_packing_twice_moves_nothing():

@@ -92,7 +92,7 @@ def test_profiling_changes_no_token(model, prompts, decoded, tmp_path):
 
 
 def test_the_same_seed_draws_the_same_tokens(model, prompts, tmp_path):
-    settings = {"gen_length": 24, "block_length": 8, "temperature": 1.0}
+    settings = {"gen_length": 24, "block_length": 8, "temperature": 1.0, "stop_at_eos": False}
     found = profile_steps(model, prompts, dsb.DecodingConfig(**settings), count=2, seed=7,
                           trace_file=tmp_path / "trace.json")  # fmt: skip
     alone = dsb.generate(model, prompts, generator=torch.Generator().manual_seed(7), **settings)

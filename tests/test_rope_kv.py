@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dsb_kernels import rope_kv as module
-from dsb_kernels.rope_kv import rope_write_kv, rope_write_kv_definition, rotate
+from dsb_kernels.rope_kv import rope_write_kv, rope_write_kv_reference, rotate
 from tests.mutations import DEVICE, assert_caught, kernels
 
 SLOW = pytest.mark.slow
@@ -45,7 +45,6 @@ class Case:
     cache_rows: tuple[int, ...] | None = None  # cache_batch_idx
     cache_batch: int | None = None
     max_pos: int = 50
-    is_neox: bool = True
     dtype: torch.dtype = torch.float32
     cos_sin_dtype: torch.dtype = torch.float32
     seed: int = 0
@@ -76,7 +75,7 @@ class Case:
 
     def expected(self, tensors: list[Tensor], double: bool) -> tuple[Tensor, Tensor, Tensor]:
         tensors = [t.double() if double else t.clone() for t in tensors]
-        q = rope_write_kv_definition(*tensors, *self.metadata().values(), self.is_neox)
+        q = rope_write_kv_reference(*tensors, **self.metadata())
         return q, tensors[4], tensors[5]
 
     def check(self) -> None:
@@ -85,7 +84,7 @@ class Case:
         expected = self.expected(tensors, double=True)
         plain = self.expected(tensors, double=False)
         with kernels():
-            q = rope_write_kv(*tensors, **self.metadata(), is_neox=self.is_neox)
+            q = rope_write_kv(*tensors, **self.metadata())
         assert q.dtype == self.dtype
         for result, exact, low in zip((q, *tensors[4:]), expected, plain, strict=True):
             assert not exact.isnan().any()
@@ -103,7 +102,6 @@ class Case:
 
 CASES = {
     "start_middle_end": Case(),
-    "interleaved": Case(is_neox=False),
     "one_row": Case(W=1, starts=(49,), lengths=(1,)),
     "empty_window": Case(lengths=(0, 3, 0)),
     "left_padding": Case(offsets=(0, 7, 42)),
@@ -119,7 +117,6 @@ CASES = {
     ),
     "no_cache_row_written": Case(lengths=(0, 0, 0), cache_rows=(1, 1, 0), cache_batch=2),
     **{f"head_dim_{d}": Case(D=d) for d in (16, 80, 96, 128, 256)},
-    "head_dim_80_interleaved": Case(D=80, is_neox=False),
 }
 
 
@@ -133,7 +130,7 @@ LOW = [torch.float16, torch.bfloat16]
 
 @pytest.mark.parametrize("cos_sin", ["float32", "same"])
 @pytest.mark.parametrize("dtype", LOW, ids=str)
-@pytest.mark.parametrize("name", ["left_padding", "interleaved", "gqa_7"])
+@pytest.mark.parametrize("name", ["left_padding", "gqa_7"])
 def test_low_precision_error_is_at_most_twice_the_plain_one(
     name: str, dtype: torch.dtype, cos_sin: str
 ) -> None:
@@ -161,14 +158,14 @@ def check_special(case: Case) -> None:
     expected = case.expected(tensors, double=True)
     plain = case.expected(tensors, double=False)
     with kernels():
-        without = rope_write_kv(*clean, **case.metadata(), is_neox=case.is_neox)
-        q = rope_write_kv(*tensors, **case.metadata(), is_neox=case.is_neox)
+        without = rope_write_kv(*clean, **case.metadata())
+        q = rope_write_kv(*tensors, **case.metadata())
     results, beside = (q, *tensors[4:]), (without, *clean[4:])
     for result, exact, low, at, other in zip(
         results, expected, plain, special, beside, strict=True
     ):
-        for found in (exact.isnan(), exact.isposinf(), exact.isneginf()):
-            assert found[at].any() and not found[~at].any()
+        for special_value in (exact.isnan(), exact.isposinf(), exact.isneginf()):
+            assert special_value[at].any() and not special_value[~at].any()
         finite = exact.isfinite()
         bound = 1e-5 * exact[finite].abs().amax().item()
         if case.dtype != torch.float32:
@@ -179,7 +176,6 @@ def check_special(case: Case) -> None:
 
 SPECIAL_CASES = {
     "halves": Case(),
-    "pairs": Case(is_neox=False),
     "cache_rows": Case(cache_rows=(2, 0, 1), cache_batch=3, offsets=(0, 7, 42)),
 }
 
@@ -190,15 +186,12 @@ def test_infinities_and_nan_stay_in_their_rows(name: str, dtype: torch.dtype) ->
     check_special(replace(SPECIAL_CASES[name], dtype=dtype))
 
 
-@pytest.mark.parametrize("is_neox", [True, False])
-def test_definition_multiplies_complex_numbers(is_neox: bool) -> None:
+def test_definition_multiplies_complex_numbers() -> None:
     x, table = torch.randn(10, 64, dtype=torch.float64), angles(10, 64, torch.float64).cpu()
     cos, sin = table.chunk(2, -1)
-    pairs = x.unflatten(-1, (2, -1)).mT if is_neox else x.unflatten(-1, (-1, 2))
-    turned = torch.view_as_complex(pairs.contiguous()) * torch.complex(cos, sin)
-    turned = torch.view_as_real(turned)
-    expected = (turned.mT if is_neox else turned).flatten(-2)
-    assert torch.allclose(rotate(x, cos, sin, is_neox), expected, atol=1e-14)
+    pairs = torch.view_as_complex(x.unflatten(-1, (2, -1)).mT.contiguous())
+    turned = torch.view_as_real(pairs * torch.complex(cos, sin))
+    assert torch.allclose(rotate(x, cos, sin), turned.mT.flatten(-2), atol=1e-14)
 
 
 def test_definition_with_cache_rows_is_a_loop_over_rows() -> None:
@@ -258,7 +251,6 @@ def cases(draw: st.DrawFn) -> Case:
         cache_rows=cache_rows,
         cache_batch=cache_batch,
         max_pos=draw(st.integers(1, 80)),
-        is_neox=draw(st.booleans()),
         seed=draw(st.integers(0, 2**31)),
     )
 
@@ -278,19 +270,23 @@ def test_any_geometry_at_length(case: Case) -> None:
 
 MUTATIONS = {
     # kernel, case, what stands there, the mistake
-    "row_past_the_end": ("rope_write_kv_kernel", "start_middle_end", "row < tl.m", "row <= tl.m"),
-    "last_row_dropped": ("rope_write_kv_kernel", "one_row", "row < tl.min", "row + 1 < tl.min"),
+    "column_past_the_end": (
+        "rope_write_kv_kernel", "start_middle_end", "column < tl.m", "column <= tl.m"
+    ),
+    "last_column_dropped": (
+        "rope_write_kv_kernel", "one_row", "column < tl.min", "column + 1 < tl.min"
+    ),
     "padding_added": ("rope_write_kv_kernel", "left_padding", "position -= ", "position += "),
-    "row_shifted": ("rope_write_kv_kernel", "one_row", "ptr + b) + row", "ptr + b) + row - 1"),
+    "window_shifted": ("rope_write_kv_kernel", "one_row", "+ b) + column", "+ b) + column - 1"),
     "index_ignored": ("rope_write_kv_kernel", "cache_rows", "tl.load(batch_idx_ptr + b)", "(b)"),
     "sine_negated": ("rotate_halves", "gqa_7", "a * cos - b * sin", "a * cos + b * sin"),
     "half_dropped": ("rotate_halves", "gqa_7", "out_ptr + HALF", "out_ptr"),
-    "pair_swapped": ("rotate_pairs", "interleaved", "a, b = ", "b, a = "),
-}
+}  # fmt: skip
 SPECIAL_MUTATIONS = {
     "nan_becomes_zero": ("rotate_halves", "halves", "(a * cos",
                          "(tl.where(a == a, a, 0) * cos"),
-    "infinity_clamped": ("rotate_pairs", "pairs", "b * cos + a", "b * cos + tl.minimum(a, 1e30)"),
+    "infinity_clamped": ("rotate_halves", "halves", "b * cos + a",
+                         "b * cos + tl.minimum(a, 1e30)"),
     "row_spoils_its_tile": ("rotate_halves", "cache_rows", "a * cos - b * sin",
                             "a * cos - b * sin + 0 * tl.sum(a, 0)"),
 }  # fmt: skip
@@ -312,7 +308,7 @@ def test_mistakes_with_infinities_and_nan_are_caught(mutation: str) -> None:
 def test_opcheck() -> None:
     op = torch.ops.dsb.rope_write_kv
     for case in (CASES["left_padding"], CASES["cache_rows"]):
-        arguments = (*case.tensors(), *case.metadata().values(), True)
+        arguments = (*case.tensors(), *case.metadata().values())
         with kernels():
             torch.library.opcheck(op, arguments, test_utils=("test_schema", "test_faketensor"))
         torch.library.opcheck(op, arguments)
@@ -363,6 +359,7 @@ def test_output_has_the_stride_order_of_q(backend: str) -> None:
         ({"cos_sin_cache": torch.zeros(50, 64).half()}, TypeError, "cos_sin_cache has dtype"),
         ({"k_cache": torch.zeros(3, 2, 50, 64).half()}, TypeError, "k_cache has dtype float16"),
         ({"v_cache": torch.zeros(3, 2, 49, 64)}, ValueError, "v_cache has shape"),
+        ({"v_cache": torch.zeros(3, 2, 50, 64)}, ValueError, "v_cache has strides"),
         ({"window_start": torch.zeros(3)}, TypeError, "window_start has dtype float32"),
         ({"window_length": ints(1)}, ValueError, "window_length has shape"),
         ({"window_start": ints(*range(6))[::2]}, ValueError, r"window_start has strides \(2,\)"),
@@ -389,7 +386,7 @@ def test_bad_input_is_named(changes: dict, error: type[Exception], message: str)
 def test_window_larger_than_the_cache_is_refused() -> None:
     x = torch.zeros(1, 2, 8, 64, device=DEVICE)
     cache = torch.zeros(1, 2, 7, 64, device=DEVICE)
-    with pytest.raises(ValueError, match="q has 8 window rows: accepted is at most k_cache's 7"):
+    with pytest.raises(ValueError, match="q has 8 columns: accepted is at most k_cache's 7"):
         rope_write_kv(
             x, x, x, angles(9, 64), cache, cache, window_start=ints(0), window_length=ints(1)
         )

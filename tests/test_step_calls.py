@@ -15,8 +15,6 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import dsb_runtime as dsb
 from dsb_kernels.rows import StepKind
-from dsb_runtime.engine import layers
-from dsb_runtime.engine.layers import silu_mul
 from dsb_runtime.engine.step import StepShape
 from dsb_runtime.families import LLADA, DiffusionInfo
 from tests import golden
@@ -142,18 +140,6 @@ def test_a_window_steps_layer_is_eight_kernels_and_at_most_25_calls():
     ]  # fmt: skip
 
 
-def test_a_layer_of_many_rows_is_nine_kernels(monkeypatch):
-    """Matmuls that are made for them, which add the residual."""
-    monkeypatch.setattr(layers, "MAX_ROWS", 23)
-    with kernels():
-        calls = layer_calls(record(model_of(4), "window", rows=1))
-    assert len(calls) <= 25, calls
-    assert device_kernels(calls) == [
-        "rope_write_kv", "window_attention", "matmul + residual", "rms norm", "matmul",
-        "silu * mul", "matmul + residual", "rms norm", "matmul",
-    ]  # fmt: skip
-
-
 @pytest.mark.parametrize("kind", SHAPES)
 @pytest.mark.parametrize("rows", [1, 2])
 def test_a_step_is_few_kernels_outside_its_layers(kind, rows):
@@ -168,11 +154,3 @@ def test_a_step_is_few_kernels_outside_its_layers(kind, rows):
         "rope_write_kv", "index_select", "index_select", "window_attention", *AFTER_ATTENTION,
         "lm_head_confidence", "unmask_and_slide",
     ]  # fmt: skip
-
-
-def test_silu_mul_compiles_to_what_it_is():
-    """The region that is compiled on a GPU, by the compiler's front end on a CPU."""
-    x = torch.randn(5, 16)
-    compiled = torch.compile(silu_mul, dynamic=True, fullgraph=True, backend="aot_eager")
-    assert torch.equal(compiled(x), silu_mul(x))
-    assert torch.allclose(silu_mul(x), torch.sigmoid(x[:, :8]) * x[:, :8] * x[:, 8:], atol=1e-6)

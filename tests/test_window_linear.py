@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dsb_kernels import _configs as tuning
-from dsb_kernels import window_linear as module
-from dsb_kernels.window_linear import launch_of, window_linear, window_linear_reference
+from dsb_kernels import linear as module
+from dsb_kernels.linear import linear_launch, window_linear, window_linear_reference
 from tests.mutations import DEVICE, assert_caught, kernels, tiles_of
 
 INF, NAN = float("inf"), float("nan")
@@ -190,7 +190,7 @@ SHARED = 227 * 1024
 @pytest.mark.parametrize("name", MODELS)
 def test_programs_of_the_models_run_at_once_and_keep_the_memory_busy(production, name, rows):
     for F, gated in zip(MODELS[name], (False, True), strict=True):
-        launch = launch_of(rows, F, torch.bfloat16, "sm_90", gated=gated)
+        launch = linear_launch(rows, F, torch.bfloat16, "sm_90", gated=gated)
         tile = launch.blocks["BLOCK_V"] * (2 if gated else 1)
         shared = launch.num_stages * (tile + launch.blocks["BLOCK_N"]) * 64 * 2
         programs, (tiles, blocks) = launch.grid[0], launch.grid
@@ -259,20 +259,33 @@ def check_both() -> None:
 @pytest.mark.parametrize(
     ("old", "new"),
     [
-        ("(feature < F)[:, None], (row", "(feature < F - 1)[:, None], (row"),
-        ("(row < rows)[None, :]\n", "(row < rows - 1)[None, :]\n"),
-        ("at + k < E", "at + k < E - 1"),
+        ("(feature < F)[:, None], (token", "(feature < F - 1)[:, None], (token"),
+        ("(token < num_tokens)[None, :]\n", "(token < num_tokens - 1)[None, :]\n"),
+        ("k0 + k < E", "k0 + k < E - 1"),
         ("tl.cast(F, tl.int64)", "tl.cast(F - 1, tl.int64)"),
         ("tl.program_id(1) * BLOCK_N", "tl.program_id(1) * 0"),
         ("bias_ptr + F + feature", "bias_ptr + feature"),
         ("gate += tl.load(bias_ptr + feature,", "gate += tl.load(bias_ptr + 0 * feature,"),
         ("tl.exp(-gate)", "tl.exp(gate)"),
         ("up = tl.dot(w, x, up,", "up = tl.dot(w, x, gate,"),
-        ("* stride_xn + k[:, None]", "* stride_xn + k[:, None] * (row < 17)[None, :]"),
+        ("* stride_xn + k[:, None]", "* stride_xn + k[:, None] * (token < 17)[None, :]"),
     ],
 )
 def test_deliberate_mistakes_are_caught(old, new):
     assert_caught(check_both, module, "_window_linear_kernel", old, new)
+
+
+def check_many_tokens() -> None:
+    compare(*inputs(130, 21, 40, gated=True), gated=True)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [("index // F * F + index", "index"), ("gate_ptrs + F", "gate_ptrs"),
+     ("< numel", "< numel - 1"), ("tl.exp(-gate)", "tl.exp(gate)")],
+)  # fmt: skip
+def test_mistakes_in_silu_times_up_after_cublas_are_caught(old, new):
+    assert_caught(check_many_tokens, module, "_silu_mul_kernel", old, new)
 
 
 def check_nan_in_a_row() -> None:
