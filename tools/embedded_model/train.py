@@ -1,4 +1,4 @@
-"""Trains the embedded model from scratch: ``python -m tools.embedded_model.train --out DIR``.
+"""Train the embedded model from scratch: `python -m tools.embedded_model.train --out DIR`.
 
 A run is a function of its settings alone: the batch of a step is drawn from the seed and the
 step's number, so a checkpoint needs no generator states and a resumed run ends in the weights of
@@ -68,7 +68,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Batch:
-    """Problems of one number of steps, masked. ``L`` = prompt length + canvas length."""
+    """Problems of one number of steps, masked. `L` = prompt length + canvas length."""
 
     input_ids: Tensor  # (B, L) int64, mask ids in the canvas
     targets: Tensor  # (B, C) int64, the canvas unmasked
@@ -79,20 +79,14 @@ def build_model(settings: Settings, tokenizer: PreTrainedTokenizerFast) -> Llama
     """A Llama with bidirectional attention, which is what a LLaDA is; weights from the seed."""
     config = LlamaConfig(
         vocab_size=-(-len(tokenizer) // VOCAB_MULTIPLE) * VOCAB_MULTIPLE,
-        hidden_size=settings.hidden,
-        num_hidden_layers=settings.layers,
-        num_attention_heads=settings.heads,
-        num_key_value_heads=settings.heads,
-        intermediate_size=settings.mlp,
-        max_position_embeddings=MAX_SEQUENCE_LENGTH,
-        rms_norm_eps=1e-5,
-        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
-        tie_word_embeddings=False,
-        eos_token_id=tokenizer.eos_token_id,
+        hidden_size=settings.hidden, intermediate_size=settings.mlp,
+        num_hidden_layers=settings.layers, num_attention_heads=settings.heads,
+        num_key_value_heads=settings.heads, max_position_embeddings=MAX_SEQUENCE_LENGTH,
+        rms_norm_eps=1e-5, rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        tie_word_embeddings=False, eos_token_id=tokenizer.eos_token_id,
         pad_token_id=None,  # a padding embedding would get no gradient, and here it is the EOS
-        bos_token_id=None,
-        attn_implementation="sdpa",
-    )
+        bos_token_id=None, attn_implementation="sdpa",
+    )  # fmt: skip
     config.is_causal = False
     torch.manual_seed(settings.seed)
     model = LlamaForCausalLM(config)
@@ -104,7 +98,7 @@ def build_model(settings: Settings, tokenizer: PreTrainedTokenizerFast) -> Llama
 
 
 def initial_embeddings(vocab: int, hidden: int, tokenizer: PreTrainedTokenizerFast) -> Tensor:
-    """Where embeddings and LM head start, ``(vocab, hidden)``, entries of about unit variance.
+    """Where embeddings and LM head start, `(vocab, hidden)`, entries of about unit variance.
 
     Numbers start on circles of several periods, where adding is rotating, which a gated MLP can
     compute: from random vectors it would have to learn the whole addition table by heart. The LM
@@ -145,7 +139,7 @@ def canvas_length(solution: int, rng: random.Random) -> int:
 
 
 def make_batch(settings: Settings, tokenizer: PreTrainedTokenizerFast, step: int) -> Batch:
-    """The batch of step ``step``, drawn from the seed and the step's number alone."""
+    """The batch of step `step`, drawn from the seed and the step's number alone."""
     rng = random.Random(f"{settings.seed} {step}")
     count = step_count(step / settings.steps, rng)
     seeds = [rng.getrandbits(60) for _ in range(settings.batch_size)]
@@ -164,7 +158,7 @@ def make_batch(settings: Settings, tokenizer: PreTrainedTokenizerFast, step: int
 def mask_canvas(
     shape: torch.Size, count: int, rng: random.Random, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """Which canvas positions to mask, and what each counts in the loss; both ``(B, C)``.
+    """Which canvas positions to mask, and what each counts in the loss; both `(B, C)`.
 
     A third of the batches is masked as LLaDA is, each position with the row's own probability.
     Alone that teaches to copy a total from the step after it, which decoding never sees, rather
@@ -205,10 +199,8 @@ def build_optimizer(settings: Settings, model: LlamaForCausalLM) -> torch.optim.
     """AdamW, with weight decay on matrices only."""
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     vectors = [p for p in model.parameters() if p.ndim < 2]
-    groups = [
-        {"params": matrices, "weight_decay": settings.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
+    groups: list[dict[str, Any]] = [{"params": matrices, "weight_decay": settings.weight_decay}]
+    groups.append({"params": vectors, "weight_decay": 0.0})
     return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.98))
 
 
@@ -221,15 +213,12 @@ def batch_loss(model: LlamaForCausalLM, batch: Batch) -> Tensor:
 
 
 def train(
-    settings: Settings,
-    checkpoint: Path,
-    device: torch.device,
-    checkpoint_every: int = 500,
+    settings: Settings, checkpoint: Path, device: torch.device, checkpoint_every: int = 500,
     stop_after: int | None = None,
-) -> tuple[LlamaForCausalLM, bool]:
-    """Runs or resumes a run; returns the model and whether the run is complete.
+) -> tuple[LlamaForCausalLM, bool]:  # fmt: skip
+    """Run or resume a run. Returns the model and whether the run is complete.
 
-    It stops early on Ctrl-C, or at step ``stop_after``; the checkpoint is then up to date.
+    It stops early on Ctrl-C, or at step `stop_after`; the checkpoint is then up to date.
     """
     tokenizer = build_tokenizer()
     model = build_model(settings, tokenizer).to(device)
@@ -277,32 +266,22 @@ def interrupt_flag() -> Iterator[list[int]]:
 
 
 def save_checkpoint(
-    path: Path,
-    settings: Settings,
-    model: LlamaForCausalLM,
-    optimizer: torch.optim.AdamW,
-    step: int,
+    path: Path, settings: Settings, model: LlamaForCausalLM, optimizer: torch.optim.AdamW, step: int
 ) -> None:
-    """Writes beside ``path``, then replaces it, so that a crash leaves the old checkpoint."""
+    """Write beside `path`, then replace it, so that a crash leaves the old checkpoint."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
-    state = {
-        "settings": asdict(settings),
-        "step": step,
-        "model": model.state_dict(),
-        "optimizer": optimizer.state_dict(),
-    }
+    weights, moments = model.state_dict(), optimizer.state_dict()
+    state = {"settings": asdict(settings), "step": step, "model": weights, "optimizer": moments}
     torch.save(state, temporary)
     os.replace(temporary, path)
 
 
 def load_checkpoint(
-    path: Path,
-    settings: Settings,
-    model: LlamaForCausalLM,
+    path: Path, settings: Settings, model: LlamaForCausalLM,
     optimizer: torch.optim.AdamW | None = None,
-) -> int:
-    """Fills model and optimizer from ``path`` and returns its step, 0 if there is none."""
+) -> int:  # fmt: skip
+    """Fill model and optimizer from `path` and return its step, 0 if there is no file."""
     if not path.exists():
         return 0
     try:
@@ -332,38 +311,26 @@ def llada_name(name: str) -> str:
 
 
 def llada_config(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
-    """The model's ``config.json`` in the LLaDA hub format."""
+    """The model's `config.json` in the LLaDA hub format."""
     config = model.config
     return {
-        "architectures": ["LLaDAModelLM"],
-        "model_type": "llada",
-        "d_model": config.hidden_size,
-        "n_heads": config.num_attention_heads,
-        "n_kv_heads": config.num_key_value_heads,
-        "n_layers": config.num_hidden_layers,
-        "mlp_hidden_size": config.intermediate_size,
-        "vocab_size": config.vocab_size,
-        "embedding_size": config.vocab_size,
-        "max_sequence_length": config.max_position_embeddings,
-        "rope": True,
-        "rope_theta": config.rope_parameters["rope_theta"],
-        "alibi": False,
-        "include_bias": False,
-        "include_qkv_bias": False,
-        "layer_norm_type": "rms",
-        "rms_norm_eps": config.rms_norm_eps,
-        "activation_type": "silu",
-        "block_type": "llama",
-        "scale_logits": False,
-        "weight_tying": False,
-        "mask_token_id": tokenizer.mask_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
+        "architectures": ["LLaDAModelLM"], "model_type": "llada",
+        "d_model": config.hidden_size, "n_heads": config.num_attention_heads,
+        "n_kv_heads": config.num_key_value_heads, "n_layers": config.num_hidden_layers,
+        "mlp_hidden_size": config.intermediate_size, "vocab_size": config.vocab_size,
+        "embedding_size": config.vocab_size, "max_sequence_length": config.max_position_embeddings,
+        "rope": True, "rope_theta": config.rope_parameters["rope_theta"], "alibi": False,
+        "include_bias": False, "include_qkv_bias": False,
+        "layer_norm_type": "rms", "rms_norm_eps": config.rms_norm_eps,
+        "activation_type": "silu", "block_type": "llama",
+        "scale_logits": False, "weight_tying": False,
+        "mask_token_id": tokenizer.mask_token_id, "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
-    }
+    }  # fmt: skip
 
 
 def export(model: LlamaForCausalLM, out: Path) -> None:
-    """Writes ``out``: float32 weights, configuration and tokenizer in the LLaDA hub format."""
+    """Write `out`: float32 weights, configuration and tokenizer in the LLaDA hub format."""
     tokenizer = build_tokenizer()
     out.mkdir(parents=True, exist_ok=True)
     weights = {llada_name(k): v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
@@ -385,47 +352,46 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=Settings.seed, help="default: %(default)s")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
     parser.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
-    parser.add_argument(
-        "--export-only", action="store_true", help="write OUT from the checkpoint as it is"
-    )
-    given = parser.parse_args(arguments)
-    if given.steps < 1:
-        parser.error(f"--steps {given.steps}: expected at least 1")
-    if given.threads is not None and given.threads < 1:
-        parser.error(f"--threads {given.threads}: expected at least 1")
-    if given.out.exists() and not given.out.is_dir():
-        parser.error(f"--out {str(given.out)!r}: expected a folder, this is a file")
-    given.device = given.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if given.device not in ("cpu", "cuda"):
-        parser.error(f"--device {given.device!r}: expected cpu or cuda")
-    if given.device == "cuda" and not torch.cuda.is_available():
+    parser.add_argument("--export-only", action="store_true",
+                        help="write OUT from the checkpoint as it is")  # fmt: skip
+    args = parser.parse_args(arguments)
+    if args.steps < 1:
+        parser.error(f"--steps {args.steps}: expected at least 1")
+    if args.threads is not None and args.threads < 1:
+        parser.error(f"--threads {args.threads}: expected at least 1")
+    if args.out.exists() and not args.out.is_dir():
+        parser.error(f"--out {str(args.out)!r}: expected a folder, this is a file")
+    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if args.device not in ("cpu", "cuda"):
+        parser.error(f"--device {args.device!r}: expected cpu or cuda")
+    if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device 'cuda': torch finds no CUDA device here; expected cpu")
-    given.checkpoint = given.checkpoint or given.out.with_name(given.out.name + ".checkpoint.pt")
-    if given.export_only and not given.checkpoint.exists():
-        parser.error(f"--checkpoint {str(given.checkpoint)!r}: no such file to export")
-    return given
+    args.checkpoint = args.checkpoint or args.out.with_name(args.out.name + ".checkpoint.pt")
+    if args.export_only and not args.checkpoint.exists():
+        parser.error(f"--checkpoint {str(args.checkpoint)!r}: no such file to export")
+    return args
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Command line: 0 when the model is written, 2 on bad arguments, 130 when interrupted."""
-    given = parse_arguments(arguments)
-    if given.threads is not None:
-        torch.set_num_threads(given.threads)
-    settings = Settings(steps=given.steps, seed=given.seed)
+    args = parse_arguments(arguments)
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    settings = Settings(steps=args.steps, seed=args.seed)
     try:
-        if given.export_only:
+        if args.export_only:
             model = build_model(settings, build_tokenizer())
-            load_checkpoint(given.checkpoint, settings, model)
+            load_checkpoint(args.checkpoint, settings, model)
         else:
-            model, complete = train(settings, given.checkpoint, torch.device(given.device))
+            model, complete = train(settings, args.checkpoint, torch.device(args.device))
             if not complete:
-                print(f"interrupted; run again to go on from {given.checkpoint}", file=sys.stderr)
+                print(f"interrupted; run again to go on from {args.checkpoint}", file=sys.stderr)
                 return 130
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    export(model, given.out)
-    print(f"model written to {given.out}")
+    export(model, args.out)
+    print(f"model written to {args.out}")
     return 0
 
 
