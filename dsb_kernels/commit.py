@@ -41,7 +41,9 @@ def in_batch(scored: Tensor, rows: Tensor | None, whole: Tensor) -> Tensor:
     return values
 
 
-def tokens_due(step: Tensor, start: Tensor, committed: Tensor, length: int, spec: UnmaskSpec):
+def tokens_due(
+    step: Tensor, start: Tensor, committed: Tensor, length: int, spec: UnmaskSpec
+) -> Tensor:
     """Tokens to commit in this step so that the plan is met: m masks in k steps, the first m mod k
     steps taking one more. What a block could not supply earlier is carried over. (B,) int64."""
     if spec.schedule == "naive":
@@ -76,7 +78,9 @@ def block_of(
     return first_masked, end
 
 
-def next_prefix(old: dict[Column, Tensor], start: Tensor, refresh: Tensor, spec: UnmaskSpec):
+def next_prefix(
+    old: dict[Column, Tensor], start: Tensor, refresh: Tensor, spec: UnmaskSpec
+) -> Tensor:
     """How many positions before the block the next window step computes. (B,) int64."""
     if spec.cache == "none":
         return torch.zeros_like(start)
@@ -152,13 +156,12 @@ def unmask_and_slide_reference(
             have any row stride, the others are contiguous), or a spec that does not fit the canvas.
     """
     L, k = canvas.shape[1], token.shape[1]
-    old = {column: table[:, column].long() for column in Column}
+    old = dict(zip(Column, table.long().unbind(1), strict=True))
     was_refresh = old[Column.NEXT_KIND] != StepKind.WINDOW
     token = in_batch(token, rows, position)
     confidence = in_batch(confidence, rows, position)
-    takes_part = in_batch(active, rows, old[Column.NEXT_KIND]) & (
-        old[Column.NEXT_KIND] != StepKind.NOTHING
-    )
+    takes_part = in_batch(active, rows, was_refresh)
+    takes_part = takes_part & (old[Column.NEXT_KIND] != StepKind.NOTHING)
     candidate_confidence.copy_(confidence.where(takes_part[:, None], 0))
 
     # Select.
@@ -207,18 +210,18 @@ def unmask_and_slide_reference(
     next_position = first_candidates(masked & ~done[:, None], end, position.shape[1])
     position.copy_(torch.where(moved[:, None], next_position, position))
 
-    after = {
+    after = old | {
         Column.NEXT_KIND: next_kind, Column.START: start, Column.END: end, Column.PREFIX: prefix,
-        Column.NUM_CANDIDATES: (next_position >= 0).sum(-1), Column.LEFTPAD: old[Column.LEFTPAD],
-        Column.COMMITTED: committed, Column.SINCE_REFRESH: since_refresh, Column.STEP: step,
-        Column.REFRESHES: refreshes, Column.FORWARDS: old[Column.FORWARDS] + 1,
+        Column.NUM_CANDIDATES: (next_position >= 0).sum(-1), Column.COMMITTED: committed,
+        Column.SINCE_REFRESH: since_refresh, Column.STEP: step, Column.REFRESHES: refreshes,
+        Column.FORWARDS: old[Column.FORWARDS] + 1,
     }  # fmt: skip
-    after = {column: torch.where(moved, value, old[column]) for column, value in after.items()}
-    # These say what this step did, also of the rows that did not move.
-    after |= {
-        Column.TOOK_PART: takes_part, Column.NEW: new, Column.FAILED: old[Column.FAILED] | failed,
-    }  # fmt: skip
-    table.copy_(torch.stack([after[column].int() for column in Column], dim=1))
+    after_table = torch.stack([after[column] for column in Column], dim=1).int()
+    table.copy_(torch.where(moved[:, None], after_table, table))
+    # These say what the step did, also of the rows that did not move.
+    table[:, Column.TOOK_PART] = takes_part.int()
+    table[:, Column.NEW] = new.int()
+    table[:, Column.FAILED] |= failed.int()
 
 
 def initial_rows(canvas: Tensor, leftpad: Tensor, spec: UnmaskSpec) -> tuple[Tensor, Tensor]:
@@ -258,8 +261,7 @@ def _check(a: Any) -> None:
     B, L = a.canvas.shape
     K = a.position.shape[-1] if isinstance(a.position, Tensor) else 0
     b = B if a.rows is None else len(a.rows)
-    shape: tuple[Any, ...]
-    for field, dtype, shape in (
+    expected: list[tuple[str, torch.dtype, tuple[int | str, ...]]] = [
         ("table", torch.int32, (B, NUM_COLUMNS)),
         ("position", torch.int32, (B, "K")),
         ("commit", torch.bool, (B, K)),
@@ -268,7 +270,8 @@ def _check(a: Any) -> None:
         ("token", torch.int64, (b, "k")),
         ("confidence", torch.float32, (b, a.token.shape[-1])),
         ("active", torch.bool, (b,)),
-    ):
+    ]
+    for field, dtype, shape in expected:
         check_tensor(
             name, field, getattr(a, field), dtype=dtype, shape=shape, device=a.canvas.device,
             contiguous=True,

@@ -123,7 +123,7 @@ class UnmaskSpec:
                     f"UnmaskSpec: {name}={getattr(self, name)}: accepted is at least {low}"
                 )
         # Made here, since torch.compile cannot trace what makes it.
-        values = [getattr(self, field.name) for field in fields(self)]
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
         object.__setattr__(self, "_code", json.dumps(values))
 
     def encode(self) -> str:
@@ -134,5 +134,5 @@ class UnmaskSpec:
     @functools.lru_cache(maxsize=64)
     def decode(code: str) -> UnmaskSpec:
         """The spec of `encode`."""
-        *values, eos_ids, stop_at_eos, full_every = json.loads(code)
-        return UnmaskSpec(*[*values, tuple(eos_ids), stop_at_eos, full_every])
+        values = json.loads(code)
+        return UnmaskSpec(**{**values, "eos_ids": tuple(values["eos_ids"])})

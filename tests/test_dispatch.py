@@ -1,9 +1,15 @@
 """The dispatch rule, registration and the shared argument checks."""
 
+from __future__ import annotations
+
 import contextlib
+import inspect
 import subprocess
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from dsb_kernels import _configs as tuning
 from dsb_kernels import _op as dispatch
 from dsb_kernels._check import check_choice, check_tensor
-from dsb_kernels._op import use_triton
+from dsb_kernels._op import op, use_triton
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.zeros(2)
@@ -60,13 +66,137 @@ def test_invalid_backend_is_named(monkeypatch, value):
         use_triton(CPU)
 
 
+# --- op: a public function out of a definition ------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Weights:
+    """An object that travels through torch as a string."""
+
+    values: tuple[float, ...]
+
+    def encode(self) -> str:
+        return ",".join(map(str, self.values))
+
+    @staticmethod
+    def decode(code: str) -> Weights:
+        return Weights(tuple(map(float, code.split(","))))
+
+
+def weigh_reference(
+    x: torch.Tensor,
+    weights: Weights,
+    *,
+    offset: torch.Tensor | None = None,
+    skipped: Sequence[int] = (),
+    scale: float = 2.0,
+) -> torch.Tensor:
+    """A docstring that becomes the public one."""
+    factors = [0.0 if i in skipped else scale * w for i, w in enumerate(weights.values)]
+    y = x * x.new_tensor(factors)
+    return y if offset is None else y + offset
+
+
+def fill_reference(x: torch.Tensor, value: float = 1.0) -> None:
+    x.fill_(value)
+
+
+def check_weigh(a: Any) -> None:
+    check_tensor("weigh", "x", a.x, dtype=torch.float32, shape=("N", len(a.weights.values)))
+
+
+launched: list[Any] = []
+
+
+def launch_weigh(a: Any) -> torch.Tensor:
+    launched.append(a)
+    return weigh_reference(*a[:2], **{n: getattr(a, n) for n in a._fields[2:]})
+
+
+weigh = op(weigh_reference, launch=launch_weigh, check=check_weigh)
+fill = op(
+    fill_reference,
+    launch=lambda a: None,
+    check=lambda a: None,
+    finish=lambda a, result: len(a.x),
+    mutates_args=("x",),
+)
+X, WEIGHTS = torch.ones(2, 3), Weights((1.0, 2.0, 3.0))
+
+
+def test_an_op_has_the_schema_and_the_docstring_of_its_definition():
+    schema = "dsb::weigh(Tensor x, str weights, Tensor? offset, SymInt[] skipped, float scale)"
+    assert str(torch.ops.dsb.weigh.default._schema) == f"{schema} -> Tensor"
+    schema = str(torch.ops.dsb.fill.default._schema)
+    assert schema == "dsb::fill(Tensor(a0!) x, float value=1.) -> ()"
+    assert weigh.__doc__ == weigh_reference.__doc__ and weigh.__name__ == "weigh"
+    assert inspect.signature(weigh) == inspect.signature(weigh_reference)
+
+
+def test_an_op_runs_its_definition_where_no_kernel_runs(monkeypatch):
+    """Looked up when it is called, so that a test may count it."""
+    monkeypatch.delenv("DSB_BACKEND", raising=False)
+    expected = torch.tensor([2.0, 0.0, 6.0]).expand(2, 3)
+    assert torch.equal(weigh(X, WEIGHTS, skipped=(1,)), expected)
+    monkeypatch.setattr(weigh, "definition", lambda *args, **kwargs: "the definition")
+    assert weigh(X, WEIGHTS) == "the definition"
+    x = torch.zeros(2)
+    assert fill(x, value=3.0) == 2 and x.tolist() == [3.0, 3.0]  # finish makes the result
+
+
+def test_an_op_launches_with_its_arguments_bound(monkeypatch):
+    monkeypatch.setattr(dispatch, "use_triton", lambda *tensors: True)
+    launched.clear()
+    weigh(X, weights=WEIGHTS, offset=X)
+    (a,) = launched
+    assert a.weights == WEIGHTS and a.weights is not WEIGHTS  # it came as a string
+    assert a.offset is X and tuple(a.skipped) == () and a.scale == 2.0
+
+
+@pytest.mark.parametrize(
+    ("args", "kwargs", "words"),
+    [
+        ((X,), {}, "missing 1 required positional argument: 'weights'"),
+        ((X, WEIGHTS, X), {}, "takes 2 positional arguments and the rest by name; 3 were given"),
+        ((X, WEIGHTS), {"shift": 1}, "unexpected keyword argument 'shift'"),
+        ((X, WEIGHTS), {"x": X}, "multiple values for argument 'x'"),
+        ((X.double(), WEIGHTS), {}, "x has dtype float64"),
+    ],
+)
+def test_an_op_names_what_is_wrong_with_its_arguments(args, kwargs, words):
+    with pytest.raises(TypeError, match=f"^weigh.*{words}"):
+        weigh(*args, **kwargs)
+
+
+def test_a_definition_with_a_default_before_none_is_refused():
+    def bad_reference(x: torch.Tensor, y: int = 0, *, z: int) -> torch.Tensor:
+        return x
+
+    with pytest.raises(TypeError, match="bad: a parameter without a default follows one with a"):
+        op(bad_reference, launch=launch_weigh, check=check_weigh)
+
+
+def test_an_op_passes_torchs_checks_and_is_traced_whole():
+    torch.library.opcheck(torch.ops.dsb.weigh, (X, WEIGHTS.encode(), X, [1], 2.0))
+    torch.library.opcheck(torch.ops.dsb.fill, (X.clone(),))
+
+    def both(x: torch.Tensor) -> torch.Tensor:
+        y = weigh(x, WEIGHTS, skipped=(0,))
+        fill(y[0], 7.0)
+        return y
+
+    compiled = torch.compile(both, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(X), both(X))
+
+
+# --- without Triton; launches ------------------------------------------------------------------
+
 WITHOUT_TRITON = """
 import sys
 sys.modules["triton"] = None  # importing it fails, as where it does not exist
 import torch
 import dsb_kernels.token_confidence, dsb_kernels.lm_head, dsb_kernels.rope_kv
-import dsb_kernels.linear_add_norm, dsb_kernels.commit, dsb_kernels.attention
-import dsb_kernels.window_linear
+import dsb_kernels.linear, dsb_kernels.commit, dsb_kernels.attention, dsb_kernels.place
 from dsb_kernels.token_confidence import token_confidence
 from dsb_kernels.lm_head import lm_head_confidence
 x = torch.tensor([[0.0, 3.0, 1.0]])

@@ -23,8 +23,8 @@ from tools.compile_report.report import ARCHITECTURES, CHIPS, Resources, failure
 ROOT = Path(__file__).parent.parent
 # Triton 3.6 keeps a few more registers: 4 to 92 bytes of a thread.
 SPILLED_BEFORE_3_9 = (
-    "lm_head_confidence margin bf16 128 rows",
-    "lm_head_confidence neg_entropy bf16 128 rows",
+    "lm_head_confidence margin bf16 128 candidates",
+    "lm_head_confidence entropy bf16 128 candidates",
     "lm_head_confidence probability sampled fp32",
 )
 

@@ -1,65 +1,55 @@
-"""Bytes that scoring and the linear ops must move, and those that they do, at the models' real
-shapes.
+"""Bytes that the kernels must move, and those that they do, at the models' real shapes.
 
-The interpreter's loads and stores are counted address by address, with the production launch
-geometry. Rows of `token_confidence` share nothing, and vocabulary shares and hidden columns of
-`lm_head_confidence` nothing but the hidden rows, so that one row, and one share of an eighth of the
-columns, are run and their bytes multiplied. Tiles of features, and the input features of a split,
-share no weights either: the linear ops are run for two tiles, or 256 of the input features.
-`python -m pytest -s tests/test_traffic.py -m slow` prints the table.
+The interpreter's loads and stores are counted with the production launch geometry, and what shares
+nothing is run once and multiplied. One candidate of `token_confidence` stands for all; of
+`lm_head_confidence` one share of the vocabulary and an eighth of the hidden size, since shares have
+only the hidden states in common; of the linear ops two tiles of features, or 256 input features; of
+attention one KV head. `python -m pytest -s tests/test_traffic.py -m slow` prints the tables.
 
-    must      each input once, each output once
-    touched   distinct bytes that are read or written at all: what memory has to move
-    asked     bytes of all loads of the large input; what exceeds `touched` comes from the caches
-    partials  bytes of the states, or of the splits' sums, written once and read once
-
-The splits' sums (N x E x 4 bytes each, see `tuning.CONFIGS`) are counted as if they went to memory.
-Up to 32 rows all is within 1.1 of what must move. From 64 rows on the sums of the output projection
-are more than that; they are at most 8.4 MB at a time, which stay in the L2 cache.
+Up to 32 tokens, all that the linear ops move is within 1.1 of what must move. From 64 tokens on,
+the partial sums of the output projection are more than that; they are at most 8.4 MB at a time,
+which stay in the L2 cache. Why attention's partial results are as large as they are is said in
+docs/tuning.md.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import itertools
 
 import pytest
 import torch
+from torch import Tensor
 
 from dsb_kernels import _configs as tuning
-from dsb_kernels import linear_add_norm as add_norm
-from dsb_kernels import lm_head
-from dsb_kernels import window_linear as window
+from dsb_kernels import linear, lm_head
+from dsb_kernels.attention import window_attention
+from dsb_kernels.attention_kernel import choose_splits, tile_of
+from dsb_kernels.commit import initial_rows, unmask_and_slide
+from dsb_kernels.rope_kv import rope_write_kv
+from dsb_kernels.rows import UnmaskSpec
 from dsb_kernels.token_confidence import launch_of, token_confidence
 from tests.mutations import DEVICE
-from tests.test_kernels2_traffic import L2_BYTES, counted
+from tests.traffic import HEADING, L2_BYTES, Moved, counted
 
 pytestmark = pytest.mark.skipif(DEVICE.type == "cuda", reason="counts in the interpreter")
+
+
+def ints(*values: int) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
+# --- scoring ----------------------------------------------------------------------------------
+
 VOCABULARIES = {"LLaDA-8B": 126464, "iLLaDA-8B": 155136, "Dream-7B": 152064}
 HIDDEN = {"LLaDA-8B": 4096, "iLLaDA-8B": 4096, "Dream-7B": 3584}
 
 
-@dataclass
-class Scoring:
-    """Bytes of one call."""
-
-    name: str
-    must: int
-    touched: int
-    asked: int
-    partials: int
-
-    def line(self) -> str:
-        return (
-            f"{self.name:46} {self.must / 1e6:8.1f} {self.touched / self.must:8.3f} "
-            f"{self.asked / self.must:8.3f} {self.partials / 1e6:6.2f} MB"
-        )
-
-    def check(self) -> None:
-        assert self.touched <= 1.1 * self.must
-        assert self.asked + self.partials <= 1.1 * self.must
+def check_scoring(moved: Moved) -> None:
+    assert moved.touched <= 1.1 * moved.must
+    assert moved.asked + moved.partials <= 1.1 * moved.must
 
 
-def token_confidence_traffic(model: str, rows: int, monkeypatch) -> Scoring:
+def token_confidence_traffic(model: str, rows: int, monkeypatch) -> Moved:
     """One row of `rows`, in their launch configuration."""
     V = VOCABULARIES[model]
     launch = launch_of(rows, V, "sm_90", sample=False)
@@ -71,7 +61,7 @@ def token_confidence_traffic(model: str, rows: int, monkeypatch) -> Scoring:
     outputs = traffic.touched(token) + traffic.touched(c)
     partials = traffic.asked_elsewhere(logits, token, c)
     assert partials == 2 * 6 * 4 * launch.grid[1] - 4 * launch.grid[1]  # one plane is not read
-    return Scoring(
+    return Moved(
         name=f"token_confidence {model} {rows} rows",
         must=rows * (V * 2 + 8 + 4),
         touched=rows * (traffic.touched(logits) + outputs + partials),
@@ -80,13 +70,13 @@ def token_confidence_traffic(model: str, rows: int, monkeypatch) -> Scoring:
     )
 
 
-def lm_head_traffic(model: str, rows: int, monkeypatch) -> Scoring:
+def lm_head_traffic(model: str, rows: int, monkeypatch) -> Moved:
     """One program's share of the vocabulary; there are as many as its launch has."""
     V, E = VOCABULARIES[model], HIDDEN[model]
     launch = lm_head.launch_of(rows, V, torch.float16, "sm_90", sample=False)
     share, programs = launch.share, launch.grid[0]
     config = tuning.Config(launch.blocks | {"PROGRAMS": 1}, launch.num_warps)
-    monkeypatch.setitem(tuning.CONFIGS, ("lm_head_confidence", "any"), {1 << 62: config})
+    monkeypatch.setitem(tuning.CONFIGS, ("lm_head_confidence", "any"), {tuning.INFINITY: config})
     columns = E // 8
     weight = torch.zeros(share, columns, dtype=torch.float16)
     hidden = torch.zeros(rows, columns, dtype=torch.float16)
@@ -99,7 +89,7 @@ def lm_head_traffic(model: str, rows: int, monkeypatch) -> Scoring:
     shares, slices = V / share, E // columns  # the last share may be smaller
     partials = round(shares * partials)
     small = hidden.nbytes * slices + outputs + partials
-    return Scoring(
+    return Moved(
         name=f"lm_head_confidence {model} {rows} rows",
         must=V * E * 2 + small - partials,
         touched=round(shares * traffic.touched(weight)) * slices + small,
@@ -121,20 +111,20 @@ ADDED = {
 COLUMNS = 256  # input features that are run
 
 
-def window_linear_traffic(model: str, rows: int, name: str, F: int, E: int, gated: bool) -> Scoring:
+def window_linear_traffic(model: str, rows: int, name: str, F: int, E: int, gated: bool) -> Moved:
     """Two of the tiles of features."""
-    launch = window.launch_of(rows, F, torch.float16, "sm_90", gated=gated)
+    launch = linear.linear_launch(rows, F, torch.float16, "sm_90", gated=gated)
     share = 2 * launch.blocks["BLOCK_V"] / F
     assert 1 / share * 2 == launch.grid[0]  # nothing ragged: every tile is like these
     x = torch.zeros(rows, COLUMNS, dtype=torch.float16)
     weight = torch.zeros(round(F * share) * (2 if gated else 1), COLUMNS, dtype=torch.float16)
     parts = E // COLUMNS
     with counted() as traffic:
-        out = window.window_linear(x, weight, gated=gated)
+        out = linear.window_linear(x, weight, gated=gated)
     assert traffic.asked_elsewhere(x, weight, out) == 0
     assert traffic.touched(x) == x.nbytes < L2_BYTES / 2  # once from memory
     assert traffic.asked(out) == out.nbytes  # every element written, once
-    return Scoring(
+    return Moved(
         name=f"window_linear {model} {name} {rows} rows",
         must=round((weight.nbytes * parts + out.nbytes) / share) + x.nbytes * parts,
         touched=round((traffic.touched(weight) * parts + traffic.touched(out)) / share)
@@ -144,23 +134,23 @@ def window_linear_traffic(model: str, rows: int, name: str, F: int, E: int, gate
     )
 
 
-def linear_add_norm_traffic(model: str, rows: int, name: str, E: int, F: int) -> Scoring:
+def linear_add_norm_traffic(model: str, rows: int, name: str, E: int, F: int) -> Moved:
     """All output features, with the splits of the whole."""
-    launch = add_norm.launch_of(rows, E, F, torch.float16, "sm_90")
+    launch = linear.split_launch(rows, F, E, torch.float16, "sm_90")
     splits = launch.grid[1]
     assert splits * launch.share == F
     x, weight = (torch.zeros(n, COLUMNS, dtype=torch.float16) for n in (rows, E))
     parts = F // COLUMNS
     residual, gain = torch.zeros(rows, E, dtype=torch.float16), torch.ones(E, dtype=torch.float16)
-    assert add_norm.launch_of(rows, E, COLUMNS, torch.float16, "sm_90").grid[1] == splits
+    assert linear.split_launch(rows, COLUMNS, E, torch.float16, "sm_90").grid[1] == splits
     with counted() as traffic:
-        out = add_norm.linear_add_norm(x, weight, residual, gain, 1e-5)
+        out = linear.linear_add_norm(x, weight, residual, gain, 1e-5)
     named = (x, weight, residual, gain, out)
     partials = traffic.asked_elsewhere(*named)
     assert partials == 2 * splits * rows * E * 4
     assert traffic.asked(residual) == 2 * residual.nbytes and traffic.asked(out) == out.nbytes
     small = traffic.touched(residual) + traffic.touched(gain) + traffic.touched(out)
-    return Scoring(
+    return Moved(
         name=f"linear_add_norm {model} {name} {rows} rows",
         must=(weight.nbytes + x.nbytes) * parts + 3 * residual.nbytes + gain.nbytes,
         touched=(traffic.touched(weight) + traffic.touched(x)) * parts + small,
@@ -169,41 +159,41 @@ def linear_add_norm_traffic(model: str, rows: int, name: str, E: int, F: int) ->
     )
 
 
-def linear_traffic(model: str, rows: int) -> list[Scoring]:
-    found = [window_linear_traffic(model, rows, *linear) for linear in LINEARS[model]]
-    return found + [linear_add_norm_traffic(model, rows, *shape) for shape in ADDED.get(model, ())]
+def linear_traffic(model: str, rows: int) -> list[Moved]:
+    moved = [window_linear_traffic(model, rows, *layer) for layer in LINEARS[model]]
+    return moved + [linear_add_norm_traffic(model, rows, *shape) for shape in ADDED.get(model, ())]
 
 
-def check_linear(found: Scoring, rows: int) -> None:
-    if rows <= 32 or not found.partials:
-        found.check()
+def check_linear(moved: Moved, rows: int) -> None:
+    if rows <= 32 or not moved.partials:
+        check_scoring(moved)
     else:
-        assert found.touched <= 1.1 * found.must and found.asked <= 1.1 * found.must
-        assert found.partials / 2 < 10e6 < L2_BYTES / 4
+        assert moved.touched <= 1.1 * moved.must and moved.asked <= 1.1 * moved.must
+        assert moved.partials / 2 < 10e6 < L2_BYTES / 4
 
 
 def test_linear_layers_read_every_weight_once():
-    for linear in LINEARS["LLaDA-8B"]:
-        check_linear(window_linear_traffic("LLaDA-8B", 32, *linear), 32)
+    for layer in LINEARS["LLaDA-8B"]:
+        check_linear(window_linear_traffic("LLaDA-8B", 32, *layer), 32)
     check_linear(linear_add_norm_traffic("Dream-7B", 32, *ADDED["Dream-7B"][0]), 32)
 
 
 @pytest.mark.slow
 def test_linear_table():
-    print(f"\n{'':46} {'must MB':>8} {'touched':>8} {'asked':>8} partials")
+    print(HEADING)
     for model in LINEARS:
         for rows in (16, 32, 64, 128):
-            for found in linear_traffic(model, rows):
-                print(found.line(), f"{(found.touched + found.partials) / found.must:.3f}")
-                check_linear(found, rows)
+            for moved in linear_traffic(model, rows):
+                print(moved.line())
+                check_linear(moved, rows)
 
 
 @pytest.mark.parametrize("rows", [32, 1024])
 def test_token_confidence_reads_logits_once(rows, monkeypatch):
-    token_confidence_traffic("LLaDA-8B", rows, monkeypatch).check()
+    check_scoring(token_confidence_traffic("LLaDA-8B", rows, monkeypatch))
 
 
-def test_ineligible_rows_are_not_read():
+def test_ineligible_candidates_are_not_read():
     logits = torch.zeros(3, 9000, dtype=torch.float16)
     with counted() as traffic:
         token_confidence(logits, eligible=torch.tensor([True, False, False]))
@@ -211,21 +201,147 @@ def test_ineligible_rows_are_not_read():
 
 
 def test_lm_head_reads_every_weight_once(monkeypatch):
-    lm_head_traffic("LLaDA-8B", 32, monkeypatch).check()
+    check_scoring(lm_head_traffic("LLaDA-8B", 32, monkeypatch))
 
 
 @pytest.mark.slow
-def test_table(monkeypatch):
-    print(f"\n{'':46} {'must MB':>8} {'touched':>8} {'asked':>8} partials")
-    for model in VOCABULARIES:
-        for rows in (32, 64, 256, 1024):
-            found = token_confidence_traffic(model, rows, monkeypatch)
+def test_scoring_table(monkeypatch):
+    print(HEADING)
+    for traffic, sizes in (
+        (token_confidence_traffic, (32, 64, 256, 1024)),
+        (lm_head_traffic, (16, 32, 64, 128)),
+    ):
+        for model, rows in itertools.product(VOCABULARIES, sizes):
+            moved = traffic(model, rows, monkeypatch)
             monkeypatch.undo()
-            print(found.line())
-            found.check()
-    for model in VOCABULARIES:
-        for rows in (16, 32, 64, 128):
-            found = lm_head_traffic(model, rows, monkeypatch)
-            monkeypatch.undo()
-            print(found.line())
-            found.check()
+            print(moved.line())
+            check_scoring(moved)
+
+
+# --- window_attention -----------------------------------------------------------------------------
+
+SMS = 132  # of an H100
+LLADA = ("LLaDA-8B", 1, 32)  # name, query heads of a KV head, KV heads
+MODELS = [LLADA, ("iLLaDA-8B", 4, 8), ("Dream-7B", 7, 4)]
+# model, window, positions
+SHAPES = [(*m, W, C) for m in MODELS for C in (4096, 16384) for W in (32, 64, 128)]
+SHAPES += [(*LLADA, 256, C) for C in (4096, 16384)]
+
+
+def attention_traffic(
+    name: str, group: int, kv_heads: int, W: int, C: int, in_cache: bool = True
+) -> tuple[Moved, int, int]:
+    """What all KV heads move at batch 1, the tiles of a head's queries, and the programs before
+    they are split."""
+    D, stored, start = 128, C - 100, C // 2 + 7
+    q = torch.zeros(1, group, W, D, dtype=torch.float16)
+    kc, vc = torch.zeros(2, 1, 1, C, D, dtype=torch.float16)
+    kw, vw = torch.zeros(2, 1, 1, W, D, dtype=torch.float16)
+    tiles = -(-group * W // tile_of(group * W, D, q.dtype, "sm_90").blocks["BLOCK_M"])
+    splits = choose_splits(kv_heads * tiles, SMS, group * W)
+    metadata = {
+        "window_start": ints(start), "window_length": ints(W), "cache_seqlens": ints(stored)
+    }  # fmt: skip
+    with counted() as traffic:
+        window = (None, None) if in_cache else (kw, vw)
+        out = window_attention(q, *window, kc, vc, **metadata, num_splits=splits)
+    named = (q, kc, vc, kw, vw, out)
+    keys_and_values = 2 * stored * D * 2
+    # A tile of queries asks for K/V once, whatever the splits; up to 128 queries are one tile.
+    asked = sum(traffic.asked(t) for t in (kc, vc, kw, vw))
+    assert asked <= 1.1 * keys_and_values * tiles
+    moved = Moved(
+        name=f"window_attention {name} W={W} C={C} {splits} splits",
+        must=(keys_and_values + 2 * group * W * D * 2) * kv_heads,
+        touched=sum(traffic.touched(t) for t in named) * kv_heads,
+        asked=asked * kv_heads,
+        partials=traffic.asked_elsewhere(*named, *metadata.values()) * kv_heads,
+    )
+    assert moved.touched <= 1.1 * moved.must
+    # The partial results of a launch stay within the L2 cache until they are combined.
+    assert moved.partials / 2 < L2_BYTES / 2
+    return moved, tiles, kv_heads * tiles
+
+
+@pytest.mark.parametrize("in_cache", [False, True], ids=["fresh", "in_cache"])
+def test_attention_reads_keys_and_values_once(in_cache: bool) -> None:
+    for shape in (("small", 1, 32, 32, 1024), ("small", 7, 4, 32, 1024)):
+        attention_traffic(*shape, in_cache=in_cache)
+
+
+def test_listed_blocks_are_all_that_is_read() -> None:
+    k, v = torch.zeros(2, 1, 1, 1024, 128, dtype=torch.float16)
+    q = torch.zeros(1, 4, 8, 128, dtype=torch.float16)
+    lists = {"kv_num_blocks": ints(2), "kv_indices": ints(3, 9, 1, 1)[None]}
+    where = {"window_start": ints(0), "window_length": ints(8), "cache_seqlens": ints(1024)}
+    with counted() as traffic:
+        window_attention(q, None, None, k, v, **where, **lists, num_splits=2)
+    assert traffic.touched(k) == traffic.asked(k) == (2 * 64 + 8) * 128 * 2
+
+
+@pytest.mark.parametrize("C", [4096, pytest.param(16384, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("W", [32, 64, 128])
+def test_with_its_partial_results_attention_moves_a_tenth_more_at_most(W: int, C: int) -> None:
+    moved, _, _ = attention_traffic(*LLADA, W, C)
+    assert moved.partials > 0
+    assert moved.all_to_memory <= 1.1
+
+
+@pytest.mark.slow
+def test_attention_table() -> None:
+    print(HEADING)
+    for shape in SHAPES:
+        moved, _, programs = attention_traffic(*shape)
+        print(moved.line())
+        # More only where splits for a tenth of K and V at 4096 positions would idle the SMs.
+        _, group, _, W, _ = shape
+        allowed = max(1, 4096 // (10 * group * W))
+        assert moved.all_to_memory <= 1.1 or programs * allowed < 0.65 * SMS
+
+
+# --- rope_write_kv --------------------------------------------------------------------------------
+
+
+def test_rotary_writes_move_every_byte_once() -> None:
+    H, H_kv, W, C, D, length = 4, 2, 32, 256, 128, 30
+    dtype = torch.float16
+    q = torch.zeros(1, H, W, D, dtype=dtype)
+    k, v, kc, vc = (torch.zeros(1, H_kv, n, D, dtype=dtype) for n in (W, W, C, C))
+    table = torch.zeros(C, D)
+    with counted() as traffic:
+        out = rope_write_kv(
+            q, k, v, table, kc, vc, window_start=ints(100), window_length=ints(length)
+        )
+    row = D * 2
+    must = (H * (length + W) + 4 * H_kv * length) * row + length * D * 4
+    tensors = (q, k, v, kc, vc, out)
+    assert sum(traffic.touched(t) for t in (*tensors, table)) <= 1.1 * must
+    # A head's table rows come from the L2 cache: every head asks for them.
+    assert sum(traffic.asked(t) for t in tensors) <= 1.1 * must
+    assert traffic.touched(table) == length * D * 4
+
+
+# --- unmask_and_slide -----------------------------------------------------------------------------
+
+
+def test_unmasking_reads_the_response_twice_at_most() -> None:
+    """Once for the first mask and EOS, once, from the first mask on, for the candidates."""
+    P, G, K, mask = 1000, 1024, 32, 99
+    spec = UnmaskSpec(
+        prompt_length=P, block_length=K, max_block_length=K, schedule="dsb", cache="dsb",
+        prefix_window=24, min_prefix=0, rule="threshold", rule_value=0.9, steps=0,
+        refresh_commit="select", mask_id=mask, eos_ids=(3,), stop_at_eos=True,
+    )  # fmt: skip
+    canvas = torch.full((1, P + G), mask)
+    table, position = initial_rows(canvas, ints(0), spec)
+    scored = {"token": torch.full((1, K), 5), "confidence": torch.full((1, K), 0.95)}
+    with counted() as traffic:
+        unmask_and_slide(
+            canvas, table, position, commit=torch.zeros(1, K, dtype=torch.bool),
+            candidate_confidence=torch.zeros(1, K), **scored,
+            active=torch.ones(1, dtype=torch.bool), rows=None, spec=spec,
+        )  # fmt: skip
+    must = (G + K) * 8  # the response, and what is committed
+    assert traffic.touched(canvas) <= 1.1 * must
+    window = 2 * K * 8  # of the candidates, selected twice, and of the next window
+    assert traffic.asked(canvas) <= 1.1 * (must + 2 * window)

@@ -11,7 +11,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -195,7 +195,7 @@ class Engine:
         rounded = self.loop.capture is not None and not watched
         pad = -prompt % PROMPT_MULTIPLE if rounded else 0
         session = self.loop.session(config, input_ids, leftpad, pad)
-        state, info = session.state, self.model.dsb
+        state, info = session.state, check_model(self.model)
         if config.temperature > 0:
             # A GPU's default generator refuses to draw while another thread captures a graph.
             source = "cpu" if generator is None else generator.device
@@ -261,7 +261,7 @@ class EngineSlot:
 
 
 def device_of(model: PreTrainedModel) -> torch.device:
-    return model.get_input_embeddings().weight.device
+    return cast(torch.nn.Embedding, model.get_input_embeddings()).weight.device
 
 
 def engine_of(model: PreTrainedModel) -> Engine:
@@ -271,7 +271,7 @@ def engine_of(model: PreTrainedModel) -> Engine:
     slot = vars(model).setdefault(ENGINE, EngineSlot())
     if slot.engine is None or slot.engine.device != device_of(model):
         # A proxy: the model must not be kept alive by what it holds itself.
-        slot.engine = Engine(weakref.proxy(model))
+        slot.engine = Engine(cast(PreTrainedModel, weakref.proxy(model)))
     return Engine(model) if slot.engine.in_call() else slot.engine
 
 

@@ -80,13 +80,14 @@ class HostCopy:
     """A copy of a small device tensor on its way to the host."""
 
     def __init__(self, source: Tensor) -> None:
+        self.arrived: torch.cuda.Event | None = None
         if source.is_cuda:
             self.values = torch.empty(source.shape, dtype=source.dtype, pin_memory=True)
             self.values.copy_(source, non_blocking=True)
             self.arrived = torch.cuda.Event()
             self.arrived.record(torch.cuda.current_stream(source.device))
         else:
-            self.values, self.arrived = source.clone(), None
+            self.values = source.clone()
 
     def wait(self) -> Tensor:
         """The copy, once it is complete."""

@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 from dsb_kernels.rows import Row, StepKind, read_rows
 from dsb_runtime.config import DecodingConfig
 from dsb_runtime.engine.cache import KVCache
+from dsb_runtime.engine.check import check_model
 from dsb_runtime.engine.forward import Backbone, Phase, no_phase
 from dsb_runtime.engine.graphs import Capture, HostCopy, row_class, width_class
 from dsb_runtime.engine.layers import fingerprint
@@ -179,7 +180,7 @@ class Loop:
         self, config: DecodingConfig, input_ids: Tensor, leftpad: Tensor, pad: int
     ) -> Session:
         """A session in the state before the first step; `pad` columns stand before the prompts."""
-        batch, info = len(input_ids), self.model.dsb
+        batch, info = len(input_ids), check_model(self.model)
         spec = spec_of(config, info, input_ids.shape[1] + pad)
         response = input_ids.new_full((batch, config.gen_length), info.mask_id)
         canvas = torch.cat([input_ids.new_zeros(batch, pad), input_ids, response], dim=1).long()
@@ -188,11 +189,12 @@ class Loop:
         if config.cache == "none":  # one buffer that all layers share
             shape = replace(shape, layers=1)
         padded = pad > 0 or bool((leftpad > 0).any())
-        backbone, storage = self.reserve(*canvas.shape, shape)
+        batch, length = canvas.shape
+        backbone, storage = self.reserve(batch, length, shape)
         key = (canvas.shape, spec, config, padded)
         session = self.sessions.pop(key, None)
         if session is None:
-            cache = KVCache.over(storage, shape, *canvas.shape, num_layers)
+            cache = KVCache.over(storage, shape, batch, length, num_layers)
             step = Step(backbone, self.model.lm_head, info, cache, state, spec, config, padded)
             session = Session(step, captured=self.capture is not None)
         else:
