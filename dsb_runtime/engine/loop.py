@@ -23,7 +23,6 @@ from transformers import PreTrainedModel
 from dsb_kernels.rows import Row, StepKind, read_rows
 from dsb_runtime.config import DecodingConfig
 from dsb_runtime.engine.cache import KVCache
-from dsb_runtime.engine.check import check_model
 from dsb_runtime.engine.forward import Backbone, Phase, no_phase
 from dsb_runtime.engine.graphs import Capture, HostCopy, row_class, width_class
 from dsb_runtime.engine.layers import fingerprint
@@ -36,6 +35,7 @@ from dsb_runtime.engine.memory import (
 )
 from dsb_runtime.engine.state import DecodeState, new_state
 from dsb_runtime.engine.step import Step, StepShape, spec_of
+from dsb_runtime.families import check_model
 
 SESSIONS = 8  # calls of different shape or settings whose captured steps are kept
 SPECULATION_WINDOW = 8  # recent steps that bound how many tokens the next one may commit
