@@ -104,6 +104,18 @@ def test_commands_that_the_papers_name_exist():
     assert commands <= {"generate", "bench", "profile", "eval", "convert"}
 
 
+def test_files_that_the_papers_name_exist():
+    folders = "tests|tools|benchmarks|dsb_kernels|dsb_runtime|examples|docs"
+    missing = [
+        f"{page.name}: {name}"
+        for page in PAGES
+        if "CHANGE" not in page.name
+        for name in re.findall(rf"`((?:{folders})/[\w./]+)`", page.read_text(encoding="utf-8"))
+        if not (ROOT / name).exists()
+    ]
+    assert missing == []
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not importlib.util.find_spec("mkdocs"), reason="needs the extra: docs")
 def test_site_builds_strictly(tmp_path):
