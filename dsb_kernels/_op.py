@@ -149,7 +149,7 @@ def op(
     unchecked: Callable[..., Any] = definition
 
     def implementation(*args: Any, **kwargs: Any) -> Any:
-        a = Arguments(*args, **kwargs)
+        a: Any = Arguments(*args, **kwargs)
         if coded:
             a = a._replace(**{n: kind.decode(getattr(a, n)) for n, kind in coded.items()})
         return launch(a) if use_triton(a[0]) else unchecked(**a._asdict())
