@@ -10,15 +10,14 @@ entries of the table in its own process, which ends with it.
 from __future__ import annotations
 
 import functools
-import importlib
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from benchmarks import read_toml
-from benchmarks.ops import Case, check, device, on_gpu, time_contender
+from benchmarks import ops, read_toml
+from benchmarks.op_case import Case, check, device, on_gpu, time_contender
 from dsb_kernels import _configs
 from dsb_kernels._configs import Config, architecture_of
 from dsb_runtime.cli.main import OneLineParser
@@ -42,8 +41,8 @@ def using(key: str, size: int, config: Config) -> Any:
 
 def sweep_one(item: dict[str, Any], write: Callable[[dict[str, Any]], None]) -> None:
     """The table's configuration and every candidate for one entry of `sweep.toml`."""
-    module = importlib.import_module(f"benchmarks.bench_{item['op']}")
-    shape = item["shape"] if on_gpu() else module.SHAPES[0]
+    benchmark = ops.BENCHMARKS[item["op"]]
+    shape = item["shape"] if on_gpu() else benchmark.shapes[0]
     key, size = item["key"], item["size"]
     now = _configs.configuration(key, size, architecture_of(device()))
     candidates = [
@@ -53,7 +52,7 @@ def sweep_one(item: dict[str, Any], write: Callable[[dict[str, Any]], None]) -> 
     ]  # fmt: skip
     for config in (now, *candidates):
         with using(key, size, config):
-            write(two_times(functools.partial(module.case, **shape)) | {
+            write(two_times(functools.partial(benchmark.case, **shape)) | {
                 "key": key, "size": size, "shape": shape, "configuration": words(config),
                 "current": config is now,
             })  # fmt: skip
@@ -61,14 +60,13 @@ def sweep_one(item: dict[str, Any], write: Callable[[dict[str, Any]], None]) -> 
 
 def sweep_splits(write: Callable[[dict[str, Any]], None]) -> None:
     """`num_splits` of window_attention: as it is chosen (None), then fixed."""
-    module = importlib.import_module("benchmarks.bench_window_attention")
     for positions in (1280, 4096) if on_gpu() else (96,):
         width = 128 if on_gpu() else 8
         shape = {"model": "LLaDA-8B", "batch": 1, "width": width, "positions": positions}
         for splits in (None, *SPLITS):
 
             def make(shape: dict[str, Any] = shape, splits: int | None = splits) -> Case:
-                case: Case = module.case(**shape)
+                case = ops.BENCHMARKS["window_attention"].case(**shape)
                 case.options["num_splits"] = splits
                 return case
 

@@ -138,7 +138,7 @@ def test_every_target_names_a_part_and_every_op_is_in_one(tmp_path):
     targets = read_toml("targets.toml")["target"]
     assert {target["part"] for target in targets} <= set(names)
     assert len({target["figure"] for target in targets}) == len(targets)
-    assert sorted(op for some in gpu_hour.OPS.values() for op in some) == sorted(ops.OPS)
+    assert sorted(op for some in gpu_hour.OPS.values() for op in some) == sorted(ops.BENCHMARKS)
     with pytest.raises(SystemExit):
         gpu_hour.main(["--only", "nothing"])
     with pytest.raises(SystemExit):
@@ -147,17 +147,12 @@ def test_every_target_names_a_part_and_every_op_is_in_one(tmp_path):
 
 @pytest.mark.slow
 def test_the_whole_hour_runs_on_a_cpu(tmp_path, capsys):
-    """Every part at small shapes. The recorded trajectories on a GPU are skipped here."""
-    code = gpu_hour.main(["--folder", str(tmp_path), "--small", "--budget", "1500"])
+    """Every part at small shapes; what is read on a GPU alone has no figure here."""
+    assert gpu_hour.main(["--folder", str(tmp_path), "--small", "--budget", "1500"]) == 0
     state = json.loads((tmp_path / "parts.json").read_text())["parts"]
-    assert {name: p["why"] for name, p in state.items() if p["status"] != "ran"} == {
-        "goldens": "no test ran"
-    }
-    assert code == 1
+    assert {part["status"] for part in state.values()} == {"ran"}
     said = capsys.readouterr().out
     assert "Small shapes: the targets do not apply." in said
     table = [line.split("|") for line in said.splitlines() if line.startswith("| ")][1:]
     missing = [cells[1].strip() for cells in table if cells[3].strip().startswith(("ran", "not"))]
-    goldens = "recorded trajectories, with and without CUDA graphs: tests that failed"
     assert missing == ["GPU idle, batch 1"], "every other figure is read from what a part wrote"
-    assert any(cells[1].strip() == goldens and "no test ran" in cells[3] for cells in table)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import ops
+from benchmarks import op_case
 from benchmarks.profiled import busy_seconds, gpu_busy_seconds
 from dsb_runtime.measure import timing
 from dsb_runtime.measure.timing import Call, Timing, plan
@@ -180,10 +180,10 @@ def test_products_are_timed_by_events(monkeypatch):
 
 def test_what_a_benchmark_reports(monkeypatch):
     cuda = Cuda(monkeypatch, 100e-6)
-    monkeypatch.setattr(ops, "copy_bandwidth", lambda device: 4e12)
+    monkeypatch.setattr(op_case, "copy_bandwidth", lambda device: 4e12)
     call = Call(lambda: cuda.captured.append(0) if cuda.capturing else None)
     case = SimpleNamespace(bytes=300_000_000, flops=50_000_000_000, call=lambda contender: call)
-    line = ops.time_contender(lambda: case, "op")
+    line = op_case.time_contender(lambda: case, "op")
     assert line == {
         "cold_us": 100.0, "warm_us": 100.0, "bandwidth_share": 0.75, "tflops": 500.0,
     }  # fmt: skip

@@ -26,10 +26,7 @@ COUNTING = (
     "A row's tokens are its response positions up to and including its first EOS: never the "
     "prompt, never what follows the EOS."
 )
-NO_EOS = (
-    "Random prompts have no answers that end: here no id counts as an EOS unless --stop-at-eos is "
-    "named."
-)
+NO_EOS = "Random prompts have no answers that end: here an EOS ends no row unless --stop-at-eos is named."
 
 
 class OneLineParser(argparse.ArgumentParser):
