@@ -39,7 +39,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import dsb_runtime as dsb
-from benchmarks import against
+from benchmarks import against, describe_benchmark
 from benchmarks.decode_report import draw_runs, median_ms, print_runs, step_figures
 from benchmarks.eager import EagerOutput, eager_generate
 from benchmarks.profiled import gpu_busy_seconds, phase_times
@@ -47,9 +47,8 @@ from benchmarks.roofline import Ceilings, positive
 from benchmarks.step_cost import total_cost
 from benchmarks.trajectory import Agreement, EagerClock, Trajectory, agreement
 from dsb_runtime.cli.main import OneLineParser
-from dsb_runtime.config import check_int
-from dsb_runtime.files import check_writable, write_json
-from dsb_runtime.measure.machine import describe_run
+from dsb_runtime.files import write_json
+from dsb_runtime.measure.command import check_arguments
 from dsb_runtime.measure.models import (
     DTYPES,
     POSITIONS,
@@ -60,7 +59,6 @@ from dsb_runtime.measure.models import (
     random_model,
     random_prompts,
 )
-from dsb_runtime.measure.plots import check_picture
 from dsb_runtime.measure.steps import LinearLayers, StepTimes, TimedEngine
 from dsb_runtime.measure.timing import copy_bandwidth, matmul_speed, timed
 
@@ -289,14 +287,12 @@ def settings_of(args: argparse.Namespace, preset: Preset) -> dict[str, Any]:
             f"--tokens-per-forward {args.tokens_per_forward:g}: expected at most --block, "
             f"{args.block}"
         )
-    check_int("--seed", args.seed, 0, 2**63 - 1)
     if args.prompt + args.gen > POSITIONS:
         raise ValueError(
             f"--prompt {args.prompt}: expected at most {POSITIONS - args.gen} before {args.gen} "
             "response positions"
         )
-    check_writable("--json", args.json)
-    check_picture("--plot", args.plot)
+    check_arguments(args)
     if args.against is not None:
         against.check(args)
     args.dtype = args.dtype or ("bfloat16" if args.device == "cuda" else "float32")
@@ -327,10 +323,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     prompts = random_prompts(model, None, max(batches), args.prompt, args.seed)
     if dtype == torch.float32:
         scale_head(engine, prompts[:1], settings, args.tokens_per_forward)
-    command = " ".join(["python -m benchmarks.decode", *(sys.argv[1:] if argv is None else argv)])
     result: dict[str, Any] = {
-        "benchmark": "decode",
-        **describe_run(command, device),
+        **describe_benchmark("decode", argv, device),
         "settings": {
             "preset": args.preset, "dtype": args.dtype, "prompt": args.prompt, "gen": args.gen,
             "block": args.block, "seed": args.seed, "rounds": args.rounds,

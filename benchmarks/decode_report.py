@@ -6,11 +6,11 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from benchmarks.roofline import KINDS, Ceilings, budget
 from benchmarks.trajectory import EagerClock, Trajectory
+from dsb_runtime.measure.command import table_of, wide_console
 from dsb_runtime.measure.models import Preset
 from dsb_runtime.measure.steps import StepTimes
 
@@ -92,20 +92,8 @@ def step_figures(
     return by_kind
 
 
-def table(title: str, columns: list[str]) -> Table:
-    empty = Table(title=title, title_justify="left")
-    for index, name in enumerate(columns):
-        empty.add_column(name, justify="right" if index else "left")
-    return empty
-
-
 def step_table(run: dict[str, Any]) -> Table:
     """Our steps by kind and width, with their limits."""
-    lines_table = table(
-        f"batch {run['batch']}: time per step against its limits",
-        ["step", "positions", "steps", "ms", "eager ms", "GB/s", "TFLOP/s", "floor ms", "of floor",
-         "weights ms", "of weights", "products ms", "of products"],
-    )  # fmt: skip
     lines = []
     for kind in KINDS:
         if kind in run["steps"]:
@@ -113,20 +101,21 @@ def step_table(run: dict[str, Any]) -> Table:
             lines.append((kind, step, run[f"eager_{kind}_step_ms"]))
             if len(step.get("by_width", {})) > 1:
                 lines += [(f"  {name} positions", s, None) for name, s in step["by_width"].items()]
-    for name, s, eager in lines:
-        lines_table.add_row(
-            name, f"{s['width']:.0f}", str(s["steps"]), f"{s['ms']:.2f}",
-            "" if eager is None else f"{eager:.2f}", f"{s['gb_per_s']:.1f}",
-            f"{s['tflops']:.3g}", f"{s['floor_ms']:.3f}", f"{s['share_of_floor']:.0%}",
-            f"{s['weights_ms']:.3f}", f"{s['share_of_weights_limit']:.0%}",
-            f"{s['products_ms']:.3f}", f"{s['share_of_products_limit']:.0%}",
-        )  # fmt: skip
-    return lines_table
+    return table_of(
+        ["step", "positions", "steps", "ms", "eager ms", "GB/s", "TFLOP/s", "floor ms", "of floor",
+         "weights ms", "of weights", "products ms", "of products"],
+        [(name, f"{s['width']:.0f}", str(s["steps"]), f"{s['ms']:.2f}",
+          "" if eager is None else f"{eager:.2f}", f"{s['gb_per_s']:.1f}",
+          f"{s['tflops']:.3g}", f"{s['floor_ms']:.3f}", f"{s['share_of_floor']:.0%}",
+          f"{s['weights_ms']:.3f}", f"{s['share_of_weights_limit']:.0%}",
+          f"{s['products_ms']:.3f}", f"{s['share_of_products_limit']:.0%}")
+         for name, s, eager in lines],
+        title=f"batch {run['batch']}: time per step against its limits", title_justify="left",
+    )  # fmt: skip
 
 
 def print_runs(result: dict[str, Any]) -> None:
-    console = Console(width=None if Console().is_terminal else 150)
-    say, settings, ceilings = console.print, result["settings"], result["ceilings"]
+    say, settings, ceilings = wide_console().print, result["settings"], result["ceilings"]
     say(
         f"{settings['preset']}, {settings['dtype']}, on {result['machine']['device']}: copy "
         f"{ceilings['copy_gb_per_s']:.1f} GB/s, matrix product {ceilings['matmul_tflops']:.3g} "
@@ -135,23 +124,16 @@ def print_runs(result: dict[str, Any]) -> None:
     for run in result["runs"]:
         say()
         say(step_table(run))
-        lines_table = table(
-            f"batch {run['batch']}: prompt {settings['prompt']}, gen {settings['gen_length']}, "
-            f"medians of {settings['rounds']} rounds",
-            ["", "ms", "tokens/s", "ours over it"],
-        )
-        ratios = {
-            "eager": "ours_over_eager",
-            "floor": "ours_over_floor",
-            "floor_all_positions": "ours_over_floor_all_positions",
-        }
-        for name, seconds in run["seconds"].items():
-            ratio = f"{run[ratios[name]]:.3f}" if name in ratios else ""
-            lines_table.add_row(
-                name.replace("_", " "), f"{1e3 * seconds:.1f}", f"{run['tokens'] / seconds:.1f}",
-                ratio,
-            )  # fmt: skip
-        say(lines_table)
+        lines = [
+            (name.replace("_", " "), f"{1e3 * seconds:.1f}", f"{run['tokens'] / seconds:.1f}",
+             "" if name == "ours" else f"{run[f'ours_over_{name}']:.3f}")
+            for name, seconds in run["seconds"].items()
+        ]  # fmt: skip
+        say(table_of(
+            ["", "ms", "tokens/s", "ours over it"], lines, title_justify="left",
+            title=f"batch {run['batch']}: prompt {settings['prompt']}, gen "
+            f"{settings['gen_length']}, medians of {settings['rounds']} rounds",
+        ))  # fmt: skip
         check = run["check"]
         if check is None:
             say("not compared with the eager loop (--no-eager)")

@@ -28,6 +28,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
 from torch.nn.functional import linear, scaled_dot_product_attention, silu
 
+from benchmarks import describe_benchmark
 from benchmarks.op_case import (
     DEFINITIONS,
     Case,
@@ -50,8 +51,8 @@ from dsb_kernels.rope_kv import rope_write_kv
 from dsb_kernels.rows import Column, StepKind, UnmaskSpec
 from dsb_kernels.token_confidence import token_confidence
 from dsb_runtime.cli.main import OneLineParser
-from dsb_runtime.files import check_writable, write_json
-from dsb_runtime.measure.machine import describe_run
+from dsb_runtime.files import write_json
+from dsb_runtime.measure.command import check_arguments
 from dsb_runtime.measure.timing import capture_calls, synchronize
 
 try:
@@ -465,12 +466,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--json", type=Path, metavar="FILE", help="written after every line")
     args = parser.parse_args(argv)
     try:
-        check_writable("--json", args.json)
+        check_arguments(args)
     except ValueError as error:
         parser.error(str(error))
-    words = sys.argv[1:] if argv is None else argv
-    about = describe_run(" ".join(["python -m benchmarks.ops", *words]), device())
-    record: dict[str, Any] = {"benchmark": "ops", **about, "lines": []}
+    record = {**describe_benchmark("ops", argv, device()), "lines": []}
 
     def write(line: dict[str, Any]) -> None:
         record["lines"].append(line)

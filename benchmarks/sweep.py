@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from benchmarks import ops, read_toml
+from benchmarks import describe_benchmark, ops, read_toml
 from benchmarks.op_case import Case, check, device, on_gpu, time_contender
 from dsb_kernels import _configs
 from dsb_kernels._configs import Config, architecture_of
 from dsb_runtime.cli.main import OneLineParser
-from dsb_runtime.files import check_writable, write_json
-from dsb_runtime.measure.machine import describe_run
+from dsb_runtime.files import write_json
+from dsb_runtime.measure.command import check_arguments
 
 SPLITS = (2, 3, 4, 5, 6)  # of window_attention, at 128 positions of LLaDA
 
@@ -95,13 +95,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     items = read_toml("sweep.toml")["sweep"]
     sizes = sorted({item["size"] for item in items})
     try:
-        check_writable("--json", args.json)
+        check_arguments(args)
         if args.size and not set(args.size) <= set(sizes):
             raise ValueError(f"--size {args.size}: expected some of {sizes}")
     except ValueError as error:
         parser.error(str(error))
-    command = " ".join(["python -m benchmarks.sweep", *(sys.argv[1:] if argv is None else argv)])
-    record: dict[str, Any] = {"benchmark": "sweep", **describe_run(command, device()), "lines": []}
+    record = {**describe_benchmark("sweep", argv, device()), "lines": []}
 
     def write(line: dict[str, Any]) -> None:
         record["lines"].append(line)
