@@ -384,35 +384,6 @@ def test_another_checkout_that_decodes_otherwise_stops_it(monkeypatch):
         against.compare_batch(checkouts, 1, SimpleNamespace(dtype="float32", rounds=1))
 
 
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [
-        ("--preset gpt", "argument --preset: invalid choice: 'gpt'"),
-        ("--batch 0", "argument --batch: '0': expected an int above 0"),
-        ("--block 200", "block_length=200: expected an int from 1 to 128"),
-        ("--max-block 8", "max_block_length=8: expected an int >= 32"),
-        ("--threshold 2", "threshold=2.0: expected a number in [0, 1]"),
-        ("--prefix-window -1", "prefix_window=-1: expected an int >= 0"),
-        ("--tokens-per-forward 40", "--tokens-per-forward 40: expected at most --block, 32"),
-        ("--no-graphs", "--no-graphs: a CPU has none; expected it with --device cuda"),
-        ("--prompt 40000", "--prompt 40000: expected at most 32640 before 128"),
-        ("--seed -1", "--seed=-1: expected an int from 0"),
-        ("--json /nope/x.json", "--json /nope/x.json: no such folder"),
-        ("--plot x.txt", "--plot x.txt: expected a file ending in"),
-        ("--against /nope", "--against /nope: expected a checkout with dsb_runtime in it"),
-        ("--against . --phases", "--against and --phases: expected one of the two"),
-        pytest.param("--device cuda", "--device cuda: no CUDA device here; expected cpu",
-                     marks=pytest.mark.skipif(torch.cuda.is_available(), reason="has one")),
-    ],
-)  # fmt: skip
-def test_bad_arguments_take_one_line(options, said, capsys):
-    with pytest.raises(SystemExit) as stop:
-        decode.main(options.split())
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and error.count("\n") == 1
-    assert error.startswith("decode: ") and said in error
-
-
 def test_a_batch_that_fails_leaves_those_before_it(monkeypatch, tmp_path):
     measure, path = decode.measure, tmp_path / "found.json"
 

@@ -119,35 +119,6 @@ def test_command_writes_json_and_plot(tmp_path, capsys):
     assert "25.0%" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    ("arguments", "named"),
-    [
-        (["--problems", "0", "--model", "/asked/before/it/is/read"], "--problems"),
-        (["--batch", "0"], "--batch"),
-        (["--json", "/nowhere/at/all.json"], "--json"),
-        (["--gen-length", "8"], "block_length"),
-        (["--seed", "-1"], "--seed"),
-        (["--plot", "scores.txt"], "--plot scores.txt: expected a file ending in"),
-        (["--from", "/nowhere/at/all.json"], "/nowhere/at/all.json"),
-        (["--from", "setup.py"], "--from setup.py: expected a JSON file"),
-        (["--from", "a.json", "--json", "b.json"], "--from and --json"),
-    ],
-)
-def test_bad_arguments_are_one_line(arguments, named, capsys):
-    assert cli.main(["eval", *arguments]) == 2
-    error = capsys.readouterr().err
-    assert named in error and error.count("\n") == 1
-
-
-@pytest.mark.parametrize("text", ["[]", "{}", "3", '[{"rule": "none"}]'])
-def test_kept_files_that_are_not_its_own(text, tmp_path, capsys):
-    kept = tmp_path / "kept.json"
-    kept.write_text(text)
-    assert cli.main(["eval", "--from", str(kept)]) == 2
-    error = capsys.readouterr().err
-    assert "expected what dsb eval --json writes" in error and error.count("\n") == 1
-
-
 def test_batching_does_not_change_answers(model, tokenizer):
     problems = heldout(5, seed=9)
     config = build_settings(64, 16, quick=True)[-1].config

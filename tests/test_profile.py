@@ -318,33 +318,3 @@ def test_a_process_prints_its_own_command_line(tmp_path):
     ranges = names(Path(trace))
     assert ranges[:3] == ["dsb: refresh step 0", "dsb: place", "dsb: embed"]
     assert ranges.count("dsb: layer 1: mlp") == 7 and "dsb: layer 2: mlp" not in ranges
-
-
-# --- errors -----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [
-        (["--profile-steps", "0"], "--profile-steps=0: expected an int >= 1"),
-        (["--warmup", "-1"], "--warmup=-1: expected an int >= 0"),
-        (["--warmup", "24"], "--warmup 24: the decoding has 24 steps; expected at most 23"),
-        (["--batch", "0"], "--batch=0"),
-        (["--prompt-length", "0"], "--prompt-length=0"),
-        (["--seed", "-1"], "--seed=-1"),
-        (["--graphs"], "the model is not on a CUDA device"),
-        (["--torch", "/nowhere/at/all.json"], "--torch /nowhere/at/all.json: no such folder"),
-        (["--torch", "trace.txt"], "--torch trace.txt: expected a file ending in .json"),
-        (["--torch", "/"], "--torch /: a folder"),
-        (["--tor", "trace.json"], "unrecognized arguments: --tor"),
-        (["--model", "/no/such/folder"], "expected a checkpoint folder or a hub id"),
-    ],
-)
-def test_bad_arguments_are_one_line(options, said, capsys):
-    try:
-        code = cli.main(["profile", "--device", "cpu", *SMALL, *options])
-    except SystemExit as stop:  # argparse
-        code = stop.code
-    captured = capsys.readouterr()
-    assert code == 2 and said in captured.err
-    assert captured.err.count("\n") == 1 and captured.out == ""

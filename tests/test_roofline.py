@@ -231,57 +231,8 @@ def test_measurement_beside(measured, capsys, tmp_path):
     assert json.loads(path.read_text())["ceilings"]["source"] == "command line"
 
 
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [
-        ("--preset tiny", "no ceilings: expected --gpu, --bandwidth and --tflops, or --measured"),
-        ("--gpu h100", "--preset None: expected one of llada-8b"),
-        ("--preset gpt --gpu h100", "argument --preset: invalid choice: 'gpt'"),
-        ("--preset tiny --gpu a100", "argument --gpu: invalid choice: 'a100'"),
-        ("--preset tiny --gpu h100 --prompt 0", "--prompt: '0': expected an int above 0"),
-        ("--preset tiny --gpu h100 --batch 1.5", "--batch: '1.5': expected an int above 0"),
-        ("--preset tiny --bandwidth nan --tflops 1", "'nan': expected a number above 0"),
-        ("--preset tiny --tflops 3", "--tflops alone: expected --bandwidth and --tflops"),
-        ("--preset tiny --gpu h100 --dtype float32", "--dtype float32: data sheet figures"),
-        ("--preset tiny --gpu h100 --block 300", "--block 300: expected at most --gen, 256"),
-        (
-            "--preset tiny --gpu h100 --width 2000",
-            "--width 2000: expected at most --prompt + --gen",
-        ),
-        ("--preset tiny --gpu h100 --tokens-per-forward 33", "33: expected at most --block, 32"),
-        ("--preset tiny --gpu h100 --refresh-share 2", "--refresh-share 2: expected a number in"),
-        ("--preset tiny --gpu h100 --json /nope/x.json", "no such folder as /nope"),
-        ("--preset tiny --gpu h100 --json /", "--json /: a folder; expected a file"),
-        ("--measured /nope.json", "--measured /nope.json: No such file"),
-        ("--measured {measured} --batch 4", "--batch 4: --measured {measured} has [2]"),
-        ("--measured {measured} --prompt 65", "--prompt 65: --measured {measured} has 64"),
-    ],
-)
-def test_bad_arguments_take_one_line(options, said, measured, capsys):
-    with pytest.raises(SystemExit) as stop:
-        main(options.format(measured=measured).split())
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and error.count("\n") == 1
-    assert error.startswith("roofline: ") and said.format(measured=measured) in error
-
-
-@pytest.mark.parametrize(
-    ("text", "said"),
-    [
-        ("{", "expected a JSON file"),
-        ("[]", "expected the JSON of"),
-        ('{"runs": []}', "expected the JSON of"),
-        ('{"runs": [{"batch": 1}]}', "expected the JSON of"),
-        (
-            '{"settings": {}, "ceilings": {}, "machine": {"device": ""}, "runs": [{"batch": 1}]}',
-            "has no window_step_ms",
-        ),
-    ],
-)
-def test_a_file_that_is_no_measurement(text, said, tmp_path, capsys):
-    path = tmp_path / "x.json"
-    path.write_text(text)
+@pytest.mark.parametrize(("option", "value", "other"), [("batch", 4, [2]), ("prompt", 65, 64)])
+def test_a_shape_that_was_not_measured_is_refused(option, value, other, measured, capsys):
     with pytest.raises(SystemExit):
-        main(["--measured", str(path)])
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1 and said in error
+        main(["--measured", str(measured), f"--{option}", str(value)])
+    assert f"--{option} {value}: --measured {measured} has {other}" in capsys.readouterr().err
