@@ -17,7 +17,7 @@ from dsb_runtime.cli import main as cli
 from dsb_runtime.demo import MODEL_DIR
 from dsb_runtime.engine.engine import GenerationOutput
 from dsb_runtime.measure.bench import Round, measure, summarize, summarize_steps
-from dsb_runtime.measure.models import random_prompts
+from dsb_runtime.measure.models import PRESETS, random_model, random_prompts
 from dsb_runtime.measure.plots import draw_bench
 from dsb_runtime.measure.steps import LinearLayers, StepRecorder, StepWork
 
@@ -83,18 +83,6 @@ def test_tokens_and_forwards_are_those_of_generate(measured, model, tokenizer):
         assert refresh["steps"] + batch["steps"]["window"]["steps"] == 2 * 11
 
 
-def test_stop_at_eos_ends_rows_by_the_counting_rule(model, tokenizer, tmp_path):
-    kept = tmp_path / "bench.json"
-    argv = ["bench", *SMALL, "--batch", "4", "--rounds", "1", "--json", str(kept), "--stop-at-eos"]
-    assert cli.main([*argv, "--seed", "5"]) == 0
-    (batch,) = json.loads(kept.read_text())["batches"]
-    prompts = random_prompts(model, tokenizer, 4, 12, seed=5)
-    out = dsb.generate(model, prompts, gen_length=24, block_length=8, stop_at_eos=True)
-    assert sum(out.row_tokens) < 96, "a row must end early, or this shows nothing"
-    assert batch["tokens"] == sum(out.row_tokens)
-    assert batch["tokens_per_forward"] == sum(out.row_tokens) / sum(out.row_nfe)
-
-
 def test_the_recorder_counts_the_work_of_every_forward(model, tokenizer):
     prompts = random_prompts(model, tokenizer, 2, 12, seed=1)
 
@@ -133,14 +121,25 @@ def test_the_limit_multiplies_what_a_step_needs(model):
     assert limit.bytes == 4 * (early + late)
 
 
-def test_a_preset_is_measured_like_a_checkpoint(tmp_path):
-    kept = tmp_path / "bench.json"
-    argv = ["bench", *SMALL, "--preset", "tiny-dream", "--batch", "1", "--rounds", "1"]
-    assert cli.main([*argv, "--json", str(kept)]) == 0
-    record = json.loads(kept.read_text())
+def test_presets_and_rows_that_end(model, tokenizer, tmp_path):
+    """A preset is measured like a checkpoint; with --stop-at-eos rows end by the counting rule."""
+    path = tmp_path / "bench.json"
+
+    def record_of(*options: str) -> dict[str, Any]:
+        argv = ["bench", *SMALL, *options, "--rounds", "1", "--json", str(path)]
+        assert cli.main(argv) == 0
+        return json.loads(path.read_text())
+
+    record = record_of("--preset", "tiny-dream", "--batch", "1")
     assert (record["model"], record["dtype"]) == ("tiny-dream", "float32")
     assert record["settings"]["steps"] == record["batches"][0]["forwards"] == round(24 / 3.5)
     assert record["batches"][0]["tokens"] == 24
+    (batch,) = record_of("--batch", "4", "--stop-at-eos", "--seed", "5")["batches"]
+    prompts = random_prompts(model, tokenizer, 4, 12, seed=5)
+    out = dsb.generate(model, prompts, gen_length=24, block_length=8, stop_at_eos=True)
+    assert sum(out.row_tokens) < 96, "a row must end early, or this shows nothing"
+    assert batch["tokens"] == sum(out.row_tokens)
+    assert batch["tokens_per_forward"] == sum(out.row_tokens) / sum(out.row_nfe)
 
 
 def test_measuring_changes_no_model(model, tokenizer):
@@ -153,10 +152,13 @@ def test_measuring_changes_no_model(model, tokenizer):
 
 
 def test_prompts_have_no_special_ids(model, tokenizer):
-    first = random_prompts(model, tokenizer, 2, 4000, seed=3)
-    assert set(first.flatten().tolist()) == set(range(5, len(tokenizer)))
-    assert torch.equal(random_prompts(model, tokenizer, 2, 4000, seed=3), first)
-    assert not torch.equal(random_prompts(model, tokenizer, 2, 4000, seed=4), first)
+    prompts = random_prompts(model, tokenizer, 2, 4000, seed=3)
+    assert set(prompts.flatten().tolist()) == set(range(5, len(tokenizer)))
+    assert torch.equal(random_prompts(model, tokenizer, 2, 4000, seed=3), prompts)
+    assert not torch.equal(random_prompts(model, tokenizer, 2, 4000, seed=4), prompts)
+    preset = PRESETS["tiny-dream"]  # it has no tokenizer: the whole vocabulary but the mask token
+    ids = random_prompts(random_model(preset, torch.float32, "cpu"), None, 2, 10000, 0)
+    assert set(range(512)) - set(ids.flatten().tolist()) == {preset.mask_id}
 
 
 # --- figures ----------------------------------------------------------------------------------

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import io
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -45,55 +47,44 @@ def case_of(name: str, batch: int = 1, dtype: torch.dtype = torch.float32, **mor
     return Case(engine, prompts, settings)
 
 
+EXACT = ("--preset", "tiny", "--batch", "1", "2", "--tokens-per-forward", "3")
 OPTIONS = {
-    "exact": ("--preset", "tiny", "--batch", "1", "2", "--tokens-per-forward", "3", "--phases"),
+    "exact": (*EXACT, "--phases"),
     "rounded": ("--preset", "tiny-dream", "--dtype", "bfloat16", "--batch", "2"),
+    "alone": (*EXACT, "--no-eager"),
+    "command": (*EXACT, "--phases"),  # as a user runs it
 }
 
 
-def written(folder: Path, said: str) -> dict[str, Any]:
-    assert (folder / "found.png").read_bytes().startswith(b"\x89PNG")
-    file = folder / "found.json"
-    return {"said": said, "file": file, **json.loads(file.read_text())}
-
-
-def files(folder: Path) -> tuple[str, ...]:
-    return ("--json", str(folder / "found.json"), "--plot", str(folder / "found.png"))
-
-
-def measured(folder: Path, *options: str) -> dict[str, Any]:
-    with contextlib.redirect_stdout(io.StringIO()) as said:
-        decode.main([*SHAPE, *options, *files(folder)])
-    return written(folder, said.getvalue())
-
-
 @pytest.fixture(scope="module")
-def exact(tmp_path_factory) -> dict[str, Any]:
-    return measured(tmp_path_factory.mktemp("exact"), *OPTIONS["exact"])
+def record_of(tmp_path_factory) -> Callable[[str], dict[str, Any]]:
+    """What a run with some of OPTIONS wrote, its file and what it printed."""
 
+    @functools.cache
+    def run(name: str) -> dict[str, Any]:
+        folder = tmp_path_factory.mktemp(name)
+        file, picture = folder / "decode.json", folder / "decode.png"
+        argv = [*SHAPE, *OPTIONS[name], "--json", str(file), "--plot", str(picture)]
+        if name == "command":
+            output = subprocess.run(
+                [sys.executable, "-m", "benchmarks.decode", *argv], cwd=ROOT, text=True,
+                env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, check=True,
+            ).stdout  # fmt: skip
+        else:
+            with contextlib.redirect_stdout(io.StringIO()) as stream:
+                decode.main(argv)
+            output = stream.getvalue()
+        assert picture.read_bytes().startswith(b"\x89PNG")
+        return {"output": output, "file": file, **json.loads(file.read_text())}
 
-@pytest.fixture(scope="module")
-def rounded(tmp_path_factory) -> dict[str, Any]:
-    return measured(tmp_path_factory.mktemp("rounded"), *OPTIONS["rounded"])
-
-
-@pytest.fixture(scope="module")
-def command(tmp_path_factory) -> dict[str, Any]:
-    """As a user runs it."""
-    folder = tmp_path_factory.mktemp("command")
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.decode", *SHAPE, *OPTIONS["exact"], *files(folder)],
-        cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return written(folder, done.stdout)
+    return run
 
 
 @pytest.mark.parametrize(
     "which", ["exact", "rounded", pytest.param("command", marks=pytest.mark.slow)]
 )
-def test_what_is_written(which, request):
-    found = request.getfixturevalue(which)
+def test_what_is_written(which, record_of):
+    found = record_of(which)
     settings = found["settings"]
     assert found["command"].startswith("python -m benchmarks.decode --prompt 24")
     assert found["versions"]["torch"] == torch.__version__
@@ -102,7 +93,7 @@ def test_what_is_written(which, request):
     assert min(found["ceilings"].values()) > 0
     for run in found["runs"]:
         batch = run["batch"]
-        assert run["tokens"] == 32 * batch and f"batch {batch}:" in found["said"]
+        assert run["tokens"] == 32 * batch and f"batch {batch}:" in found["output"]
         seconds = run["seconds"]
         assert set(seconds) == {"ours", "eager", "floor", "floor_all_positions"}
         assert min(seconds.values()) > 0
@@ -128,16 +119,18 @@ def test_what_is_written(which, request):
         assert 0.3 * most < run["share_of_products_limit"] < batch * most
 
 
-def test_both_loops_commit_the_same_in_float32(exact):
+def test_both_loops_commit_the_same_in_float32(record_of):
+    exact = record_of("exact")
     for run in exact["runs"]:
         check = run["check"]
         assert check["same_tokens"] and check["decisions"] == run["tokens"]
         assert check["decisions_agreed"] == check["positions_agreed"] == 1
-    assert exact["said"].count("the same tokens at the same forwards from both loops") == 2
+    assert exact["output"].count("the same tokens at the same forwards from both loops") == 2
     assert [run["batch"] for run in exact["runs"]] == [1, 2]
 
 
-def test_one_trajectory_in_bfloat16(rounded):
+def test_one_trajectory_in_bfloat16(record_of):
+    rounded = record_of("rounded")
     (run,) = rounded["runs"]
     assert run["forwards"] == rounded["settings"]["steps"] == round(32 / 3.5)
     assert run["tokens_per_forward"] == pytest.approx(32 / 9)
@@ -145,11 +138,11 @@ def test_one_trajectory_in_bfloat16(rounded):
     assert not check["same_tokens"] and run["timed_run_repeats_the_recorded"]
     assert check["decisions"] == 64
     assert 0.5 < check["decisions_agreed"] <= check["positions_agreed"] <= 1
-    assert f"agree on {check['decisions_agreed']:.1%}" in rounded["said"]
+    assert f"agree on {check['decisions_agreed']:.1%}" in rounded["output"]
 
 
-def test_the_budget_stands_beside_it(exact, rounded, capsys, tmp_path):
-    for found, batch in ((exact, 2), (rounded, None)):
+def test_the_budget_stands_beside_it(record_of, capsys, tmp_path):
+    for found, batch in ((record_of("exact"), 2), (record_of("rounded"), None)):
         path = tmp_path / "budget.json"
         options = ["--measured", str(found["file"]), "--json", str(path)]
         roofline.main(options + ([] if batch is None else ["--batch", str(batch)]))
@@ -186,8 +179,8 @@ def test_the_eager_loop_is_the_method(name, more):
     assert case.record.num_commits == 64
 
 
-def test_phases_stand_beside_their_floors(exact, rounded, capsys):
-    inside, of_timed = [], []
+def test_phases_stand_beside_their_floors(record_of, capsys):
+    exact, inside, of_timed = record_of("exact"), [], []
     for run in exact["runs"]:
         assert set(run["phase_us"]) == {"window", "refresh"}
         for kind, times in run["phase_us"].items():
@@ -198,7 +191,7 @@ def test_phases_stand_beside_their_floors(exact, rounded, capsys):
     # Phases are most of a step, and a profiled step is about a timed one: a profiler costs time,
     # which a tiny model's step consists of. On a busy machine one of the four may have had to wait.
     assert max(inside) > 0.5 and any(0.3 < ratio < 10 for ratio in of_timed), (inside, of_timed)
-    assert "phase_us" not in rounded["runs"][0]
+    assert "phase_us" not in record_of("rounded")["runs"][0]
     roofline.main(["--measured", str(exact["file"]), "--batch", "2"])
     lines = [line.split("│") for line in capsys.readouterr().out.splitlines() if "│" in line]
     cells = [[cell.strip() for cell in line[1:-1]] for line in lines]
@@ -241,43 +234,36 @@ def test_every_step_is_timed_once(capture):
     assert engine.take() == StepTimes([], [])
 
 
-def test_alone_it_is_not_compared(tmp_path):
-    options = ("--preset", "tiny", "--tokens-per-forward", "3", "--no-eager", "--batch", "1", "2")
-    found = measured(tmp_path, *options)
-    for run in found["runs"]:
+def test_alone_it_is_not_compared(record_of):
+    record = record_of("alone")
+    for run in record["runs"]:
         assert set(run["seconds"]) == {"ours", "floor", "floor_all_positions"}
         assert run["check"] is None and run["ours_over_eager"] is None
         assert run["eager_window_step_ms"] is None and run["ours_over_floor"] > 1
-    assert "not compared with the eager loop (--no-eager)" in found["said"]
+    assert "not compared with the eager loop (--no-eager)" in record["output"]
 
 
-def test_another_loop_stops_it(monkeypatch, capsys, tmp_path):
-    path = tmp_path / "found.json"
-    options = ["--preset", "tiny", *SHAPE, "--tokens-per-forward", "3", "--json", str(path)]
+def test_another_loop_stops_it(monkeypatch, tmp_path):
+    """Other commits, or one other token of the last row."""
+    path, case = tmp_path / "decode.json", case_of("tiny", 2, threshold=0.9)
 
-    def other(*args: Any, threshold: float, **settings: Any) -> Any:
+    def commits(*args: Any, threshold: float, **settings: Any) -> Any:
         return eager_generate(*args, threshold=threshold - 0.5, **settings)
 
-    def never(*args: Any) -> float:
-        raise AssertionError("timed in spite of it")
-
-    monkeypatch.setattr(decode, "eager_generate", other)
-    monkeypatch.setattr(decode, "timed", never)
-    with pytest.raises(SystemExit, match=r"decode: the loops .*: nothing is timed"):
-        decode.main(options)
-    assert not path.exists()
-
-
-def test_a_wrong_token_stops_it(monkeypatch):
-    """One token of the last row."""
-
-    def other(*args: Any, **settings: Any) -> Any:
+    def token(*args: Any, **settings: Any) -> Any:
         out = eager_generate(*args, **settings)
         out.sequences[0, -1] = (out.sequences[0, -1] + 1) % 500
         return out
 
-    case = case_of("tiny", 2, threshold=0.9)
-    monkeypatch.setattr(decode, "eager_generate", other)
+    def never(*args: Any) -> float:
+        raise AssertionError("timed in spite of it")
+
+    monkeypatch.setattr(decode, "eager_generate", commits)
+    monkeypatch.setattr(decode, "timed", never)
+    with pytest.raises(SystemExit, match=r"decode: the loops .*: nothing is timed"):
+        decode.main([*SHAPE, *EXACT, "--json", str(path)])
+    assert not path.exists()
+    monkeypatch.setattr(decode, "eager_generate", token)
     with pytest.raises(SystemExit, match="return different tokens: nothing is timed"):
         case.check(case.eager())
 
@@ -385,7 +371,7 @@ def test_another_checkout_that_decodes_otherwise_stops_it(monkeypatch):
 
 
 def test_a_batch_that_fails_leaves_those_before_it(monkeypatch, tmp_path):
-    measure, path = decode.measure, tmp_path / "found.json"
+    measure, path = decode.measure, tmp_path / "decode.json"
 
     def fails(case: Any, *args: Any) -> dict[str, Any]:
         if len(case.prompt) == 2:
@@ -397,12 +383,6 @@ def test_a_batch_that_fails_leaves_those_before_it(monkeypatch, tmp_path):
     with pytest.raises(torch.OutOfMemoryError):
         decode.main([*options, "--json", str(path)])
     assert [run["batch"] for run in json.loads(path.read_text())["runs"]] == [1]
-
-
-def test_prompts_hold_no_mask():
-    model = random_model(PRESETS["tiny-dream"], torch.float32, "cpu")
-    ids = random_prompts(model, None, 2, 10000, 0)
-    assert set(range(512)) - set(ids.flatten().tolist()) == {PRESETS["tiny-dream"].mask_id}
 
 
 def test_a_tied_head_is_the_embedding():

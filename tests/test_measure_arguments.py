@@ -1,4 +1,4 @@
-"""Wrong arguments of the commands that measure: one line on stderr, exit code 2, nothing printed."""
+"""Wrong arguments of the commands that measure: one line on stderr and exit code 2."""
 
 from __future__ import annotations
 
@@ -100,13 +100,13 @@ def run(line: str) -> int | str | None:
 
 
 @pytest.mark.parametrize(
-    ("line", "said"),
-    [*((f"{command} {options}", said) for command, options, said in SHARED), *OWN],
+    ("line", "message"),
+    [*((f"{command} {options}", message) for command, options, message in SHARED), *OWN],
 )
-def test_bad_arguments_are_one_line(line, said, capsys):
+def test_bad_arguments_are_one_line(line, message, capsys):
     assert run(line) == 2
     captured = capsys.readouterr()
-    assert said in captured.err and captured.out == ""
+    assert message in captured.err and captured.out == ""
     assert captured.err.count("\n") == 1
     assert captured.err.startswith(line.split()[0] if "roofline" in line else ("dsb", "decode"))
 
@@ -115,7 +115,7 @@ MEASURED = {"settings": {}, "ceilings": {}, "machine": {"device": ""}, "runs": [
 
 
 @pytest.mark.parametrize(
-    ("command", "text", "said"),
+    ("command", "text", "message"),
     [
         *((c, "{", "expected a JSON file") for c in ("bench --from", "roofline --measured")),
         *(("bench --from", text, "expected what dsb bench --json writes")
@@ -127,12 +127,12 @@ MEASURED = {"settings": {}, "ceilings": {}, "machine": {"device": ""}, "runs": [
         ("roofline --measured", json.dumps(MEASURED), "has no window_step_ms"),
     ],
 )  # fmt: skip
-def test_a_file_of_another_kind_is_one_line(command, text, said, tmp_path, capsys):
+def test_a_file_of_another_kind_is_one_line(command, text, message, tmp_path, capsys):
     path = tmp_path / "x.json"
     path.write_text(text)
     assert run(f"{command} {path}") == 2
     error = capsys.readouterr().err
-    assert error.count("\n") == 1 and said in error
+    assert error.count("\n") == 1 and message in error
 
 
 def test_asking_whether_a_file_can_be_written_changes_none(tmp_path: Path):
