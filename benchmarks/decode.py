@@ -40,7 +40,7 @@ from tqdm import tqdm
 
 import dsb_runtime as dsb
 from benchmarks import against, describe_benchmark
-from benchmarks.decode_report import draw_runs, median_ms, print_runs, step_figures
+from benchmarks.decode_report import draw, median_ms, print_runs, step_figures
 from benchmarks.eager import EagerOutput, eager_generate
 from benchmarks.profiled import gpu_busy_seconds, phase_times
 from benchmarks.roofline import Ceilings, positive
@@ -140,15 +140,14 @@ class Case:
 
     def check(self, eager: list[EagerOutput]) -> Agreement:
         """How far both loops' decisions agree; in float32 they must agree on all."""
-        whole = Agreement(0, 0, 0)
         for row, other in enumerate(eager):
             steps = self.record.rows[row]
             if self.exact and not torch.equal(self.out.sequences[row], other.sequences[0]):
                 raise SystemExit("decode: the loops return different tokens: nothing is timed")
             if self.exact and [step.commits for step in steps] != other.commits:
                 raise SystemExit("decode: the loops commit differently: nothing is timed")
-            whole += agreement(steps, other.commits)
-        return whole
+        steps = [step for row in range(len(eager)) for step in self.record.rows[row]]
+        return agreement(steps, [commits for other in eager for commits in other.commits])
 
 
 def watched_times(case: Case, engine: TimedEngine) -> StepTimes:
@@ -358,7 +357,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         write()
     print_runs(result)
     if args.plot:
-        draw_runs(result, args.plot)
+        draw(result, args.plot)
 
 
 if __name__ == "__main__":

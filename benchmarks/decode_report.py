@@ -12,6 +12,7 @@ from benchmarks.roofline import KINDS, Ceilings, budget
 from benchmarks.trajectory import EagerClock, Trajectory
 from dsb_runtime.measure.command import table_of, wide_console
 from dsb_runtime.measure.models import Preset
+from dsb_runtime.measure.plots import draw_runs
 from dsb_runtime.measure.steps import StepTimes
 
 WIDTH_CLASSES = (32, 64, 128, 256)  # bounds of a forward's widest window
@@ -157,43 +158,12 @@ def print_runs(result: dict[str, Any]) -> None:
         )
 
 
-def draw_runs(result: dict[str, Any], path: Path) -> None:
+def draw(result: dict[str, Any], path: Path) -> None:
     """Time per step against its limit; for several batches tokens/s as well."""
-    from matplotlib.figure import Figure
-
-    runs, several = result["runs"], len(result["runs"]) > 1
-    figure = Figure(figsize=(11 if several else 6.5, 4.5), layout="constrained")
-    axes = figure.subplots(1, 2 if several else 1, squeeze=False)[0]
-    width = 0.38
-    colors = {"window": "#5b8cc9", "refresh": "#e0a63a"}
-    for kind, side in (("window", -0.5), ("refresh", 0.5)):
-        bars = [(i + side * width, r["steps"][kind]) for i, r in enumerate(runs)
-                  if kind in r["steps"]]  # fmt: skip
-        if not bars:
-            continue
-        x = [place for place, _ in bars]
-        axes[0].bar(x, [s["ms"] for _, s in bars], 0.95 * width, color=colors[kind], label=kind)
-        low, high = [v - width / 2 for v in x], [v + width / 2 for v in x]
-        axes[0].hlines([s["floor_ms"] for _, s in bars], low, high, color="black",
-                       label="floor of bytes and FLOPs" if kind == "window" else None)  # fmt: skip
-    axes[0].set(
-        xlabel="batch", ylabel="ms per step", title="time per step against its limit",
-        xticks=range(len(runs)), xticklabels=[run["batch"] for run in runs],
-    )  # fmt: skip
-    axes[0].legend(fontsize=8)
-    if several:
-        batches = [run["batch"] for run in runs]
-        for label, key in (("ours", "tokens_per_second"), ("eager", "eager_tokens_per_second")):
-            if runs[0][key] is not None:
-                axes[1].plot(batches, [run[key] for run in runs], marker="o", label=label)
-        axes[1].set(
-            xlabel="batch", ylabel="tokens/s", title="throughput by batch", xticks=batches, ylim=0
-        )
-        axes[1].legend(fontsize=8)
-        axes[1].grid(alpha=0.3)
     settings = result["settings"]
-    figure.suptitle(
+    draw_runs(
+        result["runs"], {"floor_ms": "floor of bytes and FLOPs"},
+        {"tokens_per_second": "ours", "eager_tokens_per_second": "eager"},
         f"{settings['preset']}, {settings['dtype']}, {result['machine']['device']}: prompt "
-        f"{settings['prompt']}, gen {settings['gen_length']}", fontsize=10,
+        f"{settings['prompt']}, gen {settings['gen_length']}", path,
     )  # fmt: skip
-    figure.savefig(path, dpi=120)

@@ -10,6 +10,7 @@ entries of the table in its own process, which ends with it.
 from __future__ import annotations
 
 import functools
+import itertools
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -60,20 +61,19 @@ def sweep_one(item: dict[str, Any], write: Callable[[dict[str, Any]], None]) -> 
 
 def sweep_splits(write: Callable[[dict[str, Any]], None]) -> None:
     """`num_splits` of window_attention: as it is chosen (None), then fixed."""
-    for positions in (1280, 4096) if on_gpu() else (96,):
-        width = 128 if on_gpu() else 8
+    width, lengths = (128, (1280, 4096)) if on_gpu() else (8, (96,))
+    for positions, splits in itertools.product(lengths, (None, *SPLITS)):
         shape = {"model": "LLaDA-8B", "batch": 1, "width": width, "positions": positions}
-        for splits in (None, *SPLITS):
 
-            def make(shape: dict[str, Any] = shape, splits: int | None = splits) -> Case:
-                case = ops.BENCHMARKS["window_attention"].case(**shape)
-                case.options["num_splits"] = splits
-                return case
+        def make(shape: dict[str, Any] = shape, splits: int | None = splits) -> Case:
+            case = ops.BENCHMARKS["window_attention"].case(**shape)
+            case.options["num_splits"] = splits
+            return case
 
-            write(two_times(make) | {
-                "key": "window_attention splits", "size": width, "shape": shape,
-                "configuration": f"num_splits={splits}", "current": splits is None,
-            })  # fmt: skip
+        write(two_times(make) | {
+            "key": "window_attention splits", "size": width, "shape": shape,
+            "configuration": f"num_splits={splits}", "current": splits is None,
+        })  # fmt: skip
 
 
 def two_times(make: Callable[[], Case]) -> dict[str, Any]:

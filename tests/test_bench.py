@@ -16,9 +16,8 @@ import dsb_runtime as dsb
 from dsb_runtime.cli import main as cli
 from dsb_runtime.demo import MODEL_DIR
 from dsb_runtime.engine.engine import GenerationOutput
-from dsb_runtime.measure.bench import Round, measure, summarize, summarize_steps
+from dsb_runtime.measure.bench import Round, measure, show, summarize, summarize_steps
 from dsb_runtime.measure.models import PRESETS, random_model, random_prompts
-from dsb_runtime.measure.plots import draw_bench
 from dsb_runtime.measure.steps import LinearLayers, StepRecorder, StepWork
 
 SMALL = ["--device", "cpu", "--prompt-length", "12", "--gen-length", "24", "--block-length", "8"]
@@ -214,7 +213,7 @@ def test_the_picture_is_drawn_from_the_record(measured, tmp_path, capsys):
         for key in path[:-1]:
             at = at[key]
         at[path[-1]] = value
-        draw_bench(other, again)
+        show(other, again)
         return again.read_bytes()
 
     pictures = [

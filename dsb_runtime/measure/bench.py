@@ -29,12 +29,13 @@ from dsb_runtime.files import write_json
 from dsb_runtime.measure.command import add_output, table_of
 from dsb_runtime.measure.machine import describe_run
 from dsb_runtime.measure.models import add_preset, random_prompts
-from dsb_runtime.measure.plots import draw_bench
+from dsb_runtime.measure.plots import draw_runs
 from dsb_runtime.measure.steps import LinearLayers, StepRecorder, StepWork, TimedEngine
 from dsb_runtime.measure.timing import copy_bandwidth, timed
 
 BATCHES = (1, 2, 4, 8)
 KINDS = ("window", "response", "refresh")
+LIMITS = {"linear_ms": "linear layers alone", "weights_ms": "weights at copy bandwidth"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -216,7 +217,11 @@ def show(record: dict[str, Any], plot: Path | None) -> None:
     )  # fmt: skip
     Console().print(table)
     if plot is not None:
-        draw_bench(record, plot)
+        title = (
+            f"{record['model']}, {record['machine']['device']}: prompt {record['prompt_length']}, "
+            f"gen {settings['gen_length']}"
+        )
+        draw_runs(record["batches"], LIMITS, {"tokens_per_second": record["model"]}, title, plot)
 
 
 def run(

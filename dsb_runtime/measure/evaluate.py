@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ SWEEPS: dict[str, tuple[float, ...]] = {
 }
 FULL_EVERY = (4, 99)  # with response refreshes, one refresh in so many is full
 SMALL_BLOCK = 4  # for many refreshes
+WORDS = ("sweep", "rule", "value", "schedule", "cache")  # of a setting, in the report
 
 
 @dataclass(frozen=True)
@@ -51,27 +52,6 @@ class Setting:
     schedule: str
     cache: str
     config: DecodingConfig
-
-
-@dataclass(frozen=True)
-class Score:
-    """What one setting measured over all problems; the words are the setting's."""
-
-    sweep: str
-    rule: str
-    value: float | None
-    schedule: str
-    cache: str
-    problems: int
-    exact: float  # share of exact answers
-    forwards: float  # per problem
-    tokens: float  # per problem
-    tokens_per_forward: float
-    tokens_per_second: float
-
-    @property
-    def label(self) -> str:
-        return self.rule if self.value is None else f"{self.rule} {self.value:g}"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -143,8 +123,9 @@ def score(
     tokenizer: PreTrainedTokenizerBase,
     batches: list[tuple[list[Problem], torch.Tensor, torch.Tensor]],
     setting: Setting,
-) -> Score:
-    """Decode every batch with one setting."""
+) -> dict[str, Any]:
+    """Decode every batch with one setting: the setting's words, the number of problems, the share
+    of exact answers, forwards and tokens per problem, and tokens per forward and second."""
     exact = forwards = tokens = count = 0
     began = time.perf_counter()
     for problems, input_ids, mask in batches:
@@ -157,10 +138,12 @@ def score(
         tokens += sum(out.row_tokens)
         count += len(problems)
     seconds = time.perf_counter() - began
-    return Score(
-        setting.sweep, setting.rule, setting.value, setting.schedule, setting.cache, count,
-        exact / count, forwards / count, tokens / count, tokens / forwards, tokens / seconds,
-    )  # fmt: skip
+    words = {name: getattr(setting, name) for name in WORDS}
+    return words | {
+        "problems": count, "exact": exact / count, "forwards": forwards / count,
+        "tokens": tokens / count, "tokens_per_forward": tokens / forwards,
+        "tokens_per_second": tokens / seconds,
+    }  # fmt: skip
 
 
 def encode_batches(
@@ -187,15 +170,20 @@ def encode_batches(
 
 def show(record: list[dict[str, Any]], plot: Path | None, shape: str = "") -> None:
     """Print the table of a record, and draw its picture where one is asked for."""
-    scores = [Score(**item) for item in record]
+    lines = []
+    for s in record:
+        value = "" if s["value"] is None else f" {s['value']:g}"
+        lines.append([
+            f"{s['rule']}{value}", s["schedule"], s["cache"], f"{100 * s['exact']:.1f}%",
+            f"{s['forwards']:.1f}", f"{s['tokens']:.1f}", f"{s['tokens_per_forward']:.2f}",
+            f"{s['tokens_per_second']:.0f}",
+        ])  # fmt: skip
     # Narrow enough for 80 columns, in which a box would cut the figures.
     table = table_of(
         ["rule", "schedule", "cache", "exact", "forwards", "tokens", "tokens/\nforward",
          "tokens/\ns"],
-        [(s.label, s.schedule, s.cache, f"{100 * s.exact:.1f}%", f"{s.forwards:.1f}",
-          f"{s.tokens:.1f}", f"{s.tokens_per_forward:.2f}", f"{s.tokens_per_second:.0f}")
-         for s in scores],
-        left=(0, 1, 2), no_wrap=True, title=f"{scores[0].problems} held-out problems{shape}",
+        lines, left=(0, 1, 2), no_wrap=True,
+        title=f"{record[0]['problems']} held-out problems{shape}",
         box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True,
     )  # fmt: skip
     Console().print(table)
@@ -215,7 +203,7 @@ def run(
     batches = encode_batches(tokenizer, problems, args.batch, model.device)
     record: list[dict[str, Any]] = []
     for setting in tqdm(settings, desc="settings", disable=None):
-        record.append(asdict(score(model, tokenizer, batches, setting)))
+        record.append(score(model, tokenizer, batches, setting))
         if args.json:  # written as it grows: an interrupt loses nothing that was measured
             write_json(args.json, record)
     show(record, args.plot, f", gen {args.gen_length}, block {args.block_length}")
