@@ -141,25 +141,6 @@ def test_one_trajectory_in_bfloat16(record_of):
     assert f"agree on {check['decisions_agreed']:.1%}" in rounded["output"]
 
 
-def test_the_budget_stands_beside_it(record_of, capsys, tmp_path):
-    for found, batch in ((record_of("exact"), 2), (record_of("rounded"), None)):
-        path = tmp_path / "budget.json"
-        options = ["--measured", str(found["file"]), "--json", str(path)]
-        roofline.main(options + ([] if batch is None else ["--batch", str(batch)]))
-        budget, run = json.loads(path.read_text()), found["runs"][-1]
-        assert (
-            budget["batch"] == run["batch"] == 2 and budget["dtype"] == found["settings"]["dtype"]
-        )
-        assert budget["ceilings"]["gb_per_s"] == found["ceilings"]["copy_gb_per_s"]
-        assert budget["refresh_share"] == run["refresh_share"]
-        assert budget["measured"]["window_step_ms"] == run["window_step_ms"]
-        assert 0 < budget["measured"]["share_of_floor"] < 1
-        # All rows of a refresh are the same in both; a window's are the mean of many.
-        refresh = budget["steps"]["refresh"]
-        assert refresh["size"]["num_tokens"] == 2 * 56
-        assert f"measured on {found['machine']['device']}" in capsys.readouterr().out
-
-
 @pytest.mark.parametrize("name", ["tiny", "tiny-dream"])
 @pytest.mark.parametrize(
     "more",
@@ -176,35 +157,50 @@ def test_the_eager_loop_is_the_method(name, more):
     case = case_of(name, 2, **more)
     assert case.agreed == Agreement(64, 64, 64)
     assert {step.kind for step in case.record.rows[1]} == {"refresh", "window"}
-    assert case.record.num_commits == 64
+    record = case.record
+    assert record.num_commits == 64 and record.row_forwards == sum(case.out.row_nfe)
+    assert len(record.sizes) == case.out.nfe
+    assert record.sizes[0] == StepSize(2, 112, 16, 56, 32, 4)
 
 
-def test_phases_stand_beside_their_floors(record_of, capsys):
-    exact, inside, of_timed = record_of("exact"), [], []
-    for run in exact["runs"]:
+def test_the_budget_stands_beside_what_was_measured(record_of, capsys, tmp_path):
+    path = tmp_path / "budget.json"
+    for record, batch in ((record_of("rounded"), None), (record_of("exact"), 2)):
+        options = ["--measured", str(record["file"]), "--json", str(path)]
+        roofline.main(options + ([] if batch is None else ["--batch", str(batch)]))
+        result, run = json.loads(path.read_text()), record["runs"][-1]
+        assert result["batch"] == 2 and result["dtype"] == record["settings"]["dtype"]
+        assert result["ceilings"]["gb_per_s"] == record["ceilings"]["copy_gb_per_s"]
+        assert result["refresh_share"] == run["refresh_share"]
+        assert result["measured"]["window_step_ms"] == run["window_step_ms"]
+        assert 0 < result["measured"]["share_of_floor"] < 1
+        assert result["steps"]["refresh"]["size"]["num_tokens"] == 2 * 56
+        output = capsys.readouterr().out
+        assert f"measured on {record['machine']['device']}" in output
+    # The last output has the phases.
+    lines = [line.split("│") for line in output.splitlines() if "│" in line]
+    cells = [[cell.strip() for cell in line[1:-1]] for line in lines]
+    rows = len(PHASES) + 2  # what is outside of phases, the sum
+    for kind, table in (("window", cells[:rows]), ("refresh", cells[rows:])):
+        beside, times = {row[0].removeprefix("layer: "): row[-2:] for row in table}, run["phase_us"]
+        shown = [float(beside[name][0]) for name in (*PHASES, "outside of phases")]
+        assert shown == pytest.approx(list(times[kind].values()), abs=0.051)
+        assert all(beside[name][1].endswith("%") for name in PHASES)
+
+
+def test_phases_are_most_of_a_step(record_of):
+    inside, of_timed = [], []
+    for run in record_of("exact")["runs"]:
         assert set(run["phase_us"]) == {"window", "refresh"}
         for kind, times in run["phase_us"].items():
             assert list(times) == [*PHASES, OUTSIDE] and min(times.values()) > 0
             whole = sum(times.values())
             inside.append(1 - times[OUTSIDE] / whole)
             of_timed.append(whole / (1e3 * run[f"{kind}_step_ms"]))
-    # Phases are most of a step, and a profiled step is about a timed one: a profiler costs time,
-    # which a tiny model's step consists of. On a busy machine one of the four may have had to wait.
+    # A profiled step is about a timed one: a profiler costs time, which a tiny model's step
+    # consists of. On a busy machine one of the four may have had to wait.
     assert max(inside) > 0.5 and any(0.3 < ratio < 10 for ratio in of_timed), (inside, of_timed)
     assert "phase_us" not in record_of("rounded")["runs"][0]
-    roofline.main(["--measured", str(exact["file"]), "--batch", "2"])
-    lines = [line.split("│") for line in capsys.readouterr().out.splitlines() if "│" in line]
-    cells = [[cell.strip() for cell in line[1:-1]] for line in lines]
-    times = exact["runs"][1]["phase_us"]
-    rows = len(PHASES) + 2  # what is outside of phases, the sum
-    for kind, table in (("window", cells[:rows]), ("refresh", cells[rows:])):
-        found = {row[0].removeprefix("layer: "): row[-2:] for row in table}
-        assert [float(found[name][0]) for name in PHASES] == pytest.approx(
-            [times[kind][name] for name in PHASES], abs=0.051
-        )
-        assert all(found[name][1].endswith("%") for name in PHASES)
-        outside = pytest.approx(times[kind][OUTSIDE], abs=0.051)
-        assert float(found["outside of phases"][0]) == outside
 
 
 def test_profiled_steps_are_of_both_kinds():
@@ -307,19 +303,6 @@ def test_quota_is_spread_evenly():
     assert quota_due(3, 9, 32, 10) == 6  # what an earlier window could not supply
 
 
-def test_recorded_sizes_are_those_of_the_forwards():
-    case = case_of("tiny", 2, threshold=0.9)
-    record, length = case.record, 56
-    assert len(record.sizes) == case.out.nfe
-    assert record.row_forwards == sum(case.out.row_nfe)
-    for kind, size in zip(record.kinds, record.sizes, strict=True):
-        assert (size.length, size.gen, size.itemsize) == (length, 32, 4)
-        whole = size.batch * length
-        assert size.num_tokens == whole if kind == "refresh" else size.num_tokens < whole
-        assert 1 <= size.scored <= 8 * size.batch
-    assert record.sizes[0] == StepSize(2, 112, 16, 56, 32, 4)
-
-
 def test_step_figures_by_hand():
     preset, limits = PRESETS["tiny"], Ceilings(10, 0.1, "")
     record = Trajectory(random_model(preset, torch.float32, "meta"), 24, 32)
@@ -350,21 +333,16 @@ def test_step_figures_by_hand():
 
 
 def test_two_checkouts_in_turn(tmp_path, capsys):
-    """This checkout against itself: the same tokens, and a ratio of times."""
+    """This checkout against itself: the same tokens, and a ratio of times; or other tokens."""
     path = tmp_path / "ratio.json"
-    options = ["--preset", "tiny-dream", *SHAPE, "--against", str(ROOT), "--json", str(path)]
-    decode.main([*options, "--rounds", "2"])
+    decode.main(["--preset", "tiny-dream", *SHAPE, "--against", str(ROOT), "--json", str(path)])
     (line,) = json.loads(path.read_text())["comparisons"]
     assert line["batch"] == 1 and {len(times) for times in line["seconds"].values()} == {2}
     assert line["ratio_of_medians"] == line["medians"]["ours"] / line["medians"]["other"]
     assert f"ratio of medians {line['ratio_of_medians']:.3f}" in capsys.readouterr().out
-
-
-def test_another_checkout_that_decodes_otherwise_stops_it(monkeypatch):
-    answers = {"ours": {"forwards": 3, "tokens": "a"}, "other": {"forwards": 3, "tokens": "b"}}
     checkouts = {
-        name: SimpleNamespace(run=lambda batch, answer=answer: answer)
-        for name, answer in answers.items()
+        name: SimpleNamespace(run=lambda batch, name=name: {"forwards": 3, "tokens": name})
+        for name in ("ours", "other")
     }
     with pytest.raises(SystemExit, match="differ in tokens: nothing is timed"):
         against.compare_batch(checkouts, 1, SimpleNamespace(dtype="float32", rounds=1))

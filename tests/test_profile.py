@@ -83,12 +83,14 @@ def test_a_trace_names_every_step_and_every_phase(profiled, decoded):
     assert decoded[1][3:12].count("refresh") == 1
 
 
-def test_profiling_changes_no_token(model, prompts, decoded, tmp_path):
+def test_profiling_changes_no_token(model, prompts, decoded, tmp_path, monkeypatch):
+    cuda = CudaCalls(monkeypatch)
     for file in (None, tmp_path / "trace.json"):
         found = profile_steps(model, prompts, config(), first=2, count=5, trace_file=file)
         assert torch.equal(found.out.sequences, decoded[0].sequences)
         assert found.out.tokens_per_forward == decoded[0].tokens_per_forward
         assert (found.total, found.first, found.kinds) == (24, 2, decoded[1][2:7])
+    assert cuda.calls == [], "a CPU has no NVTX"
 
 
 def test_the_same_seed_draws_the_same_tokens(model, prompts, tmp_path):
@@ -176,12 +178,6 @@ def test_what_a_gpu_is_told(monkeypatch):
     ]  # fmt: skip
 
 
-def test_a_cpu_has_no_nvtx(monkeypatch, model, prompts):
-    cuda = CudaCalls(monkeypatch)
-    profile_steps(model, prompts, config(), count=2)
-    assert cuda.calls == []
-
-
 # --- tables -----------------------------------------------------------------------------------
 
 
@@ -195,6 +191,13 @@ def test_the_tables_name_phases_and_operators(profiled):
     assert shown == [t.name for t in operators[:10] if t.name.startswith("aten::")]
     for word in (operators[0].name, "window", "(of 8)", "refresh", "(of 1)"):
         assert word in said
+    kinds = by_kind(read_trace(trace), on_gpu=False)
+    assert {kind: each.steps for kind, each in kinds.items()} == {"window": 8, "refresh": 1}
+    for each in kinds.values():
+        names = ["place", "embed", *(f"layer: {room}" for room in ROOMS), *ENDS]
+        assert [p.name for p in each.phases] == names
+        assert {p.calls // each.steps for p in each.phases} == {1, 4}
+        assert 0.5 * each.us < sum(p.us for p in each.phases) < each.us
 
 
 def test_own_times_are_those_of_torch(tmp_path):
@@ -214,17 +217,6 @@ def test_own_times_are_those_of_torch(tmp_path):
     for total in ours:  # the file has ns
         assert total.us == pytest.approx(theirs[total.name][1], abs=0.01 * total.calls)
     assert [t.us for t in ours] == sorted((t.us for t in ours), reverse=True)
-
-
-def test_phases_and_what_is_outside_of_them_are_the_whole_step(profiled):
-    kinds = by_kind(read_trace(profiled[0]), on_gpu=False)
-    assert {kind: found.steps for kind, found in kinds.items()} == {"window": 8, "refresh": 1}
-    for found in kinds.values():
-        assert [p.name for p in found.phases] == [
-            "place", "embed", *(f"layer: {room}" for room in ROOMS), *ENDS
-        ]  # fmt: skip
-        assert {p.calls // found.steps for p in found.phases} == {1, 4}
-        assert 0.5 * found.us < sum(p.us for p in found.phases) < found.us
 
 
 def gpu_trace() -> list[dict[str, Any]]:
@@ -264,11 +256,8 @@ def test_gpu_time_belongs_to_where_it_was_launched():
         ["layer: qkv", "outside of phases", "whole step"], ["2", "", "1"],
         ["0.012", "0.003", "0.015"], ["80.0%", "20.0%", "100.0%"],
     ]  # fmt: skip
-
-
-def test_a_gpu_trace_without_kernels_is_an_error():
     with pytest.raises(ValueError, match="holds no kernel"):
-        totals([e for e in gpu_trace() if e["cat"] == "cpu_op"], on_gpu=True)
+        totals([e for e in events if e["cat"] == "cpu_op"], on_gpu=True)
 
 
 # --- the lines for Nsight ---------------------------------------------------------------------

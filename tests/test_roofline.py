@@ -81,11 +81,8 @@ def test_weights_are_the_models_own(name, dtype):
     model = random_model(PRESETS[name], dtype, "meta")
     assert {p.dtype for p in model.parameters()} == {dtype}
     assert weight_bytes(PRESETS[name], dtype.itemsize) == sum(p.nbytes for p in model.parameters())
-
-
-@pytest.mark.parametrize(("name", "billions"), [("llada-8b", 8.02), ("illada-8b", 7.62)])
-def test_published_sizes(name, billions):
-    assert weight_bytes(PRESETS[name], 1) / 1e9 == pytest.approx(billions, abs=0.005)
+    billions = {"llada-8b": 8.02, "illada-8b": 7.62}.get(name)  # as published
+    assert billions in (None, round(weight_bytes(PRESETS[name], 1) / 1e9, 2))
 
 
 @pytest.mark.parametrize("name", ["tiny", "tiny-dream"])
@@ -127,13 +124,9 @@ def test_what_grows_with_what(name):
     assert longer.flops == one.flops + attention
 
 
-def test_floor_is_the_slower_of_both():
-    cost = Cost(weights=600, cache=300, activations=100, flops=5000)
-    assert cost.seconds(1e3, 1e6) == 1.0
-    assert cost.seconds(1e6, 1e3) == 5.0
-
-
 def test_budget_sums_the_phases():
+    cost = Cost(weights=600, cache=300, activations=100, flops=5000)
+    assert (cost.seconds(1e3, 1e6), cost.seconds(1e6, 1e3)) == (1.0, 5.0), "the slower of both"
     ceilings = Ceilings(1e-3, 1e-5, "made up")  # 1e6 B/s, 1e7 FLOP/s
     found = budget(TINY, "window", SHAPE, ceilings)
     assert found.phases["mlp"]["limit"] == "FLOPs" and found.phases["norm"]["limit"] == "bytes"
