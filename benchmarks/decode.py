@@ -43,7 +43,7 @@ from benchmarks import against, describe_benchmark
 from benchmarks.decode_report import draw, median_ms, print_runs, step_figures
 from benchmarks.eager import EagerOutput, eager_generate
 from benchmarks.profiled import gpu_busy_seconds, phase_times
-from benchmarks.roofline import Ceilings, positive
+from benchmarks.roofline import KINDS, Ceilings, positive
 from benchmarks.step_cost import total_cost
 from benchmarks.trajectory import Agreement, EagerClock, Trajectory, agreement
 from dsb_runtime.cli.main import OneLineParser
@@ -61,6 +61,11 @@ from dsb_runtime.measure.models import (
 )
 from dsb_runtime.measure.steps import LinearLayers, StepTimes, TimedEngine
 from dsb_runtime.measure.timing import copy_bandwidth, matmul_speed, timed
+
+RATIOS = (
+    ("ours", "eager"), ("eager", "ours"), ("ours", "floor"), ("ours", "floor_all_positions"),
+    ("floor", "eager"), ("floor_all_positions", "eager"),
+)  # fmt: skip
 
 
 @torch.no_grad()
@@ -219,19 +224,11 @@ def measure(
         "tokens_per_second": tokens / medians["ours"],
         "eager_tokens_per_second": None if agreed is None else tokens / medians["eager"],
         "share_of_products_limit": flops / ceilings.flops / medians["ours"],
-        "ours_over_eager": ratio("ours", "eager"),
-        "eager_over_ours": ratio("eager", "ours"),
-        "ours_over_floor": ratio("ours", "floor"),
-        "ours_over_floor_all_positions": ratio("ours", "floor_all_positions"),
-        "floor_over_eager": ratio("floor", "eager"),
-        "floor_all_positions_over_eager": ratio("floor_all_positions", "eager"),
+        **{f"{a}_over_{b}": ratio(a, b) for a, b in RATIOS},
         "steps": steps,
-        "window_step_ms": steps["window"]["ms"] if "window" in steps else None,
-        "refresh_step_ms": steps["refresh"]["ms"] if "refresh" in steps else None,
-        "eager_window_step_ms": median_ms(eager, "window"),
-        "eager_refresh_step_ms": median_ms(eager, "refresh"),
-        "free_window_step_ms": median_ms(free, "window"),
-        "free_refresh_step_ms": median_ms(free, "refresh"),
+        **{f"{kind}_step_ms": steps.get(kind, {}).get("ms") for kind in KINDS},
+        **{f"eager_{kind}_step_ms": median_ms(eager, kind) for kind in KINDS},
+        **{f"free_{kind}_step_ms": median_ms(free, kind) for kind in KINDS},
         "wasted_launches": len(free.kinds) / rounds - case.out.nfe,
         "gpu_wait_share": 1 - statistics.median(shares) if device.type == "cuda" else None,
         "peak_memory_bytes": case.peak,

@@ -40,11 +40,11 @@ def tokenizer():
 def measured(tmp_path_factory) -> tuple[dict[str, Any], Path, list[str]]:
     """One run of the command: its record, its picture, its arguments."""
     folder = tmp_path_factory.mktemp("bench")
-    kept, picture = folder / "bench.json", folder / "bench.png"
+    path, picture = folder / "bench.json", folder / "bench.png"
     argv = ["bench", *SMALL, "--batch", "1", "3", "--rounds", "2", "--steps", "12"]
-    argv += ["--json", str(kept), "--plot", str(picture)]
+    argv += ["--json", str(path), "--plot", str(picture)]
     assert cli.main(argv) == 0
-    return json.loads(kept.read_text()), picture, argv
+    return json.loads(path.read_text()), picture, argv
 
 
 def test_the_record_says_what_was_measured_where(measured):
@@ -201,9 +201,9 @@ def test_the_picture_is_drawn_from_the_record(measured, tmp_path, capsys):
     record, picture, _ = measured
     first = picture.read_bytes()
     assert first.startswith(b"\x89PNG")
-    kept, again = tmp_path / "kept.json", tmp_path / "again.png"
-    kept.write_text(json.dumps(record))
-    assert cli.main(["bench", "--from", str(kept), "--plot", str(again)]) == 0
+    path, again = tmp_path / "path.json", tmp_path / "again.png"
+    path.write_text(json.dumps(record))
+    assert cli.main(["bench", "--from", str(path), "--plot", str(again)]) == 0
     assert again.read_bytes() == first
     assert "embedded model" in capsys.readouterr().out
 
@@ -227,7 +227,7 @@ def test_the_picture_is_drawn_from_the_record(measured, tmp_path, capsys):
 
 
 def test_an_interrupt_leaves_the_rounds_before_it(tmp_path, capsys, monkeypatch):
-    kept, rounds = tmp_path / "bench.json", []
+    path, rounds = tmp_path / "bench.json", []
 
     def one_round(*args: Any) -> Round:
         rounds.append(one_round_by_hand())
@@ -236,8 +236,8 @@ def test_an_interrupt_leaves_the_rounds_before_it(tmp_path, capsys, monkeypatch)
         return rounds[-1]
 
     monkeypatch.setattr("dsb_runtime.measure.bench.one_round", one_round)
-    argv = ["bench", *SMALL, "--batch", "1", "--rounds", "9", "--json", str(kept)]
+    argv = ["bench", *SMALL, "--batch", "1", "--rounds", "9", "--json", str(path)]
     assert cli.main(argv) == 130
     assert capsys.readouterr().err.endswith("dsb: interrupted\n")
-    assert json.loads(kept.read_text())["rounds"] == 2
-    assert cli.main(["bench", "--from", str(kept)]) == 0
+    assert json.loads(path.read_text())["rounds"] == 2
+    assert cli.main(["bench", "--from", str(path)]) == 0

@@ -84,16 +84,16 @@ def record_of(tmp_path_factory) -> Callable[[str], dict[str, Any]]:
     "which", ["exact", "rounded", pytest.param("command", marks=pytest.mark.slow)]
 )
 def test_what_is_written(which, record_of):
-    found = record_of(which)
-    settings = found["settings"]
-    assert found["command"].startswith("python -m benchmarks.decode --prompt 24")
-    assert found["versions"]["torch"] == torch.__version__
-    assert found["machine"]["device"] and found["date"].startswith("20")
+    result = record_of(which)
+    settings = result["settings"]
+    assert result["command"].startswith("python -m benchmarks.decode --prompt 24")
+    assert result["versions"]["torch"] == torch.__version__
+    assert result["machine"]["device"] and result["date"].startswith("20")
     assert (settings["prompt"], settings["gen"], settings["rounds"]) == (24, 32, 2)
-    assert min(found["ceilings"].values()) > 0
-    for run in found["runs"]:
+    assert min(result["ceilings"].values()) > 0
+    for run in result["runs"]:
         batch = run["batch"]
-        assert run["tokens"] == 32 * batch and f"batch {batch}:" in found["output"]
+        assert run["tokens"] == 32 * batch and f"batch {batch}:" in result["output"]
         seconds = run["seconds"]
         assert set(seconds) == {"ours", "eager", "floor", "floor_all_positions"}
         assert min(seconds.values()) > 0
@@ -281,8 +281,8 @@ def test_following_takes_the_recorded_path_and_decides_freely():
     assert other.positions_per_forward == expected
     assert expected == [step.widest for step in case.record.steps]
     assert clock.kinds == 2 * [step.kind for step in path] and min(clock.seconds) > 0
-    found = agreement(path, other.commits)
-    assert found.both < 8 and found.both <= found.positions < 32
+    result = agreement(path, other.commits)
+    assert result.both < 8 and result.both <= result.positions < 32
 
 
 def test_agreement_counts_positions_and_tokens():
@@ -295,11 +295,11 @@ def test_agreement_counts_positions_and_tokens():
 
 
 def test_quota_is_spread_evenly():
-    committed, found = 0, []
+    committed, result = 0, []
     for step in range(9):
-        found.append(quota_due(step, 9, 32, committed))
-        committed += found[-1]
-    assert found == [4] * 5 + [3] * 4
+        result.append(quota_due(step, 9, 32, committed))
+        committed += result[-1]
+    assert result == [4] * 5 + [3] * 4
     assert quota_due(3, 9, 32, 10) == 6  # what an earlier window could not supply
 
 

@@ -69,12 +69,12 @@ def test_a_rule_without_values_of_its_own_is_measured_inside_its_range():
 
 def test_the_kept_scores_are_those_of_todays_settings(tmp_path, capsys):
     """README's picture is drawn from this file."""
-    kept, picture = ROOT / "benchmarks" / "eval_embedded.json", tmp_path / "accuracy.png"
+    path, picture = ROOT / "benchmarks" / "eval_embedded.json", tmp_path / "accuracy.png"
     words = [(i["sweep"], i["rule"], i["value"], i["schedule"], i["cache"])
-             for i in json.loads(kept.read_text())]  # fmt: skip
+             for i in json.loads(path.read_text())]  # fmt: skip
     settings = build_settings(64, 16, quick=False)
     assert words == [(s.sweep, s.rule, s.value, s.schedule, s.cache) for s in settings]
-    assert cli.main(["eval", "--from", str(kept), "--plot", str(picture)]) == 0
+    assert cli.main(["eval", "--from", str(path), "--plot", str(picture)]) == 0
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert "threshold 0.95" in capsys.readouterr().out
 
@@ -105,8 +105,8 @@ def test_command_writes_json_and_plot(tmp_path, capsys):
     assert cli.main([*arguments, "--json", str(scores), "--plot", str(picture)]) == 0
     assert len(json.loads(scores.read_text())) == 10
     assert picture.read_bytes().startswith(b"\x89PNG")
-    said = capsys.readouterr().out
-    assert "DSB greedy" in said and "…" not in said, "nothing is cut in 80 columns"
+    output = capsys.readouterr().out
+    assert "DSB greedy" in output and "…" not in output, "nothing is cut in 80 columns"
     again, other = tmp_path / "again.png", tmp_path / "other.png"
     assert cli.main(["eval", "--from", str(scores), "--plot", str(again)]) == 0
     assert again.read_bytes() == picture.read_bytes()

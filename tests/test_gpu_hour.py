@@ -151,8 +151,8 @@ def test_the_whole_hour_runs_on_a_cpu(tmp_path, capsys):
     assert gpu_hour.main(["--folder", str(tmp_path), "--small", "--budget", "1500"]) == 0
     state = json.loads((tmp_path / "parts.json").read_text())["parts"]
     assert {part["status"] for part in state.values()} == {"ran"}
-    said = capsys.readouterr().out
-    assert "Small shapes: the targets do not apply." in said
-    table = [line.split("|") for line in said.splitlines() if line.startswith("| ")][1:]
+    output = capsys.readouterr().out
+    assert "Small shapes: the targets do not apply." in output
+    table = [line.split("|") for line in output.splitlines() if line.startswith("| ")][1:]
     missing = [cells[1].strip() for cells in table if cells[3].strip().startswith(("ran", "not"))]
     assert missing == ["GPU idle, batch 1"], "every other figure is read from what a part wrote"

@@ -94,11 +94,11 @@ class Cuda:
 
 @pytest.mark.parametrize("restored", [False, True])
 def test_what_a_gpu_is_asked(monkeypatch, restored):
-    cuda, made = Cuda(monkeypatch, 20e-6), []
+    cuda, sets = Cuda(monkeypatch, 20e-6), []
 
     def make() -> Call:
-        index = len(made)
-        made.append(index)
+        index = len(sets)
+        sets.append(index)
 
         def run() -> None:
             if cuda.capturing:
@@ -106,11 +106,11 @@ def test_what_a_gpu_is_asked(monkeypatch, restored):
 
         return Call(run, (lambda: cuda.calls.append("restore")) if restored else None)
 
-    found = timing.time_call(make, 25 << 20, GPU)
-    assert found == Timing(pytest.approx(20e-6), pytest.approx(20e-6))
-    assert len(made) == (50 if restored else 8)  # a millisecond's calls; four times the L2
+    result = timing.time_call(make, 25 << 20, GPU)
+    assert result == Timing(pytest.approx(20e-6), pytest.approx(20e-6))
+    assert len(sets) == (50 if restored else 8)  # a millisecond's calls; four times the L2
     around = ["spin", "record", "replay 50", "record"]
-    cold = [*["restore"] * len(made) * restored, "evict", *around]
+    cold = [*["restore"] * len(sets) * restored, "evict", *around]
     warm = around if not restored else ["restore", "spin", "record", "replay 1", "record"]
     repeats = timing.REPEATS
     first = len(cuda.calls) - repeats * (len(cold) + len(warm))
@@ -145,8 +145,8 @@ def test_a_capture_that_fails_leaves_the_stream_as_it_was(monkeypatch):
 def test_a_cpu_is_timed_by_its_clock(monkeypatch):
     log: list[str] = []
     call = Call(lambda: log.append("run"), lambda: log.append("restore"))
-    found = timing.time_call(lambda: call, 100, CPU)
-    assert found.cold == found.warm > 0
+    result = timing.time_call(lambda: call, 100, CPU)
+    assert result.cold == result.warm > 0
     assert log == ["restore", "run"] * (timing.REPEATS + 1)
 
 

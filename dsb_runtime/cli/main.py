@@ -163,7 +163,7 @@ def run_generate(args: argparse.Namespace) -> int:
 
 def run_bench(args: argparse.Namespace) -> int:
     check_arguments(args)
-    if args.kept is not None:
+    if args.source is not None:
         return show_again(args, bench.show)
     model, tokenizer = load_measured(args)
     return bench.run(args, model, tokenizer, named_settings(args, model), args.command_line)
@@ -179,7 +179,7 @@ def run_profile(args: argparse.Namespace) -> int:
 
 def run_eval(args: argparse.Namespace) -> int:
     check_arguments(args)
-    if args.kept is not None:
+    if args.source is not None:
         return show_again(args, evaluate.show)
     lines = evaluate.build_settings(args.gen_length, args.block_length, args.quick)
     return evaluate.run(args, lines, *load(args))

@@ -25,7 +25,7 @@ def add_output(parser: Any) -> None:
     add = parser.add_argument
     add("--json", type=Path, metavar="FILE", help="write the figures here")
     add("--plot", type=Path, metavar="FILE.png", help="draw them")
-    add("--from", dest="kept", type=Path, metavar="FILE",
+    add("--from", dest="source", type=Path, metavar="FILE",
         help="measure nothing: print and draw what --json wrote")  # fmt: skip
 
 
@@ -33,7 +33,7 @@ def check_arguments(args: argparse.Namespace) -> None:
     """Raise ValueError for a wrong argument of any of the commands; asked before a checkpoint is
     read."""
     named = {name: value for name, value in vars(args).items() if value is not None}
-    if {"kept", "json"} <= named.keys():
+    if {"source", "json"} <= named.keys():
         raise ValueError("--from and --json: expected one of the two")
     for name in LEAST.keys() & named.keys():
         most = 2**63 - 1 if name == "seed" else None
@@ -49,12 +49,12 @@ def check_arguments(args: argparse.Namespace) -> None:
 
 def show_again(args: argparse.Namespace, show: Callable[[Any, Path | None], None]) -> int:
     """`--from`: the table and the picture of what was measured before."""
-    record = read_json(args.kept)
+    record = read_json(args.source)
     try:
         show(record, args.plot)
     except (KeyError, TypeError, ValueError, IndexError) as error:
         raise ValueError(
-            f"--from {args.kept}: expected what dsb {args.command} --json writes"
+            f"--from {args.source}: expected what dsb {args.command} --json writes"
         ) from error
     return 0
 

@@ -251,7 +251,7 @@ def run(
 
     Args:
         args: with the fields of `add_arguments`, and `seed`.
-        command: the command line that was given.
+        command: the command line of this run.
     """
     profiled = profile_steps(
         model, input_ids, config, count=args.profile_steps, first=args.warmup, graphs=args.graphs,

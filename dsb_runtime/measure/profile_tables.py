@@ -49,7 +49,7 @@ class Range:
 
 
 class Ranges:
-    """Ranges that do not overlap, to be found by a time in them."""
+    """Ranges that do not overlap; `at` finds the one in which a time lies."""
 
     def __init__(self, ranges: Iterable[Range]) -> None:
         self.all = sorted(ranges, key=lambda r: r.start)
