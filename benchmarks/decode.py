@@ -59,7 +59,7 @@ from dsb_runtime.measure.models import (
     random_model,
     random_prompts,
 )
-from dsb_runtime.measure.steps import LinearLayers, StepTimes, TimedEngine
+from dsb_runtime.measure.steps import LinearLayers, TimedEngine
 from dsb_runtime.measure.timing import copy_bandwidth, matmul_speed, timed
 
 RATIOS = (
@@ -155,7 +155,7 @@ class Case:
         return agreement(steps, [commits for other in eager for commits in other.commits])
 
 
-def watched_times(case: Case, engine: TimedEngine) -> StepTimes:
+def watched_times(case: Case, engine: TimedEngine) -> list[tuple[str, float]]:
     """The step times of a watched run, whose steps are those that were recorded."""
     engine.take()
     case.ours(lambda event: None)
@@ -169,7 +169,7 @@ def measure(
     device, record = case.model.device, case.record
     works = record.steps
     floor = LinearLayers(case.model, max(work.num_tokens for work in works))
-    watched, free, shares = StepTimes([], []), StepTimes([], []), []
+    watched, free, shares = list[tuple[str, float]](), list[tuple[str, float]](), []
     eager = EagerClock(device)
 
     def floor_of(all_positions: bool) -> None:
@@ -192,7 +192,7 @@ def measure(
             if name == "ours":
                 times = engine.take()
                 free += times
-                shares.append(sum(times.seconds) / seconds[name][-1])
+                shares.append(sum(took for _, took in times) / seconds[name][-1])
         watched += watched_times(case, engine)
 
     def ratio(a: str, b: str) -> float | None:
@@ -227,9 +227,9 @@ def measure(
         **{f"{a}_over_{b}": ratio(a, b) for a, b in RATIOS},
         "steps": steps,
         **{f"{kind}_step_ms": steps.get(kind, {}).get("ms") for kind in KINDS},
-        **{f"eager_{kind}_step_ms": median_ms(eager, kind) for kind in KINDS},
+        **{f"eager_{kind}_step_ms": median_ms(eager.steps, kind) for kind in KINDS},
         **{f"free_{kind}_step_ms": median_ms(free, kind) for kind in KINDS},
-        "wasted_launches": len(free.kinds) / rounds - case.out.nfe,
+        "wasted_launches": len(free) / rounds - case.out.nfe,
         "gpu_wait_share": 1 - statistics.median(shares) if device.type == "cuda" else None,
         "peak_memory_bytes": case.peak,
     }  # fmt: skip

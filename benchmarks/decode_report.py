@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
 from benchmarks.roofline import KINDS, Ceilings, budget
-from benchmarks.trajectory import EagerClock, Trajectory
+from benchmarks.trajectory import Trajectory
 from dsb_runtime.measure.command import table_of, wide_console
 from dsb_runtime.measure.models import Preset
 from dsb_runtime.measure.plots import draw_runs
-from dsb_runtime.measure.steps import StepTimes
 
 WIDTH_CLASSES = (32, 64, 128, 256)  # bounds of a forward's widest window
 
@@ -23,9 +23,9 @@ def width_class(width: int) -> str:
     return next((f"<= {most}" for most in WIDTH_CLASSES if width <= most), f"> {WIDTH_CLASSES[-1]}")
 
 
-def median_ms(times: StepTimes | EagerClock, kind: str) -> float | None:
+def median_ms(times: Sequence[tuple[str, float]], kind: str) -> float | None:
     """Median milliseconds of the steps of a kind; None where there was none."""
-    seconds = [s for s, k in zip(times.seconds, times.kinds, strict=True) if k == kind]
+    seconds = [s for k, s in times if k == kind]
     return 1e3 * statistics.median(seconds) if seconds else None
 
 
@@ -54,7 +54,7 @@ def summarize(seconds: list[float], budgets: list[Any], widths: list[int]) -> di
 
 
 def step_figures(
-    record: Trajectory, times: StepTimes, preset: Preset, ceilings: Ceilings
+    record: Trajectory, times: Sequence[tuple[str, float]], preset: Preset, ceilings: Ceilings
 ) -> dict[str, dict[str, Any]]:
     """By kind, and for window steps by width: medians over the rounds of each forward, then over
     forwards. A call's first step also makes the call's tensors: it is left out where there are
@@ -65,9 +65,9 @@ def step_figures(
     """
     kinds, widths = record.kinds, [step.widest for step in record.steps]
     count = len(kinds)
-    if times.kinds != kinds * (len(times.kinds) // max(count, 1)):
+    if [kind for kind, _ in times] != kinds * (len(times) // max(count, 1)):
         raise RuntimeError("timed runs took other steps than the recorded one: nothing is reported")
-    seconds = [statistics.median(times.seconds[i::count]) for i in range(count)]
+    seconds = [statistics.median(s for _, s in times[i::count]) for i in range(count)]
     budgets = [
         budget(preset, kind, size, ceilings)
         for kind, size in zip(kinds, record.sizes, strict=True)

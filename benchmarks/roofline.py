@@ -3,9 +3,9 @@
     python -m benchmarks.roofline --preset llada-8b --gpu h100
 
 counts both kinds of step from the model's shapes (`step_cost.py`) and divides by a bandwidth and a
-speed of matrix products: the data sheet's (`--gpu`), those of `--bandwidth` and `--tflops`, or those
-that `benchmarks/decode.py` measured (`--measured`, whose times then stand beside the floor: those of
-phases where it ran with `--phases`).
+speed of matrix products: the data sheet's (`--gpu`), those of `--bandwidth` and `--tflops`, or
+those that `benchmarks/decode.py` measured (`--measured`). Its times then stand beside the floor,
+those of phases too where it ran with `--phases`.
 
 A floor is not a measurement. What a phase hands on may stay in the L2 cache, so that a step can be
 faster than its floor by what the activations take, and by no more.

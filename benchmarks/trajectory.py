@@ -90,8 +90,7 @@ class EagerClock:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.kinds: list[str] = []
-        self.seconds: list[float] = []
+        self.steps: list[tuple[str, float]] = []  # kind, seconds
         self.restart()
 
     def restart(self) -> None:
@@ -101,6 +100,5 @@ class EagerClock:
 
     def __call__(self, kind: str) -> None:
         synchronize(self.device)
-        self.kinds.append(kind)
-        self.seconds.append(time.perf_counter() - self.began)
+        self.steps.append((kind, time.perf_counter() - self.began))
         self.began = time.perf_counter()

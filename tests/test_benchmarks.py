@@ -28,7 +28,7 @@ from benchmarks.roofline import Ceilings, budget
 from benchmarks.step_cost import OUTSIDE, PHASES, StepSize
 from benchmarks.trajectory import Agreement, EagerClock, RowStep, Trajectory, agreement
 from dsb_runtime.measure.models import PRESETS, random_model, random_prompts
-from dsb_runtime.measure.steps import StepRecorder, StepTimes, StepWork, TimedEngine
+from dsb_runtime.measure.steps import StepRecorder, StepWork, TimedEngine
 from dsb_runtime.measure.timing import timed
 from tests.recorded import Recorder as Replays
 
@@ -223,11 +223,11 @@ def test_every_step_is_timed_once(capture):
         ours=lambda each: engine.generate(prompt, on_step=each, **SETTINGS, steps=9)
     )
     times = watched_times(case, engine)
-    assert times.kinds == recorder.kinds and min(times.seconds) > 0
+    assert [kind for kind, _ in times] == recorder.kinds and min(s for _, s in times) > 0
     out, seconds = timed(lambda: engine.generate(prompt, **SETTINGS, steps=9), engine.device)
     times = engine.take()
-    assert len(times.kinds) >= out.nfe and 0 < sum(times.seconds) < seconds
-    assert engine.take() == StepTimes([], [])
+    assert len(times) >= out.nfe and 0 < sum(s for _, s in times) < seconds
+    assert engine.take() == []
 
 
 def test_alone_it_is_not_compared(record_of):
@@ -280,7 +280,8 @@ def test_following_takes_the_recorded_path_and_decides_freely():
     expected = [56 if step.kind == "refresh" else step.width for step in path]
     assert other.positions_per_forward == expected
     assert expected == [step.widest for step in case.record.steps]
-    assert clock.kinds == 2 * [step.kind for step in path] and min(clock.seconds) > 0
+    assert [kind for kind, _ in clock.steps] == 2 * [step.kind for step in path]
+    assert min(seconds for _, seconds in clock.steps) > 0
     result = agreement(path, other.commits)
     assert result.both < 8 and result.both <= result.positions < 32
 
@@ -312,7 +313,8 @@ def test_step_figures_by_hand():
     }
     record.steps += [works[kind] for kind in ("refresh", "window", "window", "refresh")]
     # A call is a third; its first step is left out.
-    times = StepTimes(3 * record.kinds, [9, 1, 2, 5, 8, 3, 2, 4, 7, 2, 2, 6])
+    seconds = [9, 1, 2, 5, 8, 3, 2, 4, 7, 2, 2, 6]
+    times = list(zip(3 * record.kinds, seconds, strict=True))
     figures = step_figures(record, times, preset, limits)
     window, refresh = figures["window"], figures["refresh"]
     assert (window["steps"], window["width"], window["ms"]) == (2, 40, 2000)
@@ -325,7 +327,7 @@ def test_step_figures_by_hand():
     assert window["gb_per_s"] == pytest.approx(moved / 2e9)
     assert window["tflops"] == pytest.approx(flops / 2e12)
     assert list(window["by_width"]) == ["<= 64"] and window["by_width"]["<= 64"]["steps"] == 2
-    times.kinds[1] = "refresh"
+    times[1] = ("refresh", 1)
     with pytest.raises(RuntimeError, match="other steps than the recorded"):
         step_figures(record, times, preset, limits)
     classes = ["<= 32", "<= 32", "<= 64", "<= 256", "> 256"]

@@ -46,28 +46,23 @@ def test_the_embedded_model_solves_held_out_problems(model, tokenizer):
 
 
 def test_settings_cover_every_schedule_cache_and_rule():
-    quick = build_settings(64, 16, quick=True)
-    nine = {(s.schedule, s.cache) for s in quick if s.sweep == "schedules"}
-    assert len(nine) == 9
-    rules = {s.config.rule for s in build_settings(64, 16, quick=False)}
-    assert rules == {"threshold", "quota", "factor", "frechet"}
-    whole = build_settings(64, 16, quick=False)
+    quick, whole = (build_settings(64, 16, quick=quick) for quick in (True, False))
+    assert len({(s.schedule, s.cache) for s in quick if s.sweep == "schedules"}) == 9
+    assert {s.config.rule for s in whole} == {"threshold", "quota", "factor", "frechet"}
     assert {s.config.full_every for s in whole} == {1, 4, 99}
     assert {s.config.cache for s in whole} == {"none", "dual", "dsb"}
     refreshes = [(s.rule, s.cache) for s in whole if s.sweep == "refreshes"]
     assert refreshes == [("1 token, block 4", cache) for cache in ("dsb", "dsb/4", "dsb/99")]
     const = [s.config for s in whole if s.schedule == "DSB const"]
     assert all(c.max_block_length == c.block_length == 16 for c in const)
-
-
-def test_a_rule_without_values_of_its_own_is_measured_inside_its_range():
-    made_up = dataclasses.replace(RULES["frechet"], name="made up", setting="made_up")
-    assert sweep_values(made_up) == (-0.5, 0.0, 0.5)
+    # A rule without values of its own is measured inside its range.
+    other = dataclasses.replace(RULES["frechet"], name="other", setting="other")
+    assert sweep_values(other) == (-0.5, 0.0, 0.5)
     assert sweep_values(RULES["frechet"]) == SWEEPS["frechet"]
     assert sweep_values(RULES["quota"]) == ()
 
 
-def test_the_kept_scores_are_those_of_todays_settings(tmp_path, capsys):
+def test_the_scores_of_the_repository_are_those_of_todays_settings(tmp_path, capsys):
     """README's picture is drawn from this file."""
     path, picture = ROOT / "benchmarks" / "eval_embedded.json", tmp_path / "accuracy.png"
     words = [(i["sweep"], i["rule"], i["value"], i["schedule"], i["cache"])

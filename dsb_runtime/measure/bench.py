@@ -84,7 +84,7 @@ def one_round(
     engine.take()
     recorder = watch()
     decode(recorder)
-    step_seconds = engine.take().seconds
+    step_seconds = [took for _, took in engine.take()]
     linear_seconds = [
         timed(functools.partial(limit.run, step.num_tokens, step.scored), device)[1]
         for step in recorder.steps
