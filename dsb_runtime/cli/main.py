@@ -13,11 +13,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from dsb_runtime.cli import generate
-from dsb_runtime.config import SAMPLING, DecodingConfig, check_int, settings
+from dsb_runtime.config import SAMPLING, DecodingConfig, settings
 from dsb_runtime.defaults import defaults_for
 from dsb_runtime.demo import MODEL_DIR
 from dsb_runtime.families import FAMILIES
 from dsb_runtime.measure import bench, evaluate, profile
+from dsb_runtime.measure.command import check_arguments, show_again
 from dsb_runtime.measure.models import load_preset, random_prompts
 from dsb_runtime.models.convert import convert
 from dsb_runtime.models.load import load_model, load_tokenizer
@@ -27,7 +28,7 @@ COUNTING = (
     "prompt, never what follows the EOS."
 )
 NO_EOS = (
-    "Random prompts have no answers that end: here no id counts as an EOS unless --stop-at-eos is "
+    "Random prompts have no answers that end: here an EOS ends no row unless --stop-at-eos is "
     "named."
 )
 
@@ -161,21 +162,15 @@ def run_generate(args: argparse.Namespace) -> int:
 
 
 def run_bench(args: argparse.Namespace) -> int:
-    if args.kept is not None:
-        if args.json is not None:
-            raise ValueError("--from and --json: expected one of the two")
-        return bench.run_kept(args.kept, args.plot)
-    bench.check_arguments(args)
+    check_arguments(args)
+    if args.source is not None:
+        return show_again(args, bench.show)
     model, tokenizer = load_measured(args)
     return bench.run(args, model, tokenizer, named_settings(args, model), args.command_line)
 
 
 def run_profile(args: argparse.Namespace) -> int:
-    check_int("--batch", args.batch, 1)
-    check_int("--prompt-length", args.prompt_length, 1)
-    if args.seed is not None:
-        check_int("--seed", args.seed, 0, 2**63 - 1)
-    profile.check_arguments(args)
+    check_arguments(args)
     model, tokenizer = load_measured(args)
     config, seed = named_settings(args, model), args.seed or 0
     prompts = random_prompts(model, tokenizer, args.batch, args.prompt_length, seed)
@@ -183,12 +178,11 @@ def run_profile(args: argparse.Namespace) -> int:
 
 
 def run_eval(args: argparse.Namespace) -> int:
-    if args.kept is not None:
-        if args.json is not None:
-            raise ValueError("--from and --json: expected one of the two")
-        return evaluate.run_kept(args.kept, args.plot)
-    evaluate.check_arguments(args)
-    return evaluate.run(args, *load(args))
+    check_arguments(args)
+    if args.source is not None:
+        return show_again(args, evaluate.show)
+    lines = evaluate.build_settings(args.gen_length, args.block_length, args.quick)
+    return evaluate.run(args, lines, *load(args))
 
 
 def run_convert(args: argparse.Namespace) -> int:
