@@ -76,31 +76,19 @@ def use_triton(*tensors: Tensor | None) -> bool:
     return True
 
 
-@typing.overload
-def op(
-    definition: Callable[P, Any],
-    *,
-    launch: Callable[[Any], Any],
-    check: Callable[[Any], None],
-    finish: Callable[[Any, Any], R],
-    mutates_args: Sequence[str] = (),
-) -> Callable[P, R]: ...
-@typing.overload
+def constant(value: int) -> Any:
+    """A value that kernels can read: Triton takes globals of this type only."""
+    return tl.constexpr(int(value)) if tl else int(value)
+
+
 def op(
     definition: Callable[P, R],
     *,
     launch: Callable[[Any], Any],
     check: Callable[[Any], None],
-    mutates_args: Sequence[str] = (),
-) -> Callable[P, R]: ...
-def op(
-    definition: Callable[P, Any],
-    *,
-    launch: Callable[[Any], Any],
-    check: Callable[[Any], None],
     finish: Callable[[Any, Any], Any] | None = None,
     mutates_args: Sequence[str] = (),
-) -> Callable[P, Any]:
+) -> Callable[P, R]:
     """The public function of an op, `dsb::<name of the definition without _reference>`.
 
     The op is transparent to `torch.compile`: what is traced is the definition's own operators or
@@ -110,12 +98,11 @@ def op(
         definition: the op in plain PyTorch. Its annotations are the op's schema; its docstring is
             the public one. A parameter annotated with a class that has `encode() -> str` and
             `decode(str)` travels through torch as that string; one of type `Sequence[int]` may
-            have a tuple as its default.
+            have a tuple as its default. It returns what a schema can say, or a NamedTuple of that.
         launch: takes the bound arguments, a named tuple `a` with a field for each parameter of
             the definition (`a.x`), and launches the kernel. Returns what the definition returns.
         check: takes the same; raises what the public function is documented to raise.
-        finish: makes the public result out of (a, the op's result), for ops whose result is more
-            than torch's schemas can say.
+        finish: makes the public result out of (a, the op's result), where they differ.
         mutates_args: parameters that are written in place.
 
     The returned function has the attributes `op` (what torch registered) and `definition`.
@@ -133,6 +120,10 @@ def op(
     coded = {
         n: hints[n] for n in fields if hasattr(hints[n], "encode") and hasattr(hints[n], "decode")
     }
+    schema = hints | dict.fromkeys(coded, str)
+    named: Any = hints["return"] if hasattr(hints["return"], "_fields") else None
+    if named:
+        schema["return"] = tuple[tuple(typing.get_type_hints(named).values())]  # type: ignore[misc]
 
     def bind(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if len(args) > positional:
@@ -154,12 +145,11 @@ def op(
         a = Arguments(*args, **kwargs)
         if coded:
             a = a._replace(**{n: kind.decode(getattr(a, n)) for n, kind in coded.items()})
-        return launch(a) if launches(a) else unchecked(**a._asdict())
+        result = launch(a) if launches(a) else unchecked(**a._asdict())
+        return tuple(result) if named else result
 
     implementation.__name__ = name
-    implementation.__signature__ = _torch_signature(  # type: ignore[attr-defined]
-        definition, hints | dict.fromkeys(coded, str)
-    )
+    implementation.__signature__ = _torch_signature(definition, schema)  # type: ignore[attr-defined]
     registered = _register(name, implementation, mutates_args)
 
     def call(*args: P.args, **kwargs: P.kwargs) -> Any:
@@ -171,6 +161,7 @@ def op(
             result = call.definition(*args, **kwargs)  # type: ignore[attr-defined]
         else:
             result = registered(*a._replace(**{n: getattr(a, n).encode() for n in coded}))
+            result = named(*result) if named else result
         return result if finish is None else finish(a, result)
 
     functools.update_wrapper(call, definition)

@@ -10,7 +10,6 @@ positions of the cache, D elements of a head.
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import Any
 
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from dsb_kernels._check import FLOATS, check_between, check_tensor
+from dsb_kernels._check import check_between, check_tensor, check_window
 from dsb_kernels._op import op
 from dsb_kernels.attention_kernel import MAX_SPLITS, launch
 from dsb_kernels.rope_kv import zero_unless
@@ -178,43 +177,22 @@ def _listed_positions(kv_num_blocks: Tensor, kv_indices: Tensor, size: int, C: i
 
 def _check(a: Any) -> None:
     name = "window_attention"
-    check_tensor(name, "q", a.q, dtype=FLOATS, shape=("B", "H", "W", "D"), unit_stride=True)
-    B, H, W, D = a.q.shape
-    check = functools.partial(check_tensor, name, device=a.q.device)
-    like_q = functools.partial(check, dtype=a.q.dtype, unit_stride=True)
-    integers = functools.partial(check, dtype=torch.int32, contiguous=True)
+    like_q = check_window(name, a, "cache_seqlens", "cache_leftpad", "cache_batch_idx")
+    (B, _, W, D), H_kv = a.q.shape, a.k_cache.shape[1]
     if D % 8 or not 8 <= D <= 256:
         raise ValueError(f"{name}: q has head dimension {D}: accepted is a multiple of 8 up to 256")
-    batch = B if a.cache_batch_idx is None else "cache batch"
-    like_q("k_cache", a.k_cache, shape=(batch, "H_kv", "C", D))
-    batch, H_kv, C = a.k_cache.shape[:3]
-    like_q("v_cache", a.v_cache, shape=(batch, H_kv, C, D))
-    if a.k_cache.stride() != a.v_cache.stride():
-        raise ValueError(
-            f"{name}: v_cache has strides {a.v_cache.stride()}: accepted are k_cache's "
-            f"{a.k_cache.stride()}"
-        )
-    if batch == 0 < B:
-        raise ValueError(f"{name}: k_cache has 0 batch rows: accepted is at least 1")
-    if H_kv == 0 or H % H_kv:
-        raise ValueError(f"{name}: q has {H} heads: accepted is a multiple of k_cache's {H_kv}")
-    if W > C:
-        raise ValueError(f"{name}: q has {W} columns: accepted is at most k_cache's {C} positions")
     _check_pair(name, "k_window", a.k_window, "v_window", a.v_window)
     if a.k_window is not None:
         like_q("k_window", a.k_window, shape=(B, H_kv, W, D))
         like_q("v_window", a.v_window, shape=(B, H_kv, W, D))
-    integers("window_start", a.window_start, shape=(B,))
-    integers("window_length", a.window_length, shape=(B,))
-    for argument in ("cache_seqlens", "cache_leftpad", "cache_batch_idx"):
-        value = getattr(a, argument)
-        if value is not None:
-            integers(argument, value, shape=(B,))
     _check_pair(name, "kv_num_blocks", a.kv_num_blocks, "kv_indices", a.kv_indices)
     if a.kv_num_blocks is not None:
         lists = (B,) if a.kv_num_blocks.ndim == 1 else (B, H_kv)
-        integers("kv_num_blocks", a.kv_num_blocks, shape=lists)
-        integers("kv_indices", a.kv_indices, shape=(*lists, "N"))
+        for field, shape in (("kv_num_blocks", lists), ("kv_indices", (*lists, "N"))):
+            check_tensor(
+                name, field, getattr(a, field), dtype=torch.int32, shape=shape, device=a.q.device,
+                contiguous=True,
+            )  # fmt: skip
     size, scale = a.kv_block_size, a.softmax_scale
     if size < 16 or size & (size - 1):
         raise ValueError(f"{name}: kv_block_size={size}: accepted is a power of 2 from 16")

@@ -13,11 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dsb_kernels._configs import (
-    Config,
-    architecture_of,
-    configuration,
-)
+from dsb_kernels._configs import Config, architecture_of, configuration
 from dsb_kernels._op import jit, launch_options, tl, triton, wrap_triton
 
 MAX_SPLITS, DEFAULT_MAX_SPLITS = 128, 32

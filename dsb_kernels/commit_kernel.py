@@ -10,34 +10,28 @@ from __future__ import annotations
 from typing import Any
 
 from dsb_kernels._configs import Config, configuration
-from dsb_kernels._op import jit, launch_options, tl, triton, wrap_triton
+from dsb_kernels._op import constant, jit, launch_options, tl, triton, wrap_triton
 from dsb_kernels.rows import NUM_COLUMNS, Column, StepKind, UnmaskSpec
 
-
-def _constant(value: int) -> Any:
-    """A value that kernels can read: Triton takes globals of this type only."""
-    return tl.constexpr(int(value)) if tl else int(value)
-
-
-WINDOW = _constant(StepKind.WINDOW)
-REFRESH = _constant(StepKind.REFRESH)
-RESPONSE = _constant(StepKind.RESPONSE)
-NOTHING = _constant(StepKind.NOTHING)
-COLUMNS = _constant(NUM_COLUMNS)
-NEXT_KIND = _constant(Column.NEXT_KIND)
-START = _constant(Column.START)
-END = _constant(Column.END)
-PREFIX = _constant(Column.PREFIX)
-NUM_CANDIDATES = _constant(Column.NUM_CANDIDATES)
-LEFTPAD = _constant(Column.LEFTPAD)
-COMMITTED = _constant(Column.COMMITTED)
-SINCE_REFRESH = _constant(Column.SINCE_REFRESH)
-STEP = _constant(Column.STEP)
-REFRESHES = _constant(Column.REFRESHES)
-FORWARDS = _constant(Column.FORWARDS)
-TOOK_PART = _constant(Column.TOOK_PART)
-NEW = _constant(Column.NEW)
-FAILED = _constant(Column.FAILED)
+WINDOW = constant(StepKind.WINDOW)
+REFRESH = constant(StepKind.REFRESH)
+RESPONSE = constant(StepKind.RESPONSE)
+NOTHING = constant(StepKind.NOTHING)
+COLUMNS = constant(NUM_COLUMNS)
+NEXT_KIND = constant(Column.NEXT_KIND)
+START = constant(Column.START)
+END = constant(Column.END)
+PREFIX = constant(Column.PREFIX)
+NUM_CANDIDATES = constant(Column.NUM_CANDIDATES)
+LEFTPAD = constant(Column.LEFTPAD)
+COMMITTED = constant(Column.COMMITTED)
+SINCE_REFRESH = constant(Column.SINCE_REFRESH)
+STEP = constant(Column.STEP)
+REFRESHES = constant(Column.REFRESHES)
+FORWARDS = constant(Column.FORWARDS)
+TOOK_PART = constant(Column.TOOK_PART)
+NEW = constant(Column.NEW)
+FAILED = constant(Column.FAILED)
 
 
 @jit

@@ -9,8 +9,7 @@ vocabulary, `N` = candidates, `E` = hidden size.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,8 +17,8 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from dsb_kernels._check import FLOATS, check_tensor
-from dsb_kernels._configs import architecture_of, configuration, of_dtype
-from dsb_kernels._op import jit, launch_options, op, tl, triton, wrap_triton
+from dsb_kernels._configs import Launch, architecture_of, configuration, of_dtype
+from dsb_kernels._op import jit, op, tl, triton, wrap_triton
 from dsb_kernels.noise import gumbel
 from dsb_kernels.score import (
     NO_TOKEN,
@@ -260,21 +259,11 @@ def _lm_head_kernel(
 # --- op ---------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Launch:
-    """Geometry of a call, from static shapes alone."""
-
-    grid: tuple[int, int]  # (shares of the vocabulary, blocks of candidates)
-    share: int  # tokens of a share
-    parts: int  # tiles of all shares
-    blocks: Mapping[str, int]
-    num_warps: int
-    num_stages: int
-
-
 def launch_of(
     num_candidates: int, V: int, dtype: torch.dtype, architecture: str, *, sample: bool
 ) -> Launch:
+    """The launch of the kernel; its grid is (shares of the vocabulary, blocks of candidates), and
+    `parts` are the tiles of all shares."""
     op = of_dtype("lm_head_confidence" + " sampled" * sample, dtype)
     config = configuration(op, num_candidates, architecture)
     blocks = {name: value for name, value in config.blocks.items() if name != "PROGRAMS"}
@@ -282,14 +271,9 @@ def launch_of(
     programs = triton.cdiv(V, share)
     last_share = V - (programs - 1) * share  # the only one that may be smaller
     tiles = [triton.cdiv(tokens, blocks["BLOCK_V"]) for tokens in (share, last_share)]
-    return Launch(
-        grid=(programs, triton.cdiv(num_candidates, blocks["BLOCK_N"])),
-        share=share,
-        parts=(programs - 1) * tiles[0] + tiles[1],
-        blocks=blocks,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-    )
+    grid = (programs, triton.cdiv(num_candidates, blocks["BLOCK_N"]))
+    parts = (programs - 1) * tiles[0] + tiles[1]
+    return Launch(blocks, config.num_warps, config.num_stages, grid=grid, share=share, parts=parts)
 
 
 def launch_states(a: Any, V: int, banned: Sequence[int], vocab_start: int) -> Tensor:
@@ -302,8 +286,7 @@ def launch_states(a: Any, V: int, banned: Sequence[int], vocab_start: int) -> Te
             a.weight, a.hidden, a.bias, a.eligible, a.seed, a.noise_ids, partials,
             a.weight.stride(0), a.hidden.stride(0), N, V, E, launch.share, vocab_start,
             a.temperature, EVEN_K=E % launch.blocks["BLOCK_K"] == 0, BANNED=tuple(banned),
-            SAMPLE=sample, CONFIDENCE=a.confidence, **launch.blocks,
-            **launch_options(launch.num_warps, launch.num_stages),
+            SAMPLE=sample, CONFIDENCE=a.confidence, **launch.options(),
         )  # fmt: skip
     return partials
 
