@@ -171,8 +171,8 @@ def op(
 
 
 def _torch_signature(definition: Callable, hints: dict[str, Any]) -> inspect.Signature:
-    """The signature of a definition as torch makes a schema of it: every tensor is positional, and
-    there are no defaults where one is a tuple, which schemas do not know."""
+    """The signature that torch makes a schema of. Every parameter is positional. If a default is a
+    tuple, which schemas do not know, no parameter has a default."""
     signature = inspect.signature(definition)
     known = not any(isinstance(p.default, tuple) for p in signature.parameters.values())
     return signature.replace(
@@ -199,8 +199,7 @@ def _register(name: str, fn: Callable, mutates_args: Sequence[str]) -> Callable:
 
 
 class OnDevice:
-    """A kernel launched on the device of its tensors; Triton takes the current one, whatever they
-    are on."""
+    """Launches a kernel on the device of its tensors; Triton alone would take the current one."""
 
     def __init__(self, kernel: Any) -> None:
         self.kernel = kernel
@@ -214,7 +213,7 @@ class OnDevice:
 
 
 def wrap_triton(kernel: Any) -> Any:
-    """`torch.library.wrap_triton` while tracing; otherwise what launches the kernel."""
+    """What launches a kernel; while tracing that is `torch.library.wrap_triton`."""
     if not isinstance(kernel, triton.runtime.jit.JITFunction):
         return kernel  # an interpreted one
     wrapped = torch.library.wrap_triton(kernel)
@@ -222,7 +221,7 @@ def wrap_triton(kernel: Any) -> Any:
 
 
 def launch_options(num_warps: int, num_stages: int) -> dict[str, Any]:
-    """Keyword arguments of a launch: warps, stages, and FP fusion on whatever Triton's default."""
+    """Keyword arguments of a launch. FP fusion is turned on whatever Triton's default is."""
     options: dict[str, Any] = {"num_warps": num_warps, "num_stages": num_stages}
     # The traced launch (torch.compile) takes no compiler options besides these two.
     if not torch._library.triton.is_wrap_triton_enabled():

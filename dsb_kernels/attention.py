@@ -105,9 +105,12 @@ def window_attention_reference(
     answered = inside[:, None, :, None]  # (B, 1, W, 1), queries that get an answer
     bounds = (k_window, cache_seqlens, cache_leftpad, kv_indices)
     if any(bound is not None for bound in bounds):  # otherwise every key is visible
+        listed = None
+        if kv_num_blocks is not None and kv_indices is not None:
+            listed = _listed_positions(kv_num_blocks, kv_indices, kv_block_size, k_cache.shape[2])
         visible = _visible_keys(
-            k_cache.shape[2], inside, window_start, window_length, *bounds, kv_num_blocks,
-            kv_block_size,
+            k_cache.shape[2], None if k_window is None else inside, window_start, window_length,
+            cache_seqlens, cache_leftpad, listed,
         ).expand(-1, H_kv, -1)  # fmt: skip
         # What is not visible may be uninitialised memory: select, do not multiply by zero.
         k, v = torch.where(visible[..., None], k, 0), torch.where(visible[..., None], v, 0)
@@ -127,39 +130,29 @@ def window_attention_reference(
 
 
 def _visible_keys(
-    C: int,
-    inside: Tensor,
-    window_start: Tensor,
-    window_length: Tensor,
-    k_window: Tensor | None,
-    cache_seqlens: Tensor | None,
-    cache_leftpad: Tensor | None,
-    kv_indices: Tensor | None,
-    kv_num_blocks: Tensor | None,
-    kv_block_size: int,
-) -> Tensor:
-    """Which keys a row's queries see: (B, 1 or H_kv, C) bool, or C + W for a fresh window, whose
-    keys follow the cached ones."""
-    position = torch.arange(C, device=inside.device)
-    start = window_start[:, None, None]
-    in_window = (position >= start) & (position < start + window_length[:, None, None])
-    stored = ~in_window
-    own, own_position = in_window, position
-    if k_window is not None:
-        own, own_position = (
-            inside[:, None],
-            start + torch.arange(inside.shape[1], device=inside.device),
-        )
+    C: int, fresh: Tensor | None, window_start: Tensor, window_length: Tensor,
+    cache_seqlens: Tensor | None, cache_leftpad: Tensor | None, listed: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """Which keys a row's queries see: (B, 1 or H_kv, C) bool, or C + W where the window's keys
+    follow the cached ones. `fresh` (B, W) are the columns of those keys that are in use."""
+    position = torch.arange(C, device=window_start.device)
+    start, end = (x[:, None, None] for x in (window_start, window_start + window_length))
+    in_window = (position >= start) & (position < end)
+    visible = torch.ones_like(in_window)
     if cache_seqlens is not None:
-        stored = stored & (position < cache_seqlens[:, None, None])
+        visible = position < cache_seqlens[:, None, None]
+    if listed is not None:
+        visible = visible & listed
+    if fresh is None:
+        visible = visible | in_window
+    else:
+        visible = visible & ~in_window
+        visible = torch.cat([visible, fresh[:, None].expand(-1, visible.shape[1], -1)], -1)
+        own_position = start + torch.arange(fresh.shape[1], device=start.device)
+        position = torch.cat([position.expand(len(start), 1, -1), own_position], -1)
     if cache_leftpad is not None:
-        stored = stored & (position >= cache_leftpad[:, None, None])
-        own = own & (own_position >= cache_leftpad[:, None, None])
-    if kv_indices is not None and kv_num_blocks is not None:
-        stored = stored & _listed_positions(kv_num_blocks, kv_indices, kv_block_size, C)
-    if k_window is None:
-        return stored | own
-    return torch.cat([stored, own.expand(-1, stored.shape[1], -1)], -1)
+        visible = visible & (position >= cache_leftpad[:, None, None])
+    return visible
 
 
 def _listed_positions(kv_num_blocks: Tensor, kv_indices: Tensor, size: int, C: int) -> Tensor:

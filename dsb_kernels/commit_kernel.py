@@ -1,8 +1,8 @@
 """The kernel of `unmask_and_slide`: one program for each row of the batch.
 
-A row's candidates are held in registers, BLOCK_K of them; its response is read in pieces of BLOCK_L
-positions. What a row does not do is an empty range: a scalar condition in a vector mask is more
-than Triton's interpreter takes.
+A program has its row's candidates in registers, BLOCK_K of them, and reads the response in pieces
+of BLOCK_L positions. What a row skips has an empty range, since Triton's interpreter takes no
+scalar condition in a vector mask.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def _commit_count(
 
 @jit
 def _tokens_due(step, start, committed, L, prompt, size, steps, SCHEDULE: tl.constexpr):
-    """Tokens to commit so that the quota's plan is met, what was missed so far included."""
+    """Tokens to commit so that the quota's plan is met, including what earlier steps missed."""
     if SCHEDULE == "naive":
         masks = tl.minimum(tl.maximum(L - start, 0), size)
         committed = committed - (start - prompt)
@@ -175,7 +175,7 @@ def _list_candidates(
 
 @jit
 def _fill_after_eos(canvas_ptr, first_eos, stopped, L, BLOCK_L: tl.constexpr):
-    """After an EOS with no mask to its left comes nothing but that EOS."""
+    """Fill everything after an EOS that has no mask to its left with that EOS."""
     eos = tl.load(canvas_ptr + first_eos, mask=stopped, other=0)
     for base in range(tl.where(stopped, first_eos // BLOCK_L * BLOCK_L, L), L, BLOCK_L):
         index = base + tl.arange(0, BLOCK_L)
@@ -192,7 +192,8 @@ def _unmask_kernel(
     REFRESH_FIRST: tl.constexpr, EOS_IDS: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """One row, whether it was scored or not. EOS_IDS is empty where a row does not stop at one."""
+    """Program (batch row): a step of the row, which may not have been scored. EOS_IDS is empty
+    where rows do not stop at one."""
     b = tl.program_id(0).to(tl.int64)
     r = b  # where the row stands among those that were scored
     is_scored = 1
@@ -315,7 +316,7 @@ def config_of(K: int) -> Config:
 
 
 def constants(K: int, num_rows: int, spec: UnmaskSpec) -> dict[str, object]:
-    """The kernel's compile-time arguments for K candidates of rows, of which so many are scored."""
+    """The kernel's compile-time arguments where `num_rows` rows of K candidates are scored."""
     return {
         "SCHEDULE": spec.schedule,
         "CACHE": spec.cache,

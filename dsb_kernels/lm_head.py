@@ -98,7 +98,7 @@ def lm_head_partial_reference(
 
     Returns:
         (6, N) float32: maximum, total, best score, logit, extra and global token id
-        (`dsb_kernels.score`). What it holds of candidates that are not eligible is undefined.
+        (`dsb_kernels.score`). The values of candidates that are not eligible are undefined.
 
     Raises:
         TypeError, ValueError: an argument of the wrong dtype, shape, device, stride or value.
@@ -112,7 +112,7 @@ def lm_head_partial_reference(
 
 
 def columns_of(banned: Sequence[int], vocab_start: int, V: int) -> list[int]:
-    """The banned tokens of a shard, counted from its first."""
+    """The banned tokens that a shard has, counted from its first token."""
     return [b - vocab_start for b in banned if 0 <= b - vocab_start < V]
 
 
@@ -249,7 +249,7 @@ def _lm_head_kernel(
         _store_states(
             x, tile, last, first_candidate, num_candidates, part_ptr, seed_ptr, noise_ids_ptr,
             token_base, temperature, BLOCK_V, BLOCK_N,
-            # Margins and entropies hold more for a column.
+            # Margins and entropies need more registers for each candidate.
             COLUMNS if CONFIDENCE == "probability" else COLUMNS // 2,
             BANNED, SAMPLE, CONFIDENCE,
         )  # fmt: skip
@@ -318,17 +318,17 @@ def _check(a: Any) -> None:
 
 
 def _check_partial(a: Any) -> None:
-    name, rows = "lm_head_partial", len(a.weight)
+    name, size = "lm_head_partial", len(a.weight)
     check_matmul(name, a)
-    V = rows if a.vocab_end is None else a.vocab_end - a.vocab_start
+    V = size if a.vocab_end is None else a.vocab_end - a.vocab_start
     if a.vocab_start < 0:
         raise ValueError(f"{name}: vocab_start={a.vocab_start}: accepted is at least 0")
-    if not 1 <= V <= rows:
+    if not 1 <= V <= size:
         raise ValueError(
             f"{name}: vocab_end={a.vocab_end} with vocab_start={a.vocab_start}: accepted are "
-            f"{a.vocab_start + 1} to {a.vocab_start + rows}"
+            f"{a.vocab_start + 1} to {a.vocab_start + size}"
         )
-    # A shard need not hold every banned token, nor any that is allowed.
+    # Other shards may have the banned tokens, and all allowed ones: none is checked here.
     check_scoring(name, a, (len(a.hidden),), V, a.hidden.device, banned=())
 
 

@@ -148,17 +148,16 @@ class Row:
         return first, self.length
 
     def due(self) -> int:
-        """Commits planned up to and including this step, less those made: of m masks in k steps
+        """Commits planned up to and including this step, less those so far: of m masks in k steps
         the first m mod k steps take one more."""
-        if self.schedule == "naive":
+        masks, committed = self.gen_length, self.committed
+        if self.schedule == "naive":  # the plan is of the block
             masks = min(self.block_length, self.length - self.start)
-            made = self.committed - (self.start - self.prompt_length)
-        else:
-            masks, made = self.gen_length, self.committed
+            committed -= self.start - self.prompt_length
         if self.step + 1 >= self.steps:
-            return masks - made
+            return masks - committed
         each, more = divmod(masks, self.steps)
-        return sum(each + (t < more) for t in range(self.step + 1)) - made
+        return sum(each + (t < more) for t in range(self.step + 1)) - committed
 
     def advance(self, tokens: list[int], confidences: list[float]) -> list[int]:
         """Commit and slide, given a proposal for each candidate. Returns committed positions."""

@@ -24,8 +24,9 @@ TILE = configuration("rope_write_kv", 0, "any")  # one for every window and arch
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """The pairs (i, i + D / 2) of x (..., D) turned by angles of those cosines and sines
-    (..., D / 2), computed in the wider of the two precisions and rounded once."""
+    """Rotate the pairs (i, i + D / 2) of x (..., D) by the angles whose cosines and sines are
+    given, (..., D / 2). The wider of the two precisions computes, and the result is rounded once.
+    """
     first, second = x.chunk(2, -1)
     turned = torch.empty_like(x)  # in the stride order of x
     turned_first, turned_second = turned.chunk(2, -1)
@@ -38,8 +39,11 @@ BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def zero_unless(condition: Tensor, x: Tensor) -> Tensor:
-    """x where the condition holds, else 0, in place: `torch.where`, which a CPU computes number by
-    number, as a bitwise and with a mask of ones or zeros, which it computes many at a time."""
+    """Set x to 0, in place, where the condition does not hold.
+
+    A CPU computes `torch.where` number by number, and a bitwise and with all ones or zeros many at
+    a time.
+    """
     bits = x.view(BITS[x.dtype.itemsize])
     bits.bitwise_and_(-condition.to(bits.dtype))
     return x

@@ -95,7 +95,7 @@ def combine_partials_reference(
     Args:
         partials: (R, 6, N) float32, contiguous: what `lm_head_partial` returned in each process,
             gathered in any order (token ids are global).
-        eligible, banned, confidence: as given to it, `banned` in global token ids.
+        eligible, banned, confidence: the arguments of that call; `banned` are global token ids.
 
     Returns:
         token (N,) int64 and confidence (N,) float32, as from `token_confidence`. Every process

@@ -104,10 +104,10 @@ def first_argmax(x: Tensor, banned: Sequence[int] = ()) -> Tensor:
 
 @jit
 def by_thread(x, LANES: tl.constexpr):
-    """Sums of `x` (BLOCK,) to (LANES,): a thread adds up the elements that it has loaded.
+    """Sum `x` (BLOCK,) to (LANES,), so that a thread adds up the elements that it has loaded.
 
-    Of every 8 * LANES elements each of LANES threads loads 8 neighbors where they have 16 bits;
-    elements of 32 bits are loaded by two threads.
+    Each of LANES threads loads 8 neighboring elements of 16 bits at a time; two threads share 8
+    elements of 32 bits.
     """
     return tl.sum(tl.sum(tl.reshape(x, (x.shape[0] // (LANES * 8), LANES, 8)), 2), 0)
 
