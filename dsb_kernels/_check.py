@@ -85,15 +85,20 @@ def check_tensor(
         )
 
 
-def check_window(op: str, a: Any, *optional: str) -> functools.partial[None]:
+def check_window(
+    op: str, a: Any, optional: Sequence[str], head_dims: range, accepted: str
+) -> functools.partial[None]:
     """Check what rope_write_kv and window_attention have in common: q, the caches, the window, and
-    the `optional` (B,) int32 arguments. Returns the check of a tensor that must be like q.
+    the `optional` (B,) int32 arguments. `accepted` says in words what `head_dims` are accepted.
+    Returns the check of a tensor that must be like q.
 
     Raises:
         TypeError, ValueError: an argument of the wrong dtype, shape, device or stride.
     """
     check_tensor(op, "q", a.q, dtype=FLOATS, shape=("B", "H", "W", "D"), unit_stride=True)
     B, H, W, D = a.q.shape
+    if D not in head_dims:
+        raise ValueError(f"{op}: q has head dimension {D}: accepted is {accepted}")
     check = functools.partial(check_tensor, op, device=a.q.device)
     like_q = functools.partial(check, dtype=a.q.dtype, unit_stride=True)
     batch = B if a.cache_batch_idx is None else "cache batch"

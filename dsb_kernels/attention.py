@@ -170,10 +170,11 @@ def _listed_positions(kv_num_blocks: Tensor, kv_indices: Tensor, size: int, C: i
 
 def _check(a: Any) -> None:
     name = "window_attention"
-    like_q = check_window(name, a, "cache_seqlens", "cache_leftpad", "cache_batch_idx")
+    like_q = check_window(
+        name, a, ("cache_seqlens", "cache_leftpad", "cache_batch_idx"), range(8, 257, 8),
+        "a multiple of 8 up to 256",
+    )  # fmt: skip
     (B, _, W, D), H_kv = a.q.shape, a.k_cache.shape[1]
-    if D % 8 or not 8 <= D <= 256:
-        raise ValueError(f"{name}: q has head dimension {D}: accepted is a multiple of 8 up to 256")
     _check_pair(name, "k_window", a.k_window, "v_window", a.v_window)
     if a.k_window is not None:
         like_q("k_window", a.k_window, shape=(B, H_kv, W, D))

@@ -90,9 +90,9 @@ def next_prefix(
     distance = start - old[Column.START]
     if spec.cache == "dsb":
         prefix = distance.clamp(min=spec.prefix_window)
-    else:  # dual: from where the block stood at its refresh
-        at_refresh = old[Column.NEXT_KIND] != StepKind.WINDOW
-        prefix = distance + old[Column.PREFIX].masked_fill(at_refresh, 0)
+    else:  # dual: the prefix begins where the block began when it was refreshed
+        was_refresh = old[Column.NEXT_KIND] != StepKind.WINDOW
+        prefix = distance + old[Column.PREFIX].masked_fill(was_refresh, 0)
         prefix = prefix.masked_fill(refresh, 0).clamp(min=spec.min_prefix)
     return prefix.minimum(start - old[Column.LEFTPAD])
 

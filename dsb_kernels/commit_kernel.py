@@ -150,7 +150,7 @@ def _plan(
         refresh = since_refresh >= size
         if CACHE == "dsb":
             prefix = tl.maximum(start - old_start, prefix_window)
-        else:  # dual: from where the block stood at its refresh
+        else:  # dual: the prefix begins where the block began when it was refreshed
             prefix = tl.where(was_refresh, 0, old_prefix) + start - old_start
             prefix = tl.maximum(tl.where(refresh, 0, prefix), min_prefix)
         prefix = tl.minimum(prefix, start - leftpad)

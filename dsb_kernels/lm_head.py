@@ -146,8 +146,8 @@ def _store_states(
 ):  # fmt: skip
     """Score a tile of logits `x` (BLOCK_V, BLOCK_N), at most COLUMNS candidates at a time.
 
-    Every thread of a candidate's column keeps the candidate's values in registers, which would not
-    suffice for 128 of them.
+    A thread has values of every candidate of its columns in registers, which would not suffice for
+    128 candidates.
     """
     if BLOCK_N > COLUMNS:
         halves = tl.permute(tl.reshape(x, (BLOCK_V, 2, BLOCK_N // 2)), (0, 2, 1))

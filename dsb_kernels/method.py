@@ -187,7 +187,7 @@ class Row:
             self.prefix = 0
         elif self.cache == "dsb":
             self.prefix = max(distance, self.prefix_window)
-        else:  # from where the block stood at its refresh
+        else:  # the prefix begins where the block began when it was refreshed
             since = 0 if was_refresh else self.prefix
             self.prefix = max(0 if refresh else since + distance, self.min_prefix)
         self.prefix = min(self.prefix, self.start - self.leftpad)

@@ -75,7 +75,7 @@ def place_rows_reference(
 
     Returns:
         A `Layout`. With b = B every row is in its place; with fewer, those that take part come
-        first, and both they and the others keep the batch's order.
+        first, and both they and the others are in the batch's order.
 
     Raises:
         TypeError, ValueError: a tensor of the wrong dtype, shape, device or stride (the canvas may

@@ -18,15 +18,15 @@ from dsb_kernels._check import check_window
 from dsb_kernels._configs import configuration
 from dsb_kernels._op import jit, op, tl, triton, wrap_triton
 
+EVEN = range(2, 1 << 31, 2)
 TILE = configuration("rope_write_kv", 0, "any")  # one for every window and architecture
 
 # --- definition -------------------------------------------------------------------------------
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the pairs (i, i + D / 2) of x (..., D) by the angles whose cosines and sines are
-    given, (..., D / 2). The wider of the two precisions computes, and the result is rounded once.
-    """
+    """Rotate the pairs (i, i + D / 2) of x (..., D) by the angles of these cosines and sines,
+    (..., D / 2). The wider of the two precisions computes, and the result is rounded once."""
     first, second = x.chunk(2, -1)
     turned = torch.empty_like(x)  # in the stride order of x
     turned_first, turned_second = turned.chunk(2, -1)
@@ -41,8 +41,7 @@ BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 def zero_unless(condition: Tensor, x: Tensor) -> Tensor:
     """Set x to 0, in place, where the condition does not hold.
 
-    A CPU computes `torch.where` number by number, and a bitwise and with all ones or zeros many at
-    a time.
+    A CPU computes `torch.where` number by number, but a bitwise `and` many numbers at a time.
     """
     bits = x.view(BITS[x.dtype.itemsize])
     bits.bitwise_and_(-condition.to(bits.dtype))
@@ -95,7 +94,7 @@ def rope_write_kv_reference(
     cos_sin = cos_sin_cache[position.clamp(0, len(cos_sin_cache) - 1)]
     cos, sin = cos_sin[:, None].chunk(2, -1)
     q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-    # A column that is not written stores what the cache holds; the remainder keeps it inside.
+    # A column that must not be written stores the cache's own values; its index stays inside.
     index = index % k_cache.shape[2]
     for b, columns in enumerate(written[:, :, None]):
         for cache, x in ((k_cache, k), (v_cache, v)):
@@ -195,13 +194,13 @@ def _launch(a: Any) -> Tensor:
 
 
 def _check(a: Any) -> None:
-    like_q = check_window("rope_write_kv", a, "position_offset", "cache_batch_idx")
+    like_q = check_window(
+        "rope_write_kv", a, ("position_offset", "cache_batch_idx"), EVEN, "an even number"
+    )
     (B, _, W, D), H_kv = a.q.shape, a.k_cache.shape[1]
     like_q("k", a.k, shape=(B, H_kv, W, D))
     like_q("v", a.v, shape=(B, H_kv, W, D))
     like_q("cos_sin_cache", a.cos_sin_cache, dtype=(torch.float32, a.q.dtype), shape=("max_pos", D))
-    if D % 2 or D == 0:
-        raise ValueError(f"rope_write_kv: q has head dimension {D}: accepted is an even number")
 
 
 rope_write_kv = op(

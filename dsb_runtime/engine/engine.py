@@ -59,7 +59,7 @@ class StepEvent:
 
 
 def count_tokens(response: Tensor, eos_ids: tuple[int, ...]) -> list[int]:
-    """Per row: positions up to and including the first EOS. response: (B, G)."""
+    """How many positions of each row stand up to and including its first EOS. response: (B, G)."""
     length = response.shape[1]
     index = torch.arange(length, device=response.device)
     eos = torch.isin(response, torch.tensor(eos_ids, device=response.device, dtype=torch.int64))
@@ -247,12 +247,12 @@ def device_of(model: PreTrainedModel) -> torch.device:
 
 
 def engine_of(model: PreTrainedModel) -> Engine:
-    """The engine that `generate` keeps with a model, made at its first call; another one inside a
-    call of that."""
+    """The engine that `generate` keeps with a model from its first call on. Inside a call of that
+    engine, a new one."""
     check_model(model)
     slot = vars(model).setdefault(ENGINE, EngineSlot())
     if slot.engine is None or slot.engine.device != device_of(model):
-        # A proxy: the model must not be kept alive by what it holds itself.
+        # The engine has a proxy of the model, which must not keep itself alive.
         slot.engine = Engine(cast(PreTrainedModel, weakref.proxy(model)))
     return Engine(model) if slot.engine.in_call() else slot.engine
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 Capture = Callable[[Callable[[], None]], Callable[[], None]]
 
-# Capacities that a captured step is made for; a number of rows takes the smallest that holds it.
+# Capacities that a captured step is made for; windows take the smallest that suffices.
 WIDTHS = (16, 32, 48, 64, 96, 128, 160, 192, 256, 320, 384, 512, 768, 1024)
 
 

@@ -33,7 +33,7 @@ Normed = tuple[Tensor, Tensor | None]  # the residual, and its norm where it is 
 
 @dataclass(frozen=True)
 class RmsNorm:
-    """RMSNorm as one call, and what it is made of."""
+    """RMSNorm as one call, with its weight and epsilon."""
 
     weight: Tensor
     eps: float

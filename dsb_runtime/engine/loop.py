@@ -130,8 +130,8 @@ def speculate(
 
 
 class Loop:
-    """Decodes batches with one model; keeps its K/V cache and captured steps between calls. Not for
-    two threads at a time.
+    """Decodes batches with one model, and keeps its K/V cache and captured steps between calls. Two
+    threads must not use it at the same time.
 
     Args:
         model: from `load_model` or `patch`.
