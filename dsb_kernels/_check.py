@@ -9,8 +9,9 @@ what is asked of them, its `_check` binds that once:
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -108,3 +109,41 @@ def _refuse(
     raise ValueError(
         f"{op}: {name} has stride {tensor.stride(-1)} in its last dimension: accepted is 1"
     )
+
+
+def check_window(
+    op: str, a: Any, optional: Sequence[str], head_dims: range, accepted: str
+) -> functools.partial[None]:
+    """Check what rope_write_kv and window_attention have in common: q, the caches, the window, and
+    the `optional` (B,) int32 arguments. `accepted` says in words what `head_dims` are accepted.
+    Returns the check of a tensor that must be like q.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong dtype, shape, device or stride.
+    """
+    check_tensor(op, "q", a.q, dtype=FLOATS, shape=("B", "H", "W", "D"), unit_stride=True)
+    B, H, W, D = a.q.shape
+    if D not in head_dims:
+        raise ValueError(f"{op}: q has head dimension {D}: accepted is {accepted}")
+    check = functools.partial(check_tensor, op, device=a.q.device)
+    like_q = functools.partial(check, dtype=a.q.dtype, unit_stride=True)
+    batch = B if a.cache_batch_idx is None else "cache batch"
+    like_q("k_cache", a.k_cache, shape=(batch, "H_kv", "C", D))
+    batch, H_kv, C = a.k_cache.shape[:3]
+    like_q("v_cache", a.v_cache, shape=(batch, H_kv, C, D))
+    if a.k_cache.stride() != a.v_cache.stride():
+        raise ValueError(
+            f"{op}: v_cache has strides {a.v_cache.stride()}: accepted are k_cache's "
+            f"{a.k_cache.stride()}"
+        )
+    if batch == 0 < B:
+        raise ValueError(f"{op}: k_cache has 0 batch rows: accepted is at least 1")
+    if H_kv == 0 or H % H_kv:
+        raise ValueError(f"{op}: q has {H} heads: accepted is a multiple of k_cache's {H_kv}")
+    if W > C:
+        raise ValueError(f"{op}: q has {W} columns: accepted is at most k_cache's {C} positions")
+    for name in ("window_start", "window_length", *optional):
+        value = getattr(a, name)
+        if value is not None or name not in optional:
+            check(name, value, dtype=torch.int32, shape=(B,), contiguous=True)
+    return like_q

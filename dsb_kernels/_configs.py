@@ -9,8 +9,11 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+
+from dsb_kernels._op import launch_options
 
 # What `tools.compile_report` compiles; other architectures take the configurations of one of these.
 ARCHITECTURES = ("sm_80", "sm_89", "sm_90", "sm_100")
@@ -24,45 +27,59 @@ class Config:
     num_warps: int
     num_stages: int = 1
 
+    def options(self) -> dict[str, Any]:
+        """Keyword arguments of a launch: the blocks, the warps and stages."""
+        return {**self.blocks, **launch_options(self.num_warps, self.num_stages)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Launch(Config):
+    """The configuration and geometry of one launch, from static shapes alone."""
+
+    grid: tuple[int, ...]
+    share: int = 0  # tokens of the vocabulary, or input features, that a program takes
+    parts: int = 0  # partial states that all programs leave
+
 
 INFINITY = 1 << 62  # no size is larger
+LIMITS = (16, 32, 64, INFINITY)  # largest sizes of the classes that matmuls have
 Classes = dict[int, Config]
+Four = tuple[int, int, int, int]  # a number for each of LIMITS
 
 
-def scoring(tile: tuple[int, int], columns: int, programs: int, warps: int, stages: int) -> Config:
-    """A tile of `lm_head_confidence`: tokens x candidates, `columns` of them scored at a time."""
+def matmul(tile: tuple[int, int], warps: int, stages: int, **more: int) -> Config:
+    """A tile of a matmul: features (or vocabulary) x tokens, 64 input features at a time."""
     blocks = {"BLOCK_V": tile[0], "BLOCK_N": tile[1], "BLOCK_K": 64}
-    return Config({**blocks, "COLUMNS": columns, "PROGRAMS": programs}, warps, stages)
+    return Config({**blocks, **more}, warps, stages)
 
 
-def linear(tile: tuple[int, int], programs: int, warps: int, stages: int) -> Config:
-    """A tile of a linear op: features x tokens, halved where it leaves fewer than `programs`."""
-    blocks = {"BLOCK_V": tile[0], "BLOCK_N": tile[1], "BLOCK_K": 64}
-    return Config({**blocks, "PROGRAMS": programs}, warps, stages)
+def scoring(columns: Four, programs: Four, stages: Four, *, last: int = 128) -> Classes:
+    """The tiles of `lm_head_confidence`, which score `columns` candidates at a time; those of the
+    last class have `last` tokens of the vocabulary. PROGRAMS is one or two for each SM."""
+    return {
+        limit: matmul(
+            (last if limit == INFINITY else 128, min(limit, 128)), warps, s, COLUMNS=c, PROGRAMS=p
+        )
+        for limit, c, p, s, warps in zip(
+            LIMITS, columns, programs, stages, (8, 8, 8, last // 16), strict=True
+        )
+    }
+
+
+def linear(programs: int, stages: Four, *, last: tuple[int, int] = (128, 8)) -> Classes:
+    """The tiles of a linear op, halved where they leave fewer than `programs`; `last` are the
+    features and the warps of the last class. Every stage but one is a load in flight."""
+    sizes = ((64, 4), (64, 4), (64, 4), last)
+    return {
+        limit: matmul((features, min(limit, 128)), warps, s, PROGRAMS=programs)
+        for limit, s, (features, warps) in zip(LIMITS, stages, sizes, strict=True)
+    }
 
 
 def attention(tile: tuple[int, int], warps: int, stages: int = 1) -> Config:
     """A tile of `window_attention`: queries x keys."""
     return Config({"BLOCK_M": tile[0], "BLOCK_N": tile[1]}, warps, stages)
 
-
-def small_linear(programs: int) -> Classes:
-    """The tiles of window_linear and linear_add_norm for 99 KiB of shared memory."""
-    return {
-        16: linear((64, 16), programs, 4, 7),
-        32: linear((64, 32), programs, 4, 6),
-        64: linear((64, 64), programs, 4, 5),
-        INFINITY: linear((64, 128), programs, 4, 4),
-    }
-
-
-# Two accumulators of 128 x 128 do not fit the registers that mma.sync leaves.
-GATED_BY_MMA_SYNC = {
-    16: linear((64, 16), 64, 4, 4),
-    32: linear((64, 32), 64, 4, 3),
-    64: linear((64, 64), 64, 4, 3),
-    INFINITY: linear((64, 128), 64, 8, 3),
-}
 
 # (op, architecture) -> {largest size of the class: configuration}. "any" serves architectures
 # without an entry of their own. Why each is what it is: see docs/tuning.md.
@@ -77,66 +94,34 @@ CONFIGS: dict[tuple[str, str], Classes] = {
         128: Config({"BLOCK_V": 4096, "SPLIT_BLOCKS": 1}, 8),
         INFINITY: Config({"BLOCK_V": 4096, "SPLIT_BLOCKS": 4}, 8),
     },
-    # size = candidates; PROGRAMS is one or two for each SM
-    ("lm_head_confidence", "any"): {
-        16: scoring((128, 16), 16, 264, 8, 4),
-        32: scoring((128, 32), 32, 264, 8, 4),
-        64: scoring((128, 64), 32, 264, 8, 4),
-        INFINITY: scoring((256, 128), 32, 132, 16, 4),
-    },
-    ("lm_head_confidence", "sm_80"): {
-        16: scoring((128, 16), 16, 216, 8, 3),
-        32: scoring((128, 32), 32, 216, 8, 3),
-        64: scoring((128, 64), 32, 216, 8, 3),
-        INFINITY: scoring((128, 128), 32, 108, 8, 4),
-    },
-    ("lm_head_confidence", "sm_89"): {
-        16: scoring((128, 16), 16, 256, 8, 3),
-        32: scoring((128, 32), 32, 256, 8, 3),
-        64: scoring((128, 64), 32, 256, 8, 3),
-        INFINITY: scoring((128, 128), 32, 128, 8, 3),
-    },
-    ("lm_head_confidence", "sm_100"): {
-        16: scoring((128, 16), 16, 296, 8, 4),
-        32: scoring((128, 32), 16, 296, 8, 4),
-        64: scoring((128, 64), 16, 296, 8, 4),
-        INFINITY: scoring((128, 128), 16, 148, 8, 4),
-    },
-    ("lm_head_confidence sampled", "any"): {
-        16: scoring((128, 16), 16, 264, 8, 4),
-        32: scoring((128, 32), 16, 264, 8, 4),
-        64: scoring((128, 64), 16, 132, 8, 4),
-        INFINITY: scoring((128, 128), 16, 132, 8, 4),
-    },
-    ("lm_head_confidence sampled", "sm_89"): {
-        16: scoring((128, 16), 16, 256, 8, 4),
-        32: scoring((128, 32), 16, 256, 8, 4),
-        64: scoring((128, 64), 16, 128, 8, 4),
-        INFINITY: scoring((128, 128), 16, 128, 8, 3),
-    },
-    # size = tokens; every stage but one is a load in flight
-    ("window_linear", "any"): {
-        16: linear((64, 16), 64, 4, 7),
-        32: linear((64, 32), 64, 4, 7),
-        64: linear((64, 64), 64, 4, 6),
-        INFINITY: linear((128, 128), 64, 8, 6),
-    },
-    ("window_linear", "sm_89"): small_linear(64),
-    ("window_linear gated", "any"): {
-        16: linear((64, 16), 64, 4, 4),
-        32: linear((64, 32), 64, 4, 3),
-        64: linear((64, 64), 64, 4, 3),
-        INFINITY: linear((128, 128), 64, 8, 4),
-    },
-    ("window_linear gated", "sm_80"): GATED_BY_MMA_SYNC,
-    ("window_linear gated", "sm_89"): GATED_BY_MMA_SYNC,
-    ("linear_add_norm", "any"): {
-        16: linear((64, 16), 100, 4, 7),
-        32: linear((64, 32), 100, 4, 7),
-        64: linear((64, 64), 100, 4, 6),
-        INFINITY: linear((128, 128), 100, 8, 6),
-    },
-    ("linear_add_norm", "sm_89"): small_linear(100),
+    # size = candidates
+    ("lm_head_confidence", "any"): scoring(
+        columns=(16, 32, 32, 32), programs=(264, 264, 264, 132), stages=(4, 4, 4, 4), last=256
+    ),
+    ("lm_head_confidence", "sm_80"): scoring(
+        columns=(16, 32, 32, 32), programs=(216, 216, 216, 108), stages=(3, 3, 3, 4)
+    ),
+    ("lm_head_confidence", "sm_89"): scoring(
+        columns=(16, 32, 32, 32), programs=(256, 256, 256, 128), stages=(3, 3, 3, 3)
+    ),
+    ("lm_head_confidence", "sm_100"): scoring(
+        columns=(16, 16, 16, 16), programs=(296, 296, 296, 148), stages=(4, 4, 4, 4)
+    ),
+    ("lm_head_confidence sampled", "any"): scoring(
+        columns=(16, 16, 16, 16), programs=(264, 264, 132, 132), stages=(4, 4, 4, 4)
+    ),
+    ("lm_head_confidence sampled", "sm_89"): scoring(
+        columns=(16, 16, 16, 16), programs=(256, 256, 128, 128), stages=(4, 4, 4, 3)
+    ),
+    # size = tokens. sm_89 has 99 KiB of shared memory. Two accumulators of 128 x 128 do not fit
+    # the registers that mma.sync leaves on sm_80 and sm_89.
+    ("window_linear", "any"): linear(64, (7, 7, 6, 6)),
+    ("window_linear", "sm_89"): linear(64, (7, 6, 5, 4), last=(64, 4)),
+    ("window_linear gated", "any"): linear(64, (4, 3, 3, 4)),
+    ("window_linear gated", "sm_80"): linear(64, (4, 3, 3, 3), last=(64, 8)),
+    ("window_linear gated", "sm_89"): linear(64, (4, 3, 3, 3), last=(64, 8)),
+    ("linear_add_norm", "any"): linear(100, (7, 7, 6, 6)),
+    ("linear_add_norm", "sm_89"): linear(100, (7, 6, 5, 4), last=(64, 4)),
     # size = queries of a KV head (group x window), for head dims up to 128, then up to 256
     ("window_attention 128", "any"): {
         16: attention((16, 64), 4, 3),
@@ -161,17 +146,23 @@ CONFIGS: dict[tuple[str, str], Classes] = {
     },
     # float32 has elements of twice the size and no tensor cores: for tests and small models
     ("lm_head_confidence float32", "any"): {
-        32: scoring((64, 32), 16, 264, 4, 2), INFINITY: scoring((64, 64), 16, 264, 8, 2),
+        32: matmul((64, 32), 4, 2, COLUMNS=16, PROGRAMS=264),
+        INFINITY: matmul((64, 64), 8, 2, COLUMNS=16, PROGRAMS=264),
     },
-    ("lm_head_confidence sampled float32", "any"): {INFINITY: scoring((64, 32), 16, 264, 8, 2)},
+    ("lm_head_confidence sampled float32", "any"): {
+        INFINITY: matmul((64, 32), 8, 2, COLUMNS=16, PROGRAMS=264),
+    },
     ("window_linear float32", "any"): {
-        32: linear((64, 32), 64, 4, 2), INFINITY: linear((64, 64), 64, 8, 2),
+        32: matmul((64, 32), 4, 2, PROGRAMS=64),
+        INFINITY: matmul((64, 64), 8, 2, PROGRAMS=64),
     },
     ("window_linear gated float32", "any"): {
-        32: linear((64, 32), 64, 8, 2), INFINITY: linear((64, 64), 64, 8, 2),
+        32: matmul((64, 32), 8, 2, PROGRAMS=64),
+        INFINITY: matmul((64, 64), 8, 2, PROGRAMS=64),
     },
     ("linear_add_norm float32", "any"): {
-        32: linear((64, 32), 100, 4, 2), INFINITY: linear((64, 64), 100, 8, 2),
+        32: matmul((64, 32), 4, 2, PROGRAMS=100),
+        INFINITY: matmul((64, 64), 8, 2, PROGRAMS=100),
     },
     ("window_attention float32", "any"): {INFINITY: attention((16, 16), 8)},
     # size = positions of a window
@@ -184,7 +175,7 @@ CONFIGS: dict[tuple[str, str], Classes] = {
         256: Config({"BLOCK_J": 16, "BLOCK_L": 1024}, 8),
         INFINITY: Config({"BLOCK_J": 4, "BLOCK_L": 1024}, 16),
     },
-}  # fmt: skip
+}
 
 
 def of_dtype(op: str, dtype: torch.dtype) -> str:

@@ -76,31 +76,19 @@ def use_triton(*tensors: Tensor | None) -> bool:
     return True
 
 
-@typing.overload
-def op(
-    definition: Callable[P, Any],
-    *,
-    launch: Callable[[Any], Any],
-    check: Callable[[Any], None],
-    finish: Callable[[Any, Any], R],
-    mutates_args: Sequence[str] = (),
-) -> Callable[P, R]: ...
-@typing.overload
+def constant(value: int) -> Any:
+    """A value that kernels can read: Triton takes globals of this type only."""
+    return tl.constexpr(int(value)) if tl else int(value)
+
+
 def op(
     definition: Callable[P, R],
     *,
     launch: Callable[[Any], Any],
     check: Callable[[Any], None],
-    mutates_args: Sequence[str] = (),
-) -> Callable[P, R]: ...
-def op(
-    definition: Callable[P, Any],
-    *,
-    launch: Callable[[Any], Any],
-    check: Callable[[Any], None],
     finish: Callable[[Any, Any], Any] | None = None,
     mutates_args: Sequence[str] = (),
-) -> Callable[P, Any]:
+) -> Callable[P, R]:
     """The public function of an op, `dsb::<name of the definition without _reference>`.
 
     The op is transparent to `torch.compile`: what is traced is the definition's own operators or
@@ -111,12 +99,11 @@ def op(
             what runs. Its annotations are the op's schema; its docstring is
             the public one. A parameter annotated with a class that has `encode() -> str` and
             `decode(str)` travels through torch as that string; one of type `Sequence[int]` may
-            have a tuple as its default.
+            have a tuple as its default. It returns what a schema can say, or a NamedTuple of that.
         launch: takes the bound arguments, a named tuple `a` with a field for each parameter of
             the definition (`a.x`), and launches the kernel. Returns what the definition returns.
         check: takes the same; raises what the public function is documented to raise.
-        finish: makes the public result out of (a, the op's result), for ops whose result is more
-            than torch's schemas can say.
+        finish: makes the public result out of (a, the op's result), where they differ.
         mutates_args: parameters that are written in place.
 
     The returned function has the attributes `op` (what torch registered) and `definition`.
@@ -134,6 +121,10 @@ def op(
     coded = {
         n: hints[n] for n in fields if hasattr(hints[n], "encode") and hasattr(hints[n], "decode")
     }
+    schema = hints | dict.fromkeys(coded, str)
+    named: Any = hints["return"] if hasattr(hints["return"], "_fields") else None
+    if named:
+        schema["return"] = tuple[tuple(typing.get_type_hints(named).values())]  # type: ignore[misc]
 
     def bind(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if len(args) > positional:
@@ -152,12 +143,11 @@ def op(
         a: Any = Arguments(*args, **kwargs)
         if coded:
             a = a._replace(**{n: kind.decode(getattr(a, n)) for n, kind in coded.items()})
-        return launch(a) if use_triton(a[0]) else unchecked(**a._asdict())
+        result = launch(a) if use_triton(a[0]) else unchecked(**a._asdict())
+        return tuple(result) if named else result
 
     implementation.__name__ = name
-    implementation.__signature__ = _torch_signature(  # type: ignore[attr-defined]
-        definition, hints | dict.fromkeys(coded, str)
-    )
+    implementation.__signature__ = _torch_signature(definition, schema)  # type: ignore[attr-defined]
     registered = _register(name, implementation, mutates_args)
 
     def call(*args: P.args, **kwargs: P.kwargs) -> Any:
@@ -169,6 +159,7 @@ def op(
             result = call.definition(*args, **kwargs)  # type: ignore[attr-defined]
         else:
             result = registered(*a._replace(**{n: getattr(a, n).encode() for n in coded}))
+            result = named(*result) if named else result
         return result if finish is None else finish(a, result)
 
     functools.update_wrapper(call, definition)
@@ -178,8 +169,8 @@ def op(
 
 
 def _torch_signature(definition: Callable, hints: dict[str, Any]) -> inspect.Signature:
-    """The signature of a definition as torch makes a schema of it: every tensor is positional, and
-    there are no defaults where one is a tuple, which schemas do not know."""
+    """The signature that torch makes a schema of. Every parameter is positional. If a default is a
+    tuple, which schemas do not know, no parameter has a default."""
     signature = inspect.signature(definition)
     known = not any(isinstance(p.default, tuple) for p in signature.parameters.values())
     return signature.replace(
@@ -206,8 +197,7 @@ def _register(name: str, fn: Callable, mutates_args: Sequence[str]) -> Callable:
 
 
 class OnDevice:
-    """A kernel launched on the device of its tensors; Triton takes the current one, whatever they
-    are on."""
+    """Launches a kernel on the device of its tensors; Triton alone would take the current one."""
 
     def __init__(self, kernel: Any) -> None:
         self.kernel = kernel
@@ -221,7 +211,7 @@ class OnDevice:
 
 
 def wrap_triton(kernel: Any) -> Any:
-    """`torch.library.wrap_triton` while tracing; otherwise what launches the kernel."""
+    """What launches a kernel; while tracing that is `torch.library.wrap_triton`."""
     if not isinstance(kernel, triton.runtime.jit.JITFunction):
         return kernel  # an interpreted one
     wrapped = torch.library.wrap_triton(kernel)
@@ -229,7 +219,7 @@ def wrap_triton(kernel: Any) -> Any:
 
 
 def launch_options(num_warps: int, num_stages: int) -> dict[str, Any]:
-    """Keyword arguments of a launch: warps, stages, and FP fusion on whatever Triton's default."""
+    """Keyword arguments of a launch. FP fusion is turned on whatever Triton's default is."""
     options: dict[str, Any] = {"num_warps": num_warps, "num_stages": num_stages}
     # The traced launch (torch.compile) takes no compiler options besides these two.
     if not torch._library.triton.is_wrap_triton_enabled():

@@ -10,7 +10,6 @@ positions of the cache, D elements of a head.
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import Any
 
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from dsb_kernels._check import FLOATS, check_between, check_tensor
+from dsb_kernels._check import check_between, check_tensor, check_window
 from dsb_kernels._op import op
 from dsb_kernels.attention_kernel import MAX_SPLITS, launch
 from dsb_kernels.rope_kv import select
@@ -106,9 +105,12 @@ def window_attention_reference(
     answered = inside[:, None, :, None]  # (B, 1, W, 1), queries that get an answer
     bounds = (k_window, cache_seqlens, cache_leftpad, kv_indices)
     if any(bound is not None for bound in bounds):  # otherwise every key is visible
+        listed = None
+        if kv_num_blocks is not None and kv_indices is not None:
+            listed = _listed_positions(kv_num_blocks, kv_indices, kv_block_size, k_cache.shape[2])
         visible = _visible_keys(
-            k_cache.shape[2], inside, window_start, window_length, *bounds, kv_num_blocks,
-            kv_block_size,
+            k_cache.shape[2], None if k_window is None else inside, window_start, window_length,
+            cache_seqlens, cache_leftpad, listed,
         ).expand(-1, H_kv, -1)  # fmt: skip
         # What is not visible may be uninitialised memory: select, do not multiply by zero.
         k, v = torch.where(visible[..., None], k, 0), torch.where(visible[..., None], v, 0)
@@ -128,39 +130,29 @@ def window_attention_reference(
 
 
 def _visible_keys(
-    C: int,
-    inside: Tensor,
-    window_start: Tensor,
-    window_length: Tensor,
-    k_window: Tensor | None,
-    cache_seqlens: Tensor | None,
-    cache_leftpad: Tensor | None,
-    kv_indices: Tensor | None,
-    kv_num_blocks: Tensor | None,
-    kv_block_size: int,
-) -> Tensor:
-    """Which keys a row's queries see: (B, 1 or H_kv, C) bool, or C + W for a fresh window, whose
-    keys follow the cached ones."""
-    position = torch.arange(C, device=inside.device)
-    start = window_start[:, None, None]
-    in_window = (position >= start) & (position < start + window_length[:, None, None])
-    stored = ~in_window
-    own, own_position = in_window, position
-    if k_window is not None:
-        own, own_position = (
-            inside[:, None],
-            start + torch.arange(inside.shape[1], device=inside.device),
-        )
+    C: int, fresh: Tensor | None, window_start: Tensor, window_length: Tensor,
+    cache_seqlens: Tensor | None, cache_leftpad: Tensor | None, listed: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """Which keys a row's queries see: (B, 1 or H_kv, C) bool, or C + W where the window's keys
+    follow the cached ones. `fresh` (B, W) are the columns of those keys that are in use."""
+    position = torch.arange(C, device=window_start.device)
+    start, end = (x[:, None, None] for x in (window_start, window_start + window_length))
+    in_window = (position >= start) & (position < end)
+    visible = torch.ones_like(in_window)
     if cache_seqlens is not None:
-        stored = stored & (position < cache_seqlens[:, None, None])
+        visible = position < cache_seqlens[:, None, None]
+    if listed is not None:
+        visible = visible & listed
+    if fresh is None:
+        visible = visible | in_window
+    else:
+        visible = visible & ~in_window
+        visible = torch.cat([visible, fresh[:, None].expand(-1, visible.shape[1], -1)], -1)
+        own_position = start + torch.arange(fresh.shape[1], device=start.device)
+        position = torch.cat([position.expand(len(start), 1, -1), own_position], -1)
     if cache_leftpad is not None:
-        stored = stored & (position >= cache_leftpad[:, None, None])
-        own = own & (own_position >= cache_leftpad[:, None, None])
-    if kv_indices is not None and kv_num_blocks is not None:
-        stored = stored & _listed_positions(kv_num_blocks, kv_indices, kv_block_size, C)
-    if k_window is None:
-        return stored | own
-    return torch.cat([stored, own.expand(-1, stored.shape[1], -1)], -1)
+        visible = visible & (position >= cache_leftpad[:, None, None])
+    return visible
 
 
 def _listed_positions(kv_num_blocks: Tensor, kv_indices: Tensor, size: int, C: int) -> Tensor:
@@ -178,43 +170,23 @@ def _listed_positions(kv_num_blocks: Tensor, kv_indices: Tensor, size: int, C: i
 
 def _check(a: Any) -> None:
     name = "window_attention"
-    check_tensor(name, "q", a.q, dtype=FLOATS, shape=("B", "H", "W", "D"), unit_stride=True)
-    B, H, W, D = a.q.shape
-    check = functools.partial(check_tensor, name, device=a.q.device)
-    like_q = functools.partial(check, dtype=a.q.dtype, unit_stride=True)
-    integers = functools.partial(check, dtype=torch.int32, contiguous=True)
-    if D % 8 or not 8 <= D <= 256:
-        raise ValueError(f"{name}: q has head dimension {D}: accepted is a multiple of 8 up to 256")
-    batch = B if a.cache_batch_idx is None else "cache batch"
-    like_q("k_cache", a.k_cache, shape=(batch, "H_kv", "C", D))
-    batch, H_kv, C = a.k_cache.shape[:3]
-    like_q("v_cache", a.v_cache, shape=(batch, H_kv, C, D))
-    if a.k_cache.stride() != a.v_cache.stride():
-        raise ValueError(
-            f"{name}: v_cache has strides {a.v_cache.stride()}: accepted are k_cache's "
-            f"{a.k_cache.stride()}"
-        )
-    if batch == 0 < B:
-        raise ValueError(f"{name}: k_cache has 0 batch rows: accepted is at least 1")
-    if H_kv == 0 or H % H_kv:
-        raise ValueError(f"{name}: q has {H} heads: accepted is a multiple of k_cache's {H_kv}")
-    if W > C:
-        raise ValueError(f"{name}: q has {W} columns: accepted is at most k_cache's {C} positions")
+    like_q = check_window(
+        name, a, ("cache_seqlens", "cache_leftpad", "cache_batch_idx"), range(8, 257, 8),
+        "a multiple of 8 up to 256",
+    )  # fmt: skip
+    (B, _, W, D), H_kv = a.q.shape, a.k_cache.shape[1]
     _check_pair(name, "k_window", a.k_window, "v_window", a.v_window)
     if a.k_window is not None:
         like_q("k_window", a.k_window, shape=(B, H_kv, W, D))
         like_q("v_window", a.v_window, shape=(B, H_kv, W, D))
-    integers("window_start", a.window_start, shape=(B,))
-    integers("window_length", a.window_length, shape=(B,))
-    for argument in ("cache_seqlens", "cache_leftpad", "cache_batch_idx"):
-        value = getattr(a, argument)
-        if value is not None:
-            integers(argument, value, shape=(B,))
     _check_pair(name, "kv_num_blocks", a.kv_num_blocks, "kv_indices", a.kv_indices)
     if a.kv_num_blocks is not None:
         lists = (B,) if a.kv_num_blocks.ndim == 1 else (B, H_kv)
-        integers("kv_num_blocks", a.kv_num_blocks, shape=lists)
-        integers("kv_indices", a.kv_indices, shape=(*lists, "N"))
+        for field, shape in (("kv_num_blocks", lists), ("kv_indices", (*lists, "N"))):
+            check_tensor(
+                name, field, getattr(a, field), dtype=torch.int32, shape=shape, device=a.q.device,
+                contiguous=True,
+            )  # fmt: skip
     size, scale = a.kv_block_size, a.softmax_scale
     if size < 16 or size & (size - 1):
         raise ValueError(f"{name}: kv_block_size={size}: accepted is a power of 2 from 16")

@@ -13,36 +13,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dsb_kernels._configs import (
-    Config,
-    architecture_of,
-    configuration,
-)
+from dsb_kernels._configs import Config, architecture_of, configuration
 from dsb_kernels._op import jit, launch_options, tl, triton, wrap_triton
 
 MAX_SPLITS, DEFAULT_MAX_SPLITS = 128, 32
-COMBINE_ROWS = 8
-FRUGAL_POSITIONS = 4096  # where partial results should stay within a tenth of K and V
+COMBINE_QUERIES = 8  # of a program of the combine
+FRUGAL_POSITIONS = 4096  # with so many, partial results should take a tenth of K and V at most
 
 
-def tile_of(rows: int, D: int, dtype: torch.dtype, architecture: str) -> Config:
-    """The tile for `rows` query rows of a KV head."""
+def tile_of(queries: int, D: int, dtype: torch.dtype, architecture: str) -> Config:
+    """The tile for so many queries of a KV head."""
     kind = "float32" if dtype == torch.float32 else "128" if D <= 128 else "256"
-    return configuration(f"window_attention {kind}", rows, architecture)
+    return configuration(f"window_attention {kind}", queries, architecture)
 
 
-def choose_splits(programs: int, sm_count: int, rows: int) -> int:
+def choose_splits(programs: int, sm_count: int, queries: int) -> int:
     """The fewest splits within 85% of the best share of busy SMs (FlashAttention-3's rule).
 
-    Partial results are `rows` (query rows of a KV head) x splits / positions of the bytes of K and
-    V. Where fewer splits keep them within a tenth, the SMs may be busy to 65% of the best share.
+    Partial results take `queries` (of a KV head) x splits / positions of the bytes of K and V.
+    Where fewer splits keep them within a tenth, the SMs may be busy to 65% of the best share.
     """
-    share = []
-    for splits in range(1, DEFAULT_MAX_SPLITS + 1):
-        waves = programs * splits / sm_count
-        share.append(waves / math.ceil(waves))
+    waves = [programs * splits / sm_count for splits in range(1, DEFAULT_MAX_SPLITS + 1)]
+    share = [w / math.ceil(w) for w in waves]
     splits = next(i for i, s in enumerate(share, 1) if s >= 0.85 * max(share))
-    frugal = min(splits, max(1, FRUGAL_POSITIONS // (10 * rows)))
+    frugal = min(splits, max(1, FRUGAL_POSITIONS // (10 * queries)))
     return frugal if share[frugal - 1] >= 0.65 * max(share) else splits
 
 
@@ -56,7 +50,7 @@ def sm_count(device: torch.device) -> int:
 
 @jit
 def _load_bounds(window_start_ptr, window_length_ptr, seqlens_ptr, leftpad_ptr, b, W, C):
-    """Where a row's window stands and which positions are stored: start, length, end, start."""
+    """A row's window start and window length, then the end and the start of what is stored."""
     window_length = tl.minimum(tl.load(window_length_ptr), W)
     seqlen, leftpad = C, 0
     if seqlens_ptr is not None:
@@ -71,10 +65,10 @@ def _visit_list(
     window_start, window_length, seqlen, leftpad, num_blocks_ptr, list_index,
     WINDOW_IN_CACHE: tl.constexpr, KV_BLOCK: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """The key blocks that a row's queries visit: the cached positions before the window, those
-    after it, then the window's own columns (counted from its start), each in blocks from its first
-    position on, so that a block is cut off at its end alone. Or the listed blocks of the cache,
-    then the window's columns.
+    """The KV blocks that a row's queries visit, in three ranges: the cached positions before the
+    window, those after it, and the window's own columns, counted from its start. Each range is cut
+    into blocks from its first position on, so that only its last block may be partly used. Listed
+    blocks, if there are any, stand in place of the first two ranges.
 
     Returns the ends of the three ranges, the starts of the last two, and how many blocks lie in the
     first range, in the first two and in all three.
@@ -88,7 +82,7 @@ def _visit_list(
         n_cached = n_before
     else:
         if WINDOW_IN_CACHE:
-            # What is stored goes on through the window: one range, the window in its midst.
+            # The cache is read through the window, as one range.
             through = window_start <= seqlen
             before_end = tl.where(through, tl.maximum(window_end, seqlen), before_end)
             after_end = tl.where(through, after, after_end)
@@ -101,12 +95,12 @@ def _visit_list(
 
 @jit
 def _online_softmax(q, k, seen, top, total, scale):
-    """One block of keys of the online softmax: the weights of its values, what the sums so far are
-    multiplied with, and the new largest score and sum of weights."""
+    """Extend the online softmax by one block of keys. Returns the weights of the block's values,
+    the factor for the sums so far, and the new largest score and sum of weights."""
     scores = tl.dot(q, tl.trans(k), input_precision="ieee")
     scores = tl.where(seen[None, :], scores, float("-inf"))
     new_top = tl.maximum(top, tl.max(scores, 1) * scale)
-    # Nothing seen yet: -inf - -inf would be NaN.
+    # Where no key has been seen yet, -inf - -inf would be NaN.
     shift = tl.where(new_top == float("-inf"), 0.0, new_top)
     p = tl.exp2(scores * scale - shift[:, None])
     decay = tl.exp2(top - shift)
@@ -115,25 +109,25 @@ def _online_softmax(q, k, seen, top, total, scale):
 
 @jit
 def _store_split(
-    out_ptr, lse_ptr, acc, top, total, first_row, column, head, window_length, W, H,
+    out_ptr, lse_ptr, acc, top, total, first, column, head, window_length, W, H,
     HEAD_DIM: tl.constexpr, NUM_SPLITS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Write a split's normalised sums and their log-sum-exp; `first_row` is the split's first of
-    all W columns of all splits."""
-    # Nothing seen: acc is 0 and top is -inf, as the result should be.
+    """Write a split's normalised sums and their log-sum-exp. `first` counts the columns of all
+    splits before this one."""
+    # Where no key was seen, acc is 0 and top is -inf, as the result should be.
     total = tl.where(total == 0.0, 1.0, total)
     valid = column < window_length
     acc = tl.where(valid[:, None], acc / total[:, None], 0.0)
     d = tl.arange(0, BLOCK_D)
-    out_ptrs = out_ptr + ((first_row + column) * H + head)[:, None] * HEAD_DIM + d[None, :]
-    # Partial results of columns past the window are not read.
+    out_ptrs = out_ptr + ((first + column) * H + head)[:, None] * HEAD_DIM + d[None, :]
+    # Nothing reads the partial results of columns past the window.
     stored = (column < W) if NUM_SPLITS == 1 else valid
     mask = stored[:, None] & (d < HEAD_DIM)[None, :]
     tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=mask)
     if lse_ptr is not None:
         lse = (top + tl.log2(total)) * 0.6931471805599453  # ln(2)
         lse = tl.where(valid, lse, float("-inf"))
-        tl.store(lse_ptr + first_row * H + head * W + column, lse, mask=stored)
+        tl.store(lse_ptr + first * H + head * W + column, lse, mask=stored)
 
 
 @jit
@@ -215,7 +209,7 @@ def _attention_kernel(
             stop = seqlen
         n0 = tl.where(fresh, own + (j - n_cached) * BLOCK_N, n0)
         seen = offset < tl.where(fresh, own_end, stop) - n0
-        if indices_ptr is not None:  # what is cached, but for padding and the window
+        if indices_ptr is not None:  # a listed block may reach into padding or the window
             seen &= offset >= tl.where(fresh, 0, leftpad - n0)
             hole = (offset - tl.where(fresh, W, window_start - n0)).to(tl.uint32)
             seen &= hole >= tl.where(fresh, 0, window_length).to(tl.uint32)
@@ -279,7 +273,7 @@ def _combine_kernel(
 
 
 def launch(a: Any) -> tuple[Tensor, Tensor]:
-    """What `window_attention_reference` returns, by kernels."""
+    """Compute what `window_attention_reference` returns with the kernels."""
     B, H, W, D = a.q.shape
     H_kv, C = a.k_cache.shape[1:3]
     group = H // H_kv
@@ -294,7 +288,7 @@ def launch(a: Any) -> tuple[Tensor, Tensor]:
         splits = a.num_splits or choose_splits(B * H_kv * tiles, sm_count(a.q.device), group * W)
         target, target_lse = out, lse
         if splits > 1:
-            # Each is normalised: rounded like a result, weighted in float32.
+            # Partial results are normalised, rounded like results and weighted in float32.
             target = a.q.new_empty(B, splits, W, H, D)
             target_lse = a.q.new_empty(B, splits, H, W, dtype=torch.float32)
         k_window, v_window = a.k_window, a.v_window
@@ -313,9 +307,9 @@ def launch(a: Any) -> tuple[Tensor, Tensor]:
             **blocks, **launch_options(config.num_warps, config.num_stages),
         )  # fmt: skip
         if splits > 1:
-            wrap_triton(_combine_kernel)[(triton.cdiv(H * W, COMBINE_ROWS), B)](
+            wrap_triton(_combine_kernel)[(triton.cdiv(H * W, COMBINE_QUERIES), B)](
                 target, target_lse, out, lse, a.window_length, H, W,
-                HEAD_DIM=D, NUM_SPLITS=splits, BLOCK_M=COMBINE_ROWS, BLOCK_D=blocks["BLOCK_D"],
+                HEAD_DIM=D, NUM_SPLITS=splits, BLOCK_M=COMBINE_QUERIES, BLOCK_D=blocks["BLOCK_D"],
                 **launch_options(4, 1),
             )  # fmt: skip
     if lse is None:

@@ -138,8 +138,8 @@ def blocks_top_k(
             shape=scores.shape[:1], device=scores.device,
         )  # fmt: skip
         first = _blocks(scores.shape[-1] * block_size, block_size, scores)
-        rows = cache_seqlens.view(-1, *(1,) * (scores.ndim - 1))
-        allowed = allowed & (first < rows)
+        end = cache_seqlens.view(-1, *(1,) * (scores.ndim - 1))
+        allowed = allowed & (first < end)
     order = torch.where(allowed, scores, -torch.inf).argsort(dim=-1, descending=True, stable=True)
     best = torch.zeros_like(allowed).scatter(-1, order[..., :k], True)
     return lists_of(best & allowed)

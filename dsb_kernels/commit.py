@@ -31,8 +31,8 @@ from dsb_kernels.rules import select
 
 
 def in_batch(scored: Tensor, rows: Tensor | None, whole: Tensor) -> Tensor:
-    """Values of the rows that were scored, (b,) or (b, k), at their places in a tensor of the shape
-    of `whole`, (B,) or (B, K); 0 elsewhere."""
+    """Scatter the values of the rows that were scored, (b,) or (b, k), into zeros of the shape of
+    `whole`, (B,) or (B, K)."""
     if rows is None and scored.shape == whole.shape:
         return scored
     values = torch.zeros_like(whole, dtype=scored.dtype)
@@ -44,8 +44,11 @@ def in_batch(scored: Tensor, rows: Tensor | None, whole: Tensor) -> Tensor:
 def tokens_due(
     step: Tensor, start: Tensor, committed: Tensor, length: int, spec: UnmaskSpec
 ) -> Tensor:
-    """Tokens to commit in this step so that the plan is met: m masks in k steps, the first m mod k
-    steps taking one more. What a block could not supply earlier is carried over. (B,) int64."""
+    """Tokens that each row must commit in this step to meet its plan, (B,) int64.
+
+    The plan spreads m masks over k steps, and the first m mod k steps take one more. What a block
+    could not supply in earlier steps is carried over.
+    """
     if spec.schedule == "naive":
         masks = (length - start).clamp(max=spec.block_length)
         committed = committed - (start - spec.prompt_length)
@@ -87,9 +90,9 @@ def next_prefix(
     distance = start - old[Column.START]
     if spec.cache == "dsb":
         prefix = distance.clamp(min=spec.prefix_window)
-    else:  # dual: from where the block stood at its refresh
-        at_refresh = old[Column.NEXT_KIND] != StepKind.WINDOW
-        prefix = distance + old[Column.PREFIX].masked_fill(at_refresh, 0)
+    else:  # dual: the prefix begins where the block began when it was refreshed
+        was_refresh = old[Column.NEXT_KIND] != StepKind.WINDOW
+        prefix = distance + old[Column.PREFIX].masked_fill(was_refresh, 0)
         prefix = prefix.masked_fill(refresh, 0).clamp(min=spec.min_prefix)
     return prefix.minimum(start - old[Column.LEFTPAD])
 
@@ -104,8 +107,8 @@ def first_candidates(masked: Tensor, end: Tensor, num: int) -> Tensor:
 
 
 def fill_after_eos(canvas: Tensor, first_masked: Tensor, moved: Tensor, spec: UnmaskSpec) -> Tensor:
-    """Whether a row that moved has an EOS with no mask to its left, (B,) bool; all that follows
-    its first EOS becomes that EOS."""
+    """Fill everything after a row's first EOS with that EOS, if the row moved and has no mask
+    before it. Returns which rows these are, (B,) bool."""
     L = canvas.shape[1]
     index = torch.arange(L, device=canvas.device)
     is_eos = torch.zeros_like(canvas, dtype=torch.bool)
@@ -146,7 +149,7 @@ def unmask_and_slide_reference(
         confidence: (b, k) float32, their confidence; ignored where there is no candidate.
         active: (b,) bool, rows that take part; done rows never do.
         rows: (b,) int32, the batch row of each row that was scored, no row twice (not checked);
-            None: b = B, each in its place.
+            None means all of them in order, b = B.
         spec: schedule, cache policy, rule and ids.
 
     A row with a candidate of NaN confidence commits nothing and has its FAILED column set.
@@ -218,7 +221,7 @@ def unmask_and_slide_reference(
     }  # fmt: skip
     after_table = torch.stack([after[column] for column in Column], dim=1).int()
     table.copy_(torch.where(moved[:, None], after_table, table))
-    # These say what the step did, also of the rows that did not move.
+    # These three columns describe the step for every row, also for one that did not move.
     table[:, Column.TOOK_PART] = takes_part.int()
     table[:, Column.NEW] = new.int()
     table[:, Column.FAILED] |= failed.int()
@@ -289,8 +292,6 @@ def _check(a: Any) -> None:
 
 
 unmask_and_slide = op(
-    unmask_and_slide_reference,
-    launch=launch,
-    check=_check,
+    unmask_and_slide_reference, launch=launch, check=_check,
     mutates_args=("canvas", "table", "position", "commit", "candidate_confidence"),
-)
+)  # fmt: skip

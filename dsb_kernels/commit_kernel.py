@@ -1,8 +1,8 @@
 """The kernel of `unmask_and_slide`: one program for each row of the batch.
 
-A row's candidates are held in registers, BLOCK_K of them; its response is read in pieces of BLOCK_L
-positions. What a row does not do is an empty range: a scalar condition in a vector mask is more
-than Triton's interpreter takes.
+A program has its row's candidates in registers, BLOCK_K of them, and reads the response in pieces
+of BLOCK_L positions. What a row skips has an empty range, since Triton's interpreter takes no
+scalar condition in a vector mask.
 """
 
 from __future__ import annotations
@@ -10,34 +10,28 @@ from __future__ import annotations
 from typing import Any
 
 from dsb_kernels._configs import Config, configuration
-from dsb_kernels._op import jit, launch_options, tl, triton, wrap_triton
+from dsb_kernels._op import constant, jit, launch_options, tl, triton, wrap_triton
 from dsb_kernels.rows import NUM_COLUMNS, Column, StepKind, UnmaskSpec
 
-
-def _constant(value: int) -> Any:
-    """A value that kernels can read: Triton takes globals of this type only."""
-    return tl.constexpr(int(value)) if tl else int(value)
-
-
-WINDOW = _constant(StepKind.WINDOW)
-REFRESH = _constant(StepKind.REFRESH)
-RESPONSE = _constant(StepKind.RESPONSE)
-NOTHING = _constant(StepKind.NOTHING)
-COLUMNS = _constant(NUM_COLUMNS)
-NEXT_KIND = _constant(Column.NEXT_KIND)
-START = _constant(Column.START)
-END = _constant(Column.END)
-PREFIX = _constant(Column.PREFIX)
-NUM_CANDIDATES = _constant(Column.NUM_CANDIDATES)
-LEFTPAD = _constant(Column.LEFTPAD)
-COMMITTED = _constant(Column.COMMITTED)
-SINCE_REFRESH = _constant(Column.SINCE_REFRESH)
-STEP = _constant(Column.STEP)
-REFRESHES = _constant(Column.REFRESHES)
-FORWARDS = _constant(Column.FORWARDS)
-TOOK_PART = _constant(Column.TOOK_PART)
-NEW = _constant(Column.NEW)
-FAILED = _constant(Column.FAILED)
+WINDOW = constant(StepKind.WINDOW)
+REFRESH = constant(StepKind.REFRESH)
+RESPONSE = constant(StepKind.RESPONSE)
+NOTHING = constant(StepKind.NOTHING)
+COLUMNS = constant(NUM_COLUMNS)
+NEXT_KIND = constant(Column.NEXT_KIND)
+START = constant(Column.START)
+END = constant(Column.END)
+PREFIX = constant(Column.PREFIX)
+NUM_CANDIDATES = constant(Column.NUM_CANDIDATES)
+LEFTPAD = constant(Column.LEFTPAD)
+COMMITTED = constant(Column.COMMITTED)
+SINCE_REFRESH = constant(Column.SINCE_REFRESH)
+STEP = constant(Column.STEP)
+REFRESHES = constant(Column.REFRESHES)
+FORWARDS = constant(Column.FORWARDS)
+TOOK_PART = constant(Column.TOOK_PART)
+NEW = constant(Column.NEW)
+FAILED = constant(Column.FAILED)
 
 
 @jit
@@ -98,7 +92,7 @@ def _commit_count(
 
 @jit
 def _tokens_due(step, start, committed, L, prompt, size, steps, SCHEDULE: tl.constexpr):
-    """Tokens to commit so that the quota's plan is met, what was missed so far included."""
+    """Tokens to commit so that the quota's plan is met, including what earlier steps missed."""
     if SCHEDULE == "naive":
         masks = tl.minimum(tl.maximum(L - start, 0), size)
         committed = committed - (start - prompt)
@@ -156,7 +150,7 @@ def _plan(
         refresh = since_refresh >= size
         if CACHE == "dsb":
             prefix = tl.maximum(start - old_start, prefix_window)
-        else:  # dual: from where the block stood at its refresh
+        else:  # dual: the prefix begins where the block began when it was refreshed
             prefix = tl.where(was_refresh, 0, old_prefix) + start - old_start
             prefix = tl.maximum(tl.where(refresh, 0, prefix), min_prefix)
         prefix = tl.minimum(prefix, start - leftpad)
@@ -181,7 +175,7 @@ def _list_candidates(
 
 @jit
 def _fill_after_eos(canvas_ptr, first_eos, stopped, L, BLOCK_L: tl.constexpr):
-    """After an EOS with no mask to its left comes nothing but that EOS."""
+    """Fill everything after an EOS that has no mask to its left with that EOS."""
     eos = tl.load(canvas_ptr + first_eos, mask=stopped, other=0)
     for base in range(tl.where(stopped, first_eos // BLOCK_L * BLOCK_L, L), L, BLOCK_L):
         index = base + tl.arange(0, BLOCK_L)
@@ -198,7 +192,8 @@ def _unmask_kernel(
     REFRESH_FIRST: tl.constexpr, EOS_IDS: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """One row, whether it was scored or not. EOS_IDS is empty where a row does not stop at one."""
+    """Program (batch row): a step of the row, which may not have been scored. EOS_IDS is empty
+    where rows do not stop at one."""
     b = tl.program_id(0).to(tl.int64)
     r = b  # where the row stands among those that were scored
     is_scored = 1
@@ -321,7 +316,7 @@ def config_of(K: int) -> Config:
 
 
 def constants(K: int, num_rows: int, spec: UnmaskSpec) -> dict[str, object]:
-    """The kernel's compile-time arguments for K candidates of rows, of which so many are scored."""
+    """The kernel's compile-time arguments where `num_rows` rows of K candidates are scored."""
     return {
         "SCHEDULE": spec.schedule,
         "CACHE": spec.cache,

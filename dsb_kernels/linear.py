@@ -11,7 +11,6 @@ Shapes: N tokens, E input features and F output features of a matmul.
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import linear, rms_norm, silu
 
 from dsb_kernels._check import FLOATS, check_tensor
-from dsb_kernels._configs import Config, architecture_of, configuration, of_dtype
+from dsb_kernels._configs import Launch, architecture_of, configuration, of_dtype
 from dsb_kernels._op import jit, launch_options, op, tl, triton, wrap_triton
 
 MAX_TOKENS = 128  # our kernels read the weights once for as many
@@ -199,35 +198,23 @@ def _add_norm_kernel(
 # --- ops --------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class LinearLaunch:
-    """Geometry of a call of window_linear, from static shapes alone."""
-
-    grid: tuple[int, int]  # (tiles of features, blocks of tokens)
-    blocks: dict[str, int]
-    num_warps: int
-    num_stages: int
-
-
-def narrowed(config: Config, features: int) -> tuple[dict[str, int], int]:
-    """Blocks and warps of a configuration, its tile of features halved (down to the 64 that tensor
-    cores want) while fewer programs than PROGRAMS would run."""
-    blocks, warps = dict(config.blocks), config.num_warps
-    programs = blocks.pop("PROGRAMS")
-    while blocks["BLOCK_V"] > 64 and triton.cdiv(features, blocks["BLOCK_V"]) < programs:
-        blocks["BLOCK_V"] //= 2
-        warps //= 2
-    return blocks, warps
-
-
 def linear_launch(
     num_tokens: int, F: int, dtype: torch.dtype, architecture: str, *, gated: bool
-) -> LinearLaunch:
+) -> Launch:
+    """The launch of window_linear; its grid is (tiles of features, blocks of tokens).
+
+    A tile of features is halved, down to the 64 that tensor cores want, while fewer programs than
+    PROGRAMS would run.
+    """
     name = of_dtype("window_linear" + " gated" * gated, dtype)
     config = configuration(name, num_tokens, architecture)
-    blocks, warps = narrowed(config, F)
+    blocks, warps = dict(config.blocks), config.num_warps
+    programs = blocks.pop("PROGRAMS")
+    while blocks["BLOCK_V"] > 64 and triton.cdiv(F, blocks["BLOCK_V"]) < programs:
+        blocks["BLOCK_V"] //= 2
+        warps //= 2
     grid = (triton.cdiv(F, blocks["BLOCK_V"]), triton.cdiv(num_tokens, blocks["BLOCK_N"]))
-    return LinearLaunch(grid, blocks, warps, config.num_stages)
+    return Launch(blocks, warps, config.num_stages, grid=grid)
 
 
 def _silu_mul(gate_up: Tensor, out: Tensor) -> Tensor:
@@ -249,8 +236,8 @@ def _launch_linear(a: Any) -> Tensor:
     launch = linear_launch(num_tokens, F, a.x.dtype, architecture_of(a.x.device), gated=a.gated)
     wrap_triton(_window_linear_kernel)[launch.grid](
         a.weight, a.x, a.bias, out, a.weight.stride(0), a.x.stride(0), out.stride(0),
-        num_tokens, F, E, EVEN_K=E % launch.blocks["BLOCK_K"] == 0, GATED=a.gated, **launch.blocks,
-        **launch_options(launch.num_warps, launch.num_stages),
+        num_tokens, F, E, EVEN_K=E % launch.blocks["BLOCK_K"] == 0, GATED=a.gated,
+        **launch.options(),
     )  # fmt: skip
     return out
 
@@ -272,29 +259,20 @@ def _check_linear(a: Any) -> None:
 window_linear = op(window_linear_reference, launch=_launch_linear, check=_check_linear)
 
 
-@dataclass(frozen=True)
-class SplitLaunch:
-    """Geometry of a call of linear_add_norm, from static shapes alone."""
+def split_launch(num_tokens: int, E: int, F: int, dtype: torch.dtype, architecture: str) -> Launch:
+    """The launch of linear_add_norm's matmul; its grid is (tiles of features, splits, blocks of
+    tokens).
 
-    grid: tuple[int, int, int]  # (tiles of features, splits, blocks of tokens)
-    share: int  # input features of a split
-    blocks: dict[str, int]
-    num_warps: int
-    num_stages: int
-
-
-def split_launch(
-    num_tokens: int, E: int, F: int, dtype: torch.dtype, architecture: str
-) -> SplitLaunch:
-    """As few splits as give PROGRAMS programs for a block of tokens: every split costs partial sums
-    of N x F float32, written and read again."""
+    It has as few splits as give PROGRAMS programs for a block of tokens: every split costs partial
+    sums of N x F float32, which are written and read again.
+    """
     config = configuration(of_dtype("linear_add_norm", dtype), num_tokens, architecture)
     blocks = dict(config.blocks)
     programs, block_k = blocks.pop("PROGRAMS"), blocks["BLOCK_K"]
     tiles, steps = triton.cdiv(F, blocks["BLOCK_V"]), triton.cdiv(E, block_k)
     share = triton.cdiv(steps, min(triton.cdiv(programs, tiles), steps))
     grid = (tiles, triton.cdiv(steps, share), triton.cdiv(num_tokens, blocks["BLOCK_N"]))
-    return SplitLaunch(grid, share * block_k, blocks, config.num_warps, config.num_stages)
+    return Launch(blocks, config.num_warps, config.num_stages, grid=grid, share=share * block_k)
 
 
 def norm_warps(F: int) -> int:
@@ -311,8 +289,7 @@ def _launch_add_norm(a: Any) -> Tensor:
     partial = a.x.new_empty((splits, num_tokens, F), dtype=torch.float32)
     wrap_triton(_split_linear_kernel)[launch.grid](
         a.weight, a.x, partial, a.weight.stride(0), a.x.stride(0), num_tokens, F, E, launch.share,
-        EVEN_K=E % launch.blocks["BLOCK_K"] == 0, **launch.blocks,
-        **launch_options(launch.num_warps, launch.num_stages),
+        EVEN_K=E % launch.blocks["BLOCK_K"] == 0, **launch.options(),
     )  # fmt: skip
     out = a.x.new_empty((num_tokens, F))
     wrap_triton(_add_norm_kernel)[(num_tokens,)](
@@ -335,8 +312,6 @@ def _check_add_norm(a: Any) -> None:
 
 
 linear_add_norm = op(
-    linear_add_norm_reference,
-    launch=_launch_add_norm,
-    check=_check_add_norm,
+    linear_add_norm_reference, launch=_launch_add_norm, check=_check_add_norm,
     mutates_args=("residual",),
-)
+)  # fmt: skip

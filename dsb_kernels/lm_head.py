@@ -9,8 +9,7 @@ vocabulary, `N` = candidates, `E` = hidden size.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,8 +17,8 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from dsb_kernels._check import FLOATS, check_tensor
-from dsb_kernels._configs import architecture_of, configuration, of_dtype
-from dsb_kernels._op import jit, launch_options, op, tl, triton, wrap_triton
+from dsb_kernels._configs import Launch, architecture_of, configuration, of_dtype
+from dsb_kernels._op import jit, op, tl, triton, wrap_triton
 from dsb_kernels.noise import gumbel
 from dsb_kernels.score import (
     NO_TOKEN,
@@ -99,7 +98,7 @@ def lm_head_partial_reference(
 
     Returns:
         (6, N) float32: maximum, total, best score, logit, extra and global token id
-        (`dsb_kernels.score`). What it holds of candidates that are not eligible is undefined.
+        (`dsb_kernels.score`). The values of candidates that are not eligible are undefined.
 
     Raises:
         TypeError, ValueError: an argument of the wrong dtype, shape, device, stride or value.
@@ -113,7 +112,7 @@ def lm_head_partial_reference(
 
 
 def columns_of(banned: Sequence[int], vocab_start: int, V: int) -> list[int]:
-    """The banned tokens of a shard, counted from its first."""
+    """The banned tokens that a shard has, counted from its first token."""
     return [b - vocab_start for b in banned if 0 <= b - vocab_start < V]
 
 
@@ -147,8 +146,8 @@ def _store_states(
 ):  # fmt: skip
     """Score a tile of logits `x` (BLOCK_V, BLOCK_N), at most COLUMNS candidates at a time.
 
-    Every thread of a candidate's column keeps the candidate's values in registers, which would not
-    suffice for 128 of them.
+    A thread has values of every candidate of its columns in registers, which would not suffice for
+    128 candidates.
     """
     if BLOCK_N > COLUMNS:
         halves = tl.permute(tl.reshape(x, (BLOCK_V, 2, BLOCK_N // 2)), (0, 2, 1))
@@ -250,7 +249,7 @@ def _lm_head_kernel(
         _store_states(
             x, tile, last, first_candidate, num_candidates, part_ptr, seed_ptr, noise_ids_ptr,
             token_base, temperature, BLOCK_V, BLOCK_N,
-            # Margins and entropies hold more for a column.
+            # Margins and entropies need more registers for each candidate.
             COLUMNS if CONFIDENCE == "probability" else COLUMNS // 2,
             BANNED, SAMPLE, CONFIDENCE,
         )  # fmt: skip
@@ -260,21 +259,11 @@ def _lm_head_kernel(
 # --- op ---------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Launch:
-    """Geometry of a call, from static shapes alone."""
-
-    grid: tuple[int, int]  # (shares of the vocabulary, blocks of candidates)
-    share: int  # tokens of a share
-    parts: int  # tiles of all shares
-    blocks: Mapping[str, int]
-    num_warps: int
-    num_stages: int
-
-
 def launch_of(
     num_candidates: int, V: int, dtype: torch.dtype, architecture: str, *, sample: bool
 ) -> Launch:
+    """The launch of the kernel; its grid is (shares of the vocabulary, blocks of candidates), and
+    `parts` are the tiles of all shares."""
     op = of_dtype("lm_head_confidence" + " sampled" * sample, dtype)
     config = configuration(op, num_candidates, architecture)
     blocks = {name: value for name, value in config.blocks.items() if name != "PROGRAMS"}
@@ -282,14 +271,9 @@ def launch_of(
     programs = triton.cdiv(V, share)
     last_share = V - (programs - 1) * share  # the only one that may be smaller
     tiles = [triton.cdiv(tokens, blocks["BLOCK_V"]) for tokens in (share, last_share)]
-    return Launch(
-        grid=(programs, triton.cdiv(num_candidates, blocks["BLOCK_N"])),
-        share=share,
-        parts=(programs - 1) * tiles[0] + tiles[1],
-        blocks=blocks,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-    )
+    grid = (programs, triton.cdiv(num_candidates, blocks["BLOCK_N"]))
+    parts = (programs - 1) * tiles[0] + tiles[1]
+    return Launch(blocks, config.num_warps, config.num_stages, grid=grid, share=share, parts=parts)
 
 
 def launch_states(a: Any, V: int, banned: Sequence[int], vocab_start: int) -> Tensor:
@@ -302,8 +286,7 @@ def launch_states(a: Any, V: int, banned: Sequence[int], vocab_start: int) -> Te
             a.weight, a.hidden, a.bias, a.eligible, a.seed, a.noise_ids, partials,
             a.weight.stride(0), a.hidden.stride(0), N, V, E, launch.share, vocab_start,
             a.temperature, EVEN_K=E % launch.blocks["BLOCK_K"] == 0, BANNED=tuple(banned),
-            SAMPLE=sample, CONFIDENCE=a.confidence, **launch.blocks,
-            **launch_options(launch.num_warps, launch.num_stages),
+            SAMPLE=sample, CONFIDENCE=a.confidence, **launch.options(),
         )  # fmt: skip
     return partials
 
@@ -335,17 +318,17 @@ def _check(a: Any) -> None:
 
 
 def _check_partial(a: Any) -> None:
-    name, rows = "lm_head_partial", len(a.weight)
+    name, size = "lm_head_partial", len(a.weight)
     check_matmul(name, a)
-    V = rows if a.vocab_end is None else a.vocab_end - a.vocab_start
+    V = size if a.vocab_end is None else a.vocab_end - a.vocab_start
     if a.vocab_start < 0:
         raise ValueError(f"{name}: vocab_start={a.vocab_start}: accepted is at least 0")
-    if not 1 <= V <= rows:
+    if not 1 <= V <= size:
         raise ValueError(
             f"{name}: vocab_end={a.vocab_end} with vocab_start={a.vocab_start}: accepted are "
-            f"{a.vocab_start + 1} to {a.vocab_start + rows}"
+            f"{a.vocab_start + 1} to {a.vocab_start + size}"
         )
-    # A shard need not hold every banned token, nor any that is allowed.
+    # Other shards may have the banned tokens, and all allowed ones: none is checked here.
     check_scoring(name, a, (len(a.hidden),), V, a.hidden.device, banned=())
 
 

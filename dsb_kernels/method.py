@@ -148,17 +148,16 @@ class Row:
         return first, self.length
 
     def due(self) -> int:
-        """Commits planned up to and including this step, less those made: of m masks in k steps
+        """Commits planned up to and including this step, less those so far: of m masks in k steps
         the first m mod k steps take one more."""
-        if self.schedule == "naive":
+        masks, committed = self.gen_length, self.committed
+        if self.schedule == "naive":  # the plan is of the block
             masks = min(self.block_length, self.length - self.start)
-            made = self.committed - (self.start - self.prompt_length)
-        else:
-            masks, made = self.gen_length, self.committed
+            committed -= self.start - self.prompt_length
         if self.step + 1 >= self.steps:
-            return masks - made
+            return masks - committed
         each, more = divmod(masks, self.steps)
-        return sum(each + (t < more) for t in range(self.step + 1)) - made
+        return sum(each + (t < more) for t in range(self.step + 1)) - committed
 
     def advance(self, tokens: list[int], confidences: list[float]) -> list[int]:
         """Commit and slide, given a proposal for each candidate. Returns committed positions."""
@@ -188,7 +187,7 @@ class Row:
             self.prefix = 0
         elif self.cache == "dsb":
             self.prefix = max(distance, self.prefix_window)
-        else:  # from where the block stood at its refresh
+        else:  # the prefix begins where the block began when it was refreshed
             since = 0 if was_refresh else self.prefix
             self.prefix = max(0 if refresh else since + distance, self.min_prefix)
         self.prefix = min(self.prefix, self.start - self.leftpad)

@@ -8,14 +8,15 @@ candidates are the capacity of the step.
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from dsb_kernels._check import check_choice, check_tensor
+from dsb_kernels._check import check_between, check_choice, check_tensor
 from dsb_kernels._configs import configuration
-from dsb_kernels._op import jit, launch_options, op, tl, triton, wrap_triton
+from dsb_kernels._op import constant, jit, op, tl, triton, wrap_triton
 from dsb_kernels.rows import NUM_COLUMNS, Column, StepKind
 
 CONFIG = configuration("place_rows", 0, "any")  # one for every batch and architecture
@@ -56,7 +57,7 @@ def place_rows_reference(
     first: int = 0,
     shift: bool = False,
     prompt_length: int = 0,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> Layout:
     """Place the rows of a step: those that need a step of this kind and fit its capacity.
 
     Args:
@@ -74,7 +75,7 @@ def place_rows_reference(
 
     Returns:
         A `Layout`. With b = B every row is in its place; with fewer, those that take part come
-        first, and both they and the others keep the batch's order.
+        first, and both they and the others are in the batch's order.
 
     Raises:
         TypeError, ValueError: a tensor of the wrong dtype, shape, device or stride (the canvas may
@@ -110,30 +111,33 @@ def place_rows_reference(
     response_index = (position - prompt_length).clamp(min=0)
     forwards = table[:, Column.FORWARDS].long()
     noise_ids = ((rows << 42) | (forwards << 21))[:, None] | response_index
-    return (
-        rows.int(), start, length, torch.full_like(start, L), table[:, Column.LEFTPAD].clone(),
-        active.int() * num_candidates, active, input_ids,
-        source_index.flatten(), eligible.flatten(), noise_ids.flatten(),
-    )  # fmt: skip
+    return Layout(
+        rows=rows.int(),
+        start=start,
+        length=length,
+        seqlens=torch.full_like(start, L),
+        leftpad=table[:, Column.LEFTPAD].clone(),
+        num_scored=active.int() * num_candidates,
+        active=active,
+        input_ids=input_ids,
+        source_index=source_index.flatten(),
+        eligible=eligible.flatten(),
+        noise_ids=noise_ids.flatten(),
+    )
 
 
 # --- kernel -----------------------------------------------------------------------------------
 
 
-def _constant(value: int) -> Any:
-    """A value that kernels can read: Triton takes globals of this type only."""
-    return tl.constexpr(int(value)) if tl else int(value)
-
-
-WINDOW = _constant(StepKind.WINDOW)
-COLUMNS = _constant(NUM_COLUMNS)
-NEXT_KIND = _constant(Column.NEXT_KIND)
-START = _constant(Column.START)
-END = _constant(Column.END)
-PREFIX = _constant(Column.PREFIX)
-NUM_CANDIDATES = _constant(Column.NUM_CANDIDATES)
-LEFTPAD = _constant(Column.LEFTPAD)
-FORWARDS = _constant(Column.FORWARDS)
+WINDOW = constant(StepKind.WINDOW)
+COLUMNS = constant(NUM_COLUMNS)
+NEXT_KIND = constant(Column.NEXT_KIND)
+START = constant(Column.START)
+END = constant(Column.END)
+PREFIX = constant(Column.PREFIX)
+NUM_CANDIDATES = constant(Column.NUM_CANDIDATES)
+LEFTPAD = constant(Column.LEFTPAD)
+FORWARDS = constant(Column.FORWARDS)
 
 
 @jit
@@ -218,8 +222,7 @@ def _launch(a: Any) -> tuple[Tensor, ...]:
         a.canvas, a.table, a.position, *layout,
         a.canvas.stride(0), B, L, a.position.shape[1], a.width, k, a.first, a.prompt_length,
         KIND=a.kind, SHIFT=int(a.shift), ALL=b == B, BLOCK_B=triton.next_power_of_2(B),
-        BLOCK_K=triton.next_power_of_2(k), **CONFIG.blocks,
-        **launch_options(CONFIG.num_warps, CONFIG.num_stages),
+        BLOCK_K=triton.next_power_of_2(k), **CONFIG.options(),
     )  # fmt: skip
     return layout
 
@@ -228,22 +231,17 @@ def _check(a: Any) -> None:
     name = "place_rows"
     check_tensor(name, "canvas", a.canvas, dtype=torch.int64, shape=("B", "L"), unit_stride=True)
     B, L = a.canvas.shape
-    for field, tensor, columns in (
-        ("table", a.table, NUM_COLUMNS), ("position", a.position, "K"),
-    ):  # fmt: skip
-        check_tensor(
-            name, field, tensor, dtype=torch.int32, shape=(B, columns), device=a.canvas.device,
-            contiguous=True,
-        )  # fmt: skip
+    integers = functools.partial(
+        check_tensor, name, dtype=torch.int32, device=a.canvas.device, contiguous=True
+    )
+    integers("table", a.table, shape=(B, NUM_COLUMNS))
+    integers("position", a.position, shape=(B, "K"))
     check_choice(name, "kind", a.kind, [int(kind) for kind in StepKind if kind.name != "NOTHING"])
-    for field, low, high in (
-        ("num_rows", 1, B), ("width", 1, L), ("num_candidates", 1, a.position.shape[1]),
-        ("first", 0, L - 1), ("prompt_length", 0, L),
-    ):  # fmt: skip
-        if not low <= getattr(a, field) <= high:
-            raise ValueError(f"{name}: {field}={getattr(a, field)}: accepted are {low} to {high}")
+    check_between(name, "num_rows", a.num_rows, 1, B)
+    check_between(name, "width", a.width, 1, L)
+    check_between(name, "num_candidates", a.num_candidates, 1, a.position.shape[1])
+    check_between(name, "first", a.first, 0, L - 1)
+    check_between(name, "prompt_length", a.prompt_length, 0, L)
 
 
-place_rows = op(
-    place_rows_reference, launch=_launch, check=_check, finish=lambda a, layout: Layout(*layout)
-)
+place_rows = op(place_rows_reference, launch=_launch, check=_check)

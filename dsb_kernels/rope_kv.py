@@ -9,24 +9,24 @@ cache, D elements of a head.
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dsb_kernels._check import FLOATS, check_tensor
+from dsb_kernels._check import check_window
 from dsb_kernels._configs import configuration
-from dsb_kernels._op import jit, launch_options, op, tl, triton, wrap_triton
+from dsb_kernels._op import jit, op, tl, triton, wrap_triton
 
+EVEN = range(2, 1 << 31, 2)
 TILE = configuration("rope_write_kv", 0, "any")  # one for every window and architecture
 
 # --- definition -------------------------------------------------------------------------------
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """The pairs (i, i + D / 2) of x (..., D) turned by angles of those cosines and sines
-    (..., D / 2), computed in the wider of the two precisions and rounded once."""
+    """Rotate the pairs (i, i + D / 2) of x (..., D) by the angles of these cosines and sines,
+    (..., D / 2). The wider of the two precisions computes, and the result is rounded once."""
     first, second = x.chunk(2, -1)
     turned = torch.empty_like(x)  # in the stride order of x
     turned_first, turned_second = turned.chunk(2, -1)
@@ -79,7 +79,7 @@ def rope_write_kv_reference(
         window_start: (B,) int32, canvas position of the window's first column, >= 0.
         window_length: (B,) int32, columns of the window in use, 0 to W; later ones are not written.
         position_offset: (B,) int32 or None (zeros); the rotary position of canvas position i is
-            i - offset (left padding), held within [0, max_pos).
+            i - offset (left padding), clamped to [0, max_pos - 1].
         cache_batch_idx: (B,) int32, the cache's batch row that each row of q, k and v writes; None
             is row b itself. Rows with a window must differ (not checked); a row of length 0 writes
             nothing, and its index may be any row's.
@@ -101,7 +101,7 @@ def rope_write_kv_reference(
     cos_sin = cos_sin_cache.index_select(0, position.flatten()).unflatten(0, position.shape)
     cos, sin = cos_sin[:, None].chunk(2, -1)
     q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-    # A column that is not written stores what the cache holds; the remainder keeps it inside.
+    # A column that must not be written stores the cache's own values; its index stays inside.
     index = (index % k_cache.shape[2]).long()
     for b, unwritten in enumerate(~written[:, :, None]):
         for cache, x in ((k_cache, k), (v_cache, v)):
@@ -109,9 +109,9 @@ def rope_write_kv_reference(
                 before = cache[b].index_select(1, index[b])
                 cache[b].index_copy_(1, index[b], select(unwritten, before, x[b]))
             else:
-                place = cache_batch_idx[b : b + 1], slice(None), index[b]
-                new = x[b].transpose(0, 1)  # (W, H_kv, D), as indexing has it
-                cache[place] = select(unwritten[:, None], cache[place], new)
+                where = cache_batch_idx[b : b + 1], slice(None), index[b]
+                new = x[b].transpose(0, 1)  # (W, H_kv, D), which is the order of cache[where]
+                cache[where] = select(unwritten[:, None], cache[where], new)
     return select(written[:, None, :, None], q)
 
 
@@ -195,50 +195,21 @@ def _launch(a: Any) -> Tensor:
         a.window_start, a.window_length, a.position_offset, a.cache_batch_idx,
         *a.q.stride()[:3], *a.k.stride()[:3], *a.v.stride()[:3], a.cos_sin_cache.stride(0),
         *a.k_cache.stride()[:3], *out.stride()[:3], H, W, a.k_cache.shape[2], len(a.cos_sin_cache),
-        HEAD_DIM=D, BLOCK_D=triton.next_power_of_2(D), **TILE.blocks,
-        **launch_options(TILE.num_warps, TILE.num_stages),
+        HEAD_DIM=D, BLOCK_D=triton.next_power_of_2(D), **TILE.options(),
     )  # fmt: skip
     return out
 
 
 def _check(a: Any) -> None:
-    name = "rope_write_kv"
-    check_tensor(name, "q", a.q, dtype=FLOATS, shape=("B", "H", "W", "D"), unit_stride=True)
-    B, H, W, D = a.q.shape
-    check = functools.partial(check_tensor, name, device=a.q.device)
-    like_q = functools.partial(check, dtype=a.q.dtype, unit_stride=True)
-    batch = B if a.cache_batch_idx is None else "cache batch"
-    like_q("k_cache", a.k_cache, shape=(batch, "H_kv", "C", D))
-    batch, H_kv, C = a.k_cache.shape[:3]
-    like_q("v_cache", a.v_cache, shape=(batch, H_kv, C, D))
-    if a.k_cache.stride() != a.v_cache.stride():
-        raise ValueError(
-            f"{name}: v_cache has strides {a.v_cache.stride()}: accepted are k_cache's "
-            f"{a.k_cache.stride()}"
-        )
-    if batch == 0 < B:
-        raise ValueError(f"{name}: k_cache has 0 batch rows: accepted is at least 1")
+    like_q = check_window(
+        "rope_write_kv", a, ("position_offset", "cache_batch_idx"), EVEN, "an even number"
+    )
+    (B, _, W, D), H_kv = a.q.shape, a.k_cache.shape[1]
     like_q("k", a.k, shape=(B, H_kv, W, D))
     like_q("v", a.v, shape=(B, H_kv, W, D))
-    check(
-        "cos_sin_cache", a.cos_sin_cache, dtype=(torch.float32, a.q.dtype), shape=("max_pos", D),
-        unit_stride=True,
-    )  # fmt: skip
-    if D % 2 or D == 0:
-        raise ValueError(f"{name}: q has head dimension {D}: accepted is an even number")
-    if H_kv == 0 or H % H_kv:
-        raise ValueError(f"{name}: q has {H} heads: accepted is a multiple of k_cache's {H_kv}")
-    if W > C:
-        raise ValueError(f"{name}: q has {W} columns: accepted is at most k_cache's {C} positions")
-    for argument in ("window_start", "window_length", "position_offset", "cache_batch_idx"):
-        value = getattr(a, argument)
-        if value is not None:
-            check(argument, value, dtype=torch.int32, shape=(B,), contiguous=True)
+    like_q("cos_sin_cache", a.cos_sin_cache, dtype=(torch.float32, a.q.dtype), shape=("max_pos", D))
 
 
 rope_write_kv = op(
-    rope_write_kv_reference,
-    launch=_launch,
-    check=_check,
-    mutates_args=("k_cache", "v_cache"),
+    rope_write_kv_reference, launch=_launch, check=_check, mutates_args=("k_cache", "v_cache")
 )

@@ -122,7 +122,7 @@ class UnmaskSpec:
                 raise ValueError(
                     f"UnmaskSpec: {name}={getattr(self, name)}: accepted is at least {low}"
                 )
-        # Made here, since torch.compile cannot trace what makes it.
+        # The code is computed here, since torch.compile cannot trace json.
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         object.__setattr__(self, "_code", json.dumps(values))
 

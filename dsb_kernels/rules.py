@@ -44,8 +44,8 @@ def count_threshold(c: Tensor, rank: Tensor, m: Tensor, value: float, due: Tenso
 
 
 def count_factor(c: Tensor, rank: Tensor, m: Tensor, value: float, due: Tensor) -> Tensor:
-    """The ranks j before the first with c_(j) < 1 - value / (j + 1), where rank 1 never fails; all
-    of them if none fails or only the last does (Fast-dLLM)."""
+    """Count the ranks before the first rank j with c_(j) < 1 - value / (j + 1), which is never rank
+    1; count all if there is none or only the last (Fast-dLLM)."""
     bound = torch.where(rank == 1, -1.0, 1.0 - value / (rank + 1).double())
     fails = (c < bound) & (rank <= m[:, None])
     first_failure = torch.where(fails, rank, c.shape[-1] + 1).amin(-1)
@@ -53,7 +53,7 @@ def count_factor(c: Tensor, rank: Tensor, m: Tensor, value: float, due: Tensor) 
 
 
 def count_frechet(c: Tensor, rank: Tensor, m: Tensor, value: float, due: Tensor) -> Tensor:
-    """The ranks n with c_(1) + ... + c_(n) - (n - 1) - (1 - c_(n)) > value (arXiv 2606.02955)."""
+    """Count the ranks n with c_(1) + ... + c_(n) - (n - 1) - (1 - c_(n)) > value (2606.02955)."""
     bound = c.cumsum(-1) - (rank - 1) - (1.0 - c)
     return ((bound > value) & (rank <= m[:, None])).sum(-1)
 

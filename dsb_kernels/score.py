@@ -27,14 +27,14 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from dsb_kernels._check import check_choice, check_tensor
-from dsb_kernels._op import jit, launch_options, op, tl, triton, wrap_triton
+from dsb_kernels._op import constant, jit, launch_options, op, tl, triton, wrap_triton
 from dsb_kernels.noise import sampling_scores
 
 CONFIDENCES = ("probability", "margin", "entropy")
 PLANES = 6
 MAX_VOCABULARY = 1 << 24  # token ids are exact in float32 up to here
 _NO_TOKEN = 1 << 30
-NO_TOKEN = tl.constexpr(_NO_TOKEN) if tl else _NO_TOKEN
+NO_TOKEN = constant(_NO_TOKEN)
 
 # --- definition -------------------------------------------------------------------------------
 
@@ -95,7 +95,7 @@ def combine_partials_reference(
     Args:
         partials: (R, 6, N) float32, contiguous: what `lm_head_partial` returned in each process,
             gathered in any order (token ids are global).
-        eligible, banned, confidence: as given to it, `banned` in global token ids.
+        eligible, banned, confidence: the arguments of that call; `banned` are global token ids.
 
     Returns:
         token (N,) int64 and confidence (N,) float32, as from `token_confidence`. Every process
@@ -248,28 +248,30 @@ def launch_combine(
     partials: Tensor, eligible: Tensor | None, banned: Sequence[int], confidence: str
 ) -> tuple[Tensor, Tensor]:
     """Token and confidence from partials (parts, 6, N) of the whole vocabulary."""
-    parts, _, N = partials.shape
+    N = partials.shape[2]
     token, c = partials.new_empty(N, dtype=torch.int64), partials.new_empty(N)
-    if N:
-        wrap_triton(combine_kernel)[(N,)](
-            partials, eligible, token, c, None, N, parts, first_allowed(banned),
-            PARTS=triton.next_power_of_2(parts), CONFIDENCE=confidence,
-            **launch_options(combine_warps(parts), 1),
-        )  # fmt: skip
+    _combine(partials, eligible, token, c, None, first_allowed(banned), confidence)
     return token, c
 
 
 def launch_merge(partials: Tensor, eligible: Tensor | None, confidence: str) -> Tensor:
     """One state (6, N) from partials (parts, 6, N)."""
+    state = partials.new_empty((PLANES, partials.shape[2]))
+    _combine(partials, eligible, None, None, state, 0, confidence)
+    return state
+
+
+def _combine(
+    partials: Tensor, eligible: Tensor | None, token: Tensor | None, c: Tensor | None,
+    state: Tensor | None, first: int, confidence: str,
+) -> None:  # fmt: skip
     parts, _, N = partials.shape
-    state = partials.new_empty((PLANES, N))
     if N:
         wrap_triton(combine_kernel)[(N,)](
-            partials, eligible, None, None, state, N, parts, 0,
+            partials, eligible, token, c, state, N, parts, first,
             PARTS=triton.next_power_of_2(parts), CONFIDENCE=confidence,
             **launch_options(combine_warps(parts), 1),
         )  # fmt: skip
-    return state
 
 
 def _launch(a: Any) -> tuple[Tensor, Tensor]:

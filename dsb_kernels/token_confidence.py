@@ -7,8 +7,7 @@ margin of the two best tokens, or the negative entropy. `V` = vocabulary, `N` = 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,8 +15,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from dsb_kernels._check import FLOATS, check_tensor
-from dsb_kernels._configs import architecture_of, configuration
-from dsb_kernels._op import jit, launch_options, op, tl, wrap_triton
+from dsb_kernels._configs import Launch, architecture_of, configuration
+from dsb_kernels._op import jit, op, tl, wrap_triton
 from dsb_kernels.noise import gumbel, philox_words, sampling_scores
 from dsb_kernels.score import (
     NO_TOKEN,
@@ -105,10 +104,10 @@ def first_argmax(x: Tensor, banned: Sequence[int] = ()) -> Tensor:
 
 @jit
 def by_thread(x, LANES: tl.constexpr):
-    """Sums of `x` (BLOCK,) to (LANES,): a thread adds up the elements that it has loaded.
+    """Sum `x` (BLOCK,) to (LANES,), so that a thread adds up the elements that it has loaded.
 
-    Of every 8 * LANES elements each of LANES threads loads 8 neighbors where they have 16 bits;
-    elements of 32 bits are loaded by two threads.
+    Each of LANES threads loads 8 neighboring elements of 16 bits at a time; two threads share 8
+    elements of 32 bits.
     """
     return tl.sum(tl.sum(tl.reshape(x, (x.shape[0] // (LANES * 8), LANES, 8)), 2), 0)
 
@@ -250,26 +249,15 @@ def _token_confidence_kernel(
 # --- op ---------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Launch:
-    """Geometry of a call, from static shapes alone."""
-
-    grid: tuple[int, int]  # (candidates, splits)
-    blocks: Mapping[str, int]
-    num_warps: int
-    num_stages: int
-
-    @property
-    def lanes(self) -> int:
-        """Threads that a tile's elements are dealt out to, 8 at a time."""
-        return min(32 * self.num_warps, self.blocks["BLOCK_V"] // 8)
-
-
 def launch_of(num_candidates: int, V: int, architecture: str, sample: bool) -> Launch:
-    op = "token_confidence" + " sampled" * sample
-    config = configuration(op, num_candidates, architecture)
-    splits = -(-V // (config.blocks["BLOCK_V"] * config.blocks["SPLIT_BLOCKS"]))
-    return Launch((num_candidates, splits), config.blocks, config.num_warps, config.num_stages)
+    """The launch of the kernel; its grid is (candidates, splits)."""
+    config = configuration("token_confidence" + " sampled" * sample, num_candidates, architecture)
+    block_v = config.blocks["BLOCK_V"]
+    # Each of LANES threads takes 8 elements of a tile at a time.
+    lanes = min(32 * config.num_warps, block_v // 8)
+    blocks = {**config.blocks, "STAGES": config.num_stages, "LANES": lanes}
+    grid = (num_candidates, -(-V // (block_v * blocks["SPLIT_BLOCKS"])))
+    return Launch(blocks, config.num_warps, config.num_stages, grid=grid)
 
 
 def _launch(a: Any) -> tuple[Tensor, Tensor]:
@@ -282,9 +270,7 @@ def _launch(a: Any) -> tuple[Tensor, Tensor]:
         wrap_triton(_token_confidence_kernel)[launch.grid](
             logits, a.eligible, a.seed, a.noise_ids, partials,
             logits.stride(0), N, V, a.temperature,
-            BANNED=tuple(a.banned), SAMPLE=sample, CONFIDENCE=a.confidence,
-            STAGES=launch.num_stages, LANES=launch.lanes, **launch.blocks,
-            **launch_options(launch.num_warps, launch.num_stages),
+            BANNED=tuple(a.banned), SAMPLE=sample, CONFIDENCE=a.confidence, **launch.options(),
         )  # fmt: skip
     token, c = launch_combine(partials, a.eligible, a.banned, a.confidence)
     return token.reshape(shape), c.reshape(shape)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import dsb_runtime as dsb
-from dsb_runtime.engine.memory import allocate, cache_shape_of, is_out_of_memory, largest
+from dsb_runtime.engine.cache import allocate, cache_shape_of, is_out_of_memory, largest
 from tests import golden
 from tests.golden import prompts
 from tests.recorded import Recorder

@@ -40,14 +40,13 @@ def causal_by_default(module: torch.nn.Module) -> bool:
 
 def causal_mask(module: torch.nn.Module, query: Tensor, key: Tensor) -> Tensor:
     """(1, 1, W, W), for a causal model that does not ask the mask registry for one."""
-    rows, columns = query.shape[2], key.shape[2]
-    if rows != columns:
+    queries, keys = query.shape[2], key.shape[2]
+    if queries != keys:
         raise ValueError(
             f"attn_implementation='dsb': {type(module).__name__} is causal and gave no mask for "
-            f"{rows} queries of {columns} keys; expected a mask"
+            f"{queries} queries of {keys} keys; expected a mask"
         )
-    square = torch.ones(1, 1, rows, columns, dtype=torch.bool, device=query.device)
-    return square.tril()
+    return torch.ones(1, 1, keys, keys, dtype=torch.bool, device=query.device).tril()
 
 
 def eager_attention(
@@ -59,7 +58,7 @@ def eager_attention(
     named: list[str],
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """The attention in the model's own file, for what SDPA cannot compute.
+    """The attention in the model's own file, which serves what SDPA cannot compute.
 
     Raises:
         NotImplementedError: the model's file has none.
@@ -85,7 +84,7 @@ def takes_flash(
 ) -> bool:
     """Whether flash-attn, where it is installed, serves this call: a full pass that masks nothing.
 
-    Decided from shapes and dtypes alone. A padding mask is left to SDPA: flash-attn wants its rows
+    Shapes and dtypes alone decide. A padding mask is left to SDPA: flash-attn wants its rows
     packed, and packing reads the mask on the host.
     """
     return (
@@ -105,9 +104,9 @@ def flash_installed(device: torch.device) -> bool:
 
 
 def flash_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor:
-    """Every query over every key by flash-attn 2, through transformers' own integration.
+    """Attention of every query to every key by flash-attn 2, through transformers' integration.
 
-    Untested on a GPU: the tests run it with a stand-in for flash-attn's function alone.
+    It is untested on a GPU: the tests run it with a stand-in for flash-attn's function alone.
 
     Args:
         query: (B, H, L, D). key, value: (B, H_kv, L, D).
@@ -116,16 +115,11 @@ def flash_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float | 
         (B, L, H, D).
     """
     # Not `flash_attention_forward`: it takes the implementation's name, "dsb", from the config.
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     return _flash_attention_forward(
-        query.transpose(1, 2),
-        key.transpose(1, 2),
-        value.transpose(1, 2),
-        attention_mask=None,
-        query_length=query.shape[2],
-        is_causal=False,
-        softmax_scale=scaling,
-        attn_implementation="flash_attention_2",
-    )
+        q, k, v, attention_mask=None, query_length=query.shape[2], is_causal=False,
+        softmax_scale=scaling, attn_implementation="flash_attention_2",
+    )  # fmt: skip
 
 
 def repeat_heads(x: Tensor, query: Tensor) -> Tensor:
@@ -158,11 +152,8 @@ def dsb_attention(
     Raises:
         ValueError, NotImplementedError: a layer that cannot be served.
     """
-    if kwargs and not EAGER_ONLY.isdisjoint(kwargs):
-        used = {name for name in EAGER_ONLY & kwargs.keys() if kwargs[name] is not None}
-        named = sorted(name for name in used if kwargs[name] is not False)
-    else:
-        named = []
+    used = EAGER_ONLY & kwargs.keys()
+    named = sorted(n for n in used if kwargs[n] is not None and kwargs[n] is not False)
     unmasked = attention_mask is None and is_causal is not False and query.shape[2] > 1
     if unmasked and (is_causal or causal_by_default(module)):
         attention_mask = causal_mask(module, query, key)
@@ -178,14 +169,9 @@ def dsb_attention(
         # every score to memory.
         key, value, grouped = repeat_heads(key, query), repeat_heads(value, query), False
     out = scaled_dot_product_attention(
-        query,
-        key,
-        value,
-        attn_mask=attention_mask,
-        dropout_p=dropout,
-        scale=scaling,
+        query, key, value, attn_mask=attention_mask, dropout_p=dropout, scale=scaling,
         enable_gqa=grouped,
-    )
+    )  # fmt: skip
     return out.transpose(1, 2).contiguous(), None
 
 

@@ -1,16 +1,62 @@
-"""KVCache: the keys and values of every layer, written in place where each row's window stands.
+"""The K/V cache: its buffers, their size, and errors that say what would have fitted.
 
-Keys are stored after rotation. Positions hold what the last forward that covered them computed,
+Keys are stored after rotation. A position holds what the last forward that covered it computed,
 which is the whole of DSB Cache: a refresh writes every position, a window step writes a few.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
 
-from dsb_runtime.engine.memory import CacheShape
+
+@dataclass(frozen=True)
+class CacheShape:
+    """What a position of one batch row takes in the cache of a model (of this process's share)."""
+
+    layers: int
+    kv_heads: int
+    head_dim: int
+    dtype: torch.dtype
+    device: torch.device
+
+    def elements(self, batch: int, length: int) -> int:
+        """Numbers in the keys and values of `batch` rows of `length` positions."""
+        return 2 * self.layers * self.kv_heads * self.head_dim * batch * length
+
+    def nbytes(self, batch: int, length: int) -> int:
+        return self.elements(batch, length) * self.dtype.itemsize
+
+
+def cache_shape_of(model: PreTrainedModel) -> CacheShape:
+    embedding: Any = model.get_input_embeddings()
+    attn = model.model.layers[0].self_attn
+    heads, weight = model.config.num_key_value_heads, getattr(attn.k_proj, "weight", None)
+    if isinstance(weight, DTensor):
+        heads = weight.to_local().shape[0] // attn.head_dim
+    layers = model.config.num_hidden_layers
+    weight = embedding.weight
+    return CacheShape(layers, heads, attn.head_dim, weight.dtype, weight.device)
+
+
+def allocate(shape: CacheShape, batch: int, length: int) -> Tensor:
+    """Storage (n,) for the keys and values of `batch` rows of `length` positions.
+
+    Raises:
+        torch.OutOfMemoryError: names the bytes asked for and a setting that fits.
+    """
+    try:
+        return torch.zeros(shape.elements(batch, length), dtype=shape.dtype, device=shape.device)
+    except RuntimeError as error:  # a CPU's allocator raises no OutOfMemoryError
+        if not is_out_of_memory(error):
+            raise
+        raise torch.OutOfMemoryError(growth_message(shape, batch, length)) from error
 
 
 @dataclass(frozen=True)
@@ -39,3 +85,62 @@ class KVCache:
         repeats = num_layers // shape.layers
         keys, values = ([*layers[:, i].unbind()] * repeats for i in (0, 1))
         return cls(batch, keys, values, scratch=repeats > 1)
+
+
+# Messages of allocators other than torch's GPU allocator, which alone raises OutOfMemoryError: a
+# CPU's, CUDA's own (for a graph), cuBLAS's, and Triton's (for a kernel that is loaded).
+OUT_OF_MEMORY = (
+    "can't allocate memory",
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "Triton Error [CUDA]: out of memory",
+)
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    message = str(error)
+    return isinstance(error, torch.OutOfMemoryError) or any(
+        words in message for words in OUT_OF_MEMORY
+    )
+
+
+def fits(shape: CacheShape, batch: int, length: int) -> bool:
+    """Whether a cache of that size can be allocated now, by trying."""
+    try:
+        torch.empty(shape.nbytes(batch, length), dtype=torch.uint8, device=shape.device)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        return False
+    return True
+
+
+def largest(limit: int, fits_with: Callable[[int], bool]) -> int:
+    """The largest n <= limit for which `fits_with(n)`, which is true up to some n; 0 for none."""
+    low, high = 0, limit
+    while low < high:
+        middle = (low + high + 1) // 2
+        if fits_with(middle):
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+def growth_message(shape: CacheShape, batch: int, length: int) -> str:
+    message = (
+        f"K/V cache for a batch of {batch} with {length} positions each: "
+        f"{shape.nbytes(batch, length):,} bytes asked for on {shape.device} and not there"
+    )
+    rows = largest(batch - 1, lambda n: fits(shape, n, length))
+    if rows:
+        return f"{message}; a batch of {rows} fits"
+    positions = largest(length - 1, lambda n: fits(shape, 1, n))
+    return f"{message}; a batch of 1 with prompt + gen_length = {positions} fits"
+
+
+def step_message(kind: str, rows: int, width: int, error: Exception) -> str:
+    """What to say when a step, or its capture, runs out of memory."""
+    allocation = str(error).strip().splitlines()[0]
+    advice = f"a batch of {rows // 2}" if rows > 1 else "a shorter prompt or gen_length"
+    return f"a {kind} step of {rows} x {width} positions: {allocation} Expected to fit: {advice}"

@@ -1,4 +1,4 @@
-"""Checks of what is given to `generate`, made before any compute."""
+"""Checks of the arguments of `generate`, before any compute."""
 
 from __future__ import annotations
 
@@ -8,18 +8,35 @@ import torch
 from torch import Tensor
 
 from dsb_runtime.config import DecodingConfig
-from dsb_runtime.families import DiffusionInfo
+from dsb_runtime.families import DiffusionInfo, check_model
 
 
-def check_prompt(model: Any, input_ids: Any, info: DiffusionInfo, config: DecodingConfig) -> None:
-    """(B, P) integer ids on the model's device, inside the vocabulary, at least one each."""
+def check_inputs(
+    model: Any, config: Any, input_ids: Any, attention_mask: Any, generator: Any
+) -> Tensor:
+    """Check all of them. Returns the padding positions before each row's prompt, (B,) int32.
+
+    Raises:
+        TypeError, ValueError: the message names argument, value and what is accepted.
+    """
+    info = check_model(model)
+    check_family_settings(info, config)
+    check_prompt(model, input_ids, config)
+    leftpad = check_attention_mask(input_ids, attention_mask)
+    check_no_masks(input_ids, leftpad, info)
+    check_generator(generator, input_ids.device)
+    return leftpad
+
+
+def check_prompt(model: Any, input_ids: Any, config: DecodingConfig) -> None:
+    """Prompts are (B, P) integers on the model's device, inside the vocabulary, and not empty."""
     if not isinstance(input_ids, Tensor):
         raise TypeError(f"input_ids={type(input_ids).__name__}: expected an integer tensor (B, P)")
     if input_ids.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"input_ids has dtype {input_ids.dtype}: expected torch.int64 or int32")
     if input_ids.ndim != 2:
         raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}: expected (B, P)")
-    if input_ids.shape[0] == 0 or input_ids.shape[1] == 0:
+    if 0 in input_ids.shape:
         raise ValueError(
             f"input_ids has shape {tuple(input_ids.shape)}: an empty prompt; "
             "expected at least one row and one token"
@@ -28,50 +45,49 @@ def check_prompt(model: Any, input_ids: Any, info: DiffusionInfo, config: Decodi
     if input_ids.device != device:
         raise ValueError(f"input_ids is on {input_ids.device}: expected the model's {device}")
     vocab = model.config.vocab_size
-    low, high = int(input_ids.min()), int(input_ids.max())
-    if low < 0 or high >= vocab:
-        bad = low if low < 0 else high
-        raise ValueError(f"input_ids holds {bad}: expected ids from 0 to {vocab - 1}")
-    room = model.config.max_position_embeddings
+    for extreme in (int(input_ids.min()), int(input_ids.max())):
+        if not 0 <= extreme < vocab:
+            raise ValueError(f"input_ids holds {extreme}: expected ids from 0 to {vocab - 1}")
+    limit = model.config.max_position_embeddings
     length = input_ids.shape[1] + config.gen_length
-    if length > room:
+    if length > limit:
         raise ValueError(
             f"gen_length={config.gen_length} after a prompt of {input_ids.shape[1]} needs {length} "
-            f"positions: expected at most the model's {room}"
+            f"positions: expected at most the model's {limit}"
         )
 
 
 def check_attention_mask(input_ids: Tensor, attention_mask: Any) -> Tensor:
-    """(B,) int32, padding before each row's prompt; 0 everywhere without a mask."""
-    rows, length = input_ids.shape
+    """Padding positions before each row's prompt, (B,) int32; 0 everywhere without a mask."""
+    shape = tuple(input_ids.shape)
     if attention_mask is None:
-        return torch.zeros(rows, dtype=torch.int32, device=input_ids.device)
+        return torch.zeros(len(input_ids), dtype=torch.int32, device=input_ids.device)
     if not isinstance(attention_mask, Tensor):
         raise TypeError(
-            f"attention_mask={type(attention_mask).__name__}: expected a tensor {(rows, length)}"
+            f"attention_mask={type(attention_mask).__name__}: expected a tensor {shape}"
         )
     if attention_mask.is_floating_point() or attention_mask.is_complex():
         raise TypeError(
             f"attention_mask has dtype {attention_mask.dtype}: expected integers or torch.bool"
         )
-    if attention_mask.shape != input_ids.shape:
+    if attention_mask.shape != shape:
         raise ValueError(
             f"attention_mask has shape {tuple(attention_mask.shape)}: expected that of input_ids, "
-            f"{(rows, length)}"
+            f"{shape}"
         )
     if attention_mask.device != input_ids.device:
         raise ValueError(
             f"attention_mask is on {attention_mask.device}: expected {input_ids.device}"
         )
     mask = attention_mask.long()
-    if not torch.isin(mask, torch.tensor([0, 1], device=mask.device)).all():
+    if not ((mask == 0) | (mask == 1)).all():
         raise ValueError("attention_mask: expected 0 (padding) and 1 (prompt) only")
     if (mask.diff(dim=1) < 0).any():
         raise ValueError("attention_mask: expected left padding (zeros, then ones) in every row")
     if (mask[:, -1] == 0).any():
         row = int((mask[:, -1] == 0).nonzero()[0])
         raise ValueError(f"attention_mask: row {row} is all padding; expected at least one token")
-    return (length - mask.sum(-1)).int()
+    return (shape[1] - mask.sum(-1)).int()
 
 
 def check_no_masks(input_ids: Tensor, leftpad: Tensor, info: DiffusionInfo) -> None:
@@ -87,20 +103,20 @@ def check_no_masks(input_ids: Tensor, leftpad: Tensor, info: DiffusionInfo) -> N
 
 
 def check_family_settings(info: DiffusionInfo, config: DecodingConfig) -> None:
-    """Settings that one family cannot take."""
+    """The model's family takes these settings."""
     if not isinstance(config, DecodingConfig):
         raise TypeError(f"config={config!r}: expected a DecodingConfig")
     family = info.family
     if family.shift and config.cache == "dsb" and config.prefix_window == 0:
         raise ValueError(
-            f"prefix_window=0: {family.name} predicts a token from the row before it, so window "
-            "steps need that row; expected at least 1"
+            f"prefix_window=0: {family.name} predicts a token from the position before it, "
+            "so window steps need that position; expected at least 1"
         )
     if not family.nucleus:
-        for name in ("top_p", "top_k"):
-            if getattr(config, name) is not None:
+        for name, value in (("top_p", config.top_p), ("top_k", config.top_k)):
+            if value is not None:
                 raise ValueError(
-                    f"{name}={getattr(config, name)!r}: {family.name} samples by Gumbel noise at "
+                    f"{name}={value!r}: {family.name} samples by Gumbel noise at "
                     "a temperature; expected None"
                 )
     if config.stop_at_eos and not info.eos_ids:

@@ -20,13 +20,7 @@ from transformers import PreTrainedModel
 from dsb_kernels.rows import Row
 from dsb_runtime.config import DecodingConfig
 from dsb_runtime.defaults import defaults_for
-from dsb_runtime.engine.check import (
-    check_attention_mask,
-    check_family_settings,
-    check_generator,
-    check_no_masks,
-    check_prompt,
-)
+from dsb_runtime.engine.check import check_inputs
 from dsb_runtime.engine.forward import Phase, no_phase
 from dsb_runtime.engine.graphs import Capture, CudaGraphs
 from dsb_runtime.engine.loop import Loop, StepDone
@@ -34,14 +28,14 @@ from dsb_runtime.engine.parallel import agree, is_sharded
 from dsb_runtime.families import check_model
 
 ENGINE = "_dsb_engine"  # where a model keeps the engine that `generate` made for it
-PROMPT_MULTIPLE = 64  # captured steps serve prompts up to the next multiple, padded on the left
+PROMPT_MULTIPLE = 64  # prompts are padded to it on the left where steps are captured
 
 
 @dataclass
 class GenerationOutput:
     """What `generate` returns; B rows, prompt P, response G."""
 
-    sequences: Tensor  # (B, P + G) int64, left padding kept
+    sequences: Tensor  # (B, P + G) int64, with the left padding
     nfe: int  # forward passes run
     tokens_per_forward: list[int]  # positions committed by each forward, over all rows
     row_nfe: list[int]  # forward passes that each row took part in
@@ -65,7 +59,7 @@ class StepEvent:
 
 
 def count_tokens(response: Tensor, eos_ids: tuple[int, ...]) -> list[int]:
-    """Per row: positions up to and including the first EOS. response: (B, G)."""
+    """How many positions of each row stand up to and including its first EOS. response: (B, G)."""
     length = response.shape[1]
     index = torch.arange(length, device=response.device)
     eos = torch.isin(response, torch.tensor(eos_ids, device=response.device, dtype=torch.int64))
@@ -74,6 +68,7 @@ def count_tokens(response: Tensor, eos_ids: tuple[int, ...]) -> list[int]:
 
 class Engine:
     """Decodes with one model, and keeps the K/V cache and captured steps between calls.
+
     `dsb_runtime.generate` keeps one for each model; make your own to set how it runs.
 
     Args:
@@ -101,14 +96,15 @@ class Engine:
         check_model(model)
         self.model, self.device = model, device_of(model)
         on_gpu = self.device.type == "cuda"
-        if graphs and capture is None and not on_gpu:
-            raise ValueError("graphs=True: the model is not on a CUDA device; expected False")
         if graphs is None:
             graphs = on_gpu or capture is not None
         if graphs and capture is None:
+            if not on_gpu:
+                raise ValueError("graphs=True: the model is not on a CUDA device; expected False")
             capture = CudaGraphs()
         self.loop = Loop(model, capture if graphs else None, phase, observer)
-        self.lock, self.decoding = threading.RLock(), False
+        self.lock = threading.Lock()
+        self.thread: int | None = None  # the one that is inside a call
         self.stream: torch.cuda.Stream | None = None  # of the last call
 
     def release(self) -> None:
@@ -117,18 +113,15 @@ class Engine:
 
     def in_call(self) -> bool:
         """Whether this thread is inside a call (another one waits for its turn)."""
-        if not self.lock.acquire(blocking=False):
-            return False
-        try:
-            return self.decoding
-        finally:
-            self.lock.release()
+        return self.thread == threading.get_ident()
 
     @contextlib.contextmanager
     def on_device(self) -> Iterator[None]:
-        """Inside, the model's GPU is the current one, which events, captures and the compiler take.
-        A stream other than the last call's waits for it: it has left there a speculative launch
-        and everything that is kept between calls."""
+        """Make the model's GPU the current one, which events, captures and the compiler take.
+
+        A stream other than the last call's waits for that one, where a speculative launch may still
+        run over the buffers that calls share.
+        """
         if self.device.type != "cuda":
             yield
             return
@@ -139,7 +132,7 @@ class Engine:
             self.stream = stream
             yield
 
-    # Not in inference mode, which a caller may be in: what is kept could not be written outside it.
+    # A caller may be in inference mode: buffers that were made in it could not be written later.
     @torch.inference_mode(False)
     @torch.no_grad()
     def generate(
@@ -152,33 +145,29 @@ class Engine:
         on_step: Callable[[StepEvent], None] | None = None,
         **settings: Any,
     ) -> GenerationOutput:
-        """As `dsb_runtime.generate` with this engine's model. Threads take turns.
+        """Decode as `dsb_runtime.generate` does, with this engine's model. Threads take turns.
 
         Raises:
             RuntimeError: called by `on_step` of a call of this engine.
         """
-        info = check_model(self.model)
+        check_model(self.model)
         config = config_of(self.model, config, settings)
         if on_step is not None and not callable(on_step):
             raise TypeError(
                 f"on_step={on_step!r}: expected a callable that takes a StepEvent, or None"
             )
-        check_family_settings(info, config)
-        check_prompt(self.model, input_ids, info, config)
-        leftpad = check_attention_mask(input_ids, attention_mask)
-        check_no_masks(input_ids, leftpad, info)
-        check_generator(generator, input_ids.device)
+        leftpad = check_inputs(self.model, config, input_ids, attention_mask, generator)
         if self.in_call():
             raise RuntimeError(
                 "Engine.generate: called by its own on_step; expected another engine"
             )
         with self.lock:
-            self.decoding = True
+            self.thread = threading.get_ident()
             try:
                 with self.on_device():
                     return self.decode(config, input_ids, leftpad, generator, on_step)
             finally:
-                self.decoding = False
+                self.thread = None
 
     def decode(
         self,
@@ -188,12 +177,11 @@ class Engine:
         generator: torch.Generator | None,
         on_step: Callable[[StepEvent], None] | None,
     ) -> GenerationOutput:
-        """`generate` of arguments that have been checked."""
+        """Decode with arguments that have been checked."""
         batch, prompt = input_ids.shape
         watched = on_step is not None
-        # Captured steps then serve prompts of other lengths. A watcher sees the canvas as it is.
-        rounded = self.loop.capture is not None and not watched
-        pad = -prompt % PROMPT_MULTIPLE if rounded else 0
+        # Captured steps serve prompts up to the next multiple. A watcher sees the canvas unpadded.
+        pad = 0 if watched or self.loop.capture is None else -prompt % PROMPT_MULTIPLE
         session = self.loop.session(config, input_ids, leftpad, pad)
         state, info = session.state, check_model(self.model)
         if config.temperature > 0:
@@ -215,19 +203,13 @@ class Engine:
                 row_nfe[row] += 1
             if on_step is not None:
                 before = [done.before[row] for row in done.rows]
-                on_step(
-                    StepEvent(
-                        index=len(commits) - 1,
-                        kind=done.shape.kind.label,
-                        rows=done.rows,
-                        before=[(row.start, row.end, row.prefix) for row in before],
-                        canvas=state.canvas,
-                        position=position,
-                        commit=state.commit.clone(),
-                        confidence=state.confidence.clone(),
-                        table=done.after,
-                    )
-                )
+                event = StepEvent(
+                    index=len(commits) - 1, kind=done.shape.kind.label, rows=done.rows,
+                    before=[(row.start, row.end, row.prefix) for row in before],
+                    canvas=state.canvas, position=position, commit=state.commit.clone(),
+                    confidence=state.confidence.clone(), table=done.after,
+                )  # fmt: skip
+                on_step(event)
                 position = state.position.clone()
 
         self.loop.run(session, each, speculative=not watched)
@@ -265,12 +247,12 @@ def device_of(model: PreTrainedModel) -> torch.device:
 
 
 def engine_of(model: PreTrainedModel) -> Engine:
-    """The engine that `generate` keeps with a model, made at its first call; another one inside a
-    call of that."""
+    """The engine that `generate` keeps with a model from its first call on. Inside a call of that
+    engine, a new one."""
     check_model(model)
     slot = vars(model).setdefault(ENGINE, EngineSlot())
     if slot.engine is None or slot.engine.device != device_of(model):
-        # A proxy: the model must not be kept alive by what it holds itself.
+        # The engine has a proxy of the model, which must not keep itself alive.
         slot.engine = Engine(cast(PreTrainedModel, weakref.proxy(model)))
     return Engine(model) if slot.engine.in_call() else slot.engine
 

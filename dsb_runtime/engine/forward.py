@@ -97,9 +97,9 @@ class Backbone:
                     window_length=layout.length, position_offset=leftpad, cache_batch_idx=rows,
                 )  # fmt: skip
             if layer is self.layers[-1]:
-                # The queries to be scored may stand anywhere in the window, window_attention knows
-                # those side by side. Wherever they stand, they see the same keys: these stand at
-                # the first positions that are no padding.
+                # The queries to be scored may stand anywhere in the window, but window_attention
+                # takes neighbours only. Since every query sees the same keys, wherever it stands,
+                # these are placed at the first positions that are no padding.
                 query_start, query_length = layout.leftpad, layout.num_scored
                 q = q.transpose(1, 2).flatten(0, 1).index_select(0, layout.source_index)
                 q = q.unflatten(0, (b, -1)).transpose(1, 2)

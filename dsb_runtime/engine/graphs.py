@@ -17,22 +17,22 @@ from torch import Tensor
 
 Capture = Callable[[Callable[[], None]], Callable[[], None]]
 
-# Capacities that a captured step is made for; a number of rows takes the smallest that holds it.
+# Capacities that a captured step is made for; windows take the smallest that suffices.
 WIDTHS = (16, 32, 48, 64, 96, 128, 160, 192, 256, 320, 384, 512, 768, 1024)
 
 
 def width_class(width: int, most: int) -> int:
-    """Window positions that a captured step has room for, given `width` and at most `most`."""
+    """The capacity of a captured step for windows of `width` positions, at most `most`."""
     return min(next((w for w in WIDTHS if w >= width), most), most)
 
 
 def row_class(rows: int, most: int) -> int:
-    """Batch rows that a captured step has room for: powers of two up to `most`."""
+    """The capacity of a captured step for so many rows: a power of two, at most `most`."""
     return min(1 << (rows - 1).bit_length(), most)
 
 
-# Held by what waits for the device or empties the allocator's cache, which no thread may while
-# another one captures: beginning a capture does both.
+# A thread takes this lock to wait for the device or to empty the allocator's cache, which none may
+# do while another one captures. Beginning a capture does both.
 CAPTURING = threading.RLock()
 
 
@@ -52,9 +52,9 @@ class CudaGraphs:
     at a time)."""
 
     def __init__(self) -> None:
-        # By device, and this engine's own. Graphs that were captured on one stream share a matmul's
-        # workspace: engines would write it at the same time, and torch 2.13 gives it back with the
-        # first of those graphs that ends (pytorch issue 193402).
+        # Each engine has its own stream on a device. Graphs that were captured on one stream share
+        # a matmul's workspace: engines would write it at the same time, and torch 2.13 gives it
+        # back with the first of those graphs that ends (pytorch issue 193402).
         self.streams: dict[int, torch.cuda.Stream] = {}
         self.graphs: weakref.WeakSet[torch.cuda.CUDAGraph] = weakref.WeakSet()  # in `pool`
 

@@ -33,7 +33,7 @@ Normed = tuple[Tensor, Tensor | None]  # the residual, and its norm where it is 
 
 @dataclass(frozen=True)
 class RmsNorm:
-    """RMSNorm as one call, and what it is made of."""
+    """RMSNorm as one call, with its weight and epsilon."""
 
     weight: Tensor
     eps: float
@@ -125,18 +125,6 @@ class PackedLayer:
         return add_linear(hidden, act, self.down, norm)
 
 
-def project(attn: Module, x: Tensor, width: int) -> list[Tensor]:
-    """x (N, E), `width` tokens of each row, through an attention module's own projections: q
-    (b, H, W, D), k and v (b, H_kv, W, D)."""
-    projected = []
-    for name in "qkv":
-        heads = getattr(attn, f"{name}_proj")(x)
-        heads = heads.view(-1, width, heads.shape[-1] // attn.head_dim, attn.head_dim)
-        norm = getattr(attn, f"{name}_norm", None)
-        projected.append((heads if norm is None else norm(heads)).transpose(1, 2))
-    return projected
-
-
 class ModuleLayer:
     """The same through the layer's own modules, whatever they are."""
 
@@ -146,7 +134,13 @@ class ModuleLayer:
         self.input_norm = layer.input_layernorm
 
     def qkv(self, x: Tensor, width: int) -> list[Tensor]:
-        return project(self.attn, x, width)
+        projected = []
+        for name in "qkv":
+            heads = getattr(self.attn, f"{name}_proj")(x)
+            heads = heads.view(-1, width, heads.shape[-1] // self.head_dim, self.head_dim)
+            norm = getattr(self.attn, f"{name}_norm", None)
+            projected.append((heads if norm is None else norm(heads)).transpose(1, 2))
+        return projected
 
     def finish(self, hidden: Tensor, out: Tensor) -> Normed:
         return hidden + self.attn.o_proj(out), None

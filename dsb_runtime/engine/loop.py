@@ -22,19 +22,18 @@ from transformers import PreTrainedModel
 
 from dsb_kernels.rows import Row, StepKind, read_rows
 from dsb_runtime.config import DecodingConfig
-from dsb_runtime.engine.cache import KVCache
-from dsb_runtime.engine.forward import Backbone, Phase, no_phase
-from dsb_runtime.engine.graphs import Capture, HostCopy, row_class, width_class
-from dsb_runtime.engine.layers import fingerprint
-from dsb_runtime.engine.memory import (
+from dsb_runtime.engine.cache import (
     CacheShape,
+    KVCache,
     allocate,
     cache_shape_of,
     is_out_of_memory,
     step_message,
 )
-from dsb_runtime.engine.state import DecodeState, new_state
-from dsb_runtime.engine.step import Step, StepShape, spec_of
+from dsb_runtime.engine.forward import Backbone, Phase, no_phase
+from dsb_runtime.engine.graphs import Capture, HostCopy, row_class, width_class
+from dsb_runtime.engine.layers import fingerprint
+from dsb_runtime.engine.step import DecodeState, Step, StepShape, new_state, spec_of
 from dsb_runtime.families import check_model
 
 SESSIONS = 8  # calls of different shape or settings whose captured steps are kept
@@ -131,8 +130,8 @@ def speculate(
 
 
 class Loop:
-    """Decodes batches with one model; keeps its K/V cache and captured steps between calls. Not for
-    two threads at a time.
+    """Decodes batches with one model, and keeps its K/V cache and captured steps between calls. Two
+    threads must not use it at the same time.
 
     Args:
         model: from `load_model` or `patch`.

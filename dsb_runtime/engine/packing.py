@@ -8,6 +8,7 @@ each a storage of its own again, and then they are packed anew.
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Sequence
 from typing import Any
@@ -19,20 +20,17 @@ PACKING = threading.Lock()  # two threads that meet a model for the first time
 
 
 def neighbours(tensors: Sequence[Tensor]) -> bool:
-    """Whether contiguous tensors of the same row width follow each other in one storage."""
-    first = tensors[0]
-    end = first.data_ptr() + first.nbytes
-    for tensor in tensors[1:]:
-        same = tensor.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
-        if not same or tensor.data_ptr() != end:
-            return False
-        end += tensor.nbytes
-    return True
+    """Whether contiguous tensors follow each other in one storage, without a gap."""
+    return all(
+        a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
+        and a.data_ptr() + a.nbytes == b.data_ptr()
+        for a, b in itertools.pairwise(tensors)
+    )
 
 
-def packed(parameters: Sequence[nn.Parameter]) -> Tensor:
-    """The parameters (n_i, ...) one after the other as one tensor (sum n_i, ...), which they are
-    views of afterwards."""
+def packed(parameters: Sequence[Tensor]) -> Tensor:
+    """The parameters (n_i, ...) one after the other as one tensor (sum n_i, ...); afterwards they
+    are views of it."""
     first = parameters[0].data
     if not neighbours([p.data for p in parameters]):
         # Not in inference mode, which a caller may be in: its tensors can never be trained.
@@ -43,8 +41,8 @@ def packed(parameters: Sequence[nn.Parameter]) -> Tensor:
                 for parameter, part in zip(parameters, parts, strict=True):
                     parameter.data = part
                 first = parameters[0].data
-    rows = sum(len(p) for p in parameters)
-    return first.as_strided((rows, *first.shape[1:]), first.stride())
+    length = sum(len(p) for p in parameters)
+    return first.as_strided((length, *first.shape[1:]), first.stride())
 
 
 def packed_linear(linears: Sequence[nn.Linear]) -> tuple[Tensor, Tensor | None]:

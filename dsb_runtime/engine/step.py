@@ -3,23 +3,55 @@
 A step is a tensor program over a `DecodeState`: the host reads no tensor, and all shapes follow
 from the capacity that it picks, `StepShape`. Any capacity is right: rows that need another kind of
 step, do not fit or are too many stay as they are, for a later step.
+
+Shapes: B batch rows, L canvas positions, K candidates of a row.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
-from dsb_kernels.commit import unmask_and_slide
+from dsb_kernels.commit import initial_rows, unmask_and_slide
 from dsb_kernels.place import Layout, place_rows
 from dsb_kernels.rows import StepKind, UnmaskSpec
 from dsb_runtime.config import DecodingConfig
 from dsb_runtime.engine.cache import KVCache
 from dsb_runtime.engine.forward import Backbone
 from dsb_runtime.engine.sampling import propose
-from dsb_runtime.engine.state import DecodeState
 from dsb_runtime.families import DiffusionInfo
+
+
+class DecodeState(NamedTuple):
+    """The state of a batch, tensors of fixed shape. A step is a function of it alone and updates it
+    in place.
+
+    Rows advance independently. A step moves the rows that need a step of its kind and leaves the
+    others as they are, so that no step can be wrong, only useless.
+    """
+
+    canvas: Tensor  # (B, L) int64
+    table: Tensor  # (B, NUM_COLUMNS) int32, the row table
+    position: Tensor  # (B, K) int32, candidates of the coming step, -1 beyond the last
+    commit: Tensor  # (B, K) bool, which of its candidates the last step committed
+    confidence: Tensor  # (B, K) float32, their confidence
+    seed: Tensor  # () int64, of the noise
+
+
+def new_state(canvas: Tensor, leftpad: Tensor, spec: UnmaskSpec) -> DecodeState:
+    """The state before the first step: everything masked, a refresh due. Takes `canvas` over."""
+    table, position = initial_rows(canvas, leftpad, spec)
+    return DecodeState(
+        canvas=canvas,
+        table=table,
+        position=position,
+        commit=torch.zeros_like(position, dtype=torch.bool),
+        confidence=torch.zeros_like(position, dtype=torch.float32),
+        seed=torch.zeros((), dtype=torch.int64, device=canvas.device),
+    )
 
 
 @dataclass(frozen=True)

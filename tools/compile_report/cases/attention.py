@@ -6,7 +6,12 @@ import itertools
 
 from dsb_kernels._configs import ARCHITECTURES
 from dsb_kernels._op import triton
-from dsb_kernels.attention_kernel import COMBINE_ROWS, _attention_kernel, _combine_kernel, tile_of
+from dsb_kernels.attention_kernel import (
+    COMBINE_QUERIES,
+    _attention_kernel,
+    _combine_kernel,
+    tile_of,
+)
 from tools.compile_report.case import DTYPES, CompileCase, all_but, pointers_of, signature_of
 
 SHAPES = [  # name, heads, KV heads, head dim, window capacities
@@ -87,7 +92,7 @@ def attention_case(
 
 def combine_case(D: int, splits: int) -> CompileCase:
     constexprs = {
-        "HEAD_DIM": D, "NUM_SPLITS": splits, "BLOCK_M": COMBINE_ROWS, "BLOCK_D": D,
+        "HEAD_DIM": D, "NUM_SPLITS": splits, "BLOCK_M": COMBINE_QUERIES, "BLOCK_D": D,
         "lse_ptr": None,
     }  # fmt: skip
     types = {"partial_lse_ptr": "*fp32", "lse_ptr": "*fp32", "window_length_ptr": "*i32"}

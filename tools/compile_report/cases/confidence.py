@@ -46,8 +46,7 @@ def logits_case(rows: int, confidence: str, sample: bool, dtype: str) -> Compile
     launch = token_confidence.launch_of(rows, VOCABULARY, "sm_90", sample)
     constexprs = {
         **launch.blocks, **({} if sample else dict.fromkeys(SAMPLING)), "BANNED": (MASK_TOKEN,),
-        "SAMPLE": sample, "CONFIDENCE": confidence, "STAGES": launch.num_stages,
-        "LANES": launch.lanes,
+        "SAMPLE": sample, "CONFIDENCE": confidence,
     }  # fmt: skip
     kernel = token_confidence._token_confidence_kernel
     signature = signature_of(kernel, constexprs, TYPES, f"*{dtype}")
