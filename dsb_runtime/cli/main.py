@@ -67,7 +67,7 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
             how = {"action": argparse.BooleanOptionalAction}
         elif row.choices:
             how = {"choices": row.choices}
-        default = row.unset or ("" if row.optional else str(row.default))
+        default = row.unset or ("" if row.default is None else str(row.default))
         text = f"{row.help} (default: {default})" if default else row.help
         option = f"--{name.replace('_', '-')}"
         groups[row.group].add_argument(option, help=text.replace("%", "%%"), **how)
