@@ -18,8 +18,7 @@ lm_eval = pytest.importorskip("lm_eval", reason="needs the extra: pip install .[
 from lm_eval.api.instance import Instance  # noqa: E402
 
 from dsb_runtime.config import settings  # noqa: E402
-from dsb_runtime.doors.lm_eval import DSBLM  # noqa: E402
-from dsb_runtime.doors.lm_eval_requests import answer_text, cut_at_stop  # noqa: E402
+from dsb_runtime.doors.lm_eval import DSBLM, answer_text, cut_at_stop  # noqa: E402
 
 PROBLEMS = [p for steps in (1, 2, 3) for p in heldout(3, steps=steps)]
 PROMPTS = [chat_text(problem.prompt) for problem in PROBLEMS]

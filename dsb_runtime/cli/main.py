@@ -57,7 +57,8 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 
 
 def add_settings(parser: argparse.ArgumentParser) -> None:
-    """An option for each setting, None where it is not named."""
+    """The model's options, and one for each setting, None where the caller does not name it."""
+    add_model(parser)
     groups: dict[str, Any] = {}
     for name, row in settings().items():
         if row.group not in groups:
@@ -82,20 +83,17 @@ def named_settings(args: argparse.Namespace, model: PreTrainedModel) -> Decoding
 
 def add_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("prompt", help="the prompt, or - to read it from standard input")
-    add_model(parser)
     add_settings(parser)
     generate.add_arguments(parser)
 
 
 def add_bench(parser: argparse.ArgumentParser) -> None:
-    add_model(parser)
     add_settings(parser)
     bench.add_arguments(parser)
     parser.set_defaults(stop_at_eos=False)
 
 
 def add_profile(parser: argparse.ArgumentParser) -> None:
-    add_model(parser)
     add_settings(parser)
     prompts = parser.add_argument_group("prompts")
     prompts.add_argument("--batch", type=int, default=1, metavar="B", help="default: 1")
@@ -131,7 +129,7 @@ def build_parser() -> argparse.ArgumentParser:
     command("generate", add_generate, run_generate, "answer a prompt", epilog=COUNTING)
     command("bench", add_bench, run_bench, "time per step against its limit, tokens/s by batch",
             epilog=f"{COUNTING} {NO_EOS}")  # fmt: skip
-    # No abbreviations: the command line is printed again without --torch.
+    # Without abbreviations, since profile prints the command line again without --torch.
     command("profile", add_profile, run_profile, "some steps under Nsight or torch's profiler",
             epilog=profile.NOTE, allow_abbrev=False)  # fmt: skip
     command("eval", add_eval, run_eval, "the embedded model on held-out problems, all settings",
@@ -147,23 +145,25 @@ def load(args: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenizer
     return model, load_tokenizer(args.model)
 
 
-def load_measured(
-    args: argparse.Namespace,
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
+def load_measured(args: argparse.Namespace) -> tuple[PreTrainedModel, Any]:
     """A checkpoint or, with `--preset`, a random model, which has no tokenizer."""
     return (load_preset(args), None) if args.preset else load(args)
 
 
+def check_seed(args: argparse.Namespace) -> None:
+    if args.seed is not None:
+        check_int("--seed", args.seed, 0, 2**63 - 1)
+
+
 def run_generate(args: argparse.Namespace) -> int:
     generate.check_arguments(args)
+    check_seed(args)
     model, tokenizer = load(args)
     return generate.run(args, model, tokenizer, named_settings(args, model))
 
 
 def run_bench(args: argparse.Namespace) -> int:
     if args.kept is not None:
-        if args.json is not None:
-            raise ValueError("--from and --json: expected one of the two")
         return bench.run_kept(args.kept, args.plot)
     bench.check_arguments(args)
     model, tokenizer = load_measured(args)
@@ -173,8 +173,7 @@ def run_bench(args: argparse.Namespace) -> int:
 def run_profile(args: argparse.Namespace) -> int:
     check_int("--batch", args.batch, 1)
     check_int("--prompt-length", args.prompt_length, 1)
-    if args.seed is not None:
-        check_int("--seed", args.seed, 0, 2**63 - 1)
+    check_seed(args)
     profile.check_arguments(args)
     model, tokenizer = load_measured(args)
     config, seed = named_settings(args, model), args.seed or 0
@@ -184,8 +183,6 @@ def run_profile(args: argparse.Namespace) -> int:
 
 def run_eval(args: argparse.Namespace) -> int:
     if args.kept is not None:
-        if args.json is not None:
-            raise ValueError("--from and --json: expected one of the two")
         return evaluate.run_kept(args.kept, args.plot)
     evaluate.check_arguments(args)
     return evaluate.run(args, *load(args))
@@ -210,6 +207,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:
+        if getattr(args, "kept", None) is not None and args.json is not None:
+            raise ValueError("--from and --json: expected one of the two")
         return args.run(args)
     except KeyboardInterrupt:
         print("dsb: interrupted", file=sys.stderr)
