@@ -1,6 +1,6 @@
 """LLaDA and Dream in transformers' Auto classes, natively: no remote code, nothing to trust.
 
-Importing this file registers them. transformers then ignores a repository's own `auto_map`, since it
+Importing this file registers them. transformers then ignores a repository's own `auto_map`, as it
 prefers the class that a package has registered to code in a repository.
 """
 
