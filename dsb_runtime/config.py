@@ -205,8 +205,8 @@ class DecodingConfig:
     )  # fmt: skip
 
     def __post_init__(self) -> None:
-        for name, row in settings().items():
-            row.check(name, getattr(self, name), self)
+        for name, entry in settings().items():
+            entry.check(name, getattr(self, name), self)
         names = rule_names()
         named = [f"{n}={getattr(self, n)!r}" for n in names if getattr(self, n) is not None]
         if len(named) > 1:
@@ -278,8 +278,8 @@ def rule_names() -> tuple[str, ...]:
 def settings_table() -> list[tuple[str, str, str, str, str]]:
     """(name, type, default, accepted, help) of every setting, for the documentation."""
     return [
-        (name, row.kind.__name__, row.unset or str(row.default), row.accepted, row.help)
-        for name, row in settings().items()
+        (name, entry.kind.__name__, entry.unset or str(entry.default), entry.accepted, entry.help)
+        for name, entry in settings().items()
     ]
 
 

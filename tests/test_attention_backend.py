@@ -38,13 +38,11 @@ SIZES = {
     "max_position_embeddings": 128, "pad_token_id": 0, "bos_token_id": None, "eos_token_id": None,
 }  # fmt: skip
 SLIDING = {"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"]}
+QWEN2_SLIDING = {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}
 CONFIGS = {
     "llama": (LlamaConfig, {}),
     "qwen2": (Qwen2Config, {}),
-    "qwen2-sliding": (
-        Qwen2Config,
-        {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
-    ),
+    "qwen2-sliding": (Qwen2Config, QWEN2_SLIDING),
     "qwen3": (Qwen3Config, {}),
     "mistral": (MistralConfig, {"sliding_window": 5}),
     "gemma": (GemmaConfig, {}),

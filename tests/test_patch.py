@@ -15,6 +15,8 @@ from dsb_runtime.models.load import read_config, rename
 from tests import golden
 from tests.random_models import KINDS, SMALL, random_model
 
+IDS = torch.randint(2, 500, (1, 12), generator=torch.Generator().manual_seed(1))
+
 
 def in_memory(family: str) -> transformers.PreTrainedModel:
     """The golden weights in a plain causal model of transformers."""
@@ -39,21 +41,20 @@ def test_patched_model_decodes_the_golden_trajectories(family):
 @pytest.mark.parametrize("kind", KINDS)
 def test_unpatch_restores_outputs_and_identities(kind):
     model = random_model(kind)
-    ids = torch.randint(2, 500, (1, 12), generator=torch.Generator().manual_seed(1))
     parameters = {k: id(v) for k, v in model.named_parameters()}
     values = {k: v.detach().clone() for k, v in model.named_parameters()}
     attributes = {k: id(v) for k, v in vars(model).items()}
     modules = {k: (id(m), m.forward.__func__) for k, m in model.named_modules()}
-    config, logits = model.config.to_dict(), model(ids).logits
+    config, logits = model.config.to_dict(), model(IDS).logits
 
     dsb.patch(model, family="llada", mask_id=511)
     assert {k: id(v) for k, v in model.named_parameters()} == parameters
-    patched = model(ids).logits
+    patched = model(IDS).logits
     assert not torch.allclose(patched[:, 0], logits[:, 0]), "attention is bidirectional now"
-    model.dsb_generate(ids, gen_length=8, block_length=4)
+    model.dsb_generate(IDS, gen_length=8, block_length=4)
 
     dsb.unpatch(model)
-    assert torch.equal(model(ids).logits, logits)
+    assert torch.equal(model(IDS).logits, logits)
     assert {k: id(v) for k, v in vars(model).items()} == attributes
     assert {k: (id(m), m.forward.__func__) for k, m in model.named_modules()} == modules
     assert {k: id(v) for k, v in model.named_parameters()} == parameters
@@ -65,20 +66,18 @@ def test_unpatch_restores_outputs_and_identities(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_window_cache_equals_no_cache_where_everything_is_recomputed(kind):
     model = dsb.patch(random_model(kind), family="llada", mask_id=511, eos_ids=())
-    ids = torch.randint(2, 500, (1, 12), generator=torch.Generator().manual_seed(1))
     shape = {"gen_length": 16, "block_length": 16, "threshold": 0.004}
-    cached = model.dsb_generate(ids, cache="dsb", prefix_window=1000, **shape)
-    plain = model.dsb_generate(ids, cache="none", **shape)
+    cached = model.dsb_generate(IDS, cache="dsb", prefix_window=1000, **shape)
+    plain = model.dsb_generate(IDS, cache="none", **shape)
     assert torch.equal(cached.sequences, plain.sequences)
 
 
 def test_patching_twice_is_harmless():
     model = random_model("Llama")
-    ids = torch.randint(2, 500, (1, 12), generator=torch.Generator().manual_seed(1))
-    logits = model(ids).logits
+    logits = model(IDS).logits
     assert dsb.patch(dsb.patch(model, mask_id=511), mask_id=511) is model
     dsb.unpatch(dsb.unpatch(model))
-    assert torch.equal(model(ids).logits, logits)
+    assert torch.equal(model(IDS).logits, logits)
 
 
 @pytest.mark.parametrize(

@@ -181,7 +181,7 @@ def test_left_padding_is_not_drawn(tokenizer):
 
 
 def test_ids_that_are_no_words_of_the_response(tokenizer):
-    """LLaDA's embedding has ids beyond its tokenizer's last word, and a prompt may hold the mask."""
+    """LLaDA's embedding has ids beyond its tokenizer; a padded prompt may hold the mask id."""
     lines: list[str] = []
 
     def watch(event: dsb.StepEvent) -> None:

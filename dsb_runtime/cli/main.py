@@ -60,18 +60,18 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
     """The model's options, and one for each setting, None where the caller does not name it."""
     add_model(parser)
     groups: dict[str, Any] = {}
-    for name, row in settings().items():
-        if row.group not in groups:
-            groups[row.group] = parser.add_argument_group(row.group)
-        how: dict[str, Any] = {"type": row.kind, "metavar": "N" if row.kind is int else "X"}
-        if row.kind is bool:
+    for name, entry in settings().items():
+        if entry.group not in groups:
+            groups[entry.group] = parser.add_argument_group(entry.group)
+        how: dict[str, Any] = {"type": entry.kind, "metavar": "N" if entry.kind is int else "X"}
+        if entry.kind is bool:
             how = {"action": argparse.BooleanOptionalAction}
-        elif row.choices:
-            how = {"choices": row.choices}
-        default = row.unset or ("" if row.default is None else str(row.default))
-        text = f"{row.help} (default: {default})" if default else row.help
+        elif entry.choices:
+            how = {"choices": entry.choices}
+        default = entry.unset or ("" if entry.default is None else str(entry.default))
+        text = f"{entry.help} (default: {default})" if default else entry.help
         option = f"--{name.replace('_', '-')}"
-        groups[row.group].add_argument(option, help=text.replace("%", "%%"), **how)
+        groups[entry.group].add_argument(option, help=text.replace("%", "%%"), **how)
     groups[SAMPLING].add_argument("--seed", type=int, metavar="N", help="of the random numbers")
 
 

@@ -178,11 +178,11 @@ def read_settings(
     """
     named = {**named, **read_sampling(config, named)}
     ours: dict[str, Any] = {}
-    for name, row in settings().items():
-        here = row.doors.get(DOOR, name)
+    for name, entry in settings().items():
+        here = entry.doors.get(DOOR, name)
         if named.get(here) is not None:
             if here != name:  # an error names the argument as the caller did
-                row.check(here, named[here], None)
+                entry.check(here, named[here], None)
             ours[name] = named[here]
     if config.max_new_tokens is not None or not call.get("has_default_max_length"):
         ours["gen_length"] = config.max_length - prompt
@@ -262,7 +262,7 @@ def custom_generate(
     return out.sequences
 
 
-def signature_with(rows: dict[str, Setting]) -> inspect.Signature:
+def signature_with(entries: dict[str, Setting]) -> inspect.Signature:
     """`custom_generate`'s signature with the settings as keywords.
 
     transformers passes a function the arguments that its signature lists. `gen_length` is not one
@@ -270,7 +270,7 @@ def signature_with(rows: dict[str, Setting]) -> inspect.Signature:
     """
     plain = inspect.signature(custom_generate)
     *parameters, rest = plain.parameters.values()
-    names = [row.doors.get(DOOR, name) for name, row in rows.items() if name != "gen_length"]
+    names = [entry.doors.get(DOOR, name) for name, entry in entries.items() if name != "gen_length"]
     parameters += [
         inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in names
     ]
