@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
@@ -60,9 +61,7 @@ def test_published_folders_load_natively(tmp_path, family, trust, auto):
 @pytest.mark.parametrize("family", golden.FAMILIES)
 def test_generate_takes_the_model(family):
     model = AutoModelForCausalLM.from_pretrained(golden.DATA / family, dtype="float32")
-    case = golden.cases(family)[0]
-    out = dsb.generate(model, torch.tensor([case["prompt"]]), **golden.settings(case))
-    assert out.sequences[0].tolist() == case["sequence"]
+    golden.check_trajectory(functools.partial(dsb.generate, model), family, 0)
 
 
 def test_config_tells_the_network(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import subprocess
 import sys
@@ -69,9 +70,7 @@ def test_plain_transformers_loads_the_copy(tmp_path, family):
 
     model = dsb.load_model(target, device="cpu")
     assert model.dsb == golden.model(family).dsb
-    case = golden.cases(family)[0]
-    out = dsb.generate(model, torch.tensor([case["prompt"]]), **golden.settings(case))
-    assert out.sequences[0].tolist() == case["sequence"]
+    golden.check_trajectory(functools.partial(dsb.generate, model), family, 0)
     if family == "llada":
         assert dsb.load_tokenizer(target).chat_template == CHAT_TEMPLATE
 

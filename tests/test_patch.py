@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -33,9 +34,8 @@ def in_memory(family: str) -> transformers.PreTrainedModel:
 @pytest.mark.parametrize("family", golden.FAMILIES)
 def test_patched_model_decodes_the_golden_trajectories(family):
     model = dsb.patch(in_memory(family), mask_id=511)
-    for case in golden.cases(family)[:8]:
-        out = model.dsb_generate(torch.tensor([case["prompt"]]), **golden.settings(case))
-        assert out.sequences[0].tolist() == case["sequence"]
+    for index in range(8):
+        golden.check_trajectory(model.dsb_generate, family, index)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -127,6 +127,4 @@ def test_a_patched_model_can_be_copied():
     with torch.no_grad():
         model.model.layers[0].self_attn.q_proj.weight.zero_()
     assert not torch.equal(model(ids).logits, other(ids).logits)
-    case = golden.cases("llada")[0]
-    out = dsb.generate(other, torch.tensor([case["prompt"]]), **golden.settings(case))
-    assert out.sequences[0].tolist() == case["sequence"]
+    golden.check_trajectory(functools.partial(dsb.generate, other), "llada", 0)
