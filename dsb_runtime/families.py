@@ -255,8 +255,8 @@ def supported_config(raw: RawConfig, family: Family) -> PretrainedConfig:
     for name, accepted in family.allowed.items():
         value = full.get(name)
         if not any(value is a or (type(value) is type(a) and value == a) for a in accepted):
-            said = f"{name}={value!r}" if name in present else f"no {name}, which means {value!r}"
+            what = f"{name}={value!r}" if name in present else f"no {name}, which means {value!r}"
             raise ValueError(
-                f"config.json has {said}, not supported for {family.name}: expected {accepted[0]!r}"
+                f"config.json has {what}, not supported for {family.name}: expected {accepted[0]!r}"
             )
     return family.build_config(full)

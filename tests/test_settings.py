@@ -106,13 +106,13 @@ def test_five_doors_decode_the_same(chat, capsys, monkeypatch, lengths):
     patched = dsb.patch(dsb.load_model(chat, device="cpu"), eos_ids=(eos,))
     assert seen(patched.dsb_generate(IDS, **lengths)) == expected
 
-    monkeypatch.setattr("dsb_runtime.cli.main.load_model", lambda *a, **how: model)
+    for door in ("cli.main", "doors.lm_eval"):
+        monkeypatch.setattr(f"dsb_runtime.{door}.load_model", lambda *a, **how: model)
     options = ["--gen-length", "20"] if lengths else []
     assert main(["generate", PROMPT, "--model", str(chat), "--json", *options]) == 0
     found = json.loads(capsys.readouterr().out)
     assert (found["response_ids"], found["forwards"], [found["tokens"]]) == expected
 
-    monkeypatch.setattr("dsb_runtime.doors.lm_eval.load_model", lambda *a, **how: model)
     lm, outs = DSBLM(str(chat), **lengths), []
     generate = dsb.generate
     monkeypatch.setattr(

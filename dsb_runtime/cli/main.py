@@ -198,7 +198,7 @@ def run_convert(args: argparse.Namespace) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; 0 is success, 2 an error said in one line, 130 an interrupt."""
+    """Run a command; 0 is success, 2 an error, whose message is one line, 130 an interrupt."""
     words = list(sys.argv[1:] if argv is None else argv)
     args = build_parser().parse_args(words)
     args.command_line = shlex.join(["dsb", *words])

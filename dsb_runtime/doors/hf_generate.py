@@ -1,7 +1,7 @@
 """custom_generate: DSB as `model.generate(custom_generate=...)` of transformers.
 
 transformers prepares the prompt, its padding mask and a GenerationConfig, and calls a function in
-place of its own loop. What has the same meaning here is taken from the GenerationConfig. What
+place of its own loop. Fields of the GenerationConfig that mean the same here are read. What
 cannot hold for positions that are committed in any order is an error that names the field.
 """
 
@@ -92,7 +92,7 @@ class PrefixStreamer:
 
 
 def call_arguments() -> dict[str, Any]:
-    """The local variables of the running `GenerationMixin.generate`, found on the stack.
+    """The local variables of the running `GenerationMixin.generate`, which is on the stack.
 
     No release of transformers up to 5.24 passes `streamer` and a few other arguments on to a
     `custom_generate` function; the first one that does makes this function unnecessary.
@@ -112,7 +112,7 @@ def check_fields(
     config: GenerationConfig, call: dict[str, Any], processors: LogitsProcessorList,
     criteria: StoppingCriteriaList,
 ) -> None:  # fmt: skip
-    """Raise ValueError for the first thing that was asked for and cannot hold."""
+    """Raise ValueError for the first field or argument that cannot be honoured."""
     for name, neutral in NEUTRAL.items():
         value = getattr(config, name, None)
         if value is not None and value != neutral:

@@ -56,8 +56,7 @@ def request_settings(own: Mapping[str, Any], asked: Mapping[str, Any]) -> dict[s
     model's. A number of tokens makes the canvas shorter, never longer than the model's.
     """
     asked = {name: value for name, value in asked.items() if value is not None}
-    sampling = asked.get("do_sample", True) and asked.get("temperature", 0) > 0
-    if not sampling:
+    if not (asked.get("do_sample", True) and asked.get("temperature", 0) > 0):
         asked = {k: v for k, v in asked.items() if k not in ("temperature", "top_p", "top_k")}
     override = {k: v for k, v in asked.items() if k in settings()}
     merged = {**own, **override}

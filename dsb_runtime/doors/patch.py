@@ -63,8 +63,8 @@ def patch(
 
     Args:
         model: a causal or bidirectional model whose weights are a diffusion model's.
-        family: "llada" or "dream", whose logits, sampling and prefix window it follows. Llama is
-            taken for llada and Qwen2 for dream where it is None.
+        family: "llada" or "dream", whose logits, sampling and prefix window the model follows.
+            None means llada for a Llama and dream for a Qwen2.
         mask_id: the mask token; None takes `config.mask_token_id`.
         eos_ids: ids that end a response; None takes the config's.
 
