@@ -83,13 +83,11 @@ def weight_files(folder: Path) -> list[Path]:
         shards = read_object(index).get("weight_map")
         if not isinstance(shards, dict) or not all(isinstance(n, str) for n in shards.values()):
             raise ValueError(f"{index}: no weight_map of file names, so not a safetensors index")
-        files = [folder / name for name in sorted(set(shards.values()))]
-        for file in files:
-            if not file.is_file():
-                raise FileNotFoundError(
-                    f"{folder}: shard {file.name} is named by the index but absent"
-                )
-        return files
+        names = sorted(set(shards.values()))
+        for name in names:
+            if not (folder / name).is_file():
+                raise FileNotFoundError(f"{folder}: shard {name} is named by the index but absent")
+        return [folder / name for name in names]
     for pickled in sorted(path.name for pattern in PICKLED for path in folder.glob(pattern)):
         raise ValueError(
             f"{folder}: weights are pickled ({pickled}), which can run code when read; "
