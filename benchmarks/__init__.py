@@ -1,7 +1,15 @@
 """Benchmarks: each compares with a plain reference in the same run and checks before it times."""
 
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import torch
+
+from dsb_runtime.measure.machine import describe_run
 
 try:
     import tomllib
@@ -12,3 +20,12 @@ except ImportError:  # Python 3.10, where pytest brings it
 def read_toml(name: str) -> dict[str, Any]:
     """A file of data beside this one."""
     return tomllib.loads((Path(__file__).parent / name).read_text("utf-8"))
+
+
+def describe_benchmark(
+    name: str, argv: Sequence[str] | None, device: torch.device
+) -> dict[str, Any]:
+    """What stands at the head of a benchmark's file of results."""
+    words = sys.argv[1:] if argv is None else argv
+    command = " ".join([f"python -m benchmarks.{name}", *words])
+    return {"benchmark": name, **describe_run(command, device)}

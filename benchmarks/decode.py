@@ -39,17 +39,16 @@ from torch import Tensor
 from tqdm import tqdm
 
 import dsb_runtime as dsb
-from benchmarks import against
-from benchmarks.decode_report import draw_runs, median_ms, print_runs, step_figures
+from benchmarks import against, describe_benchmark
+from benchmarks.decode_report import draw, median_ms, print_runs, step_figures
 from benchmarks.eager import EagerOutput, eager_generate
 from benchmarks.profiled import gpu_busy_seconds, phase_times
-from benchmarks.roofline import Ceilings, positive
+from benchmarks.roofline import KINDS, Ceilings, positive
 from benchmarks.step_cost import total_cost
 from benchmarks.trajectory import Agreement, EagerClock, Trajectory, agreement
 from dsb_runtime.cli.main import OneLineParser
-from dsb_runtime.config import check_int
-from dsb_runtime.files import check_writable, write_json
-from dsb_runtime.measure.machine import describe_run
+from dsb_runtime.files import write_json
+from dsb_runtime.measure.command import check_arguments
 from dsb_runtime.measure.models import (
     DTYPES,
     POSITIONS,
@@ -60,9 +59,13 @@ from dsb_runtime.measure.models import (
     random_model,
     random_prompts,
 )
-from dsb_runtime.measure.plots import check_picture
-from dsb_runtime.measure.steps import LinearLayers, StepTimes, TimedEngine
+from dsb_runtime.measure.steps import LinearLayers, TimedEngine
 from dsb_runtime.measure.timing import copy_bandwidth, matmul_speed, timed
+
+RATIOS = (
+    ("ours", "eager"), ("eager", "ours"), ("ours", "floor"), ("ours", "floor_all_positions"),
+    ("floor", "eager"), ("floor_all_positions", "eager"),
+)  # fmt: skip
 
 
 @torch.no_grad()
@@ -142,18 +145,17 @@ class Case:
 
     def check(self, eager: list[EagerOutput]) -> Agreement:
         """How far both loops' decisions agree; in float32 they must agree on all."""
-        whole = Agreement(0, 0, 0)
         for row, other in enumerate(eager):
             steps = self.record.rows[row]
             if self.exact and not torch.equal(self.out.sequences[row], other.sequences[0]):
                 raise SystemExit("decode: the loops return different tokens: nothing is timed")
             if self.exact and [step.commits for step in steps] != other.commits:
                 raise SystemExit("decode: the loops commit differently: nothing is timed")
-            whole += agreement(steps, other.commits)
-        return whole
+        steps = [step for row in range(len(eager)) for step in self.record.rows[row]]
+        return agreement(steps, [commits for other in eager for commits in other.commits])
 
 
-def watched_times(case: Case, engine: TimedEngine) -> StepTimes:
+def watched_times(case: Case, engine: TimedEngine) -> list[tuple[str, float]]:
     """The step times of a watched run, whose steps are those that were recorded."""
     engine.take()
     case.ours(lambda event: None)
@@ -167,7 +169,7 @@ def measure(
     device, record = case.model.device, case.record
     works = record.steps
     floor = LinearLayers(case.model, max(work.num_tokens for work in works))
-    watched, free, shares = StepTimes([], []), StepTimes([], []), []
+    watched, free, shares = list[tuple[str, float]](), list[tuple[str, float]](), []
     eager = EagerClock(device)
 
     def floor_of(all_positions: bool) -> None:
@@ -190,7 +192,7 @@ def measure(
             if name == "ours":
                 times = engine.take()
                 free += times
-                shares.append(sum(times.seconds) / seconds[name][-1])
+                shares.append(sum(took for _, took in times) / seconds[name][-1])
         watched += watched_times(case, engine)
 
     def ratio(a: str, b: str) -> float | None:
@@ -222,20 +224,12 @@ def measure(
         "tokens_per_second": tokens / medians["ours"],
         "eager_tokens_per_second": None if agreed is None else tokens / medians["eager"],
         "share_of_products_limit": flops / ceilings.flops / medians["ours"],
-        "ours_over_eager": ratio("ours", "eager"),
-        "eager_over_ours": ratio("eager", "ours"),
-        "ours_over_floor": ratio("ours", "floor"),
-        "ours_over_floor_all_positions": ratio("ours", "floor_all_positions"),
-        "floor_over_eager": ratio("floor", "eager"),
-        "floor_all_positions_over_eager": ratio("floor_all_positions", "eager"),
+        **{f"{a}_over_{b}": ratio(a, b) for a, b in RATIOS},
         "steps": steps,
-        "window_step_ms": steps["window"]["ms"] if "window" in steps else None,
-        "refresh_step_ms": steps["refresh"]["ms"] if "refresh" in steps else None,
-        "eager_window_step_ms": median_ms(eager, "window"),
-        "eager_refresh_step_ms": median_ms(eager, "refresh"),
-        "free_window_step_ms": median_ms(free, "window"),
-        "free_refresh_step_ms": median_ms(free, "refresh"),
-        "wasted_launches": len(free.kinds) / rounds - case.out.nfe,
+        **{f"{kind}_step_ms": steps.get(kind, {}).get("ms") for kind in KINDS},
+        **{f"eager_{kind}_step_ms": median_ms(eager.steps, kind) for kind in KINDS},
+        **{f"free_{kind}_step_ms": median_ms(free, kind) for kind in KINDS},
+        "wasted_launches": len(free) / rounds - case.out.nfe,
         "gpu_wait_share": 1 - statistics.median(shares) if device.type == "cuda" else None,
         "peak_memory_bytes": case.peak,
     }  # fmt: skip
@@ -289,14 +283,12 @@ def settings_of(args: argparse.Namespace, preset: Preset) -> dict[str, Any]:
             f"--tokens-per-forward {args.tokens_per_forward:g}: expected at most --block, "
             f"{args.block}"
         )
-    check_int("--seed", args.seed, 0, 2**63 - 1)
     if args.prompt + args.gen > POSITIONS:
         raise ValueError(
             f"--prompt {args.prompt}: expected at most {POSITIONS - args.gen} before {args.gen} "
             "response positions"
         )
-    check_writable("--json", args.json)
-    check_picture("--plot", args.plot)
+    check_arguments(args)
     if args.against is not None:
         against.check(args)
     args.dtype = args.dtype or ("bfloat16" if args.device == "cuda" else "float32")
@@ -327,10 +319,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     prompts = random_prompts(model, None, max(batches), args.prompt, args.seed)
     if dtype == torch.float32:
         scale_head(engine, prompts[:1], settings, args.tokens_per_forward)
-    command = " ".join(["python -m benchmarks.decode", *(sys.argv[1:] if argv is None else argv)])
     result: dict[str, Any] = {
-        "benchmark": "decode",
-        **describe_run(command, device),
+        **describe_benchmark("decode", argv, device),
         "settings": {
             "preset": args.preset, "dtype": args.dtype, "prompt": args.prompt, "gen": args.gen,
             "block": args.block, "seed": args.seed, "rounds": args.rounds,
@@ -364,7 +354,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         write()
     print_runs(result)
     if args.plot:
-        draw_runs(result, args.plot)
+        draw(result, args.plot)
 
 
 if __name__ == "__main__":

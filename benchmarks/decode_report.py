@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from benchmarks.roofline import KINDS, Ceilings, budget
-from benchmarks.trajectory import EagerClock, Trajectory
+from benchmarks.trajectory import Trajectory
+from dsb_runtime.measure.command import table_of, wide_console
 from dsb_runtime.measure.models import Preset
-from dsb_runtime.measure.steps import StepTimes
+from dsb_runtime.measure.plots import draw_runs
 
 WIDTH_CLASSES = (32, 64, 128, 256)  # bounds of a forward's widest window
 
@@ -22,9 +23,9 @@ def width_class(width: int) -> str:
     return next((f"<= {most}" for most in WIDTH_CLASSES if width <= most), f"> {WIDTH_CLASSES[-1]}")
 
 
-def median_ms(times: StepTimes | EagerClock, kind: str) -> float | None:
+def median_ms(times: Sequence[tuple[str, float]], kind: str) -> float | None:
     """Median milliseconds of the steps of a kind; None where there was none."""
-    seconds = [s for s, k in zip(times.seconds, times.kinds, strict=True) if k == kind]
+    seconds = [s for k, s in times if k == kind]
     return 1e3 * statistics.median(seconds) if seconds else None
 
 
@@ -53,7 +54,7 @@ def summarize(seconds: list[float], budgets: list[Any], widths: list[int]) -> di
 
 
 def step_figures(
-    record: Trajectory, times: StepTimes, preset: Preset, ceilings: Ceilings
+    record: Trajectory, times: Sequence[tuple[str, float]], preset: Preset, ceilings: Ceilings
 ) -> dict[str, dict[str, Any]]:
     """By kind, and for window steps by width: medians over the rounds of each forward, then over
     forwards. A call's first step also makes the call's tensors: it is left out where there are
@@ -64,9 +65,9 @@ def step_figures(
     """
     kinds, widths = record.kinds, [step.widest for step in record.steps]
     count = len(kinds)
-    if times.kinds != kinds * (len(times.kinds) // max(count, 1)):
+    if [kind for kind, _ in times] != kinds * (len(times) // max(count, 1)):
         raise RuntimeError("timed runs took other steps than the recorded one: nothing is reported")
-    seconds = [statistics.median(times.seconds[i::count]) for i in range(count)]
+    seconds = [statistics.median(s for _, s in times[i::count]) for i in range(count)]
     budgets = [
         budget(preset, kind, size, ceilings)
         for kind, size in zip(kinds, record.sizes, strict=True)
@@ -92,20 +93,8 @@ def step_figures(
     return by_kind
 
 
-def table(title: str, columns: list[str]) -> Table:
-    empty = Table(title=title, title_justify="left")
-    for index, name in enumerate(columns):
-        empty.add_column(name, justify="right" if index else "left")
-    return empty
-
-
 def step_table(run: dict[str, Any]) -> Table:
     """Our steps by kind and width, with their limits."""
-    lines_table = table(
-        f"batch {run['batch']}: time per step against its limits",
-        ["step", "positions", "steps", "ms", "eager ms", "GB/s", "TFLOP/s", "floor ms", "of floor",
-         "weights ms", "of weights", "products ms", "of products"],
-    )  # fmt: skip
     lines = []
     for kind in KINDS:
         if kind in run["steps"]:
@@ -113,20 +102,21 @@ def step_table(run: dict[str, Any]) -> Table:
             lines.append((kind, step, run[f"eager_{kind}_step_ms"]))
             if len(step.get("by_width", {})) > 1:
                 lines += [(f"  {name} positions", s, None) for name, s in step["by_width"].items()]
-    for name, s, eager in lines:
-        lines_table.add_row(
-            name, f"{s['width']:.0f}", str(s["steps"]), f"{s['ms']:.2f}",
-            "" if eager is None else f"{eager:.2f}", f"{s['gb_per_s']:.1f}",
-            f"{s['tflops']:.3g}", f"{s['floor_ms']:.3f}", f"{s['share_of_floor']:.0%}",
-            f"{s['weights_ms']:.3f}", f"{s['share_of_weights_limit']:.0%}",
-            f"{s['products_ms']:.3f}", f"{s['share_of_products_limit']:.0%}",
-        )  # fmt: skip
-    return lines_table
+    return table_of(
+        ["step", "positions", "steps", "ms", "eager ms", "GB/s", "TFLOP/s", "floor ms", "of floor",
+         "weights ms", "of weights", "products ms", "of products"],
+        [(name, f"{s['width']:.0f}", str(s["steps"]), f"{s['ms']:.2f}",
+          "" if eager is None else f"{eager:.2f}", f"{s['gb_per_s']:.1f}",
+          f"{s['tflops']:.3g}", f"{s['floor_ms']:.3f}", f"{s['share_of_floor']:.0%}",
+          f"{s['weights_ms']:.3f}", f"{s['share_of_weights_limit']:.0%}",
+          f"{s['products_ms']:.3f}", f"{s['share_of_products_limit']:.0%}")
+         for name, s, eager in lines],
+        title=f"batch {run['batch']}: time per step against its limits", title_justify="left",
+    )  # fmt: skip
 
 
 def print_runs(result: dict[str, Any]) -> None:
-    console = Console(width=None if Console().is_terminal else 150)
-    say, settings, ceilings = console.print, result["settings"], result["ceilings"]
+    say, settings, ceilings = wide_console().print, result["settings"], result["ceilings"]
     say(
         f"{settings['preset']}, {settings['dtype']}, on {result['machine']['device']}: copy "
         f"{ceilings['copy_gb_per_s']:.1f} GB/s, matrix product {ceilings['matmul_tflops']:.3g} "
@@ -135,23 +125,16 @@ def print_runs(result: dict[str, Any]) -> None:
     for run in result["runs"]:
         say()
         say(step_table(run))
-        lines_table = table(
-            f"batch {run['batch']}: prompt {settings['prompt']}, gen {settings['gen_length']}, "
-            f"medians of {settings['rounds']} rounds",
-            ["", "ms", "tokens/s", "ours over it"],
-        )
-        ratios = {
-            "eager": "ours_over_eager",
-            "floor": "ours_over_floor",
-            "floor_all_positions": "ours_over_floor_all_positions",
-        }
-        for name, seconds in run["seconds"].items():
-            ratio = f"{run[ratios[name]]:.3f}" if name in ratios else ""
-            lines_table.add_row(
-                name.replace("_", " "), f"{1e3 * seconds:.1f}", f"{run['tokens'] / seconds:.1f}",
-                ratio,
-            )  # fmt: skip
-        say(lines_table)
+        lines = [
+            (name.replace("_", " "), f"{1e3 * seconds:.1f}", f"{run['tokens'] / seconds:.1f}",
+             "" if name == "ours" else f"{run[f'ours_over_{name}']:.3f}")
+            for name, seconds in run["seconds"].items()
+        ]  # fmt: skip
+        say(table_of(
+            ["", "ms", "tokens/s", "ours over it"], lines, title_justify="left",
+            title=f"batch {run['batch']}: prompt {settings['prompt']}, gen "
+            f"{settings['gen_length']}, medians of {settings['rounds']} rounds",
+        ))  # fmt: skip
         check = run["check"]
         if check is None:
             say("not compared with the eager loop (--no-eager)")
@@ -175,43 +158,12 @@ def print_runs(result: dict[str, Any]) -> None:
         )
 
 
-def draw_runs(result: dict[str, Any], path: Path) -> None:
+def draw(result: dict[str, Any], path: Path) -> None:
     """Time per step against its limit; for several batches tokens/s as well."""
-    from matplotlib.figure import Figure
-
-    runs, several = result["runs"], len(result["runs"]) > 1
-    figure = Figure(figsize=(11 if several else 6.5, 4.5), layout="constrained")
-    axes = figure.subplots(1, 2 if several else 1, squeeze=False)[0]
-    width = 0.38
-    colors = {"window": "#5b8cc9", "refresh": "#e0a63a"}
-    for kind, side in (("window", -0.5), ("refresh", 0.5)):
-        bars = [(i + side * width, r["steps"][kind]) for i, r in enumerate(runs)
-                  if kind in r["steps"]]  # fmt: skip
-        if not bars:
-            continue
-        x = [place for place, _ in bars]
-        axes[0].bar(x, [s["ms"] for _, s in bars], 0.95 * width, color=colors[kind], label=kind)
-        low, high = [v - width / 2 for v in x], [v + width / 2 for v in x]
-        axes[0].hlines([s["floor_ms"] for _, s in bars], low, high, color="black",
-                       label="floor of bytes and FLOPs" if kind == "window" else None)  # fmt: skip
-    axes[0].set(
-        xlabel="batch", ylabel="ms per step", title="time per step against its limit",
-        xticks=range(len(runs)), xticklabels=[run["batch"] for run in runs],
-    )  # fmt: skip
-    axes[0].legend(fontsize=8)
-    if several:
-        batches = [run["batch"] for run in runs]
-        for label, key in (("ours", "tokens_per_second"), ("eager", "eager_tokens_per_second")):
-            if runs[0][key] is not None:
-                axes[1].plot(batches, [run[key] for run in runs], marker="o", label=label)
-        axes[1].set(
-            xlabel="batch", ylabel="tokens/s", title="throughput by batch", xticks=batches, ylim=0
-        )
-        axes[1].legend(fontsize=8)
-        axes[1].grid(alpha=0.3)
     settings = result["settings"]
-    figure.suptitle(
+    draw_runs(
+        result["runs"], {"floor_ms": "floor of bytes and FLOPs"},
+        {"tokens_per_second": "ours", "eager_tokens_per_second": "eager"},
         f"{settings['preset']}, {settings['dtype']}, {result['machine']['device']}: prompt "
-        f"{settings['prompt']}, gen {settings['gen_length']}", fontsize=10,
+        f"{settings['prompt']}, gen {settings['gen_length']}", path,
     )  # fmt: skip
-    figure.savefig(path, dpi=120)

@@ -85,6 +85,11 @@ def parts(small: bool, folder: Path) -> dict[str, Part]:
     def ops(group: str) -> list[list[str]]:
         return [module("ops", "--op", *OPS[group])]
 
+    goldens = ["tests/test_cuda.py"]
+    if small:
+        goldens = [
+            f"tests/test_golden.py::test_trajectory[{each}-0]" for each in ("llada", "dream")
+        ]
     sanitizer = shutil.which("compute-sanitizer")
     families = "tests/test_cuda.py::test_batches_seeds_and_policies_are_the_same_with_graphs"
     measured = ["--measured", str(folder / "decode_64.json")]
@@ -92,8 +97,8 @@ def parts(small: bool, folder: Path) -> dict[str, Part]:
     return {
         "check": Part("each op against its definition in float64", 150,
                       [module("ops", "--check", "--op", op) for ops in OPS.values() for op in ops]),
-        "goldens": Part("tests/test_cuda.py: recorded trajectories", 180,
-                        [pytest(["tests/test_cuda.py"], *workers)]),
+        "goldens": Part("recorded trajectories, on a GPU with CUDA graphs as well", 180,
+                        [pytest(goldens, *workers)]),
         "decode_64": Part("LLaDA-8B, windows of 64: steps, eager loop, phases, idle share", 120,
                           bounded(64, "--phases")),
         "decode_32": Part("windows of 32", 60, bounded(32, "--no-eager")),

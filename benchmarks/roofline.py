@@ -3,9 +3,10 @@
     python -m benchmarks.roofline --preset llada-8b --gpu h100
 
 counts both kinds of step from the model's shapes (`step_cost.py`) and divides by a bandwidth and a
-speed of matrix products: the data sheet's (`--gpu`), given ones (`--bandwidth`, `--tflops`), or
-those that `benchmarks/decode.py` measured (`--measured`, whose times then stand beside the floor:
-those of phases where it ran with `--phases`).
+speed of matrix products: the data sheet's (`--gpu`), those of `--bandwidth` and `--tflops`, or
+those that `benchmarks/decode.py` measured (`--measured`). Its times then stand beside the floor,
+those of phases too where it ran with `--phases`.
+
 A floor is not a measurement. What a phase hands on may stay in the L2 cache, so that a step can be
 faster than its floor by what the activations take, and by no more.
 """
@@ -19,13 +20,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from benchmarks.step_cost import (
     LAYER_PHASES,
     OUTSIDE,
-    PHASES,
     StepSize,
     step_cost,
     total,
@@ -33,7 +32,8 @@ from benchmarks.step_cost import (
     weight_bytes,
 )
 from dsb_runtime.cli.main import OneLineParser
-from dsb_runtime.files import check_writable, read_json, write_json
+from dsb_runtime.files import read_json, write_json
+from dsb_runtime.measure.command import check_arguments, table_of, wide_console
 from dsb_runtime.measure.models import PRESETS, Preset
 
 KINDS = ("window", "refresh")
@@ -206,50 +206,43 @@ def settle(args: argparse.Namespace) -> dict[str, Any] | None:
     return measured
 
 
-def table_of(step: Budget, measured: dict[str, Any] | None) -> Table:
+def phase_table(step: Budget, measured: dict[str, Any] | None) -> Table:
     """Phases down, cost and floor across, the measurement beside where there is one."""
-    size = step.size
-    table = Table(
-        title=f"{step.kind} step: batch {size.batch}, {size.num_tokens} tokens, {size.scored} of "
-        f"them scored, {size.length} positions",
-        title_justify="left",
-    )
-    for name in ("phase", "weights MB", "K/V MB", "activations MB", "GFLOP", "floor µs",
-                 "limited by", "one layer µs"):  # fmt: skip
-        table.add_column(name, justify="left" if name in ("phase", "limited by") else "right")
+    columns = ["phase", "weights MB", "K/V MB", "activations MB", "GFLOP", "floor µs",
+               "limited by", "one layer µs"]  # fmt: skip
     times = None
     if measured is not None:
         times = measured.get("phase_us", {}).get(step.kind, {})
-        table.add_column("measured µs", justify="right")
-        table.add_column("floor / measured", justify="right")
+        columns += ["measured µs", "floor / measured"]
 
-    def beside(floor_us: float, us: float | None) -> list[str]:
-        if times is None:
-            return []
-        return ["", ""] if us is None else [f"{us:.1f}", f"{floor_us / us:.0%}"]
+    def line(name: str, cost: dict[str, Any], limit: str, one: str, us: float | None) -> list[str]:
+        cells = [f"{cost[kind] / 1e6:.1f}" for kind in ("weights", "cache", "activations")]
+        cells += [f"{cost['flops'] / 1e9:.1f}", f"{cost['floor_us']:.1f}", limit, one]
+        if times is not None:
+            cells += ["", ""] if us is None else [f"{us:.1f}", f"{cost['floor_us'] / us:.0%}"]
+        return [name, *cells]
 
-    for name in PHASES:
-        phase = step.phases[name]
-        one, floor = phase["one_layer_us"], phase["floor_us"]
-        table.add_row(
-            name if one is None else f"layer: {name}",
-            *(f"{phase[kind] / 1e6:.1f}" for kind in ("weights", "cache", "activations")),
-            f"{phase['flops'] / 1e9:.1f}", f"{floor:.1f}", phase["limit"],
-            "" if one is None else f"{one:.2f}", *beside(floor, (times or {}).get(name)),
-        )  # fmt: skip
+    lines, size = [], step.size
+    for name, phase in step.phases.items():
+        one = phase["one_layer_us"]
+        lines.append(line(
+            name if one is None else f"layer: {name}", phase, phase["limit"],
+            "" if one is None else f"{one:.2f}", (times or {}).get(name),
+        ))  # fmt: skip
+    caption = None
     if times and OUTSIDE in times:
-        outside = ["", "", "", "", "", "", "", f"{times[OUTSIDE]:.1f}", ""]
-        table.add_row("outside of phases", *outside)
-        table.caption = "phases: of steps launched kernel by kernel; mlp with its norm; sum: timed"
-    table.add_section()
-    sums = [sum(p[kind] for p in step.phases.values())
-            for kind in ("weights", "cache", "activations", "flops")]  # fmt: skip
-    floor = step.floor_ms * 1e3
-    whole = None if measured is None else measured[f"{step.kind}_step_ms"]
-    table.add_row(
-        "sum", *(f"{x / 1e6:.1f}" for x in sums[:3]), f"{sums[3] / 1e9:.1f}", f"{floor:.1f}", "",
-        "", *beside(floor, None if whole is None else whole * 1e3), style="bold",
+        lines.append(["outside of phases", *[""] * 7, f"{times[OUTSIDE]:.1f}", ""])
+        caption = "phases: of steps launched kernel by kernel; mlp with its norm; sum: timed"
+    table = table_of(
+        columns, lines, left=(0, columns.index("limited by")), title_justify="left",
+        title=f"{step.kind} step: batch {size.batch}, {size.num_tokens} tokens, {size.scored} of "
+        f"them scored, {size.length} positions", caption=caption,
     )  # fmt: skip
+    table.add_section()
+    kinds = ("weights", "cache", "activations", "flops", "floor_us")
+    sums = {kind: sum(phase[kind] for phase in step.phases.values()) for kind in kinds}
+    whole = None if measured is None else 1e3 * measured[f"{step.kind}_step_ms"]
+    table.add_row(*line("sum", sums, "", "", whole), style="bold")
     return table
 
 
@@ -299,7 +292,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         share = share or refresh_share(args.block, args.tokens_per_forward)
         if share > 1:
             raise ValueError(f"--refresh-share {share:g}: expected a number in (0, 1]")
-        check_writable("--json", args.json)
+        check_arguments(args)
     except ValueError as error:
         parser.error(str(error))
     preset = PRESETS[args.preset]
@@ -322,13 +315,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         "step_ms": step_ms, "tokens_per_second": tokens / step_ms * 1e3,
     }  # fmt: skip
 
-    console = Console(width=None if Console().is_terminal else 150)
+    console = wide_console()
     console.print(
         f"{args.preset}, {args.dtype}, {result['weight_bytes'] / 1e9:.2f} GB of weights; ceilings "
         f"{ceilings.gb_per_s:g} GB/s and {ceilings.tflops:g} TFLOP/s ({ceilings.source})"
     )
     for step in steps.values():
-        console.print(table_of(step, measured))
+        console.print(phase_table(step, measured))
         console.print(
             f"{step.kind} step: floor {step.floor_ms:.3f} ms; weights alone "
             f"{step.weights_ms:.3f} ms, matrix products alone {step.products_ms:.3f} ms\n"

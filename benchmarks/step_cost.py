@@ -10,7 +10,7 @@ products, two for each multiplication.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 from dsb_runtime.families import DREAM
 from dsb_runtime.measure.models import Preset
@@ -48,21 +48,13 @@ class Cost:
     def bytes(self) -> int:
         return self.weights + self.cache + self.activations
 
-    def __add__(self, other: Cost) -> Cost:
-        return Cost(
-            self.weights + other.weights,
-            self.cache + other.cache,
-            self.activations + other.activations,
-            self.flops + other.flops,
-        )
-
     def seconds(self, bandwidth: float, flops_per_second: float) -> float:
         """The floor: the slower of moving the bytes and multiplying."""
         return max(self.bytes / bandwidth, self.flops / flops_per_second)
 
 
 def total(costs: Iterable[Cost]) -> Cost:
-    return sum(costs, Cost())
+    return Cost(*map(sum, zip(*map(astuple, costs), strict=True)))
 
 
 def layer_cost(preset: Preset, size: StepSize, layer: int) -> dict[str, Cost]:

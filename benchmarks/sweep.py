@@ -10,20 +10,20 @@ entries of the table in its own process, which ends with it.
 from __future__ import annotations
 
 import functools
-import importlib
+import itertools
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from benchmarks import read_toml
-from benchmarks.ops import Case, check, device, on_gpu, time_contender
+from benchmarks import describe_benchmark, ops, read_toml
+from benchmarks.op_case import Case, check, device, on_gpu, time_contender
 from dsb_kernels import _configs
 from dsb_kernels._configs import Config, architecture_of
 from dsb_runtime.cli.main import OneLineParser
-from dsb_runtime.files import check_writable, write_json
-from dsb_runtime.measure.machine import describe_run
+from dsb_runtime.files import write_json
+from dsb_runtime.measure.command import check_arguments
 
 SPLITS = (2, 3, 4, 5, 6)  # of window_attention, at 128 positions of LLaDA
 
@@ -42,8 +42,8 @@ def using(key: str, size: int, config: Config) -> Any:
 
 def sweep_one(item: dict[str, Any], write: Callable[[dict[str, Any]], None]) -> None:
     """The table's configuration and every candidate for one entry of `sweep.toml`."""
-    module = importlib.import_module(f"benchmarks.bench_{item['op']}")
-    shape = item["shape"] if on_gpu() else module.SHAPES[0]
+    benchmark = ops.BENCHMARKS[item["op"]]
+    shape = item["shape"] if on_gpu() else benchmark.shapes[0]
     key, size = item["key"], item["size"]
     now = _configs.configuration(key, size, architecture_of(device()))
     candidates = [
@@ -53,7 +53,7 @@ def sweep_one(item: dict[str, Any], write: Callable[[dict[str, Any]], None]) -> 
     ]  # fmt: skip
     for config in (now, *candidates):
         with using(key, size, config):
-            write(two_times(functools.partial(module.case, **shape)) | {
+            write(two_times(functools.partial(benchmark.case, **shape)) | {
                 "key": key, "size": size, "shape": shape, "configuration": words(config),
                 "current": config is now,
             })  # fmt: skip
@@ -61,21 +61,19 @@ def sweep_one(item: dict[str, Any], write: Callable[[dict[str, Any]], None]) -> 
 
 def sweep_splits(write: Callable[[dict[str, Any]], None]) -> None:
     """`num_splits` of window_attention: as it is chosen (None), then fixed."""
-    module = importlib.import_module("benchmarks.bench_window_attention")
-    for positions in (1280, 4096) if on_gpu() else (96,):
-        width = 128 if on_gpu() else 8
+    width, lengths = (128, (1280, 4096)) if on_gpu() else (8, (96,))
+    for positions, splits in itertools.product(lengths, (None, *SPLITS)):
         shape = {"model": "LLaDA-8B", "batch": 1, "width": width, "positions": positions}
-        for splits in (None, *SPLITS):
 
-            def make(shape: dict[str, Any] = shape, splits: int | None = splits) -> Case:
-                case: Case = module.case(**shape)
-                case.options["num_splits"] = splits
-                return case
+        def make(shape: dict[str, Any] = shape, splits: int | None = splits) -> Case:
+            case = ops.BENCHMARKS["window_attention"].case(**shape)
+            case.options["num_splits"] = splits
+            return case
 
-            write(two_times(make) | {
-                "key": "window_attention splits", "size": width, "shape": shape,
-                "configuration": f"num_splits={splits}", "current": splits is None,
-            })  # fmt: skip
+        write(two_times(make) | {
+            "key": "window_attention splits", "size": width, "shape": shape,
+            "configuration": f"num_splits={splits}", "current": splits is None,
+        })  # fmt: skip
 
 
 def two_times(make: Callable[[], Case]) -> dict[str, Any]:
@@ -97,13 +95,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     items = read_toml("sweep.toml")["sweep"]
     sizes = sorted({item["size"] for item in items})
     try:
-        check_writable("--json", args.json)
+        check_arguments(args)
         if args.size and not set(args.size) <= set(sizes):
             raise ValueError(f"--size {args.size}: expected some of {sizes}")
     except ValueError as error:
         parser.error(str(error))
-    command = " ".join(["python -m benchmarks.sweep", *(sys.argv[1:] if argv is None else argv)])
-    record: dict[str, Any] = {"benchmark": "sweep", **describe_run(command, device()), "lines": []}
+    record = {**describe_benchmark("sweep", argv, device()), "lines": []}
 
     def write(line: dict[str, Any]) -> None:
         record["lines"].append(line)

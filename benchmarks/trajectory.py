@@ -74,22 +74,15 @@ class Agreement:
     positions: int  # the same position committed
     both: int  # with the same token
 
-    def __add__(self, other: Agreement) -> Agreement:
-        return Agreement(
-            self.decisions + other.decisions,
-            self.positions + other.positions,
-            self.both + other.both,
-        )
-
 
 def agreement(steps: Sequence[RowStep], commits: Sequence[dict[int, int]]) -> Agreement:
-    """Compare what a batch row's forwards decided with what another loop decided in their place."""
-    sum_of_steps = Agreement(0, 0, 0)
+    """Compare what forwards decided with what another loop decided in their place."""
+    positions = both = 0
     for step, theirs in zip(steps, commits, strict=True):
         shared = step.commits.keys() & theirs.keys()
-        both = sum(step.commits[position] == theirs[position] for position in shared)
-        sum_of_steps += Agreement(len(step.commits), len(shared), both)
-    return sum_of_steps
+        positions += len(shared)
+        both += sum(step.commits[position] == theirs[position] for position in shared)
+    return Agreement(sum(len(step.commits) for step in steps), positions, both)
 
 
 class EagerClock:
@@ -97,8 +90,7 @@ class EagerClock:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.kinds: list[str] = []
-        self.seconds: list[float] = []
+        self.steps: list[tuple[str, float]] = []  # kind, seconds
         self.restart()
 
     def restart(self) -> None:
@@ -108,6 +100,5 @@ class EagerClock:
 
     def __call__(self, kind: str) -> None:
         synchronize(self.device)
-        self.kinds.append(kind)
-        self.seconds.append(time.perf_counter() - self.began)
+        self.steps.append((kind, time.perf_counter() - self.began))
         self.began = time.perf_counter()

@@ -10,6 +10,7 @@ what is asked of them, its `_check` binds that once:
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -54,6 +55,40 @@ def check_tensor(
         TypeError: not a tensor, or of another dtype.
         ValueError: wrong shape, device or strides.
     """
+    if (
+        isinstance(tensor, Tensor)
+        and (tensor.dtype is dtype if isinstance(dtype, torch.dtype) else tensor.dtype in dtype)
+        and _fits(tensor.shape, shape)
+        and (device is None or tensor.device == device)
+        and (not contiguous or tensor.is_contiguous())
+        and (not unit_stride or tensor.stride(-1) == 1 or tensor.shape[-1] <= 1)
+    ):
+        return
+    _refuse(op, name, tensor, dtype, shape, device, contiguous)
+
+
+def _fits(sizes: Sequence[int], expected: Sequence[int | str]) -> bool:
+    if expected and expected[0] == "...":
+        expected = expected[1:]
+        sizes = sizes[max(0, len(sizes) - len(expected)) :]
+    if len(sizes) != len(expected):
+        return False
+    for size, e in zip(sizes, expected, strict=True):
+        if size != e and not isinstance(e, str):
+            return False
+    return True
+
+
+def _refuse(
+    op: str,
+    name: str,
+    tensor: object,
+    dtype: torch.dtype | Sequence[torch.dtype],
+    shape: Sequence[int | str],
+    device: torch.device | None,
+    contiguous: bool,
+) -> NoReturn:
+    """Raise what `check_tensor` documents, for the first thing that is wrong."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{op}: {name} is {type(tensor).__name__}: a tensor is accepted")
     dtypes = (dtype,) if isinstance(dtype, torch.dtype) else tuple(dtype)
@@ -61,14 +96,7 @@ def check_tensor(
         accepted = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
         dtype_name = str(tensor.dtype).removeprefix("torch.")
         raise TypeError(f"{op}: {name} has dtype {dtype_name}: accepted are {accepted}")
-    sizes, expected = list(tensor.shape), list(shape)
-    if expected and expected[0] == "...":
-        expected = expected[1:]
-        sizes = sizes[max(0, len(sizes) - len(expected)) :]
-    fits = len(sizes) == len(expected) and all(
-        isinstance(e, str) or size == e for size, e in zip(sizes, expected, strict=True)
-    )
-    if not fits:
+    if not _fits(tensor.shape, shape):
         wanted = ", ".join(str(s) for s in shape)
         raise ValueError(f"{op}: {name} has shape {tuple(tensor.shape)}: accepted is ({wanted})")
     if device is not None and tensor.device != device:
@@ -77,7 +105,6 @@ def check_tensor(
         raise ValueError(
             f"{op}: {name} has strides {tensor.stride()}: accepted is a contiguous tensor"
         )
-    if unit_stride and tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
-        raise ValueError(
-            f"{op}: {name} has stride {tensor.stride(-1)} in its last dimension: accepted is 1"
-        )
+    raise ValueError(
+        f"{op}: {name} has stride {tensor.stride(-1)} in its last dimension: accepted is 1"
+    )

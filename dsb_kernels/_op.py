@@ -107,7 +107,8 @@ def op(
     the kernel launches (`wrap_triton`).
 
     Args:
-        definition: the op in plain PyTorch. Its annotations are the op's schema; its docstring is
+        definition: the op in plain PyTorch. Its first parameter is a tensor, whose device decides
+            what runs. Its annotations are the op's schema; its docstring is
             the public one. A parameter annotated with a class that has `encode() -> str` and
             `decode(str)` travels through torch as that string; one of type `Sequence[int]` may
             have a tuple as its default.
@@ -145,16 +146,13 @@ def op(
         except TypeError as error:
             raise TypeError(str(error).replace(".__new__()", "()")) from None
 
-    def launches(a: Any) -> bool:
-        return use_triton(*(value for value in a if isinstance(value, Tensor)))
-
     unchecked: Callable[..., Any] = definition
 
     def implementation(*args: Any, **kwargs: Any) -> Any:
-        a = Arguments(*args, **kwargs)
+        a: Any = Arguments(*args, **kwargs)
         if coded:
             a = a._replace(**{n: kind.decode(getattr(a, n)) for n, kind in coded.items()})
-        return launch(a) if launches(a) else unchecked(**a._asdict())
+        return launch(a) if use_triton(a[0]) else unchecked(**a._asdict())
 
     implementation.__name__ = name
     implementation.__signature__ = _torch_signature(  # type: ignore[attr-defined]
@@ -167,7 +165,7 @@ def op(
         check(a)
         # The definition itself where it is what would run: torch's dispatch takes 70 us more.
         # The compiler is given the op, whose dispatch it can trace.
-        if not torch.compiler.is_compiling() and not launches(a):
+        if not torch.compiler.is_compiling() and not use_triton(a[0]):
             result = call.definition(*args, **kwargs)  # type: ignore[attr-defined]
         else:
             result = registered(*a._replace(**{n: getattr(a, n).encode() for n in coded}))

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import ops
+from benchmarks import op_case
 from benchmarks.profiled import busy_seconds, gpu_busy_seconds
 from dsb_runtime.measure import timing
 from dsb_runtime.measure.timing import Call, Timing, plan
@@ -94,11 +94,11 @@ class Cuda:
 
 @pytest.mark.parametrize("restored", [False, True])
 def test_what_a_gpu_is_asked(monkeypatch, restored):
-    cuda, made = Cuda(monkeypatch, 20e-6), []
+    cuda, sets = Cuda(monkeypatch, 20e-6), []
 
     def make() -> Call:
-        index = len(made)
-        made.append(index)
+        index = len(sets)
+        sets.append(index)
 
         def run() -> None:
             if cuda.capturing:
@@ -106,11 +106,11 @@ def test_what_a_gpu_is_asked(monkeypatch, restored):
 
         return Call(run, (lambda: cuda.calls.append("restore")) if restored else None)
 
-    found = timing.time_call(make, 25 << 20, GPU)
-    assert found == Timing(pytest.approx(20e-6), pytest.approx(20e-6))
-    assert len(made) == (50 if restored else 8)  # a millisecond's calls; four times the L2
+    result = timing.time_call(make, 25 << 20, GPU)
+    assert result == Timing(pytest.approx(20e-6), pytest.approx(20e-6))
+    assert len(sets) == (50 if restored else 8)  # a millisecond's calls; four times the L2
     around = ["spin", "record", "replay 50", "record"]
-    cold = [*["restore"] * len(made) * restored, "evict", *around]
+    cold = [*["restore"] * len(sets) * restored, "evict", *around]
     warm = around if not restored else ["restore", "spin", "record", "replay 1", "record"]
     repeats = timing.REPEATS
     first = len(cuda.calls) - repeats * (len(cold) + len(warm))
@@ -145,18 +145,22 @@ def test_a_capture_that_fails_leaves_the_stream_as_it_was(monkeypatch):
 def test_a_cpu_is_timed_by_its_clock(monkeypatch):
     log: list[str] = []
     call = Call(lambda: log.append("run"), lambda: log.append("restore"))
-    found = timing.time_call(lambda: call, 100, CPU)
-    assert found.cold == found.warm > 0
+    result = timing.time_call(lambda: call, 100, CPU)
+    assert result.cold == result.warm > 0
     assert log == ["restore", "run"] * (timing.REPEATS + 1)
 
 
-def test_copies_are_timed_outside_of_graphs(monkeypatch):
-    """The yardstick of every share: 1 GiB read and written, of which a graph may take twice as
-    long."""
-    cuda = Cuda(monkeypatch, 1e-3)
+def test_ceilings_on_a_gpu(monkeypatch):
+    """The yardstick of every share: 1 GiB read and written outside of a graph, which may take twice
+    as long; and the best time of a product by events, the first left out."""
+    cuda, runs = Cuda(monkeypatch, 1e-3), []
 
     def copy(source: Any) -> None:
         cuda.clock += 0.5e-3
+
+    def run() -> None:
+        runs.append(None)
+        cuda.clock += 5.0 if len(runs) == 1 else 2.0 - 0.1 * len(runs)
 
     memory = SimpleNamespace(random_=lambda: memory, copy_=copy)
     monkeypatch.setattr(torch, "empty", lambda size, dtype, device: memory)
@@ -164,26 +168,16 @@ def test_copies_are_timed_outside_of_graphs(monkeypatch):
     bandwidth = timing.copy_bandwidth.__wrapped__(GPU)
     assert bandwidth == pytest.approx(2 * (1 << 30) / 0.5e-3)
     assert cuda.calls == ["spin", "record", "record"] * timing.REPEATS
-
-
-def test_products_are_timed_by_events(monkeypatch):
-    cuda, runs = Cuda(monkeypatch, 0.0), []
-
-    def run() -> None:
-        runs.append(None)
-        cuda.clock += 5.0 if len(runs) == 1 else 2.0 - 0.1 * len(runs)
-
     best = timing.best_seconds(run, GPU)
-    assert len(runs) == timing.BEST_OF + 1
-    assert best == pytest.approx(2.0 - 0.1 * len(runs)), "the best, the first left out"
+    assert len(runs) == timing.BEST_OF + 1 and best == pytest.approx(2.0 - 0.1 * len(runs))
 
 
 def test_what_a_benchmark_reports(monkeypatch):
     cuda = Cuda(monkeypatch, 100e-6)
-    monkeypatch.setattr(ops, "copy_bandwidth", lambda device: 4e12)
+    monkeypatch.setattr(op_case, "copy_bandwidth", lambda device: 4e12)
     call = Call(lambda: cuda.captured.append(0) if cuda.capturing else None)
     case = SimpleNamespace(bytes=300_000_000, flops=50_000_000_000, call=lambda contender: call)
-    line = ops.time_contender(lambda: case, "op")
+    line = op_case.time_contender(lambda: case, "op")
     assert line == {
         "cold_us": 100.0, "warm_us": 100.0, "bandwidth_share": 0.75, "tflops": 500.0,
     }  # fmt: skip

@@ -4,7 +4,6 @@ of figures says."""
 from __future__ import annotations
 
 import functools
-import importlib
 import json
 import math
 from typing import Any
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import ops, read_toml, sweep
-from benchmarks.ops import OPS, Case, check
+from benchmarks.op_case import Case, check
 from dsb_kernels import _configs
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="shapes are those of a CPU")
@@ -22,17 +21,16 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="shapes are th
 
 def cases() -> list[Any]:
     """(op, shape) of every benchmark."""
-    modules = {op: importlib.import_module(f"benchmarks.bench_{op}") for op in OPS}
-    return [pytest.param(m, shape, id=f"{op} {' '.join(map(str, shape.values()))}")
-            for op, m in modules.items() for shape in m.SHAPES]  # fmt: skip
+    return [pytest.param(each, shape, id=f"{op} {ops.words(shape)}")
+            for op, each in ops.BENCHMARKS.items() for shape in each.shapes]  # fmt: skip
 
 
-@pytest.mark.parametrize(("module", "shape"), cases())
-def test_every_contender_is_right(module, shape):
+@pytest.mark.parametrize(("benchmark_of", "shape"), cases())
+def test_every_contender_is_right(benchmark_of, shape):
     """flex_attention is compiled, which takes too long here."""
-    others = [name for name in module.case(**shape).others if name != "flex"]
+    others = [name for name in benchmark_of.case(**shape).others if name != "flex"]
     for contender in ("op", "definition", *others):
-        case = module.case(**shape)
+        case = benchmark_of.case(**shape)
         before = [tensor.clone() for tensor in case.written]
         assert check(case, contender) <= 1, contender
         for tensor, old in zip(case.written, before, strict=True):
@@ -110,7 +108,7 @@ def test_candidates_of_the_sweep_are_entries_of_the_table():
     """Each stands for an entry of the table, names its blocks, and differs from it."""
     for item in read_toml("sweep.toml")["sweep"]:
         now = _configs.configuration(item["key"], item["size"], "sm_90")
-        importlib.import_module(f"benchmarks.bench_{item['op']}")
+        assert item["op"] in ops.BENCHMARKS
         for config in item["configs"]:
             blocks = {k: v for k, v in config.items() if k not in ("num_warps", "num_stages")}
             assert blocks.keys() == dict(now.blocks).keys()

@@ -65,14 +65,14 @@ def test_last_layer_by_hand():
 
 
 def test_outside_the_layers_by_hand():
-    found = step_cost(TINY, SHAPE)
-    assert tuple(found) == PHASES
-    assert found["place"] == [Cost(0, 0, 40 * 2 * 8 + 16 * (4 + 2 * 8 + 1))]
-    assert found["embed"] == [Cost(0, 0, 40 * 8 + 2 * 5120)]
-    assert found["final norm"] == [Cost(128, 0, 3 * 16 * 64 * 2)]
-    assert found["score"] == [Cost(65536, 0, 16 * (128 + 12), 2 * 16 * 64 * 512)]
-    assert found["unmask"] == [Cost(0, 0, 64 * 8 + 16 * (8 + 4 + 4 + 4 + 8))]
-    assert [len(found[name]) for name in LAYER_PHASES] == [2] * 6
+    result = step_cost(TINY, SHAPE)
+    assert tuple(result) == PHASES
+    assert result["place"] == [Cost(0, 0, 40 * 2 * 8 + 16 * (4 + 2 * 8 + 1))]
+    assert result["embed"] == [Cost(0, 0, 40 * 8 + 2 * 5120)]
+    assert result["final norm"] == [Cost(128, 0, 3 * 16 * 64 * 2)]
+    assert result["score"] == [Cost(65536, 0, 16 * (128 + 12), 2 * 16 * 64 * 512)]
+    assert result["unmask"] == [Cost(0, 0, 64 * 8 + 16 * (8 + 4 + 4 + 4 + 8))]
+    assert [len(result[name]) for name in LAYER_PHASES] == [2] * 6
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -81,11 +81,8 @@ def test_weights_are_the_models_own(name, dtype):
     model = random_model(PRESETS[name], dtype, "meta")
     assert {p.dtype for p in model.parameters()} == {dtype}
     assert weight_bytes(PRESETS[name], dtype.itemsize) == sum(p.nbytes for p in model.parameters())
-
-
-@pytest.mark.parametrize(("name", "billions"), [("llada-8b", 8.02), ("illada-8b", 7.62)])
-def test_published_sizes(name, billions):
-    assert weight_bytes(PRESETS[name], 1) / 1e9 == pytest.approx(billions, abs=0.005)
+    billions = {"llada-8b": 8.02, "illada-8b": 7.62}.get(name)  # as published
+    assert billions in (None, round(weight_bytes(PRESETS[name], 1) / 1e9, 2))
 
 
 @pytest.mark.parametrize("name", ["tiny", "tiny-dream"])
@@ -99,8 +96,8 @@ def test_flops_are_those_that_torch_counts(name):
     counts = counter.get_flop_counts()
     # Some versions multiply positions by frequencies in a matrix product.
     angles = counts.get(f"{type(model).__name__}.model.rotary_emb", {})
-    found = counter.get_total_flops() - sum(angles.values())
-    assert found == total_cost(preset, StepSize(2, 2 * L, 2 * L, L, 16, 4)).flops
+    result = counter.get_total_flops() - sum(angles.values())
+    assert result == total_cost(preset, StepSize(2, 2 * L, 2 * L, L, 16, 4)).flops
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -127,25 +124,21 @@ def test_what_grows_with_what(name):
     assert longer.flops == one.flops + attention
 
 
-def test_floor_is_the_slower_of_both():
-    cost = Cost(weights=600, cache=300, activations=100, flops=5000)
-    assert cost.seconds(1e3, 1e6) == 1.0
-    assert cost.seconds(1e6, 1e3) == 5.0
-
-
 def test_budget_sums_the_phases():
+    cost = Cost(weights=600, cache=300, activations=100, flops=5000)
+    assert (cost.seconds(1e3, 1e6), cost.seconds(1e6, 1e3)) == (1.0, 5.0), "the slower of both"
     ceilings = Ceilings(1e-3, 1e-5, "made up")  # 1e6 B/s, 1e7 FLOP/s
-    found = budget(TINY, "window", SHAPE, ceilings)
-    assert found.phases["mlp"]["limit"] == "FLOPs" and found.phases["norm"]["limit"] == "bytes"
+    result = budget(TINY, "window", SHAPE, ceilings)
+    assert result.phases["mlp"]["limit"] == "FLOPs" and result.phases["norm"]["limit"] == "bytes"
     by_layer = [layer_cost(TINY, SHAPE, i)["mlp"].flops / 1e7 * 1e6 for i in (0, 1)]
-    assert found.phases["mlp"]["floor_us"] == pytest.approx(sum(by_layer))
-    assert found.phases["mlp"]["one_layer_us"] == pytest.approx(by_layer[0])
-    floors = [phase["floor_us"] for phase in found.phases.values()]
-    assert found.floor_ms == pytest.approx(sum(floors) / 1e3)
+    assert result.phases["mlp"]["floor_us"] == pytest.approx(sum(by_layer))
+    assert result.phases["mlp"]["one_layer_us"] == pytest.approx(by_layer[0])
+    floors = [phase["floor_us"] for phase in result.phases.values()]
+    assert result.floor_ms == pytest.approx(sum(floors) / 1e3)
     whole = total_cost(TINY, SHAPE)
-    assert found.weights_ms == pytest.approx(whole.weights / 1e6 * 1e3)
-    assert found.products_ms == pytest.approx(whole.flops / 1e7 * 1e3)
-    assert found.floor_ms >= max(found.weights_ms, found.products_ms)
+    assert result.weights_ms == pytest.approx(whole.weights / 1e6 * 1e3)
+    assert result.products_ms == pytest.approx(whole.flops / 1e7 * 1e3)
+    assert result.floor_ms >= max(result.weights_ms, result.products_ms)
 
 
 def test_step_sizes_and_refreshes():
@@ -163,15 +156,15 @@ def test_step_sizes_and_refreshes():
 @pytest.mark.parametrize("name", ["llada-8b", "illada-8b", "dream-7b"])
 def test_command(name, gpu, capsys, tmp_path):
     path = tmp_path / "budget.json"
-    said = run(capsys, "--preset", name, "--gpu", gpu, "--json", str(path))
-    found = json.loads(path.read_text())
-    steps = found["steps"]
+    output = run(capsys, "--preset", name, "--gpu", gpu, "--json", str(path))
+    result = json.loads(path.read_text())
+    steps = result["steps"]
     for phase in PHASES:
-        assert said.count(phase if phase not in LAYER_PHASES else f"layer: {phase}") >= 2
+        assert output.count(phase if phase not in LAYER_PHASES else f"layer: {phase}") >= 2
     mean = 0.9 * steps["window"]["floor_ms"] + 0.1 * steps["refresh"]["floor_ms"]
-    assert found["step_ms"] == pytest.approx(mean)
-    assert found["tokens_per_second"] == pytest.approx(3.5 / mean * 1e3)
-    assert f"{found['tokens_per_second']:.1f} tokens/s" in said and "measured" not in said
+    assert result["step_ms"] == pytest.approx(mean)
+    assert result["tokens_per_second"] == pytest.approx(3.5 / mean * 1e3)
+    assert f"{result['tokens_per_second']:.1f} tokens/s" in output and "measured" not in output
     # An 8B model's window step is bound by its weights, its refresh by its products.
     assert 0.9 < steps["window"]["weights_ms"] / steps["window"]["floor_ms"] < 1
     assert 0.8 < steps["refresh"]["products_ms"] / steps["refresh"]["floor_ms"] < 1
@@ -184,14 +177,14 @@ def test_given_ceilings_and_shape(capsys, tmp_path):
         "--batch 3 --dtype float32 --tokens-per-forward 2 --refresh-share 0.5"
     )
     run(capsys, *options.split(), "--json", str(path))
-    found = json.loads(path.read_text())
-    window, refresh = (found["steps"][kind] for kind in ("window", "refresh"))
+    result = json.loads(path.read_text())
+    window, refresh = (result["steps"][kind] for kind in ("window", "refresh"))
     assert window["size"] == dataclasses.asdict(StepSize(3, 36, 24, 96, 32, 4))
     assert refresh["size"] == dataclasses.asdict(StepSize(3, 288, 24, 96, 32, 4))
     expected = budget(TINY, "window", StepSize(3, 36, 24, 96, 32, 4), Ceilings(10, 0.05, ""))
     assert window["floor_ms"] == expected.floor_ms
-    assert found["step_ms"] == pytest.approx((window["floor_ms"] + refresh["floor_ms"]) / 2)
-    assert found["tokens_per_second"] == pytest.approx(6 / found["step_ms"] * 1e3)
+    assert result["step_ms"] == pytest.approx((window["floor_ms"] + refresh["floor_ms"]) / 2)
+    assert result["tokens_per_second"] == pytest.approx(6 / result["step_ms"] * 1e3)
 
 
 @pytest.fixture
@@ -201,87 +194,38 @@ def measured(tmp_path) -> Path:
     run = {"batch": 2, "window_width": 12.4, "window_step_ms": 4.0, "refresh_step_ms": 9.0,
            "tokens_per_forward": 3.0, "refresh_share": 0.25,
            "phase_us": {"window": {"mlp": 100.0, "outside": 7.0}}}  # fmt: skip
-    found = {
+    result = {
         "machine": {"device": "a machine"},
         "settings": {"preset": "tiny", "dtype": "float32", "prompt": 64, "gen": 32, "block": 8},
         "ceilings": {"copy_gb_per_s": 10.0, "matmul_tflops": 0.05},
         "runs": [run],
     }
-    path.write_text(json.dumps(found))
+    path.write_text(json.dumps(result))
     return path
 
 
 def test_measurement_beside(measured, capsys, tmp_path):
     path = tmp_path / "budget.json"
-    said = run(capsys, "--measured", str(measured), "--json", str(path))
-    found = json.loads(path.read_text())
-    window = found["steps"]["window"]
+    output = run(capsys, "--measured", str(measured), "--json", str(path))
+    result = json.loads(path.read_text())
+    window = result["steps"]["window"]
     assert window["size"] == dataclasses.asdict(StepSize(2, 24, 16, 96, 32, 4))
-    assert found["ceilings"] == {"gb_per_s": 10.0, "tflops": 0.05,
+    assert result["ceilings"] == {"gb_per_s": 10.0, "tflops": 0.05,
                                  "source": "measured on a machine"}  # fmt: skip
-    assert (found["refresh_share"], found["tokens_per_forward"]) == (0.25, 3.0)
-    assert found["measured"]["step_ms"] == pytest.approx(0.75 * 4 + 0.25 * 9)
-    assert found["measured"]["share_of_floor"] == pytest.approx(found["step_ms"] / 5.25)
-    assert f"{window['floor_ms'] / 4:.0%}" in next(s for s in said.splitlines() if "sum" in s)
-    mlp = next(s for s in said.splitlines() if "layer: mlp" in s)
-    assert "7.0" in next(s for s in said.splitlines() if "outside of phases" in s)
+    assert (result["refresh_share"], result["tokens_per_forward"]) == (0.25, 3.0)
+    assert result["measured"]["step_ms"] == pytest.approx(0.75 * 4 + 0.25 * 9)
+    assert result["measured"]["share_of_floor"] == pytest.approx(result["step_ms"] / 5.25)
+    assert f"{window['floor_ms'] / 4:.0%}" in next(s for s in output.splitlines() if "sum" in s)
+    mlp = next(s for s in output.splitlines() if "layer: mlp" in s)
+    assert "7.0" in next(s for s in output.splitlines() if "outside of phases" in s)
     assert "100.0" in mlp and f"{window['phases']['mlp']['floor_us'] / 100:.0%}" in mlp
     run(capsys, "--measured", str(measured), "--bandwidth", "20", "--tflops", "1", "--json",
         str(path))  # fmt: skip
     assert json.loads(path.read_text())["ceilings"]["source"] == "command line"
 
 
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [
-        ("--preset tiny", "no ceilings: expected --gpu, --bandwidth and --tflops, or --measured"),
-        ("--gpu h100", "--preset None: expected one of llada-8b"),
-        ("--preset gpt --gpu h100", "argument --preset: invalid choice: 'gpt'"),
-        ("--preset tiny --gpu a100", "argument --gpu: invalid choice: 'a100'"),
-        ("--preset tiny --gpu h100 --prompt 0", "--prompt: '0': expected an int above 0"),
-        ("--preset tiny --gpu h100 --batch 1.5", "--batch: '1.5': expected an int above 0"),
-        ("--preset tiny --bandwidth nan --tflops 1", "'nan': expected a number above 0"),
-        ("--preset tiny --tflops 3", "--tflops alone: expected --bandwidth and --tflops"),
-        ("--preset tiny --gpu h100 --dtype float32", "--dtype float32: data sheet figures"),
-        ("--preset tiny --gpu h100 --block 300", "--block 300: expected at most --gen, 256"),
-        (
-            "--preset tiny --gpu h100 --width 2000",
-            "--width 2000: expected at most --prompt + --gen",
-        ),
-        ("--preset tiny --gpu h100 --tokens-per-forward 33", "33: expected at most --block, 32"),
-        ("--preset tiny --gpu h100 --refresh-share 2", "--refresh-share 2: expected a number in"),
-        ("--preset tiny --gpu h100 --json /nope/x.json", "no such folder as /nope"),
-        ("--preset tiny --gpu h100 --json /", "--json /: a folder; expected a file"),
-        ("--measured /nope.json", "--measured /nope.json: No such file"),
-        ("--measured {measured} --batch 4", "--batch 4: --measured {measured} has [2]"),
-        ("--measured {measured} --prompt 65", "--prompt 65: --measured {measured} has 64"),
-    ],
-)
-def test_bad_arguments_take_one_line(options, said, measured, capsys):
-    with pytest.raises(SystemExit) as stop:
-        main(options.format(measured=measured).split())
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and error.count("\n") == 1
-    assert error.startswith("roofline: ") and said.format(measured=measured) in error
-
-
-@pytest.mark.parametrize(
-    ("text", "said"),
-    [
-        ("{", "expected a JSON file"),
-        ("[]", "expected the JSON of"),
-        ('{"runs": []}', "expected the JSON of"),
-        ('{"runs": [{"batch": 1}]}', "expected the JSON of"),
-        (
-            '{"settings": {}, "ceilings": {}, "machine": {"device": ""}, "runs": [{"batch": 1}]}',
-            "has no window_step_ms",
-        ),
-    ],
-)
-def test_a_file_that_is_no_measurement(text, said, tmp_path, capsys):
-    path = tmp_path / "x.json"
-    path.write_text(text)
+@pytest.mark.parametrize(("option", "value", "other"), [("batch", 4, [2]), ("prompt", 65, 64)])
+def test_a_shape_that_was_not_measured_is_refused(option, value, other, measured, capsys):
     with pytest.raises(SystemExit):
-        main(["--measured", str(path)])
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1 and said in error
+        main(["--measured", str(measured), f"--{option}", str(value)])
+    assert f"--{option} {value}: --measured {measured} has {other}" in capsys.readouterr().err

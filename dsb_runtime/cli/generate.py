@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dsb_runtime.cli.live import LiveCanvas
-from dsb_runtime.config import DecodingConfig, check_real
+from dsb_runtime.config import DecodingConfig, check_int, check_real
 from dsb_runtime.engine.engine import StepEvent, generate
 from dsb_runtime.families import check_model
 from dsb_runtime.measure.plots import check_picture
@@ -37,6 +37,8 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise ValueError("--live and --json: expected one of the two")
     check_real("--frame-seconds", args.frame_seconds, 0, 3600)
     check_picture("--trace", args.trace)
+    if args.seed is not None:
+        check_int("--seed", args.seed, 0, 2**63 - 1)
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, prompt: str, raw: bool) -> torch.Tensor:

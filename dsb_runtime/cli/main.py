@@ -13,11 +13,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from dsb_runtime.cli import generate
-from dsb_runtime.config import SAMPLING, DecodingConfig, check_int, settings
+from dsb_runtime.config import SAMPLING, DecodingConfig, settings
 from dsb_runtime.defaults import defaults_for
 from dsb_runtime.demo import MODEL_DIR
 from dsb_runtime.families import FAMILIES
 from dsb_runtime.measure import bench, evaluate, profile
+from dsb_runtime.measure.command import check_arguments, show_again
 from dsb_runtime.measure.models import load_preset, random_prompts
 from dsb_runtime.models.convert import convert
 from dsb_runtime.models.load import load_model, load_tokenizer
@@ -27,7 +28,7 @@ COUNTING = (
     "prompt, never what follows the EOS."
 )
 NO_EOS = (
-    "Random prompts have no answers that end: here no id counts as an EOS unless --stop-at-eos is "
+    "Random prompts have no answers that end: here an EOS ends no row unless --stop-at-eos is "
     "named."
 )
 
@@ -129,7 +130,7 @@ def build_parser() -> argparse.ArgumentParser:
     command("generate", add_generate, run_generate, "answer a prompt", epilog=COUNTING)
     command("bench", add_bench, run_bench, "time per step against its limit, tokens/s by batch",
             epilog=f"{COUNTING} {NO_EOS}")  # fmt: skip
-    # Without abbreviations, since profile prints the command line again without --torch.
+    # No abbreviations: the command line is printed again without --torch.
     command("profile", add_profile, run_profile, "some steps under Nsight or torch's profiler",
             epilog=profile.NOTE, allow_abbrev=False)  # fmt: skip
     command("eval", add_eval, run_eval, "the embedded model on held-out problems, all settings",
@@ -150,31 +151,22 @@ def load_measured(args: argparse.Namespace) -> tuple[PreTrainedModel, Any]:
     return (load_preset(args), None) if args.preset else load(args)
 
 
-def check_seed(args: argparse.Namespace) -> None:
-    if args.seed is not None:
-        check_int("--seed", args.seed, 0, 2**63 - 1)
-
-
 def run_generate(args: argparse.Namespace) -> int:
     generate.check_arguments(args)
-    check_seed(args)
     model, tokenizer = load(args)
     return generate.run(args, model, tokenizer, named_settings(args, model))
 
 
 def run_bench(args: argparse.Namespace) -> int:
-    if args.kept is not None:
-        return bench.run_kept(args.kept, args.plot)
-    bench.check_arguments(args)
+    check_arguments(args)
+    if args.source is not None:
+        return show_again(args, bench.show)
     model, tokenizer = load_measured(args)
     return bench.run(args, model, tokenizer, named_settings(args, model), args.command_line)
 
 
 def run_profile(args: argparse.Namespace) -> int:
-    check_int("--batch", args.batch, 1)
-    check_int("--prompt-length", args.prompt_length, 1)
-    check_seed(args)
-    profile.check_arguments(args)
+    check_arguments(args)
     model, tokenizer = load_measured(args)
     config, seed = named_settings(args, model), args.seed or 0
     prompts = random_prompts(model, tokenizer, args.batch, args.prompt_length, seed)
@@ -182,10 +174,11 @@ def run_profile(args: argparse.Namespace) -> int:
 
 
 def run_eval(args: argparse.Namespace) -> int:
-    if args.kept is not None:
-        return evaluate.run_kept(args.kept, args.plot)
-    evaluate.check_arguments(args)
-    return evaluate.run(args, *load(args))
+    check_arguments(args)
+    if args.source is not None:
+        return show_again(args, evaluate.show)
+    lines = evaluate.build_settings(args.gen_length, args.block_length, args.quick)
+    return evaluate.run(args, lines, *load(args))
 
 
 def run_convert(args: argparse.Namespace) -> int:
@@ -207,8 +200,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:
-        if getattr(args, "kept", None) is not None and args.json is not None:
-            raise ValueError("--from and --json: expected one of the two")
         return args.run(args)
     except KeyboardInterrupt:
         print("dsb: interrupted", file=sys.stderr)

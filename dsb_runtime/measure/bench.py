@@ -18,23 +18,24 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from dsb_runtime.config import DecodingConfig, check_int
+from dsb_runtime.config import DecodingConfig
 from dsb_runtime.demo import MODEL_DIR
 from dsb_runtime.engine.engine import GenerationOutput
-from dsb_runtime.files import check_writable, read_json, write_json
+from dsb_runtime.files import write_json
+from dsb_runtime.measure.command import add_output, table_of
 from dsb_runtime.measure.machine import describe_run
 from dsb_runtime.measure.models import add_preset, random_prompts
-from dsb_runtime.measure.plots import check_picture, draw_bench
+from dsb_runtime.measure.plots import draw_runs
 from dsb_runtime.measure.steps import LinearLayers, StepRecorder, StepWork, TimedEngine
 from dsb_runtime.measure.timing import copy_bandwidth, timed
 
 BATCHES = (1, 2, 4, 8)
 KINDS = ("window", "response", "refresh")
+LIMITS = {"linear_ms": "linear layers alone", "weights_ms": "weights at copy bandwidth"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,11 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                        help="random tokens a prompt (default: 128)")  # fmt: skip
     group.add_argument("--rounds", type=int, default=5,
                        help="timed rounds after one that warms up (default: 5)")  # fmt: skip
-    output = parser.add_argument_group("output")
-    output.add_argument("--json", type=Path, metavar="FILE", help="write the figures here")
-    output.add_argument("--plot", type=Path, metavar="FILE.png", help="draw them")
-    output.add_argument("--from", dest="kept", type=Path, metavar="FILE",
-                        help="measure nothing: print and draw what --json kept")  # fmt: skip
+    add_output(parser.add_argument_group("output"))
 
 
 @dataclass(frozen=True)
@@ -87,7 +84,7 @@ def one_round(
     engine.take()
     recorder = watch()
     decode(recorder)
-    step_seconds = engine.take().seconds
+    step_seconds = [took for _, took in engine.take()]
     linear_seconds = [
         timed(functools.partial(limit.run, step.num_tokens, step.scored), device)[1]
         for step in recorder.steps
@@ -189,29 +186,13 @@ def measure(
                 }
 
 
-def print_table(record: dict[str, Any]) -> None:
+def show(record: dict[str, Any], plot: Path | None) -> None:
+    """Print the table of a record, and draw its picture where one is asked for."""
     settings = record["settings"]
-    table = Table(
-        title=f"{record['model']} on {record['machine']['device']}, {record['dtype']}: prompt "
-        f"{record['prompt_length']}, gen {settings['gen_length']}, block "
-        f"{settings['block_length']}, medians of {record['rounds']} rounds",
-        caption="limit: the step's linear layers alone"
-        + ("; weights: reading them at copy bandwidth" if record["copy_bandwidth"] else ""),
-    )
-    columns = [
-        "batch",
-        "tokens/s",
-        "tokens/\nforward",
-        "step",
-        "positions",
-        "ms",
-        "limit\nms",
-        "reached",
-    ]
-    if record["copy_bandwidth"]:
-        columns += ["weights\nms", "reached"]
-    for column in columns:
-        table.add_column(column, justify="left" if column == "step" else "right")
+    on_gpu = record["copy_bandwidth"] is not None
+    columns = ["batch", "tokens/s", "tokens/\nforward", "step", "positions", "ms", "limit\nms",
+               "reached"]  # fmt: skip
+    lines = []
     for batch in record["batches"]:
         head = [
             str(batch["batch"]), f"{batch['tokens_per_second']:.1f}",
@@ -222,40 +203,25 @@ def print_table(record: dict[str, Any]) -> None:
                 kind, f"{step['rows']:g}", f"{step['ms']:.2f}", f"{step['linear_ms']:.2f}",
                 f"{100 * step['linear_share']:.0f}%",
             ]  # fmt: skip
-            if record["copy_bandwidth"]:
+            if on_gpu:
                 cells += [f"{step['weights_ms']:.2f}", f"{100 * step['weights_share']:.0f}%"]
-            table.add_row(*head, *cells)
+            lines.append([*head, *cells])
             head = ["", "", ""]
+    table = table_of(
+        columns + ["weights\nms", "reached"] * on_gpu, lines, left=columns.index("step"),
+        title=f"{record['model']} on {record['machine']['device']}, {record['dtype']}: prompt "
+        f"{record['prompt_length']}, gen {settings['gen_length']}, block "
+        f"{settings['block_length']}, medians of {record['rounds']} rounds",
+        caption="limit: the step's linear layers alone"
+        + ("; weights: reading them at copy bandwidth" if on_gpu else ""),
+    )  # fmt: skip
     Console().print(table)
-
-
-def show(record: dict[str, Any], plot: Path | None) -> None:
-    print_table(record)
     if plot is not None:
-        draw_bench(record, plot)
-
-
-def run_kept(path: Path, plot: Path | None) -> int:
-    """`dsb bench --from`: the table and the picture of what was measured before."""
-    check_picture("--plot", plot)
-    record = read_json(path)
-    try:
-        show(record, plot)
-    except (KeyError, TypeError, IndexError) as error:
-        raise ValueError(f"--from {path}: expected what dsb bench --json writes") from error
-    return 0
-
-
-def check_arguments(args: argparse.Namespace) -> None:
-    """Raise for a wrong argument; asked before a checkpoint is read."""
-    for batch in args.batch:
-        check_int("--batch", batch, 1)
-    check_int("--prompt-length", args.prompt_length, 1)
-    check_int("--rounds", args.rounds, 1)
-    if args.seed is not None:
-        check_int("--seed", args.seed, 0, 2**63 - 1)
-    check_writable("--json", args.json)
-    check_picture("--plot", args.plot)
+        title = (
+            f"{record['model']}, {record['machine']['device']}: prompt {record['prompt_length']}, "
+            f"gen {settings['gen_length']}"
+        )
+        draw_runs(record["batches"], LIMITS, {"tokens_per_second": record["model"]}, title, plot)
 
 
 def run(

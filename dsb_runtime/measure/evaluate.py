@@ -8,23 +8,23 @@ from __future__ import annotations
 
 import argparse
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich import box
 from rich.console import Console
-from rich.table import Table
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dsb_kernels.rules import RULES, Rule
-from dsb_runtime.config import DecodingConfig, check_int
+from dsb_runtime.config import DecodingConfig
 from dsb_runtime.demo.problems import Problem, heldout, is_exact
 from dsb_runtime.engine.engine import generate
-from dsb_runtime.files import check_writable, read_json, write_json
-from dsb_runtime.measure.plots import check_picture, draw_scores
+from dsb_runtime.files import write_json
+from dsb_runtime.measure.command import add_output, table_of
+from dsb_runtime.measure.plots import draw_scores
 
 THRESHOLD = 0.9  # at which schedules and caches are compared
 # Values of a selection rule's setting; a rule that is not listed takes values inside its range.
@@ -35,6 +35,7 @@ SWEEPS: dict[str, tuple[float, ...]] = {
 }
 FULL_EVERY = (4, 99)  # with response refreshes, one refresh in so many is full
 SMALL_BLOCK = 4  # for many refreshes
+WORDS = ("sweep", "rule", "value", "schedule", "cache")  # of a setting, in the report
 
 
 @dataclass(frozen=True)
@@ -53,27 +54,6 @@ class Setting:
     config: DecodingConfig
 
 
-@dataclass(frozen=True)
-class Score:
-    """What one setting measured over all problems; the words are the setting's."""
-
-    sweep: str
-    rule: str
-    value: float | None
-    schedule: str
-    cache: str
-    problems: int
-    exact: float  # share of exact answers
-    forwards: float  # per problem
-    tokens: float  # per problem
-    tokens_per_forward: float
-    tokens_per_second: float
-
-    @property
-    def label(self) -> str:
-        return self.rule if self.value is None else f"{self.rule} {self.value:g}"
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--problems", type=int, default=500, help="held-out (default: 500)")
     parser.add_argument("--gen-length", type=int, default=64, help="default: 64")
@@ -81,10 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=int, default=25, help="decoded together (default: 25)")
     parser.add_argument("--seed", type=int, default=0, help="of the problems (default: 0)")
     parser.add_argument("--quick", action="store_true", help="threshold 0.9 only, no sweeps")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the scores here")
-    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the scores")
-    parser.add_argument("--from", dest="kept", type=Path, metavar="FILE",
-                        help="measure nothing: print and draw what --json kept")  # fmt: skip
+    add_output(parser)
 
 
 def sweep_values(rule: Rule) -> tuple[float, ...]:
@@ -146,8 +123,9 @@ def score(
     tokenizer: PreTrainedTokenizerBase,
     batches: list[tuple[list[Problem], torch.Tensor, torch.Tensor]],
     setting: Setting,
-) -> Score:
-    """Decode every batch with one setting."""
+) -> dict[str, Any]:
+    """Decode every batch with one setting: the setting's words, the number of problems, the share
+    of exact answers, forwards and tokens per problem, and tokens per forward and second."""
     exact = forwards = tokens = count = 0
     began = time.perf_counter()
     for problems, input_ids, mask in batches:
@@ -160,10 +138,12 @@ def score(
         tokens += sum(out.row_tokens)
         count += len(problems)
     seconds = time.perf_counter() - began
-    return Score(
-        setting.sweep, setting.rule, setting.value, setting.schedule, setting.cache, count,
-        exact / count, forwards / count, tokens / count, tokens / forwards, tokens / seconds,
-    )  # fmt: skip
+    words = {name: getattr(setting, name) for name in WORDS}
+    return words | {
+        "problems": count, "exact": exact / count, "forwards": forwards / count,
+        "tokens": tokens / count, "tokens_per_forward": tokens / forwards,
+        "tokens_per_second": tokens / seconds,
+    }  # fmt: skip
 
 
 def encode_batches(
@@ -188,64 +168,43 @@ def encode_batches(
     return batches
 
 
-def print_table(title: str, scores: list[Score]) -> None:
+def show(record: list[dict[str, Any]], plot: Path | None, shape: str = "") -> None:
+    """Print the table of a record, and draw its picture where one is asked for."""
+    lines = []
+    for s in record:
+        value = "" if s["value"] is None else f" {s['value']:g}"
+        lines.append([
+            f"{s['rule']}{value}", s["schedule"], s["cache"], f"{100 * s['exact']:.1f}%",
+            f"{s['forwards']:.1f}", f"{s['tokens']:.1f}", f"{s['tokens_per_forward']:.2f}",
+            f"{s['tokens_per_second']:.0f}",
+        ])  # fmt: skip
     # Narrow enough for 80 columns, in which a box would cut the figures.
-    table = Table(
-        title=title, box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True
-    )
-    for column in ("rule", "schedule", "cache"):
-        table.add_column(column, no_wrap=True)
-    for column in ("exact", "forwards", "tokens", "tokens/\nforward", "tokens/\ns"):
-        table.add_column(column, justify="right", no_wrap=True)
-    for s in scores:
-        table.add_row(
-            s.label, s.schedule, s.cache, f"{100 * s.exact:.1f}%", f"{s.forwards:.1f}",
-            f"{s.tokens:.1f}", f"{s.tokens_per_forward:.2f}", f"{s.tokens_per_second:.0f}",
-        )  # fmt: skip
+    table = table_of(
+        ["rule", "schedule", "cache", "exact", "forwards", "tokens", "tokens/\nforward",
+         "tokens/\ns"],
+        lines, left=(0, 1, 2), no_wrap=True,
+        title=f"{record[0]['problems']} held-out problems{shape}",
+        box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True,
+    )  # fmt: skip
     Console().print(table)
-
-
-def show(title: str, scores: list[Score], plot: Path | None) -> None:
-    print_table(title, scores)
     if plot is not None:
         # The refresh policies are compared in the table; in the picture they would lie on one spot.
-        draw_scores([asdict(s) for s in scores if s.sweep != "refreshes"], plot)
-
-
-def run_kept(path: Path, plot: Path | None) -> int:
-    """`dsb eval --from`: the table and the picture of what was measured before."""
-    check_picture("--plot", plot)
-    record = read_json(path)
-    try:
-        scores = [Score(**item) for item in record]
-        show(f"{scores[0].problems} held-out problems", scores, plot)
-    except (TypeError, ValueError, IndexError) as error:
-        raise ValueError(f"--from {path}: expected what dsb eval --json writes") from error
-    return 0
-
-
-def check_arguments(args: argparse.Namespace) -> None:
-    """Raise for a wrong argument; asked before a checkpoint is read."""
-    check_int("--problems", args.problems, 1)
-    check_int("--batch", args.batch, 1)
-    check_int("--seed", args.seed, 0)
-    check_writable("--json", args.json)
-    check_picture("--plot", args.plot)
-    build_settings(args.gen_length, args.block_length, args.quick)
+        draw_scores([item for item in record if item["sweep"] != "refreshes"], plot)
 
 
 def run(
-    args: argparse.Namespace, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+    args: argparse.Namespace,
+    settings: list[Setting],
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
 ) -> int:
     """The command: a table, and the files asked for."""
     problems = heldout(args.problems, seed=args.seed)
     batches = encode_batches(tokenizer, problems, args.batch, model.device)
-    settings = build_settings(args.gen_length, args.block_length, args.quick)
-    scores = []
+    record: list[dict[str, Any]] = []
     for setting in tqdm(settings, desc="settings", disable=None):
-        scores.append(score(model, tokenizer, batches, setting))
-        if args.json:  # kept as it grows: an interrupt loses nothing that was measured
-            write_json(args.json, [asdict(s) for s in scores])
-    title = f"{args.problems} held-out problems, gen {args.gen_length}, block {args.block_length}"
-    show(title, scores, args.plot)
+        record.append(score(model, tokenizer, batches, setting))
+        if args.json:  # written as it grows: an interrupt loses nothing that was measured
+            write_json(args.json, record)
+    show(record, args.plot, f", gen {args.gen_length}, block {args.block_length}")
     return 0

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 STEP_COLORS = {"window": "#5b8cc9", "response": "#7fb069", "refresh": "#e0a63a"}
+LIMIT_STYLES: tuple[dict[str, Any], ...] = ({"color": "black"}, {"color": "#b02a2a", "ls": ":"})
 
 
 def check_picture(name: str, path: Path | None) -> None:
@@ -55,38 +56,49 @@ def draw_scores(scores: list[dict[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def draw_bench(record: dict[str, Any], path: Path) -> None:
-    """Time per step against its limit, and tokens/s by batch; the record of `dsb bench`."""
+def draw_runs(
+    runs: list[dict[str, Any]],
+    limits: dict[str, str],
+    rates: dict[str, str],
+    title: str,
+    path: Path,
+) -> None:
+    """Time per step against its limits, and for several batches tokens/s; what `dsb bench` and
+    `benchmarks/decode.py` measured.
+
+    Args:
+        limits: the key of a step's limit in ms -> its label.
+        rates: the key of a run's tokens/s -> its label.
+    """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 4.5), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    draw_steps(left, record["batches"])
-    sizes = [b["batch"] for b in record["batches"]]
-    rates = [b["tokens_per_second"] for b in record["batches"]]
-    places = range(len(sizes))  # as on the left: batches side by side, whatever their size
-    right.plot(places, rates, marker="o", color="#3b7a57")
-    for place, rate in zip(places, rates, strict=True):
-        right.annotate(
-            f"{rate:.0f}", (place, rate), (0, 6), textcoords="offset points", ha="center"
-        )
-    right.set(
-        xlabel="batch", ylabel="tokens/s", title="throughput by batch", xticks=places,
-        xticklabels=sizes, ylim=(0, 1.15 * max(rates)),
-    )  # fmt: skip
-    right.grid(alpha=0.3)
-    length = record["settings"]["gen_length"]
-    figure.suptitle(
-        f"{record['model']}, {record['machine']['device']}: "
-        f"prompt {record['prompt_length']}, gen {length}",
-        fontsize=10,
-    )
+    several = len(runs) > 1
+    figure = Figure(figsize=(11 if several else 6.5, 4.5), layout="constrained")
+    axes = figure.subplots(1, 1 + several, squeeze=False)[0]
+    draw_steps(axes[0], runs, limits)
+    places = range(len(runs))  # batches side by side, whatever their size
+    for key, label in rates.items() if several else ():
+        values = [run[key] for run in runs]
+        if None not in values:
+            axes[1].plot(places, values, marker="o", label=label)
+            for place, value in zip(places, values, strict=True):
+                axes[1].annotate(
+                    f"{value:.0f}", (place, value), (0, 6), textcoords="offset points", ha="center"
+                )
+    if several:
+        axes[1].set(ylabel="tokens/s", title="throughput by batch")
+        axes[1].set_ylim(0, 1.15 * axes[1].get_ylim()[1])
+    for each in axes:
+        each.set(xlabel="batch", xticks=places, xticklabels=[run["batch"] for run in runs])
+        each.grid(axis="y", alpha=0.3)
+        each.legend(fontsize=8, loc="upper left")
+    figure.suptitle(title, fontsize=10)
     figure.savefig(path, dpi=120)
 
 
-def draw_steps(axes: Axes, batches: list[dict[str, Any]]) -> None:
+def draw_steps(axes: Axes, runs: list[dict[str, Any]], limits: dict[str, str]) -> None:
     """Bars of ms per step, and on each the marks of what the step cannot go below."""
-    kinds = [kind for kind in STEP_COLORS if any(kind in b["steps"] for b in batches)]
+    kinds = [kind for kind in STEP_COLORS if any(kind in run["steps"] for run in runs)]
     width = 0.76 / len(kinds)
     labels: set[str] = set()
 
@@ -97,22 +109,12 @@ def draw_steps(axes: Axes, batches: list[dict[str, Any]]) -> None:
         labels.add(label)
         return label
 
-    for place, batch in enumerate(batches):
-        for kind, step in batch["steps"].items():
+    for place, run in enumerate(runs):
+        for kind, step in run["steps"].items():
             x = place + (kinds.index(kind) - 0.5 * (len(kinds) - 1)) * width
             axes.bar(x, step["ms"], 0.95 * width, color=STEP_COLORS[kind], label=once(kind))
-            edges = (x - 0.5 * width, x + 0.5 * width)
-            axes.hlines(
-                step["linear_ms"], *edges, color="black", lw=2, label=once("linear layers alone")
-            )
-            if step["weights_ms"] is not None:
-                axes.hlines(
-                    step["weights_ms"], *edges, color="#b02a2a", lw=2, ls=":",
-                    label=once("weights at copy bandwidth"),
-                )  # fmt: skip
-    axes.set(
-        xlabel="batch", ylabel="ms per step", title="time per step against its limit",
-        xticks=range(len(batches)), xticklabels=[b["batch"] for b in batches],
-    )  # fmt: skip
-    axes.grid(axis="y", alpha=0.3)
-    axes.legend(fontsize=8, loc="upper left")
+            for style, (key, label) in zip(LIMIT_STYLES, limits.items(), strict=False):
+                if step[key] is not None:
+                    edges = (x - 0.5 * width, x + 0.5 * width)
+                    axes.hlines(step[key], *edges, lw=2, label=once(label), **style)
+    axes.set(ylabel="ms per step", title="time per step against its limit")

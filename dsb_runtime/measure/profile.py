@@ -25,11 +25,10 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, record_function
 from transformers import PreTrainedModel
 
-from dsb_runtime.config import DecodingConfig, check_int
+from dsb_runtime.config import DecodingConfig
 from dsb_runtime.engine.engine import Engine, GenerationOutput
 from dsb_runtime.engine.forward import Phase, no_phase
 from dsb_runtime.engine.graphs import Capture
-from dsb_runtime.files import check_writable
 from dsb_runtime.measure.models import add_preset
 from dsb_runtime.measure.profile_tables import PREFIX, longest_table, phase_table, read_trace
 from dsb_runtime.measure.timing import synchronize
@@ -53,15 +52,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                        help="replay CUDA graphs: only whole steps have ranges")  # fmt: skip
     group.add_argument("--torch", type=Path, metavar="TRACE.json",
                        help="without Nsight: write torch's trace, print its tables")  # fmt: skip
-
-
-def check_arguments(args: argparse.Namespace) -> None:
-    """Raise for a wrong argument; asked before a model is made."""
-    check_int("--profile-steps", args.profile_steps, 1)
-    check_int("--warmup", args.warmup, 0)
-    check_writable("--torch", args.torch)
-    if args.torch is not None and args.torch.suffix != ".json":
-        raise ValueError(f"--torch {args.torch}: expected a file ending in .json")
 
 
 def ranges(device: torch.device) -> Phase:
@@ -261,7 +251,7 @@ def run(
 
     Args:
         args: with the fields of `add_arguments`, and `seed`.
-        command: the command line that was given.
+        command: the command line of this run.
     """
     profiled = profile_steps(
         model, input_ids, config, count=args.profile_steps, first=args.warmup, graphs=args.graphs,

@@ -11,12 +11,14 @@ import json
 import re
 from bisect import bisect_right
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
+
+from dsb_runtime.measure.command import table_of
 
 PREFIX = "dsb: "  # of every range's name
 STEP = re.compile(rf"{PREFIX}(\w+) step \d+")
@@ -47,7 +49,7 @@ class Range:
 
 
 class Ranges:
-    """Ranges that do not overlap, to be found by a time in them."""
+    """Ranges that do not overlap; `at` finds the one in which a time lies."""
 
     def __init__(self, ranges: Iterable[Range]) -> None:
         self.all = sorted(ranges, key=lambda r: r.start)
@@ -122,18 +124,12 @@ def longest_table(events: list[Event], on_gpu: bool, count: int = 10) -> Table:
     every = totals(events, on_gpu)
     whole = sum(total.us for total in every)
     what = "kernel" if on_gpu else "operator"
-    table = Table(
+    return table_of(
+        [what, "calls", "ms", "share"],
+        [(t.name, str(t.calls), f"{t.us / 1e3:.3f}", f"{t.us / whole:.1%}") for t in every[:count]],
         title=f"The {min(count, len(every))} longest {what}s of {len(every)}",
         caption="shares of all GPU time" if on_gpu else "own time, without operators called inside",
     )
-    table.add_column(what, overflow="fold")
-    for column in ("calls", "ms", "share"):
-        table.add_column(column, justify="right")
-    for total in every[:count]:
-        table.add_row(
-            total.name, str(total.calls), f"{total.us / 1e3:.3f}", f"{total.us / whole:.1%}"
-        )
-    return table
 
 
 def launched_work(events: list[Event]) -> list[tuple[float, float]]:
@@ -145,11 +141,6 @@ def launched_work(events: list[Event]) -> list[tuple[float, float]]:
     }
     work = ((launched.get(w["args"].get("correlation")), w["dur"]) for w in gpu_work(events))
     return [(time, took) for time, took in work if time is not None]
-
-
-def host_work(ranges: Ranges) -> list[tuple[float, float]]:
-    """The same of a CPU: (start, µs) of each range."""
-    return [(r.start, r.end - r.start) for r in ranges.all]
 
 
 @dataclass(frozen=True)
@@ -170,29 +161,32 @@ def by_kind(events: list[Event], on_gpu: bool) -> dict[str, KindOfStep]:
     ]
     steps = Ranges(r for r in named if STEP.fullmatch(r.name))
     phases = Ranges(r for r in named if not STEP.fullmatch(r.name))
-    work = launched_work(events) if on_gpu else None
-    kinds = Counter(kind_of(step) for step in steps.all)
+    launched = launched_work(events) if on_gpu else None
+
+    def work(ranges: Ranges) -> list[tuple[float, float]]:
+        """(when it was launched, µs): of a GPU's kernels, of the ranges themselves on a CPU."""
+        return [(r.start, r.end - r.start) for r in ranges.all] if launched is None else launched
+
+    counts = Counter(kind_of(step) for step in steps.all)
     whole: dict[str, float] = defaultdict(float)
-    for time, took in host_work(steps) if work is None else work:
+    for time, took in work(steps):
         if (step := steps.at(time)) is not None:
             whole[kind_of(step)] += took
-    calls: dict[str, Counter[str]] = {kind: Counter() for kind in kinds}
-    us: dict[str, dict[str, float]] = {kind: defaultdict(float) for kind in kinds}
+    calls: dict[tuple[str, str], int] = Counter()
+    us: dict[tuple[str, str], float] = defaultdict(float)
     for phase in phases.all:
-        if (caller := steps.at(phase.start)) is not None:
-            calls[kind_of(caller)][label_of(phase)] += 1
-    for time, took in host_work(phases) if work is None else work:
-        in_step, in_phase = steps.at(time), phases.at(time)
-        if in_step is not None and in_phase is not None:
-            us[kind_of(in_step)][label_of(in_phase)] += took
+        if (step := steps.at(phase.start)) is not None:
+            calls[kind_of(step), label_of(phase)] += 1
+    for time, took in work(phases):
+        step, inside = steps.at(time), phases.at(time)
+        if step is not None and inside is not None:
+            us[kind_of(step), label_of(inside)] += took
     return {
-        kind: KindOfStep(
-            kinds[kind],
-            whole[kind],
-            [Total(label, n, us[kind][label]) for label, n in calls[kind].items()],
-        )
-        for kind in kinds
-    }
+        kind: KindOfStep(count, whole[kind], [
+            Total(label, n, us[kind, label]) for (of, label), n in calls.items() if of == kind
+        ])
+        for kind, count in counts.items()
+    }  # fmt: skip
 
 
 def kind_of(step: Range) -> str:
@@ -207,30 +201,25 @@ def label_of(phase: Range) -> str:
 def phase_table(events: list[Event], on_gpu: bool) -> Table:
     """Time of each phase in an average step of each kind, layers summed."""
     kinds = by_kind(events, on_gpu)
-    table = Table(
-        title="Phases, layers summed: ms in a step",
-        caption="GPU time of what was launched in the phase" if on_gpu else "time on the host",
-    )
-    table.add_column("phase")
-    table.add_column("ranges", justify="right")
-    labels: dict[str, int] = {}  # with the ranges of a step
+    columns, labels = ["phase", "ranges"], dict[str, int]()  # a phase's ranges in a step
     for kind, of_kind in kinds.items():
-        table.add_column(f"{kind}\n(of {of_kind.steps})", justify="right")
-        table.add_column("share", justify="right")
+        columns += [f"{kind}\n(of {of_kind.steps})", "share"]
         for phase in of_kind.phases:
             labels.setdefault(phase.name, phase.calls // of_kind.steps)
 
-    def add(label: str, ranges: str, times: list[float]) -> None:
+    def line(label: str, ranges: str, time: Callable[[KindOfStep], float]) -> list[str]:
         cells = [label, ranges]
-        for us, of_kind in zip(times, kinds.values(), strict=True):
-            cells.append(f"{us / of_kind.steps / 1e3:.3f}")
-            cells.append(f"{us / of_kind.us:.1%}" if of_kind.us else "")
-        table.add_row(*cells)
+        for k in kinds.values():
+            cells += [f"{time(k) / k.steps / 1e3:.3f}", f"{time(k) / k.us:.1%}" if k.us else ""]
+        return cells
 
-    for label, ranges in labels.items():
-        add(label, str(ranges), [
-            sum(p.us for p in k.phases if p.name == label) for k in kinds.values()
-        ])  # fmt: skip
-    add(OUTSIDE, "", [k.us - sum(p.us for p in k.phases) for k in kinds.values()])
-    add(WHOLE, "1", [k.us for k in kinds.values()])
-    return table
+    def of(label: str) -> Callable[[KindOfStep], float]:
+        return lambda k: sum(p.us for p in k.phases if p.name == label)
+
+    lines = [line(label, str(ranges), of(label)) for label, ranges in labels.items()]
+    lines.append(line(OUTSIDE, "", lambda k: k.us - sum(p.us for p in k.phases)))
+    lines.append(line(WHOLE, "1", lambda k: k.us))
+    return table_of(
+        columns, lines, title="Phases, layers summed: ms in a step",
+        caption="GPU time of what was launched in the phase" if on_gpu else "time on the host",
+    )  # fmt: skip

@@ -17,17 +17,6 @@ from dsb_runtime.families import check_model
 from dsb_runtime.measure.timing import Marks
 
 
-@dataclass(frozen=True)
-class StepTimes:
-    """Kind and seconds of steps, one after another."""
-
-    kinds: list[str]
-    seconds: list[float]
-
-    def __add__(self, other: StepTimes) -> StepTimes:
-        return StepTimes(self.kinds + other.kinds, self.seconds + other.seconds)
-
-
 class TimedEngine(Engine):
     """An engine that times every step it launches: on a GPU by events right before and after what
     the step launches, so that the host's work between steps is not part of a step's time; on a CPU
@@ -44,11 +33,12 @@ class TimedEngine(Engine):
         yield
         self.launches.append((kind, start, self.marks.now()))
 
-    def take(self) -> StepTimes:
-        """The steps that were launched since the last call of this."""
+    def take(self) -> list[tuple[str, float]]:
+        """Kind and seconds of the steps that were launched since the last call of this."""
         launches, self.launches = self.launches, []
         pairs = [(start, end) for _, start, end in launches]
-        return StepTimes([kind for kind, _, _ in launches], self.marks.seconds(pairs))
+        kinds = (kind for kind, _, _ in launches)
+        return list(zip(kinds, self.marks.seconds(pairs), strict=True))
 
 
 @dataclass(frozen=True)

@@ -196,8 +196,6 @@ def time_call(make: Make, touched: int, device: torch.device) -> Timing:
 
 def best_seconds(run: Callable[[], object], device: torch.device) -> float:
     """The shortest time of a call, after one call that warms up."""
-    if device.type != "cuda":
-        return min([timed(run, device)[1] for _ in range(BEST_OF + 1)][1:])
     marks, pairs = Marks(device), []
     for _ in range(BEST_OF + 1):  # without waiting between them, so that the clock rate stays up
         start = marks.now()

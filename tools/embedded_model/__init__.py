@@ -1,1 +1,1 @@
-"""How the embedded model was made."""
+"""How the embedded model is trained."""

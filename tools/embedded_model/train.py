@@ -29,25 +29,12 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from dsb_runtime.demo import problems
 from dsb_runtime.demo.tokenizer import build_tokenizer, chat_text
+from dsb_runtime.families import LLADA
 
 CANVAS = 96  # the longest response in training, in tokens: decode at most this many
 GEN_LENGTH = 64  # what the exported generation config proposes
 MAX_SEQUENCE_LENGTH = 512
 VOCAB_MULTIPLE = 64  # the LM head has unused rows, as LLaDA's has: kernels like round sizes
-
-# transformers' names of a Llama's weights -> the LLaDA hub format's
-_LLADA_NAMES = (
-    (r"^model\.embed_tokens\.", "model.transformer.wte."),
-    (r"^model\.norm\.", "model.transformer.ln_f."),
-    (r"^lm_head\.", "model.transformer.ff_out."),
-    (r"^model\.layers\.(\d+)\.self_attn\.o_proj\.", r"model.transformer.blocks.\1.attn_out."),
-    (r"^model\.layers\.(\d+)\.self_attn\.(.)_proj\.", r"model.transformer.blocks.\1.\2_proj."),
-    (r"^model\.layers\.(\d+)\.mlp\.gate_proj\.", r"model.transformer.blocks.\1.ff_proj."),
-    (r"^model\.layers\.(\d+)\.mlp\.up_proj\.", r"model.transformer.blocks.\1.up_proj."),
-    (r"^model\.layers\.(\d+)\.mlp\.down_proj\.", r"model.transformer.blocks.\1.ff_out."),
-    (r"^model\.layers\.(\d+)\.input_layernorm\.", r"model.transformer.blocks.\1.attn_norm."),
-    (r"^model\.layers\.(\d+)\.post_attention_layernorm\.", r"model.transformer.blocks.\1.ff_norm."),
-)
 
 
 @dataclass(frozen=True)
@@ -303,8 +290,10 @@ def load_checkpoint(
 
 def llada_name(name: str) -> str:
     """The LLaDA hub format's name of a weight of transformers' Llama."""
-    for pattern, replacement in _LLADA_NAMES:
-        renamed, hits = re.subn(pattern, replacement, name)
+    for theirs, ours in LLADA.key_mapping.items():
+        pattern = re.escape(ours).replace(r"\\1", r"(\d+)")
+        published = theirs.removeprefix("^").replace(r"\.", ".").replace(r"(\d+)", r"\1")
+        renamed, hits = re.subn(f"^{pattern}", published, name)
         if hits:
             return renamed
     raise ValueError(f"name={name!r}: expected a weight of LlamaForCausalLM")

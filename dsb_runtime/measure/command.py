@@ -1,0 +1,79 @@
+"""What the commands that measure have in common: options, checks of arguments, tables."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from dsb_runtime.config import check_int
+from dsb_runtime.files import check_writable, read_json
+from dsb_runtime.measure.plots import check_picture
+
+LEAST = {
+    "batch": 1, "prompt_length": 1, "rounds": 1, "problems": 1, "profile_steps": 1, "warmup": 0,
+    "seed": 0,
+}  # fmt: skip
+
+
+def add_output(parser: Any) -> None:
+    """The options for files of figures."""
+    add = parser.add_argument
+    add("--json", type=Path, metavar="FILE", help="write the figures here")
+    add("--plot", type=Path, metavar="FILE.png", help="draw them")
+    add("--from", dest="source", type=Path, metavar="FILE",
+        help="measure nothing: print and draw what --json wrote")  # fmt: skip
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """Raise ValueError for a wrong argument of any of the commands; asked before a checkpoint is
+    read."""
+    named = {name: value for name, value in vars(args).items() if value is not None}
+    if {"source", "json"} <= named.keys():
+        raise ValueError("--from and --json: expected one of the two")
+    for name in LEAST.keys() & named.keys():
+        most = 2**63 - 1 if name == "seed" else None
+        for value in named[name] if isinstance(named[name], list) else [named[name]]:
+            check_int(f"--{name.replace('_', '-')}", value, LEAST[name], most)
+    check_writable("--json", named.get("json"))
+    check_picture("--plot", named.get("plot"))
+    trace = named.get("torch")
+    check_writable("--torch", trace)
+    if trace is not None and trace.suffix != ".json":
+        raise ValueError(f"--torch {trace}: expected a file ending in .json")
+
+
+def show_again(args: argparse.Namespace, show: Callable[[Any, Path | None], None]) -> int:
+    """`--from`: the table and the picture of what was measured before."""
+    record = read_json(args.source)
+    try:
+        show(record, args.plot)
+    except (KeyError, TypeError, ValueError, IndexError) as error:
+        raise ValueError(
+            f"--from {args.source}: expected what dsb {args.command} --json writes"
+        ) from error
+    return 0
+
+
+def table_of(
+    columns: Sequence[str], lines: Iterable[Sequence[str]], *, left: int | Sequence[int] = 0,
+    no_wrap: bool = False, **how: Any,
+) -> Table:  # fmt: skip
+    """A table whose columns are aligned to the right, but for those of the indices `left`."""
+    table = Table(**how)
+    words = (left,) if isinstance(left, int) else left
+    for index, name in enumerate(columns):
+        justify: Any = "left" if index in words else "right"
+        table.add_column(name, justify=justify, overflow="fold", no_wrap=no_wrap)
+    for line in lines:
+        table.add_row(*line)
+    return table
+
+
+def wide_console() -> Console:
+    """A console that cuts no table short where its output is a file."""
+    return Console(width=None if Console().is_terminal else 150)
