@@ -64,25 +64,21 @@ def check_bool(name: str, value: Any) -> None:
 class Setting:
     """What every door needs to know of one setting.
 
-    A bound is a number or the name of the setting that bounds this one. `optional`: None is
-    accepted as well. `unset`: what happens where the setting is not named, for help and docs.
-    `doors`: the name at a door that calls the setting something else.
+    A bound is a number or the name of the setting that bounds this one. `unset`: what happens
+    where the setting is not named, for help and docs. `doors`: the name at a door that calls the
+    setting something else.
     """
 
     default: Any
     help: str
-    kind: type[int] | type[float] | type[bool] | type[str]
-    group: str
-    low: float | str
-    high: float | str | None
-    open_low: bool
-    choices: tuple[str, ...]
-    unset: str
-    doors: Mapping[str, str]
-
-    @property
-    def optional(self) -> bool:
-        return self.default is None
+    kind: type[int] | type[float] | type[bool] | type[str] = int
+    group: str = DECODING
+    low: float | str = 1
+    high: float | str | None = None
+    open_low: bool = False
+    choices: tuple[str, ...] = ()
+    unset: str = ""
+    doors: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def accepted(self) -> str:
@@ -98,39 +94,25 @@ class Setting:
 
     def check(self, name: str, value: Any, others: Any) -> None:
         """Raise TypeError or ValueError unless `value` is accepted beside the config `others`."""
-        if value is None and self.optional:
+        low: Any = getattr(others, self.low) if isinstance(self.low, str) else self.low
+        high: Any = getattr(others, self.high) if isinstance(self.high, str) else self.high
+        if value is None and self.default is None:  # not named
             return
         if self.choices:
             check_choice(name, value, self.choices)
         elif self.kind is bool:
             check_bool(name, value)
+        elif self.kind is float:
+            check_real(name, value, low, high, open_low=self.open_low)
         else:
-            low: Any = getattr(others, self.low) if isinstance(self.low, str) else self.low
-            high: Any = getattr(others, self.high) if isinstance(self.high, str) else self.high
-            if self.kind is float:
-                check_real(name, value, low, high, open_low=self.open_low)
-                return
             why = f" (at least {self.low})" if isinstance(self.low, str) else ""
             why += f" (at most {self.high})" if isinstance(self.high, str) else ""
             check_int(name, value, low, high, why)
 
 
-def setting(
-    default: Any,
-    help: str,
-    *,
-    kind: type[int] | type[float] | type[bool] | type[str] = int,
-    group: str = DECODING,
-    low: float | str = 1,
-    high: float | str | None = None,
-    open_low: bool = False,
-    choices: tuple[str, ...] = (),
-    unset: str = "",
-    doors: Mapping[str, str] | None = None,
-) -> Any:
+def setting(default: Any, help: str, **how: Any) -> Any:
     """A field of `DecodingConfig`; the arguments are those of `Setting`."""
-    row = Setting(default, help, kind, group, low, high, open_low, choices, unset, doors or {})
-    return field(default=default, metadata={"setting": row})
+    return field(default=default, metadata={"setting": Setting(default, help, **how)})
 
 
 def rule_setting(rule: Rule) -> Any:
@@ -223,70 +205,41 @@ class DecodingConfig:
     )  # fmt: skip
 
     def __post_init__(self) -> None:
-        for name, row in settings(self).items():
-            row.check(name, getattr(self, name), self)
-        self._check_rule()
-        self._check_confidence()
-        self._check_schedule()
-        self._check_cache()
-
-    def _check_rule(self) -> None:
-        """At most one rule is named; without one the default rule's setting gets its value."""
+        for name, entry in settings().items():
+            entry.check(name, getattr(self, name), self)
         names = rule_names()
         named = [f"{n}={getattr(self, n)!r}" for n in names if getattr(self, n) is not None]
         if len(named) > 1:
             raise ValueError(f"{', '.join(named)}: expected at most one of {', '.join(names)}")
         if not named:
             object.__setattr__(self, DEFAULT_RULE.setting, DEFAULT_RULE.default)
+        for name, wrong, why in self._conflicts():
+            if wrong:
+                raise ValueError(f"{name}={getattr(self, name)!r}: {why}")
 
-    def _check_confidence(self) -> None:
-        """A rule's bound must be one of the confidence's own scale."""
-        if self.confidence == "entropy" and self.rule != "quota":
-            raise ValueError(
-                f"confidence='entropy': a negative entropy is no probability, which {self.rule} "
-                "needs; expected steps with it"
-            )
-        if self.confidence == "margin" and self.rule == "frechet":
-            raise ValueError(
-                f"frechet={self.frechet!r}: it bounds a product of probabilities; expected "
-                "confidence='probability'"
-            )
-
-    def _check_schedule(self) -> None:
-        if self.schedule != "naive":
-            return
-        if self.max_block_length is not None:
-            raise ValueError(
-                f"max_block_length={self.max_block_length!r}: only schedule='dsb' resizes its "
-                "block; expected None with schedule='naive'"
-            )
-        if self.steps is not None and self.steps % self.num_blocks:
-            raise ValueError(
-                f"steps={self.steps!r}: schedule='naive' spreads steps evenly over its "
-                f"{self.num_blocks} blocks; expected a multiple of {self.num_blocks}"
-            )
-
-    def _check_cache(self) -> None:
-        if self.prefix_window is not None and self.cache != "dsb":
-            raise ValueError(
-                f"prefix_window={self.prefix_window!r}: only cache='dsb' has a prefix window; "
-                f"expected None with cache={self.cache!r}"
-            )
-        if self.refresh_commit is not None and self.cache == "none":
-            raise ValueError(
-                f"refresh_commit={self.refresh_commit!r}: cache='none' has no refresh steps; "
-                "expected None"
-            )
-        if self.refresh_policy != "full" and self.cache == "none":
-            raise ValueError(
-                f"refresh_policy={self.refresh_policy!r}: cache='none' keeps no K/V; "
-                "expected 'full'"
-            )
-        if self.full_refresh_every is not None and self.refresh_policy == "full":
-            raise ValueError(
-                f"full_refresh_every={self.full_refresh_every!r}: every refresh is full with "
-                "refresh_policy='full'; expected None"
-            )
+    def _conflicts(self) -> list[tuple[str, bool, str]]:
+        """(setting, whether another one rules it out, the reason) of all such pairs."""
+        naive, full = self.schedule == "naive", self.refresh_policy == "full"
+        return [
+            ("confidence", self.confidence == "entropy" and self.rule != "quota",
+             f"a negative entropy is no probability, which {self.rule} needs; expected steps "
+             "with it"),
+            ("frechet", self.confidence == "margin" and self.rule == "frechet",
+             "it bounds a product of probabilities; expected confidence='probability'"),
+            ("max_block_length", naive and self.max_block_length is not None,
+             "only schedule='dsb' resizes its block; expected None with schedule='naive'"),
+            ("steps", naive and (self.steps or 0) % self.num_blocks > 0,
+             f"schedule='naive' spreads steps evenly over its {self.num_blocks} blocks; expected "
+             f"a multiple of {self.num_blocks}"),
+            ("prefix_window", self.cache != "dsb" and self.prefix_window is not None,
+             f"only cache='dsb' has a prefix window; expected None with cache={self.cache!r}"),
+            ("refresh_commit", self.cache == "none" and self.refresh_commit is not None,
+             "cache='none' has no refresh steps; expected None"),
+            ("refresh_policy", self.cache == "none" and not full,
+             "cache='none' keeps no K/V; expected 'full'"),
+            ("full_refresh_every", full and self.full_refresh_every is not None,
+             "every refresh is full with refresh_policy='full'; expected None"),
+        ]  # fmt: skip
 
     @property
     def num_blocks(self) -> int:
@@ -312,9 +265,9 @@ class DecodingConfig:
         return self.full_refresh_every or DEFAULT_FULL_EVERY
 
 
-def settings(config: Any = DecodingConfig) -> dict[str, Setting]:
+def settings() -> dict[str, Setting]:
     """Every setting by its name, in the order of the fields."""
-    return {f.name: f.metadata["setting"] for f in fields(config)}
+    return {f.name: f.metadata["setting"] for f in fields(DecodingConfig)}
 
 
 def rule_names() -> tuple[str, ...]:
@@ -325,15 +278,12 @@ def rule_names() -> tuple[str, ...]:
 def settings_table() -> list[tuple[str, str, str, str, str]]:
     """(name, type, default, accepted, help) of every setting, for the documentation."""
     return [
-        (name, row.kind.__name__, row.unset or str(row.default), row.accepted, row.help)
-        for name, row in settings().items()
+        (name, entry.kind.__name__, entry.unset or str(entry.default), entry.accepted, entry.help)
+        for name, entry in settings().items()
     ]
 
 
 def check_names(named: Mapping[str, Any]) -> None:
     """Raise TypeError for the first name that is no setting."""
-    unknown = sorted(set(named) - set(settings()))
-    if unknown:
-        raise TypeError(
-            f"{unknown[0]}={named[unknown[0]]!r}: expected one of {', '.join(settings())}"
-        )
+    for name in sorted(set(named) - set(settings())):
+        raise TypeError(f"{name}={named[name]!r}: expected one of {', '.join(settings())}")

@@ -17,20 +17,15 @@ from dsb_runtime.families import check_model
 LARGEST_BLOCK = 32  # published for responses of 128 positions and more
 
 
-def default_block(gen_length: int) -> int:
-    """A quarter of the response, from 1 to 32."""
-    return max(1, min(LARGEST_BLOCK, gen_length // 4))
-
-
 def defaults_for(
     model: PreTrainedModel | None, gen_length: int | None = None, **named: Any
 ) -> DecodingConfig:
-    """The settings of a call: those that are named, and defaults for the others.
+    """The settings of a call: those that the caller names, and defaults for the others.
 
     Args:
         model: from `load_model` or `patch`; None checks settings before a model is read.
-        gen_length: response positions; None is the model's
-            `generation_config.max_new_tokens`, or 256.
+        gen_length: response positions; None is the model's `generation_config.max_new_tokens`,
+            or 256.
         named: other settings by name. Without `block_length` it is a quarter of the response, at
             most 32; without `stop_at_eos` it is whether the model has an EOS.
 
@@ -42,7 +37,8 @@ def defaults_for(
         own = getattr(model, "generation_config", None)
         gen_length = getattr(own, "max_new_tokens", None) or settings()["gen_length"].default
     check_int("gen_length", gen_length, 1)
-    defaults: dict[str, Any] = {"block_length": default_block(gen_length)}
+    block_length = max(1, min(LARGEST_BLOCK, gen_length // 4))
+    defaults: dict[str, Any] = {"block_length": block_length}
     if model is not None:
         defaults["stop_at_eos"] = bool(check_model(model).eos_ids)
     return DecodingConfig(**{**defaults, **named, "gen_length": gen_length})

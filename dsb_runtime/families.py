@@ -22,8 +22,8 @@ class Family:
     `key_mapping` renames published weights to transformers' names (used where the checkpoint has
     them). `defaults` says what fields absent from a config mean to the published code. `allowed`
     lists, for config fields that change the result, the only values whose result is reproduced
-    (None: absent). `shift`: the logits of row i-1 predict token i. `turn_ends`: ids that end a turn
-    beside the config's EOS, known by that EOS.
+    (None: absent). `shift`: the logits of position i - 1 predict the token of position i.
+    `turn_ends`: ids that end a turn beside the config's EOS, by that EOS.
     """
 
     name: str
@@ -82,14 +82,14 @@ def rope_parameters(raw: RawConfig) -> dict[str, Any]:
 
     Scaled and partial RoPE are refused: neither family was published with one.
     """
-    given = raw.get("rope_parameters", {})
-    plain = isinstance(given, dict) and given.get("rope_type", "default") == "default"
-    if not plain or set(given) - {"rope_type", "rope_theta"}:
+    rope = raw.get("rope_parameters", {})
+    plain = isinstance(rope, dict) and rope.get("rope_type", "default") == "default"
+    if not plain or set(rope) - {"rope_type", "rope_theta"}:
         raise ValueError(
-            f"config.json has rope_parameters={given!r}, not supported: "
+            f"config.json has rope_parameters={rope!r}, not supported: "
             "expected rope_type='default' and rope_theta only"
         )
-    theta = real("rope_theta", given.get("rope_theta", raw.get("rope_theta", 10000.0)))
+    theta = real("rope_theta", rope.get("rope_theta", raw.get("rope_theta", 10000.0)))
     if raw.get("rope_theta", theta) != theta:
         raise ValueError(
             f"config.json has rope_theta={raw['rope_theta']!r} and {theta!r} in rope_parameters: "
@@ -98,23 +98,25 @@ def rope_parameters(raw: RawConfig) -> dict[str, Any]:
     return {"rope_type": "default", "rope_theta": theta}
 
 
-# Special ids are checked and kept in `DiffusionInfo`; transformers would fill in its own.
+# `DiffusionInfo` has the special ids; transformers would fill in its own.
 NO_IDS: dict[str, Any] = {"pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
 
+LLAMA_DEFAULTS = {"rms_norm_eps": 1e-6}
 # What an absent field means to LLaDA's configuration class, which inherits GPT-2's values.
 LLADA_DEFAULTS = {
-    "activation_type": "swiglu",
-    "block_type": "sequential",
-    "layer_norm_type": "default",
-    "rope": False,
-    "rms_norm_eps": 1e-5,
-    "weight_tying": True,
-}
-LLAMA_DEFAULTS = {"rms_norm_eps": 1e-6}
+    "activation_type": "swiglu", "block_type": "sequential", "layer_norm_type": "default",
+    "rope": False, "rms_norm_eps": 1e-5, "weight_tying": True,
+}  # fmt: skip
 
 
-def llada_defaults(raw: RawConfig) -> RawConfig:
-    return LLADA_DEFAULTS if "d_model" in raw else LLAMA_DEFAULTS
+def shared_fields(raw: RawConfig) -> dict[str, Any]:
+    """The fields that both families' configs name alike."""
+    return {
+        "rms_norm_eps": real("rms_norm_eps", raw["rms_norm_eps"]),
+        "rope_parameters": rope_parameters(raw),
+        "tie_word_embeddings": bool(raw.get("tie_word_embeddings", False)),
+        **NO_IDS,
+    }
 
 
 def build_llada(raw: RawConfig) -> LlamaConfig:
@@ -122,6 +124,7 @@ def build_llada(raw: RawConfig) -> LlamaConfig:
     hidden = size(raw, "hidden_size", "d_model")
     heads = size(raw, "num_attention_heads", "n_heads")
     mlp = {"intermediate_size", "mlp_hidden_size"} & set(raw)
+    tied = {"tie_word_embeddings": raw["weight_tying"]} if "weight_tying" in raw else {}
     return LlamaConfig(
         vocab_size=size(raw, "embedding_size", "vocab_size"),
         hidden_size=hidden,
@@ -131,101 +134,82 @@ def build_llada(raw: RawConfig) -> LlamaConfig:
         num_key_value_heads=size({"n": heads, **raw}, "num_key_value_heads", "n_kv_heads", "n"),
         head_dim=size({"n": hidden // heads, **raw}, "head_dim", "n"),
         max_position_embeddings=size(raw, "max_position_embeddings", "max_sequence_length"),
-        rms_norm_eps=real("rms_norm_eps", raw["rms_norm_eps"]),
-        rope_parameters=rope_parameters(raw),
-        tie_word_embeddings=bool(raw.get("weight_tying", raw.get("tie_word_embeddings", False))),
-        **NO_IDS,
         attention_bias=False,
         mlp_bias=False,
+        **shared_fields({**raw, **tied}),
     )
 
 
 def build_dream(raw: RawConfig) -> Qwen2Config:
     """Dream's config is Qwen2's with a mask id."""
-    return Qwen2Config(
-        vocab_size=size(raw, "vocab_size"),
-        hidden_size=size(raw, "hidden_size"),
-        intermediate_size=size(raw, "intermediate_size"),
-        num_hidden_layers=size(raw, "num_hidden_layers"),
-        num_attention_heads=size(raw, "num_attention_heads"),
-        num_key_value_heads=size(raw, "num_key_value_heads"),
-        max_position_embeddings=size(raw, "max_position_embeddings"),
-        rms_norm_eps=real("rms_norm_eps", raw["rms_norm_eps"]),
-        rope_parameters=rope_parameters(raw),
-        tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
-        **NO_IDS,
-        use_sliding_window=False,
-    )
+    names = (
+        "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+        "num_attention_heads", "num_key_value_heads", "max_position_embeddings",
+    )  # fmt: skip
+    sizes: dict[str, Any] = {name: size(raw, name) for name in names}
+    return Qwen2Config(**sizes, **shared_fields(raw), use_sliding_window=False)
 
 
-BLOCK = r"^model\.transformer\.blocks\.(\d+)\."
-LAYER = r"model.layers.\1."
+# The modules of a layer under LLaDA's names, and under Llama's.
+LAYER_NAMES = {
+    "q_proj": "self_attn.q_proj", "k_proj": "self_attn.k_proj", "v_proj": "self_attn.v_proj",
+    "attn_out": "self_attn.o_proj", "ff_proj": "mlp.gate_proj", "up_proj": "mlp.up_proj",
+    "ff_out": "mlp.down_proj", "attn_norm": "input_layernorm",
+    "ff_norm": "post_attention_layernorm",
+}  # fmt: skip
+SHARED_ALLOWED: dict[str, tuple[Any, ...]] = {
+    "hidden_act": ("silu", None),
+    "rope_scaling": (None,),
+    "partial_rotary_factor": (None, 1, 1.0),
+    "quantization_config": (None,),
+}
 
 LLADA = Family(
     name="llada",
     model_types=("llada",),
     model_class="LlamaForCausalLM",
     build_config=build_llada,
-    defaults=llada_defaults,
+    defaults=lambda raw: LLADA_DEFAULTS if "d_model" in raw else LLAMA_DEFAULTS,
     key_mapping={
         r"^model\.transformer\.wte\.": "model.embed_tokens.",
-        BLOCK + r"q_proj\.": LAYER + "self_attn.q_proj.",
-        BLOCK + r"k_proj\.": LAYER + "self_attn.k_proj.",
-        BLOCK + r"v_proj\.": LAYER + "self_attn.v_proj.",
-        BLOCK + r"attn_out\.": LAYER + "self_attn.o_proj.",
-        BLOCK + r"ff_proj\.": LAYER + "mlp.gate_proj.",
-        BLOCK + r"up_proj\.": LAYER + "mlp.up_proj.",
-        BLOCK + r"ff_out\.": LAYER + "mlp.down_proj.",
-        BLOCK + r"attn_norm\.": LAYER + "input_layernorm.",
-        BLOCK + r"ff_norm\.": LAYER + "post_attention_layernorm.",
+        **{
+            rf"^model\.transformer\.blocks\.(\d+)\.{theirs}\.": rf"model.layers.\1.{ours}."
+            for theirs, ours in LAYER_NAMES.items()
+        },
         r"^model\.transformer\.ln_f\.": "model.norm.",
         r"^model\.transformer\.ff_out\.": "lm_head.",
     },
     allowed={
-        "alibi": (False, None),
-        "scale_logits": (False, None),
+        **dict.fromkeys(
+            ("alibi", "scale_logits", "bias_for_layer_norm", "attention_layer_norm",
+             "input_emb_norm", "include_bias", "include_qkv_bias", "attention_bias", "mlp_bias",
+             "multi_query_attention"), (False, None),
+        ),
+        "rope": (True, None),
+        "layer_norm_with_affine": (True, None),
         "block_type": ("llama", None),
         "block_group_size": (1, None),
         "activation_type": ("silu", None),
-        "hidden_act": ("silu", None),
         "layer_norm_type": ("rms", None),
-        "layer_norm_with_affine": (True, None),
-        "bias_for_layer_norm": (False, None),
-        "attention_layer_norm": (False, None),
-        "input_emb_norm": (False, None),
-        "include_bias": (False, None),
-        "include_qkv_bias": (False, None),
-        "attention_bias": (False, None),
-        "mlp_bias": (False, None),
-        "multi_query_attention": (False, None),
         "clip_qkv": (None,),
-        "rope": (True, None),
-        "rope_scaling": (None,),
         "rope_scaling_factor": (None, 1, 1.0),
-        "partial_rotary_factor": (None, 1, 1.0),
-        "quantization_config": (None,),
+        **SHARED_ALLOWED,
     },
     shift=False,
     prefix_window=24,
     refresh_commit="select",
     nucleus=False,
     turn_ends={126081: (126348,)},
-)
+)  # fmt: skip
 
 DREAM = Family(
     name="dream",
     model_types=("Dream", "dream"),
     model_class="Qwen2ForCausalLM",
     build_config=build_dream,
-    defaults=lambda raw: {"rms_norm_eps": 1e-6},
+    defaults=lambda raw: LLAMA_DEFAULTS,
     key_mapping={},
-    allowed={
-        "hidden_act": ("silu", None),
-        "use_sliding_window": (False, None),
-        "rope_scaling": (None,),
-        "partial_rotary_factor": (None, 1, 1.0),
-        "quantization_config": (None,),
-    },
+    allowed={"use_sliding_window": (False, None), **SHARED_ALLOWED},
     shift=True,
     prefix_window=4,
     refresh_commit="first",
@@ -243,12 +227,11 @@ def find_family(raw: RawConfig, name: str | None = None) -> Family:
     Raises:
         ValueError: `name` is not a family, or the config's `model_type` belongs to none.
     """
-    if name is None:
-        name = raw.get("dsb_family")
-    if name is not None:
-        if name not in FAMILIES:
-            raise ValueError(f"family={name!r}: expected one of {', '.join(FAMILIES)}")
+    name = raw.get("dsb_family") if name is None else name
+    if name in FAMILIES:
         return FAMILIES[name]
+    if name is not None:
+        raise ValueError(f"family={name!r}: expected one of {', '.join(FAMILIES)}")
     model_type = raw.get("model_type")
     for family in FAMILIES.values():
         if model_type in family.model_types:
@@ -267,13 +250,13 @@ def supported_config(raw: RawConfig, family: Family) -> PretrainedConfig:
         ValueError: a field that is missing, malformed or would change the result; names the field,
             its value and what is supported.
     """
-    given = {name: value for name, value in raw.items() if value is not None}
-    full = {**family.defaults(given), **given}
+    present = {name: value for name, value in raw.items() if value is not None}
+    full = {**family.defaults(present), **present}
     for name, accepted in family.allowed.items():
         value = full.get(name)
         if not any(value is a or (type(value) is type(a) and value == a) for a in accepted):
-            said = f"{name}={value!r}" if name in given else f"no {name}, which means {value!r}"
+            what = f"{name}={value!r}" if name in present else f"no {name}, which means {value!r}"
             raise ValueError(
-                f"config.json has {said}, not supported for {family.name}: expected {accepted[0]!r}"
+                f"config.json has {what}, not supported for {family.name}: expected {accepted[0]!r}"
             )
     return family.build_config(full)

@@ -1,4 +1,4 @@
-"""Files of results: whether one can be written, and JSON written whole or not at all."""
+"""Files of results: whether a file can be written, and JSON that is never half written."""
 
 from __future__ import annotations
 
@@ -9,14 +9,9 @@ from typing import Any
 
 
 def check_writable(name: str, path: Path | None) -> None:
-    """Raise unless the file can be written, by trying; what it holds stays.
+    """Raise ValueError unless a file can be written, by opening it; its content stays.
 
-    Args:
-        name: the argument that named the file.
-        path: the file; None means that none was asked for.
-
-    Raises:
-        ValueError: the message names the argument, the file and the reason.
+    `name` is the argument that named the file. A path of None stands for no file.
     """
     if path is None:
         return
@@ -39,10 +34,10 @@ def check_writable(name: str, path: Path | None) -> None:
 
 
 def write_json(path: Path, record: Any) -> None:
-    """Write a JSON file whole or not at all, so that an interrupt leaves what it held.
+    """Write a JSON file whole or not at all: after an interrupt it has its old content.
 
-    A pipe, a link, and a file in a folder that takes no other file are written in place, because
-    a rename would replace them.
+    A rename would replace a pipe or a link, and cannot be done in a folder that takes no other
+    file. These are written in place.
     """
     text = json.dumps(record, indent=1) + "\n"
     special = path.is_symlink() or (path.exists() and not path.is_file())
@@ -55,11 +50,7 @@ def write_json(path: Path, record: Any) -> None:
 
 
 def read_json(path: Path, name: str = "--from") -> Any:
-    """The JSON in a file that the argument `name` named.
-
-    Raises:
-        ValueError: no such file, or no JSON in it.
-    """
+    """The JSON in a file that the argument `name` named; ValueError where there is none."""
     try:
         return json.loads(path.read_text("utf-8"))
     except OSError as error:

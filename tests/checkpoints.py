@@ -16,20 +16,13 @@ from tests import golden
 
 # LLaDA's weight names and Llama's, written out: a second opinion on the runtime's patterns.
 LLAMA_NAMES = {
-    "model.transformer.blocks.": "model.layers.",
-    "attn_out.": "self_attn.o_proj.",
-    "q_proj.": "self_attn.q_proj.",
-    "k_proj.": "self_attn.k_proj.",
-    "v_proj.": "self_attn.v_proj.",
-    "ff_proj.": "mlp.gate_proj.",
-    "up_proj.": "mlp.up_proj.",
-    "attn_norm.": "input_layernorm.",
-    "ff_norm.": "post_attention_layernorm.",
-    "model.transformer.wte.": "model.embed_tokens.",
-    "model.transformer.ln_f.": "model.norm.",
-    "model.transformer.ff_out.": "lm_head.",
+    "model.transformer.blocks.": "model.layers.", "attn_out.": "self_attn.o_proj.",
+    "q_proj.": "self_attn.q_proj.", "k_proj.": "self_attn.k_proj.", "v_proj.": "self_attn.v_proj.",
+    "ff_proj.": "mlp.gate_proj.", "up_proj.": "mlp.up_proj.", "attn_norm.": "input_layernorm.",
+    "ff_norm.": "post_attention_layernorm.", "model.transformer.wte.": "model.embed_tokens.",
+    "model.transformer.ln_f.": "model.norm.", "model.transformer.ff_out.": "lm_head.",
     "ff_out.": "mlp.down_proj.",
-}
+}  # fmt: skip
 CHAT_TEMPLATE = "{% for m in messages %}w2 {{ m['content'] }} w3{% endfor %}"
 GOLDEN_IDS = load_file(golden.DATA / "llada" / "forward.safetensors")["input_ids"][None]
 
@@ -72,6 +65,16 @@ def write(
     return folder
 
 
+def write_changed(
+    folder: Path, family: str = "llada", weights: dict[str, Tensor] | None = None, shards: int = 1,
+    **fields: Any,
+) -> Path:  # fmt: skip
+    """A golden checkpoint with other config fields, where `...` removes one, or other weights."""
+    config, own = parts(family)
+    config = {name: value for name, value in {**config, **fields}.items() if value is not ...}
+    return write(folder, config, own if weights is None else weights, shards)
+
+
 def logits(model: PreTrainedModel, ids: Tensor = GOLDEN_IDS) -> Tensor:
     """(L, V) logits of one row of ids."""
     with torch.no_grad():
@@ -80,19 +83,15 @@ def logits(model: PreTrainedModel, ids: Tensor = GOLDEN_IDS) -> Tensor:
 
 def write_chat_model(folder: Path) -> Path:
     """The golden LLaDA model with a word-level tokenizer (`w0` ... `w510`) and a chat template."""
-    config, weights = parts("llada")
-    write(folder, config, weights)
+    write_changed(folder)
     words = {f"w{i}": i for i in range(511)} | {"<mask>": 511}
     words["<end>"] = words.pop("w1")  # id 1 is the EOS
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        eos_token="<end>",
-        mask_token="<mask>",
-        unk_token="w0",
+        tokenizer_object=tokenizer, eos_token="<end>", mask_token="<mask>", unk_token="w0",
         chat_template=CHAT_TEMPLATE,
-    ).save_pretrained(folder)
+    ).save_pretrained(folder)  # fmt: skip
     return folder
 
 
@@ -110,8 +109,8 @@ REMOTE = {  # as the published repositories have it
 
 
 def published(folder: Path, family: str, **changes: Any) -> Path:
-    config, weights = parts(family)
-    return write(folder, {**config, "auto_map": REMOTE[family], **changes}, weights)
+    """A golden checkpoint whose config names code in the repository, as the published ones do."""
+    return write_changed(folder, family, **{"auto_map": REMOTE[family], **changes})
 
 
 def write_dream_tokenizer(folder: Path) -> None:

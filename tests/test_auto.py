@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -20,20 +20,21 @@ from transformers import (
 
 import dsb_runtime as dsb
 from tests import golden
-from tests.checkpoints import parts, published, write, write_chat_model, write_dream_tokenizer
+from tests.checkpoints import (
+    logits,
+    parts,
+    published,
+    write_changed,
+    write_chat_model,
+    write_dream_tokenizer,
+)
 
 KINDS = {"llada": LlamaForCausalLM, "dream": Qwen2ForCausalLM}
 
 
-def reference(family: str) -> tuple[Tensor, Tensor]:
-    saved = load_file(golden.DATA / family / "forward.safetensors")
-    return saved["input_ids"][None], saved["logits"]
-
-
 def error_of(model: torch.nn.Module, family: str) -> float:
-    ids, logits = reference(family)
-    with torch.no_grad():
-        return float((model(ids).logits[0] - logits).abs().max())
+    reference = load_file(golden.DATA / family / "forward.safetensors")
+    return float((logits(model, reference["input_ids"][None]) - reference["logits"]).abs().max())
 
 
 @pytest.fixture(autouse=True)
@@ -60,9 +61,7 @@ def test_published_folders_load_natively(tmp_path, family, trust, auto):
 @pytest.mark.parametrize("family", golden.FAMILIES)
 def test_generate_takes_the_model(family):
     model = AutoModelForCausalLM.from_pretrained(golden.DATA / family, dtype="float32")
-    case = golden.cases(family)[0]
-    out = dsb.generate(model, torch.tensor([case["prompt"]]), **golden.settings(case))
-    assert out.sequences[0].tolist() == case["sequence"]
+    golden.check_trajectory(functools.partial(dsb.generate, model), family, 0)
 
 
 def test_config_tells_the_network(tmp_path):
@@ -70,11 +69,8 @@ def test_config_tells_the_network(tmp_path):
     assert (config.model_type, config.hidden_size, config.num_hidden_layers) == ("llada", 64, 3)
     assert config.is_causal is False and config.mask_token_id == 511
     assert not hasattr(config, "auto_map"), "a saved copy must not name a repository's code"
-
-
-def test_both_spellings_of_dream(tmp_path):
-    folder = published(tmp_path, "dream", model_type="dream")
-    assert error_of(AutoModelForCausalLM.from_pretrained(folder), "dream") < 1e-4
+    lower = published(tmp_path / "b", "dream", model_type="dream")  # the other spelling
+    assert error_of(AutoModelForCausalLM.from_pretrained(lower), "dream") < 1e-4
 
 
 @pytest.mark.parametrize("family", golden.FAMILIES)
@@ -109,40 +105,32 @@ def test_arguments_reach_transformers(tmp_path):
     model = AutoModelForCausalLM.from_pretrained(folder, config=config, eos_ids=(3, 4))
     assert model.config.max_position_embeddings == 77
     assert model.dsb.eos_ids == (3, 4)
-
-
-def test_from_config_knows_its_ids():
     model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(golden.DATA / "dream"))
     assert model.dsb == golden.model("dream").dsb
 
 
 def test_load_models_checks_hold(tmp_path):
-    config, weights = parts("llada")
-    dropped = next(name for name in weights if "attn_out" in name)
-    folder = write(tmp_path / "a", config, {k: v for k, v in weights.items() if k != dropped})
+    weights = parts("llada")[1]
+    del weights[next(name for name in weights if "attn_out" in name)]
     with pytest.raises(ValueError, match="missing weight"):
-        AutoModelForCausalLM.from_pretrained(folder)
+        AutoModelForCausalLM.from_pretrained(write_changed(tmp_path / "a", weights=weights))
     with pytest.raises(ValueError, match="alibi=True, not supported"):
-        AutoConfig.from_pretrained(write(tmp_path / "b", {**config, "alibi": True}, weights))
-    del config["mask_token_id"]
-    folder = write(tmp_path / "c", config, weights)
+        AutoConfig.from_pretrained(write_changed(tmp_path / "b", alibi=True))
+    folder = write_changed(tmp_path / "c", mask_token_id=...)
     with pytest.raises(ValueError, match="no mask_token_id: name it"):
         AutoModelForCausalLM.from_pretrained(folder)
     assert AutoModelForCausalLM.from_pretrained(folder, mask_id=511).dsb.mask_id == 511
 
 
-def test_lladas_tokenizer(tmp_path):
-    folder = write_chat_model(tmp_path)
+def test_tokenizers(tmp_path):
+    folder = write_chat_model(tmp_path / "llada")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     assert tokenizer("w5 w6").input_ids == dsb.load_tokenizer(folder)("w5 w6").input_ids == [5, 6]
-
-
-def test_dreams_tokenizer(tmp_path):
-    folder = published(tmp_path, "dream")
+    folder = published(tmp_path / "dream", "dream")
     write_dream_tokenizer(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     assert isinstance(tokenizer, Qwen2Tokenizer)
     assert tokenizer("abb").input_ids == [3, 2]
     tokenizer.save_pretrained(tmp_path / "again")
-    write(tmp_path / "again", *parts("dream"))
+    write_changed(tmp_path / "again", "dream")
     assert AutoTokenizer.from_pretrained(tmp_path / "again")("abb").input_ids == [3, 2]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -102,9 +103,8 @@ REALS = ("threshold", "factor", "frechet", "temperature", "top_p")
 @pytest.mark.parametrize(("settings", "said"), WRONG_VALUES)
 def test_values_of_settings(settings, said):
     refused(golden.model("llada"), ValueError, said, **{**SHAPE, **settings})
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(ValueError, match=re.escape(said)):
         dsb.DecodingConfig(**{**SHAPE, **settings})
-    assert said in str(caught.value)
 
 
 @pytest.mark.parametrize("name", [*INTS, *REALS, "stop_at_eos"])
@@ -116,22 +116,12 @@ def test_types_of_settings(name, value):
     refused(golden.model("llada"), TypeError, f"{name}={value!r}: expected", **{name: value})
 
 
-@pytest.mark.parametrize(
-    ("name", "value"), [("block_length", None), ("gen_length", True), ("gen_length", 8.0)]
-)
-def test_required_ints_take_no_none_or_bool(name, value):
-    refused(golden.model("llada"), TypeError, f"{name}={value!r}", **{name: value})
-    with pytest.raises(TypeError, match="gen_length=None"):
-        dsb.DecodingConfig(gen_length=None)
-
-
 def test_the_default_threshold_gives_way():
     assert dsb.DecodingConfig().threshold == 0.9
     for rule in ({"factor": 1.0}, {"frechet": 0.2}, {"steps": 4}, {"threshold": 0.0}):
-        config = dsb.DecodingConfig(**rule)
-        named = {n: v for n in ("threshold", "factor", "frechet", "steps")
-                 if (v := getattr(config, n)) is not None}  # fmt: skip
-        assert named == rule
+        config = vars(dsb.DecodingConfig(**rule))
+        names = ("threshold", "factor", "frechet", "steps")
+        assert {n: config[n] for n in names if config[n] is not None} == rule
 
 
 def test_names_of_settings(model):
@@ -140,9 +130,12 @@ def test_names_of_settings(model):
     refused(model, TypeError, "config and steps", config=config, steps=4)
     for wrong in (SHAPE, 16, "dsb"):
         refused(model, TypeError, f"config={wrong!r}: expected a DecodingConfig", config=wrong)
+    refused(model, TypeError, "block_length=None", block_length=None)
+    with pytest.raises(TypeError, match="gen_length=None"):
+        dsb.DecodingConfig(gen_length=None)
 
 
-def test_settings_of_the_other_family():
+def test_settings_that_depend_on_the_model():
     llada, dream = golden.model("llada"), golden.model("dream")
     refused(llada, ValueError, "top_p=0.9: llada samples", **SHAPE, top_p=0.9)
     refused(llada, ValueError, "top_k=5: llada samples", **SHAPE, top_k=5)
@@ -150,12 +143,9 @@ def test_settings_of_the_other_family():
     refused(dream, ValueError, *said, **SHAPE, prefix_window=0)
     out = dsb.generate(llada, PROMPT, **SHAPE, prefix_window=0)
     assert not (out.sequences == 511).any()
-
-
-def test_stop_at_eos_needs_an_eos():
-    model = dsb.load_model(golden.DATA / "llada", device="cpu", eos_ids=())
-    refused(model, ValueError, "stop_at_eos=True: the model names no EOS", stop_at_eos=True)
-    assert dsb.generate(model, PROMPT, **SHAPE).row_tokens == [16]
+    endless = dsb.load_model(golden.DATA / "llada", device="cpu", eos_ids=())
+    refused(endless, ValueError, "stop_at_eos=True: the model names no EOS", stop_at_eos=True)
+    assert dsb.generate(endless, PROMPT, **SHAPE).row_tokens == [16]
 
 
 # --- prompts ----------------------------------------------------------------------------------
@@ -199,39 +189,35 @@ def test_int32_prompts_and_the_last_position_are_fine():
     assert out.sequences.shape == (1, 1024) and out.sequences.dtype == torch.int64
 
 
-def masks(rows: list[list[Any]], **how: Any) -> torch.Tensor:
-    return torch.tensor(rows, **how)
-
-
 WRONG_MASKS = [
-    (masks([[1, 1, 1, 0]]), ValueError, ("left padding",)),
-    (masks([[1, 0, 1, 1]]), ValueError, ("left padding",)),
-    (masks([[0, 1, 0, 1]]), ValueError, ("left padding",)),
-    (masks([[0, 0, 0, 0]]), ValueError, ("row 0 is all padding",)),
-    (masks([[1, 1, 1]]), ValueError, ("shape (1, 3)", "(1, 4)")),
-    (masks([1, 1, 1, 1]), ValueError, ("shape (4,)",)),
-    (masks([[0, 1, 2, 1]]), ValueError, ("0 (padding) and 1 (prompt) only",)),
-    (masks([[0, 1, -1, 1]]), ValueError, ("0 (padding) and 1 (prompt) only",)),
-    (masks([[0.0, 0.5, 1.0, 1.0]]), TypeError, ("torch.float32", "integers or torch.bool")),
-    ([[1, 1, 1, 1]], TypeError, ("attention_mask=list",)),
-    (torch.ones(1, 4, dtype=torch.int64, device="meta"), ValueError, ("is on meta",)),
+    ([[1, 1, 1, 0]], ValueError, ("left padding",)),
+    ([[1, 0, 1, 1]], ValueError, ("left padding",)),
+    ([[0, 1, 0, 1]], ValueError, ("left padding",)),
+    ([[0, 0, 0, 0]], ValueError, ("row 0 is all padding",)),
+    ([[1, 1, 1, 1], [0, 0, 0, 0]], ValueError, ("row 1 is all padding",)),
+    ([[1, 1, 1]], ValueError, ("shape (1, 3)", "(1, 4)")),
+    ([1, 1, 1, 1], ValueError, ("shape (4,)",)),
+    ([[0, 1, 2, 1]], ValueError, ("0 (padding) and 1 (prompt) only",)),
+    ([[0, 1, -1, 1]], ValueError, ("0 (padding) and 1 (prompt) only",)),
+    ([[0.0, 0.5, 1.0, 1.0]], TypeError, ("torch.float32", "integers or torch.bool")),
 ]
 
 
 @pytest.mark.parametrize(("mask", "kind", "said"), WRONG_MASKS)
 def test_attention_masks(model, mask, kind, said):
-    refused(model, kind, "attention_mask", *said, attention_mask=mask, **SHAPE)
+    ids, mask = PROMPT.repeat(2 if len(mask) == 2 else 1, 1), torch.tensor(mask)
+    refused(model, kind, "attention_mask", *said, ids=ids, attention_mask=mask, **SHAPE)
 
 
-def test_a_row_that_is_all_padding_is_named(model):
-    mask = masks([[1, 1, 1, 1], [0, 0, 0, 0]])
-    refused(model, ValueError, "row 1 is all padding", ids=PROMPT.repeat(2, 1),
-            attention_mask=mask, **SHAPE)  # fmt: skip
+def test_attention_masks_that_are_no_tensors_here(model):
+    refused(model, TypeError, "attention_mask=list", attention_mask=[[1, 1, 1, 1]], **SHAPE)
+    elsewhere = torch.ones(1, 4, dtype=torch.int64, device="meta")
+    refused(model, ValueError, "attention_mask is on meta", attention_mask=elsewhere, **SHAPE)
 
 
 def test_padding_may_hold_the_mask_id_and_the_mask_may_be_bool(model):
     padded = torch.tensor([[511, 5, 6, 7, 8]])
-    mask = masks([[0, 1, 1, 1, 1]]).bool()
+    mask = torch.tensor([[0, 1, 1, 1, 1]]).bool()
     out = dsb.generate(model, padded, attention_mask=mask, **SHAPE)
     alone = dsb.generate(model, PROMPT, **SHAPE)
     assert out.sequences[0, 5:].tolist() == alone.sequences[0, 4:].tolist()
@@ -247,62 +233,57 @@ def test_models_and_generators(model):
 
 
 @contextlib.contextmanager
-def broken_head(model: PreTrainedModel, value: float) -> Iterator[None]:
-    """One weight of the LM head is `value`: every row's logits hold a NaN."""
-    weight = model.lm_head.weight
-    kept = weight[7, 3].item()
+def broken(weight: torch.Tensor, place: Any, value: float = NAN) -> Iterator[None]:
+    """A weight is `value` at one place."""
+    kept = weight[place].clone()
     with torch.no_grad():
-        weight[7, 3] = value
+        weight[place] = value
     try:
         yield
     finally:
         with torch.no_grad():
-            weight[7, 3] = kept
+            weight[place] = kept
 
 
-SAMPLING = [{}, {"temperature": 0.7}]
+HEAD = (7, 3)  # every row's logits are NaN where the LM head is so at this place
+BREAKABLE = [
+    *(
+        (family, {"cache": cache, **sampling})
+        for family in golden.FAMILIES
+        for cache in ("none", "dual", "dsb")
+        for sampling in ({}, {"temperature": 0.7})
+    ),
+    *(("dream", cuts) for cuts in
+      ({"top_p": 0.9}, {"top_k": 5}, {"top_k": 5, "temperature": 1.0})),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize("sampling", SAMPLING)
-@pytest.mark.parametrize("cache", ["none", "dual", "dsb"])
-def test_nan_logits_are_an_error_that_names_the_step(model, sampling, cache):
-    with (
-        broken_head(model, NAN),
-        pytest.raises(FloatingPointError, match=r"^step 0: .* NaN \(row 0\)$"),
-    ):
-        dsb.generate(model, PROMPT, cache=cache, **SHAPE, **sampling)
+@pytest.mark.parametrize(("family", "settings"), BREAKABLE)
+def test_nan_logits_are_an_error_that_names_the_step(family, settings):
+    model, said = golden.model(family), r"^step 0: .* NaN \(row 0\)$"
+    with broken(model.lm_head.weight, HEAD), pytest.raises(FloatingPointError, match=said):
+        dsb.generate(model, PROMPT, **SHAPE, **settings)
 
 
-@pytest.mark.parametrize("cuts", [{"top_p": 0.9}, {"top_k": 5}, {"top_k": 5, "temperature": 1.0}])
-def test_nan_logits_under_dreams_cuts(cuts):
-    model = golden.model("dream")
-    with broken_head(model, NAN), pytest.raises(FloatingPointError, match=r"^step 0"):
-        dsb.generate(model, PROMPT, **SHAPE, **cuts)
-
-
-@pytest.mark.parametrize("sampling", SAMPLING)
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 0.7}])
 def test_nan_logits_of_one_row_name_it(model, sampling):
     """Token 9 in the second prompt alone has no embedding."""
-    weight = model.get_input_embeddings().weight
-    kept = weight[9].clone()
     ids = torch.tensor([[5, 6, 7], [5, 9, 7], [5, 6, 8]])
-    with torch.no_grad():
-        weight[9] = NAN
-    try:
-        with pytest.raises(FloatingPointError, match=r"step 0: .*\(row 1\)"):
-            dsb.generate(model, ids, **SHAPE, **sampling)
-    finally:
-        with torch.no_grad():
-            weight[9] = kept
+    said = r"step 0: .*\(row 1\)"
+    with (
+        broken(model.get_input_embeddings().weight, 9),
+        pytest.raises(FloatingPointError, match=said),
+    ):
+        dsb.generate(model, ids, **SHAPE, **sampling)
 
 
 def test_nan_logits_later_name_the_later_step(model):
     """The model breaks after its second forward."""
-    with pytest.raises(FloatingPointError, match=r"^step 2: "), broken_head(model, 0.0):
+    weight = model.lm_head.weight
 
-        def spoil(event: dsb.StepEvent) -> None:
-            if event.index == 1:
-                with torch.no_grad():
-                    model.lm_head.weight[7, 3] = NAN
+    def spoil(event: dsb.StepEvent) -> None:
+        if event.index == 1:
+            weight.data[HEAD] = NAN
 
+    with pytest.raises(FloatingPointError, match=r"^step 2: "), broken(weight, HEAD, 0.0):
         dsb.generate(model, PROMPT, on_step=spoil, steps=8, **SHAPE)

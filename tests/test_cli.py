@@ -18,7 +18,7 @@ import torch
 import dsb_runtime as dsb
 from dsb_runtime.cli.main import main
 from tests import golden
-from tests.checkpoints import parts, write, write_chat_model
+from tests.checkpoints import parts, write_changed, write_chat_model
 
 PROMPT = "w10 w20 w30"
 IDS = [[2, 10, 20, 30, 3]]  # in the chat template
@@ -56,13 +56,8 @@ def test_answer_and_counts(chat, capsys):
     tokens, forwards, ratio = re.fullmatch(COUNTS, counts).groups()
     assert (int(tokens), int(forwards)) == (16, out.nfe)
     assert float(ratio) == pytest.approx(16 / out.nfe, abs=0.005)
-
-
-def test_json(chat, capsys):
-    found, out = run_json(capsys, chat, *SHORT), direct()
-    assert found["response_ids"] == out.sequences[0, 5:].tolist()
-    assert found["answer"] == words(found["response_ids"])
-    assert found["committed_per_forward"] == out.tokens_per_forward
+    found = run_json(capsys, chat, *SHORT)
+    assert found["answer"] == answer
     assert (found["tokens"], found["forwards"]) == (16, out.nfe)
     assert found["tokens_per_forward"] == 16 / out.nfe
     assert found["tokens_per_second"] == pytest.approx(16 / found["seconds"])
@@ -71,6 +66,7 @@ def test_json(chat, capsys):
 @pytest.mark.parametrize(
     ("options", "settings"),
     [
+        ((), {}),
         (("--schedule", "naive", "--cache", "dual"), {"schedule": "naive", "cache": "dual"}),
         (("--max-block-length", "8", "--threshold", "0.5"),
          {"max_block_length": 8, "threshold": 0.5}),
@@ -89,26 +85,21 @@ def test_options_are_the_settings(chat, capsys, options, settings):
     assert found["committed_per_forward"] == out.tokens_per_forward
 
 
-def test_raw_leaves_the_chat_template_out(chat, capsys):
-    found = run_json(capsys, chat, *SHORT, "--raw")
-    assert found["response_ids"] == direct([[10, 20, 30]]).sequences[0, 3:].tolist()
-    assert found["response_ids"] != run_json(capsys, chat, *SHORT)["response_ids"]
-
-
-def test_the_prompt_from_standard_input(chat, capsys, monkeypatch):
+def test_the_prompt(chat, capsys, monkeypatch):
+    """Without the chat template, or from standard input."""
+    found = run_json(capsys, chat, *SHORT, "--raw")["response_ids"]
+    templated = direct().sequences[0, 5:].tolist()
+    assert found == direct([[10, 20, 30]]).sequences[0, 3:].tolist() != templated
     monkeypatch.setattr(sys, "stdin", io.StringIO(f"{PROMPT}\n"))
     assert main(["generate", "-", "--model", str(chat), "--json", *SHORT]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["response_ids"] == direct().sequences[0, 5:].tolist()
+    assert json.loads(capsys.readouterr().out)["response_ids"] == templated
 
 
 def test_tokens_are_counted_to_the_first_eos(tmp_path, capsys):
     """A token that the model does produce is named the EOS: the answer ends there."""
     free = direct().sequences[0, 5:].tolist()
     eos = free[6]
-    config, weights = parts("llada")
-    folder = write_chat_model(tmp_path)
-    write(folder, {**config, "eos_token_id": eos}, weights)
+    folder = write_changed(write_chat_model(tmp_path), eos_token_id=eos)
     for option in ("--stop-at-eos", "--no-stop-at-eos"):
         found = run_json(capsys, folder, *SHORT, option)
         count = free.index(eos) + 1
@@ -133,12 +124,11 @@ def test_default_lengths(tmp_path, capsys):
     assert run_json(capsys, folder)["response_ids"] == expected.sequences[0, 5:].tolist()
 
 
-@pytest.mark.parametrize("suffix", ["png", "svg", "PNG"])
-def test_trace(chat, capsys, tmp_path, suffix):
-    path = tmp_path / f"trace.{suffix}"
-    found = run_json(capsys, chat, *SHORT, "--trace", str(path))
-    assert found["response_ids"] == direct().sequences[0, 5:].tolist()
-    assert path.read_bytes().startswith(b"<?xml" if suffix == "svg" else b"\x89PNG")
+def test_trace(chat, capsys, tmp_path):
+    for name, start in (("a.png", b"\x89PNG"), ("a.svg", b"<?xml"), ("b.PNG", b"\x89PNG")):
+        found = run_json(capsys, chat, *SHORT, "--trace", str(tmp_path / name))
+        assert found["response_ids"] == direct().sequences[0, 5:].tolist()
+        assert (tmp_path / name).read_bytes().startswith(start)
 
 
 def test_live_to_a_pipe_shows_the_last_canvas_without_escapes(chat, capsys):
@@ -205,27 +195,22 @@ def test_wrong_options(chat, capsys, options, said):
     refused(capsys, "generate", PROMPT, "--model", chat, *options, said=said)
 
 
-@pytest.mark.parametrize("argv", [(), ("generate",), ("decode", "x"), ("generate", "a", "b")])
-def test_wrong_commands(capsys, argv):
-    refused(capsys, *argv, said="--help")
-
-
-@pytest.mark.parametrize("prompt", ["", "  \n", "-"])
-def test_empty_prompts(chat, capsys, monkeypatch, prompt):
+def test_wrong_commands_and_empty_prompts(chat, capsys, monkeypatch):
+    for argv in ((), ("generate",), ("decode", "x"), ("generate", "a", "b")):
+        refused(capsys, *argv, said="--help")
     monkeypatch.setattr(sys, "stdin", io.StringIO(" \n"))
-    refused(capsys, "generate", prompt, "--model", chat, said="prompt: empty")
+    for prompt in ("", "  \n", "-"):
+        refused(capsys, "generate", prompt, "--model", chat, said="prompt: empty")
 
 
 def test_a_template_that_makes_nothing_or_fails(tmp_path, capsys):
     folder = write_chat_model(tmp_path)
-    template = folder / "chat_template.jinja"
-    cases = {
-        "{{ '' }}": "an empty prompt",
-        "{{ 1 / 0 }}": "chat template: division",
-        "{% if %}": "chat template: ",
-    }
-    for text, said in cases.items():
-        template.write_text(text)
+    for text, said in (
+        ("{{ '' }}", "an empty prompt"),
+        ("{{ 1 / 0 }}", "chat template: division"),
+        ("{% if %}", "chat template: "),
+    ):
+        (folder / "chat_template.jinja").write_text(text)
         refused(capsys, "generate", PROMPT, "--model", folder, *SHORT, said=said)
 
 
@@ -240,9 +225,9 @@ def test_models_that_cannot_be_used(tmp_path, capsys):
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:5000])
     generate(folder, "not a whole safetensors file")
-    config, weights = parts("llada")
+    weights = parts("llada")[1]
     weights["model.transformer.ff_out.weight"][3] = float("nan")
-    generate(write(folder, config, weights), "step 0: the model's logits are NaN")
+    generate(write_changed(folder, weights=weights), "step 0: the model's logits are NaN")
 
 
 def test_a_picture_that_fails_does_not_take_the_answer_along(chat, capsys, tmp_path, monkeypatch):
@@ -275,29 +260,22 @@ def test_ctrl_c(chat, capsys, monkeypatch):
 # --- as a process -----------------------------------------------------------------------------
 
 
-def process(*argv: str, **how: Any) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    return subprocess.run(
-        [sys.executable, "-m", "dsb_runtime", *argv],
-        env=environment, capture_output=True, text=True, check=False, **how,
+def process(*argv: str, **how: Any) -> tuple[int, str, str]:
+    """The exit code, standard output and standard error of `dsb` in a process of its own."""
+    done = subprocess.run(
+        [sys.executable, "-m", "dsb_runtime", *argv], env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        capture_output=True, text=True, check=False, **how,
     )  # fmt: skip
+    return done.returncode, done.stdout, done.stderr
 
 
-def test_help():
-    done = process("--help")
-    assert done.returncode == 0 and done.stderr == ""
-    for command in ("generate", "bench", "eval", "convert"):
-        assert command in done.stdout
-
-
-def test_a_process_that_answers(chat):
-    done = process("generate", "-", "--model", str(chat), *SHORT, input=PROMPT)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.splitlines()[0] == words(direct().sequences[0, 5:].tolist())
-
-
-def test_a_process_that_fails():
-    done = process("generate", "hi", "--model", "nobody/nothing")
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith("dsb: model='nobody/nothing': neither a folder nor a hub id")
-    assert done.stderr.count("\n") == 1
+def test_processes(chat):
+    code, out, err = process("--help")
+    assert (code, err) == (0, "")
+    assert all(command in out for command in ("generate", "bench", "eval", "convert"))
+    code, out, err = process("generate", "-", "--model", str(chat), *SHORT, input=PROMPT)
+    assert (code, err) == (0, "")
+    assert out.splitlines()[0] == words(direct().sequences[0, 5:].tolist())
+    code, out, err = process("generate", "hi", "--model", "nobody/nothing")
+    assert (code, out) == (2, "") and err.count("\n") == 1
+    assert err.startswith("dsb: model='nobody/nothing': neither a folder nor a hub id")

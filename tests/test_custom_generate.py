@@ -31,8 +31,16 @@ SHAPE = {"max_new_tokens": 24, "block_length": 8}
 SAME = {"gen_length": 24, "block_length": 8}
 
 
-def run(model: PreTrainedModel, ids: Tensor, **more: Any) -> Any:
-    return model.generate(ids, custom_generate=dsb.custom_generate, **{**SHAPE, **more})
+IDS = prompts(1)[0][None]
+
+
+def run(model: PreTrainedModel, ids: Tensor, *config: GenerationConfig, **more: Any) -> Any:
+    return model.generate(ids, *config, custom_generate=dsb.custom_generate, **{**SHAPE, **more})
+
+
+def direct(model: PreTrainedModel, ids: Tensor = IDS, **settings: Any) -> dsb.GenerationOutput:
+    """The same decoding by `dsb.generate`."""
+    return dsb.generate(model, ids, **{"stop_at_eos": True, **SAME, **settings})
 
 
 @pytest.mark.parametrize("family", golden.FAMILIES)
@@ -53,104 +61,71 @@ def test_golden_trajectories(family):
 
 def test_auto_model_and_defaults():
     model = AutoModelForCausalLM.from_pretrained(golden.DATA / "llada")
-    ids = prompts(1)[0][None]
-    found = model.generate(ids, custom_generate=dsb.custom_generate, max_new_tokens=40)
-    expected = dsb.generate(model, ids, gen_length=40, block_length=10, stop_at_eos=True)
-    assert found.tolist() == expected.sequences.tolist()
-    capped = model.generate(ids, custom_generate=dsb.custom_generate, max_length=ids.shape[1] + 9)
-    expected = dsb.generate(model, ids, gen_length=9, block_length=2, stop_at_eos=True)
-    assert capped.tolist() == expected.sequences.tolist()
+    width = IDS.shape[1]
+    for asked, gen, block in (({"max_new_tokens": 40}, 40, 10), ({"max_length": width + 9}, 9, 2)):
+        found = model.generate(IDS, custom_generate=dsb.custom_generate, **asked)
+        expected = direct(model, gen_length=gen, block_length=block)
+        assert found.tolist() == expected.sequences.tolist()
 
 
 def test_padded_batch_and_dict():
     model = golden.model("dream")
     ids, mask = left_pad(prompts(3))
     out = run(model, ids, attention_mask=mask, return_dict_in_generate=True, frechet=0.1)
-    expected = dsb.generate(model, ids, attention_mask=mask, frechet=0.1, stop_at_eos=True, **SAME)
+    expected = direct(model, ids, attention_mask=mask, frechet=0.1)
     assert out.sequences.tolist() == expected.sequences.tolist()
     assert (out.nfe, out.row_tokens) == (expected.nfe, expected.row_tokens)
     assert out.tokens_per_forward == expected.tokens_per_forward
 
 
 def test_sampling():
-    model, ids = golden.model("dream"), prompts(1)[0][None]
+    model = golden.model("dream")
     cuts = {"temperature": 0.7, "top_p": 0.9, "top_k": 50}
 
     def expected(**settings: Any) -> list[list[int]]:
-        made = torch.Generator().manual_seed(3)
-        return dsb.generate(
-            model, ids, generator=made, stop_at_eos=True, **SAME, **settings
-        ).sequences.tolist()
-
-    made = torch.Generator().manual_seed(3)
-    assert run(model, ids, do_sample=True, seed=3, **cuts).tolist() == expected(**cuts)
-    assert run(model, ids, do_sample=True, generator=made, **cuts).tolist() == expected(**cuts)
-    # transformers' own top_k of 50 is not the user's; neither is a temperature without sampling.
-    hot = {"temperature": 3.0}
-    assert run(model, ids, do_sample=True, seed=3, **hot).tolist() == expected(**hot)
-    assert expected(**hot) != expected(**hot, top_k=50)
-    config = GenerationConfig(
-        do_sample=True, top_k=7, top_p=0.8, temperature=0.5, max_new_tokens=24
-    )
-    found = model.generate(ids, config, custom_generate=dsb.custom_generate, block_length=8, seed=3)
-    assert found.tolist() == expected(temperature=0.5, top_p=0.8, top_k=7)
-    torch.manual_seed(3)
-    free = run(model, ids, do_sample=True, temperature=2.0)
-    torch.manual_seed(3)
-    assert run(model, ids, do_sample=True, temperature=2.0).tolist() == free.tolist()
-    greedy = dsb.generate(model, ids, stop_at_eos=True, **SAME).sequences.tolist()
-    assert run(model, ids, do_sample=False, temperature=1.0).tolist() == greedy
-
-
-def test_a_top_k_of_50_counts_where_the_call_names_it():
-    """In a GenerationConfig it cannot be told from transformers' own default."""
-    model, ids = golden.model("dream"), prompts(1)[0][None]
+        generator = torch.Generator().manual_seed(3)
+        return direct(model, generator=generator, **settings).sequences.tolist()
 
     def found(*config: GenerationConfig, **more: Any) -> list[list[int]]:
-        more = {"do_sample": True, "temperature": 3.0, "seed": 3, **SHAPE, **more}
-        return model.generate(ids, *config, custom_generate=dsb.custom_generate, **more).tolist()
+        return run(model, IDS, *config, **{"do_sample": True, "seed": 3, **more}).tolist()
 
-    unset = found()
-    assert found(GenerationConfig(top_k=50)) == unset
-    assert found(GenerationConfig(top_k=49)) != unset
-    assert found(top_k=50) != unset
+    generator = torch.Generator().manual_seed(3)
+    assert found(**cuts) == found(seed=None, generator=generator, **cuts) == expected(**cuts)
+    # transformers' own top_k of 50 is not the user's, unless the call names it. In a
+    # GenerationConfig nothing tells the two apart. A temperature without sampling is no one's.
+    hot = {"temperature": 3.0}
+    assert found(**hot) == found(GenerationConfig(top_k=50), **hot) == expected(**hot)
+    assert found(top_k=50, **hot) == expected(top_k=50, **hot) != expected(**hot)
+    assert found(GenerationConfig(top_k=49), **hot) == expected(top_k=49, **hot) != expected(**hot)
+    config = GenerationConfig(do_sample=True, top_k=7, top_p=0.8, temperature=0.5)
+    assert found(config) == expected(temperature=0.5, top_p=0.8, top_k=7)
+    free = []
+    for _ in range(2):
+        torch.manual_seed(3)
+        free.append(found(seed=None, temperature=2.0))
+    assert free[0] == free[1]
+    greedy = direct(model).sequences.tolist()
+    assert found(do_sample=False, seed=None, temperature=1.0) == greedy
 
 
-def test_refresh_settings():
-    model, ids = golden.model("llada"), prompts(1)[0][None]
-    settings = {"refresh_policy": "response", "full_refresh_every": 3}
-    expected = dsb.generate(model, ids, stop_at_eos=True, **SAME, **settings)
-    assert run(model, ids, **settings).tolist() == expected.sequences.tolist()
-    with pytest.raises(ValueError, match=r"^full_refresh_every=3: every refresh is full"):
-        run(model, ids, full_refresh_every=3)
-
-
-def test_the_cache_policy_has_a_name_of_its_own():
-    model, ids = golden.model("llada"), prompts(1)[0][None]
-    expected = dsb.generate(model, ids, cache="dual", stop_at_eos=True, **SAME)
-    out = run(model, ids, cache_policy="dual", return_dict_in_generate=True)
-    assert (out.sequences.tolist(), out.nfe) == (expected.sequences.tolist(), expected.nfe)
-    # transformers stumbles over a string there, in words that differ by version.
+def test_settings_that_transformers_does_not_know():
+    model = golden.model("llada")
+    refreshes = {"refresh_policy": "response", "full_refresh_every": 3}
+    for asked, ours in ((refreshes, refreshes), ({"cache_policy": "dual"}, {"cache": "dual"})):
+        out, expected = (
+            run(model, IDS, return_dict_in_generate=True, **asked),
+            direct(model, **ours),
+        )
+        assert (out.sequences.tolist(), out.nfe) == (expected.sequences.tolist(), expected.nfe)
+    # transformers stumbles over a string as `cache`, in words that differ by version.
     with pytest.raises((AttributeError, ValueError), match=r"_is_user_defined|'cache'"):
-        run(model, ids, cache="dual")
-
-
-def test_arguments_of_the_forward_are_refused():
-    model, ids = golden.model("llada"), prompts(1)[0][None]
-    names = inspect.signature(inspect.unwrap(type(model).forward)).parameters
-    cache = "cache" if "cache" in names else "past_key_values"
-    with pytest.raises(ValueError, match=rf"^{cache}='DynamicCache': custom_generate cannot"):
-        run(model, ids, **{cache: DynamicCache()})
-    with pytest.raises(ValueError, match=r"^position_ids='Tensor'"):
-        run(model, ids, position_ids=torch.arange(ids.shape[1])[None] + 3)
-    with pytest.raises(ValueError, match=r"^inputs_embeds='Tensor'"):
-        run(model, ids, inputs_embeds=model.get_input_embeddings()(ids))
+        run(model, IDS, cache="dual")
 
 
 def test_eos():
     ids = prompts(1, seed=3)[0][None]
     with biased_to_eos("llada") as model:
-        whole = dsb.generate(model, ids, threshold=0.5, stop_at_eos=False, **SAME)
+        whole = direct(model, ids, threshold=0.5, stop_at_eos=False)
         response = whole.sequences[0, ids.shape[1] :].tolist()
         own = run(model, ids, threshold=0.5, return_dict_in_generate=True)
         assert own.row_tokens == whole.row_tokens
@@ -159,14 +134,11 @@ def test_eos():
             == (response[: own.row_tokens[0]])
         )
         other = next(token for token in response if token not in model.dsb.eos_ids)
-        config = GenerationConfig(eos_token_id=other, max_new_tokens=24)
+        config = GenerationConfig(eos_token_id=other)
         for found in (
             run(model, ids, threshold=0.5, eos_token_id=[other], return_dict_in_generate=True),
-            model.generate(
-                ids, config, custom_generate=dsb.custom_generate, block_length=8, threshold=0.5,
-                return_dict_in_generate=True,
-            ),
-        ):  # fmt: skip
+            run(model, ids, config, threshold=0.5, return_dict_in_generate=True),
+        ):
             assert found.row_tokens == [response.index(other) + 1] != own.row_tokens
             end = ids.shape[1] + found.row_tokens[0]
             assert found.sequences[0, end:].tolist() == [other] * (24 - found.row_tokens[0])
@@ -187,10 +159,9 @@ class Recorder(BaseStreamer):
 
 
 def test_streamer_gets_the_tokens_in_order():
-    model, ids = golden.model("llada"), prompts(1)[0][None]
-    streamer, steps = Recorder(), []
+    ids, streamer, steps = IDS, Recorder(), []
     out = run(
-        model, ids, streamer=streamer, stop_at_eos=False,
+        golden.model("llada"), ids, streamer=streamer, stop_at_eos=False,
         on_step=lambda event: steps.append(len(streamer.tokens)),
     )  # fmt: skip
     prompt, *fed = streamer.tokens
@@ -220,7 +191,7 @@ def test_text_streamer(tmp_path):
     thread.start()
     text = "".join(streamer)
     thread.join()
-    expected = dsb.generate(model, inputs.input_ids, stop_at_eos=True, **SAME)
+    expected = direct(model, inputs.input_ids)
     response = expected.sequences[0, 3 : 3 + expected.row_tokens[0]]
     assert text.split() == tokenizer.decode(response).split()
 
@@ -230,7 +201,7 @@ class Never(StoppingCriteria):
         return torch.zeros(len(input_ids), dtype=torch.bool)
 
 
-REFUSED = {
+REFUSED: dict[str, Any] = {
     "num_beams": 2,
     "num_return_sequences": 2,
     "repetition_penalty": 1.2,
@@ -243,38 +214,38 @@ REFUSED = {
     "output_scores": True,
     "prompt_lookup_num_tokens": 2,
     "cache_implementation": "static",
-    "logits_processor": LogitsProcessorList([MinLengthLogitsProcessor(3, 1)]),
     "stopping_criteria": StoppingCriteriaList([Never()]),
     "prefix_allowed_tokens_fn": lambda row, ids: [5],
+    "assistant_model": golden.model("llada"),
+    "inputs_embeds": torch.zeros(1, IDS.shape[1], 64),
 }
+FORWARD = inspect.signature(inspect.unwrap(type(golden.model("llada")).forward)).parameters
+CACHE = "cache" if "cache" in FORWARD else "past_key_values"
+ERRORS: list[tuple[dict[str, Any], str]] = [
+    *(({name: value}, f"^{name}=") for name, value in REFUSED.items()),
+    *(({"logits_processor": LogitsProcessorList([p])}, "^logits_processor=")
+      for p in (MinLengthLogitsProcessor(3, 1), TopKLogitsWarper(5))),
+    ({CACHE: DynamicCache()}, f"^{CACHE}='DynamicCache': custom_generate cannot"),
+    ({"position_ids": torch.arange(IDS.shape[1])[None] + 3}, "^position_ids='Tensor'"),
+    ({"temperature": 0.7}, r"^temperature=0.7: expected do_sample=True"),
+    ({"do_sample": True, "top_p": 0.9}, r"^top_p=0.9: llada samples by Gumbel noise"),
+    ({"block_length": 25}, r"^block_length=25: expected an int from 1 to 24"),
+    ({"cache_policy": "lru"}, r"^cache_policy='lru': expected one of dsb, dual, none"),
+    ({"full_refresh_every": 3}, r"^full_refresh_every=3: every refresh is full"),
+    ({"seed": 1, "generator": torch.Generator()}, "generator and seed"),
+    ({"unheard_of": 1}, "unheard_of"),  # transformers' own check
+]  # fmt: skip
 
 
-@pytest.mark.parametrize("name", REFUSED)
-def test_what_cannot_hold_names_its_field(name):
-    more = {"do_sample": True} if name in ("min_p", "num_return_sequences") else {}
-    with pytest.raises(ValueError, match=f"^{name}="):
-        run(golden.model("llada"), prompts(1)[0][None], **{name: REFUSED[name]}, **more)
+@pytest.mark.parametrize(("arguments", "said"), ERRORS)
+def test_errors_name_their_argument(arguments, said):
+    more = {"do_sample": True} if {"min_p", "num_return_sequences"} & set(arguments) else {}
+    with pytest.raises(ValueError, match=said):
+        run(golden.model("llada"), IDS, **arguments, **more)
 
 
-def test_other_errors_name_their_argument():
-    model, ids = golden.model("llada"), prompts(1)[0][None]
-    with pytest.raises(ValueError, match=r"^assistant_model="):
-        run(model, ids, assistant_model=model)
-    with pytest.raises(ValueError, match=r"^logits_processor="):
-        run(model, ids, logits_processor=LogitsProcessorList([TopKLogitsWarper(5)]))
-    with pytest.raises(ValueError, match=r"^temperature=0.7: expected do_sample=True"):
-        run(model, ids, temperature=0.7)
-    with pytest.raises(ValueError, match=r"^top_p=0.9: llada samples by Gumbel noise"):
-        run(model, ids, do_sample=True, top_p=0.9)
-    with pytest.raises(ValueError, match=r"^block_length=25: expected an int from 1 to 24"):
-        run(model, ids, block_length=25)
-    with pytest.raises(ValueError, match=r"^cache_policy='lru': expected one of dsb, dual, none"):
-        run(model, ids, cache_policy="lru")
-    with pytest.raises(ValueError, match="generator and seed"):
-        run(model, ids, seed=1, generator=torch.Generator())
-    with pytest.raises(ValueError, match="unheard_of"):  # transformers' own check
-        run(model, ids, unheard_of=1)
+def test_a_streamer_of_two_prompts_is_ended():
     streamer = Recorder()
     with pytest.raises(ValueError, match=r"^streamer: 2 prompts"):
-        run(model, ids.repeat(2, 1), streamer=streamer)
+        run(golden.model("llada"), IDS.repeat(2, 1), streamer=streamer)
     assert streamer.ends == 1, "nobody is left waiting"

@@ -45,13 +45,10 @@ def test_every_example_is_listed():
 
 @pytest.mark.parametrize("name", sorted(EXPECTED))
 def test_example(name):
+    """It prints what it is about, is short, and says how to run it."""
     output = run(str(EXAMPLES / name))
     for pattern in EXPECTED[name]:
         assert re.search(pattern, output), output
-
-
-@pytest.mark.parametrize("name", sorted(EXPECTED))
-def test_example_is_short_and_says_how_to_run_it(name):
     text = (EXAMPLES / name).read_text(encoding="utf-8")
     assert len(text.splitlines()) <= 45
     assert f"python examples/{name}" in ast.get_docstring(ast.parse(text))

@@ -28,11 +28,17 @@ def test_a_file_is_replaced_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert json.loads(path.read_text()) == {"rounds": 1}
 
 
-def test_a_link_stays_a_link(tmp_path: Path) -> None:
+def test_links_and_folders_that_take_no_other_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     target, link = tmp_path / "target.json", tmp_path / "link.json"
     link.symlink_to(target)
     write_json(link, [1])
     assert link.is_symlink() and json.loads(target.read_text()) == [1]
+    monkeypatch.setattr(os, "access", lambda folder, mode: False)  # root may write everywhere
+    monkeypatch.setattr(Path, "replace", None)
+    write_json(target, [3])
+    assert json.loads(target.read_text()) == [3]
 
 
 def test_a_pipe_is_written_to(tmp_path: Path) -> None:
@@ -44,11 +50,3 @@ def test_a_pipe_is_written_to(tmp_path: Path) -> None:
     reader.join(10)
     assert [json.loads(text) for text in read] == [[2]]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["pipe"]
-
-
-def test_a_folder_that_takes_no_other_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "kept.json"
-    monkeypatch.setattr(os, "access", lambda folder, mode: False)  # root may write everywhere
-    monkeypatch.setattr(Path, "replace", None)
-    write_json(path, [3])
-    assert json.loads(path.read_text()) == [3]

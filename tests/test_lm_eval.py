@@ -18,8 +18,7 @@ lm_eval = pytest.importorskip("lm_eval", reason="needs the extra: pip install .[
 from lm_eval.api.instance import Instance  # noqa: E402
 
 from dsb_runtime.config import settings  # noqa: E402
-from dsb_runtime.doors.lm_eval import DSBLM  # noqa: E402
-from dsb_runtime.doors.lm_eval_requests import answer_text, cut_at_stop  # noqa: E402
+from dsb_runtime.doors.lm_eval import DSBLM, answer_text, cut_at_stop  # noqa: E402
 
 PROBLEMS = [p for steps in (1, 2, 3) for p in heldout(3, steps=steps)]
 PROMPTS = [chat_text(problem.prompt) for problem in PROBLEMS]
@@ -82,17 +81,13 @@ def test_every_setting_is_covered_above():
         ("check_greedy=1", TypeError, "check_greedy=1: expected True or False"),
         ("max_length=100000", ValueError, "max_length=100000: expected an int from 2 to 512"),
         ("dtype=int7", ValueError, "dtype='int7': expected"),
+        ("", TypeError, "batch_size='auto': expected an int"),
     ],
 )
-def test_wrong_arguments_are_said_in_one_line(text, error, message):
+def test_an_error_of_an_argument_is_one_line(text, error, message):
     with pytest.raises(error, match=message) as caught:
-        make(text)
+        make(text, batch_size=4 if text else "auto")
     assert "\n" not in str(caught.value)
-
-
-def test_a_batch_size_that_is_no_number():
-    with pytest.raises(TypeError, match="batch_size='auto': expected an int"):
-        make(batch_size="auto")
 
 
 def test_what_a_request_asks_for(lm):
@@ -113,9 +108,7 @@ def test_what_a_request_asks_for(lm):
     assert read("top_p", temperature=0.0, top_p=0.9) is None
     with pytest.raises(ValueError, match="max_gen_toks=0: expected an int >= 1"):
         lm.decoding_config({"max_gen_toks": 0})
-
-
-def test_a_named_block_shrinks_with_a_short_request():
+    # A named block shrinks with a short request.
     config = make("block_length=32").decoding_config({"max_gen_toks": 8})
     assert (config.gen_length, config.block_length) == (8, 8)
 
@@ -151,43 +144,33 @@ def test_answers_are_those_of_generate_one_by_one(lm):
     assert exact >= 7, "the embedded model must answer, or this shows nothing"
 
 
-@pytest.mark.parametrize(
-    ("text", "stops", "expected"),
-    [
-        ("a b c", [], "a b c"),
-        ("a b c", ["c", "b"], "a "),
-        ("a b c", ["", "x"], "a b c"),
-        ("a b c", ["a"], ""),
-    ],
-)
-def test_text_is_cut_at_the_first_stop(text, stops, expected):
-    assert cut_at_stop(text, stops) == expected
-
-
 def test_stop_strings_are_honoured(lm):
+    for stops, expected in (
+        ([], "a b c"), (["c", "b"], "a "), (["", "x"], "a b c"), (["a"], ""),
+    ):  # fmt: skip
+        assert cut_at_stop("a b c", stops) == expected
     whole = answers(lm)
     assert all("Tuesday" in text for text in whole[3:])
     assert answers(lm, until=["Answer", "Tuesday"]) == [
         text.split("Answer")[0].split("Tuesday")[0] for text in whole
     ]
     assert answers(lm, until="Answer") == [text.split("Answer")[0] for text in whole]
-
-
-def test_special_tokens_stop_too(lm):
-    words = lm.tokenizer.encode("Monday <|user|> Tuesday", add_special_tokens=False)
+    # Special tokens stop too.
+    ids = lm.tokenizer.encode("Monday <|user|> Tuesday", add_special_tokens=False)
     eos_ids = lm.model.dsb.eos_ids
-    assert answer_text(lm.tokenizer, words, eos_ids, []) == "Monday Tuesday"
-    assert answer_text(lm.tokenizer, words, eos_ids, ["<|user|>"]) == "Monday"
-    assert answer_text(lm.tokenizer, [words[0], *eos_ids, words[2]], eos_ids, []) == "Monday"
+    assert answer_text(lm.tokenizer, ids, eos_ids, []) == "Monday Tuesday"
+    assert answer_text(lm.tokenizer, ids, eos_ids, ["<|user|>"]) == "Monday"
+    assert answer_text(lm.tokenizer, [ids[0], *eos_ids, ids[2]], eos_ids, []) == "Monday"
 
 
 def test_padding_of_the_harness_costs_nothing(lm):
     """Processes with fewer documents get their last request again."""
-    made = requests("generate_until", [(p, {}) for p in PROMPTS[:2]])
+    two = requests("generate_until", [(p, {}) for p in PROMPTS[:2]])
     before = lm.totals["answers"]
-    found = lm.generate_until([*made, made[-1], made[-1]])
+    found = lm.generate_until([*two, two[-1], two[-1]])
     assert found[1] == found[2] == found[3]
     assert lm.totals["answers"] == before + 2
+    assert isinstance(answers(lm, [""])[0], str), "an empty prompt is answered"
 
 
 def test_a_long_prompt_loses_its_beginning(caplog):
@@ -202,10 +185,6 @@ def test_a_long_prompt_loses_its_beginning(caplog):
         short.scored(ids, [5] * 40)
     with pytest.raises(ValueError, match="gen_length=64: no room for a prompt in 40 positions"):
         answers(make("gen_length=64,max_length=40"))
-
-
-def test_an_empty_prompt_is_answered(lm):
-    assert isinstance(answers(lm, [""])[0], str)
 
 
 def test_the_chat_template(lm):

@@ -39,29 +39,21 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "problems.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     common = {
         "dataset_path": "json",
-        "dataset_kwargs": {
-            "data_files": {"test": str(folder / "problems.jsonl")},
-            "cache_dir": str(folder / "cache"),
-        },
+        "dataset_kwargs": {"data_files": {"test": str(folder / "problems.jsonl")},
+                           "cache_dir": str(folder / "cache")},
         "test_split": "test",
         "doc_to_text": "{{prompt}}",
-    }
+    }  # fmt: skip
     answer = {
         "task": "word_problems",
         "output_type": "generate_until",
         "doc_to_target": "{{answer}}",
         "generation_kwargs": {"until": ["\n"], "do_sample": False},
-        "filter_list": [
-            {
-                "name": "answer",
-                "filter": [
-                    {"function": "regex", "regex_pattern": "Answer (\\d+)"},
-                    {"function": "take_first"},
-                ],
-            }
-        ],
+        "filter_list": [{"name": "answer", "filter": [
+            {"function": "regex", "regex_pattern": "Answer (\\d+)"}, {"function": "take_first"},
+        ]}],
         "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
-    }
+    }  # fmt: skip
     choose = {
         "task": "word_choices",
         "output_type": "multiple_choice",

@@ -12,49 +12,13 @@ from transformers import LlamaForCausalLM, Qwen2ForCausalLM, Qwen2Tokenizer
 
 import dsb_runtime as dsb
 from tests import golden
-from tests.checkpoints import GOLDEN_IDS, logits, parts, to_llama_names, write
+from tests.checkpoints import GOLDEN_IDS, logits, parts, to_llama_names, write, write_changed
 
-LLADA_8B = {  # the published config.json of LLaDA-8B-Instruct, to be shrunk
-    "activation_type": "silu", "alibi": False, "alibi_bias_max": 8.0,
-    "architectures": ["LLaDAModelLM"], "attention_dropout": 0.0, "attention_layer_norm": False,
-    "attention_layer_norm_with_affine": True,
-    "auto_map": {
-        "AutoConfig": "configuration_llada.LLaDAConfig",
-        "AutoModelForCausalLM": "modeling_llada.LLaDAModelLM",
-        "AutoModel": "modeling_llada.LLaDAModelLM",
-    },
-    "bias_for_layer_norm": False, "block_group_size": 1, "block_type": "llama", "d_model": 4096,
-    "embedding_dropout": 0.0, "embedding_size": 126464, "eos_token_id": 126081,
-    "flash_attention": False, "include_bias": False, "include_qkv_bias": False,
-    "init_cutoff_factor": None, "init_device": "meta", "init_fn": "mitchell", "init_std": 0.02,
-    "input_emb_norm": False, "layer_norm_type": "rms", "layer_norm_with_affine": True,
-    "mask_token_id": 126336, "max_sequence_length": 4096, "mlp_hidden_size": 12288, "mlp_ratio": 4,
-    "model_type": "llada", "multi_query_attention": None, "n_heads": 32, "n_kv_heads": 32,
-    "n_layers": 32, "pad_token_id": 126081, "precision": "amp_bf16", "residual_dropout": 0.0,
-    "rms_norm_eps": 1e-05, "rope": True, "rope_full_precision": True, "rope_theta": 500000.0,
-    "scale_logits": False, "transformers_version": "4.46.3", "use_cache": False,
-    "vocab_size": 126464, "weight_tying": False,
-}  # fmt: skip
-DREAM_7B = {  # of Dream-v0-Instruct-7B
-    "architectures": ["DreamModel"], "attention_dropout": 0.0,
-    "auto_map": {
-        "AutoConfig": "configuration_dream.DreamConfig", "AutoModel": "modeling_dream.DreamModel",
-    },
-    "bos_token_id": 151643, "eos_token_id": 151643, "hidden_act": "silu", "hidden_size": 3584,
-    "initializer_range": 0.02, "intermediate_size": 18944, "mask_token_id": 151666,
-    "max_position_embeddings": 131072, "max_window_layers": 28, "model_type": "Dream",
-    "num_attention_heads": 28, "num_hidden_layers": 28, "num_key_value_heads": 4,
-    "pad_token_id": 151643, "rms_norm_eps": 1e-06, "rope_scaling": None, "rope_theta": 1000000.0,
-    "sliding_window": None, "tie_word_embeddings": False, "torch_dtype": "bfloat16",
-    "transformers_version": "4.46.2", "use_cache": True, "use_sliding_window": False,
-    "vocab_size": 152064,
-}  # fmt: skip
-DREAM_GENERATION = {
-    "_from_model_config": True, "alg": "origin", "alg_temp": None, "bos_token_id": 151643,
-    "eos_token_id": 151643, "eps": 0.001, "mask_token_id": None, "output_history": False,
-    "pad_token_id": 151643, "steps": 512, "temperature": 0.0, "top_k": None, "top_p": None,
-    "transformers_version": "4.46.2",
-}  # fmt: skip
+# The published files of LLaDA-8B-Instruct and Dream-v0-Instruct-7B, which the tests shrink.
+LLADA_8B, DREAM_7B, DREAM_GENERATION = (
+    json.loads((golden.DATA / "published" / f"{name}.json").read_text())
+    for name in ("llada_8b", "dream_7b", "dream_7b_generation")
+)
 PUBLISHED = {
     "llada": (LLADA_8B, {}),
     "llada-tuned": (LLADA_8B, {"_name_or_path": "GSAI-ML/LLaDA-8B-Instruct", "dtype": "bfloat16"}),
@@ -63,6 +27,10 @@ PUBLISHED = {
     "dream-windows-named": (DREAM_7B, {"torch_dtype": "float32", "sliding_window": 131072}),
 }
 IDS = ("mask_token_id", "eos_token_id", "pad_token_id", "bos_token_id")
+
+
+PROMPT = torch.tensor([[5, 6, 7]])
+HEAD = "model.transformer.ff_out.weight"
 
 
 def load(folder: Path, **arguments) -> torch.nn.Module:
@@ -87,47 +55,39 @@ def test_published_configs_are_accepted(tmp_path, name):
     assert (found - reference["logits"]).abs().max() < 1e-4
     assert model.dsb.mask_id == small["mask_token_id"]
     assert model.dsb.eos_ids == (small["eos_token_id"],)
-    ids = torch.tensor([[5, 6, 7]])
-    expected = dsb.generate(golden.model(family), ids, gen_length=8, block_length=4)
-    got = dsb.generate(model, ids, gen_length=8, block_length=4)
+    expected = dsb.generate(golden.model(family), PROMPT, gen_length=8, block_length=4)
+    got = dsb.generate(model, PROMPT, gen_length=8, block_length=4)
     assert got.sequences.tolist() == expected.sequences.tolist()
 
 
 @pytest.mark.parametrize(
-    ("family", "model_class", "mask_id", "prefix"),
-    [("llada", LlamaForCausalLM, 511, 24), ("dream", Qwen2ForCausalLM, 511, 4)],
+    ("family", "model_class", "prefix"),
+    [("llada", LlamaForCausalLM, 24), ("dream", Qwen2ForCausalLM, 4)],
 )
-def test_what_is_returned(family, model_class, mask_id, prefix):
+def test_what_is_returned(family, model_class, prefix):
     model = golden.model(family)
     assert type(model) is model_class and not model.training
     assert model.config.is_causal is False and model.config._attn_implementation == "dsb"
-    assert (model.dsb.family.name, model.dsb.mask_id, model.dsb.eos_ids) == (family, mask_id, (1,))
+    assert (model.dsb.family.name, model.dsb.mask_id, model.dsb.eos_ids) == (family, 511, (1,))
     assert model.dsb.family.prefix_window == prefix
-
-
-@pytest.mark.parametrize("family", golden.FAMILIES)
-def test_attention_is_bidirectional(family):
     changed = GOLDEN_IDS.clone()
     changed[0, -1] = (changed[0, -1] + 1) % 500
-    model = golden.model(family)
-    assert (logits(model)[0] - logits(model, changed)[0]).abs().max() > 1e-3
+    difference = logits(model)[0] - logits(model, changed)[0]
+    assert difference.abs().max() > 1e-3, "attention is bidirectional"
 
 
 @pytest.mark.parametrize("family", golden.FAMILIES)
 @pytest.mark.parametrize("shards", [1, 2, 5])
-@pytest.mark.parametrize("model_type", ["own", "unknown"])
-def test_sharded_and_single_files(tmp_path, family, shards, model_type):
-    config, weights = parts(family)
-    if model_type == "unknown":
-        config["model_type"] = "something-tuned"
-    model = load(write(tmp_path, config, weights, shards), family=family)
+@pytest.mark.parametrize("fields", [{}, {"model_type": "something-tuned"}])
+def test_sharded_and_single_files(tmp_path, family, shards, fields):
+    model = load(write_changed(tmp_path, family, shards=shards, **fields), family=family)
     assert torch.equal(logits(model), logits(golden.model(family)))
 
 
 @pytest.mark.parametrize(
     ("asked", "stored", "expected"),
     [
-        ("auto", torch.float32, torch.float32),
+        ("auto", torch.float32, torch.float32),  # whatever the config says
         ("auto", torch.bfloat16, torch.bfloat16),
         ("auto", torch.float16, torch.float16),
         ("bfloat16", torch.float32, torch.bfloat16),
@@ -136,21 +96,13 @@ def test_sharded_and_single_files(tmp_path, family, shards, model_type):
     ],
 )
 def test_dtypes(tmp_path, asked, stored, expected):
-    config, weights = parts("llada")
-    weights = {name: weight.to(stored) for name, weight in weights.items()}
-    model = load(write(tmp_path, config, weights), dtype=asked)
+    weights = {name: weight.to(stored) for name, weight in parts("llada")[1].items()}
+    said = "bfloat16" if stored == torch.float32 else "float32"
+    model = load(write_changed(tmp_path, weights=weights, torch_dtype=said), dtype=asked)
     assert {p.dtype for p in model.parameters()} == {expected}
-    assert torch.equal(
-        model.lm_head.weight, weights["model.transformer.ff_out.weight"].to(expected)
-    )
-    out = dsb.generate(model, torch.tensor([[5, 6, 7]]), gen_length=8, block_length=4)
+    assert torch.equal(model.lm_head.weight, weights[HEAD].to(expected))
+    out = dsb.generate(model, PROMPT, gen_length=8, block_length=4)
     assert not (out.sequences == 511).any()
-
-
-def test_auto_dtype_is_that_of_the_weights_whatever_the_config_says(tmp_path):
-    config, weights = parts("llada")
-    model = load(write(tmp_path, {**config, "torch_dtype": "bfloat16"}, weights), dtype="auto")
-    assert model.dtype == torch.float32
 
 
 def grouped(weights: dict[str, torch.Tensor], repeat: bool) -> dict[str, torch.Tensor]:
@@ -164,25 +116,23 @@ def grouped(weights: dict[str, torch.Tensor], repeat: bool) -> dict[str, torch.T
 
 
 def test_grouped_heads_equal_the_same_heads_written_out(tmp_path):
-    config, weights = parts("llada")
-    narrow = load(write(tmp_path / "a", {**config, "n_kv_heads": 2}, grouped(weights, False)))
-    wide = load(write(tmp_path / "b", config, grouped(weights, True)))
+    weights = parts("llada")[1]
+    narrow = load(write_changed(tmp_path / "a", weights=grouped(weights, False), n_kv_heads=2))
+    wide = load(write_changed(tmp_path / "b", weights=grouped(weights, True)))
     assert narrow.model.layers[0].self_attn.k_proj.weight.shape == (32, 64)
     assert (logits(narrow) - logits(wide)).abs().max() < 1e-5
-    ids = torch.tensor([[5, 6, 7]])
-    pair = [dsb.generate(m, ids, gen_length=16, block_length=8) for m in (narrow, wide)]
+    pair = [dsb.generate(m, PROMPT, gen_length=16, block_length=8) for m in (narrow, wide)]
     assert pair[0].sequences.tolist() == pair[1].sequences.tolist()
 
 
 @pytest.mark.parametrize("head", ["absent", "a copy of the embeddings"])
 def test_tied_embeddings_equal_a_head_written_out(tmp_path, head):
-    config, weights = parts("llada")
-    embedding, name = weights["model.transformer.wte.weight"], "model.transformer.ff_out.weight"
-    written = load(write(tmp_path / "a", config, {**weights, name: embedding.clone()}))
-    del weights[name]
-    if head != "absent":
-        weights[name] = embedding.clone()
-    tied = load(write(tmp_path / "b", {**config, "weight_tying": True}, weights))
+    weights = parts("llada")[1]
+    weights[HEAD] = weights["model.transformer.wte.weight"].clone()
+    written = load(write_changed(tmp_path / "a", weights=weights))
+    if head == "absent":
+        del weights[HEAD]
+    tied = load(write_changed(tmp_path / "b", weights=weights, weight_tying=True))
     assert tied.lm_head.weight is tied.model.embed_tokens.weight
     assert torch.equal(logits(tied), logits(written))
 
@@ -200,12 +150,9 @@ ILLADA = {  # Llama's field names; no mask id
 @pytest.mark.parametrize("names", ["llama", "llada"])
 def test_llama_fields_grouped_heads_tied_embeddings_and_a_named_mask(tmp_path, names):
     """The form of iLLaDA, under either set of weight names."""
-    config, weights = parts("llada")
-    weights = grouped(weights, False)
-    del weights["model.transformer.ff_out.weight"]
-    expected = load(
-        write(tmp_path / "a", {**config, "n_kv_heads": 2, "weight_tying": True}, weights)
-    )
+    weights = grouped(parts("llada")[1], False)
+    del weights[HEAD]
+    expected = load(write_changed(tmp_path / "a", weights=weights, n_kv_heads=2, weight_tying=True))
     if names == "llama":
         weights = to_llama_names(weights)
         assert "model.layers.2.mlp.down_proj.weight" in weights
@@ -219,47 +166,38 @@ def test_llama_fields_grouped_heads_tied_embeddings_and_a_named_mask(tmp_path, n
     assert not (out.sequences == 5).any()
 
 
-def test_rows_of_the_embedding_count_not_the_vocabulary(tmp_path):
+def test_the_embeddings_size_counts_not_the_vocabulary(tmp_path):
     """LLaDA's `embedding_size` is padded beyond `vocab_size`; null means the vocabulary."""
-    config, weights = parts("llada")
-    padded = load(write(tmp_path / "a", {**config, "vocab_size": 500}, weights))
-    plain = load(write(tmp_path / "b", {**config, "embedding_size": None}, weights))
+    padded = load(write_changed(tmp_path / "a", vocab_size=500))
+    plain = load(write_changed(tmp_path / "b", embedding_size=None))
     assert padded.config.vocab_size == plain.config.vocab_size == 512
     assert torch.equal(logits(padded), logits(plain))
 
 
 def test_mlp_ratio_stands_in_for_the_mlp_size(tmp_path):
-    config, weights = parts("llada")
-    del config["mlp_hidden_size"]
-    config["mlp_ratio"] = 2
+    weights = parts("llada")[1]
     for name in weights:
         if "ff_proj" in name or "up_proj" in name:
             weights[name] = weights[name][:128]
         elif "blocks" in name and "ff_out" in name:
             weights[name] = weights[name][:, :128]
-    assert load(write(tmp_path, config, weights)).config.intermediate_size == 128
+    folder = write_changed(tmp_path, weights=weights, mlp_hidden_size=..., mlp_ratio=2)
+    assert load(folder).config.intermediate_size == 128
 
 
 @pytest.mark.parametrize("family", golden.FAMILIES)
-def test_rope_theta_from_either_field(tmp_path, family):
-    config, weights = parts(family)
-    theta = config.pop("rope_theta")
-    new = {**config, "rope_parameters": {"rope_type": "default", "rope_theta": theta}}
-    assert torch.equal(
-        logits(load(write(tmp_path / "a", new, weights))), logits(golden.model(family))
-    )
-    other = load(write(tmp_path / "b", {**config, "rope_theta": 100.0}, weights))
-    assert (logits(other) - logits(golden.model(family))).abs().max() > 1e-3
-    absent = load(write(tmp_path / "c", config, weights))  # both families' classes: 10000
-    assert absent.config.rope_parameters["rope_theta"] == 10000.0
-
-
-@pytest.mark.parametrize("family", golden.FAMILIES)
-def test_norm_epsilon_is_the_checkpoints(tmp_path, family):
-    config, weights = parts(family)
-    model = load(write(tmp_path, {**config, "rms_norm_eps": 0.1}, weights))
+def test_rope_theta_and_norm_epsilon_are_the_checkpoints(tmp_path, family):
+    """The base of the rotary embedding comes from either field."""
+    expected, theta = logits(golden.model(family)), parts(family)[0]["rope_theta"]
+    rope = {"rope_theta": ..., "rope_parameters": {"rope_type": "default", "rope_theta": theta}}
+    assert torch.equal(logits(load(write_changed(tmp_path / "a", family, **rope))), expected)
+    other = load(write_changed(tmp_path / "b", family, rope_theta=100.0))
+    assert (logits(other) - expected).abs().max() > 1e-3
+    absent = load(write_changed(tmp_path / "c", family, rope_theta=...))
+    assert absent.config.rope_parameters["rope_theta"] == 10000.0, "as in both families' classes"
+    model = load(write_changed(tmp_path / "d", family, rms_norm_eps=0.1))
     assert model.model.norm.variance_epsilon == 0.1
-    assert (logits(model) - logits(golden.model(family))).abs().max() > 1e-3
+    assert (logits(model) - expected).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize(
@@ -267,8 +205,7 @@ def test_norm_epsilon_is_the_checkpoints(tmp_path, family):
     [(1, None, (1,)), ([1, 3], None, (1, 3)), (1, [3, 1], (1, 3)), (None, None, ())],
 )
 def test_eos_ids_from_both_files(tmp_path, config_eos, generation_eos, expected):
-    config, weights = parts("llada")
-    write(tmp_path, {**config, "eos_token_id": config_eos}, weights)
+    write_changed(tmp_path, eos_token_id=config_eos)
     if generation_eos is not None:
         (tmp_path / "generation_config.json").write_text(
             json.dumps({"eos_token_id": generation_eos, "max_new_tokens": 48})

@@ -1,4 +1,4 @@
-"""A setting is one row, a rule one object: both reach every door, and every door has the same
+"""A setting is one field, a rule one object: both reach every door, and every door has the same
 defaults."""
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def chat(tmp_path_factory) -> Path:
 # --- the table --------------------------------------------------------------------------------
 
 
-def test_every_field_is_a_row_of_the_table():
+def test_every_field_is_in_the_table():
     names = list(dsb.DecodingConfig.__dataclass_fields__)
     assert [row[0] for row in settings_table()] == list(settings()) == names
     for name, kind, default, accepted, text in settings_table():
@@ -55,9 +55,6 @@ def test_every_field_is_a_row_of_the_table():
 def test_rules_that_a_confidence_does_not_fit(settings, said):
     with pytest.raises(ValueError, match=said):
         dsb.DecodingConfig(**settings)
-
-
-def test_rules_that_a_confidence_fits():
     for rule in ({}, {"factor": 1.0}, {"steps": 8}):
         assert dsb.DecodingConfig(confidence="margin", **rule).confidence == "margin"
     assert dsb.DecodingConfig(confidence="entropy", steps=8).rule == "quota"
@@ -66,15 +63,10 @@ def test_rules_that_a_confidence_fits():
 # --- defaults ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("length", "block"),
-    [(1, 1), (3, 1), (16, 4), (60, 15), (127, 31), (128, 32), (129, 32), (1024, 32)],
-)
-def test_the_default_block(length, block):
-    assert defaults_for(golden.model("llada"), length).block_length == block
-
-
-def test_defaults_depend_on_the_model():
+def test_defaults_depend_on_the_length_and_the_model():
+    blocks = {1: 1, 3: 1, 16: 4, 60: 15, 127: 31, 128: 32, 129: 32, 1024: 32}
+    for length, block in blocks.items():
+        assert defaults_for(golden.model("llada"), length).block_length == block
     model = dsb.load_model(golden.DATA / "llada", device="cpu", eos_ids=())
     assert defaults_for(golden.model("llada")) == dsb.DecodingConfig(stop_at_eos=True)
     assert defaults_for(model) == dsb.DecodingConfig()
@@ -114,13 +106,13 @@ def test_five_doors_decode_the_same(chat, capsys, monkeypatch, lengths):
     patched = dsb.patch(dsb.load_model(chat, device="cpu"), eos_ids=(eos,))
     assert seen(patched.dsb_generate(IDS, **lengths)) == expected
 
-    monkeypatch.setattr("dsb_runtime.cli.main.load_model", lambda *a, **how: model)
+    for door in ("cli.main", "doors.lm_eval"):
+        monkeypatch.setattr(f"dsb_runtime.{door}.load_model", lambda *a, **how: model)
     options = ["--gen-length", "20"] if lengths else []
     assert main(["generate", PROMPT, "--model", str(chat), "--json", *options]) == 0
     found = json.loads(capsys.readouterr().out)
     assert (found["response_ids"], found["forwards"], [found["tokens"]]) == expected
 
-    monkeypatch.setattr("dsb_runtime.doors.lm_eval.load_model", lambda *a, **how: model)
     lm, outs = DSBLM(str(chat), **lengths), []
     generate = dsb.generate
     monkeypatch.setattr(
@@ -135,13 +127,6 @@ def test_five_doors_decode_the_same(chat, capsys, monkeypatch, lengths):
 
 
 # --- a rule and a field of somebody else -------------------------------------------------------
-
-
-def copy_packages(folder: Path) -> Path:
-    for name in ("dsb_kernels", "dsb_runtime"):
-        ignore = shutil.ignore_patterns("__pycache__")
-        shutil.copytree(ROOT / name, folder / name, ignore=ignore)
-    return folder
 
 
 def insert(path: Path, before: str, text: str) -> None:
@@ -201,7 +186,10 @@ print(json.dumps(seen))
 @pytest.fixture(scope="module")
 def changed(tmp_path_factory) -> Path:
     """The packages with the rule `two`, by CONTRIBUTING's recipe, and a made-up field, `shade`."""
-    folder = copy_packages(tmp_path_factory.mktemp("changed"))
+    folder = tmp_path_factory.mktemp("changed")
+    for name in ("dsb_kernels", "dsb_runtime"):
+        ignore = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(ROOT / name, folder / name, ignore=ignore)
     recipe = (ROOT / "CONTRIBUTING.md").read_text().split("## To add a selection rule")[1]
     count, entry, branch = re.findall(r"^```python\n# [^\n]*\n(.*?)^```", recipe, re.M | re.S)[:3]
     insert(folder / "dsb_kernels/rules.py", "RULES: dict", f"{count}\n\n")

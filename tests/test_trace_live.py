@@ -95,8 +95,8 @@ def test_the_picture_shows_response_refreshes(tmp_path):
     path = tmp_path / "a.png"
     trace.save(path)
     response, full = painted(path, RESPONSE_COLOR), painted(path, REFRESH_COLOR)
-    # One row of the picture (the first, a refresh) is full; what it has left of x = 0, the
-    # prompt's part of the axes, the response's rows do not have.
+    # Only the first line of the picture, a full refresh, has colour left of x = 0, where the
+    # prompt is; the lines of the response's refreshes do not.
     left, right = np.nonzero(full.any(0))[0][[0, -1]]
     columns = np.nonzero(response.any(0))[0]
     assert left < columns[0] and abs(right - columns[-1]) <= 2
@@ -106,31 +106,21 @@ def test_the_picture_shows_response_refreshes(tmp_path):
     assert not painted(path, RESPONSE_COLOR).any()
 
 
-@pytest.mark.parametrize("name", ["a.png", "a.svg", "a.pdf", "A.PNG"])
-def test_pictures_by_suffix(tmp_path, name):
+def test_places_that_take_a_picture(tmp_path: Path):
     trace = Trace(5, 24)
-    decode(trace)
-    trace.save(tmp_path / name)
-    assert (tmp_path / name).stat().st_size > 1000
-
-
-@pytest.mark.parametrize(
-    ("name", "said"),
-    [("a.txt", "ending in"), ("a", "ending in"), ("no/a.png", "no such folder"), ("", "a folder")],
-)
-def test_places_that_take_no_picture(tmp_path: Path, name, said):
-    trace = Trace(5, 24)
-    decode(trace)
-    with pytest.raises(ValueError, match=said) as caught:
-        trace.save(tmp_path / name)
-    assert f"path {tmp_path / name}" in str(caught.value)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_an_empty_trace_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="nothing was recorded"):
-        Trace(5, 24).save(tmp_path / "a.png")
+        trace.save(tmp_path / "a.png")
+    decode(trace)
+    for name, said in (
+        ("a.txt", "ending in"), ("a", "ending in"), ("no/a.png", "no such"), ("", "a folder"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=said) as caught:
+            trace.save(tmp_path / name)
+        assert f"path {tmp_path / name}" in str(caught.value)
     assert list(tmp_path.iterdir()) == []
+    for right in ("a.png", "a.svg", "a.pdf", "A.PNG"):
+        trace.save(tmp_path / right)
+        assert (tmp_path / right).stat().st_size > 1000
 
 
 # --- live canvas ------------------------------------------------------------------------------
@@ -184,24 +174,17 @@ def test_left_padding_is_not_drawn(tokenizer):
     assert set(counts) == {29}
 
 
-def test_an_id_without_a_word_shows_its_number(tokenizer):
-    """LLaDA's embedding has rows beyond its tokenizer's last word."""
+def test_ids_that_are_no_words_of_the_response(tokenizer):
+    """LLaDA's embedding has ids beyond its tokenizer; a padded prompt may hold the mask id."""
     lines: list[str] = []
 
     def watch(event: dsb.StepEvent) -> None:
         event.canvas[0, 0] = 9999
-        lines.append(canvas_text(tokenizer, event, 5, MASK).plain)
+        lines.append(canvas_text(tokenizer, event, 5, 7).plain)
         event.canvas[0, 0] = 5
 
     decode(watch)
-    assert all(line.startswith("<9999> w6 w7") for line in lines)
-
-
-def test_mask_ids_in_the_prompt_are_words(tokenizer):
-    """Only the response has masks to fill; a padded prompt may hold the id."""
-    lines: list[str] = []
-    decode(lambda e: lines.append(canvas_text(tokenizer, e, 5, 7).plain))
-    assert all(" w7 " in line for line in lines)
+    assert all(line.startswith("<9999> w6 w7 ") for line in lines)
 
 
 def test_a_terminal_gets_every_frame(tokenizer):
@@ -221,20 +204,13 @@ def test_a_terminal_gets_every_frame(tokenizer):
 
 def test_anything_else_gets_the_last_frame(tokenizer):
     stream = io.StringIO()
+    trace = Trace(5, 24)
     with LiveCanvas(tokenizer, 5, MASK, frame_seconds=0, console=Console(file=stream)) as live:
-        out = decode(live)
+        out = decode(lambda event: (trace(event), live(event)))
     shown = stream.getvalue()
     assert "\x1b" not in shown and shown.count("forward ") == 1
     words = [f"w{i}" for i in out.sequences[0].tolist()]
     assert " ".join(words) in " ".join(shown.split())
-
-
-def test_watching_changes_nothing(tokenizer):
-    trace = Trace(5, 24)
-    with LiveCanvas(
-        tokenizer, 5, MASK, frame_seconds=0, console=Console(file=io.StringIO())
-    ) as live:
-        watched = decode(lambda event: (trace(event), live(event)))
     alone = decode(None)
-    assert watched.sequences.tolist() == alone.sequences.tolist()
-    assert watched.tokens_per_forward == alone.tokens_per_forward
+    assert out.sequences.tolist() == alone.sequences.tolist(), "watching changes nothing"
+    assert out.tokens_per_forward == alone.tokens_per_forward

@@ -15,9 +15,8 @@ SETTINGS = ["--block-length", "16", "--max-block-length", "24", "--threshold", "
 
 def run() -> int:
     console = Console(highlight=False)
-    for problem in [
-        heldout(1, seed=seed, steps=steps)[0] for seed, steps in ((1, 3), (2, 4), (3, 6))
-    ]:
+    for seed, steps in ((1, 3), (2, 4), (3, 6)):
+        (problem,) = heldout(1, seed=seed, steps=steps)
         console.rule(style="dim")
         console.print(problem.prompt, style="bold")
         status = main(["generate", problem.prompt, "--live", "--frame-seconds", "0.25", *SETTINGS])

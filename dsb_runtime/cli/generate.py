@@ -6,7 +6,7 @@ import argparse
 import json
 import sys
 import time
-from contextlib import ExitStack
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dsb_runtime.cli.live import LiveCanvas
 from dsb_runtime.config import DecodingConfig, check_int, check_real
-from dsb_runtime.engine.engine import GenerationOutput, StepEvent, generate
+from dsb_runtime.engine.engine import StepEvent, generate
 from dsb_runtime.families import check_model
 from dsb_runtime.measure.plots import check_picture
 from dsb_runtime.measure.trace import Trace
@@ -53,18 +53,10 @@ def encode(tokenizer: PreTrainedTokenizerBase, prompt: str, raw: bool) -> torch.
     return tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
 
 
-def answer_of(out: GenerationOutput, prompt: int, tokenizer: PreTrainedTokenizerBase) -> str:
-    """The text of row 0 up to its first EOS, after a prompt of so many positions."""
-    ids = out.sequences[0, prompt : prompt + out.row_tokens[0]]
-    return str(tokenizer.decode(ids, skip_special_tokens=True)).strip()
-
-
 def run(
-    args: argparse.Namespace,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    args: argparse.Namespace, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
     config: DecodingConfig,
-) -> int:
+) -> int:  # fmt: skip
     """Print the answer and its counts."""
     text = sys.stdin.read() if args.prompt == "-" else args.prompt
     if not text.strip():
@@ -86,9 +78,7 @@ def run(
         for watcher in watchers:
             watcher(event)
 
-    with ExitStack() as stack:
-        if live is not None:
-            stack.enter_context(live)
+    with live or nullcontext():
         began = time.perf_counter()
         out = generate(
             model, input_ids, config, generator=generator, on_step=on_step if watchers else None
@@ -96,7 +86,8 @@ def run(
         seconds = time.perf_counter() - began - (live.spent if live else 0.0)
 
     tokens = out.row_tokens[0]
-    answer = answer_of(out, prompt, tokenizer)
+    ids = out.sequences[0, prompt : prompt + tokens]
+    answer = str(tokenizer.decode(ids, skip_special_tokens=True)).strip()
     if args.json:
         print(json.dumps({
             "answer": answer, "tokens": tokens, "forwards": out.nfe,

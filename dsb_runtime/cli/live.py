@@ -13,37 +13,25 @@ from transformers import PreTrainedTokenizerBase
 from dsb_runtime.engine.engine import StepEvent
 
 STYLES = {
-    "prompt": "cyan",
-    "prefix": "black on bright_blue",
-    "active": "bold black on yellow",
-    "committed": "green",
-    "mask": "grey50",
-    "new": "bold black on bright_green",
-}
+    "prompt": "cyan", "prefix": "black on bright_blue", "active": "bold black on yellow",
+    "committed": "green", "mask": "grey50", "new": "bold black on bright_green",
+}  # fmt: skip
 LEGEND = {
-    "prompt": "prompt",
-    "prefix": "prefix window",
-    "active": "mask in the active block",
-    "mask": "mask beyond it",
-    "new": "just committed",
-    "committed": "committed",
-}
+    "prompt": "prompt", "prefix": "prefix window", "active": "mask in the active block",
+    "mask": "mask beyond it", "new": "just committed", "committed": "committed",
+}  # fmt: skip
 MASK_GLYPH = "▢"
 
 
 def canvas_text(
-    tokenizer: PreTrainedTokenizerBase,
-    event: StepEvent,
-    prompt_length: int,
-    mask_id: int,
+    tokenizer: PreTrainedTokenizerBase, event: StepEvent, prompt_length: int, mask_id: int,
     leftpad: int = 0,
-) -> Text:
-    """Row 0 of the canvas after an event: one styled word a position."""
+) -> Text:  # fmt: skip
+    """Row 0 of the canvas after an event: a styled word for each position."""
     ids = event.canvas[0].tolist()
     row = event.table[0]
     start, end, prefix = row.start, row.end, row.start - row.prefix
-    picked = event.commit[0].nonzero().flatten()
-    new = set(event.position[0][picked].tolist())
+    new = set(event.position[0][event.commit[0].nonzero().flatten()].tolist())
     text = Text()
     for index in range(leftpad, len(ids)):
         masked = index >= prompt_length and ids[index] == mask_id
@@ -65,7 +53,7 @@ def canvas_text(
 class LiveCanvas:
     """An `on_step` callback that redraws row 0 after every forward.
 
-    `spent` is the time used for drawing and waiting, to be left out of tokens/s.
+    `spent` is the time that drawing and waiting took, which tokens/s leave out.
     """
 
     def __init__(

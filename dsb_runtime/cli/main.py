@@ -58,20 +58,21 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 
 
 def add_settings(parser: argparse.ArgumentParser) -> None:
-    """An option for each setting, None where it is not named."""
+    """The model's options, and one for each setting, None where the caller does not name it."""
+    add_model(parser)
     groups: dict[str, Any] = {}
-    for name, row in settings().items():
-        if row.group not in groups:
-            groups[row.group] = parser.add_argument_group(row.group)
-        how: dict[str, Any] = {"type": row.kind, "metavar": "N" if row.kind is int else "X"}
-        if row.kind is bool:
+    for name, entry in settings().items():
+        if entry.group not in groups:
+            groups[entry.group] = parser.add_argument_group(entry.group)
+        how: dict[str, Any] = {"type": entry.kind, "metavar": "N" if entry.kind is int else "X"}
+        if entry.kind is bool:
             how = {"action": argparse.BooleanOptionalAction}
-        elif row.choices:
-            how = {"choices": row.choices}
-        default = row.unset or ("" if row.optional else str(row.default))
-        text = f"{row.help} (default: {default})" if default else row.help
+        elif entry.choices:
+            how = {"choices": entry.choices}
+        default = entry.unset or ("" if entry.default is None else str(entry.default))
+        text = f"{entry.help} (default: {default})" if default else entry.help
         option = f"--{name.replace('_', '-')}"
-        groups[row.group].add_argument(option, help=text.replace("%", "%%"), **how)
+        groups[entry.group].add_argument(option, help=text.replace("%", "%%"), **how)
     groups[SAMPLING].add_argument("--seed", type=int, metavar="N", help="of the random numbers")
 
 
@@ -83,20 +84,17 @@ def named_settings(args: argparse.Namespace, model: PreTrainedModel) -> Decoding
 
 def add_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("prompt", help="the prompt, or - to read it from standard input")
-    add_model(parser)
     add_settings(parser)
     generate.add_arguments(parser)
 
 
 def add_bench(parser: argparse.ArgumentParser) -> None:
-    add_model(parser)
     add_settings(parser)
     bench.add_arguments(parser)
     parser.set_defaults(stop_at_eos=False)
 
 
 def add_profile(parser: argparse.ArgumentParser) -> None:
-    add_model(parser)
     add_settings(parser)
     prompts = parser.add_argument_group("prompts")
     prompts.add_argument("--batch", type=int, default=1, metavar="B", help="default: 1")
@@ -148,9 +146,7 @@ def load(args: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenizer
     return model, load_tokenizer(args.model)
 
 
-def load_measured(
-    args: argparse.Namespace,
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
+def load_measured(args: argparse.Namespace) -> tuple[PreTrainedModel, Any]:
     """A checkpoint or, with `--preset`, a random model, which has no tokenizer."""
     return (load_preset(args), None) if args.preset else load(args)
 
@@ -195,7 +191,7 @@ def run_convert(args: argparse.Namespace) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; 0 is success, 2 an error said in one line, 130 an interrupt."""
+    """Run a command; 0 is success, 2 an error, whose message is one line, 130 an interrupt."""
     words = list(sys.argv[1:] if argv is None else argv)
     args = build_parser().parse_args(words)
     args.command_line = shlex.join(["dsb", *words])

@@ -1,8 +1,8 @@
 """The embedded model: a small masked diffusion LM that solves arithmetic word problems.
 
-``MODEL_DIR`` holds its weights, configuration and tokenizer in the LLaDA hub format, so that it
-loads through the very path that LLaDA-8B takes. ``problems`` makes the problems it solves,
-``train`` made its weights.
+`MODEL_DIR` holds its weights, configuration and tokenizer in the LLaDA hub format, so that it
+loads as LLaDA-8B does. `problems` makes the problems that it solves; `tools/embedded_model` trained
+its weights.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Arithmetic word problems with a written-out solution, made on the fly from a seed.
+"""Arithmetic word problems with a written-out solution; a seed makes each of them.
 
 A problem starts from a number of things and changes it on the first one to six days of a week:
 
@@ -12,12 +12,13 @@ of a decoder that has nothing to be unsure about. The steps are unevenly hard: a
 nothing happens and a change by 1 or 10 are nearly free, other changes are looked up in an addition
 table, and each step needs the total of the one before.
 
-Every prompt of ``k`` steps has the same number of words, and so has every solution: batches of one
-``k`` need no padding.
+Every prompt of `k` steps has the same number of words, and so has every solution: batches of one
+`k` need no padding.
 """
 
 from __future__ import annotations
 
+import itertools
 import random
 import re
 import zlib
@@ -49,7 +50,7 @@ DOUBLING = "doubles them"
 HALVING = "halves them"
 OTHER_WORDS = ("has", "How", "many", "now", "Answer")
 
-# One chain of numbers in ten is kept for evaluation, whatever names and things go with it.
+# One chain of numbers in ten is for evaluation only, whatever names and things go with it.
 _HELDOUT_SHARE = 10
 _EASY_OPERANDS = (1, 10)
 _OPERAND_RANGE = (2, 12)
@@ -76,10 +77,10 @@ class _Step:
 
 
 def problem(seed: int, split: Split = "train", steps: int | None = None) -> Problem:
-    """The problem of ``seed``: the same one at every call, on every machine.
+    """The problem of `seed`: the same one at every call, on every machine.
 
-    ``split`` is ``"train"`` or ``"heldout"``; no chain of numbers is in both. ``steps`` is the
-    number of days told of, 1 to 6; ``None`` draws it.
+    `split` is "train" or "heldout"; no chain of numbers is in both. `steps` is the number of days,
+    1 to 6; None draws it.
     """
     if split not in ("train", "heldout"):
         raise ValueError(f"split={split!r}: expected 'train' or 'heldout'")
@@ -90,37 +91,44 @@ def problem(seed: int, split: Split = "train", steps: int | None = None) -> Prob
     count = steps or rng.randint(1, MAX_STEPS)
     while True:
         start, chain = _draw_chain(rng, count)
-        if (_bucket(start, chain) == 0) == (split == "heldout"):
+        numbers = [start, *(f"{step.operator} {step.operand}" for step in chain)]
+        if _belongs_to_heldout(*numbers) == (split == "heldout"):
             return _write(rng, start, chain)
 
 
 def heldout(n: int, seed: int = 0, steps: int | None = None) -> list[Problem]:
-    """``n`` different problems that training never sees."""
+    """`n` different problems that training never sees."""
     if n < 1:
         raise ValueError(f"n={n!r}: expected at least 1")
-    found: dict[str, Problem] = {}
-    draw = 0
-    while len(found) < n:
-        made = problem(seed * 1_000_003 + draw, "heldout", steps)
-        found.setdefault(made.prompt, made)
-        draw += 1
-    return list(found.values())
+    problems: dict[str, Problem] = {}
+    for draw in itertools.count(seed * 1_000_003):
+        item = problem(draw, "heldout", steps)
+        problems.setdefault(item.prompt, item)
+        if len(problems) == n:
+            break
+    return list(problems.values())
 
 
 def is_heldout(item: Problem) -> bool:
-    """Whether the problem's chain of numbers belongs to the held-out bucket."""
-    return _bucket_of_text(_chain_text(item.response)) == 0
+    """Whether the problem's chain of numbers belongs to the held-out split."""
+    steps = re.findall(r"(\d+) ([-+*/] \d+) =", item.response)
+    return _belongs_to_heldout(steps[0][0], *(change for _, change in steps))
 
 
 def extract_answer(text: str) -> int | None:
-    """The number that ``text`` answers before its first EOS, ``None`` where it has none."""
+    """The number that `text` answers before its first EOS, None where it has none."""
     match = _ANSWER.search(text.split(EOS_TEXT, 1)[0])
     return int(match.group(1)) if match else None
 
 
 def is_exact(item: Problem, text: str) -> bool:
-    """Whether ``text``, up to its first EOS, ends in the right answer."""
+    """Whether `text`, up to its first EOS, ends in the right answer."""
     return extract_answer(text) == item.answer
+
+
+def _belongs_to_heldout(*numbers: object) -> bool:
+    """Whether a chain such as 12, "+ 7", "- 5" does."""
+    return zlib.crc32(" ".join(map(str, numbers)).encode()) % _HELDOUT_SHARE == 0
 
 
 def _draw_chain(rng: random.Random, count: int) -> tuple[int, list[_Step]]:
@@ -135,7 +143,7 @@ def _draw_chain(rng: random.Random, count: int) -> tuple[int, list[_Step]]:
 
 
 def _draw_step(rng: random.Random, total: int) -> _Step | None:
-    """One change of ``total``, or ``None`` where the drawn kind would leave 0 to 99."""
+    """One change of `total`, or None where the drawn kind would leave 0 to 99."""
     kind = rng.choices(("change", "rest", "double", "halve"), (80, 8, 6, 6))[0]
     if kind == "rest":
         return _Step("+", 0, rng.choice(REST_DAYS), total)
@@ -145,39 +153,22 @@ def _draw_step(rng: random.Random, total: int) -> _Step | None:
         return _Step("/", 2, HALVING, total // 2) if total > 0 and total % 2 == 0 else None
     easy = rng.random() < 0.3
     operand = rng.choice(_EASY_OPERANDS) if easy else rng.randint(*_OPERAND_RANGE)
-    if rng.random() < 0.5:
-        after = total + operand
-        step = _Step("+", operand, f"{rng.choice(GAINS)} {operand}", after)
-    else:
-        after = total - operand
-        step = _Step("-", operand, f"{rng.choice(LOSSES)} {operand}", after)
-    return step if 0 <= after <= MAX_TOTAL else None
+    gain = rng.random() < 0.5
+    words = f"{rng.choice(GAINS if gain else LOSSES)} {operand}"
+    after = total + operand if gain else total - operand
+    return _Step("+-"[not gain], operand, words, after) if 0 <= after <= MAX_TOTAL else None
 
 
 def _write(rng: random.Random, start: int, chain: list[_Step]) -> Problem:
     name = rng.choice(tuple(PRONOUNS))
     things = rng.choice(THINGS)
-    told = [f"{name} has {start} {things}."]
-    solved = []
+    prompt = [f"{name} has {start} {things}."]
+    response = []
     total = start
     for day, step in zip(DAYS, chain, strict=False):
-        told.append(f"{day} {PRONOUNS[name]} {step.words}.")
-        solved.append(f"{day} {total} {step.operator} {step.operand} = {step.total}.")
+        prompt.append(f"{day} {PRONOUNS[name]} {step.words}.")
+        response.append(f"{day} {total} {step.operator} {step.operand} = {step.total}.")
         total = step.total
-    told.append(f"How many {things} now?")
-    solved.append(f"Answer {total}.")
-    return Problem(" ".join(told), " ".join(solved), total, len(chain))
-
-
-def _bucket(start: int, chain: list[_Step]) -> int:
-    return _bucket_of_text(f"{start}" + "".join(f" {s.operator} {s.operand}" for s in chain))
-
-
-def _bucket_of_text(chain: str) -> int:
-    return zlib.crc32(chain.encode()) % _HELDOUT_SHARE
-
-
-def _chain_text(response: str) -> str:
-    """'12 + 7 - 5' of 'Monday 12 + 7 = 19. Tuesday 19 - 5 = 14. Answer 14.'"""
-    steps = re.findall(r"(\d+) ([-+*/]) (\d+) =", response)
-    return steps[0][0] + "".join(f" {operator} {operand}" for _, operator, operand in steps)
+    prompt.append(f"How many {things} now?")
+    response.append(f"Answer {total}.")
+    return Problem(" ".join(prompt), " ".join(response), total, len(chain))

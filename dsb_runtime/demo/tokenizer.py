@@ -1,7 +1,7 @@
-"""The embedded model's tokenizer: one token a word, one token a number from 0 to 99.
+"""The embedded model's tokenizer: each word is a token, and so is each number from 0 to 99.
 
 A number is one token, so that a step of a solution is one look-up in an addition table. Words
-outside the vocabulary become ``[UNK]``.
+outside the vocabulary become `[UNK]`.
 """
 
 from __future__ import annotations
@@ -48,16 +48,10 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     # Words get their spaces back and full stops lose theirs: "= 19." and not "= 19 .".
     tokenizer.decoder = decoders.WordPiece(prefix="##", cleanup=True)
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        eos_token=EOS,
-        pad_token=EOS,
-        mask_token=MASK,
-        unk_token=UNKNOWN,
-        extra_special_tokens=[USER, ASSISTANT],
-        chat_template=CHAT_TEMPLATE,
-        padding_side="left",
-        clean_up_tokenization_spaces=False,
-    )
+        tokenizer_object=tokenizer, eos_token=EOS, pad_token=EOS, mask_token=MASK,
+        unk_token=UNKNOWN, extra_special_tokens=[USER, ASSISTANT], chat_template=CHAT_TEMPLATE,
+        padding_side="left", clean_up_tokenization_spaces=False,
+    )  # fmt: skip
 
 
 def chat_text(prompt: str) -> str:

@@ -1,7 +1,7 @@
 """custom_generate: DSB as `model.generate(custom_generate=...)` of transformers.
 
 transformers prepares the prompt, its padding mask and a GenerationConfig, and calls a function in
-place of its own loop. What has the same meaning here is taken from the GenerationConfig. What
+place of its own loop. Fields of the GenerationConfig that mean the same here are read. What
 cannot hold for positions that are committed in any order is an error that names the field.
 """
 
@@ -55,8 +55,10 @@ CALL_ONLY = (
 # Arguments of the model's forward that transformers passes on and DSB does not read.
 FORWARD_ONLY = ("cache", "past_key_values", "inputs_embeds", "position_ids")
 # What transformers itself builds from fields that are honoured here.
-OWN_PROCESSORS = ("TemperatureLogitsWarper", "TopKLogitsWarper", "TopPLogitsWarper")
-OWN_CRITERIA = ("MaxLengthCriteria", "EosTokenCriteria")
+OWN = (
+    "TemperatureLogitsWarper", "TopKLogitsWarper", "TopPLogitsWarper", "MaxLengthCriteria",
+    "EosTokenCriteria",
+)  # fmt: skip
 
 
 @dataclasses.dataclass
@@ -70,15 +72,15 @@ class DiffusionGenerateOutput(ModelOutput):
     row_tokens: list[int] | None = None
 
 
+@dataclasses.dataclass
 class PrefixStreamer:
     """Feeds a streamer the tokens of row 0 in order, as the prefix without masks grows."""
 
-    def __init__(
-        self, streamer: BaseStreamer, prompt: int, mask_id: int, eos_ids: tuple[int, ...]
-    ) -> None:
-        self.streamer, self.position = streamer, prompt
-        self.mask_id, self.eos_ids = mask_id, eos_ids
-        self.ended = False  # an EOS was fed: what follows it is filling
+    streamer: BaseStreamer
+    position: int  # of the next token that it gets
+    mask_id: int
+    eos_ids: tuple[int, ...]
+    ended: bool = False  # it has an EOS; what follows an EOS is filling
 
     def __call__(self, event: StepEvent) -> None:
         for token in event.canvas[0, self.position :].tolist():
@@ -90,7 +92,7 @@ class PrefixStreamer:
 
 
 def call_arguments() -> dict[str, Any]:
-    """The local variables of the running `GenerationMixin.generate`, found on the stack.
+    """The local variables of the running `GenerationMixin.generate`, which is on the stack.
 
     No release of transformers up to 5.24 passes `streamer` and a few other arguments on to a
     `custom_generate` function; the first one that does makes this function unnecessary.
@@ -107,42 +109,30 @@ def refuse(name: str, value: object, expected: object) -> None:
 
 
 def check_fields(
-    config: GenerationConfig,
-    call: dict[str, Any],
-    processors: LogitsProcessorList,
+    config: GenerationConfig, call: dict[str, Any], processors: LogitsProcessorList,
     criteria: StoppingCriteriaList,
-) -> None:
-    """Raise ValueError for the first thing that was asked for and cannot hold."""
+) -> None:  # fmt: skip
+    """Raise ValueError for the first field or argument that cannot be honoured."""
     for name, neutral in NEUTRAL.items():
         value = getattr(config, name, None)
         if value is not None and value != neutral:
             refuse(name, value, neutral)
-    for name in CALL_ONLY:
-        value = call.get(name)
-        if value is not None and not (isinstance(value, list) and not value):
-            refuse(name, type(value).__name__, None)
-    for name in FORWARD_ONLY:
-        value = call.get("kwargs", {}).get(name)
+    asked = [(name, call.get(name)) for name in CALL_ONLY if call.get(name) != []]
+    asked += [(name, call.get("kwargs", {}).get(name)) for name in FORWARD_ONLY]
+    asked += [("logits_processor", p) for p in processors if type(p).__name__ not in OWN]
+    asked += [("stopping_criteria", c) for c in criteria if type(c).__name__ not in OWN]
+    for name, value in asked:
         if value is not None:
             refuse(name, type(value).__name__, None)
-    for name, items, own in (
-        ("logits_processor", processors, OWN_PROCESSORS),
-        ("stopping_criteria", criteria, OWN_CRITERIA),
-    ):
-        for item in items:
-            if type(item).__name__ not in own:
-                refuse(name, type(item).__name__, None)
 
 
 def read_sampling(config: GenerationConfig, named: dict[str, Any]) -> dict[str, Any]:
     """Temperature and cuts: those `named` in the call before those of the GenerationConfig."""
     temperature, top_p, top_k = (named.get(n) for n in ("temperature", "top_p", "top_k"))
     if not config.do_sample:
-        for name, value, neutral in (
-            ("temperature", temperature, (0, 1)), ("top_p", top_p, (1,)), ("top_k", top_k, ()),
-        ):  # fmt: skip
-            if value is not None and value not in neutral:
-                raise ValueError(f"{name}={value!r}: expected do_sample=True with it")
+        for name, neutral in (("temperature", (0, 1)), ("top_p", (1,)), ("top_k", ())):
+            if named.get(name) is not None and named[name] not in neutral:
+                raise ValueError(f"{name}={named[name]!r}: expected do_sample=True with it")
         return {"temperature": None, "top_p": None, "top_k": None}
     if temperature is None:
         temperature = config.temperature
@@ -187,16 +177,16 @@ def read_settings(
         named: settings by their names here, None where not named.
     """
     named = {**named, **read_sampling(config, named)}
-    given: dict[str, Any] = {}
-    for name, row in settings().items():
-        here = row.doors.get(DOOR, name)
+    ours: dict[str, Any] = {}
+    for name, entry in settings().items():
+        here = entry.doors.get(DOOR, name)
         if named.get(here) is not None:
             if here != name:  # an error names the argument as the caller did
-                row.check(here, named[here], None)
-            given[name] = named[here]
+                entry.check(here, named[here], None)
+            ours[name] = named[here]
     if config.max_new_tokens is not None or not call.get("has_default_max_length"):
-        given["gen_length"] = config.max_length - prompt
-    return defaults_for(model, **given)
+        ours["gen_length"] = config.max_length - prompt
+    return defaults_for(model, **ours)
 
 
 def custom_generate(
@@ -221,7 +211,7 @@ def custom_generate(
             `top_p` and `top_k` are taken; `eos_token_id`; `return_dict_in_generate`. A top_k of
             50 there is transformers' own default and counts as not set: `generate(top_k=50)`,
             named in the call, is taken.
-        streamer: fed token by token as the finished prefix grows, one prompt at a time.
+        streamer: gets token after token as the finished prefix grows; for one prompt only.
         generator, seed: source of randomness; neither is torch's global one.
         named: any setting of `DecodingConfig` (this function's signature lists them), and what
             transformers passes to a model's forward. `cache` is called `cache_policy`, since
@@ -260,13 +250,10 @@ def custom_generate(
                 watcher(event)
 
         out = generate(
-            model,
-            input_ids,
-            config,
-            attention_mask=named.get("attention_mask"),
+            model, input_ids, config, attention_mask=named.get("attention_mask"),
             generator=generator,
             on_step=watch if watchers else None,
-        )
+        )  # fmt: skip
     finally:
         if streamer is not None:  # also after an error: somebody may be waiting for the end
             streamer.end()
@@ -275,7 +262,7 @@ def custom_generate(
     return out.sequences
 
 
-def signature_with(rows: dict[str, Setting]) -> inspect.Signature:
+def signature_with(entries: dict[str, Setting]) -> inspect.Signature:
     """`custom_generate`'s signature with the settings as keywords.
 
     transformers passes a function the arguments that its signature lists. `gen_length` is not one
@@ -283,7 +270,7 @@ def signature_with(rows: dict[str, Setting]) -> inspect.Signature:
     """
     plain = inspect.signature(custom_generate)
     *parameters, rest = plain.parameters.values()
-    names = [row.doors.get(DOOR, name) for name, row in rows.items() if name != "gen_length"]
+    names = [entry.doors.get(DOOR, name) for name, entry in entries.items() if name != "gen_length"]
     parameters += [
         inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in names
     ]

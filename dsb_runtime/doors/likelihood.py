@@ -21,8 +21,8 @@ from transformers import PreTrainedModel
 from dsb_runtime.engine.engine import generate
 from dsb_runtime.families import check_model
 
-# Rows whose logits are held at a time: 126464 tokens of them take 130 MB in float32.
-HEAD_ROWS = 256
+# Positions whose logits are in memory at once: with 126464 logits each they take 130 MB in float32.
+HEAD_POSITIONS = 256
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Scored:
 
 
 def seed_of(item: Scored, seed: int) -> int:
-    """A seed of the request's own: no order, batch or number of processes changes its masks."""
+    """A request has its own seed: no order, batch or number of processes changes its masks."""
     ids = torch.tensor([seed, len(item.prompt), *item.prompt, *item.text])
     return zlib.crc32(ids.numpy().tobytes())  # torch's CPU generator takes 32 bits of a seed
 
@@ -46,7 +46,7 @@ def draw_masks(length: int, samples: int, seed: int) -> tuple[Tensor, Tensor]:
     through 1..length. Each draw is uniform, and together they cover the range.
 
     Returns:
-        (m, length) bool with at least one True a row, and (m,) float64: the sum of
+        (m, length) bool, each mask with at least one True, and (m,) float64: the sum of
         length / masked / samples over the draws of that mask. m <= samples.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -63,21 +63,16 @@ def draw_masks(length: int, samples: int, seed: int) -> tuple[Tensor, Tensor]:
 def masked_log_probs(
     model: PreTrainedModel, items: Sequence[Scored], masks: Sequence[Tensor]
 ) -> list[float]:
-    """For each row, the sum of log p(token) over the text's masked positions.
+    """For each item, the sum of log p(token) over the text's masked positions.
 
     Args:
-        items: b prompts and texts, of any lengths: padded on the left to one width.
-        masks: b masks, (length of the text,) bool.
+        items: prompts and texts of any lengths; they become one batch, padded on the left.
+        masks: a mask for each item, (length of the text,) bool.
     """
     info, device = check_model(model), model.device
-    width = max(len(item.prompt) + len(item.text) for item in items)
-    ids = torch.full((len(items), width), info.mask_id)
-    exists = torch.zeros((len(items), width), dtype=torch.long)
-    masked = torch.zeros((len(items), width), dtype=torch.bool)
+    ids, exists = left_pad([item.prompt + item.text for item in items])
+    masked = torch.zeros_like(exists, dtype=torch.bool)
     for i, (item, mask) in enumerate(zip(items, masks, strict=True)):
-        whole = torch.tensor(item.prompt + item.text)
-        ids[i, -len(whole) :] = whole
-        exists[i, -len(whole) :] = 1
         masked[i, -len(item.text) :] = mask
     target = ids[masked].to(device)
     row, column = masked.nonzero(as_tuple=True)
@@ -85,16 +80,15 @@ def masked_log_probs(
     source = column - int(info.family.shift)  # the position whose logits predict the token
     position_ids = (exists.cumsum(-1) - 1).clamp(min=0)
     hidden = model.model(
-        input_ids=ids.to(device),
-        attention_mask=None if exists.all() else exists.to(device),
-        position_ids=position_ids.to(device),
-        use_cache=False,
-    ).last_hidden_state
-    wanted = hidden[row.to(device), source.to(device)]
+        input_ids=ids.to(device), attention_mask=None if exists.all() else exists.to(device),
+        position_ids=position_ids.to(device), use_cache=False,
+    ).last_hidden_state[row.to(device), source.to(device)]  # fmt: skip
     parts = []
-    for part, ids_part in zip(wanted.split(HEAD_ROWS), target.split(HEAD_ROWS), strict=True):
-        logits = model.lm_head(part).float()
-        parts.append(logits.log_softmax(-1).gather(1, ids_part[:, None])[:, 0])
+    for part, tokens in zip(
+        hidden.split(HEAD_POSITIONS), target.split(HEAD_POSITIONS), strict=True
+    ):
+        log_probs = model.lm_head(part).float().log_softmax(-1)
+        parts.append(log_probs.gather(1, tokens[:, None])[:, 0])
     log_prob = torch.cat(parts).double().cpu()
     return torch.zeros(len(items), dtype=torch.float64).index_add(0, row, log_prob).tolist()
 
@@ -111,11 +105,12 @@ def log_likelihoods(
     """The Monte-Carlo estimate for every item; the same for the same seed, whatever the batch.
 
     Args:
-        samples: masks drawn for each item; equal ones are computed once.
+        samples: number of masks for each item; equal ones are computed once.
         batch_size: masked texts in one forward, of one item or several.
         on_done: called with the number of items finished by each forward.
     """
-    # Longest first: little padding, and a batch that does not fit memory fails at once.
+    # The longest come first: batches have little padding, and one that does not fit into memory
+    # fails at once.
     order = sorted(range(len(items)), key=lambda i: -len(items[i].prompt) - len(items[i].text))
     left: dict[int, int] = {}
 
@@ -141,7 +136,7 @@ def log_likelihoods(
 def are_greedy(
     model: PreTrainedModel, items: Sequence[Scored], *, batch_size: int = 1
 ) -> list[bool]:
-    """Whether decoding as many tokens as the text has, the most confident one a step, gives it."""
+    """Whether decoding gives the text, as many tokens as it has, the most confident one a step."""
     greedy = [False] * len(items)
     by_length: dict[int, list[int]] = defaultdict(list)
     for i, item in enumerate(items):
@@ -162,11 +157,10 @@ def are_greedy(
 
 
 def left_pad(prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-    """(B, P) ids and their attention mask; what pads is never attended to."""
-    width = max(len(prompt) for prompt in prompts)
-    ids = torch.zeros((len(prompts), width), dtype=torch.long)
+    """(B, P) ids and their attention mask; padding is never attended to."""
+    ids = torch.zeros((len(prompts), max(map(len, prompts))), dtype=torch.long)
     mask = torch.zeros_like(ids)
     for row, prompt in enumerate(prompts):
-        ids[row, width - len(prompt) :] = torch.tensor(prompt)
-        mask[row, width - len(prompt) :] = 1
+        ids[row, -len(prompt) :] = torch.tensor(prompt)
+        mask[row, -len(prompt) :] = 1
     return ids, mask

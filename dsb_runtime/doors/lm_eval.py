@@ -16,7 +16,7 @@ import logging
 import os
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -27,21 +27,14 @@ from lm_eval.__main__ import cli_evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import Tensor
 from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
 
-from dsb_runtime.config import DecodingConfig, check_bool, check_int, settings
+from dsb_runtime.config import DecodingConfig, check_bool, check_int, rule_names, settings
 from dsb_runtime.defaults import defaults_for
 from dsb_runtime.doors.likelihood import Scored, are_greedy, left_pad, log_likelihoods
-from dsb_runtime.doors.lm_eval_requests import (
-    LENGTHS,
-    answer_text,
-    first_copies,
-    read_batch_size,
-    request_settings,
-    rolling_windows,
-    summarize,
-)
 from dsb_runtime.engine.engine import generate
 from dsb_runtime.families import check_model
 from dsb_runtime.models.load import load_model, load_tokenizer
@@ -51,6 +44,64 @@ ARGUMENTS = (
     "pretrained", "tokenizer", "dtype", "device", "family", "mask_id", "revision", "batch_size",
     "mc_num", "seed", "check_greedy", "max_length",
 )  # fmt: skip
+# Names under which a request may say how many tokens its answer has at most.
+LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+
+
+def request_settings(own: Mapping[str, Any], asked: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a request whose `generation_kwargs` are `asked`, for `defaults_for`.
+
+    `own` are those of `--model_args`. The request's temperature, `top_p` and `top_k` hold where it
+    asks for sampling; any other setting in it (`--gen_kwargs threshold=0.8`) overrides the
+    model's. A number of tokens makes the canvas shorter, never longer than the model's.
+    """
+    asked = {name: value for name, value in asked.items() if value is not None}
+    if not (asked.get("do_sample", True) and asked.get("temperature", 0) > 0):
+        asked = {k: v for k, v in asked.items() if k not in ("temperature", "top_p", "top_k")}
+    override = {k: v for k, v in asked.items() if k in settings()}
+    merged = {**own, **override}
+    if set(rule_names()) & set(override):  # the request's rule replaces the model's
+        merged = {k: v for k, v in merged.items() if k not in rule_names() or k in override}
+    length = next((asked[name] for name in LENGTHS if name in asked), None)
+    if length is not None:
+        check_int("max_gen_toks", length, 1)
+        merged["gen_length"] = min(merged.get("gen_length", length), length)
+        if isinstance(merged.get("block_length"), int):
+            merged["block_length"] = min(merged["block_length"], merged["gen_length"])
+    return merged
+
+
+def first_copies(requests: Sequence[Instance]) -> list[int]:
+    """For every request, the index of the one whose answer it takes; its own but for copies.
+
+    The harness repeats a process's last request until all processes have equally many.
+    """
+    source: list[int] = []
+    seen: dict[int, list[int]] = defaultdict(list)
+    for i, request in enumerate(requests):
+        same = seen[id(request)]
+        source.append(i if len(same) < request.repeats else same[0])
+        same.append(i)
+    return source
+
+
+def cut_at_stop(text: str, stops: Iterable[str]) -> str:
+    """The text before whichever stop string comes first."""
+    ends = [index for stop in stops if stop and (index := text.find(stop)) >= 0]
+    return text[: min(ends, default=None)]
+
+
+def answer_text(
+    tokenizer: PreTrainedTokenizerBase, ids: list[int], eos_ids: Iterable[int], stops: Sequence[str]
+) -> str:
+    """A response's text, up to its first EOS and the first stop string.
+
+    A stop string that is a special token ends the response as an EOS does.
+    """
+    special = set(tokenizer.all_special_ids)
+    ends = {tokenizer.convert_tokens_to_ids(stop) for stop in stops} & special | set(eos_ids)
+    end = next((i for i, token in enumerate(ids) if token in ends), len(ids))
+    return cut_at_stop(str(tokenizer.decode(ids[:end], skip_special_tokens=True)), stops)
 
 
 @register_model("dsb")
@@ -94,13 +145,14 @@ class DSBLM(TemplateLM):
         **named: Any,
     ) -> None:
         super().__init__()
-        unknown = sorted(set(named) - set(settings()))
-        if unknown:
+        for name in sorted(set(named) - set(settings())):
             raise TypeError(
-                f"{unknown[0]}={named[unknown[0]]!r}: no such argument of model dsb; expected "
+                f"{name}={named[name]!r}: no such argument of model dsb; expected "
                 f"{', '.join((*ARGUMENTS, *settings()))}"
             )
-        self.batch_size = read_batch_size(batch_size)
+        digits = isinstance(batch_size, str) and batch_size.isdigit()  # what the harness passes
+        self.batch_size: Any = int(batch_size) if digits else batch_size
+        check_int("batch_size", self.batch_size, 1)
         check_int("mc_num", mc_num, 1)
         check_int("seed", seed, 0, 2**31 - 1)
         check_bool("check_greedy", check_greedy)
@@ -133,9 +185,8 @@ class DSBLM(TemplateLM):
         """The settings of a request whose `generation_kwargs` are `asked`."""
         for name in sorted(set(asked) - set(settings()) - {*LENGTHS, "until", "do_sample"}):
             if asked[name] is not None:
-                self.warn(
-                    name, f"generation_kwargs {name}={asked[name]!r} means nothing to model dsb"
-                )
+                what = f"generation_kwargs {name}={asked[name]!r}"
+                self.warn(name, f"{what} means nothing to model dsb")
         return defaults_for(self.model, **request_settings(self.settings, asked))
 
     def warn(self, key: str, message: str) -> None:
@@ -233,7 +284,9 @@ class DSBLM(TemplateLM):
         for i in members:
             ids = self.tok_encode(requests[i].args[0]) or [self.prefix_token_id]
             prompts[i] = self.cut_prompt(ids, longest)
-        members = sorted(members, key=lambda i: -len(prompts[i]))  # little padding, longest first
+        members = sorted(
+            members, key=lambda i: -len(prompts[i])
+        )  # the longest first: little padding
         for first in range(0, len(members), self.batch_size):
             batch = members[first : first + self.batch_size]
             responses = self.decode([prompts[i] for i in batch], config)
@@ -258,7 +311,7 @@ class DSBLM(TemplateLM):
         **kwargs: Any,
     ) -> list[tuple[float, bool]]:
         items = [self.scored(prompt, text) for _, prompt, text in requests]
-        totals = self.score(items, self.bar(len(items), "loglikelihood", disable_tqdm))
+        totals = self.score(items, "loglikelihood", disable_tqdm)
         greedy = [False] * len(items)
         if self.check_greedy:
             greedy = are_greedy(self.model, items, batch_size=self.batch_size)
@@ -275,10 +328,13 @@ class DSBLM(TemplateLM):
         items, owner = [], []
         for i, request in enumerate(requests):
             ids = self.tok_encode(request.args[0], add_special_tokens=False)
-            for prompt, text in rolling_windows(ids, self.prefix_token_id, self.max_length):
-                items.append(self.scored(prompt, text))
+            windows = get_rolling_token_windows(
+                ids, self.prefix_token_id, max_seq_len=self.max_length - 1, context_len=1
+            )
+            for window in windows:
+                items.append(self.scored(*make_disjoint_window(window)))
                 owner.append(i)
-        scores = self.score(items, self.bar(len(items), "loglikelihood_rolling", disable_tqdm))
+        scores = self.score(items, "loglikelihood_rolling", disable_tqdm)
         totals = [0.0] * len(requests)
         for i, score in zip(owner, scores, strict=True):
             totals[i] += score
@@ -294,8 +350,8 @@ class DSBLM(TemplateLM):
             )
         return Scored(tuple(self.cut_prompt(prompt, self.max_length - len(text))), tuple(text))
 
-    def score(self, items: list[Scored], bar: tqdm) -> list[float]:
-        with bar:
+    def score(self, items: list[Scored], name: str, disable_tqdm: bool) -> list[float]:
+        with self.bar(len(items), name, disable_tqdm) as bar:
             return log_likelihoods(
                 self.model, items, samples=self.mc_num, seed=self.seed,
                 batch_size=self.batch_size, on_done=bar.update,
@@ -307,9 +363,19 @@ class DSBLM(TemplateLM):
     # --- results and processes ----------------------------------------------------------------
 
     def add_up(self) -> dict[str, float]:
-        """Tokens and forwards of every process's answers; the seconds are the slowest one's."""
+        """The measurements of all processes, {} where none has decoded. The seconds are those of
+        the slowest process."""
         mine = torch.tensor([*self.totals.values()], dtype=torch.float64, device=self._device)
-        return summarize(self.all_gather(mine).view(-1, len(mine)).cpu())
+        parts = self.all_gather(mine).view(-1, len(mine)).cpu()
+        answers, tokens, forwards, _ = parts.sum(0).tolist()
+        seconds = parts[:, -1].max().item()
+        if not forwards:
+            return {}
+        return {
+            "answers": answers, "tokens": tokens, "forwards": forwards,
+            "tokens_per_forward": tokens / forwards, "tokens_per_second": tokens / seconds,
+            "seconds": seconds, "processes": len(parts),
+        }  # fmt: skip
 
     def get_model_info(self) -> dict[str, Any]:
         """What the harness writes beside the scores: `results["config"]`."""

@@ -8,31 +8,31 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from torch import Tensor
 from transformers import PreTrainedModel
 
-from dsb_runtime.engine.engine import ENGINE, GenerationOutput, generate
+from dsb_runtime.engine.engine import ENGINE, generate
 from dsb_runtime.engine.layers import layers_of
 from dsb_runtime.families import FAMILIES, DiffusionInfo
 from dsb_runtime.models.load import special_id
 
-# Model class -> family that its logits follow; None has to be named. All share Llama's modules.
+# Each model class and the family that its logits follow. Where that is None, the caller has to
+# name one. All have Llama's modules.
 SUPPORTED: dict[str, str | None] = {
-    "LlamaForCausalLM": "llada",
-    "LladaForCausalLM": "llada",
-    "Qwen2ForCausalLM": "dream",
-    "DreamForCausalLM": "dream",
-    "Qwen3ForCausalLM": None,
-    "MistralForCausalLM": None,
-}
+    "LlamaForCausalLM": "llada", "LladaForCausalLM": "llada", "Qwen2ForCausalLM": "dream",
+    "DreamForCausalLM": "dream", "Qwen3ForCausalLM": None, "MistralForCausalLM": None,
+}  # fmt: skip
 ABSENT = object()
 Replaced = list[tuple[Any, str, Any]]  # object, attribute, value before
 
 
+def supported_class(model: Any) -> str | None:
+    """The class of `SUPPORTED` that the model is of."""
+    return next((c.__name__ for c in type(model).__mro__ if c.__name__ in SUPPORTED), None)
+
+
 def refusal(model: Any) -> str | None:
     """Why a model cannot be patched, None where it can."""
-    kind = next((c.__name__ for c in type(model).__mro__ if c.__name__ in SUPPORTED), None)
-    if kind is None:
+    if supported_class(model) is None:
         return f"{type(model).__name__} has other modules than theirs"
     layer_types = getattr(model.config, "layer_types", None) or []
     if any(t != "full_attention" for t in layer_types):
@@ -63,8 +63,8 @@ def patch(
 
     Args:
         model: a causal or bidirectional model whose weights are a diffusion model's.
-        family: "llada" or "dream", whose logits, sampling and prefix window it follows. Llama is
-            taken for llada and Qwen2 for dream where it is not named.
+        family: "llada" or "dream", whose logits, sampling and prefix window the model follows.
+            None means llada for a Llama and dream for a Qwen2.
         mask_id: the mask token; None takes `config.mask_token_id`.
         eos_ids: ids that end a response; None takes the config's.
 
@@ -77,17 +77,17 @@ def patch(
         raise TypeError(f"patch: {why}; supported are {', '.join(SUPPORTED)} with full attention")
     if hasattr(model, "_dsb_replaced"):
         return model
-    kind = next(c.__name__ for c in type(model).__mro__ if c.__name__ in SUPPORTED)
-    name = family or SUPPORTED[kind]
+    kind = supported_class(model)
+    name = family or SUPPORTED[str(kind)]
     if name not in FAMILIES:
         raise ValueError(f"family={name!r}: expected one of {', '.join(FAMILIES)} for a {kind}")
     config = model.config
     token = getattr(config, "mask_token_id", None) if mask_id is None else mask_id
-    mask = special_id("mask_id", token, config.vocab_size, "")
+    mask = special_id("mask_id", token, config.vocab_size)
     if eos_ids is None:
         ids = config.eos_token_id
         eos_ids = ids if isinstance(ids, list) else [ids] if ids is not None else []
-    ends = tuple(special_id("eos_ids", i, config.vocab_size, "") for i in eos_ids)
+    ends = tuple(special_id("eos_ids", i, config.vocab_size) for i in eos_ids)
 
     replaced: Replaced = []
     set_attribute(config, "is_causal", False, replaced)
@@ -96,14 +96,9 @@ def patch(
     model.set_attn_implementation("dsb")
     layers_of(model.model)  # q, k, v and gate, up into one storage each
     set_attribute(model, "dsb", DiffusionInfo(FAMILIES[name], mask, ends), replaced)
-    set_attribute(model, "dsb_generate", functools.partial(dsb_generate, model), replaced)
+    set_attribute(model, "dsb_generate", functools.partial(generate, model), replaced)
     set_attribute(model, "_dsb_replaced", (before, replaced), replaced)
     return model
-
-
-def dsb_generate(model: PreTrainedModel, input_ids: Tensor, **settings: Any) -> GenerationOutput:
-    """`dsb_runtime.generate` with this model; what `model.dsb_generate` calls."""
-    return generate(model, input_ids, **settings)
 
 
 def unpatch(model: PreTrainedModel) -> PreTrainedModel:

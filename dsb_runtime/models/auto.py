@@ -1,7 +1,7 @@
 """LLaDA and Dream in transformers' Auto classes, natively: no remote code, nothing to trust.
 
-Importing this file registers them. A repository's own `auto_map` is then passed over: transformers
-prefers a class that was registered by a package to code in a repository.
+Importing this file registers them. transformers then ignores a repository's own `auto_map`, as it
+prefers the class that a package has registered to code in a repository.
 """
 
 from __future__ import annotations
@@ -26,12 +26,7 @@ from transformers import (
 )
 
 from dsb_runtime.families import DREAM, LLADA, DiffusionInfo, Family, supported_config
-from dsb_runtime.models.load import (
-    diffusion_info,
-    find_folder,
-    read_config,
-    read_model,
-)
+from dsb_runtime.models.load import diffusion_info, find_folder, read_config, read_model
 
 # Fields of a published config that are neither the network's nor remote code's.
 KEPT = ("mask_token_id", "eos_token_id", "bos_token_id", "dtype", "torch_dtype", "dsb_family")
@@ -61,7 +56,7 @@ class DiffusionModel(PreTrainedModel):
     def __init__(self, config: Any) -> None:
         super().__init__(config)
         if config.mask_token_id is not None:
-            ends = config.eos_token_id if config.eos_token_id is not None else ()
+            ends = [] if config.eos_token_id is None else config.eos_token_id
             ends = tuple(ends) if isinstance(ends, (list, tuple)) else (ends,)
             self.dsb = DiffusionInfo(config.family, config.mask_token_id, ends)
 
@@ -124,10 +119,9 @@ class DreamTokenizer(Qwen2Tokenizer):
 
 
 def register(
-    config: type[DiffusionConfig],
-    model: type[DiffusionModel],
+    config: type[DiffusionConfig], model: type[DiffusionModel],
     tokenizer: type[PreTrainedTokenizerBase],
-) -> None:
+) -> None:  # fmt: skip
     """Make the Auto classes load every `model_type` of the config's family."""
     for model_type in config.family.model_types:
         CONFIG_MAPPING.register(model_type, config, exist_ok=True)

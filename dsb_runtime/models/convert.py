@@ -22,32 +22,15 @@ from dsb_runtime.families import check_model
 from dsb_runtime.models.load import find_folder, load_model, load_tokenizer, read_object
 
 TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.model",
-    "chat_template.jinja",
-    "chat_template.json",
-)
-KEPT_GENERATION = ("bos_token_id", "pad_token_id", "max_new_tokens")
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja", "chat_template.json",
+)  # fmt: skip
+GENERATION = ("bos_token_id", "pad_token_id", "max_new_tokens")
 SHARD_SIZE = re.compile(r"\d+[KMGT]B", re.IGNORECASE)
 
 
-def check_target(target: Path) -> None:
-    """Raise FileExistsError unless `target` can be written without touching anything."""
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise FileExistsError(f"{target}: it exists; expected a new or an empty folder")
-
-
 def copy_tokenizer(folder: Path, target: Path) -> list[str]:
-    """The tokenizer's files, without a reference to code in a repository; their names.
-
-    Raises:
-        ValueError: the folder's tokenizer cannot be read.
-    """
+    """Copy the tokenizer's files, without a reference to code in a repository; their names."""
     names = [name for name in TOKENIZER_FILES if (folder / name).is_file()]
     if not names:
         return []
@@ -58,21 +41,18 @@ def copy_tokenizer(folder: Path, target: Path) -> list[str]:
         settings = read_object(folder / "tokenizer_config.json")
         settings.pop("auto_map", None)
         if not hasattr(transformers, str(settings.get("tokenizer_class"))):
-            whole = "tokenizer.json" in names
-            settings["tokenizer_class"] = (
-                "PreTrainedTokenizerFast" if whole else type(tokenizer).__name__
-            )
+            fast = "PreTrainedTokenizerFast" if "tokenizer.json" in names else None
+            settings["tokenizer_class"] = fast or type(tokenizer).__name__
         text = json.dumps(settings, indent=2, ensure_ascii=False)
         (target / "tokenizer_config.json").write_text(text + "\n", encoding="utf-8")
     return names
 
 
-def prepare_configs(model: PreTrainedModel) -> None:
-    """What the copy's config.json and generation_config.json say beside the network."""
-    ends = list(check_model(model).eos_ids) or None
-    given = {name: getattr(model.generation_config, name, None) for name in KEPT_GENERATION}
-    model.config.eos_token_id = ends
-    model.generation_config = GenerationConfig(eos_token_id=ends, **given)
+def set_end_ids(model: PreTrainedModel) -> None:
+    """Write the ids that end a response into the config and the generation config of the copy."""
+    own = {name: getattr(model.generation_config, name, None) for name in GENERATION}
+    model.config.eos_token_id = list(check_model(model).eos_ids) or None
+    model.generation_config = GenerationConfig(eos_token_id=model.config.eos_token_id, **own)
 
 
 def convert(
@@ -100,13 +80,14 @@ def convert(
             written, or `max_shard_size` is no size.
     """
     target = Path(target)
-    check_target(target)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise FileExistsError(f"{target}: it exists; expected a new or an empty folder")
     if not SHARD_SIZE.fullmatch(max_shard_size):
         raise ValueError(f"max_shard_size={max_shard_size!r}: expected a size such as '5GB'")
     folder = find_folder(source, revision)
     # Everything that can fail early does so before the weights are read.
     partial = target.absolute().parent / f".{target.name}.{os.getpid()}"
-    made = [parent for parent in partial.parents if not parent.exists()]
+    new_folders = [parent for parent in partial.parents if not parent.exists()]
     try:
         partial.mkdir(parents=True)
     except OSError as error:
@@ -117,14 +98,14 @@ def convert(
         names = copy_tokenizer(folder, partial)
         say(f"reading {source}")
         model = load_model(folder, dtype=dtype, device="cpu", family=family, mask_id=mask_id)
-        prepare_configs(model)
+        set_end_ids(model)
         say(f"writing {target} ({', '.join(names) if names else 'no tokenizer in the source'})")
         model.save_pretrained(partial, max_shard_size=max_shard_size)
         partial.rename(target)  # onto nothing or onto an empty folder
     except BaseException:
         shutil.rmtree(partial)
         with contextlib.suppress(OSError):  # somebody else's files
-            for parent in made:
+            for parent in new_folders:
                 parent.rmdir()
         raise
     size = sum(weight.nbytes for weight in model.parameters())

@@ -15,21 +15,20 @@ from typing import Any
 import torch
 import transformers
 from safetensors import SafetensorError, safe_open
-from transformers import (
-    AutoTokenizer,
-    PretrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.distributed import DistributedConfig
 
 from dsb_runtime.engine.parallel import check_distributed
 from dsb_runtime.families import DiffusionInfo, Family, find_family, supported_config
 
-WANTED = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "merges.txt"]
+WANTED = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 # Buffers of other versions that hold nothing a checkpoint decides.
 IGNORED_WEIGHTS = re.compile(r"rotary_emb\.inv_freq$")
+
+
+def first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]
 
 
 def find_folder(source: str | Path, revision: str | None = None, **hub: Any) -> Path:
@@ -39,22 +38,21 @@ def find_folder(source: str | Path, revision: str | None = None, **hub: Any) -> 
     """
     if not isinstance(source, (str, Path)) or not str(source):
         raise TypeError(f"model={source!r}: expected a checkpoint folder or a hub id (owner/name)")
-    if Path(source).is_dir():
-        return Path(source)
-    looks_like_path = str(source).startswith((".", "/", "~")) or str(source).count("/") != 1
-    if looks_like_path or Path(source).exists():
+    path, name = Path(source), str(source)
+    if path.is_dir():
+        return path
+    if name.startswith((".", "/", "~")) or name.count("/") != 1 or path.exists():
         raise FileNotFoundError(
-            f"model={str(source)!r}: expected a checkpoint folder or a hub id (owner/name)"
+            f"model={name!r}: expected a checkpoint folder or a hub id (owner/name)"
         )
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(str(source), revision=revision, allow_patterns=WANTED, **hub))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=WANTED, **hub))
     except Exception as error:  # the hub client raises many types; all mean the same to a user
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else ""
         raise OSError(
-            f"model={str(source)!r}: neither a folder nor a hub id that can be downloaded "
-            f"({type(error).__name__}: {reason})"
+            f"model={name!r}: neither a folder nor a hub id that can be downloaded "
+            f"({type(error).__name__}: {first_line(error)})"
         ) from error
 
 
@@ -86,16 +84,13 @@ def weight_files(folder: Path) -> list[Path]:
         if not isinstance(shards, dict) or not all(isinstance(n, str) for n in shards.values()):
             raise ValueError(f"{index}: no weight_map of file names, so not a safetensors index")
         names = sorted(set(shards.values()))
-        missing = [name for name in names if not (folder / name).is_file()]
-        if missing:
-            raise FileNotFoundError(
-                f"{folder}: shard {missing[0]} is named by the index but absent"
-            )
+        for name in names:
+            if not (folder / name).is_file():
+                raise FileNotFoundError(f"{folder}: shard {name} is named by the index but absent")
         return [folder / name for name in names]
-    pickled = sorted(p.name for pattern in PICKLED for p in folder.glob(pattern))
-    if pickled:
+    for pickled in sorted(path.name for pattern in PICKLED for path in folder.glob(pattern)):
         raise ValueError(
-            f"{folder}: weights are pickled ({pickled[0]}), which can run code when read; "
+            f"{folder}: weights are pickled ({pickled}), which can run code when read; "
             "expected model.safetensors"
         )
     raise FileNotFoundError(f"{folder}: no model.safetensors and no model.safetensors.index.json")
@@ -110,9 +105,8 @@ def read_shapes(files: list[Path]) -> dict[str, list[int]]:
                 here = {k: handle.get_slice(k).get_shape() for k in handle.keys()}  # noqa: SIM118 (a handle is no dict)
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{path}: not a whole safetensors file ({error})") from error
-        twice = sorted(set(here) & set(shapes))
-        if twice:
-            raise ValueError(f"{path}: weight {twice[0]} is in an earlier shard as well")
+        for name in sorted(set(here) & set(shapes)):
+            raise ValueError(f"{path}: weight {name} is in an earlier shard as well")
         shapes.update(here)
     return shapes
 
@@ -130,34 +124,31 @@ def check_weights(
     shapes: dict[str, list[int]], mapping: dict[str, str], model: PreTrainedModel
 ) -> None:
     """Raise ValueError unless the checkpoint has exactly the model's weights."""
-    tied = model.config.tie_word_embeddings
     expected = {k: list(v.shape) for k, v in model.state_dict().items()}
-    found: dict[str, tuple[str, list[int]]] = {}
-    for name, shape in shapes.items():
+    present: dict[str, str] = {}  # a weight of the model, and its name in the checkpoint
+    for name in shapes:
         target = rename(name, mapping)
-        if target in found:
-            raise ValueError(f"weights {found[target][0]} and {name} are the same weight")
+        if target in present:
+            raise ValueError(f"weights {present[target]} and {name} are the same weight")
         if not IGNORED_WEIGHTS.search(name):
-            found[target] = (name, shape)
-    optional = {"lm_head.weight"} if tied else set()
-    missing = sorted(set(expected) - set(found) - optional)
-    unexpected = sorted(found[k][0] for k in set(found) - set(expected))
+            present[target] = name
+    optional = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
+    missing = sorted(set(expected) - set(present) - optional)
+    unexpected = sorted(present[k] for k in set(present) - set(expected))
     if missing:
         raise ValueError(f"missing weight {missing[0]} ({len(missing)} missing in all)")
     if unexpected:
         raise ValueError(f"unexpected weight {unexpected[0]} ({len(unexpected)} unexpected in all)")
-    for name, shape in expected.items():
-        if name in found and found[name][1] != shape:
-            raise ValueError(
-                f"weight {found[name][0]} has shape {found[name][1]}, expected {shape}"
-            )
+    for target, name in present.items():
+        if shapes[name] != expected[target]:
+            raise ValueError(f"weight {name} has shape {shapes[name]}, expected {expected[target]}")
 
 
 def end_ids(folder: Path, raw: dict[str, Any], family: Family, vocab_size: int) -> tuple[int, ...]:
     """EOS ids: config and generation config, and the ids that end a turn in the same vocabulary."""
     ids: list[Any] = []
     generation = folder / "generation_config.json"
-    for source in [raw] + ([read_object(generation)] if generation.is_file() else []):
+    for source in (raw, read_object(generation) if generation.is_file() else {}):
         value = source.get("eos_token_id")
         ids += value if isinstance(value, list) else [value] if value is not None else []
     for eos in list(ids):
@@ -167,7 +158,6 @@ def end_ids(folder: Path, raw: dict[str, Any], family: Family, vocab_size: int) 
 
 
 def pick_device(device: str | torch.device) -> torch.device:
-    """`auto` is the GPU where there is one."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -196,7 +186,8 @@ def pick_dtype(dtype: str | torch.dtype) -> str | torch.dtype:
     return picked
 
 
-def special_id(name: str, value: Any, vocab_size: int, hint: str) -> int:
+def special_id(name: str, value: Any, vocab_size: int, hint: str = "") -> int:
+    """`value` where it is a token id; ValueError names the argument or field otherwise."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise ValueError(f"{name}={value!r}: expected a token id, 0 to {vocab_size - 1}{hint}")
     if not 0 <= value < vocab_size:
@@ -228,8 +219,8 @@ def load_model(
             over the processes that `torchrun` started, each on its own device.
 
     Returns:
-        `LlamaForCausalLM` or `Qwen2ForCausalLM` in eval mode, `model.dsb` telling family, mask id
-        and EOS ids, attention implementation "dsb".
+        `LlamaForCausalLM` or `Qwen2ForCausalLM` in eval mode with the attention implementation
+        "dsb"; `model.dsb` has the family, the mask id and the EOS ids.
 
     Raises:
         FileNotFoundError, OSError: no such folder, file or hub repository.
@@ -240,22 +231,16 @@ def load_model(
     device, dtype = pick_device(device), pick_dtype(dtype)
     folder = find_folder(source, revision)
     raw = read_config(folder)
-    found = find_family(raw, family)
-    config = supported_config(raw, found)
+    described = find_family(raw, family)
+    config = supported_config(raw, described)
     config.is_causal = False
     split = distributed_config is not None and check_distributed(distributed_config, config) > 1
-    info = diffusion_info(folder, raw, found, config.vocab_size, mask_id, eos_ids)
-    model_class = getattr(transformers, found.model_class)
+    info = diffusion_info(folder, raw, described, config.vocab_size, mask_id, eos_ids)
+    model_class = getattr(transformers, described.model_class)
     model, _ = read_model(
-        model_class,
-        model_class.from_pretrained,
-        folder,
-        config,
-        info,
-        dtype=dtype,
-        attn_implementation="dsb",
-        distributed_config=distributed_config if split else None,
-    )
+        model_class, model_class.from_pretrained, folder, config, info, dtype=dtype,
+        attn_implementation="dsb", distributed_config=distributed_config if split else None,
+    )  # fmt: skip
     if not split:
         torch.nn.Module.to(model, device)
     return model.eval()
@@ -269,7 +254,7 @@ def diffusion_info(
     mask_id: int | None = None,
     eos_ids: tuple[int, ...] | list[int] | None = None,
 ) -> DiffusionInfo:
-    """The checkpoint's mask and EOS ids, those named taking precedence."""
+    """The checkpoint's mask and EOS ids, or those that the caller named."""
     mask = special_id(
         "mask_id", raw.get("mask_token_id") if mask_id is None else mask_id, vocab_size,
         "" if mask_id is not None else " (config.json has no mask_token_id: name it)",
@@ -297,8 +282,7 @@ def read_model(
 
     `from_pretrained` is transformers' own; `arguments` are passed on to it.
     """
-    files = weight_files(folder)
-    shapes = read_shapes(files)
+    shapes = read_shapes(weight_files(folder))
     patterns = info.family.key_mapping
     published = any(re.search(p, name) for p in patterns for name in shapes)
     mapping = dict(patterns) if published else {}
@@ -309,19 +293,13 @@ def read_model(
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from None
     model, report = from_pretrained(
-        folder,
-        config=config,
-        key_mapping=mapping or None,
-        use_safetensors=True,
-        local_files_only=True,
-        output_loading_info=True,
-        **arguments,
-    )
-    wrong = [
-        f"{kind.replace('_', ' ')}: {sorted(keys)[0]}" for kind, keys in report.items() if keys
-    ]
-    if wrong:
-        raise ValueError(f"{folder}: not every weight was read ({wrong[0]})")
+        folder, config=config, key_mapping=mapping or None, use_safetensors=True,
+        local_files_only=True, output_loading_info=True, **arguments,
+    )  # fmt: skip
+    for kind, keys in report.items():
+        if keys:
+            wrong = f"{kind.replace('_', ' ')}: {sorted(keys)[0]}"
+            raise ValueError(f"{folder}: not every weight was read ({wrong})")
     if config.tie_word_embeddings and model.lm_head.weight is not model.model.embed_tokens.weight:
         raise ValueError(
             f"{folder}: config.json ties the embeddings, but the checkpoint's output weights "
@@ -350,5 +328,6 @@ def load_tokenizer(source: str | Path, revision: str | None = None) -> PreTraine
             return transformers.Qwen2Tokenizer.from_pretrained(folder)
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # tokenizers raise bare Exception for a damaged file
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else ""
-        raise ValueError(f"{folder}: no tokenizer that can be read ({reason})") from error
+        raise ValueError(
+            f"{folder}: no tokenizer that can be read ({first_line(error)})"
+        ) from error
