@@ -111,7 +111,7 @@ class FakeCuda(TorchDispatchMode):
         super().__init__()
         self.answers: list[Any] = []  # what the host reads next; after that it reads zeros
         self.inside = False
-        self.launched: Counter[str] = Counter()  # kernels of the last step
+        self.calls: list[str] = []  # kernels and torch's operators of the last step, in order
         self.devices: list[torch.device] = []  # made current
 
     def __torch_dispatch__(
@@ -122,13 +122,20 @@ class FakeCuda(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         for value in tree_leaves((args, kwargs, result)) if self.inside else ():
             assert not isinstance(value, Tensor) or value.is_cuda, f"{func}: a CPU tensor in a step"
+        if self.inside:
+            self.calls.append(func._schema.name)
         return result
+
+    @property
+    def launched(self) -> Counter[str]:
+        """How often the last step launched each kernel."""
+        return Counter(self.calls)
 
     @contextlib.contextmanager
     def step(self) -> Iterator[None]:
         """Inside, nothing may touch the host."""
         self.inside = True
-        self.launched.clear()
+        self.calls.clear()
         try:
             yield
         finally:
@@ -142,7 +149,7 @@ class FakeCuda(TorchDispatchMode):
             for case in compiled_types()[fn.name]
         ]
         assert any(fits), f"{fn.name}: compiled for the chips with other types than {types}"
-        self.launched[fn.name] += 1
+        self.calls.append(fn.name)
         return True
 
 

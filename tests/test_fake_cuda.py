@@ -53,12 +53,12 @@ def on_gpu(model: PreTrainedModel, dtype: torch.dtype = torch.bfloat16) -> PreTr
     return copy.deepcopy(model, copies)
 
 
-def session_of(gpu: FakeCuda, family: str, *, padded: bool = False, **settings: Any) -> Session:
+def session_of(gpu: FakeCuda, family: str, *, rows: int = ROWS, padded: bool = False, **settings: Any) -> Session:
     engine = dsb.Engine(on_gpu(golden.model(family)), capture=lambda run: run)
     config = dsb.DecodingConfig(**SHAPE, **settings)
     gpu.answers = [padded]  # the one thing that the host reads
-    leftpad = cuda(ROWS, dtype=torch.int32)
-    session = engine.loop.session(config, cuda(ROWS, PROMPT), leftpad, 0)
+    leftpad = cuda(rows, dtype=torch.int32)
+    session = engine.loop.session(config, cuda(rows, PROMPT), leftpad, 0)
     assert not gpu.answers and session.step.padded is padded
     return session
 
@@ -98,6 +98,15 @@ def test_every_kind_of_step(gpu, monkeypatch, family, padded, packed):
                 assert gpu.launched[kernel] == twice
 
 
+def test_a_layer_of_many_tokens(gpu, monkeypatch):
+    monkeypatch.setattr(layers, "is_plain", lambda module: True)
+    session = session_of(gpu, "llada", rows=4)
+    for w in (32,33):
+        run(gpu, session, "window", 4, w)
+        print(gpu.calls)
+    assert 0
+
+
 SETTINGS = (
     {"cache": "none"}, {"cache": "dual", "schedule": "naive", "steps": 6}, {"temperature": 0.7},
     {"confidence": "margin"}, {"confidence": "entropy", "temperature": 0.7, "steps": 6},
@@ -130,7 +139,7 @@ def test_a_call_from_prompt_to_output(gpu, monkeypatch, family):
     def capture(step: Callable[[], None]) -> Callable[[], None]:
         with gpu.step():
             step()
-        captured.append(gpu.launched.copy())
+        captured.append(gpu.launched)
         return step
 
     def wait(self: HostCopy) -> Tensor:
