@@ -3,7 +3,7 @@
     python -m tests.kernel_launches compiled   each launch binds its arguments and compiles
     python -m tests.kernel_launches traced     what torch.compile sees of an op are its kernels
 
-`tests/test_launches.py` runs both, in processes without Triton's interpreter.
+`tests/test_resources.py` runs both, in processes without Triton's interpreter.
 """
 
 from __future__ import annotations
