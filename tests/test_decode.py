@@ -125,20 +125,6 @@ def test_events_tell_what_happened():
         since = (0 if kind == "refresh" else since) + count
 
 
-def test_an_error_in_on_step_leaves_the_next_call_correct():
-    model, prompt = golden.model("llada"), prompts(1)[0][None]
-    config = dsb.DecodingConfig(gen_length=16, block_length=8)
-    before = dsb.generate(model, prompt, config)
-
-    def fail(event: dsb.StepEvent) -> None:
-        if event.index == 2:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        dsb.generate(model, prompt, config, on_step=fail)
-    assert torch.equal(dsb.generate(model, prompt, config).sequences, before.sequences)
-
-
 def test_the_prompt_may_be_int32_and_is_not_written_to():
     model, prompt = golden.model("llada"), prompts(1)[0][None]
     ids = prompt.int()

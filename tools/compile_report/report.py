@@ -170,13 +170,13 @@ def print_table(rows: Sequence[Resources]) -> None:
     Console(width=None if sys.stdout.isatty() else 150).print(table)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tools.compile_report", description=__doc__)
     parser.add_argument("--arch", action="append", choices=ARCHITECTURES, help="default: all")
     parser.add_argument("--op", action="append", default=[], help="only this op (repeatable)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument("--jobs", type=int, default=1, help="compiler processes")
-    args = parser.parse_args(arguments)
+    args = parser.parse_args()
     if triton is None:
         parser.error("Triton is not installed")
     if interpreted():
@@ -193,8 +193,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(json.dumps(dataclasses.asdict(r)))
     else:
         print_table(rows)
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -15,8 +15,8 @@ def cases() -> list[CompileCase]:
     return [
         CompileCase(
             "place_rows", f"{name} K={K}", _place_rows_kernel, CONFIG,
-            {"KIND": int(kind), "SHIFT": 1, "ALL": every, "BLOCK_B": B, "BLOCK_K": K}
-            | CONFIG.blocks,
+            {"KIND": int(kind), "SHIFT": 1, "ALL": every, "BLOCK_B": B, "BLOCK_K": K,
+             **CONFIG.blocks},
             types=TYPES, odd=_place_rows_kernel.arg_names,
         )
         for name, kind, B, K, every in (
