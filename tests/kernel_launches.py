@@ -3,7 +3,7 @@
     python -m tests.kernel_launches compiled   each launch binds its arguments and compiles
     python -m tests.kernel_launches traced     what torch.compile sees of an op are its kernels
 
-`tests/test_launches.py` runs both, in processes without Triton's interpreter.
+`tests/test_resources.py` runs both, in processes without Triton's interpreter.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import itertools
 import re
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from unittest import mock
 
@@ -29,10 +29,11 @@ from dsb_kernels.linear import linear_add_norm, window_linear
 from dsb_kernels.lm_head import lm_head_confidence, lm_head_partial
 from dsb_kernels.place import place_rows
 from dsb_kernels.rope_kv import rope_write_kv
-from dsb_kernels.rows import NUM_COLUMNS, StepKind, UnmaskSpec
+from dsb_kernels.rows import NUM_COLUMNS, StepKind
 from dsb_kernels.score import PLANES, combine_partials
 from dsb_kernels.token_confidence import token_confidence
 from tests.fake_cuda import Launcher, bound_launches, cuda, h100
+from tools.compile_report.cases.commit import LLADA
 
 BF16, FP32, INT32, INT64, BOOL = (
     torch.bfloat16, torch.float32, torch.int32, torch.int64, torch.bool,
@@ -91,23 +92,14 @@ def attention_calls() -> Iterator[Call]:
 
 
 RULES = (
-    {"rule": "threshold", "rule_value": 0.9, "eos_ids": (126081,), "stop_at_eos": True},
+    {"rule": "threshold", "eos_ids": (126081,)},
     {"rule": "frechet", "rule_value": 0.25, "max_block_length": 64, "min_prefix": 1,
-     "refresh_commit": "first", "eos_ids": (1, 151643), "stop_at_eos": True},
+     "refresh_commit": "first", "eos_ids": (1, 151643)},
     {"rule": "factor", "rule_value": 1.0, "max_block_length": 1, "cache": "none",
-     "prefix_window": 0},
-    {"rule": "quota", "rule_value": 0.0, "schedule": "naive", "cache": "dual", "steps": 1,
-     "min_prefix": 1},
+     "prefix_window": 0, "eos_ids": (), "stop_at_eos": False},
+    {"rule": "quota", "rule_value": 0.0, "schedule": "naive", "cache": "dual", "min_prefix": 1,
+     "stop_at_eos": False},
 )  # fmt: skip
-
-
-def spec_of(L: int, **settings: Any) -> UnmaskSpec:
-    usual = {
-        "prompt_length": L // 3, "block_length": 16, "max_block_length": None, "schedule": "dsb",
-        "cache": "dsb", "prefix_window": 16, "min_prefix": 0, "steps": 0,
-        "refresh_commit": "select", "mask_id": 126336, "eos_ids": (), "stop_at_eos": False,
-    }  # fmt: skip
-    return UnmaskSpec(**{**usual, **settings})
 
 
 def schedule_calls() -> Iterator[Call]:
@@ -123,7 +115,8 @@ def schedule_calls() -> Iterator[Call]:
         }  # fmt: skip
         for rule, rows in itertools.product(RULES, (None, cuda(B, dtype=INT32))):
             yield call(unmask_and_slide, "_unmask_kernel", canvas=canvas, **state, **record,
-                       **scored, rows=rows, spec=spec_of(L, **rule))  # fmt: skip
+                       **scored, rows=rows,
+                       spec=replace(LLADA, prompt_length=L // 3, **rule))  # fmt: skip
         for kind, shift in (
             (StepKind.WINDOW, True), (StepKind.REFRESH, False), (StepKind.RESPONSE, True),
         ):  # fmt: skip

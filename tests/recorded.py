@@ -17,7 +17,13 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+Call = tuple[Any, tuple, dict, Any]  # an operator, its arguments and its result
 HOST_READS = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "item", "masked_select")
+
+
+def is_view(func: Any) -> bool:
+    """Whether an operator only says how memory is seen."""
+    return func.is_view or func is torch.ops.aten._unsafe_view.default
 
 
 def written(func: Any, args: tuple, kwargs: dict) -> list[Tensor]:
@@ -35,7 +41,7 @@ class Recording(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.calls: list[tuple[Any, tuple, dict, Any]] = []
+        self.calls: list[Call] = []
         self.kept: dict[int, tuple[Tensor, Tensor]] = {}  # storage -> (what was written, before)
 
     def __torch_dispatch__(

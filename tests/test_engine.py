@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import PreTrainedModel
 
 import dsb_runtime as dsb
 from dsb_kernels.rows import Column, StepKind, read_rows
@@ -28,6 +29,17 @@ SHAPE = {"gen_length": 24, "block_length": 8}
 
 def recording_engine(family: str) -> dsb.Engine:
     return dsb.Engine(golden.model(family), capture=Recorder())
+
+
+def check_equal(
+    engine: dsb.Engine, ids: torch.Tensor, model: PreTrainedModel | None = None
+) -> dsb.GenerationOutput:
+    """An engine decodes what another one decodes that is new and captures nothing."""
+    fresh = dsb.Engine(model or golden.model("llada"), graphs=False)
+    out, expected = (e.generate(ids, **SHAPE) for e in (engine, fresh))
+    assert torch.equal(out.sequences, expected.sequences)
+    assert out.tokens_per_forward == expected.tokens_per_forward
+    return out
 
 
 # --- two ways to drive a step -----------------------------------------------------------------
@@ -90,9 +102,7 @@ def test_captured_steps_serve_other_prompts_and_lengths(family):
     """A prompt is padded to the next multiple, so that steps recorded for one serve another."""
     engine = recording_engine(family)
     for prompt in prompts(4):
-        expected = dsb.generate(golden.model(family), prompt[None], **SHAPE)
-        out = engine.generate(prompt[None], **SHAPE)
-        assert torch.equal(out.sequences, expected.sequences) and out.nfe == expected.nfe
+        check_equal(engine, prompt[None], golden.model(family))
     assert len(engine.loop.sessions) == 1
 
 
@@ -147,14 +157,8 @@ def test_a_wrong_guess_changes_nothing(monkeypatch):
     engine = recording_engine("llada")
     launched = watch_launches(engine, monkeypatch)
     monkeypatch.setattr(loop, "speculate", guess)
-    for prompt in prompts(3):
-        expected = dsb.Engine(golden.model("llada"), graphs=False).generate(
-            prompt[None], on_step=lambda e: None, **SHAPE
-        )
-        out = engine.generate(prompt[None], **SHAPE)
-        assert torch.equal(out.sequences, expected.sequences)
-        assert out.tokens_per_forward == expected.tokens_per_forward
-    assert len(launched) > 3 * expected.nfe, "some guesses must be wrong, or this shows nothing"
+    forwards = sum(check_equal(engine, prompt[None]).nfe for prompt in prompts(3))
+    assert len(launched) > forwards, "some guesses must be wrong, or this shows nothing"
 
 
 @settings(max_examples=30, deadline=None)
@@ -197,10 +201,7 @@ def test_memory_is_reused_and_grows():
     small, large = prompts(4)[1][None], prompts(4)[3][None]
 
     def run(ids: torch.Tensor) -> int:
-        out = engine.generate(ids, **SHAPE)
-        assert torch.equal(
-            out.sequences, dsb.generate(golden.model("llada"), ids, **SHAPE).sequences
-        )
+        check_equal(engine, ids)
         return engine.loop.storage.data_ptr()
 
     first = run(small)
@@ -219,10 +220,8 @@ def test_a_batch_and_a_long_row_share_memory():
     engine = dsb.Engine(golden.model("llada"), graphs=False)
     engine.generate(torch.full((8, 4), 7), **SHAPE)
     size = len(engine.loop.storage)
-    long = torch.arange(2, 202)[None]
-    out = engine.generate(long, **SHAPE)
+    check_equal(engine, torch.arange(2, 202)[None])
     assert len(engine.loop.storage) == size
-    assert torch.equal(out.sequences, dsb.generate(golden.model("llada"), long, **SHAPE).sequences)
 
 
 def test_captured_steps_are_kept_for_a_few_settings_only():
@@ -235,8 +234,7 @@ def test_captured_steps_are_kept_for_a_few_settings_only():
 def test_growth_drops_steps_that_point_into_the_old_memory():
     engine = recording_engine("llada")
     for prompt in (prompts(1)[0], torch.arange(2, 102), prompts(1)[0]):
-        expected = dsb.generate(golden.model("llada"), prompt[None], **SHAPE)
-        assert torch.equal(engine.generate(prompt[None], **SHAPE).sequences, expected.sequences)
+        check_equal(engine, prompt[None])
 
 
 def test_changed_weights_are_noticed():
@@ -246,9 +244,7 @@ def test_changed_weights_are_noticed():
     first = engine.generate(prompt, **SHAPE).sequences
 
     def matches() -> bool:
-        fresh = dsb.Engine(copy.deepcopy(model), graphs=False).generate(prompt, **SHAPE).sequences
-        assert torch.equal(engine.generate(prompt, **SHAPE).sequences, fresh)
-        return torch.equal(fresh, first)
+        return torch.equal(check_equal(engine, prompt, copy.deepcopy(model)).sequences, first)
 
     assert matches()
     with torch.no_grad():
@@ -267,55 +263,41 @@ def test_changed_weights_are_noticed():
 
 
 @pytest.mark.parametrize("captured", [False, True])
-def test_calls_inside_and_outside_of_inference_mode(captured):
-    """What is kept between calls is made inside of one and written in another; weights that were
-    packed there can still be trained."""
-    model, prompt = copy.deepcopy(golden.model("llada")), prompts(1)[0][None]
-    expected = dsb.generate(golden.model("llada"), prompt, **SHAPE).sequences
-    engine = dsb.Engine(model, capture=Recorder() if captured else None)
-    with torch.inference_mode():
-        assert torch.equal(engine.generate(prompt, **SHAPE).sequences, expected)
-    assert torch.equal(engine.generate(prompt, **SHAPE).sequences, expected)
-    assert not any(p.is_inference() for p in model.parameters())
-    with torch.inference_mode():
-        assert torch.equal(engine.generate(prompt, **SHAPE).sequences, expected)
-
-
-def test_a_model_made_in_inference_mode():
-    prompt = prompts(1)[0][None]
-    expected = dsb.generate(golden.model("llada"), prompt, **SHAPE).sequences
-    with torch.inference_mode():
+@pytest.mark.parametrize("modes", [(False, True, False, True), (True, False, True, False)])
+def test_calls_inside_and_outside_of_inference_mode(captured, modes):
+    """The model and what is kept between calls come from inside of one and are used outside, or
+    the other way; weights that were packed inside can still be trained."""
+    with torch.inference_mode(modes[0]):
         model = copy.deepcopy(golden.model("llada"))
-    for mode in (False, True, False):
+    engine = dsb.Engine(model, capture=Recorder() if captured else None)
+    for mode in modes[1:]:
         with torch.inference_mode(mode):
-            assert torch.equal(dsb.generate(model, prompt, **SHAPE).sequences, expected)
+            check_equal(engine, prompts(1)[0][None])
+    assert modes[0] or not any(p.is_inference() for p in model.parameters())
 
 
 # --- faults -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("captured", [False, True])
-@pytest.mark.parametrize("when", [1, 3, 6])
-def test_an_interrupt_leaves_the_next_call_correct(captured, when):
-    """Ctrl-C in the middle of a forward, also while it is being recorded."""
+@pytest.mark.parametrize(("where", "when"), [("forward", n) for n in (1, 3, 6)] + [("on_step", 2)])
+def test_an_interrupt_leaves_the_next_call_correct(captured, where, when):
+    """Ctrl-C in the middle of a forward, also while it is being recorded, or in `on_step`."""
     model, prompt = golden.model("llada"), prompts(1)[0][None]
-    engine = dsb.Engine(model, capture=Recorder() if captured else None)
-    expected = dsb.Engine(model, graphs=False).generate(prompt, **SHAPE).sequences
-    calls = []
+    engine, calls = dsb.Engine(model, capture=Recorder() if captured else None), []
 
-    def interrupt(module, args):
+    def interrupt(*args: object) -> None:
         calls.append(1)
         if len(calls) == when:
             raise KeyboardInterrupt
 
-    hook = model.model.embed_tokens.register_forward_pre_hook(interrupt)
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            engine.generate(prompt, **SHAPE)
-    finally:
-        hook.remove()
+    embed, options = model.model.embed_tokens, {}
+    if where == "on_step":
+        embed, options = torch.nn.Identity(), {"on_step": interrupt}
+    with embed.register_forward_pre_hook(interrupt), pytest.raises(KeyboardInterrupt):
+        engine.generate(prompt, **options, **SHAPE)
     for _ in range(2):
-        assert torch.equal(engine.generate(prompt, **SHAPE).sequences, expected)
+        check_equal(engine, prompt)
 
 
 def test_threads_do_not_mix():

@@ -3,6 +3,7 @@ nothing in it touches the host."""
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -30,6 +31,10 @@ from tests.fake_cuda import FakeCuda, Launcher, cuda, fake_cuda
 
 ROWS, PROMPT, SHAPE = 3, 12, {"gen_length": 24, "block_length": 8}
 LENGTH = PROMPT + SHAPE["gen_length"]
+# What follows attention in a layer, with the q, k and v of the next one.
+ADD_NORM = ["_split_linear_kernel", "_add_norm_kernel"]
+FEW = [*ADD_NORM, "_window_linear_kernel", *ADD_NORM, "_window_linear_kernel"]
+MANY = ["addmm_", "rms_norm", "linear", "_silu_mul_kernel", "addmm_", "rms_norm", "linear"]
 
 
 @pytest.fixture
@@ -53,12 +58,14 @@ def on_gpu(model: PreTrainedModel, dtype: torch.dtype = torch.bfloat16) -> PreTr
     return copy.deepcopy(model, copies)
 
 
-def session_of(gpu: FakeCuda, family: str, *, padded: bool = False, **settings: Any) -> Session:
+def session_of(
+    gpu: FakeCuda, family: str, *, rows: int = ROWS, padded: bool = False, **settings: Any
+) -> Session:
     engine = dsb.Engine(on_gpu(golden.model(family)), capture=lambda run: run)
     config = dsb.DecodingConfig(**SHAPE, **settings)
     gpu.answers = [padded]  # the one thing that the host reads
-    leftpad = cuda(ROWS, dtype=torch.int32)
-    session = engine.loop.session(config, cuda(ROWS, PROMPT), leftpad, 0)
+    leftpad = cuda(rows, dtype=torch.int32)
+    session = engine.loop.session(config, cuda(rows, PROMPT), leftpad, 0)
     assert not gpu.answers and session.step.padded is padded
     return session
 
@@ -68,7 +75,7 @@ def run(gpu: FakeCuda, session: Session, kind: str, rows: int, width: int) -> No
     with gpu.step():
         session.step(StepShape(StepKind[kind.upper()], rows, width, SHAPE["block_length"]))
     depth = len(session.step.backbone.layers)
-    assert sum(n for name, n in gpu.launched.items() if "unmask" in name) == 1
+    assert gpu.launched["_unmask_kernel"] == 1
     assert gpu.launched["_rope_write_kv_kernel"] == depth * (session.step.cache is not None)
     if kind != "refresh":
         assert gpu.launched["_attention_kernel"] == depth
@@ -86,16 +93,24 @@ def test_every_kind_of_step(gpu, monkeypatch, family, padded, packed):
     session = session_of(gpu, family, padded=padded, refresh_policy="response")
     kind = layers.PackedLayer if packed else layers.ModuleLayer
     assert all(type(layer) is kind for layer in session.step.backbone.layers)
+    # Twice in a layer: for qkv and the MLP's first half, or for what adds to the residual.
+    linears = dict.fromkeys(FEW, 2 * len(session.step.backbone.layers) * packed)
     for rows in (ROWS, 1):  # the whole batch, and some of it
         for kind, width in (("refresh", LENGTH), ("window", 16), ("response", 25)):
             run(gpu, session, kind, rows, width)
             assert gpu.launched["_lm_head_kernel"] == gpu.launched["combine_kernel"] == 1
-            twice = (
-                2 * len(session.step.backbone.layers) * packed
-            )  # a layer: qkv and MLP, out, down
-            assert rows * width <= MAX_TOKENS
-            for kernel in ("_window_linear_kernel", "_split_linear_kernel", "_add_norm_kernel"):
-                assert gpu.launched[kernel] == twice
+            assert {kernel: gpu.launched[kernel] for kernel in linears} == linears
+
+
+@pytest.mark.parametrize(("width", "expected"), [(32, FEW), (33, MANY)])
+def test_torchs_products_serve_more_tokens_than_our_kernels_do(gpu, monkeypatch, width, expected):
+    """A layer is eight kernels, or nine for many tokens; the splits of attention are one more."""
+    monkeypatch.setattr(layers, "is_plain", lambda module: True)
+    run(gpu, session_of(gpu, "llada", rows=4), "window", 4, width)
+    assert (4 * width > MAX_TOKENS) == (expected is MANY)
+    calls = [name for name in gpu.calls if "kernel" in name or name in MANY]
+    first, second, _ = (i for i, name in enumerate(calls) if name == "_rope_write_kv_kernel")
+    assert calls[first + 1 : second] == ["_attention_kernel", "_combine_kernel", *expected]
 
 
 SETTINGS = (
@@ -130,7 +145,7 @@ def test_a_call_from_prompt_to_output(gpu, monkeypatch, family):
     def capture(step: Callable[[], None]) -> Callable[[], None]:
         with gpu.step():
             step()
-        captured.append(gpu.launched.copy())
+        captured.append(gpu.launched)
         return step
 
     def wait(self: HostCopy) -> Tensor:
@@ -191,21 +206,25 @@ def test_what_a_captured_step_cannot_hold_is_refused(gpu, name):
         REFUSED[name](x)
 
 
-@pytest.mark.parametrize("change", ["type", "count", "name", "device"])
-def test_a_launch_that_does_not_fit_its_kernel_is_refused(gpu, change):
-    arguments = [torch.empty(7, 6, 3, device="cuda"), None, None, None, None, 3, 7, 0]
-    state = torch.empty(6, 3, device="cuda")
-    options = {"PARTS": 8, "CONFIDENCE": "probability"}
-    arguments[4] = state
-    Launcher(score.combine_kernel)[(3,)](*arguments, **options)
-    assert gpu.launched["combine_kernel"] == 1
-    if change == "type":
-        arguments[0] = arguments[0].double()
-    elif change == "count":
-        arguments.append(1)
-    elif change == "name":
-        options["PART"] = options.pop("PARTS")
-    else:
-        arguments[4] = torch.empty(6, 3)
-    with pytest.raises((AssertionError, TypeError, KeyError)):
-        Launcher(score.combine_kernel)[(3,)](*arguments, **options)
+def state(**options: Any) -> Tensor:
+    return torch.empty(7, 6, 3, **{"device": "cuda", **options})
+
+
+@pytest.mark.parametrize(
+    ("change", "args", "more", "parts"),
+    [
+        ("nothing", {}, [], "PARTS"),
+        ("type", {"dtype": torch.float64}, [], "PARTS"),
+        ("count", {}, [1], "PARTS"),
+        ("name", {}, [], "PART"),
+        ("device", {"device": "cpu"}, [], "PARTS"),
+    ],
+)
+def test_a_launch_that_does_not_fit_its_kernel_is_refused(gpu, change, args, more, parts):
+    outcome = pytest.raises((AssertionError, TypeError, KeyError))
+    with contextlib.nullcontext() if change == "nothing" else outcome:
+        Launcher(score.combine_kernel)[(3,)](
+            state(**args), None, None, None, cuda(6, 3, dtype=torch.float32), 3, 7, 0, *more,
+            CONFIDENCE="probability", **{parts: 8},
+        )  # fmt: skip
+    assert gpu.launched["combine_kernel"] == (change == "nothing")

@@ -48,17 +48,14 @@ def test_bfloat16_dot_is_the_float32_product_of_its_operands() -> None:
 
 
 TIES = (torch.arange(1 << 16) << 16) + 0x8000  # in the middle of two bfloat16, one of them even
-CASES = {
-    "any_bits": torch.randint(1 << 32, (1 << 16,), generator=torch.Generator().manual_seed(0)),
-    "ties": TIES,
-    "below_ties": TIES - 1,
-    "above_ties": TIES + 1,
-}
+ANY_BITS = torch.randint(1 << 32, (1 << 16,), generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_float32_rounds_to_the_nearest_bfloat16(name: str) -> None:
-    x = CASES[name].to(torch.int32).view(torch.float32)
+@pytest.mark.parametrize(
+    "bits", [ANY_BITS, TIES, TIES - 1, TIES + 1], ids=["any", "ties", "below_ties", "above_ties"]
+)
+def test_float32_rounds_to_the_nearest_bfloat16(bits: torch.Tensor) -> None:
+    x = bits.to(torch.int32).view(torch.float32)
     assert same(cast(x, torch.bfloat16), x.bfloat16())
 
 

@@ -63,11 +63,6 @@ def test_largest_finds_the_edge():
     assert largest(0, lambda n: True) == 0
 
 
-def test_other_errors_of_an_allocation_pass_through():
-    with pytest.raises(RuntimeError, match="negative"):
-        allocate(cache_shape_of(golden.model("llada")), -2, 10)
-
-
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("kind", [torch.OutOfMemoryError, RuntimeError])
 def test_a_step_that_runs_out_of_memory_while_captured(rows, kind):
@@ -96,19 +91,25 @@ def test_a_step_that_runs_out_of_memory_while_captured(rows, kind):
     assert torch.equal(engine.generate(ids, **SHAPE).sequences, expected)
 
 
-def test_what_counts_as_out_of_memory():
-    refused = "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"
-    assert is_out_of_memory(RuntimeError(refused)) and is_out_of_memory(torch.OutOfMemoryError())
-    assert is_out_of_memory(RuntimeError("Triton Error [CUDA]: out of memory"))
-    assert not is_out_of_memory(
-        RuntimeError("CUDA error: an illegal memory access was encountered")
-    )
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`"), True),
+        (torch.OutOfMemoryError(), True),
+        (RuntimeError("Triton Error [CUDA]: out of memory"), True),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
+    ],
+)
+def test_what_counts_as_out_of_memory(error, expected):
+    assert is_out_of_memory(error) is expected
 
 
-def test_other_errors_of_a_step_pass_through():
+def test_other_errors_pass_through():
     def capture(run):
         raise RuntimeError("an illegal memory access")
 
     engine = dsb.Engine(golden.model("llada"), capture=capture)
     with pytest.raises(RuntimeError, match=r"^an illegal memory access$"):
         engine.generate(prompts(1)[0][None], **SHAPE)
+    with pytest.raises(RuntimeError, match="negative"):
+        allocate(cache_shape_of(golden.model("llada")), -2, 10)

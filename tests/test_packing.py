@@ -21,10 +21,8 @@ SHAPE = {"gen_length": 24, "block_length": 8}
 
 def storages(model: PreTrainedModel) -> int:
     """Bytes of all distinct storages behind a model's parameters."""
-    held = {
-        p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in model.parameters()
-    }
-    return sum(held.values())
+    storages = [p.untyped_storage() for p in model.parameters()]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -48,24 +46,22 @@ def test_nothing_is_held_twice_and_parameters_keep_their_identity(kind):
     assert not layers[0].qkv_weight[rows].any() and layers[0].qkv_weight.any()
 
 
-def test_packing_twice_moves_nothing():
+def test_weights_are_moved_only_where_they_are_not_packed_already():
+    """Parts of one storage in another order, or with a gap, are neighbours by chance at most."""
     weights = [torch.nn.Parameter(torch.randn(n, 4)) for n in (3, 2, 5)]
     expected = torch.cat([w.detach() for w in weights])
     first = packed(weights)
     assert torch.equal(first, expected) and neighbours([w.data for w in weights])
     assert packed(weights).data_ptr() == first.data_ptr()
     weights[1].data = weights[1].data.clone()
-    again = packed(weights)
-    assert torch.equal(again, expected) and again.data_ptr() != first.data_ptr()
-
-
-def test_neighbours_by_chance_are_not_taken_for_packed():
-    """Parts of one storage in another order, or with a gap, are moved."""
     whole = torch.arange(24.0).view(6, 4)
-    for parts in ([whole[3:], whole[:3]], [whole[:2], whole[3:]]):
-        weights = [torch.nn.Parameter(part) for part in parts]
-        assert not neighbours([w.data for w in weights])
-        assert torch.equal(packed(weights), torch.cat(parts))
+    other = ([torch.nn.Parameter(part) for part in parts]
+             for parts in ([whole[3:], whole[:3]], [whole[:2], whole[3:]]))  # fmt: skip
+    for parts in (weights, *other):
+        expected = torch.cat([part.detach() for part in parts])
+        assert not neighbours([part.data for part in parts])
+        again = packed(parts)
+        assert torch.equal(again, expected) and again.data_ptr() != first.data_ptr()
 
 
 def test_a_packed_model_is_saved_and_loaded_as_before(tmp_path):

@@ -92,13 +92,6 @@ def test_equals_the_plain_loop(family, cache, every):
         assert ("response" in seen) == (every is not None)
 
 
-@pytest.mark.parametrize("family", golden.FAMILIES)
-def test_batch_rows_equal_single_runs(family):
-    generate = golden.generate_of(family)
-    policy = {"refresh_policy": "response", "threshold": 0.5, **SHAPE}
-    golden.check_batch(generate, generate, golden.prompts(3), **policy)
-
-
 def test_the_default_is_a_full_refresh_in_four():
     kinds: list[str] = []
     dsb.generate(

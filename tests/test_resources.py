@@ -1,4 +1,4 @@
-"""What sm_90 code must look like. Compiling needs a process without the interpreter."""
+"""What machine code must look like, and what ops launch: in processes without the interpreter."""
 
 import itertools
 import json
@@ -29,10 +29,26 @@ SPILLED_BEFORE_3_9 = (
 )
 
 
-def run_resources(*arguments: str) -> subprocess.CompletedProcess:
+def run_module(*arguments: str, interpret: str | None = None) -> subprocess.CompletedProcess:
+    """`python -m`, without the interpreter that the tests run in."""
     environment = {name: v for name, v in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "tools.compile_report", *arguments]
+    environment |= {} if interpret is None else {"TRITON_INTERPRET": interpret}
+    command = [sys.executable, "-m", *arguments]
     return subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
+
+
+def run_report(*arguments: str, **options: str) -> subprocess.CompletedProcess:
+    return run_module("tools.compile_report", *arguments, **options)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["compiled", "traced"])
+def test_every_op_launches_its_kernels(way):
+    """On fake tensors: arguments bind and compile, and what torch.compile sees of an op are its
+    kernels."""
+    result = run_module("tests.kernel_launches", way)
+    assert result.returncode == 0, result.stderr
+    assert "Encountered an exception" not in result.stderr
 
 
 def test_every_op_lists_its_cases():
@@ -45,32 +61,21 @@ def test_every_op_lists_its_cases():
 @pytest.mark.parametrize("way", ["in cache", "in cache indexed", "fresh listed"])
 @pytest.mark.parametrize(("model", "group"), [("LLaDA-8B", 1), ("iLLaDA-8B", 4), ("Dream-7B", 7)])
 def test_every_tile_of_window_attention_that_the_runtime_launches_is_a_case(model, group, way):
-    names = ("GROUP", "HEAD_DIM", "BLOCK_M", "BLOCK_N")
-    listed = {
-        (*(case.constexprs[n] for n in names), case.num_warps, case.num_stages, architecture)
+    listed = [
+        (case.constexprs["GROUP"], case.constexprs["HEAD_DIM"], case.config, case.architectures)
         for case in collect_cases(["window_attention"])
         if case.name.startswith(f"{model} ") and case.name.endswith(f" rows {way}")
-        for architecture in case.architectures
-    }
+    ]
     for architecture, width in itertools.product(ARCHITECTURES, WIDTHS):
         tile = tile_of(group * width, 128, torch.bfloat16, architecture)
-        blocks = tile.blocks["BLOCK_M"], tile.blocks["BLOCK_N"]
-        shape = (group, 128, *blocks, tile.num_warps, tile.num_stages, architecture)
-        assert shape in listed, width
+        assert (group, 128, tile, (architecture,)) in listed, width
 
 
 @pytest.mark.slow
 def test_one_kernel_compiles_and_its_table_is_printed():
-    result = run_resources("--arch", "sm_90", "--op", "combine_partials")
+    result = run_report("--arch", "sm_90", "--op", "combine_partials")
     assert result.returncode == 0, result.stderr
     assert "combine_partials" in result.stdout and "sm_90" in result.stdout
-
-
-def test_it_says_why_it_cannot_compile_under_the_interpreter(monkeypatch):
-    command = [sys.executable, "-m", "tools.compile_report"]
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    result = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
-    assert result.returncode == 2 and "TRITON_INTERPRET is set" in result.stderr
 
 
 @pytest.mark.slow
@@ -78,7 +83,7 @@ def test_it_says_why_it_cannot_compile_under_the_interpreter(monkeypatch):
 def test_every_kernel_is_fit_for_the_chip(architecture):
     """On sm_90: no spills, no stack, shared memory of a block, tensor cores, 128-bit loads and
     1.1 exponentials per element where the case asks for them. Elsewhere: it compiles and fits."""
-    result = run_resources("--arch", architecture, "--json", "--jobs", "2")
+    result = run_report("--arch", architecture, "--json", "--jobs", "2")
     assert result.returncode == 0, result.stderr
     rows = [json.loads(line) for line in result.stdout.splitlines()]
     assert len(rows) == sum(architecture in case.architectures for case in collect_cases())
@@ -92,25 +97,31 @@ def test_every_kernel_is_fit_for_the_chip(architecture):
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "interpret", "said"),
     [
-        (("--op", "nope"), "--op nope: expected one of combine_partials, linear_add_norm, "),
-        (("--jobs", "0"), "--jobs 0: expected at least 1"),
+        (("--op", "nope"), None, "--op nope: expected one of combine_partials, linear_add_norm, "),
+        (("--jobs", "0"), None, "--jobs 0: expected at least 1"),
+        ((), "1", "TRITON_INTERPRET is set"),
     ],
 )
-def test_bad_arguments_are_named(options, said):
-    result = run_resources(*options)
+def test_what_it_refuses_is_named(options, interpret, said):
+    result = run_report(*options, interpret=interpret)
     assert result.returncode == 2 and said in result.stderr
 
 
-def test_resident_blocks():
+@pytest.mark.parametrize(
+    ("registers", "shared", "warps", "expected"),
+    [
+        (32, 0, 4, 16),  # 64 warps
+        (128, 0, 4, 4),  # 65536 registers
+        (33, 0, 1, 32),  # 32 blocks
+        (32, 100, 4, 2),
+        (32, 227, 4, 1),
+    ],
+)
+def test_resident_blocks(registers, shared, warps, expected):
     """Against the CUDA occupancy calculator's results for these limits."""
-    chip = CHIPS["sm_90"]
-    assert chip.resident_blocks(registers=32, shared=0, warps=4) == 16  # 64 warps
-    assert chip.resident_blocks(registers=128, shared=0, warps=4) == 4  # 65536 registers
-    assert chip.resident_blocks(registers=33, shared=0, warps=1) == 32  # 32 blocks
-    assert chip.resident_blocks(registers=32, shared=100 * 1024, warps=4) == 2
-    assert chip.resident_blocks(registers=32, shared=227 * 1024, warps=4) == 1
+    assert CHIPS["sm_90"].resident_blocks(registers, shared * 1024, warps) == expected
 
 
 def test_opcodes_are_read_as_what_they_are():
@@ -149,11 +160,5 @@ def test_failures_are_named():
     assert failures(case, good) == []
     bad = Resources("op", "k", "sm_90", 90, 8, 16, 0, 5, "", 64, 600, 3.0)
     words = " ".join(failures(case, bad))
-    for expected in (
-        "8 bytes spilled",
-        "16 bytes of stack",
-        "less than 128 bits",
-        "600 inst",
-        "3.0 expo",
-    ):
-        assert expected in words
+    expected = "8 bytes spilled", "16 bytes of stack", "less than 128 bits", "600 inst", "3.0 expo"
+    assert all(word in words for word in expected)

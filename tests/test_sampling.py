@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.distributions import Categorical
 
 import dsb_runtime as dsb
 from dsb_kernels.noise import gumbel_noise, uniform
@@ -24,12 +23,12 @@ MASK = 15
 CUTS = list(itertools.product([None, 0.1, 0.5, 0.9, 1.0], [None, 1, 3, 100]))
 
 
-def random_logits(rows: int, vocab: int = 16, seed: int = 0, scale: float = 2.0) -> Tensor:
-    return scale * torch.randn(rows, vocab, generator=torch.Generator().manual_seed(seed))
-
-
 def seeded(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
+
+
+def random_logits(rows: int, vocab: int = 16, seed: int = 0, scale: float = 2.0) -> Tensor:
+    return scale * torch.randn(rows, vocab, generator=seeded(seed))
 
 
 def noise(seed: int, rows: int) -> dict[str, Tensor]:
@@ -60,7 +59,7 @@ def settings(**values: Any) -> dsb.DecodingConfig:
 def published_row(
     logits: list[float], temperature: float, top_p: float | None, top_k: int | None
 ) -> list[float]:
-    """The probabilities that Dream samples from, one row, in plain Python floats."""
+    """The probabilities that Dream samples from for one candidate, in plain Python floats."""
     values = [x / temperature for x in logits] if temperature > 0 else list(logits)
 
     def softmax(row: list[float]) -> list[float]:
@@ -186,21 +185,19 @@ def check_counts(token: Tensor, probability: Tensor) -> None:
     assert chi < freedom + 5 * math.sqrt(2 * freedom)
 
 
+def kept(x: Tensor) -> int:
+    return int((x > torch.finfo(x.dtype).min).sum())
+
+
 def test_top_p_keeps_the_token_that_crosses_and_always_one():
     row = torch.tensor([[0.5, 0.25, 0.125, 0.125]]).log()
-    low = torch.finfo(row.dtype).min
-
-    def kept(top_p: float) -> int:
-        return int((cut_top_p(row, top_p) > low).sum())
-
-    assert [kept(p) for p in (0.01, 0.49, 0.51, 0.74, 0.76, 0.87, 0.88)] == [1, 1, 2, 2, 3, 3, 4]
+    counts = {0.01: 1, 0.49: 1, 0.51: 2, 0.74: 2, 0.76: 3, 0.87: 3, 0.88: 4}
+    assert {p: kept(cut_top_p(row, p)) for p in counts} == counts
 
 
 def test_top_k_keeps_ties_and_all_when_larger_than_the_vocabulary():
-    row = torch.tensor([[3.0, 1.0, 2.0, 2.0]])
-    low = torch.finfo(row.dtype).min
-    kept = [int((cut_top_k(row, k) > low).sum()) for k in (1, 2, 3, 4, 99)]
-    assert kept == [1, 3, 3, 4, 4]
+    row, counts = torch.tensor([[3.0, 1.0, 2.0, 2.0]]), {1: 1, 2: 3, 3: 3, 4: 4, 99: 4}
+    assert {k: kept(cut_top_k(row, k)) for k in counts} == counts
 
 
 # --- LLaDA: Gumbel-max, the untempered probability as confidence --------------------------------
@@ -280,51 +277,29 @@ def test_cuts_that_leave_only_the_mask_token(cut, temperature):
 @pytest.mark.parametrize("temperature", [1.0, 3.0])
 @pytest.mark.parametrize("family", golden.FAMILIES)
 @pytest.mark.parametrize("cache", ["none", "dsb"])
-def test_the_same_seed_gives_the_same_tokens(family, cache, temperature):
+@pytest.mark.parametrize("own", [True, False])
+def test_the_same_seed_gives_the_same_tokens(family, cache, temperature, own):
+    """The seed of a generator of one's own, or torch's where there is none."""
     model, runs = golden.model(family), []
     for seed in (1, 1, 2):
+        torch.manual_seed(5 if own else seed)
         out = dsb.generate(
-            model, PROMPT, cache=cache, temperature=temperature, generator=seeded(seed), **SHAPE
-        )
+            model, PROMPT, cache=cache, temperature=temperature,
+            generator=seeded(seed) if own else None, **SHAPE,
+        )  # fmt: skip
         assert not (out.sequences == model.dsb.mask_id).any()
         runs.append(out.sequences.tolist())
     assert runs[0] == runs[1] != runs[2]
 
 
-@pytest.mark.parametrize("family", golden.FAMILIES)
-def test_without_a_generator_torchs_own_seed_counts(family):
-    runs = []
-    for _ in range(2):
-        torch.manual_seed(11)
-        out = dsb.generate(golden.model(family), PROMPT, temperature=1.0, **SHAPE)
-        runs.append(out.sequences.tolist())
-    assert runs[0] == runs[1]
-
-
-def test_a_low_temperature_decodes_as_greedy():
-    """LLaDA's, whose confidence is not tempered; Dream's would saturate and change the order."""
-    model = golden.model("llada")
-    greedy = dsb.generate(model, PROMPT, steps=16, **SHAPE)
-    cold = dsb.generate(model, PROMPT, steps=16, temperature=1e-4, generator=seeded(0), **SHAPE)
-    assert cold.sequences.tolist() == greedy.sequences.tolist()
-
-
-def test_top_k_one_at_temperature_is_greedy_for_dream():
-    model = golden.model("dream")
-    greedy = dsb.generate(model, PROMPT, steps=16, top_k=1, **SHAPE)
-    cold = dsb.generate(model, PROMPT, steps=16, top_k=1, temperature=1.0, **SHAPE)
-    assert cold.sequences.tolist() == greedy.sequences.tolist()
-
-
-def test_a_categorical_draw_has_dreams_distribution():
-    """torch's Categorical is what Dream calls: the same counts, to sampling noise."""
-    row = random_logits(1, seed=9)
-    token, _ = sample_nucleus(
-        row.repeat(20000, 1), MASK, settings(temperature=1.0), **noise(6, 20000)
+@pytest.mark.parametrize(
+    ("family", "settings", "temperature"), [("llada", {}, 1e-4), ("dream", {"top_k": 1}, 1.0)]
+)
+def test_sampling_that_leaves_no_choice_is_greedy(family, settings, temperature):
+    """A low temperature is LLaDA's, whose confidence is not tempered; Dream's would saturate and
+    change the order."""
+    greedy, cold = (
+        dsb.generate(golden.model(family), PROMPT, steps=16, **SHAPE, **settings, **sampling)
+        for sampling in ({}, {"temperature": temperature, "generator": seeded(0)})
     )
-    torch.manual_seed(0)
-    logits = row[0].clone()
-    logits[MASK] = -math.inf
-    theirs = Categorical(logits=logits).sample((20000,))
-    ours, other = (torch.bincount(t, minlength=16).double() for t in (token, theirs))
-    assert ((ours - other).abs() < 5 * (ours + other + 1).sqrt()).all()
+    assert cold.sequences.tolist() == greedy.sequences.tolist()

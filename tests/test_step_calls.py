@@ -19,14 +19,8 @@ from dsb_runtime.engine.step import StepShape
 from dsb_runtime.families import LLADA, DiffusionInfo
 from tests import golden
 from tests.mutations import kernels
-from tests.recorded import Recording
+from tests.recorded import Call, Recording, is_view
 
-VIEWS = {
-    "view", "transpose", "as_strided", "split", "split_with_sizes", "slice", "unsqueeze", "expand",
-    "_unsafe_view", "t", "alias", "detach", "unbind",
-}  # fmt: skip
-RMS_NORM = ["pow", "mean", "add_", "rsqrt", "mul", "mul"]
-SILU_MUL = ["silu", "mul"]
 SHAPES = {
     "window": StepShape(StepKind.WINDOW, 1, 24, 8),
     "refresh": StepShape(StepKind.REFRESH, 1, 40, 8),
@@ -100,40 +94,29 @@ def test_shapes_do_not_depend_on_data(kind):
     assert first == later
 
 
-def layer_calls(recording: Recording) -> list[str]:
-    """The operators of one layer in the middle, from a cache write to the next."""
-    writes = [i for i, name in enumerate(recording.names) if name == "dsb.rope_write_kv"]
-    assert len(writes) == 4
-    return recording.names[writes[1] : writes[2]]
+def cache_writes(recording: Recording) -> list[int]:
+    """Where each layer of a recorded step writes the cache."""
+    return [i for i, name in enumerate(recording.names) if name == "dsb.rope_write_kv"]
 
 
-def device_kernels(calls: list[str]) -> list[str]:
+def device_kernels(calls: list[Call]) -> list[str]:
     """Those of a list of operators, by name."""
-    names = [call.split(".")[1] for call in calls if call.split(".")[1] not in VIEWS]
-    found: list[str] = []
-    while names:
-        for group, label in ((RMS_NORM, "rms norm"), (SILU_MUL, "silu * mul")):
-            if names[: len(group)] == group:
-                found.append(label)
-                names = names[len(group) :]
-                break
-        else:
-            found += KERNELS.get(names[0], [names[0]])
-            names = names[1:]
-    return found
+    text = " ".join(f._schema.name.split("::")[1] for f, *_ in calls if not is_view(f)) + " "
+    for operators, names in KERNELS.items():
+        text = text.replace(f"{operators} ", f"{names} ")
+    return text.split()
 
 
-ADD_NORM = ["split linear", "residual + rms norm"]
-KERNELS = {
-    "mm": ["matmul"], "addmm": ["matmul"], "addmm_": ["matmul + residual"],
-    "linear_add_norm": ADD_NORM,
-}  # fmt: skip
+ADD_NORM = ["split_linear", "residual+rms_norm"]
+KERNELS = {"pow mean add_ rsqrt mul mul": "rms_norm", "linear_add_norm": " ".join(ADD_NORM)}
 AFTER_ATTENTION = [*ADD_NORM, "window_linear", *ADD_NORM]  # the MLP's first half with SiLU * mul
 
 
 def test_a_window_steps_layer_is_eight_kernels_and_at_most_25_calls():
     with kernels():
-        calls = layer_calls(record(model_of(4), "window", rows=1))
+        recording = record(model_of(4), "window", rows=1)
+    _, second, third, _ = cache_writes(recording)
+    calls = recording.calls[second:third]
     assert len(calls) <= 25, calls
     assert device_kernels(calls) == [
         "rope_write_kv", "window_attention", *AFTER_ATTENTION, "window_linear"
@@ -146,11 +129,11 @@ def test_a_step_is_few_kernels_outside_its_layers(kind, rows):
     """The whole of a step's bookkeeping is two launches, whatever its kind and whichever of the
     batch's rows take part; the last layer takes the scored rows out of q and the residual."""
     with kernels():
-        names = record(model_of(4), kind, rows=rows).names
-    writes = [i for i, name in enumerate(names) if name == "dsb.rope_write_kv"]
-    before = device_kernels(names[: writes[0]])
-    assert before == ["place_rows", "embedding", "rms norm", "window_linear"]
-    assert device_kernels(names[writes[-1] :]) == [
+        recording = record(model_of(4), kind, rows=rows)
+    first, *_, last = cache_writes(recording)
+    before = device_kernels(recording.calls[:first])
+    assert before == ["place_rows", "embedding", "rms_norm", "window_linear"]
+    assert device_kernels(recording.calls[last:]) == [
         "rope_write_kv", "index_select", "index_select", "window_attention", *AFTER_ATTENTION,
         "lm_head_confidence", "unmask_and_slide",
     ]  # fmt: skip

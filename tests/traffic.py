@@ -9,6 +9,7 @@ partials  bytes of partial results (states, splits), written once and read once
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -27,25 +28,22 @@ class Traffic:
     loads: list[tuple[np.ndarray, int]] = field(default_factory=list)
     stores: list[tuple[np.ndarray, int]] = field(default_factory=list)
 
-    def asked(self, tensor: Tensor) -> int:
-        """Bytes of loads and stores in a tensor's memory."""
-        return sum(self._inside(tensor, a).size * n for a, n in self.loads + self.stores)
+    def asked(self, *tensors: Tensor) -> int:
+        """Bytes of loads and stores in the tensors' memory."""
+        accesses = self.loads + self.stores
+        return sum(self._inside(t, a).size * n for t in tensors for a, n in accesses)
 
-    def touched(self, tensor: Tensor) -> int:
-        """Distinct bytes loaded plus distinct bytes stored in a tensor's memory."""
-        distinct = 0
-        for accesses in (self.loads, self.stores):
+    def touched(self, *tensors: Tensor) -> int:
+        """Distinct bytes loaded plus distinct bytes stored in the tensors' memory."""
+        total = 0
+        for tensor, accesses in itertools.product(tensors, (self.loads, self.stores)):
             inside = [self._inside(tensor, a) for a, _ in accesses]
-            distinct += np.unique(np.concatenate(inside)).size if inside else 0
-        return distinct * tensor.element_size()
+            total += np.unique(np.concatenate(inside)).size * tensor.element_size() if inside else 0
+        return total
 
     def asked_elsewhere(self, *tensors: Tensor) -> int:
         """Bytes in none of the tensors' memory: partial results."""
-        total = 0
-        for addresses, size in self.loads + self.stores:
-            known = sum(self._inside(t, addresses).size for t in tensors)
-            total += (addresses.size - known) * size
-        return total
+        return sum(a.size * n for a, n in self.loads + self.stores) - self.asked(*tensors)
 
     @staticmethod
     def _inside(tensor: Tensor, addresses: np.ndarray) -> np.ndarray:
@@ -103,9 +101,7 @@ class Moved:
 
     def line(self) -> str:
         return (
-            f"{self.name:46} {self.must / 1e6:8.1f} {self.touched / self.must:8.3f} "
-            f"{self.asked / self.must:8.3f} {self.all_to_memory:8.3f} {self.partials / 1e6:6.2f} MB"
+            f"{self.name:46} must {self.must / 1e6:6.1f} MB, "
+            f"touched {self.touched / self.must:.3f}, asked {self.asked / self.must:.3f}, "
+            f"with {self.partials / 1e6:.2f} MB of partial results {self.all_to_memory:.3f}"
         )
-
-
-HEADING = f"\n{'':46} {'must MB':>8} {'touched':>8} {'asked':>8} {'with':>8} partials"

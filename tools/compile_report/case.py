@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Container, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -23,11 +23,11 @@ class CompileCase:
     op: str  # public name of the op
     name: str  # which kernel, variant and shape class
     kernel: Any  # the `@jit` function
-    signature: Mapping[str, str]  # runtime arguments: {"x_ptr": "*bf16", "length": "i32", ...}
+    config: Any  # the launch's `num_warps` and `num_stages`
     constexprs: Mapping[str, Any]  # the tl.constexpr arguments, and pointers that are None
-    num_warps: int
-    num_stages: int = 1
-    divisible: tuple[str, ...] = ()  # runtime arguments known to be divisible by 16 (pointers too)
+    pointers: str = "*i32"  # the type of pointers at run time, but for ...
+    types: Mapping[str, str] = field(default_factory=dict)  # ... these, and the numbers' but int32
+    odd: Container[str] = ()  # integers that are not known to be divisible by 16
     architectures: tuple[str, ...] = ARCHITECTURES
     expects_tensor_cores: bool = False  # HGMMA on sm_90
     expects_wide_loads: bool = False  # every global load is of 128 bits, but for ...
@@ -36,23 +36,20 @@ class CompileCase:
     max_exponentials: float | None = None  # MUFU.EX2 in the code, of a thread, divided by ...
     elements_per_thread: float | None = None  # ... the elements that this code scores (a loop once)
 
+    @property
+    def signature(self) -> dict[str, str]:
+        """The arguments that are known at run time only, and their types."""
+        return {
+            name: self.types.get(name, self.pointers if name.endswith("_ptr") else "i32")
+            for name in self.kernel.arg_names
+            if name not in self.constexprs
+        }
 
-def signature_of(
-    kernel: Any, constexprs: Mapping[str, Any], types: Mapping[str, str], pointers: str = "*i32"
-) -> dict[str, str]:
-    """Types of the arguments of a kernel that are known at run time only: those in `types`; of
-    other pointers `pointers`; of other numbers int32."""
-    return {
-        name: types.get(name, pointers if name.endswith("_ptr") else "i32")
-        for name in kernel.arg_names
-        if name not in constexprs
-    }
-
-
-def all_but(signature: Mapping[str, str], *names: str) -> tuple[str, ...]:
-    """The arguments of a signature without those that are named."""
-    return tuple(name for name in signature if name not in names)
-
-
-def pointers_of(signature: Mapping[str, str]) -> tuple[str, ...]:
-    return tuple(name for name, kind in signature.items() if kind.startswith("*"))
+    @property
+    def divisible(self) -> list[str]:
+        """The arguments that are known to be divisible by 16, which all pointers are."""
+        return [
+            name
+            for name, kind in self.signature.items()
+            if kind.startswith("*") or (kind == "i32" and name not in self.odd)
+        ]

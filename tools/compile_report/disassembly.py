@@ -36,7 +36,7 @@ class Disassembly:
     @property
     def spilled_bytes(self) -> int:
         """Bytes per thread of register spills, by the local-memory stores in the code."""
-        return sum(_width(opcode) * n for opcode, n in self.opcodes.items() if _is(opcode, "STL"))
+        return sum(_width(op) * n for op, n in self.opcodes.items() if op.split(".")[0] == "STL")
 
     @property
     def tensor_cores(self) -> str:
@@ -49,7 +49,7 @@ class Disassembly:
         """Static count of global loads (asynchronous copies and TMA included) by bytes."""
         loads: Counter[int] = Counter()
         for opcode, n in self.opcodes.items():
-            if _is(opcode, "LDG") or _is(opcode, "LDGSTS"):
+            if opcode.split(".")[0] in ("LDG", "LDGSTS"):
                 loads[_width(opcode)] += n
         return dict(loads)
 
@@ -59,17 +59,16 @@ class Disassembly:
 
 
 def longest_loop(sass: str) -> int:
-    """Instructions from the target of a branch back to it, where no other such lie between."""
+    """The instructions of the longest loop that holds no other: from where a branch back leads to
+    that branch."""
     branches = [(int(start, 16), int(end, 16)) for end, start in _BRANCH.findall(sass)]
     loops = [(start, end) for start, end in branches if start < end]
-    innermost = [
-        (start, end) for start, end in loops if not any(start <= s and e < end for s, e in loops)
-    ]
-    return max(((end - start) // _INSTRUCTION_BYTES + 1 for start, end in innermost), default=0)
-
-
-def _is(opcode: str, name: str) -> bool:
-    return opcode.split(".")[0] == name
+    sizes = (
+        (end - start) // _INSTRUCTION_BYTES + 1
+        for start, end in loops
+        if not any(start <= s and e < end for s, e in loops)
+    )
+    return max(sizes, default=0)
 
 
 def _width(opcode: str) -> int:

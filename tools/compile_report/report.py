@@ -75,25 +75,18 @@ def compile_case(case: CompileCase, architecture: str) -> Resources:
 
     names = case.kernel.arg_names
     attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in case.divisible}
-    signature = {
-        name: "constexpr" if name in case.constexprs else case.signature[name] for name in names
-    }
+    signature = {name: case.signature.get(name, "constexpr") for name in names}
     constexprs = {(names.index(name),): value for name, value in case.constexprs.items()}
-    source = ASTSource(case.kernel, signature, constexprs, attributes)
-    target = GPUTarget("cuda", int(architecture.removeprefix("sm_")), 32)
-    options = {
-        "num_warps": case.num_warps,
-        "num_stages": case.num_stages,
-        "enable_fp_fusion": True,
-    }
-    compiled = triton.compile(source, target=target, options=options)
+    warps = case.config.num_warps
+    compiled = triton.compile(
+        ASTSource(case.kernel, signature, constexprs, attributes),
+        target=GPUTarget("cuda", int(architecture.removeprefix("sm_")), 32),
+        options={
+            "num_warps": warps, "num_stages": case.config.num_stages, "enable_fp_fusion": True,
+        },
+    )  # fmt: skip
     code = disassemble(compiled.asm["cubin"])
-    shared = compiled.metadata.shared
-    loads = code.global_loads
-    exponentials = None
-    if case.elements_per_thread is not None:
-        exponentials = code.exponentials / case.elements_per_thread
-    chip = CHIPS[architecture]
+    shared, elements = compiled.metadata.shared, case.elements_per_thread
     found = Resources(
         op=case.op,
         name=case.name,
@@ -102,28 +95,25 @@ def compile_case(case: CompileCase, architecture: str) -> Resources:
         spilled_bytes=code.spilled_bytes,
         stack=code.stack,
         shared_bytes=shared,
-        resident_blocks=chip.resident_blocks(code.registers, shared, case.num_warps),
+        resident_blocks=CHIPS[architecture].resident_blocks(code.registers, shared, warps),
         tensor_cores=code.tensor_cores,
-        narrow_loads=sum(width * n for width, n in loads.items() if width < 16),
+        narrow_loads=sum(width * n for width, n in code.global_loads.items() if width < 16),
         loop=code.loop,
-        exponentials=exponentials,
+        exponentials=None if elements is None else code.exponentials / elements,
     )
     if architecture != "sm_90":
         return found
     return dataclasses.replace(found, failures=tuple(failures(case, found)))
 
 
-def _compile_indexed(job: tuple[int, tuple[str, ...], str]) -> Resources:
+def _compile_indexed(job: tuple[int, Sequence[str], str]) -> Resources:
     """Worker: cases hold kernels, which do not pickle, so they are found again by index."""
     index, ops, architecture = job
     return compile_case(collect_cases(ops)[index], architecture)
 
 
-def compile_all(
-    architectures: Sequence[str] = ARCHITECTURES, ops: Sequence[str] = (), jobs: int = 1
-) -> list[Resources]:
+def compile_all(architectures: Sequence[str], ops: Sequence[str], jobs: int) -> list[Resources]:
     """Resources of every case on every architecture it names, in a fixed order."""
-    ops = tuple(ops)
     work = [
         (index, ops, architecture)
         for index, case in enumerate(collect_cases(ops))
@@ -180,13 +170,13 @@ def print_table(rows: Sequence[Resources]) -> None:
     Console(width=None if sys.stdout.isatty() else 150).print(table)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tools.compile_report", description=__doc__)
     parser.add_argument("--arch", action="append", choices=ARCHITECTURES, help="default: all")
     parser.add_argument("--op", action="append", default=[], help="only this op (repeatable)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument("--jobs", type=int, default=1, help="compiler processes")
-    args = parser.parse_args(arguments)
+    args = parser.parse_args()
     if triton is None:
         parser.error("Triton is not installed")
     if interpreted():
@@ -203,8 +193,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(json.dumps(dataclasses.asdict(r)))
     else:
         print_table(rows)
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

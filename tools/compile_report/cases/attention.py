@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 
-from dsb_kernels._configs import ARCHITECTURES
+from dsb_kernels._configs import ARCHITECTURES, Config
 from dsb_kernels._op import triton
 from dsb_kernels.attention_kernel import (
     COMBINE_QUERIES,
@@ -12,7 +12,7 @@ from dsb_kernels.attention_kernel import (
     _combine_kernel,
     tile_of,
 )
-from tools.compile_report.case import DTYPES, CompileCase, all_but, pointers_of, signature_of
+from tools.compile_report.case import DTYPES, CompileCase
 
 SHAPES = [  # name, heads, KV heads, head dim, window capacities
     ("LLaDA-8B", 32, 32, 128, (16, 32, 64, 128, 256)),
@@ -66,20 +66,13 @@ def attention_case(
     }  # fmt: skip
     integers = ("window_start_ptr", "window_length_ptr", "seqlens_ptr", "leftpad_ptr")
     types = dict.fromkeys((*integers, "batch_idx_ptr", *lists), "*i32")
-    types |= {"lse_ptr": "*fp32", "softmax_scale": "fp32"}
-    signature = signature_of(_attention_kernel, constexprs, types, f"*{dtype}")
     # 64 positions of 128 rows are 1024 clocks of an SM's tensor cores, and 920 of its four
     # schedulers if each of 8 warps has 460 instructions.
     max_loop = {64: 500, 128: 460}.get(block_m) if D == 128 and not listed else None
     return CompileCase(
-        op="window_attention",
-        name=name,
-        kernel=_attention_kernel,
-        signature=signature,
-        constexprs=constexprs,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-        divisible=all_but(signature, "softmax_scale", "lists", "list_size"),
+        "window_attention", name, _attention_kernel, config, constexprs, f"*{dtype}",
+        types=types | {"lse_ptr": "*fp32", "softmax_scale": "fp32"},
+        odd=("lists", "list_size"),
         architectures=(architecture,),
         expects_tensor_cores=block_m >= 64,
         expects_wide_loads=True,
@@ -87,7 +80,7 @@ def attention_case(
         # Start, length and padding of the row, its row of the cache; the end of what is stored, a
         # list's length and an entry for each stage.
         scalar_load_bytes=12 + 4 * indexed + 4 * (2 + config.num_stages) * listed,
-    )
+    )  # fmt: skip
 
 
 def combine_case(D: int, splits: int) -> CompileCase:
@@ -95,16 +88,11 @@ def combine_case(D: int, splits: int) -> CompileCase:
         "HEAD_DIM": D, "NUM_SPLITS": splits, "BLOCK_M": COMBINE_QUERIES, "BLOCK_D": D,
         "lse_ptr": None,
     }  # fmt: skip
-    types = {"partial_lse_ptr": "*fp32", "lse_ptr": "*fp32", "window_length_ptr": "*i32"}
-    signature = signature_of(_combine_kernel, constexprs, types, "*bf16")
     return CompileCase(
-        op="window_attention",
-        name=f"combine {splits} splits, head dim {D}",
-        kernel=_combine_kernel,
-        signature=signature,
-        constexprs=constexprs,
-        num_warps=4,
-        divisible=(*pointers_of(signature), "W"),
+        "window_attention", f"combine {splits} splits, head dim {D}", _combine_kernel,
+        Config({}, num_warps=4), constexprs, "*bf16",
+        types={"partial_lse_ptr": "*fp32", "window_length_ptr": "*i32"},
+        odd=("H",),
         expects_wide_loads=True,
         scalar_load_bytes=4 + 2 * 4 * splits,  # the row's length; each log-sum-exp, twice
-    )
+    )  # fmt: skip

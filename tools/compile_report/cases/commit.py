@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from dsb_kernels.commit_kernel import _unmask_kernel, config_of, constants
 from dsb_kernels.rows import UnmaskSpec
-from tools.compile_report.case import CompileCase, pointers_of, signature_of
+from tools.compile_report.case import CompileCase
 
 LLADA = UnmaskSpec(
     prompt_length=128, block_length=32, max_block_length=None, schedule="dsb", cache="dsb",
@@ -28,31 +28,22 @@ VARIANTS: tuple[tuple[int, int, dict[str, object]], ...] = (
     (64, 1, FRECHET),
     (1024, 1, {"schedule": "naive", "cache": "none", **FRECHET}),
 )
+TYPES = {
+    "canvas_ptr": "*i64", "token_ptr": "*i64", "confidence_ptr": "*fp32",
+    "candidate_confidence_ptr": "*fp32", "commit_ptr": "*i1", "active_ptr": "*i1",
+}  # fmt: skip
 
 
 def cases() -> list[CompileCase]:
     """Every rule, schedule and cache policy; 32 candidates as published and the widest window."""
-    types = {"canvas_ptr": "*i64", "token_ptr": "*i64"}
-    types |= dict.fromkeys(("confidence_ptr", "candidate_confidence_ptr"), "*fp32")
-    types |= dict.fromkeys(("commit_ptr", "active_ptr"), "*i1")
-    listed = []
-    for K, rows, changes in VARIANTS:
-        spec = replace(LLADA, **changes)  # type: ignore[arg-type]
-        constexprs = constants(K, rows, spec)
-        if rows == 1:
-            constexprs["rows_ptr"] = None
-        signature = signature_of(_unmask_kernel, constexprs, types)
-        listed.append(
-            CompileCase(
-                op="unmask_and_slide",
-                name=f"{spec.schedule} cache={spec.cache} {spec.rule} K={K}"
-                + " first" * (spec.refresh_commit == "first")
-                + f" of {rows} rows" * (rows > 1),
-                kernel=_unmask_kernel,
-                signature=signature,
-                constexprs=constexprs,
-                num_warps=config_of(K).num_warps,
-                divisible=pointers_of(signature),
-            )
-        )
-    return listed
+    return [case(K, rows, replace(LLADA, **changes)) for K, rows, changes in VARIANTS]  # type: ignore[arg-type]
+
+
+def case(K: int, rows: int, spec: UnmaskSpec) -> CompileCase:
+    name = f"{spec.schedule} cache={spec.cache} {spec.rule} K={K}"
+    name += " first" * (spec.refresh_commit == "first") + f" of {rows} rows" * (rows > 1)
+    constexprs = constants(K, rows, spec) | ({"rows_ptr": None} if rows == 1 else {})
+    return CompileCase(
+        "unmask_and_slide", name, _unmask_kernel, config_of(K), constexprs,
+        types=TYPES, odd=_unmask_kernel.arg_names,
+    )  # fmt: skip

@@ -5,9 +5,9 @@ from __future__ import annotations
 import itertools
 
 from dsb_kernels import lm_head, token_confidence
-from dsb_kernels._configs import ARCHITECTURES
+from dsb_kernels._configs import ARCHITECTURES, Config
 from dsb_kernels.score import CONFIDENCES, combine_kernel, combine_warps
-from tools.compile_report.case import DTYPES, CompileCase, pointers_of, signature_of
+from tools.compile_report.case import DTYPES, CompileCase
 
 VOCABULARY, MASK_TOKEN = 126464, 126336  # LLaDA's; the mask token is banned
 SAMPLING = {"seed_ptr": "*i64", "noise_ids_ptr": "*i64"}
@@ -48,18 +48,12 @@ def logits_case(rows: int, confidence: str, sample: bool, dtype: str) -> Compile
         **launch.blocks, **({} if sample else dict.fromkeys(SAMPLING)), "BANNED": (MASK_TOKEN,),
         "SAMPLE": sample, "CONFIDENCE": confidence,
     }  # fmt: skip
-    kernel = token_confidence._token_confidence_kernel
-    signature = signature_of(kernel, constexprs, TYPES, f"*{dtype}")
     usual = confidence == "probability" and not sample and dtype != "fp32"
     return CompileCase(
-        op="token_confidence",
-        name=words(rows, confidence, sample, dtype),
-        kernel=kernel,
-        signature=signature,
-        constexprs=constexprs,
-        num_warps=launch.num_warps,
-        num_stages=launch.num_stages,
-        divisible=(*pointers_of(signature), "stride_n", "V"),
+        "token_confidence", words(rows, confidence, sample, dtype),
+        token_confidence._token_confidence_kernel, launch, constexprs, f"*{dtype}",
+        types=TYPES,
+        odd=("num_candidates",),
         expects_wide_loads=True,
         scalar_load_bytes=17 if sample else 1,
         # 32 logits a thread; a third of it is run only where a tile has a new best token.
@@ -67,7 +61,7 @@ def logits_case(rows: int, confidence: str, sample: bool, dtype: str) -> Compile
         max_exponentials=1.1,
         # One tile in the loop and the masked last one, both unrolled.
         elements_per_thread=2 * launch.blocks["BLOCK_V"] / (32 * launch.num_warps),
-    )
+    )  # fmt: skip
 
 
 def head_case(
@@ -78,29 +72,21 @@ def head_case(
         **launch.blocks, "bias_ptr": None, **({} if sample else dict.fromkeys(SAMPLING)),
         "EVEN_K": True, "BANNED": (MASK_TOKEN,), "SAMPLE": sample, "CONFIDENCE": confidence,
     }  # fmt: skip
-    signature = signature_of(lm_head._lm_head_kernel, constexprs, TYPES, f"*{dtype}")
     return CompileCase(
-        op="lm_head_confidence",
-        name=words(rows, confidence, sample, dtype),
-        kernel=lm_head._lm_head_kernel,
-        signature=signature,
-        constexprs=constexprs,
-        num_warps=launch.num_warps,
-        num_stages=launch.num_stages,
-        divisible=(*pointers_of(signature), "stride_wv", "stride_hn", "V", "E"),
+        "lm_head_confidence", words(rows, confidence, sample, dtype), lm_head._lm_head_kernel,
+        launch, constexprs, f"*{dtype}",
+        types=TYPES,
+        odd=("num_candidates", "share", "token_base"),
         architectures=(architecture,),
         expects_tensor_cores=dtype != "fp32",
-    )
+    )  # fmt: skip
 
 
 def combine_case(confidence: str, parts: int, ones: tuple[str, ...]) -> CompileCase:
-    types = {"eligible_ptr": "*i1", "token_ptr": "*i64"}
     constexprs = {"state_ptr": None, "PARTS": parts, "CONFIDENCE": confidence}
     return CompileCase(
-        op="combine_partials",
-        name=f"{confidence} {parts} parts",
-        kernel=combine_kernel,
-        signature=signature_of(combine_kernel, constexprs, types, "*fp32"),
-        constexprs=constexprs | dict.fromkeys(ones, 1),
-        num_warps=combine_warps(parts),
-    )
+        "combine_partials", f"{confidence} {parts} parts", combine_kernel,
+        Config({}, combine_warps(parts)), constexprs | dict.fromkeys(ones, 1), "*fp32",
+        types={"eligible_ptr": "*i1", "token_ptr": "*i64"},
+        odd=combine_kernel.arg_names,
+    )  # fmt: skip
