@@ -18,8 +18,8 @@ from tests.op_contract import (
     NAN,
     SLOW,
     Arguments,
+    FloatContract,
     OpCase,
-    OpContract,
     by_kernel,
     mistakes_of,
     small_tiles,
@@ -134,7 +134,7 @@ CASE = OpCase(
 compare = CASE.compare
 
 
-class TestLinearAddNorm(OpContract):
+class TestLinearAddNorm(FloatContract):
     case = CASE
 
 

@@ -17,8 +17,8 @@ from tests.op_contract import (
     NAN,
     SLOW,
     Arguments,
+    FloatContract,
     OpCase,
-    OpContract,
     by_kernel,
     mistakes_of,
     small_tiles,
@@ -131,7 +131,7 @@ CASE = OpCase(
 compare = CASE.compare
 
 
-class TestWindowLinear(OpContract):
+class TestWindowLinear(FloatContract):
     case = CASE
 
 
