@@ -90,6 +90,18 @@ def errors(found: Tensor, expected: Tensor) -> Tensor:
     return torch.where(finite, found.double() - expected, 0).abs() / scale
 
 
+def assert_scored(found: Results, expected: Results, confidence: str) -> None:
+    """The same tokens, and confidences to 1e-5 of their terms: a margin is a difference, an entropy
+    a sum of terms of both signs."""
+    (token, c), (expected_token, reference) = found, expected
+    assert token.tolist() == expected_token.tolist()
+    assert c.dtype == torch.float32 and c.shape == token.shape
+    scale = 1e-37 if confidence == "probability" else 0.1
+    error = (c.double() - reference).abs() / reference.abs().clamp(min=scale)
+    same = (c.double() == reference) | (c.isnan() & reference.isnan())
+    assert ((error <= 1e-5) | same).all(), f"{c.tolist()} for {reference.tolist()}"
+
+
 def registered(op: Callable, arguments: Arguments) -> tuple[Any, ...]:
     """Arguments of an op as torch has it: all of them, in order, and settings as strings."""
     bound = inspect.signature(op.definition).bind(**arguments)
