@@ -29,8 +29,6 @@ from types import ModuleType
 import pytest
 import torch
 
-from dsb_kernels import _configs as tuning
-
 _PASSED: set[Hashable] = set()
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -47,17 +45,6 @@ def kernels() -> Iterator[None]:
             del os.environ["DSB_BACKEND"]
         else:
             os.environ["DSB_BACKEND"] = before
-
-
-def tiles_of(
-    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, small: tuning.Config, *ops: str
-) -> None:
-    """Ops run in these tiles in every dtype; in a test that asks for the fixture `production`, in
-    those that the table has for 16 bits."""
-    for op in ops:
-        if "production" not in request.fixturenames:
-            monkeypatch.setitem(tuning.CONFIGS, (op, "any"), {tuning.INFINITY: small})
-        monkeypatch.setitem(tuning.CONFIGS, (f"{op} float32", "any"), tuning.CONFIGS[op, "any"])
 
 
 @contextlib.contextmanager
