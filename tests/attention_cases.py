@@ -8,17 +8,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dsb_kernels.attention import window_attention, window_attention_reference
-from tests.mutations import DEVICE, kernels
+from dsb_kernels.attention import window_attention
+from tests.mutations import DEVICE
+from tests.op_contract import Arguments, Results, by_definition, by_kernel, exactly, ints
 
-
-def ints(*values: int) -> Tensor:
-    return torch.tensor(values, dtype=torch.int32, device=DEVICE)
+TENSORS = ("q", "k_window", "v_window", "k_cache", "v_cache")
 
 
 @dataclass
 class Case:
-    """Arguments of one call; `run` calls the op, `expected` the definition in float64."""
+    """Arguments of one call."""
 
     heads: int = 4
     kv_heads: int = 2
@@ -70,9 +69,9 @@ class Case:
                 x[b, :, length:] = torch.nan
         return [q, None, None, kc, vc] if self.in_cache else [q, kw, vw, kc, vc]
 
-    def metadata(self) -> dict[str, Tensor | None]:
+    def arguments(self, tensors: list[Tensor | None] | None = None) -> Arguments:
         num_blocks, indices = self.lists or (None, None)
-        return {
+        return dict(zip(TENSORS, tensors or self.tensors(), strict=True)) | {
             "window_start": ints(*self.starts),
             "window_length": ints(*self.lengths),
             "cache_seqlens": None if self.seqlens is None else ints(*self.seqlens),
@@ -80,44 +79,39 @@ class Case:
             "cache_batch_idx": None if self.cache_rows is None else ints(*self.cache_rows),
             "kv_num_blocks": num_blocks,
             "kv_indices": indices,
+            "kv_block_size": self.kv_block_size,
+            "softmax_scale": self.softmax_scale,
+            "num_splits": self.num_splits,
+            "return_lse": True,
         }
 
-    def run(self, tensors: list[Tensor | None]) -> tuple[Tensor, Tensor]:
-        with kernels():
-            return window_attention(
-                *tensors,
-                **self.metadata(),
-                kv_block_size=self.kv_block_size,
-                softmax_scale=self.softmax_scale,
-                num_splits=self.num_splits,
-                return_lse=True,
-            )
+    def run(self, tensors: list[Tensor | None]) -> Results:
+        return by_kernel(window_attention, self.arguments(tensors))
 
-    def expected(self, tensors: list[Tensor | None], double: bool = True) -> tuple[Tensor, Tensor]:
-        if double:
-            tensors = [None if t is None else t.double() for t in tensors]
-        return window_attention_reference(
-            *tensors, **self.metadata(), kv_block_size=self.kv_block_size,
-            softmax_scale=self.softmax_scale, return_lse=True,
-        )  # fmt: skip
+    def expected(self, tensors: list[Tensor | None]) -> Results:
+        return exactly(window_attention, self.arguments(tensors))
 
     def check(self) -> None:
-        tensors = self.tensors()
-        out, lse = self.run(tensors)
-        expected, expected_lse = self.expected(tensors)
-        assert out.dtype == self.dtype
-        assert lse.dtype == torch.float32
-        assert not expected.isnan().any()
-        assert torch.equal(lse.isinf(), expected_lse.isinf())
-        bound = 1e-5
-        if self.dtype != torch.float32:
-            plain, _ = self.expected(tensors, double=False)
-            bound = 2 * relative_error(plain, expected)
-        assert relative_error(out, expected) <= bound
-        assert out[expected == 0].abs().sum() == 0
-        seen = expected_lse.isfinite()
-        # In any precision: products of 16-bit numbers are exact in float32, which sums them up.
-        assert ((lse - expected_lse)[seen].abs() <= 1e-5 * (1 + expected_lse[seen].abs())).all()
+        compare(self.arguments())
+
+
+def compare(arguments: Arguments) -> Results:
+    out, lse = by_kernel(window_attention, arguments)
+    expected, expected_lse = exactly(window_attention, arguments)
+    assert out.dtype == arguments["q"].dtype
+    assert lse.dtype == torch.float32
+    assert not expected.isnan().any()
+    assert torch.equal(lse.isinf(), expected_lse.isinf())
+    bound = 1e-5
+    if out.dtype != torch.float32:
+        plain, _ = by_definition(window_attention, arguments)
+        bound = 2 * relative_error(plain, expected)
+    assert relative_error(out, expected) <= bound
+    assert out[expected == 0].abs().sum() == 0
+    seen = expected_lse.isfinite()
+    # In any precision: products of 16-bit numbers are exact in float32, which sums them up.
+    assert ((lse - expected_lse)[seen].abs() <= 1e-5 * (1 + expected_lse[seen].abs())).all()
+    return out, lse
 
 
 def relative_error(x: Tensor, expected: Tensor) -> float:

@@ -4,6 +4,7 @@ import importlib.util
 import os
 
 import numpy as np
+import pytest
 import torch
 
 if not torch.cuda.is_available():
@@ -23,3 +24,8 @@ torch.set_num_threads(1)
 def pytest_configure(config):
     # The interpreter's max over nothing but NaN, which is what the chip would return as well.
     config.addinivalue_line("filterwarnings", "ignore:All-NaN slice encountered:RuntimeWarning")
+
+
+@pytest.fixture
+def production():
+    """Asks for the table's own configurations (see `small_tiles` in tests/op_contract.py)."""

@@ -23,15 +23,13 @@ import contextlib
 import inspect
 import linecache
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from types import ModuleType
 
 import pytest
 import torch
 
-from dsb_kernels import _configs as tuning
-
-_PASSED: set[Callable[[], None]] = set()
+_PASSED: set[Hashable] = set()
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -47,17 +45,6 @@ def kernels() -> Iterator[None]:
             del os.environ["DSB_BACKEND"]
         else:
             os.environ["DSB_BACKEND"] = before
-
-
-def tiles_of(
-    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, small: tuning.Config, *ops: str
-) -> None:
-    """Ops run in these tiles in every dtype; in a test that asks for the fixture `production`, in
-    those that the table has for 16 bits."""
-    for op in ops:
-        if "production" not in request.fixturenames:
-            monkeypatch.setitem(tuning.CONFIGS, (op, "any"), {tuning.INFINITY: small})
-        monkeypatch.setitem(tuning.CONFIGS, (f"{op} float32", "any"), tuning.CONFIGS[op, "any"])
 
 
 @contextlib.contextmanager
@@ -93,12 +80,13 @@ def unwritten_is_nan() -> Iterator[None]:
 
 
 def assert_caught(
-    check: Callable[[], None], module: ModuleType, name: str, old: str, new: str
-) -> None:
-    """`check` passes for the real kernel (run once for all its mutations) and fails an assertion
-    for the mutated one."""
-    if check not in _PASSED:
+    check: Callable[[], object], module: ModuleType, name: str, old: str, new: str,
+    known_as: Hashable = None,
+) -> None:  # fmt: skip
+    """`check` passes for the real kernel (run once for all its mutations, which `known_as` may
+    tell) and fails an assertion for the mutated one."""
+    if (known_as or check) not in _PASSED:
         check()
-        _PASSED.add(check)
+        _PASSED.add(known_as or check)
     with mutated(module, name, old, new), unwritten_is_nan(), pytest.raises(AssertionError):
         check()

@@ -11,25 +11,26 @@ from dsb_kernels import token_confidence as module
 from dsb_kernels.noise import gumbel_noise, philox4x32
 from dsb_kernels.score import CONFIDENCES
 from dsb_kernels.token_confidence import token_confidence, token_confidence_reference
-from tests.mutations import DEVICE, assert_caught, kernels
+from tests.mutations import DEVICE, kernels
+from tests.op_contract import (
+    INF,
+    NAN,
+    Arguments,
+    OpCase,
+    OpContract,
+    Results,
+    assert_scored,
+    by_kernel,
+    exactly,
+    mistakes_of,
+    small_tiles,
+)  # fmt: skip
 
-INF, NAN = float("inf"), float("nan")
 SMALL = tuning.Config({"BLOCK_V": 64, "SPLIT_BLOCKS": 2}, num_warps=4, num_stages=2)
 
 
-@pytest.fixture(autouse=True)
-def small_blocks(request, monkeypatch):
-    """Blocks of 64 and splits of 128 logits, so that small shapes have many of both."""
-    if "production" not in request.fixturenames:
-        for op in ("token_confidence", "token_confidence sampled"):
-            monkeypatch.setitem(tuning.CONFIGS, (op, "any"), {tuning.INFINITY: SMALL})
-
-
-@pytest.fixture
-def production():
-    """Asks for the table's own configurations."""
-
-
+# Blocks of 64 and splits of 128 logits, so that small shapes have many of both.
+tiles = small_tiles(SMALL, "token_confidence", "token_confidence sampled")
 ROWS = 21
 
 
@@ -61,19 +62,16 @@ def edge_rows(V: int, seed: int = 0) -> torch.Tensor:
 
 
 def compare(logits: torch.Tensor, **options) -> None:
+    arguments = {"logits": logits} | options
+    check({n: v.to(DEVICE) if isinstance(v, torch.Tensor) else v for n, v in arguments.items()})
+
+
+def check(arguments: Arguments) -> Results:
     """The kernel's tokens equal the definition's in float64, its confidence to 1e-5."""
-    logits = logits.to(DEVICE)
-    options = {k: v.to(DEVICE) if isinstance(v, torch.Tensor) else v for k, v in options.items()}
-    with kernels():
-        token, c = token_confidence(logits, **options)
-    expected, reference = token_confidence_reference(logits.double(), **options)
-    assert token.tolist() == expected.tolist()
-    assert c.dtype == torch.float32 and c.shape == token.shape
-    # A margin is a difference and an entropy a sum of terms of both signs: relative to the terms.
-    scale = 1e-37 if options.get("confidence", "probability") == "probability" else 0.1
-    error = (c.double() - reference).abs() / reference.abs().clamp(min=scale)
-    same = (c.double() == reference) | (c.isnan() & reference.isnan())
-    assert ((error <= 1e-5) | same).all(), f"{c.tolist()} for {reference.tolist()}"
+    found = by_kernel(token_confidence, arguments)
+    confidence = arguments.get("confidence", "probability")
+    assert_scored(found, exactly(token_confidence, arguments), confidence)
+    return found
 
 
 def sampling(rows: int, temperature: float = 0.7) -> dict:
@@ -230,73 +228,10 @@ def test_noise_depends_on_seed_row_and_token_alone():
     assert gumbel_noise(seed + 1, ids, 0, 1000, torch.float64).ne(noise).all()
 
 
-# --- registration, dispatch, bad input --------------------------------------------------------
-
-
-@pytest.mark.parametrize("backend", ["eager", "triton"])
-def test_opcheck_and_fullgraph(backend, monkeypatch):
-    monkeypatch.setenv("DSB_BACKEND", backend)
-    x = torch.randn(4, 150, device=DEVICE)
-    eligible = torch.tensor([True, False, True, True], device=DEVICE)
-    torch.library.opcheck(
-        torch.ops.dsb.token_confidence, (x, eligible, [3], 0.0, None, None, "probability")
-    )
-    compiled = torch.compile(
-        lambda x: token_confidence(x, banned=(3,)), fullgraph=True, backend="aot_eager"
-    )
-    for got, expected in zip(compiled(x), token_confidence(x, banned=(3,)), strict=True):
-        torch.testing.assert_close(got, expected)
-
-
-@pytest.mark.slow
-def test_inductor_compiles_it_in_one_graph():
-    x = torch.randn(4, 150, device=DEVICE)
-    compiled = torch.compile(lambda x: token_confidence(x, banned=(3,)), fullgraph=True)
-    for got, expected in zip(compiled(x), token_confidence(x, banned=(3,)), strict=True):
-        torch.testing.assert_close(got, expected)
-
+# --- registration, bad input, and deliberate mistakes ------------------------------------------
 
 LOGITS = torch.zeros(2, 8)
 SEEDS = {"seed": torch.tensor(1), "noise_ids": torch.zeros(2, dtype=torch.int64)}
-
-
-@pytest.mark.parametrize(
-    ("logits", "options", "words"),
-    [
-        (LOGITS.double(), {}, "logits has dtype float64: accepted are float32, float16, bfloat16"),
-        (LOGITS.tolist(), {}, "logits is list"),
-        (torch.tensor(1.0), {}, r"logits has shape \(\): accepted is \(..., V\)"),
-        (torch.zeros(8, 2).T, {}, "stride 2 in its last dimension: accepted is 1"),
-        (torch.zeros(2, 0), {}, "vocabulary of 0"),
-        (LOGITS, {"confidence": "max"}, "confidence='max': accepted are 'probability', 'margin'"),
-        (LOGITS, {"banned": (8,)}, "banned token 8: accepted are 0 to 7"),
-        (LOGITS, {"banned": tuple(range(8))}, "leaves no token"),
-        (LOGITS, {"temperature": -1.0}, "temperature=-1.0"),
-        (LOGITS, {"temperature": NAN}, "temperature=nan"),
-        (LOGITS, {"temperature": 1.0}, "seed=None"),
-        (LOGITS, {"temperature": 1.0, **SEEDS, "seed": torch.ones(1)}, "seed has dtype float32"),
-        (LOGITS, {"temperature": 1.0, **SEEDS, "noise_ids": torch.tensor(1)}, "noise_ids has sh"),
-        (LOGITS, {"eligible": torch.ones(2)}, "eligible has dtype float32: accepted are bool"),
-        (LOGITS, {"eligible": torch.ones(3) > 0}, r"eligible has shape \(3,\): accepted is \(2\)"),
-        (LOGITS, {"eligible": torch.ones(2, device="meta") > 0}, "eligible is on meta"),
-        (
-            LOGITS,
-            {"eligible": (torch.ones(4) > 0)[::2]},
-            r"eligible has strides \(2,\): accepted is",
-        ),
-        (
-            LOGITS,
-            {"temperature": 1.0, **SEEDS, "noise_ids": torch.arange(4)[::2]},
-            "noise_ids has str",
-        ),
-    ],
-)
-def test_bad_input_names_argument_value_and_what_is_accepted(logits, options, words):
-    with pytest.raises((TypeError, ValueError), match=f"token_confidence: .*{words}"):
-        token_confidence(logits, **options)
-
-
-# --- the tests can fail -----------------------------------------------------------------------
 
 
 def check_edges():
@@ -305,30 +240,77 @@ def check_edges():
     compare(edge_rows(70), **sampling(ROWS))
 
 
-@pytest.mark.parametrize(
-    ("kernel", "old", "new"),
-    [
-        ("_token_confidence_kernel", "(V % BLOCK_V > 0)", "(V < 0)"),  # last block dropped
-        ("_token_confidence_kernel", "end = tl.minimum(begin + SPLIT_BLOCKS,",
-         "end = tl.minimum(begin + SPLIT_BLOCKS - 1,"),
-        ("_score_block", "mask=token < V", "mask=token < V - 1"),
-        ("_score_block", "block * (BLOCK_V // 4)", "block * (BLOCK_V // 4) + 1"),
-        ("_score_tile", "if tile_best > score:", "if tile_best >= score:"),  # later tile wins ties
-        ("_score_tile", "index = tl.min(tl.where(allowed == tile_best, token, NO_TOKEN), 0)",
-         "index = tl.max(tl.where(allowed == tile_best, token, -1), 0)"),
-        ("_score_tile", "(BANNED[i] < first + BLOCK)", "(BANNED[i] < first + BLOCK - 1)"),
-        ("_score_tile", "by_thread(capped(e), LANES)", "by_thread(e, LANES)"),
-        ("capped", "tl.minimum(e, 1.0, propagate_nan=tl.PropagateNan.ALL)",
-         "tl.where(e < 1.0, e, 1.0)"),
-        ("by_thread", "tl.reshape(x, ", "tl.reshape(x * (tl.arange(0, x.shape[0]) > 0), "),
-        ("_score_tile", "total = total * scale", "total = total"),
-        ("weigh", "tl.clamp(maximum, -3.4028234663852886e38, 3.4028234663852886e38)", "maximum"),
-        ("combine_kernel", "tl.min(tl.where(scores == score, tokens, NO_TOKEN), 0)",
-         "tl.max(tl.where(scores == score, tokens, -1), 0)"),
-        ("combine_kernel", "ok = total > 0", "ok = total == total"),
-        ("combine_kernel", "extra = tl.maximum(others,", "extra = tl.maximum(-float('inf'),"),
+def one_call() -> Arguments:
+    x = torch.randn(4, 150, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    eligible = torch.tensor([True, False, True, True], device=DEVICE)
+    return {"logits": x, "eligible": eligible, "banned": (3,)}
+
+
+CASE = OpCase(
+    op=token_confidence,
+    module=module,
+    helpers=score,
+    own_compare=check,
+    calls={"some_eligible": one_call},
+    quick=("some_eligible",),
+    strided=("logits",),
+    good=lambda: {"logits": LOGITS.to(DEVICE)},
+    refused=[
+        ({"logits": LOGITS.double()}, "logits has dtype float64: accepted are float32, float16, b"),
+        ({"logits": lambda t: t.tolist()}, "logits is list"),
+        ({"logits": torch.tensor(1.0)}, r"logits has shape \(\): accepted is \(..., V\)"),
+        ({"logits": torch.zeros(8, 2).T}, "stride 2 in its last dimension: accepted is 1"),
+        ({"logits": torch.zeros(2, 0)}, "vocabulary of 0"),
+        ({"confidence": "max"}, "confidence='max': accepted are 'probability', 'margin'"),
+        ({"banned": (8,)}, "banned token 8: accepted are 0 to 7"),
+        ({"banned": tuple(range(8))}, "leaves no token"),
+        ({"temperature": -1.0}, "temperature=-1.0"),
+        ({"temperature": NAN}, "temperature=nan"),
+        ({"temperature": 1.0}, "seed=None"),
+        ({"temperature": 1.0, **SEEDS, "seed": torch.ones(1)}, "seed has dtype float32"),
+        ({"temperature": 1.0, **SEEDS, "noise_ids": torch.tensor(1)}, "noise_ids has sh"),
+        ({"eligible": torch.ones(2)}, "eligible has dtype float32: accepted are bool"),
+        ({"eligible": torch.ones(3) > 0}, r"eligible has shape \(3,\): accepted is \(2\)"),
+        ({"eligible": torch.ones(2, device="meta") > 0}, "eligible is on meta"),
+        ({"eligible": (torch.ones(4) > 0)[::2]}, r"eligible has strides \(2,\): accepted is"),
+        ({"temperature": 1.0, **SEEDS, "noise_ids": torch.arange(4)[::2]}, "noise_ids has str"),
     ],
+    mistakes=mistakes_of(
+        (check_edges, "_token_confidence_kernel", [
+            ("(V % BLOCK_V > 0)", "(V < 0)"),
+            ("end = tl.minimum(begin + SPLIT_BLOCKS,",
+             "end = tl.minimum(begin + SPLIT_BLOCKS - 1,"),
+        ]),
+        (check_edges, "_score_block", [
+            ("mask=token < V", "mask=token < V - 1"),
+            ("block * (BLOCK_V // 4)", "block * (BLOCK_V // 4) + 1"),
+        ]),
+        (check_edges, "_score_tile", [
+            ("if tile_best > score:", "if tile_best >= score:"),
+            ("index = tl.min(tl.where(allowed == tile_best, token, NO_TOKEN), 0)",
+             "index = tl.max(tl.where(allowed == tile_best, token, -1), 0)"),
+            ("(BANNED[i] < first + BLOCK)", "(BANNED[i] < first + BLOCK - 1)"),
+            ("by_thread(capped(e), LANES)", "by_thread(e, LANES)"),
+            ("total = total * scale", "total = total"),
+        ]),
+        (check_edges, "capped", [
+            ("tl.minimum(e, 1.0, propagate_nan=tl.PropagateNan.ALL)", "tl.where(e < 1.0, e, 1.0)"),
+        ]),
+        (check_edges, "by_thread", [
+            ("tl.reshape(x, ", "tl.reshape(x * (tl.arange(0, x.shape[0]) > 0), "),
+        ]),
+        (check_edges, "weigh", [
+            ("tl.clamp(maximum, -3.4028234663852886e38, 3.4028234663852886e38)", "maximum"),
+        ]),
+        (check_edges, "combine_kernel", [
+            ("tl.min(tl.where(scores == score, tokens, NO_TOKEN), 0)",
+             "tl.max(tl.where(scores == score, tokens, -1), 0)"),
+            ("ok = total > 0", "ok = total == total"),
+            ("extra = tl.maximum(others,", "extra = tl.maximum(-float('inf'),"),
+        ]),
+    ),
 )  # fmt: skip
-def test_deliberate_mistakes_are_caught(kernel, old, new):
-    owner = score if kernel == "combine_kernel" else module
-    assert_caught(check_edges, owner, kernel, old, new)
+
+
+class TestTokenConfidence(OpContract):
+    case = CASE

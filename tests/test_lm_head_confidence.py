@@ -14,23 +14,27 @@ from dsb_kernels.lm_head import (
 )
 from dsb_kernels.score import CONFIDENCES, combine_partials
 from dsb_kernels.token_confidence import token_confidence_reference
-from tests.mutations import DEVICE, assert_caught, kernels, tiles_of
+from tests.mutations import DEVICE, kernels
+from tests.op_contract import (
+    INF,
+    NAN,
+    Arguments,
+    OpCase,
+    OpContract,
+    Results,
+    assert_scored,
+    exactly,
+    mistakes_of,
+    small_tiles,
+)  # fmt: skip
 
-INF, NAN = float("inf"), float("nan")
 SMALL = tuning.Config(
     {"BLOCK_V": 16, "BLOCK_N": 16, "BLOCK_K": 16, "COLUMNS": 8, "PROGRAMS": 3}, num_warps=4
 )
 
 
-@pytest.fixture
-def production():
-    """Asks for the table's own configurations."""
-
-
-@pytest.fixture(autouse=True)
-def small_tiles(request, monkeypatch):
-    """Tiles of 16 x 16 and three programs, so that small shapes have several of both."""
-    tiles_of(request, monkeypatch, SMALL, "lm_head_confidence", "lm_head_confidence sampled")
+# Tiles of 16 x 16 and three programs, so that small shapes have several of both.
+tiles = small_tiles(SMALL, "lm_head_confidence", "lm_head_confidence sampled")
 
 
 def inputs(rows: int, V: int, E: int, dtype: torch.dtype = torch.float32, seed: int = 0):
@@ -66,7 +70,7 @@ def in_shards(cuts, hidden, weight, bias, **options):
     )
 
 
-def compare(hidden, weight, bias=None, cuts=(), **options) -> None:
+def compare(hidden, weight, bias=None, cuts=(), **options) -> Results:
     """Tokens equal the definition's in float64, confidence to 1e-5 of its terms."""
     place = lambda t: t.to(DEVICE) if isinstance(t, torch.Tensor) else t  # noqa: E731
     hidden, weight, bias = place(hidden), place(weight), place(bias)
@@ -77,14 +81,11 @@ def compare(hidden, weight, bias=None, cuts=(), **options) -> None:
             results.append(in_shards(cuts, hidden, weight, bias, **options))
     if cuts:
         results.append(in_shards(cuts, hidden, weight, bias, **options))
-    wide = [None if t is None else t.double() for t in (hidden, weight, bias)]
-    expected, reference = lm_head_confidence_reference(*wide, **options)
-    floor = 1e-30 if options.get("confidence", "probability") == "probability" else 0.1
-    for token, c in results:
-        assert token.tolist() == expected.tolist()
-        error = (c.double() - reference).abs() / reference.abs().clamp(min=floor)
-        same = (c.double() == reference) | (c.isnan() & reference.isnan())
-        assert ((error <= 1e-5) | same).all(), f"{c.tolist()} for {reference.tolist()}"
+    arguments = {"hidden": hidden, "weight": weight, "bias": bias} | options
+    expected = exactly(lm_head_confidence, arguments)
+    for found in results:
+        assert_scored(found, expected, options.get("confidence", "probability"))
+    return results[0]
 
 
 @pytest.mark.parametrize("sample", [False, True])
@@ -211,46 +212,20 @@ def test_property_kernel_equals_definition(rows, V, E, seed, confidence, sample,
 
 
 @pytest.mark.parametrize("backend", ["eager", "triton"])
-def test_opcheck_and_fullgraph(backend, monkeypatch):
+def test_opcheck_of_shards(backend, monkeypatch):
     monkeypatch.setenv("DSB_BACKEND", backend)
     hidden, weight, bias = (t.to(DEVICE) for t in inputs(3, 50, 16))
     scoring = (None, [3], 0.0, None, None, "margin")
     shards = torch.stack([lm_head_partial(hidden, weight, confidence="margin")] * 2)
     tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
     for op, args in (
-        (torch.ops.dsb.lm_head_confidence, (hidden, weight, bias, *scoring)),
         (torch.ops.dsb.lm_head_partial, (hidden, weight, bias, 0, None, *scoring)),
         (torch.ops.dsb.combine_partials, (shards, None, [], "margin")),
     ):
         torch.library.opcheck(op, args, test_utils=tests)
-    compiled = torch.compile(lm_head_confidence, fullgraph=True, backend="aot_eager")
-    expected = lm_head_confidence(hidden, weight, bias, banned=(3,))
-    for got, want in zip(compiled(hidden, weight, bias, banned=(3,)), expected, strict=True):
-        torch.testing.assert_close(got, want)
 
 
 HIDDEN, WEIGHT = torch.zeros(2, 4), torch.zeros(9, 4)
-
-
-@pytest.mark.parametrize(
-    ("hidden", "weight", "options", "words"),
-    [
-        (HIDDEN.double(), WEIGHT, {}, "hidden has dtype float64: accepted are float32"),
-        (HIDDEN[0], WEIGHT, {}, r"hidden has shape \(4,\): accepted is \(N, E\)"),
-        (HIDDEN, WEIGHT.half(), {}, "weight has dtype float16: accepted are float32"),
-        (HIDDEN, torch.zeros(9, 5), {}, r"weight has shape \(9, 5\): accepted is \(V, 4\)"),
-        (HIDDEN, torch.zeros(4, 9).T, {}, "weight has stride 9 in its last dimension"),
-        (HIDDEN, WEIGHT.to("meta"), {}, "weight is on meta: accepted is cpu"),
-        (HIDDEN, WEIGHT, {"bias": torch.zeros(8)}, r"bias has shape \(8,\): accepted is \(9\)"),
-        (HIDDEN, WEIGHT, {"banned": (9,)}, "banned token 9: accepted are 0 to 8"),
-        (HIDDEN, WEIGHT, {"confidence": "top"}, "confidence='top'"),
-        (HIDDEN, WEIGHT, {"temperature": 0.5}, "seed=None"),
-        (HIDDEN, WEIGHT, {"eligible": (torch.ones(4) > 0)[::2]}, "eligible has strides"),
-    ],
-)
-def test_bad_input_names_argument_value_and_what_is_accepted(hidden, weight, options, words):
-    with pytest.raises((TypeError, ValueError), match=f"lm_head_confidence: .*{words}"):
-        lm_head_confidence(hidden, weight, **options)
 
 
 @pytest.mark.parametrize(
@@ -283,7 +258,7 @@ def test_bad_partials(partials, options, words):
         combine_partials(partials, **options)
 
 
-# --- the tests can fail -----------------------------------------------------------------------
+# --- the contract ------------------------------------------------------------------------------
 
 
 def check_edges():
@@ -295,35 +270,64 @@ def check_edges():
     compare(hidden, weight, bias, banned=(3,))
 
 
-@pytest.mark.parametrize(
-    ("kernel", "old", "new"),
-    [
-        ("_lm_head_kernel", "tl.minimum(first + share, V)", "tl.minimum(first + share, V - 1)"),
-        ("_lm_head_kernel", "(token < last)[:, None]", "(token < last - 1)[:, None]"),
-        ("_lm_head_kernel", "inside = offset + k < E", "inside = offset + k < E - 1"),
-        ("_lm_head_kernel", "tl.cdiv(share, BLOCK_V)", "(share // BLOCK_V)"),
-        ("_lm_head_kernel", "bias_ptr + token,", "bias_ptr + 0 * token,"),
-        ("_store_states", "token[:, None] < last", "token[:, None] <= last"),
-        ("_store_states", "first_candidate + BLOCK_N // 2", "first_candidate + BLOCK_N // 4"),
-        ("_store_states", "tl.min(tl.where(scores == score[None, :], token[:, None], NO_TOKEN)",
-         "tl.max(tl.where(scores == score[None, :], token[:, None], -1)"),
-        ("_store_states", "(BANNED[i] < first + BLOCK_V)", "(BANNED[i] < first + BLOCK_V - 1)"),
-        ("_store_states", "token + token_base, noise_id", "token, noise_id"),
-        ("_store_states", "e = capped(e)", "e = e"),
-        ("_store_states", "score = tl.max(x, 0)\n        scores",
-         "score = maximum\n        scores"),
-        ("_noise", "token % 4", "3 - token % 4"),
-    ],
-)  # fmt: skip
-def test_deliberate_mistakes_are_caught(kernel, old, new):
-    assert_caught(check_edges, module, kernel, old, new)
-
-
 def check_bfloat16():
     check_low_precision(torch.bfloat16, "probability", sample=False)
 
 
-def test_rounded_sums_are_caught():
-    """Which float32, having nothing to round, could not show."""
-    rounded = "tl.dot(w, h, x.to(w.dtype).to(tl.float32),"
-    assert_caught(check_bfloat16, module, "_lm_head_kernel", "tl.dot(w, h, x,", rounded)
+def one_call() -> Arguments:
+    hidden, weight, bias = (t.to(DEVICE) for t in inputs(3, 50, 16))
+    options = {"banned": (3,), "confidence": "margin"}
+    return {"hidden": hidden, "weight": weight, "bias": bias} | options
+
+
+CASE = OpCase(
+    op=lm_head_confidence,
+    module=module,
+    own_compare=lambda arguments: compare(**arguments),
+    calls={"margin": one_call},
+    quick=("margin",),
+    strided=("hidden", "weight"),
+    good=lambda: {"hidden": HIDDEN.to(DEVICE), "weight": WEIGHT.to(DEVICE)},
+    refused=[
+        ({"hidden": HIDDEN.double()}, "hidden has dtype float64: accepted are float32"),
+        ({"hidden": HIDDEN[0]}, r"hidden has shape \(4,\): accepted is \(N, E\)"),
+        ({"weight": WEIGHT.half()}, "weight has dtype float16: accepted are float32"),
+        ({"weight": torch.zeros(9, 5)}, r"weight has shape \(9, 5\): accepted is \(V, 4\)"),
+        ({"weight": torch.zeros(4, 9).T}, "weight has stride 9 in its last dimension"),
+        ({"weight": WEIGHT.to("meta")}, "weight is on meta: accepted is"),
+        ({"bias": torch.zeros(8)}, r"bias has shape \(8,\): accepted is \(9\)"),
+        ({"banned": (9,)}, "banned token 9: accepted are 0 to 8"),
+        ({"confidence": "top"}, "confidence='top'"),
+        ({"temperature": 0.5}, "seed=None"),
+        ({"eligible": (torch.ones(4) > 0)[::2]}, "eligible has strides"),
+    ],
+    mistakes=mistakes_of(
+        (check_edges, "_lm_head_kernel", [
+            ("tl.minimum(first + share, V)", "tl.minimum(first + share, V - 1)"),
+            ("(token < last)[:, None]", "(token < last - 1)[:, None]"),
+            ("inside = offset + k < E", "inside = offset + k < E - 1"),
+            ("tl.cdiv(share, BLOCK_V)", "(share // BLOCK_V)"),
+            ("bias_ptr + token,", "bias_ptr + 0 * token,"),
+        ]),
+        (check_edges, "_store_states", [
+            ("token[:, None] < last", "token[:, None] <= last"),
+            ("first_candidate + BLOCK_N // 2", "first_candidate + BLOCK_N // 4"),
+            ("tl.min(tl.where(scores == score[None, :], token[:, None], NO_TOKEN)",
+             "tl.max(tl.where(scores == score[None, :], token[:, None], -1)"),
+            ("(BANNED[i] < first + BLOCK_V)", "(BANNED[i] < first + BLOCK_V - 1)"),
+            ("token + token_base, noise_id", "token, noise_id"),
+            ("e = capped(e)", "e = e"),
+            ("score = tl.max(x, 0)\n        scores", "score = maximum\n        scores"),
+        ]),
+        (check_edges, "_noise", [
+            ("token % 4", "3 - token % 4"),
+        ]),
+        (check_bfloat16, "_lm_head_kernel", [  # which float32 could not show
+            ("tl.dot(w, h, x,", "tl.dot(w, h, x.to(w.dtype).to(tl.float32),"),
+        ]),
+    ),
+)  # fmt: skip
+
+
+class TestLMHeadConfidence(OpContract):
+    case = CASE

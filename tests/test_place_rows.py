@@ -14,9 +14,9 @@ from dsb_kernels import place as module
 from dsb_kernels.method import Row, source
 from dsb_kernels.place import Layout, place_rows
 from dsb_kernels.rows import NUM_COLUMNS, Column, StepKind, read_rows
-from tests.mutations import DEVICE, assert_caught, kernels
+from tests.mutations import DEVICE
+from tests.op_contract import Arguments, OpCase, OpContract, by_definition, mistakes_of
 
-SLOW = pytest.mark.slow
 WINDOW, REFRESH, RESPONSE, NOTHING = StepKind
 
 
@@ -36,7 +36,7 @@ class Case:
     next_kinds: tuple[int, ...] = (WINDOW, REFRESH, WINDOW, RESPONSE, NOTHING, WINDOW)
     seed: int = 0
 
-    def arguments(self) -> tuple[Tensor, Tensor, Tensor]:
+    def state(self) -> tuple[Tensor, Tensor, Tensor]:
         """Canvas, row table and candidates: windows of any length, after prefixes of up to six."""
         draw = torch.Generator().manual_seed(self.seed)
 
@@ -63,27 +63,18 @@ class Case:
             table[:, column] = value
         return canvas.to(DEVICE), table.int().to(DEVICE), position.int().to(DEVICE)
 
-    def step(self) -> dict[str, object]:
+    def arguments(self) -> Arguments:
         first = max(self.prompt - int(self.shift), 0) if self.kind == RESPONSE else 0
-        return {
+        return dict(zip(("canvas", "table", "position"), self.state(), strict=True)) | {
             "kind": self.kind, "num_rows": self.num_rows, "width": self.width,
             "num_candidates": self.num_candidates, "first": first, "shift": self.shift,
             "prompt_length": self.prompt,
         }  # fmt: skip
 
-    def by_definition(self) -> Layout:
-        return place_rows(*(x.cpu() for x in self.arguments()), **self.step())
-
-    def check(self) -> None:
-        with kernels():
-            layout = place_rows(*self.arguments(), **self.step())
-        for name, x, expected in zip(Layout._fields, layout, self.by_definition(), strict=True):
-            assert x.dtype == expected.dtype and torch.equal(x.cpu(), expected), name
-
 
 def by_method(case: Case) -> list[dict[str, object]]:
     """The layout, row by row; what a row computes is what `dsb_kernels.method` says."""
-    canvas, table, position = (x.cpu() for x in case.arguments())
+    canvas, table, position = (x.cpu() for x in case.state())
     listed, capacity = [], case.num_candidates
     for b, row in enumerate(read_rows(table)):
         method = Row(case.prompt, case.length - case.prompt, 1)
@@ -142,18 +133,13 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_kernel_matches_definition(name: str) -> None:
-    CASES[name].check()
-
-
-@pytest.mark.parametrize("name", CASES)
 def test_definition_is_the_method(name: str) -> None:
     check_definition(CASES[name])
 
 
 def check_definition(case: Case) -> None:
     expected = by_method(case)
-    for name, x in zip(Layout._fields, case.by_definition(), strict=True):
+    for name, x in zip(Layout._fields, by_definition(place_rows, case.arguments()), strict=True):
         wanted = [row[name] if isinstance(row[name], list) else [row[name]] for row in expected]
         assert x.view(case.num_rows, -1).tolist() == wanted, name
 
@@ -183,74 +169,44 @@ def cases(draw: st.DrawFn) -> Case:
 @given(cases())
 def test_any_step(case: Case) -> None:
     check_definition(case)
-    case.check()
+    CASE.compare(case.arguments())
 
 
-MUTATIONS = {
-    # case, what stands there, the mistake
-    "width_excluded": ("refresh", "(length <= width)", "(length < width)"),
-    "candidates_ignored": ("few_candidates", "& (num_candidates <= capacity)", ""),
-    "order_reversed": ("some_rows", "active, before, behind", "active, behind, before"),
-    "row_dropped": ("every_row", "b < B\n", "b < B - 1\n"),
-    "not_shifted": ("shifted", "position - SHIFT", "position"),
-    "last_token_dropped": ("tokens_in_pieces", "start + w, L - 1", "start + w, L - 2"),
-    "prefix_left_out": ("window", "start -= tl.load", "start -= 0 * tl.load"),
-    "inactive_is_eligible": ("none", "k < takes_part * capacity", "k < capacity"),
-    "steps_left_out": ("window", "to(tl.int64) << 21", "to(tl.int64) << 0"),
-}
-
-
-@pytest.mark.parametrize("mutation", MUTATIONS)
-def test_mistakes_are_caught(mutation: str) -> None:
-    name, old, new = MUTATIONS[mutation]
-    assert_caught(CASES[name].check, module, "_place_rows_kernel", old, new)
-
-
-def test_opcheck() -> None:
-    op = torch.ops.dsb.place_rows
-    for name in ("some_rows", "response"):
-        arguments, step = CASES[name].arguments(), CASES[name].step()
-        with kernels():
-            names = ("test_schema", "test_faketensor")
-            torch.library.opcheck(op, arguments, step, test_utils=names)
-        torch.library.opcheck(op, arguments, step)
-
-
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=SLOW)])
-def test_compiles_without_a_graph_break(backend: str) -> None:
-    case = CASES["some_rows"]
-    compiled = torch.compile(place_rows, fullgraph=True, backend=backend)
-    layout, expected = (f(*case.arguments(), **case.step()) for f in (compiled, place_rows))
-    assert all(map(torch.equal, layout, expected))
-
-
-def test_canvas_of_any_row_stride() -> None:
-    canvas, *rest = CASES["window"].arguments()
-    wide = torch.zeros(5, 100, dtype=torch.int64, device=DEVICE)
-    wide[:, 7:47] = canvas
-    with kernels():
-        layout = place_rows(wide[:, 7:47], *rest, **CASES["window"].step())
-    assert torch.equal(layout.input_ids.cpu(), CASES["window"].by_definition().input_ids)
-
-
-@pytest.mark.parametrize(
-    ("name", "change", "error", "message"),
-    [
-        ("canvas", lambda t: t.int(), TypeError, "canvas has dtype int32"),
-        ("table", lambda t: t[:, 1:], ValueError, r"table has shape \(5, 13\)"),
-        ("table", lambda t: t.long(), TypeError, "table has dtype int64"),
-        ("position", lambda t: t.to("meta"), ValueError, "position is on meta"),
-        ("kind", lambda k: NOTHING, ValueError, "kind=.*: accepted are 0, 1, 2"),
-        ("num_rows", lambda n: 6, ValueError, "num_rows=6: accepted are 1 to 5"),
-        ("width", lambda n: 41, ValueError, "width=41: accepted are 1 to 40"),
-        ("num_candidates", lambda n: 0, ValueError, "num_candidates=0: accepted are 1 to 8"),
-        ("first", lambda n: 40, ValueError, "first=40: accepted are 0 to 39"),
-        ("prompt_length", lambda n: -1, ValueError, "prompt_length=-1: accepted are 0 to 40"),
+KERNEL = "_place_rows_kernel"
+CASE = OpCase(
+    op=place_rows,
+    module=module,
+    calls={name: case.arguments for name, case in CASES.items()},
+    quick=("some_rows", "response"),
+    strided=("canvas",),
+    good=Case().arguments,
+    refused=[
+        ({"canvas": lambda t: t.int()}, "canvas has dtype int32"),
+        ({"table": lambda t: t[:, 1:]}, r"table has shape \(5, 13\)"),
+        ({"table": lambda t: t.long()}, "table has dtype int64"),
+        ({"position": lambda t: t.to("meta")}, "position is on meta"),
+        ({"kind": lambda k: NOTHING}, "kind=.*: accepted are 0, 1, 2"),
+        ({"num_rows": lambda n: 6}, "num_rows=6: accepted are 1 to 5"),
+        ({"width": lambda n: 41}, "width=41: accepted are 1 to 40"),
+        ({"num_candidates": lambda n: 0}, "num_candidates=0: accepted are 1 to 8"),
+        ({"first": lambda n: 40}, "first=40: accepted are 0 to 39"),
+        ({"prompt_length": lambda n: -1}, "prompt_length=-1: accepted are 0 to 40"),
     ],
-)
-def test_bad_input_is_named(name: str, change, error: type[Exception], message: str) -> None:
-    names = ("canvas", "table", "position")
-    values = dict(zip(names, Case().arguments(), strict=True)) | Case().step()
-    values[name] = change(values[name])
-    with pytest.raises(error, match=f"place_rows: {message}"):
-        place_rows(**values)
+    mistakes=mistakes_of(
+        ("refresh", KERNEL, [("(length <= width)", "(length < width)")]),
+        ("few_candidates", KERNEL, [("& (num_candidates <= capacity)", "")]),
+        ("some_rows", KERNEL, [("active, before, behind", "active, behind, before")]),
+        ("every_row", KERNEL, [("b < B\n", "b < B - 1\n")]),
+        ("shifted", KERNEL, [("position - SHIFT", "position")]),
+        ("tokens_in_pieces", KERNEL, [("start + w, L - 1", "start + w, L - 2")]),
+        ("window", KERNEL, [
+            ("start -= tl.load", "start -= 0 * tl.load"),
+            ("to(tl.int64) << 21", "to(tl.int64) << 0"),
+        ]),
+        ("none", KERNEL, [("k < takes_part * capacity", "k < capacity")]),
+    ),
+)  # fmt: skip
+
+
+class TestPlaceRows(OpContract):
+    case = CASE

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 from dataclasses import dataclass, replace
 
@@ -13,19 +12,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dsb_kernels import commit_kernel as module
-from dsb_kernels.commit import initial_rows, unmask_and_slide, unmask_and_slide_reference
+from dsb_kernels.commit import initial_rows, unmask_and_slide
 from dsb_kernels.rows import Column, UnmaskSpec
 from dsb_kernels.rules import RULES as ALL_RULES
-from tests.mutations import DEVICE, assert_caught, kernels
+from tests.mutations import DEVICE
+from tests.op_contract import INF, NAN, Arguments, OpCase, OpContract, ints, mistakes_of, written
 
-SLOW = pytest.mark.slow
 MASK = 99
 # Confidences on a coarse grid tie often and fall on thresholds.
 GRID = tuple(i / 16 for i in range(17))
-
-
-def ints(*values: int) -> Tensor:
-    return torch.tensor(values, dtype=torch.int32, device=DEVICE)
 
 
 @dataclass
@@ -80,7 +75,7 @@ class Run:
         canvas[:, self.prompt :] = MASK
         return canvas.to(DEVICE)
 
-    def arguments(self) -> dict[str, object]:
+    def arguments(self) -> Arguments:
         """What the first step is called with: a commit of every candidate."""
         canvas, spec = self.canvas(), self.spec()
         leftpad = ints(*(self.leftpads * self.rows)[: self.rows])
@@ -98,7 +93,7 @@ class Run:
             "spec": spec,
         }
 
-    def proposals(self, generator: torch.Generator, shape: torch.Size) -> dict[str, object]:
+    def proposals(self, generator: torch.Generator, shape: torch.Size) -> Arguments:
         """Tokens, the mask itself and both EOS ids among them, and confidences of a step."""
         values = torch.tensor(self.values)
         token = torch.randint(0, 20, shape, generator=generator)
@@ -119,26 +114,9 @@ class Run:
         result = self.arguments()
         for _ in range(self.steps):
             result |= self.proposals(generator, result["position"].shape)
-            check_step(result)
+            result |= zip(written(unmask_and_slide), CASE.compare(result), strict=True)
 
 
-def check_step(result: dict[str, object]) -> None:
-    """A step by the kernel, in place, writes what the definition does."""
-    expected = copy.deepcopy(result)
-    with kernels():
-        unmask_and_slide(**result)
-    unmask_and_slide_reference(**expected)
-    assert_same(result, expected)
-
-
-def assert_same(result: dict[str, object], expected: dict[str, object]) -> None:
-    for name in WRITTEN:
-        x, wanted = result[name], expected[name]
-        assert x.dtype == wanted.dtype
-        assert x.equal(wanted) or x.allclose(wanted, rtol=0, atol=0, equal_nan=True), name
-
-
-WRITTEN = ("canvas", "table", "position", "commit", "candidate_confidence")
 RULES = {"threshold": 0.75, "factor": 1.0, "frechet": 0.25, "quota": 0.0}
 
 
@@ -177,7 +155,6 @@ def test_every_combination(rule: str, schedule: str, max_block_length: int | Non
         run_of(rule, schedule, max_block_length=max_block_length, **settings).check()
 
 
-NAN, INF = float("nan"), float("inf")
 CASES = {
     "to_the_end": Run(steps=9, rows=2, stop_at_eos=False),
     "one_row": Run(rows=1, inactive=0.0),
@@ -268,115 +245,76 @@ def test_any_run_at_length(run: Run) -> None:
     run.check()
 
 
-LOOP = "prompt // BLOCK_L * BLOCK_L, stop"
-MUTATIONS = {
-    # kernel or helper, case, what stands there, the mistake
-    "ties_to_the_higher": ("rank_candidates", "all_equal", "j[None, :] < k[", "j[None, :] > k["),
-    "block_end_included": (
-        "valid_candidates", "late_candidate", "position < end", "position <= end",
-    ),
-    "last_candidate_dropped": (
-        "valid_candidates", "all_above", "k < num_scored", "k < num_scored - 1",
-    ),
-    "threshold_excluded": ("commit_count", "all_above", "c >= value", "c > value"),
-    "nothing_committed": ("unmask_kernel", "all_equal", "tl.maximum(count, 1)", "count"),
-    "refresh_counts_on": ("unmask_kernel", "to_the_end", "refresh, 0, tl", "refresh, 1, tl"),
-    "end_does_not_grow": ("slide", "to_the_end", "size + committed", "size"),
-    "eos_after_a_mask": ("unmask_kernel", "eos", "first_eos < first_masked", "first_eos < L"),
-    "candidate_lost": ("list_candidates", "to_the_end", "0) - 1\n", "0)\n"),
-    "row_of_another": (
-        "unmask_kernel", "some_rows", "is_mine, each, 0)", "is_mine, num_rows - 1 - each, 0)",
-    ),
-    "not_scored": ("unmask_kernel", "few_candidates", "takes_part, num_scored", "takes_part, K"),
-    "refresh_kind": ("unmask_kernel", "to_the_end", "RESPONSE, REFRESH", "REFRESH, RESPONSE"),
-    "column_of_before": ("unmask_kernel", "to_the_end", "COMMITTED, committed", "COMMITTED, new"),
-    "padding_recomputed": ("plan", "padded", "start - leftpad", "start"),
-    "quota_not_carried": ("tokens_due", "quota", ", masks, planned) - committed", ", masks, 1)"),
-    "piece_dropped": ("first_mask_and_eos", "canvas_in_pieces", LOOP, LOOP + " - BLOCK_L"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("mutation", MUTATIONS)
-def test_mistakes_are_caught(mutation: str) -> None:
-    kernel, name, old, new = MUTATIONS[mutation]
-    check = {
-        "late_candidate": check_late_candidate,
-        "eos": replace(CASES["to_the_end"], stop_at_eos=True, steps=6).check,
-        "quota": QUOTA.check,
-    }.get(name) or CASES[name].check
-    assert_caught(check, module, f"_{kernel}", old, new)
-
-
 def check_late_candidate() -> None:
     """A candidate at the block's end, or one that is no longer masked, is not committed."""
     result = Run(rows=2).arguments()
     result["position"][0, -1] = result["table"][0, Column.END]
     result["canvas"][1, 6] = 0
-    check_step(result)
+    CASE.compare(result)
+
+
+LOOP = "prompt // BLOCK_L * BLOCK_L, stop"
+CASE = OpCase(
+    op=unmask_and_slide,
+    module=module,
+    calls={"one_step": Run().arguments},
+    quick=("one_step",),
+    strided=("canvas",),
+    good=Run().arguments,
+    refused=[
+        ({"canvas": lambda t: t.int()}, "canvas has dtype int32"),
+        ({"canvas": lambda t: t.repeat(1, 2)[:, ::2]}, "canvas has stride 2"),
+        ({"token": lambda t: t[1:]}, r"token has shape \(2, 8\)"),
+        ({"token": lambda t: t.repeat(1, 2)}, r"confidence has shape \(3, 8\)"),
+        ({"rows": lambda t: ints(0, 1)}, r"token has shape \(3, 8\)"),
+        ({"rows": lambda t: torch.arange(3)}, "rows has dtype int64"),
+        ({"table": lambda t: t[:, 1:].clone()}, r"table has shape \(3, 13\)"),
+        ({"table": lambda t: t.long()}, "table has dtype int64"),
+        ({"commit": lambda t: t[:2]}, "commit has shape"),
+        ({"confidence": lambda t: t.double()}, "confidence has dtype float64"),
+        ({"active": lambda t: t.int()}, "active has dtype int32"),
+        ({"position": lambda t: t.to("meta")}, "position is on meta"),
+        ({"spec": lambda s: replace(s, prompt_length=30)}, "spec.prompt_length=30"),
+    ],
+    mistakes=mistakes_of(
+        (CASES["all_equal"].check, "_rank_candidates", [("j[None, :] < k[", "j[None, :] > k[")]),
+        (check_late_candidate, "_valid_candidates", [("position < end", "position <= end")]),
+        (CASES["all_above"].check, "_valid_candidates", [("k < num_scored", "k < num_scored - 1")]),
+        (CASES["all_above"].check, "_commit_count", [("c >= value", "c > value")]),
+        (CASES["all_equal"].check, "_unmask_kernel", [("tl.maximum(count, 1)", "count")]),
+        (CASES["to_the_end"].check, "_unmask_kernel", [
+            ("refresh, 0, tl", "refresh, 1, tl"),
+            ("RESPONSE, REFRESH", "REFRESH, RESPONSE"),
+            ("COMMITTED, committed", "COMMITTED, new"),
+        ]),
+        (CASES["to_the_end"].check, "_slide", [("size + committed", "size")]),
+        (CASES["to_the_end"].check, "_list_candidates", [("0) - 1\n", "0)\n")]),
+        (replace(CASES["to_the_end"], stop_at_eos=True, steps=6).check, "_unmask_kernel", [
+            ("first_eos < first_masked", "first_eos < L"),
+        ]),
+        (CASES["some_rows"].check, "_unmask_kernel", [
+            ("is_mine, each, 0)", "is_mine, num_rows - 1 - each, 0)"),
+        ]),
+        (CASES["few_candidates"].check, "_unmask_kernel", [
+            ("takes_part, num_scored", "takes_part, K"),
+        ]),
+        (CASES["padded"].check, "_plan", [("start - leftpad", "start")]),
+        (QUOTA.check, "_tokens_due", [(", masks, planned) - committed", ", masks, 1)")]),
+        (CASES["canvas_in_pieces"].check, "_first_mask_and_eos", [(LOOP, LOOP + " - BLOCK_L")]),
+    ),
+)  # fmt: skip
+
+
+class TestUnmaskAndSlide(OpContract):
+    case = CASE
 
 
 def test_late_candidates_are_not_committed() -> None:
     check_late_candidate()
 
 
-def test_canvas_of_any_row_stride() -> None:
-    result = Run().arguments()
-    wide = torch.full((3, 100), MASK, device=DEVICE)
-    result["canvas"] = wide[:, 4:33].copy_(result["canvas"])
-    check_step(result)
-    assert (wide[:, :4] == MASK).all() and (wide[:, 33:] == MASK).all()
-
-
 def test_every_rule_is_tested() -> None:
     assert set(RULES) == set(ALL_RULES)
-
-
-def registered(values: dict[str, object]) -> tuple[object, ...]:
-    """Arguments of the op as torch has it."""
-    *tensors, spec = values.values()
-    return (*tensors, spec.encode())
-
-
-def test_opcheck() -> None:
-    op = torch.ops.dsb.unmask_and_slide
-    with kernels():
-        names = ("test_schema", "test_faketensor")
-        torch.library.opcheck(op, registered(Run().arguments()), test_utils=names)
-    torch.library.opcheck(op, registered(Run().arguments()))
-
-
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=SLOW)])
-def test_compiles_without_a_graph_break(backend: str) -> None:
-    result = Run().arguments()
-    expected = copy.deepcopy(result)
-    torch.compile(unmask_and_slide, fullgraph=True, backend=backend)(**result)
-    unmask_and_slide_reference(**expected)
-    assert_same(result, expected)
-
-
-@pytest.mark.parametrize(
-    ("name", "change", "error", "message"),
-    [
-        ("canvas", lambda t: t.int(), TypeError, "canvas has dtype int32"),
-        ("canvas", lambda t: t.repeat(1, 2)[:, ::2], ValueError, "canvas has stride 2"),
-        ("token", lambda t: t[1:], ValueError, r"token has shape \(2, 8\)"),
-        ("token", lambda t: t.repeat(1, 2), ValueError, r"confidence has shape \(3, 8\)"),
-        ("rows", lambda t: ints(0, 1), ValueError, r"token has shape \(3, 8\)"),
-        ("rows", lambda t: torch.arange(3), TypeError, "rows has dtype int64"),
-        ("table", lambda t: t[:, 1:].clone(), ValueError, r"table has shape \(3, 13\)"),
-        ("table", lambda t: t.long(), TypeError, "table has dtype int64"),
-        ("commit", lambda t: t[:2], ValueError, "commit has shape"),
-        ("confidence", lambda t: t.double(), TypeError, "confidence has dtype float64"),
-        ("active", lambda t: t.int(), TypeError, "active has dtype int32"),
-        ("position", lambda t: t.to("meta"), ValueError, "position is on meta"),
-        ("spec", lambda s: replace(s, prompt_length=30), ValueError, "spec.prompt_length=30"),
-    ],
-)
-def test_bad_input_is_named(name: str, change, error: type[Exception], message: str) -> None:
-    values = Run().arguments()
-    values[name] = change(values[name])
-    with pytest.raises(error, match=f"unmask_and_slide: {message}"):
-        unmask_and_slide(**values)
 
 
 @pytest.mark.parametrize(

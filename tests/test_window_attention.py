@@ -10,27 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.attention_cases import CASES, Case, block_lists, relative_error
-
-
-@pytest.mark.parametrize("in_cache", [False, True], ids=["fresh", "in_cache"])
-@pytest.mark.parametrize("name", CASES)
-def test_kernel_matches_definition(name: str, in_cache: bool) -> None:
-    replace(CASES[name], in_cache=in_cache).check()
-
-
-LOW = [torch.float16, torch.bfloat16]
-LOW_FRESH = ["no_gqa", "gqa_4", "gqa_7", "splits", "lists", "left_padding", "head_dim_80"]
-LOW_IN_CACHE = ["no_gqa", "gqa_7", "splits", "many_keys"]
-LOW_CASES = [(name, False) for name in LOW_FRESH] + [(name, True) for name in LOW_IN_CACHE]
-
-
-@pytest.mark.parametrize("dtype", LOW, ids=str)
-@pytest.mark.parametrize(("name", "in_cache"), LOW_CASES)
-def test_low_precision_error_is_at_most_twice_the_plain_one(
-    name: str, in_cache: bool, dtype: torch.dtype
-) -> None:
-    replace(CASES[name], dtype=dtype, in_cache=in_cache).check()
+from tests.attention_cases import CASES, TENSORS, Case, block_lists, relative_error
+from tests.op_contract import LOW
 
 
 @pytest.mark.parametrize("W", [32, 64, 128])
@@ -40,7 +21,7 @@ def test_production_tiles_in_bfloat16(W: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", LOW, ids=str)
+@LOW
 @pytest.mark.parametrize("W", [32, 64])
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (8, 2), (14, 2)])
 def test_model_shapes_with_default_splits(
@@ -110,7 +91,7 @@ def test_equal_scores_average_the_values() -> None:
 def test_non_finite_input_reaches_the_same_outputs(where: str, value: float) -> None:
     case = Case(num_splits=2)
     tensors = case.tensors()
-    index = ["q", "k_window", "v_window", "k_cache", "v_cache"].index(where)
+    index = TENSORS.index(where)
     tensors[index][0, 1, 5 if index < 3 else 60, 7] = value
     out, lse = case.run(tensors)
     expected, expected_lse = case.expected(tensors)

@@ -1,0 +1,285 @@
+"""What every op must satisfy. The op's own test file has an `OpCase`, with the op and its calls,
+and a class that is an `OpContract` of it; pytest runs all of the checks below on that.
+
+A call is a function that returns the arguments by name. Results are what the op returns, then the
+arguments that it writes. They are held against `op.definition`, which takes float64 as well.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from dsb_kernels import _configs as tuning
+from tests.mutations import DEVICE, assert_caught, kernels, unwritten_is_nan
+
+INF, NAN = float("inf"), float("nan")
+SLOW = pytest.mark.slow
+LOW_PRECISION = [torch.float16, torch.bfloat16]
+LOW = pytest.mark.parametrize("dtype", LOW_PRECISION, ids=str)
+Arguments = dict[str, Any]
+Results = tuple[Tensor, ...]
+
+
+def ints(*values: int) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32, device=DEVICE)
+
+
+def small_tiles(small: tuning.Config, *ops: str) -> Callable:
+    """A fixture: ops run in these tiles in every dtype, so that small shapes have several of them;
+    a test that asks for the fixture `production` has those of the table for 16 bits."""
+
+    @pytest.fixture(autouse=True)
+    def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+        for op in ops:
+            if "production" not in request.fixturenames:
+                monkeypatch.setitem(tuning.CONFIGS, (op, "any"), {tuning.INFINITY: small})
+            monkeypatch.setitem(tuning.CONFIGS, (f"{op} float32", "any"), tuning.CONFIGS[op, "any"])
+
+    return tiles
+
+
+def tensors_of(arguments: Arguments) -> dict[str, Tensor]:
+    return {name: value for name, value in arguments.items() if isinstance(value, Tensor)}
+
+
+def written(op: Callable) -> list[str]:
+    """Names of the arguments that an op changes in place."""
+    schema = op.op._opoverload._schema
+    return [a.name for a in schema.arguments if a.alias_info and a.alias_info.is_write]
+
+
+def results(function: Callable, arguments: Arguments, names: Iterable[str]) -> Results:
+    """What a function returns, then the arguments `names`, which it writes in copies."""
+    copies = arguments | {name: arguments[name].clone() for name in names}
+    result = function(**copies)
+    returned = () if result is None else (result,) if isinstance(result, Tensor) else result
+    return (*returned, *(copies[name] for name in names))
+
+
+def by_kernel(op: Callable, arguments: Arguments) -> Results:
+    with kernels():
+        return results(op, arguments, written(op))
+
+
+def by_definition(op: Callable, arguments: Arguments) -> Results:
+    return results(op.definition, arguments, written(op))
+
+
+def exactly(op: Callable, arguments: Arguments) -> Results:
+    """By the definition in float64."""
+    floating = {n: t.double() for n, t in tensors_of(arguments).items() if t.is_floating_point()}
+    return by_definition(op, arguments | floating)
+
+
+def errors(found: Tensor, expected: Tensor) -> Tensor:
+    """Errors as a share of the largest value in the last dimension; NaN and infinities are where
+    they should be."""
+    finite = expected.isfinite()
+    assert torch.equal(found.isfinite(), finite) and torch.equal(found.isnan(), expected.isnan())
+    assert (found.double() == expected)[expected.isinf()].all()
+    scale = torch.where(finite, expected, 0).abs().amax(-1, keepdim=True).clamp(min=1e-30)
+    return torch.where(finite, found.double() - expected, 0).abs() / scale
+
+
+def assert_scored(found: Results, expected: Results, confidence: str) -> None:
+    """The same tokens, and confidences to 1e-5 of their terms: a margin is a difference, an entropy
+    a sum of terms of both signs."""
+    (token, c), (expected_token, reference) = found, expected
+    assert token.tolist() == expected_token.tolist()
+    assert c.dtype == torch.float32 and c.shape == token.shape
+    scale = 1e-37 if confidence == "probability" else 0.1
+    error = (c.double() - reference).abs() / reference.abs().clamp(min=scale)
+    same = (c.double() == reference) | (c.isnan() & reference.isnan())
+    assert ((error <= 1e-5) | same).all(), f"{c.tolist()} for {reference.tolist()}"
+
+
+def registered(op: Callable, arguments: Arguments) -> tuple[Any, ...]:
+    """Arguments of an op as torch has it: all of them, in order, and settings as strings."""
+    bound = inspect.signature(op.definition).bind(**arguments)
+    bound.apply_defaults()
+    values = ([*x] if isinstance(x, tuple) else x for x in bound.arguments.values())
+    return tuple(
+        x.encode() if hasattr(x, "encode") and not isinstance(x, str) else x for x in values
+    )
+
+
+Check = str | Callable[[], None]
+
+
+def mistakes_of(*groups: tuple[Check, str, list[tuple[str, str]]]) -> dict[str, tuple]:
+    """`OpContract.mistakes` of (check, kernel, [(what stands there, the mistake)])."""
+    return {
+        f"{kernel} {check if isinstance(check, str) else ''}: {' '.join(new.split())}": (
+            check, kernel, old, new,
+        )
+        for check, kernel, texts in groups
+        for old, new in texts
+    }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class OpCase:
+    """An op and the data that its checks need."""
+
+    op: Callable
+    module: ModuleType  # with the kernels
+    # Each of these calls is compared with the definition; those of `quick` are also checked by
+    # torch, compiled, and called with other strides.
+    calls: dict[str, Callable[[], Arguments]]
+    quick: tuple[str, ...]
+    # What is changed in the right arguments `good`, into a value or by a function of the right one,
+    # and what the error says.
+    good: Callable[[], Arguments]
+    refused: list[tuple[Arguments, str]]
+    # A check that must fail (a function or the name of a call), the kernel or its helper, what
+    # stands there, the mistake.
+    mistakes: dict[str, tuple[Check, str, str, str]]
+    helpers: ModuleType | None = None  # has the helpers that `module` does not have
+    # Arguments that may have any strides but in their last dimension.
+    strided: tuple[str, ...] = ()
+    # Floating-point ops only: calls in 16 bits, and arguments whose first dimension is that of the
+    # results, so that what is in one of its elements stays there.
+    low_calls: dict[str, Callable[[torch.dtype], Arguments]] = field(default_factory=dict)
+    separate: tuple[str, ...] = ()
+    own_compare: Callable[[Arguments], Results] | None = None  # in place of `compare_floats`
+
+    def compare(self, arguments: Arguments) -> Results:
+        if self.own_compare is not None:
+            return self.own_compare(arguments)
+        return (self.compare_floats if self.low_calls else self.compare_exactly)(arguments)
+
+    def compare_exactly(self, arguments: Arguments) -> Results:
+        """Results of the kernel and of the definition are the same; NaN equals NaN."""
+        found = by_kernel(self.op, arguments)
+        for i, (x, wanted) in enumerate(zip(found, by_definition(self.op, arguments), strict=True)):
+            assert x.dtype == wanted.dtype and x.shape == wanted.shape, i
+            assert x.equal(wanted) or x.allclose(wanted, rtol=0, atol=0, equal_nan=True), i
+        return found
+
+    def compare_floats(self, arguments: Arguments) -> Results:
+        """Errors of the kernel are at most 1e-5 of the largest value. In 16 bits they are at most
+        twice those of the definition, and as it rounds once at most, their mean square is that of
+        the definition."""
+        found, exact = by_kernel(self.op, arguments), exactly(self.op, arguments)
+        plain = by_definition(self.op, arguments)
+        for result, definition, expected in zip(found, plain, exact, strict=True):
+            assert result.dtype == definition.dtype and result.shape == definition.shape
+            error = errors(result, expected)
+            if result.dtype in LOW_PRECISION:
+                bound = errors(definition, expected)
+                assert error.amax() <= 2 * bound.amax()
+                assert error.square().mean() <= 1.1 * bound.square().mean()
+            else:
+                assert (error <= 1e-5).all(), error.amax()
+        return found
+
+
+class OpContract:
+    case: OpCase
+
+    def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
+        tables = {
+            "call": self.case.calls,
+            "low_call": self.case.low_calls,
+            "quick_call": {name: self.case.calls[name] for name in self.case.quick},
+            "wrong": {words: (changes, words) for changes, words in self.case.refused},
+            "mistake": self.case.mistakes,
+            "name": {name: name for name in self.case.separate},
+        }
+        for name in tables.keys() & set(metafunc.fixturenames):
+            table = tables[name]
+            metafunc.parametrize(name, [*table.values()], ids=[*table])
+
+    def test_kernel_matches_definition(self, call):
+        self.case.compare(call())
+
+    def test_neither_strides_nor_what_is_in_memory_matter(self, quick_call):
+        """What lies beside the tensors is NaN and stays so; new memory holds NaN."""
+        arguments = quick_call()
+        expected = by_kernel(self.case.op, arguments)
+        wholes, views = {}, {}
+        for name, t in tensors_of(arguments).items():
+            if name in self.case.strided:
+                fill = NAN if t.is_floating_point() else 99
+                wholes[name] = torch.full([n + 24 for n in t.shape], fill).to(DEVICE, t.dtype)
+                inside = tuple(slice(3, n + 3) for n in t.shape)
+                views[name] = wholes[name][inside].copy_(t)
+        with unwritten_is_nan(), kernels():
+            result = results(self.case.op, arguments | views, [])
+        changed = tuple((arguments | views)[name] for name in written(self.case.op))
+        for again, before in zip((*result, *changed), expected, strict=True):
+            assert again.equal(before) or again.allclose(before, 0, 0, equal_nan=True)
+        for name, view in views.items():
+            view.fill_(wholes[name].flatten()[0])
+            assert wholes[name].isnan().all() or (wholes[name] == 99).all()
+
+    @pytest.mark.parametrize("backend", ["eager", "triton"])
+    def test_opcheck(self, quick_call, backend, monkeypatch):
+        monkeypatch.setenv("DSB_BACKEND", backend)
+        tests = ["test_schema", "test_faketensor", "test_aot_dispatch_dynamic"]
+        tests += ["test_autograd_registration"] * (backend == "eager")
+        torch.library.opcheck(
+            self.case.op.op, registered(self.case.op, quick_call()), test_utils=tests
+        )
+
+    @pytest.mark.parametrize(
+        ("compiler", "backend"),
+        [("aot_eager", "eager"), ("aot_eager", "triton"),
+         pytest.param("inductor", "triton", marks=SLOW)],
+    )  # fmt: skip
+    def test_compiles_without_a_graph_break(self, quick_call, compiler, backend, monkeypatch):
+        monkeypatch.setenv("DSB_BACKEND", backend)
+        torch.compiler.reset()  # so that other ops' shapes do not count as recompilations
+        arguments, names = quick_call(), written(self.case.op)
+        compiled = torch.compile(self.case.op, fullgraph=True, backend=compiler)
+        for result, expected in zip(
+            results(compiled, arguments, names), by_definition(self.case.op, arguments), strict=True
+        ):
+            torch.testing.assert_close(result, expected, equal_nan=True)
+
+    def test_refused_arguments_are_named(self, wrong):
+        changes, words = wrong
+        good = self.case.good()
+        bad = {n: x(good[n]) if inspect.isfunction(x) else x for n, x in changes.items()}
+        bad = {
+            n: x.to(DEVICE) if isinstance(x, Tensor) and x.device.type == "cpu" else x
+            for n, x in bad.items()
+        }
+        error = TypeError if re.search("has dtype|is list", words) else ValueError
+        with pytest.raises(error, match=f"{self.case.op.__name__}: .*{words}"):
+            self.case.op(**good | bad)
+
+    def test_mistakes_are_caught(self, mistake):
+        check, kernel, old, new = mistake
+        case, name = self.case, check
+        if name in case.calls:
+            check = lambda: case.compare(case.calls[name]())  # noqa: E731
+        elif name in case.low_calls:
+            check = lambda: case.compare(case.low_calls[name](torch.bfloat16))  # noqa: E731
+        module = case.module if hasattr(case.module, kernel) else case.helpers
+        assert_caught(check, module, kernel, old, new, known_as=(case.op, name))
+
+
+class FloatContract(OpContract):
+    @LOW
+    def test_low_precision_error_is_at_most_twice_the_definitions(self, low_call, dtype):
+        self.case.compare(low_call(dtype))
+
+    @pytest.mark.parametrize("value", [INF, -INF, NAN, 1e15])
+    def test_what_is_in_one_row_stays_there(self, quick_call, name, value):
+        arguments = quick_call()
+        before = by_kernel(self.case.op, arguments)
+        arguments[name] = arguments[name].clone()
+        spoiled = arguments[name][-1]
+        spoiled[tuple(n * 2 // 3 for n in spoiled.shape)] = value
+        for after, result in zip(self.case.compare_floats(arguments), before, strict=True):
+            assert torch.equal(after[:-1], result[:-1])
