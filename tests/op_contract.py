@@ -195,7 +195,7 @@ class OpContract:
             "mistake": self.case.mistakes,
             "name": {name: name for name in self.case.separate},
         }
-        for name in tables.keys() & set(metafunc.fixturenames):
+        for name in [name for name in tables if name in metafunc.fixturenames]:
             table = tables[name]
             metafunc.parametrize(name, [*table.values()], ids=[*table])
 
