@@ -5,8 +5,8 @@ definition in plain PyTorch (which is what a CPU runs), its Triton kernel and it
 
     place             place_rows: which rows take part in a step, and where their windows stand
     rope_kv           rope_write_kv: rotate a window's queries and keys, write K/V into the cache
-    attention         window_attention: a window attends to the cache, or to listed blocks of it
-    block_lists       blocks_near_window and others: lists of blocks for window_attention
+    attention         window_attention: a window attends to the cache, or to listed KV blocks of it
+    block_lists       blocks_near_window and others: lists of KV blocks for window_attention
     linear            window_linear: a linear layer, or a gated one, for the tokens of a window
                       linear_add_norm: a linear layer, the residual and the next RMS norm
     lm_head           lm_head_confidence: from hidden states to a proposed token and its confidence

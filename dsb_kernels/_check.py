@@ -1,7 +1,7 @@
-"""Checks of an op's arguments, from metadata alone: nothing is read from the device.
+"""Checks of an op's arguments. They look at metadata alone and read nothing from the device.
 
-A message names the op, the argument, its value and what is accepted. Where an op's tensors share
-what is asked of them, its `_check` binds that once:
+A message names the op, the argument, its value and what is accepted. Where several tensors of an op
+must meet the same requirements, its `_check` binds them once:
 
     check = functools.partial(check_tensor, name, dtype=torch.int32, device=a.canvas.device)
     check("start", a.start, shape=(B,))
@@ -16,18 +16,18 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-FLOATS = (torch.float32, torch.float16, torch.bfloat16)  # what kernels compute with
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)  # dtypes that kernels take
 
 
 def check_choice(op: str, name: str, value: object, accepted: Sequence[object]) -> None:
-    """`value` is one of `accepted`, else a ValueError."""
+    """Raise ValueError unless `value` is one of `accepted`."""
     if value not in accepted:
         choices = ", ".join(repr(a) for a in accepted)
         raise ValueError(f"{op}: {name}={value!r}: accepted are {choices}")
 
 
 def check_between(op: str, name: str, value: float, low: float, high: float) -> None:
-    """`low` <= `value` <= `high`, else a ValueError."""
+    """Raise ValueError unless `low` <= `value` <= `high`."""
     if not low <= value <= high:
         raise ValueError(f"{op}: {name}={value}: accepted are {low} to {high}")
 
@@ -46,15 +46,16 @@ def check_tensor(
     """Check one tensor argument.
 
     Args:
-        dtype: what is accepted.
-        shape: expected sizes; a string names a free dimension; a leading "..." takes any.
-        device: device it must be on, None for any.
+        dtype: the accepted dtype, or several.
+        shape: expected sizes. A string stands for any size; a leading "..." stands for any number
+            of dimensions.
+        device: the device that the tensor must be on; None accepts every device.
         contiguous: the whole tensor must be contiguous.
         unit_stride: the last dimension must have stride 1.
 
     Raises:
-        TypeError: not a tensor, or of another dtype.
-        ValueError: wrong shape, device or strides.
+        TypeError: `tensor` is not a tensor, or has another dtype.
+        ValueError: `tensor` has the wrong shape, device or strides.
     """
     if (
         isinstance(tensor, Tensor)
@@ -69,13 +70,14 @@ def check_tensor(
 
 
 def _fits(sizes: Sequence[int], expected: Sequence[int | str]) -> bool:
+    """Whether a shape is the `expected` one, which `check_tensor` explains."""
     if expected and expected[0] == "...":
         expected = expected[1:]
         sizes = sizes[max(0, len(sizes) - len(expected)) :]
     if len(sizes) != len(expected):
         return False
-    for size, e in zip(sizes, expected, strict=True):
-        if size != e and not isinstance(e, str):
+    for size, wanted in zip(sizes, expected, strict=True):
+        if size != wanted and not isinstance(wanted, str):
             return False
     return True
 
@@ -114,12 +116,13 @@ def _refuse(
 def check_window(
     op: str, a: Any, optional: Sequence[str], head_dims: range, accepted: str
 ) -> functools.partial[None]:
-    """Check what rope_write_kv and window_attention have in common: q, the caches, the window, and
-    the `optional` (B,) int32 arguments. `accepted` says in words what `head_dims` are accepted.
-    Returns the check of a tensor that must be like q.
+    """Check the arguments that rope_write_kv and window_attention share: q, the caches, the window,
+    and the (B,) int32 arguments that `optional` names, which may be None. `accepted` describes
+    `head_dims` in words. Returns a check for tensors that must have q's dtype and device, and a
+    last dimension of stride 1.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong dtype, shape, device or stride.
+        TypeError, ValueError: an argument has the wrong dtype, shape, device or stride.
     """
     check_tensor(op, "q", a.q, dtype=FLOATS, shape=("B", "H", "W", "D"), unit_stride=True)
     B, H, W, D = a.q.shape

@@ -1,7 +1,7 @@
-"""Launch configurations per (op, shape class, architecture).
+"""Launch configurations for each op, shape class and architecture.
 
-Nothing is tuned at run time: a configuration is looked up from static shapes, so results never
-depend on a timing, on the cache's capacity or on what a batch contains.
+Nothing is tuned at run time: static shapes choose a configuration, so that results never depend on
+a timing, on the cache's capacity or on what a batch contains.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ import torch
 
 from dsb_kernels._op import launch_options
 
-# What `tools.compile_report` compiles; other architectures take the configurations of one of these.
+# `tools.compile_report` compiles for these. Any other architecture takes the configurations of one
+# of them (`architecture_of`).
 ARCHITECTURES = ("sm_80", "sm_89", "sm_90", "sm_100")
 
 
@@ -28,34 +29,36 @@ class Config:
     num_stages: int = 1
 
     def options(self) -> dict[str, Any]:
-        """Keyword arguments of a launch: the blocks, the warps and stages."""
+        """Return the keyword arguments of a launch: the blocks, the warps and the stages."""
         return {**self.blocks, **launch_options(self.num_warps, self.num_stages)}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Launch(Config):
-    """The configuration and geometry of one launch, from static shapes alone."""
+    """The configuration and geometry of one launch. Both follow from static shapes alone."""
 
     grid: tuple[int, ...]
-    share: int = 0  # tokens of the vocabulary, or input features, that a program takes
-    parts: int = 0  # partial states that all programs leave
+    share: int = 0  # how many vocabulary entries or input features a program takes
+    parts: int = 0  # how many partial states all programs together write
 
 
 INFINITY = 1 << 62  # no size is larger
-LIMITS = (16, 32, 64, INFINITY)  # largest sizes of the classes that matmuls have
-Classes = dict[int, Config]
-Four = tuple[int, int, int, int]  # a number for each of LIMITS
+LIMITS = (16, 32, 64, INFINITY)  # the largest size of each of the four classes of a matmul
+Classes = dict[int, Config]  # the configuration of each class, by the largest size of the class
+Four = tuple[int, int, int, int]  # one number for each of LIMITS
 
 
 def matmul(tile: tuple[int, int], warps: int, stages: int, **more: int) -> Config:
-    """A tile of a matmul: features (or vocabulary) x tokens, 64 input features at a time."""
+    """A configuration whose tile is output features (or vocabulary entries) x tokens (or
+    candidates). A program reads 64 input features at a time."""
     blocks = {"BLOCK_V": tile[0], "BLOCK_N": tile[1], "BLOCK_K": 64}
     return Config({**blocks, **more}, warps, stages)
 
 
 def scoring(columns: Four, programs: Four, stages: Four, *, last: int = 128) -> Classes:
-    """The tiles of `lm_head_confidence`, which score `columns` candidates at a time; those of the
-    last class have `last` tokens of the vocabulary. PROGRAMS is one or two for each SM."""
+    """The classes of `lm_head_confidence`. A program scores at most `columns` candidates at a time.
+    A tile of the last class has `last` vocabulary entries, any other 128. `programs` is one or two
+    for each SM."""
     return {
         limit: matmul(
             (last if limit == INFINITY else 128, min(limit, 128)), warps, s, COLUMNS=c, PROGRAMS=p
@@ -67,8 +70,9 @@ def scoring(columns: Four, programs: Four, stages: Four, *, last: int = 128) -> 
 
 
 def linear(programs: int, stages: Four, *, last: tuple[int, int] = (128, 8)) -> Classes:
-    """The tiles of a linear op, halved where they leave fewer than `programs`; `last` are the
-    features and the warps of the last class. Every stage but one is a load in flight."""
+    """The classes of a linear op, which should run at least `programs` programs: `linear_launch`
+    halves tiles for that, `split_launch` splits the input features. `last` gives the features and
+    the warps of the last class. A program has one load fewer in flight than it has stages."""
     sizes = ((64, 4), (64, 4), (64, 4), last)
     return {
         limit: matmul((features, min(limit, 128)), warps, s, PROGRAMS=programs)
@@ -77,14 +81,14 @@ def linear(programs: int, stages: Four, *, last: tuple[int, int] = (128, 8)) -> 
 
 
 def attention(tile: tuple[int, int], warps: int, stages: int = 1) -> Config:
-    """A tile of `window_attention`: queries x keys."""
+    """A configuration of `window_attention`, whose tile is queries x keys."""
     return Config({"BLOCK_M": tile[0], "BLOCK_N": tile[1]}, warps, stages)
 
 
 # (op, architecture) -> {largest size of the class: configuration}. "any" serves architectures
-# without an entry of their own. Why each is what it is: see docs/tuning.md.
+# without an entry of their own. docs/tuning.md gives the reason for each configuration.
 CONFIGS: dict[tuple[str, str], Classes] = {
-    # size = candidates; sampling keeps four times the registers busy
+    # size = candidates. A program that samples needs four times the registers.
     ("token_confidence", "any"): {
         128: Config({"BLOCK_V": 4096, "SPLIT_BLOCKS": 1}, 4),
         512: Config({"BLOCK_V": 4096, "SPLIT_BLOCKS": 4}, 4, 3),
@@ -144,7 +148,8 @@ CONFIGS: dict[tuple[str, str], Classes] = {
         16: attention((16, 32), 4, 3),
         INFINITY: attention((64, 32), 4, 2),
     },
-    # float32 has elements of twice the size and no tensor cores: for tests and small models
+    # Elements of float32 are twice as large, and tensor cores do not multiply them. Only tests and
+    # small models use these.
     ("lm_head_confidence float32", "any"): {
         32: matmul((64, 32), 4, 2, COLUMNS=16, PROGRAMS=264),
         INFINITY: matmul((64, 64), 8, 2, COLUMNS=16, PROGRAMS=264),
@@ -179,7 +184,7 @@ CONFIGS: dict[tuple[str, str], Classes] = {
 
 
 def of_dtype(op: str, dtype: torch.dtype) -> str:
-    """The op's name in the table."""
+    """The name under which the table lists an op for this dtype."""
     return f"{op} float32" if dtype == torch.float32 else op
 
 
@@ -187,7 +192,7 @@ def configuration(op: str, size: int, architecture: str) -> Config:
     """The configuration of `op` for the smallest shape class that holds `size`.
 
     Raises:
-        ValueError: the op has no class this large.
+        ValueError: the op has no class for a size as large as this.
     """
     table = CONFIGS.get((op, architecture)) or CONFIGS[op, "any"]
     for limit, config in sorted(table.items()):
@@ -198,12 +203,12 @@ def configuration(op: str, size: int, architecture: str) -> Config:
 
 @functools.cache
 def architecture_of(device: torch.device) -> str:
-    """The one of `ARCHITECTURES` whose configurations a device takes; the interpreter runs what
-    sm_90 would."""
+    """The member of `ARCHITECTURES` whose configurations a device takes. The interpreter takes
+    those of sm_90."""
     if device.type != "cuda" or not torch.cuda.is_available():
         return "sm_90"
     major, minor = torch.cuda.get_device_capability(device)
     if major in (9, 10, 11):
         return "sm_90" if major == 9 else "sm_100"
-    # 8.6, 8.9, 12.0 and the like have 99 KiB of shared memory a block.
+    # GPUs of capability 8.6, 8.9, 12.0 and the like have 99 KiB of shared memory for a block.
     return "sm_80" if (major, minor) == (8, 0) else "sm_89"

@@ -1,12 +1,13 @@
 """How an op is registered and where it runs.
 
-CUDA tensors run the Triton kernel, CPU tensors the plain-PyTorch definition. `DSB_BACKEND=eager`
-and `DSB_BACKEND=triton` override that; with `TRITON_INTERPRET=1` in the environment before Triton
-is imported, `DSB_BACKEND=triton` runs the kernels on CPU tensors under Triton's interpreter.
-Without Triton (it exists only for Linux) the package works on the definitions alone.
+On CUDA tensors an op runs its Triton kernel, on CPU tensors its definition in plain PyTorch.
+`DSB_BACKEND=eager` and `DSB_BACKEND=triton` override that. If `TRITON_INTERPRET=1` is set before
+Triton is imported, `DSB_BACKEND=triton` runs the kernels on CPU tensors under Triton's interpreter.
+Without Triton (it exists only for Linux) the package works with the definitions alone.
 
-`op` makes the public function of an op out of its definition: the schema that torch needs is the
-definition's own signature, so an op's arguments are listed twice, in the definition and the kernel.
+`op` makes the public function of an op out of its definition. The schema that torch needs is made
+from the definition's signature, so an op's arguments stand in two places only, the definition and
+the kernel.
 """
 
 from __future__ import annotations
@@ -37,14 +38,15 @@ R = TypeVar("R")
 
 
 def jit(fn: Callable | None = None, **options: Any) -> Any:
-    """`triton.jit`, or the bare function where Triton does not exist (it is never launched)."""
+    """Decorate a kernel with `triton.jit`. Without Triton the function stays as it is: nothing
+    launches it then."""
     if triton is None:
         return fn if fn is not None else (lambda f: f)
     return triton.jit(fn, **options)
 
 
 def interpreted() -> bool:
-    """Whether kernels were decorated for the interpreter, which is decided when they are."""
+    """Whether kernels run under the interpreter. Triton decides that when it decorates them."""
     return triton is not None and triton.knobs.runtime.interpret
 
 
@@ -77,7 +79,7 @@ def use_triton(*tensors: Tensor | None) -> bool:
 
 
 def constant(value: int) -> Any:
-    """A value that kernels can read: Triton takes globals of this type only."""
+    """Wrap a number so that a kernel can read it as a global: Triton accepts no other type."""
     return tl.constexpr(int(value)) if tl else int(value)
 
 
@@ -91,20 +93,22 @@ def op(
 ) -> Callable[P, R]:
     """The public function of an op, `dsb::<name of the definition without _reference>`.
 
-    The op is transparent to `torch.compile`: what is traced is the definition's own operators or
-    the kernel launches (`wrap_triton`).
+    `torch.compile` sees through the op: it traces the operators of the definition, or the kernel
+    launches (`wrap_triton`).
 
     Args:
         definition: the op in plain PyTorch. Its first parameter is a tensor, whose device decides
-            what runs. Its annotations are the op's schema; its docstring is
-            the public one. A parameter annotated with a class that has `encode() -> str` and
-            `decode(str)` travels through torch as that string; one of type `Sequence[int]` may
-            have a tuple as its default. It returns what a schema can say, or a NamedTuple of that.
-        launch: takes the bound arguments, a named tuple `a` with a field for each parameter of
-            the definition (`a.x`), and launches the kernel. Returns what the definition returns.
-        check: takes the same; raises what the public function is documented to raise.
-        finish: makes the public result out of (a, the op's result), where they differ.
-        mutates_args: parameters that are written in place.
+            whether the kernel or the definition runs. Its annotations become the op's schema, its
+            docstring the public one. If a parameter is annotated with a class that has
+            `encode() -> str` and `decode(str)`, torch is passed that string. A parameter of type
+            `Sequence[int]` may have a tuple as its default. The definition returns types that a
+            schema can express, or a NamedTuple of them.
+        launch: takes the arguments as a named tuple `a`, which has a field for each parameter of
+            the definition (`a.x`), launches the kernel and returns what the definition returns.
+        check: takes the same `a`, and raises what the public docstring promises.
+        finish: takes `a` and the op's result, and returns the public result. None where these
+            results are the same.
+        mutates_args: the parameters that the op writes in place.
 
     The returned function has the attributes `op` (what torch registered) and `definition`.
     """
@@ -153,8 +157,8 @@ def op(
     def call(*args: P.args, **kwargs: P.kwargs) -> Any:
         a = bind(args, kwargs)
         check(a)
-        # The definition itself where it is what would run: torch's dispatch takes 70 us more.
-        # The compiler is given the op, whose dispatch it can trace.
+        # Torch's dispatch takes 70 us, so the definition is called directly where it would run
+        # anyway. The compiler gets the registered op, since it can trace that one's dispatch.
         if not torch.compiler.is_compiling() and not use_triton(a[0]):
             result = call.definition(*args, **kwargs)  # type: ignore[attr-defined]
         else:
@@ -169,8 +173,8 @@ def op(
 
 
 def _torch_signature(definition: Callable, hints: dict[str, Any]) -> inspect.Signature:
-    """The signature that torch makes a schema of. Every parameter is positional. If a default is a
-    tuple, which schemas do not know, no parameter has a default."""
+    """The signature from which torch makes a schema. Every parameter is positional. A schema has no
+    tuples: if any default is a tuple, every parameter loses its default."""
     signature = inspect.signature(definition)
     known = not any(isinstance(p.default, tuple) for p in signature.parameters.values())
     return signature.replace(
@@ -197,7 +201,7 @@ def _register(name: str, fn: Callable, mutates_args: Sequence[str]) -> Callable:
 
 
 class OnDevice:
-    """Launches a kernel on the device of its tensors; Triton alone would take the current one."""
+    """Launches a kernel on the device of its tensors; Triton itself uses the current device."""
 
     def __init__(self, kernel: Any) -> None:
         self.kernel = kernel
@@ -211,15 +215,17 @@ class OnDevice:
 
 
 def wrap_triton(kernel: Any) -> Any:
-    """What launches a kernel; while tracing that is `torch.library.wrap_triton`."""
+    """Return an object that launches the kernel as `object[grid](...)`. While torch traces, it is
+    the one of `torch.library.wrap_triton`."""
     if not isinstance(kernel, triton.runtime.jit.JITFunction):
-        return kernel  # an interpreted one
+        return kernel  # The kernel is an interpreted one, which torch does not wrap.
     wrapped = torch.library.wrap_triton(kernel)
     return OnDevice(kernel) if wrapped is kernel else wrapped
 
 
 def launch_options(num_warps: int, num_stages: int) -> dict[str, Any]:
-    """Keyword arguments of a launch. FP fusion is turned on whatever Triton's default is."""
+    """Return the keyword arguments of a launch, which fuses floating-point operations whatever
+    Triton's default is."""
     options: dict[str, Any] = {"num_warps": num_warps, "num_stages": num_stages}
     # The traced launch (torch.compile) takes no compiler options besides these two.
     if not torch._library.triton.is_wrap_triton_enabled():

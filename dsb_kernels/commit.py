@@ -2,15 +2,15 @@
 
 For each batch row that takes part in the step:
     1. select   candidates by the rule (threshold, factor, frechet, quota)
-    2. commit   their tokens into the canvas
-    3. slide    the block [start, end) to the first remaining mask
+    2. commit   the tokens of the selected candidates
+    3. slide    the block [start, end) to the first mask that remains
     4. plan     what the row needs next: a window step, a refresh, or nothing
 
 `dsb_kernels.method` says the same for one row in plain Python: read that first. The kernel is in
 `dsb_kernels.commit_kernel`.
 
-Shapes: B batch rows, L canvas positions, K candidates of a row; b rows and k candidates of each
-were scored.
+Shapes: B batch rows, L canvas positions, K candidates of a row. The step has scored b of the rows
+and the first k candidates of each.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from dsb_kernels.rules import select
 
 
 def in_batch(scored: Tensor, rows: Tensor | None, whole: Tensor) -> Tensor:
-    """Scatter the values of the rows that were scored, (b,) or (b, k), into zeros of the shape of
-    `whole`, (B,) or (B, K)."""
+    """Put the values `scored`, (b,) or (b, k), at their batch rows. Returns a tensor of the shape
+    of `whole`, (B,) or (B, K), which is 0 for everything that was not scored."""
     if rows is None and scored.shape == whole.shape:
         return scored
     values = torch.zeros_like(whole, dtype=scored.dtype)
@@ -44,10 +44,10 @@ def in_batch(scored: Tensor, rows: Tensor | None, whole: Tensor) -> Tensor:
 def tokens_due(
     step: Tensor, start: Tensor, committed: Tensor, length: int, spec: UnmaskSpec
 ) -> Tensor:
-    """Tokens that each row must commit in this step to meet its plan, (B,) int64.
+    """How many tokens each row must commit in this step to meet its plan, (B,) int64.
 
-    The plan spreads m masks over k steps, and the first m mod k steps take one more. What a block
-    could not supply in earlier steps is carried over.
+    The plan spreads m masks over k steps; each of the first m mod k steps takes one more than the
+    others. If earlier steps had too few candidates to meet the plan, this step makes up for it.
     """
     if spec.schedule == "naive":
         masks = (length - start).clamp(max=spec.block_length)
@@ -60,16 +60,17 @@ def tokens_due(
 
 
 def commit_tokens(canvas: Tensor, position: Tensor, token: Tensor, commit: Tensor) -> None:
-    """Write the tokens of the candidates that `commit` names into the canvas."""
+    """Write the tokens of the candidates where `commit` is True into the canvas."""
     L = canvas.shape[1]
-    index = torch.where(commit, position.long(), L)  # column L is thrown away
+    index = torch.where(commit, position.long(), L)  # the canvas gets a column L, then loses it
     canvas.copy_(pad(canvas, (0, 1)).scatter(1, index, token)[:, :L])
 
 
 def block_of(
     first_masked: Tensor, committed: Tensor, length: int, spec: UnmaskSpec
 ) -> tuple[Tensor, Tensor]:
-    """The block [start, end) of each row, given its first masked position and its commits."""
+    """The block [start, end) of each row. It follows from the row's first masked position (L where
+    no mask remains) and from the number of tokens that the row has committed."""
     prompt, size = spec.prompt_length, spec.block_length
     if spec.schedule == "naive":
         start = prompt + (first_masked - prompt) // size * size
@@ -84,13 +85,19 @@ def block_of(
 def next_prefix(
     old: dict[Column, Tensor], start: Tensor, refresh: Tensor, spec: UnmaskSpec
 ) -> Tensor:
-    """How many positions before the block the next window step computes. (B,) int64."""
+    """How many positions before the block the next window step computes, (B,) int64.
+
+    Args:
+        old: the columns of the row table as the step began with them.
+        start: (B,), where the block starts now.
+        refresh: (B,) bool, whether the next step is a refresh.
+    """
     if spec.cache == "none":
         return torch.zeros_like(start)
     distance = start - old[Column.START]
     if spec.cache == "dsb":
         prefix = distance.clamp(min=spec.prefix_window)
-    else:  # dual: the prefix begins where the block began when it was refreshed
+    else:  # dual: the prefix begins where the block began at the last refresh
         was_refresh = old[Column.NEXT_KIND] != StepKind.WINDOW
         prefix = distance + old[Column.PREFIX].masked_fill(was_refresh, 0)
         prefix = prefix.masked_fill(refresh, 0).clamp(min=spec.min_prefix)
@@ -98,7 +105,7 @@ def next_prefix(
 
 
 def first_candidates(masked: Tensor, end: Tensor, num: int) -> Tensor:
-    """The first `num` masked positions before `end`, ascending, -1 beyond: (B, num) int32."""
+    """The first `num` masked positions before `end` in ascending order, then -1: (B, num) int32."""
     L = masked.shape[1]
     index = torch.arange(L, device=masked.device)
     key = torch.where(masked & (index < end[:, None]), index, L)
@@ -107,8 +114,8 @@ def first_candidates(masked: Tensor, end: Tensor, num: int) -> Tensor:
 
 
 def fill_after_eos(canvas: Tensor, first_masked: Tensor, moved: Tensor, spec: UnmaskSpec) -> Tensor:
-    """Fill everything after a row's first EOS with that EOS, if the row moved and has no mask
-    before it. Returns which rows these are, (B,) bool."""
+    """Find the rows that moved and whose first EOS has no mask before it. In these rows, write that
+    EOS over everything after it. Returns whether each row is one of them, (B,) bool."""
     L = canvas.shape[1]
     index = torch.arange(L, device=canvas.device)
     is_eos = torch.zeros_like(canvas, dtype=torch.bool)
@@ -140,23 +147,28 @@ def unmask_and_slide_reference(
     Args:
         canvas: (B, L) int64, prompt and response; committed tokens are written into it.
         table: (B, NUM_COLUMNS) int32, the row table (`dsb_kernels.rows.Column`), updated.
-        position: (B, K) int32, canvas positions of the candidates, ascending, -1 beyond the last;
-            becomes those of the next step.
-        commit: (B, K) bool, becomes which of the candidates that the step began with it committed.
-        candidate_confidence: (B, K) float32, becomes their confidence, 0 where none was scored.
-        token: (b, k) int64, proposed tokens of the first k <= K candidates of the b rows that were
-            scored; candidates beyond are not committed.
-        confidence: (b, k) float32, their confidence; ignored where there is no candidate.
-        active: (b,) bool, rows that take part; done rows never do.
-        rows: (b,) int32, the batch row of each row that was scored, no row twice (not checked);
-            None means all of them in order, b = B.
-        spec: schedule, cache policy, rule and ids.
+        position: (B, K) int32, the canvas positions of the candidates in ascending order, then -1.
+            The op replaces them by the candidates of the next step.
+        commit: (B, K) bool. The op writes whether it committed each candidate that the step began
+            with.
+        candidate_confidence: (B, K) float32. The op writes the confidence of these candidates, and
+            0 where none was scored.
+        token: (b, k) int64, the proposed tokens of the first k <= K candidates of the b rows that
+            were scored. The op never commits a later candidate.
+        confidence: (b, k) float32, the confidence of these tokens, ignored where a row has no such
+            candidate.
+        active: (b,) bool, which of the scored rows take part. A row that is done never does.
+        rows: (b,) int32, the batch row of each scored row, no row twice (not checked). None means
+            that every row was scored, in the batch's order, so that b = B.
+        spec: the schedule, the cache policy, the rule and the ids.
 
-    A row with a candidate of NaN confidence commits nothing and has its FAILED column set.
+    If a candidate's confidence is NaN, its row does not move: it commits nothing, keeps its block,
+    and has 1 written into its FAILED column.
 
     Raises:
-        TypeError, ValueError: a tensor of the wrong dtype, shape, device or stride (the canvas may
-            have any row stride, the others are contiguous), or a spec that does not fit the canvas.
+        TypeError, ValueError: a tensor has the wrong dtype, shape, device or stride (the canvas may
+            have any stride between rows, the others are contiguous), or the spec does not fit the
+            canvas.
     """
     L, k = canvas.shape[1], token.shape[1]
     old = dict(zip(Column, table.long().unbind(1), strict=True))
@@ -221,7 +233,7 @@ def unmask_and_slide_reference(
     }  # fmt: skip
     after_table = torch.stack([after[column] for column in Column], dim=1).int()
     table.copy_(torch.where(moved[:, None], after_table, table))
-    # These three columns describe the step for every row, also for one that did not move.
+    # These three columns describe the step, and so they change for a row that did not move as well.
     table[:, Column.TOOK_PART] = takes_part.int()
     table[:, Column.NEW] = new.int()
     table[:, Column.FAILED] |= failed.int()
@@ -232,7 +244,7 @@ def initial_rows(canvas: Tensor, leftpad: Tensor, spec: UnmaskSpec) -> tuple[Ten
 
     Args:
         canvas: (B, L) int64, prompt and response.
-        leftpad: (B,), padding positions before each prompt.
+        leftpad: (B,), how many padding positions stand before each prompt.
 
     Returns:
         `table`, (B, NUM_COLUMNS) int32, and `position`, (B, K) int32 with K the smaller of

@@ -1,8 +1,8 @@
 """The kernel of `unmask_and_slide`: one program for each row of the batch.
 
-A program has its row's candidates in registers, BLOCK_K of them, and reads the response in pieces
-of BLOCK_L positions. What a row skips has an empty range, since Triton's interpreter takes no
-scalar condition in a vector mask.
+A program keeps its row's candidates in registers, BLOCK_K of them, and reads the response in pieces
+of BLOCK_L positions. Where a row skips a loop, the loop's range is empty: the mask of a vector load
+cannot hold a scalar condition under Triton's interpreter.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ def _rank_candidates(
     c, k, num_scored, position_ptr, confidence_ptr, canvas_ptr, K, end, mask_id,
     RULE: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_J: tl.constexpr,
 ):  # fmt: skip
-    """Each candidate's rank, 1 for the largest confidence, and the sum of the confidences before
-    it (frechet only), by comparing it with BLOCK_J candidates at a time."""
+    """Each candidate's rank, which is 1 for the largest confidence, and the sum of the confidences
+    that rank before it (frechet only). It is compared with BLOCK_J candidates at a time."""
     rank = tl.full((BLOCK_K,), 1, tl.int32)
     total_before = tl.zeros((BLOCK_K,), tl.float64)
     for base in range(0, K, BLOCK_J):
@@ -67,10 +67,11 @@ def _rank_candidates(
 def _commit_count(
     c, rank, total_before, valid, m, K, due, RULE: tl.constexpr, RULE_VALUE: tl.constexpr
 ):
-    """How many of the best-ranked candidates the rule commits, before the bounds 1 and m.
+    """How many of the best-ranked candidates the rule commits. The caller raises that to 1; the
+    ranks themselves end at m.
 
-    c: confidences (float64), -inf where not valid; total_before: the sum of the confidences of
-    rank at most one's own. A new rule is one more branch.
+    `c` are the confidences in float64, -inf where not valid. `total_before` is, for each candidate,
+    the sum of its own confidence and of those that rank before it. A new rule is one more branch.
     """
     # Triton 3.6 rounds a literal to float32 before it meets a float64 tensor.
     value = tl.full(c.shape, RULE_VALUE, tl.float64)
@@ -92,7 +93,8 @@ def _commit_count(
 
 @jit
 def _tokens_due(step, start, committed, L, prompt, size, steps, SCHEDULE: tl.constexpr):
-    """Tokens to commit so that the quota's plan is met, including what earlier steps missed."""
+    """How many tokens the step must commit to meet the plan of the quota, which includes those that
+    earlier steps could not commit."""
     if SCHEDULE == "naive":
         masks = tl.minimum(tl.maximum(L - start, 0), size)
         committed = committed - (start - prompt)
@@ -106,7 +108,7 @@ def _tokens_due(step, start, committed, L, prompt, size, steps, SCHEDULE: tl.con
 def _first_mask_and_eos(
     canvas_ptr, prompt, stop, L, mask_id, EOS_IDS: tl.constexpr, BLOCK_L: tl.constexpr
 ):
-    """The response's first mask and first EOS before `stop`, L where there is none."""
+    """The response's first mask and its first EOS before `stop`; each is L where there is none."""
     first_masked = L
     first_eos = L
     for base in range(prompt // BLOCK_L * BLOCK_L, stop, BLOCK_L):
@@ -125,7 +127,7 @@ def _first_mask_and_eos(
 def _slide(
     first_masked, old_start, old_step, committed, L, prompt, size, max_size, SCHEDULE: tl.constexpr
 ):
-    """The block [start, end), and the row's step in it."""
+    """The new block [start, end), and the row's STEP column."""
     if SCHEDULE == "naive":
         start = tl.where(first_masked >= L, L, prompt + (first_masked - prompt) // size * size)
         end = tl.minimum(start + size, L)
@@ -161,7 +163,8 @@ def _plan(
 def _list_candidates(
     position_ptr, canvas_ptr, first_masked, stop, prompt, K, mask_id, BLOCK_L: tl.constexpr
 ):
-    """Write the masked positions before `stop` in order; returns how many there are."""
+    """Write the first K masked positions before `stop` in ascending order. Returns how many masked
+    positions there are, which may be more."""
     num_candidates = 0
     for base in range(first_masked // BLOCK_L * BLOCK_L, stop, BLOCK_L):
         index = base + tl.arange(0, BLOCK_L)
@@ -175,7 +178,7 @@ def _list_candidates(
 
 @jit
 def _fill_after_eos(canvas_ptr, first_eos, stopped, L, BLOCK_L: tl.constexpr):
-    """Fill everything after an EOS that has no mask to its left with that EOS."""
+    """If the row has `stopped`, write its first EOS over everything after that EOS."""
     eos = tl.load(canvas_ptr + first_eos, mask=stopped, other=0)
     for base in range(tl.where(stopped, first_eos // BLOCK_L * BLOCK_L, L), L, BLOCK_L):
         index = base + tl.arange(0, BLOCK_L)
@@ -192,8 +195,8 @@ def _unmask_kernel(
     REFRESH_FIRST: tl.constexpr, EOS_IDS: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """Program (batch row): a step of the row, which may not have been scored. EOS_IDS is empty
-    where rows do not stop at one."""
+    """Program (batch row): select, commit, slide and plan for one row, which may be one that was
+    not scored. EOS_IDS is empty where rows do not stop at an EOS."""
     b = tl.program_id(0).to(tl.int64)
     r = b  # where the row stands among those that were scored
     is_scored = 1
@@ -311,12 +314,12 @@ def launch(a: Any) -> None:
 
 
 def config_of(K: int) -> Config:
-    """The configuration for K candidates a row: one for every batch and architecture."""
+    """The configuration for K candidates a row. Every batch and architecture takes the same."""
     return configuration("unmask_and_slide", K, "any")
 
 
 def constants(K: int, num_rows: int, spec: UnmaskSpec) -> dict[str, object]:
-    """The kernel's compile-time arguments where `num_rows` rows of K candidates are scored."""
+    """The kernel's compile-time arguments for a step that has scored `num_rows` rows."""
     return {
         "SCHEDULE": spec.schedule,
         "CACHE": spec.cache,

@@ -1,9 +1,11 @@
-"""lm_head_confidence: proposed token and confidence straight from hidden states.
+"""lm_head_confidence: from hidden states to a proposed token and its confidence.
 
-The same result as `token_confidence` of `hidden @ weight.T + bias`, without those logits ever
-being in memory: FlashSampling (arXiv 2603.15854) for proposing and scoring. `lm_head_partial` does
-the same for a shard of the vocabulary, up to a state that `combine_partials` takes. `V` =
-vocabulary, `N` = candidates, `E` = hidden size.
+The result is that of `token_confidence` for the logits `hidden @ weight.T + bias`, but the kernel
+never writes these logits to memory. This is FlashSampling (arXiv 2603.15854), applied to proposing
+and scoring. `lm_head_partial` does the same for a shard of the vocabulary, and returns a state that
+`combine_partials` takes.
+
+Shapes: V vocabulary entries, N candidates, E hidden size.
 """
 
 from __future__ import annotations
@@ -58,12 +60,11 @@ def lm_head_confidence_reference(
             (N,) in place of (...).
 
     Returns:
-        token (N,) int64 and confidence (N,) float32. Logits are accumulated and scored in float32
-        by the kernel, and rounded to the dtype of `hidden` before they are scored by the
-        definition.
+        token (N,) int64 and confidence (N,) float32. The kernel accumulates the logits in float32
+        and scores them so; the definition scores logits that are rounded to the dtype of `hidden`.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong dtype, shape, device, stride or value.
+        TypeError, ValueError: an argument has the wrong dtype, shape, device, stride or value.
     """
     return token_confidence_reference(
         linear(hidden, weight, bias), eligible=eligible, banned=banned, temperature=temperature,
@@ -91,17 +92,17 @@ def lm_head_partial_reference(
         hidden, bias, eligible, temperature, seed, noise_ids, confidence: as in
             `lm_head_confidence`.
         weight: (V, E), the shard of the LM head.
-        vocab_start: global id of the token of the first weights.
-        vocab_end: one past the global id of the last token, for a shard padded with weights beyond
-            the vocabulary; None takes all weights.
+        vocab_start: the global id of the shard's first token.
+        vocab_end: one past the global id of the shard's last token, for a shard that is padded with
+            weights beyond the vocabulary. None means that no weights are padding.
         banned: global token ids, which may belong to other shards.
 
     Returns:
-        (6, N) float32: maximum, total, best score, logit, extra and global token id
-        (`dsb_kernels.score`). The values of candidates that are not eligible are undefined.
+        (6, N) float32, the state of each candidate, with a global token id (`dsb_kernels.score`).
+        The states of candidates that are not eligible are undefined.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong dtype, shape, device, stride or value.
+        TypeError, ValueError: an argument has the wrong dtype, shape, device, stride or value.
     """
     V = len(weight) if vocab_end is None else vocab_end - vocab_start
     logits = linear(hidden, weight[:V], None if bias is None else bias[:V])
@@ -112,27 +113,29 @@ def lm_head_partial_reference(
 
 
 def columns_of(banned: Sequence[int], vocab_start: int, V: int) -> list[int]:
-    """The banned tokens that a shard has, counted from its first token."""
+    """The banned tokens that lie in a shard of V tokens, counted from its first token."""
     return [b - vocab_start for b in banned if 0 <= b - vocab_start < V]
 
 
 # --- kernel -----------------------------------------------------------------------------------
 # A program scores a contiguous share of the vocabulary for BLOCK_N candidates, in tiles of BLOCK_V
-# tokens. The weights are the M operand of the tensor cores, which want 64 of them; the candidates
-# are the N operand. Each weight is read once for up to 128 candidates. A tile's logits live in
-# registers only and leave as the candidates' states over the tile (see score.py), one part each.
+# vocabulary entries. The weights are the M operand of the tensor cores, which want 64 of them; the
+# candidates are the N operand. Each weight is read once for up to 128 candidates. A tile's logits
+# stay in registers: the program writes only the candidates' states over the tile (see score.py),
+# which are one part.
 
 
 @jit
 def _noise(key, token, noise_id):
-    """Gumbel noise of every token (BLOCK_V,) for every candidate (BLOCK_N,)."""
+    """The Gumbel noise of every token (BLOCK_V,) for every candidate (BLOCK_N,)."""
     counter = (token // 4).to(tl.uint32)[:, None]
     id_low = (noise_id & 0xFFFFFFFF).to(tl.uint32)[None, :]
     id_high = ((noise_id >> 32) & 0xFFFFFFFF).to(tl.uint32)[None, :]
     counter, id_low = tl.broadcast(counter, id_low)
     counter, id_high = tl.broadcast(counter, id_high)
     w0, w1, w2, w3 = tl.philox(key, counter, id_low, id_high, tl.zeros_like(counter))
-    # Four tokens share a call, but sit in different threads here: each computes it.
+    # One Philox call has the words of four tokens, but these are in different threads here, and
+    # each thread makes the call.
     which = (token % 4)[:, None]
     return gumbel(tl.where(which < 2, tl.where(which == 0, w0, w1), tl.where(which == 2, w2, w3)))
 
@@ -146,8 +149,7 @@ def _store_states(
 ):  # fmt: skip
     """Score a tile of logits `x` (BLOCK_V, BLOCK_N), at most COLUMNS candidates at a time.
 
-    A thread has values of every candidate of its columns in registers, which would not suffice for
-    128 candidates.
+    A thread keeps values of all these candidates in its registers, which are too few for 128.
     """
     if BLOCK_N > COLUMNS:
         halves = tl.permute(tl.reshape(x, (BLOCK_V, 2, BLOCK_N // 2)), (0, 2, 1))
@@ -206,7 +208,8 @@ def _lm_head_kernel(
     BLOCK_V: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr,
     COLUMNS: tl.constexpr, BANNED: tl.constexpr, SAMPLE: tl.constexpr, CONFIDENCE: tl.constexpr,
 ):  # fmt: skip
-    """Program (share, block of candidates): their states over one share of the vocabulary."""
+    """Program (share, block of candidates): the states of these candidates over each tile of one
+    share of the vocabulary."""
     program = tl.program_id(0)
     first_candidate = tl.program_id(1) * BLOCK_N
     candidate = first_candidate + tl.arange(0, BLOCK_N)
@@ -221,14 +224,15 @@ def _lm_head_kernel(
     weight_offset = tl.arange(0, BLOCK_V)[:, None] * stride_wv + k[None, :]
     weight_offset = weight_offset.to(tl.uint32).to(tl.uint64)
     hidden_ptrs = hidden_ptr + candidate.to(tl.int64)[None, :] * stride_hn + k[:, None]
-    # Whole vectors are masked, never parts of one: the loads stay wide and fetch nothing twice.
+    # A mask covers whole hidden states, never parts of one, so that loads stay wide and fetch
+    # nothing twice.
     hidden_mask = present[None, :]
 
     first = program * share
     last = tl.minimum(first + share, V)
     part = program.to(tl.int64) * tl.cdiv(share, BLOCK_V)
     part_ptr = partial_ptr + part * num_candidates * 6
-    # Flattened: the first loads of the next tile are under way while a tile is scored.
+    # The loops are flattened, so that the next tile's first loads run while a tile is scored.
     for tile in tl.range(first, last, BLOCK_V, flatten=True):
         token = tile + tl.arange(0, BLOCK_V)
         tile_ptr = weight_ptr + tl.cast(tile, tl.int64) * stride_wv
@@ -262,8 +266,8 @@ def _lm_head_kernel(
 def launch_of(
     num_candidates: int, V: int, dtype: torch.dtype, architecture: str, *, sample: bool
 ) -> Launch:
-    """The launch of the kernel; its grid is (shares of the vocabulary, blocks of candidates), and
-    `parts` are the tiles of all shares."""
+    """The launch of the kernel, whose grid is (shares of the vocabulary, blocks of candidates).
+    `parts` counts the tiles of all shares."""
     op = of_dtype("lm_head_confidence" + " sampled" * sample, dtype)
     config = configuration(op, num_candidates, architecture)
     blocks = {name: value for name, value in config.blocks.items() if name != "PROGRAMS"}
@@ -277,7 +281,7 @@ def launch_of(
 
 
 def launch_states(a: Any, V: int, banned: Sequence[int], vocab_start: int) -> Tensor:
-    """States over the vocabulary's tiles: (tiles, 6, N)."""
+    """Compute the states over each tile of the vocabulary: (tiles, 6, N)."""
     (N, E), sample = a.hidden.shape, a.temperature > 0
     launch = launch_of(N, V, a.hidden.dtype, architecture_of(a.hidden.device), sample=sample)
     partials = a.hidden.new_empty((launch.parts, PLANES, N), dtype=torch.float32)
@@ -328,7 +332,7 @@ def _check_partial(a: Any) -> None:
             f"{name}: vocab_end={a.vocab_end} with vocab_start={a.vocab_start}: accepted are "
             f"{a.vocab_start + 1} to {a.vocab_start + size}"
         )
-    # Other shards may have the banned tokens, and all allowed ones: none is checked here.
+    # The banned tokens are global, and this shard may have no allowed token: so none is checked.
     check_scoring(name, a, (len(a.hidden),), V, a.hidden.device, banned=())
 
 

@@ -6,23 +6,25 @@ forward it commits some of the proposals, and commits are final. Three choices m
 
     the schedule      where tokens may be committed next: the block [start, end)
     the rule          which of the masks in the block are committed
-    the cache policy  which positions the next forward computes, the others keeping their K/V
+    the cache policy  which positions the next forward computes; the others keep their K/V
 
 **Schedule.** "naive" cuts the response into blocks of `block_length` and moves to the next one when
 a block is full. "dsb" (Dynamic Sliding Block, arXiv 2602.05992, section 3) lets the block begin at
 the first mask and grow with each commit, up to `max_block_length` positions if that is given: easy
 positions further right need not wait for a hard one.
 
-**Rule.** Confidences are looked at from the largest down, and at least one is committed:
-"threshold" takes all that reach a value, "quota" a number fixed up front, "factor" (Fast-dLLM) and
-"frechet" (arXiv 2606.02955) as many as their bound on the joint choice allows.
+**Rule.** The candidates are sorted by confidence, the largest first. A rule commits the first few
+of them, and at least one: "threshold" commits all whose confidence reaches a value, "quota" a
+number that was fixed in advance, "factor" (Fast-dLLM) and "frechet" (arXiv 2606.02955) as many as
+their bound on the joint choice allows.
 
-**Cache policy.** "none" computes every position in every forward. "dual" (Fast-dLLM) does so at a
-*refresh* and otherwise computes the block alone. "dsb" (DSB Cache, same paper) computes a prefix as
-well, since what has just been committed changes the K/V of its neighbours most: as many positions
-as the block has just moved by, and at least `prefix_window`. Both refresh once `block_length`
-tokens were committed since the last refresh. Of every `full_every` refreshes all but the first
-leave the prompt's K/V as they are.
+**Cache policy.** "none" computes every position in every forward. "dual" (Fast-dLLM) does so only
+at a *refresh*, and between refreshes computes the positions from the block's start at the last
+refresh to the block's end. "dsb" (DSB Cache, same paper as the schedule) computes a prefix with the
+block, since a commit changes the K/V of its neighbours most: the prefix has as many positions as
+the block has just moved by, and at least `prefix_window`. Both policies refresh once `block_length`
+tokens have been committed since the last refresh, those of the refresh included. Of every
+`full_every` refreshes the first computes the prompt as well; the others leave its K/V as they are.
 
     row = Row(prompt_length=2, gen_length=8, block_length=4)
     while not row.done:
@@ -44,7 +46,8 @@ MASK, EOS = -1, 0
 def choose(confidences: list[float], rule: str, value: float, due: int = 0) -> list[int]:
     """Which candidates the rule commits: indices into `confidences`, ascending.
 
-    Ties go to the lower index. `due`: how many a fixed number of steps asks for ("quota").
+    Of equal confidences the one with the lower index comes first. `due` is the number that "quota"
+    commits.
     """
     order = sorted(range(len(confidences)), key=lambda i: (-confidences[i], i))
     c = [confidences[i] for i in order]
@@ -69,13 +72,13 @@ def choose(confidences: list[float], rule: str, value: float, due: int = 0) -> l
 
 
 def source(position: int, shift: bool) -> int:
-    """The position whose output predicts `position`: with `shift` (Dream) the one before it."""
+    """The position whose output predicts `position`: with `shift` (Dream) it is the one before."""
     return max(position - 1, 0) if shift else position
 
 
 @dataclass
 class Row:
-    """One row's decoding, a step at a time. The settings are those of `DecodingConfig`."""
+    """The decoding of one row, step by step. The settings are those of `UnmaskSpec`."""
 
     prompt_length: int
     gen_length: int
@@ -85,23 +88,23 @@ class Row:
     cache: str = "dsb"
     prefix_window: int = 0  # cache="dsb"
     rule: str = "threshold"
-    value: float = 0.9  # of the rule
-    steps: int = 1  # quota: steps of the response (dsb) or of each block (naive)
+    value: float = 0.9  # the value of the rule's setting
+    steps: int = 1  # quota: how many steps the response (dsb) or each block (naive) is given
     refresh_commit: str = "select"  # "first": a refresh commits the first candidate alone
-    min_prefix: int = 0  # cache="dual": 1 if a window's first token is predicted before it
+    min_prefix: int = 0  # cache="dual": 1 if the block's first token is predicted before the block
     stop_at_eos: bool = False
-    full_every: int = 1
-    leftpad: int = 0  # padding positions before the prompt
+    full_every: int = 1  # of so many refreshes, the first computes the prompt as well
+    leftpad: int = 0  # how many padding positions there are, at the left of the prompt
 
     canvas: list[int] = field(init=False)
     next_kind: str = "refresh"  # "refresh", "response", "window" or "nothing"
     start: int = field(init=False)
     end: int = field(init=False)
-    prefix: int = 0
-    committed: int = 0
-    since_refresh: int = 0
-    step: int = 0  # naive: of the block
-    refreshes: int = 0
+    prefix: int = 0  # how many positions before the block the next window has
+    committed: int = 0  # how many tokens have been committed
+    since_refresh: int = 0  # the same since the last refresh, the refresh itself included
+    step: int = 0  # how many steps the row (dsb) or its block (naive) has had
+    refreshes: int = 0  # how many refreshes the row has had, of either kind
 
     def __post_init__(self) -> None:
         self.canvas = [1] * self.prompt_length + [MASK] * self.gen_length
@@ -119,7 +122,7 @@ class Row:
         return self.canvas.index(MASK) if MASK in self.canvas else self.length
 
     def block(self) -> tuple[int, int]:
-        """The schedule: the block [start, end) of the canvas as it is."""
+        """The schedule: the block [start, end) that the present canvas has."""
         first = self.first_masked()
         if self.schedule == "naive":
             if first == self.length:
@@ -139,8 +142,8 @@ class Row:
     def computed(self, shift: bool = False) -> tuple[int, int]:
         """The positions [first, last) that the coming forward computes.
 
-        `shift`: tokens are predicted from the position before (Dream), so that the response needs
-        the prompt's last position.
+        With `shift` (Dream) a token is predicted from the position before it, so that a response
+        step also computes the prompt's last position.
         """
         if self.next_kind == "window":
             return self.start - self.prefix, self.end
@@ -148,10 +151,11 @@ class Row:
         return first, self.length
 
     def due(self) -> int:
-        """Commits planned up to and including this step, less those so far: of m masks in k steps
-        the first m mod k steps take one more."""
+        """How many tokens this step must commit to meet the plan: those that are planned up to and
+        including this step, less those that have been committed. The plan spreads m masks over k
+        steps; each of the first m mod k steps takes one more than the others."""
         masks, committed = self.gen_length, self.committed
-        if self.schedule == "naive":  # the plan is of the block
+        if self.schedule == "naive":  # the plan covers one block
             masks = min(self.block_length, self.length - self.start)
             committed -= self.start - self.prompt_length
         if self.step + 1 >= self.steps:
@@ -160,7 +164,8 @@ class Row:
         return sum(each + (t < more) for t in range(self.step + 1)) - committed
 
     def advance(self, tokens: list[int], confidences: list[float]) -> list[int]:
-        """Commit and slide, given a proposal for each candidate. Returns committed positions."""
+        """Commit and slide. `tokens` and `confidences` have one entry for each candidate. Returns
+        the positions that were committed."""
         candidates, is_refresh = self.candidates(), self.next_kind != "window"
         if is_refresh and self.refresh_commit == "first":
             chosen = [0]
@@ -176,7 +181,8 @@ class Row:
         return [candidates[i] for i in chosen]
 
     def slide(self, was_refresh: bool) -> None:
-        """Move the block, and decide what the next forward computes."""
+        """Move the block, and decide what the next forward computes. A row that stops at an EOS has
+        its whole rest filled with EOS."""
         old_start = self.start
         self.start, self.end = self.block()
         distance = self.start - old_start
@@ -187,7 +193,7 @@ class Row:
             self.prefix = 0
         elif self.cache == "dsb":
             self.prefix = max(distance, self.prefix_window)
-        else:  # the prefix begins where the block began when it was refreshed
+        else:  # the prefix begins where the block began at the last refresh
             since = 0 if was_refresh else self.prefix
             self.prefix = max(0 if refresh else since + distance, self.min_prefix)
         self.prefix = min(self.prefix, self.start - self.leftpad)
@@ -196,7 +202,7 @@ class Row:
 
         first = self.first_masked()
         eos = [i for i in range(self.prompt_length, first) if self.canvas[i] == EOS]
-        if self.stop_at_eos and eos:  # what follows an EOS is EOS
+        if self.stop_at_eos and eos:  # everything after an EOS becomes EOS
             self.canvas[eos[0] + 1 :] = [EOS] * (self.length - eos[0] - 1)
         if first == self.length or (self.stop_at_eos and eos):
             self.next_kind = "nothing"

@@ -1,8 +1,9 @@
 """Counter-based noise for sampling: Philox4x32-10 (Salmon et al., SC 2011).
 
-The noise of a token depends on the seed, its candidate's noise id and the token id alone, so a
-sample does not change with the batch, with how the vocabulary is split, or with a vocabulary shard.
-The definitions' side is plain PyTorch; the kernels' side computes the same words with `tl.philox`.
+The noise of a token depends only on the seed, on its candidate's noise id and on the token id. So a
+sample stays the same for every batch, for every split of the vocabulary, and over several processes
+with a shard each. The definitions use the functions in plain PyTorch; kernels compute the same
+words with `tl.philox`.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from dsb_kernels._op import jit, tl
 def philox4x32(
     counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Ten rounds; every word is an int64 tensor with values in [0, 2^32)."""
+    """Compute the ten rounds. Every word is an int64 tensor with values in [0, 2^32)."""
     low = 0xFFFFFFFF
     c0, c1, c2, c3 = counter
     k0, k1 = key
@@ -35,7 +36,7 @@ def gumbel_noise(
 ) -> Tensor:
     """Standard Gumbel noise of tokens [first, last) for each noise id: (..., last - first).
 
-    -log(-log(1 - w)) with w = (word + 1/2) / 2^32: fine steps where the noise is large.
+    It is -log(-log(1 - w)) with w = (word + 1/2) / 2^32, whose steps are fine where it is large.
     """
     low = 0xFFFFFFFF
     # One Philox call yields the words of four consecutive tokens.
@@ -55,9 +56,9 @@ def sampling_scores(
     noise_ids: Tensor | None,
     first: int = 0,
 ) -> Tensor:
-    """Scores whose argmax is a sample from softmax(x / temperature), or of `x` at temperature 0.
+    """Scores whose argmax is a sample from softmax(x / temperature). At temperature 0 they are `x`.
 
-    `x` (..., V) are the logits of tokens first, first + 1, ...
+    `x` (..., V) are the logits of tokens `first`, `first + 1` and so on.
     """
     if temperature == 0:
         return x

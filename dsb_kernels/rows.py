@@ -32,26 +32,27 @@ class StepKind(IntEnum):
 
 
 class Column(IntEnum):
-    """The columns of the row table, (B, NUM_COLUMNS) int32: all that is known of each row.
+    """The columns of the row table, (B, NUM_COLUMNS) int32, which has all that is known of each
+    row.
 
-    A step reads and updates the table on the device, and the host copies it as a whole. The order
-    of the columns is written down here and nowhere else.
+    A step reads and updates the table on the device, and the host copies the whole table. Only this
+    class defines the order of the columns.
     """
 
     NEXT_KIND = 0  # a StepKind
     START = 1  # the block is [start, end)
     END = 2
     PREFIX = 3  # a window step computes [start - prefix, end)
-    NUM_CANDIDATES = 4  # of the coming step
-    LEFTPAD = 5  # padding positions before the prompt, fixed during a call
-    COMMITTED = 6  # tokens committed so far
-    SINCE_REFRESH = 7  # tokens committed since the last refresh, that of the refresh included
-    STEP = 8  # steps so far; with schedule="naive" those of the current block
-    REFRESHES = 9  # refreshes that the row took part in, of either kind
-    FORWARDS = 10  # steps that the row took part in
-    TOOK_PART = 11  # in the last step: 0 or 1
-    NEW = 12  # tokens committed by the last step
-    FAILED = 13  # 1 once a candidate's confidence was NaN: such a step commits nothing
+    NUM_CANDIDATES = 4  # how many candidates the coming step has
+    LEFTPAD = 5  # how many padding positions stand before the prompt; fixed during a call
+    COMMITTED = 6  # how many tokens have been committed
+    SINCE_REFRESH = 7  # the same since the last refresh, those of the refresh included
+    STEP = 8  # how many steps the row has had; with schedule="naive", the current block
+    REFRESHES = 9  # how many refreshes the row took part in, of either kind
+    FORWARDS = 10  # how many steps the row took part in
+    TOOK_PART = 11  # 1 if the row took part in the last step, else 0
+    NEW = 12  # how many tokens the last step committed
+    FAILED = 13  # 1 once a candidate's confidence was NaN: in that step the row commits nothing
 
 
 NUM_COLUMNS = len(Column)
@@ -81,7 +82,7 @@ _NAMES = [column.name.lower() for column in Column]
 
 
 def read_rows(table: Tensor) -> list[Row]:
-    """The rows of a table that is on the host, (B, NUM_COLUMNS)."""
+    """Read the rows of a table (B, NUM_COLUMNS) that is on the host."""
     return [Row(**dict(zip(_NAMES, row, strict=True))) for row in table.tolist()]
 
 
@@ -90,24 +91,24 @@ class UnmaskSpec:
     """What stays fixed during a call of `generate`.
 
     Raises:
-        ValueError: a value that is not defined; the message names it and what is accepted.
+        ValueError: a value is not accepted; the message names it and what is accepted.
     """
 
-    prompt_length: int  # P, the first response position (rows are left-padded to it)
-    block_length: int  # S_init
-    max_block_length: int | None  # S_max; None is unbounded ("greedy")
+    prompt_length: int  # P, the first response position: every prompt is left-padded to it
+    block_length: int  # S_init in the paper
+    max_block_length: int | None  # S_max in the paper; with None the block is unbounded ("greedy")
     schedule: str  # one of SCHEDULES
     cache: str  # one of CACHES
-    prefix_window: int  # l_pm, positions recomputed before the window (cache="dsb")
+    prefix_window: int  # l_pm in the paper, the least prefix of a window (cache="dsb")
     min_prefix: int  # 1 where logits are shifted and a refresh selects, else 0
     rule: str  # a key of RULES
     rule_value: float  # the value of the rule's setting; 0.0 for "quota"
-    steps: int  # quota: steps for the response (dsb) or for one block (naive); else 0
+    steps: int  # quota: how many steps the response (dsb) or each block (naive) is given; else 0
     refresh_commit: str  # one of REFRESH_COMMITS: what a refresh step commits
     mask_id: int
     eos_ids: tuple[int, ...]
     stop_at_eos: bool
-    full_every: int = 1  # the first of so many refreshes computes the prompt as well
+    full_every: int = 1  # of so many refreshes, the first computes the prompt as well
 
     def __post_init__(self) -> None:
         check_choice("UnmaskSpec", "schedule", self.schedule, SCHEDULES)
@@ -122,17 +123,17 @@ class UnmaskSpec:
                 raise ValueError(
                     f"UnmaskSpec: {name}={getattr(self, name)}: accepted is at least {low}"
                 )
-        # The code is computed here, since torch.compile cannot trace json.
+        # The string of `encode` is made here, since torch.compile cannot trace json.
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         object.__setattr__(self, "_code", json.dumps(values))
 
     def encode(self) -> str:
-        """The spec as a string, which an op of torch can take."""
+        """Return the spec as a string, which torch accepts as an op's argument."""
         return self._code  # type: ignore[attr-defined]
 
     @staticmethod
     @functools.lru_cache(maxsize=64)
     def decode(code: str) -> UnmaskSpec:
-        """The spec of `encode`."""
+        """Return the spec that `encode` made this string from."""
         values = json.loads(code)
         return UnmaskSpec(**{**values, "eos_ids": tuple(values["eos_ids"])})

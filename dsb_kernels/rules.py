@@ -19,13 +19,13 @@ from torch import Tensor
 class Rule:
     """A selection rule and the setting of `DecodingConfig` that turns it on.
 
-    `count(c, rank, m, value, due)` says how many of the best candidates of each row are committed,
-    (B,) int64, before it is bounded by 1 and `m`:
-        c: confidences, descending, (B, K) float64; -inf past the last candidate.
-        rank: 1 to K, (K,) int64.
-        m: number of candidates, (B,) int64.
-        value: the setting's value (0.0 where `kind` is int).
-        due: how many commits a fixed number of steps asks for, (B,) int64.
+    `count(c, rank, m, value, due)` returns (B,) int64: how many of its best candidates each row
+    commits. `select` then raises it to 1 and lowers it to `m`. The arguments are:
+        c: (B, K) float64, the confidences in descending order, -inf past the last candidate.
+        rank: (K,) int64, the numbers 1 to K.
+        m: (B,) int64, how many candidates each row has.
+        value: the value of the setting, 0.0 where `kind` is int.
+        due: (B,) int64, how many tokens the plan of a quota asks for in this step.
     """
 
     name: str
@@ -33,10 +33,10 @@ class Rule:
     help: str  # what the setting does, a phrase for the command line and the docs
     count: Callable[[Tensor, Tensor, Tensor, float, Tensor], Tensor]
     low: float
-    high: float | None  # None: gen_length
+    high: float | None  # None stands for gen_length
     open_low: bool = False  # whether `low` itself is refused
-    kind: type[int] | type[float] = float  # int: the setting is a number of steps
-    default: float | None = None  # of the rule that is used when no setting names one
+    kind: type[int] | type[float] = float  # int where the setting is a number of steps
+    default: float | None = None  # only one rule has a default: it decides where none is named
 
 
 def count_threshold(c: Tensor, rank: Tensor, m: Tensor, value: float, due: Tensor) -> Tensor:
@@ -44,8 +44,8 @@ def count_threshold(c: Tensor, rank: Tensor, m: Tensor, value: float, due: Tenso
 
 
 def count_factor(c: Tensor, rank: Tensor, m: Tensor, value: float, due: Tensor) -> Tensor:
-    """Count the ranks before the first rank j with c_(j) < 1 - value / (j + 1), which is never rank
-    1; count all if there is none or only the last (Fast-dLLM)."""
+    """Fast-dLLM: a rank j > 1 fails if c_(j) < 1 - value / (j + 1). Count the ranks before the
+    first that fails. Count all m where none fails, or where rank m is the first that does."""
     bound = torch.where(rank == 1, -1.0, 1.0 - value / (rank + 1).double())
     fails = (c < bound) & (rank <= m[:, None])
     first_failure = torch.where(fails, rank, c.shape[-1] + 1).amin(-1)
@@ -53,7 +53,10 @@ def count_factor(c: Tensor, rank: Tensor, m: Tensor, value: float, due: Tensor) 
 
 
 def count_frechet(c: Tensor, rank: Tensor, m: Tensor, value: float, due: Tensor) -> Tensor:
-    """Count the ranks n with c_(1) + ... + c_(n) - (n - 1) - (1 - c_(n)) > value (2606.02955)."""
+    """Count the ranks n with c_(1) + ... + c_(n) - (n - 1) - (1 - c_(n)) > value (2606.02955).
+
+    For probabilities the left side never grows with n, so that these are the first ranks.
+    """
     bound = c.cumsum(-1) - (rank - 1) - (1.0 - c)
     return ((bound > value) & (rank <= m[:, None])).sum(-1)
 
@@ -86,7 +89,14 @@ RULES: dict[str, Rule] = {
 
 
 def select(confidence: Tensor, valid: Tensor, due: Tensor, rule: str, value: float) -> Tensor:
-    """Which candidates the rule commits: (B, K) bool. Ties go to the lower position."""
+    """Which candidates the rule commits: (B, K) bool. Of equal confidences the one at the lower
+    position ranks first.
+
+    Args:
+        confidence: (B, K), read where `valid`.
+        valid: (B, K) bool, whether the candidate may be committed.
+        due: (B,) int64, how many tokens the plan of a quota asks for.
+    """
     c = torch.where(valid, confidence.double(), -torch.inf)
     c, order = c.sort(dim=-1, descending=True, stable=True)
     rank = torch.arange(1, c.shape[-1] + 1, device=c.device)

@@ -1,19 +1,22 @@
-"""A candidate's scoring state over part of the vocabulary, and the combine of such states.
+"""The state of a candidate over part of the vocabulary, and how such states are combined.
 
-Programs of `token_confidence` and `lm_head_confidence`, and processes with a vocabulary shard, each
-see part of a candidate's logits x. They leave its state, which one small kernel combines in a fixed
-order. A state is six float32 planes:
+A program of `token_confidence` or `lm_head_confidence`, or a process with a vocabulary shard, sees
+only part of a candidate's logits x. It writes the candidate's state over that part, and one small
+kernel combines the states of all parts in a fixed order. A token is allowed unless it is banned. A
+state is six float32 planes:
 
-    0 maximum  largest logit m
-    1 total    sum of e^(x - m)
-    2 score    best allowed score: logit, or logit / temperature + noise when sampling
-    3 logit    "margin": the largest allowed logit; else the logit of `token`
-    4 extra    "margin": the second largest allowed logit; "entropy": sum of e^(x - m) (x - m);
-               else unused
-    5 token    lowest token with the best score; NO_TOKEN where every allowed logit is -inf
+    0 maximum  the largest logit m
+    1 total    the sum of e^(x - m)
+    2 score    the best score of an allowed token: its logit, or, when sampling, its
+               logit / temperature + noise
+    3 logit    "margin": the largest allowed logit; otherwise the logit of `token`
+    4 extra    "margin": the second largest allowed logit; "entropy": the sum of
+               e^(x - m) (x - m); otherwise unused
+    5 token    the lowest token with the best score; NO_TOKEN where every allowed logit is -inf
 
-A NaN logit makes `total` NaN, whatever max does with NaN; `token` is then meaningless. Tokens that
-are not banned are "allowed". `R` = parts of the vocabulary, `N` = candidates, `V` = vocabulary.
+A NaN logit makes `total` NaN, whatever max does with NaN; `token` then means nothing.
+
+Shapes: R parts of the vocabulary, N candidates, V vocabulary entries.
 """
 
 from __future__ import annotations
@@ -32,7 +35,7 @@ from dsb_kernels.noise import sampling_scores
 
 CONFIDENCES = ("probability", "margin", "entropy")
 PLANES = 6
-MAX_VOCABULARY = 1 << 24  # token ids are exact in float32 up to here
+MAX_VOCABULARY = 1 << 24  # float32 represents every token id below this exactly
 _NO_TOKEN = 1 << 30
 NO_TOKEN = constant(_NO_TOKEN)
 
@@ -40,12 +43,12 @@ NO_TOKEN = constant(_NO_TOKEN)
 
 
 def confidence_of(p: Tensor, token: Tensor, banned: Sequence[int], confidence: str) -> Tensor:
-    """How confident distributions p (..., V) are in `token` (...): (...)."""
+    """The confidence (...) in `token` (...) under the distributions p (..., V)."""
     if confidence == "probability":
         return p.gather(-1, token[..., None])[..., 0]
     if confidence == "entropy":
         return p.xlogy(p).sum(-1)
-    allowed = pad(p, (0, 1))  # a copy, of at least two
+    allowed = pad(p, (0, 1))  # a copy, which has at least two entries for `topk`
     for b in banned:
         allowed[..., b] = 0
     best, second = allowed.topk(2, dim=-1).values.unbind(-1)
@@ -62,11 +65,12 @@ def state_of(
     confidence: str,
     vocab_start: int,
 ) -> Tensor:
-    """The state of logits (N, V) whose first column is token `vocab_start`: (6, N) float32, or
-    float64 for float64 logits. `banned` are columns."""
+    """The state (6, N) of logits (N, V), whose first column is token `vocab_start`. It is float32,
+    or float64 for float64 logits. `banned` lists columns of `logits`."""
     x = logits if logits.dtype == torch.float64 else logits.float()
     maximum = x.amax(-1)
-    # The reference is finite where the maximum is -inf, so that e is 0 there. +inf equals +inf.
+    # If the maximum is -inf, the reference is finite, so that every e is 0. If it is +inf, so is
+    # the reference: then e is 1 for logits of +inf and 0 for the others.
     reference = maximum.clamp(min=torch.finfo(x.dtype).min)[:, None]
     distance = torch.where(x == reference, 0.0, x - reference)
     e = distance.exp()
@@ -93,16 +97,16 @@ def combine_partials_reference(
     """Token and confidence of candidates whose vocabulary is sharded over processes.
 
     Args:
-        partials: (R, 6, N) float32, contiguous: what `lm_head_partial` returned in each process,
-            gathered in any order (token ids are global).
+        partials: (R, 6, N) float32, contiguous: the results of `lm_head_partial` of all processes
+            in any order (their token ids are global).
         eligible, banned, confidence: the arguments of that call; `banned` are global token ids.
 
     Returns:
-        token (N,) int64 and confidence (N,) float32, as from `token_confidence`. Every process
-        computes the same from the same gathered tensor.
+        token (N,) int64 and confidence (N,) float32, as from `token_confidence`. Processes that
+        have the same partials compute the same result.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong dtype, shape, device, stride or value.
+        TypeError, ValueError: an argument has the wrong dtype, shape, device, stride or value.
     """
     maxima, totals, scores, logits, extras, tokens = partials.unbind(1)
     maximum = maxima.amax(0)
@@ -119,11 +123,11 @@ def combine_partials_reference(
         best, second = torch.cat([logits, extras]).topk(2, dim=0).values
         c = probability(best) - probability(second)
     else:
-        moved = torch.where(scale > 0, scale * (extras + totals * (maxima - maximum)), 0.0)
-        moved = torch.where(maxima == maximum, extras, moved)
-        c = moved.sum(0) / total - total.log()
+        rescaled = torch.where(scale > 0, scale * (extras + totals * (maxima - maximum)), 0.0)
+        rescaled = torch.where(maxima == maximum, extras, rescaled)
+        c = rescaled.sum(0) / total - total.log()
     token = torch.where(token == _NO_TOKEN, first_allowed(banned), token).long()
-    ok = total > 0  # neither NaN nor nothing but -inf
+    ok = total > 0  # false where a logit is NaN, and where every logit is -inf
     token, c = torch.where(ok, token, -1), torch.where(ok, c, torch.nan)
     if eligible is not None:
         token = torch.where(eligible, token, -1)
@@ -141,16 +145,17 @@ def first_allowed(banned: Sequence[int]) -> int:
 
 @jit
 def exp_from(x, reference):
-    """e^(x - reference), 1 where equal: so many +inf count as so many equal largest logits."""
+    """e^(x - reference), which is 1 where both are equal, so that two logits of +inf count as two
+    equal largest logits."""
     return tl.exp(tl.where(x == reference, 0.0, x - reference))
 
 
 @jit
 def weigh(x, maximum):
-    """Distance of logits to their maximum, and e^distance, which is at most 1 (`capped`).
+    """The distance of logits to their maximum, and e^distance, the weights of the logits.
 
-    Where the maximum is infinite, the reference is finite: then -inf weighs nothing, +inf is at a
-    distance of +inf and weighs as much as an equal, once capped.
+    An infinite maximum is replaced by a finite number. Then a logit of -inf has weight 0. A logit
+    of +inf has distance +inf and weight +inf, which `capped` makes 1, as for any largest logit.
     """
     distance = x - tl.clamp(maximum, -3.4028234663852886e38, 3.4028234663852886e38)
     # exp2 flushes what is below 2^-126 to 0; exp would spend four instructions to keep it.
@@ -159,7 +164,7 @@ def weigh(x, maximum):
 
 @jit
 def capped(e):
-    """Weights with e^(+inf) = 1; a NaN stays one."""
+    """The weights, with 1 in place of +inf. A NaN stays NaN."""
     return tl.minimum(e, 1.0, propagate_nan=tl.PropagateNan.ALL)
 
 
@@ -167,7 +172,8 @@ def capped(e):
 def store_state(
     state_ptr, stride_plane, mask, maximum, total, score, logit, extra, index, token_base
 ):
-    """Write the state of one candidate (scalars) or many; `token_base` makes token ids global."""
+    """Write the state of one candidate (scalars) or of many (vectors). Adding `token_base` to an
+    index gives the global token id."""
     token = tl.where(index == NO_TOKEN, NO_TOKEN, index + token_base).to(tl.float32)
     tl.store(state_ptr, maximum, mask=mask)
     tl.store(state_ptr + stride_plane, total, mask=mask)
@@ -183,8 +189,8 @@ def combine_kernel(
     num_candidates, parts, first_allowed,
     PARTS: tl.constexpr, CONFIDENCE: tl.constexpr,
 ):  # fmt: skip
-    """Program (candidate): the states of its parts, all at once in a fixed order, to one state
-    (where `state_ptr` is given) or to token and confidence."""
+    """Program (candidate): combine the states of all its parts at once, in a fixed order, and write
+    one state, or, if `state_ptr` is None, the token and its confidence."""
     candidate = tl.program_id(0)
     part = tl.arange(0, PARTS)
     if eligible_ptr is not None:  # the states of other candidates were never written
@@ -247,7 +253,7 @@ def combine_warps(parts: int) -> int:
 def launch_combine(
     partials: Tensor, eligible: Tensor | None, banned: Sequence[int], confidence: str
 ) -> tuple[Tensor, Tensor]:
-    """Token and confidence from partials (parts, 6, N) of the whole vocabulary."""
+    """Combine partials (parts, 6, N) of the whole vocabulary into token and confidence."""
     N = partials.shape[2]
     token, c = partials.new_empty(N, dtype=torch.int64), partials.new_empty(N)
     _combine(partials, eligible, token, c, None, first_allowed(banned), confidence)
@@ -255,7 +261,7 @@ def launch_combine(
 
 
 def launch_merge(partials: Tensor, eligible: Tensor | None, confidence: str) -> Tensor:
-    """One state (6, N) from partials (parts, 6, N)."""
+    """Combine partials (parts, 6, N) into one state (6, N)."""
     state = partials.new_empty((PLANES, partials.shape[2]))
     _combine(partials, eligible, None, None, state, 0, confidence)
     return state
@@ -295,8 +301,8 @@ combine_partials = op(combine_partials_reference, launch=_launch, check=_check)
 def check_scoring(
     op: str, a: Any, shape: Sequence[int], V: int, device: torch.device, banned: Sequence[int]
 ) -> None:
-    """What the scoring ops accept of their arguments `a` for candidates of this shape; `banned`
-    are columns of their logits."""
+    """Check the arguments `a` that the scoring ops share, for candidates of this shape. `banned`
+    lists columns of their logits."""
     check_choice(op, "confidence", a.confidence, CONFIDENCES)
     if not 1 <= V <= MAX_VOCABULARY:
         raise ValueError(f"{op}: vocabulary of {V} tokens: accepted are 1 to {MAX_VOCABULARY}")

@@ -1,8 +1,10 @@
 """token_confidence: from logits to a proposed token and its confidence, in one pass.
 
-Proposing and scoring as LLaDA (arXiv 2502.09992) and Dream (arXiv 2508.15487) decode: the token
-is the argmax (or a Gumbel-max sample), its confidence the softmax probability of that token, the
-margin of the two best tokens, or the negative entropy. `V` = vocabulary, `N` = candidates.
+LLaDA (arXiv 2502.09992) and Dream (arXiv 2508.15487) propose and score tokens like this: the token
+is the argmax (or a Gumbel-max sample), and its confidence is its softmax probability, the margin
+between the two best tokens, or the negative entropy.
+
+Shapes: V vocabulary entries, N candidates.
 """
 
 from __future__ import annotations
@@ -48,28 +50,31 @@ def token_confidence_reference(
 
     Args:
         logits: (..., V) float32, float16 or bfloat16, last dimension of stride 1.
-        eligible: (...) bool, contiguous; other candidates are skipped and get token -1, confidence
-            -inf.
-        banned: token ids never proposed; their logits stay in the softmax.
-        temperature: 0 proposes the argmax (the lower id among equals); above 0 the argmax of
-            logits / temperature + Gumbel noise, a sample from softmax(logits / temperature).
-        seed: () int64, key of the noise; needed when sampling.
-        noise_ids: (...) int64, contiguous, what tells candidates' noise apart, e.g. position +
-            step * length; needed when sampling.
-        confidence: of the untempered softmax p over all V tokens. "probability" p[token];
-            "margin" the difference of the two largest p among tokens not banned; "entropy" the
-            negative entropy, sum of p log p (natural logarithm).
+        eligible: (...) bool, contiguous. A candidate for which it is False is skipped, and gets
+            token -1 and confidence -inf.
+        banned: token ids that are never proposed. Their logits stay in the softmax.
+        temperature: at 0 the token is the argmax (the lowest id among equals). Above 0 it is the
+            argmax of logits / temperature + Gumbel noise, which is a sample from
+            softmax(logits / temperature).
+        seed: () int64, the key of the noise; needed when sampling.
+        noise_ids: (...) int64, contiguous; needed when sampling. Candidates with different ids have
+            independent noise.
+        confidence: which confidence is computed from p, the softmax of the logits over all V tokens
+            without temperature. "probability" is p[token]. "margin" is the difference between the
+            two largest p of tokens that are not banned. "entropy" is the negative entropy, the sum
+            of p log p (natural logarithm).
 
     Returns:
-        token (...) int64 and confidence (...) float32. A candidate with a NaN logit, or with
-        nothing but -inf, gets token -1 and confidence NaN. n logits of +inf share probability 1.
+        token (...) int64 and confidence (...) float32. A candidate that has a NaN logit, or whose
+        logits are all -inf, gets token -1 and confidence NaN. If n logits are +inf, each of them
+        has probability 1 / n.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong dtype, shape, device, stride or value.
+        TypeError, ValueError: an argument has the wrong dtype, shape, device, stride or value.
     """
     x = logits if logits.dtype == torch.float64 else logits.float()
     token = first_argmax(sampling_scores(x, temperature, seed, noise_ids), banned)
-    # The largest finite number stands for +inf, whose softmax has no value.
+    # The largest finite number replaces +inf, for which softmax would give NaN.
     p = x.clamp(max=torch.finfo(x.dtype).max).softmax(-1)
     c = confidence_of(p, token, banned, confidence)
     token = torch.where(c.isnan(), -1, token)
@@ -80,10 +85,11 @@ def token_confidence_reference(
 
 
 def first_argmax(x: Tensor, banned: Sequence[int] = ()) -> Tensor:
-    """argmax over the last dimension without the banned indices, the lowest among equals.
+    """The argmax over the last dimension without the banned indices, the lowest index among equals.
 
-    It looks for the best block of 256 first, since a CPU compares many numbers at once for `amax`
-    and one at a time for `argmax`: of 126,464 logits, that takes a third of the time with its copy.
+    It first finds the best block of 256 numbers, since a CPU compares many numbers at once for
+    `amax` but one at a time for `argmax`. For 126,464 logits this takes a third of the time, the
+    copy included.
     """
     size = 256
     allowed = pad(x, (0, -x.shape[-1] % size), value=-torch.inf)
@@ -98,16 +104,17 @@ def first_argmax(x: Tensor, banned: Sequence[int] = ()) -> Tensor:
 
 
 # --- kernel -----------------------------------------------------------------------------------
-# A tile is a block of BLOCK_V logits of one candidate, read once. A program carries the candidate's
-# state (see score.py) over SPLIT_BLOCKS tiles and writes it as the partial of its split.
+# A tile is BLOCK_V consecutive logits of one candidate, which are read once. A program carries the
+# candidate's state (see score.py) over SPLIT_BLOCKS tiles, which are its split, and writes the
+# state at the end.
 
 
 @jit
 def by_thread(x, LANES: tl.constexpr):
-    """Sum `x` (BLOCK,) to (LANES,), so that a thread adds up the elements that it has loaded.
+    """Add `x` (BLOCK,) up to (LANES,), so that each thread adds the elements that it has loaded.
 
-    Each of LANES threads loads 8 neighboring elements of 16 bits at a time; two threads share 8
-    elements of 32 bits.
+    Each of LANES threads loads 8 neighbouring elements of 16 bits at a time. Of 32-bit elements,
+    two threads load 8 together.
     """
     return tl.sum(tl.sum(tl.reshape(x, (x.shape[0] // (LANES * 8), LANES, 8)), 2), 0)
 
@@ -119,9 +126,10 @@ def _score_tile(
     BLOCK: tl.constexpr, BANNED: tl.constexpr, SAMPLE: tl.constexpr, CONFIDENCE: tl.constexpr,
     LANES: tl.constexpr,
 ):  # fmt: skip
-    """Extend a state by the logits `x` of tokens `token` = first ... first + BLOCK - 1.
+    """Extend a state by the logits `x` of tokens `first` to `first + BLOCK - 1`, listed in `token`.
 
-    Sums (`total`, and `extra` where it is one) stay apart by thread, (LANES,), until the last tile.
+    The sums (`total`, and `extra` for "entropy") have shape (LANES,): each thread has its own until
+    the last tile is scored.
     """
     tile_maximum = tl.max(x, 0)
     m = tl.maximum(maximum, tile_maximum)
@@ -250,7 +258,7 @@ def _token_confidence_kernel(
 
 
 def launch_of(num_candidates: int, V: int, architecture: str, sample: bool) -> Launch:
-    """The launch of the kernel; its grid is (candidates, splits)."""
+    """The launch of the kernel, whose grid is (candidates, splits)."""
     config = configuration("token_confidence" + " sampled" * sample, num_candidates, architecture)
     block_v = config.blocks["BLOCK_V"]
     # Each of LANES threads takes 8 elements of a tile at a time.
