@@ -1,8 +1,8 @@
-"""window_attention: window queries over cached and fresh keys, bidirectional, block-sparse.
+"""window_attention: the queries of a window attend to the cache and to the window itself.
 
-The attention of a window step of a diffusion language model (DSB Cache, arXiv 2602.05992): the
-queries of the window see every stored position, before and after them. The kernel splits the keys
-as FlashDecoding does; block lists have FlexAttention's layout.
+This is the attention of a window step of a diffusion language model (DSB Cache, arXiv 2602.05992).
+It is bidirectional: a query sees stored positions before and after its own. Lists of KV blocks, in
+FlexAttention's layout, make it sparse. The kernel splits the keys as FlashDecoding does.
 
 Shapes: B batch rows, H query heads, H_kv KV heads, W positions of a window (its columns), C
 positions of the cache, D elements of a head.
@@ -44,46 +44,49 @@ def window_attention_reference(
     num_splits: int | None = None,
     return_lse: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Attention of the window's queries to everything stored and to the window itself.
+    """Attention of the window's queries to every stored position and to the window itself.
 
-    A query in a column below window_length sees the cached positions in [leftpad, seqlens) outside
-    [window_start, window_start + window_length), and the window's own keys that stand at leftpad or
-    after it. Nothing else is read: the rest of the cache may hold anything. A window over the whole
-    canvas is full attention without the padding.
+    A query in a column below window_length sees two sets of keys: those of the cached positions in
+    [cache_leftpad, cache_seqlens) outside [window_start, window_start + window_length), and the
+    window's own keys, at positions of this range from cache_leftpad on. The rest of the cache may
+    hold anything, since it changes no result. If the window is the whole canvas, this is full
+    attention without the padding.
 
     Args:
         q: (B, H, W, D) bfloat16, float16 or float32; D a multiple of 8 up to 256.
-        k_window, v_window: (B, H_kv, W, D), H a multiple of H_kv; both None when the window's
-            K and V have been written into the cache already, which is then read there too.
-        k_cache, v_cache: (B, H_kv, C, D) of the same strides; with `cache_batch_idx` of any batch
-            size from 1.
-        window_start: (B,) int32, canvas position of column 0, 0 to C - window_length.
-        window_length: (B,) int32, columns of the window in use, 0 to W.
-        cache_seqlens: (B,) int32, end of what is stored, 0 to C; None where that is C.
-        cache_leftpad: (B,) int32 or None (zeros), start of what is stored.
-        cache_batch_idx: (B,) int32, the cache's batch row that each row of q reads, as in
-            FlashAttention; None is row b itself. A row of length 0 reads nothing.
+        k_window, v_window: (B, H_kv, W, D), H a multiple of H_kv. Both are None if the window's K
+            and V have already been written into the cache: then they are read there.
+        k_cache, v_cache: (B, H_kv, C, D), both with the same strides. With `cache_batch_idx` their
+            first dimension may have any size from 1.
+        window_start: (B,) int32, the canvas position of column 0, 0 to C - window_length.
+        window_length: (B,) int32, how many columns the window uses, 0 to W.
+        cache_seqlens: (B,) int32, one past the last stored position, 0 to C. None means C.
+        cache_leftpad: (B,) int32, the first stored position. None means zeros.
+        cache_batch_idx: (B,) int32, the batch row of the cache that each row of q reads, as in
+            FlashAttention. None means that row b reads batch row b. A row of length 0 reads
+            nothing.
         kv_num_blocks, kv_indices: (B,) and (B, N), or (B, H_kv) and (B, H_kv, N) int32, contiguous:
-            the KV blocks visited outside the window (no block twice); both None visits all.
-            `dsb_kernels.block_lists` makes them.
-        kv_block_size: positions of a listed block, a power of two from 16.
-        softmax_scale: None is 1 / sqrt(D).
-        num_splits: parts that the kernel splits the keys into; None derives it from B, H, W and the
-            GPU, never from the cache or its contents, so that results are reproducible.
-        return_lse: also return the log-sum-exp of the scaled scores.
+            the KV blocks that queries visit outside the window, none of them twice. If both are
+            None, queries visit every KV block. `dsb_kernels.block_lists` makes such lists.
+        kv_block_size: how many positions a listed KV block has, a power of two from 16.
+        softmax_scale: the factor of the scores. None means 1 / sqrt(D).
+        num_splits: into how many splits the kernel divides the keys. None lets B, H, H_kv, W, D,
+            the dtype and the GPU decide, but never C or what the cache holds, so that results are
+            reproducible.
+        return_lse: whether to return also the log-sum-exp of the scaled scores.
 
-    The other tensors may have any strides with the last dimension contiguous.
+    Tensors that are not called contiguous may have any strides with the last dimension contiguous.
 
     Returns:
-        out (B, H, W, D), a transposed view of (B, W, H, D), 0 in columns past window_length and
-        where nothing is visible; with `return_lse` also lse (B, H, W) float32, natural logarithm,
-        -inf there.
+        out (B, H, W, D), a transposed view of (B, W, H, D). It is 0 in columns at or past
+        window_length, and where a query sees no key. With `return_lse` also lse (B, H, W) float32,
+        the natural logarithm, which is -inf in the same places.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong dtype, shape, device, stride or value.
+        TypeError, ValueError: an argument has the wrong dtype, shape, device, stride or value.
 
     Example:
-        Attend to the blocks before the window and to one block of 64 positions after it:
+        Attend to the KV blocks before the window and to one KV block of 64 positions after it:
 
             from dsb_kernels.block_lists import blocks_near_window
 
@@ -102,7 +105,7 @@ def window_attention_reference(
         k, v = torch.cat([k_cache, k_window], 2), torch.cat([v_cache, v_window], 2)
     column = torch.arange(q.shape[2], dtype=torch.int32, device=q.device)
     inside = column < window_length[:, None]
-    answered = inside[:, None, :, None]  # (B, 1, W, 1), queries that get an answer
+    answered = inside[:, None, :, None]  # (B, 1, W, 1), whether the query gets an answer
     bounds = (k_window, cache_seqlens, cache_leftpad, kv_indices)
     if any(bound is not None for bound in bounds):  # otherwise every key is visible
         listed = None
@@ -112,11 +115,12 @@ def window_attention_reference(
             k_cache.shape[2], None if k_window is None else inside, window_start, window_length,
             cache_seqlens, cache_leftpad, listed,
         ).expand(-1, H_kv, -1)  # fmt: skip
-        # What is not visible may be uninitialised memory: select, do not multiply by zero.
+        # Keys that are not visible may be uninitialised memory, and 0 * NaN is NaN: so the values
+        # are replaced, not multiplied by zero.
         k, v = torch.where(visible[..., None], k, 0), torch.where(visible[..., None], v, 0)
         mask = visible.repeat_interleave(H // H_kv, 1)[:, :, None]  # (B, H, 1, keys)
         answered = answered & mask.any(-1, keepdim=True)
-    grouped = bool(H_kv != H)  # a plain bool where the compiler's sizes are symbols
+    grouped = bool(H_kv != H)  # while torch.compile traces, H_kv != H is a symbol and no bool
     out = scaled_dot_product_attention(q, k, v, mask, scale=softmax_scale, enable_gqa=grouped)
     out = select(answered, out).transpose(1, 2).contiguous().transpose(1, 2)
     if not return_lse:
@@ -133,8 +137,12 @@ def _visible_keys(
     C: int, fresh: Tensor | None, window_start: Tensor, window_length: Tensor,
     cache_seqlens: Tensor | None, cache_leftpad: Tensor | None, listed: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    """Which keys a row's queries see: (B, 1 or H_kv, C) bool, or C + W where the window's keys
-    follow the cached ones. `fresh` (B, W) are the columns of those keys that are in use."""
+    """Which keys the queries of a row see: (B, 1 or H_kv, C) bool.
+
+    If the window's keys follow the cached ones, the last dimension is C + W, and `fresh` (B, W)
+    says which columns the window uses. `listed` (B, 1 or H_kv, C) is True for the positions that
+    the lists of KV blocks name.
+    """
     position = torch.arange(C, device=window_start.device)
     start, end = (x[:, None, None] for x in (window_start, window_start + window_length))
     in_window = (position >= start) & (position < end)
@@ -156,7 +164,7 @@ def _visible_keys(
 
 
 def _listed_positions(kv_num_blocks: Tensor, kv_indices: Tensor, size: int, C: int) -> Tensor:
-    """Which cache positions the block lists name: (B, 1 or H_kv, C) bool."""
+    """Which cache positions the lists of KV blocks name: (B, 1 or H_kv, C) bool."""
     blocks = -(-C // size)
     entry = torch.arange(kv_indices.shape[-1], device=kv_indices.device)
     block = torch.where(entry < kv_num_blocks[..., None], kv_indices.long(), blocks)
@@ -197,7 +205,7 @@ def _check(a: Any) -> None:
 
 
 def _check_pair(op: str, name: str, value: object, other_name: str, other: object) -> None:
-    """Two arguments are both None or both not None, else a ValueError."""
+    """Raise ValueError if one of two arguments is None and the other is not."""
     if (value is None) != (other is None):
         missing, present = (name, other_name) if value is None else (other_name, name)
         raise ValueError(

@@ -17,21 +17,25 @@ from dsb_kernels._configs import Config, architecture_of, configuration
 from dsb_kernels._op import jit, launch_options, tl, triton, wrap_triton
 
 MAX_SPLITS, DEFAULT_MAX_SPLITS = 128, 32
-COMBINE_QUERIES = 8  # of a program of the combine
-FRUGAL_POSITIONS = 4096  # with so many, partial results should take a tenth of K and V at most
+COMBINE_QUERIES = 8  # how many queries a program of `_combine_kernel` takes
+FRUGAL_POSITIONS = 4096  # for a cache of this many positions `choose_splits` saves memory traffic
 
 
 def tile_of(queries: int, D: int, dtype: torch.dtype, architecture: str) -> Config:
-    """The tile for so many queries of a KV head."""
+    """The configuration for `queries` queries of a KV head."""
     kind = "float32" if dtype == torch.float32 else "128" if D <= 128 else "256"
     return configuration(f"window_attention {kind}", queries, architecture)
 
 
 def choose_splits(programs: int, sm_count: int, queries: int) -> int:
-    """The fewest splits within 85% of the best share of busy SMs (FlashAttention-3's rule).
+    """How many splits the keys are divided into.
 
-    Partial results take `queries` (of a KV head) x splits / positions of the bytes of K and V.
-    Where fewer splits keep them within a tenth, the SMs may be busy to 65% of the best share.
+    A number of splits keeps some share of the SMs busy. FlashAttention-3's rule takes the fewest
+    splits whose share is at least 85% of the best one.
+
+    Relative to the bytes of K and V, partial results have `queries` (of a KV head) x splits /
+    positions bytes. Where fewer splits keep that within a tenth for FRUGAL_POSITIONS positions,
+    they are taken if their share is at least 65% of the best one.
     """
     waves = [programs * splits / sm_count for splits in range(1, DEFAULT_MAX_SPLITS + 1)]
     share = [w / math.ceil(w) for w in waves]
@@ -42,7 +46,7 @@ def choose_splits(programs: int, sm_count: int, queries: int) -> int:
 
 @functools.cache
 def sm_count(device: torch.device) -> int:
-    """Streaming multiprocessors; the interpreter stands in for an H100."""
+    """How many streaming multiprocessors a GPU has. The interpreter takes the number of an H100."""
     if device.type != "cuda":
         return 132
     return torch.cuda.get_device_properties(device).multi_processor_count
@@ -50,7 +54,8 @@ def sm_count(device: torch.device) -> int:
 
 @jit
 def _load_bounds(window_start_ptr, window_length_ptr, seqlens_ptr, leftpad_ptr, b, W, C):
-    """A row's window start and window length, then the end and the start of what is stored."""
+    """A row's window start and window length, one past its last stored position, and its first
+    stored position."""
     window_length = tl.minimum(tl.load(window_length_ptr), W)
     seqlen, leftpad = C, 0
     if seqlens_ptr is not None:
@@ -65,13 +70,13 @@ def _visit_list(
     window_start, window_length, seqlen, leftpad, num_blocks_ptr, list_index,
     WINDOW_IN_CACHE: tl.constexpr, KV_BLOCK: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """The KV blocks that a row's queries visit, in three ranges: the cached positions before the
-    window, those after it, and the window's own columns, counted from its start. Each range is cut
-    into blocks from its first position on, so that only its last block may be partly used. Listed
-    blocks, if there are any, stand in place of the first two ranges.
+    """The KV blocks that a row's queries visit. They lie in three ranges: the cached positions
+    before the window, those after it, and the window's own columns, counted from its start. Each
+    range is cut into KV blocks of BLOCK_N from its first position on, so that only its last one may
+    be partly used. If there is a list, its KV blocks replace the first two ranges.
 
-    Returns the ends of the three ranges, the starts of the last two, and how many blocks lie in the
-    first range, in the first two and in all three.
+    Returns the ends of the three ranges, the starts of the last two, and how many KV blocks lie in
+    the first range, in the first two and in all three.
     """
     window_end = window_start + window_length
     before_end = tl.minimum(window_start, seqlen)
@@ -82,7 +87,7 @@ def _visit_list(
         n_cached = n_before
     else:
         if WINDOW_IN_CACHE:
-            # The cache is read through the window, as one range.
+            # The window's keys lie in the cache: one range covers what is before, in and after it.
             through = window_start <= seqlen
             before_end = tl.where(through, tl.maximum(window_end, seqlen), before_end)
             after_end = tl.where(through, after, after_end)
@@ -95,12 +100,12 @@ def _visit_list(
 
 @jit
 def _online_softmax(q, k, seen, top, total, scale):
-    """Extend the online softmax by one block of keys. Returns the weights of the block's values,
-    the factor for the sums so far, and the new largest score and sum of weights."""
+    """Extend the online softmax by one KV block. Returns the weights of its values, the factor by
+    which earlier sums must be multiplied, the new largest score, and the new sum of weights."""
     scores = tl.dot(q, tl.trans(k), input_precision="ieee")
     scores = tl.where(seen[None, :], scores, float("-inf"))
     new_top = tl.maximum(top, tl.max(scores, 1) * scale)
-    # Where no key has been seen yet, -inf - -inf would be NaN.
+    # A query that has seen no key yet must not compute -inf - -inf, which is NaN.
     shift = tl.where(new_top == float("-inf"), 0.0, new_top)
     p = tl.exp2(scores * scale - shift[:, None])
     decay = tl.exp2(top - shift)
@@ -112,9 +117,9 @@ def _store_split(
     out_ptr, lse_ptr, acc, top, total, first, column, head, window_length, W, H,
     HEAD_DIM: tl.constexpr, NUM_SPLITS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Write a split's normalised sums and their log-sum-exp. `first` counts the columns of all
-    splits before this one."""
-    # Where no key was seen, acc is 0 and top is -inf, as the result should be.
+    """Write a split's normalised sums and their log-sum-exp. `first` is how many columns all
+    splits before this one have, those of earlier rows included."""
+    # For a query that saw no key, acc is 0 and top is -inf, which are the right results.
     total = tl.where(total == 0.0, 1.0, total)
     valid = column < window_length
     acc = tl.where(valid[:, None], acc / total[:, None], 0.0)
@@ -143,12 +148,15 @@ def _attention_kernel(
     """Program (tile and split, KV head, batch row): BLOCK_M queries of a KV head against one split
     of its keys. kw_ptr is None where the window's keys are in the cache.
 
-    Query r of a KV head's G * W is column r // G of the group's head r % G, so that the columns in
-    use are the first ones and a group's heads share the K/V that is loaded. Invariant: acc and
-    total are sums over the visited keys weighted with 2^(score * scale - top), top the largest
-    score * scale so far, scale in units of log2. (B, splits, W, H, D) and (B, splits, H, W) result.
+    A KV head serves the GROUP query heads of its group. Of its GROUP * W queries, query i is column
+    i // GROUP of the group's head i % GROUP. So the columns that the window uses come first, and
+    the heads of a group share the K/V that is loaded. After each KV block, `acc` (of the values)
+    and `total` (of ones) are sums over all visited keys, each with the weight
+    2^(score * scale - top), where `top` is the largest score * scale so far and `scale` includes
+    log2(e). The results are (B, splits, W, H, D) and (B, splits, H, W).
     """
-    # Neighbouring programs share K/V: they run together and find it in the L2 cache.
+    # Tiles of one split are neighbouring programs: they run together, and the L2 cache serves the
+    # K/V that they share.
     tiles = tl.cdiv(W * GROUP, BLOCK_M)
     first_query = tl.program_id(0) % tiles * BLOCK_M
     split = tl.program_id(0) // tiles
@@ -179,8 +187,8 @@ def _attention_kernel(
     q_mask = valid[:, None] if HEAD_DIM == BLOCK_D else valid[:, None] & inside
     q = tl.load(q_ptrs + d[None, :], mask=q_mask, other=0.0)
     scale = tl.cast(softmax_scale, tl.float32) * 1.4426950408889634  # log2(e)
-    # The largest score is taken before it is scaled: scale > 0. A scale of 0 makes scores equal,
-    # and so does a tiny one, which leaves -inf what it is.
+    # The largest score is found before scores are scaled, so that scale must be positive. In place
+    # of 0, a tiny scale makes all scores equal as well, and keeps -inf (-inf * 0 would be NaN).
     q = tl.where(scale < 0, -q, q)
     scale = tl.maximum(tl.abs(scale), 1e-37)
 
@@ -209,7 +217,7 @@ def _attention_kernel(
             stop = seqlen
         n0 = tl.where(fresh, own + (j - n_cached) * BLOCK_N, n0)
         seen = offset < tl.where(fresh, own_end, stop) - n0
-        if indices_ptr is not None:  # a listed block may reach into padding or the window
+        if indices_ptr is not None:  # a listed KV block may reach into the padding or the window
             seen &= offset >= tl.where(fresh, 0, leftpad - n0)
             hole = (offset - tl.where(fresh, W, window_start - n0)).to(tl.uint32)
             seen &= hole >= tl.where(fresh, 0, window_length).to(tl.uint32)
@@ -220,7 +228,7 @@ def _attention_kernel(
             stride_n = tl.where(fresh, stride_wn, stride_cn)
             k_ptr, v_ptr = tl.where(fresh, kw_ptr, kc_ptr), tl.where(fresh, vw_ptr, vc_ptr)
         mask = seen[:, None] if HEAD_DIM == BLOCK_D else seen[:, None] & inside
-        # Unsigned 32 bits: all these offsets stay in registers from block to block.
+        # As unsigned 32-bit numbers these offsets fit in registers from KV block to KV block.
         offsets = (offset[:, None] * stride_n + d[None, :]).to(tl.uint32).to(tl.uint64)
         k = tl.load(k_ptr + n0.to(tl.int64) * stride_n + offsets, mask=mask, other=0.0)
         p, decay, top, total = _online_softmax(q, k, seen, top, total, scale)
@@ -238,8 +246,8 @@ def _combine_kernel(
     partial_ptr, partial_lse_ptr, out_ptr, lse_ptr, window_length_ptr, H, W,
     HEAD_DIM: tl.constexpr, NUM_SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Program (tile, batch row): the splits of BLOCK_M of a row's W * H queries, in a fixed
-    order."""
+    """Program (tile, batch row): combine the splits of BLOCK_M of the row's W * H queries, in a
+    fixed order."""
     b = tl.program_id(1).to(tl.int64)
     query = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     column, head = (query // H).to(tl.int64), (query % H).to(tl.int64)
@@ -288,7 +296,7 @@ def launch(a: Any) -> tuple[Tensor, Tensor]:
         splits = a.num_splits or choose_splits(B * H_kv * tiles, sm_count(a.q.device), group * W)
         target, target_lse = out, lse
         if splits > 1:
-            # Partial results are normalised, rounded like results and weighted in float32.
+            # Partial results are normalised and have the dtype of q; their weights are float32.
             target = a.q.new_empty(B, splits, W, H, D)
             target_lse = a.q.new_empty(B, splits, H, W, dtype=torch.float32)
         k_window, v_window = a.k_window, a.v_window

@@ -1,11 +1,13 @@
 """Lists of KV blocks for window_attention, in FlexAttention's layout.
 
-A list names the blocks of `block_size` cached positions that a row (or a KV head of a row) visits
-outside its window: `kv_num_blocks` (B,) or (B, H_kv) int32, and `kv_indices` (B, N) or
-(B, H_kv, N) int32 with N = ceil(capacity / block_size), of which the first `kv_num_blocks` count.
-Lists are ascending and made of device tensors alone: nothing is read by the host, every shape is
-known beforehand. Positions before the padding's end, past what is stored or inside the window are
-left out by window_attention itself, whatever a list names.
+A KV block is `block_size` consecutive positions of the cache. A list names the KV blocks that a row
+(or a KV head of a row) visits outside its window. `kv_num_blocks`, (B,) or (B, H_kv) int32, says
+how many they are, and `kv_indices`, (B, N) or (B, H_kv, N) int32 with
+N = ceil(capacity / block_size), names them in its first entries.
+
+Lists are ascending and are made from device tensors alone: the host reads nothing, and every shape
+is known beforehand. Whatever a list names, window_attention itself skips positions of the padding,
+positions at or after `cache_seqlens`, and positions of the window.
 """
 
 from __future__ import annotations
@@ -21,13 +23,13 @@ BlockLists = tuple[Tensor, Tensor]
 
 
 def lists_of(visited: Tensor) -> BlockLists:
-    """Lists of the blocks that are True in `visited` (..., N) bool, ascending."""
+    """List the KV blocks for which `visited` (..., N) bool is True, in ascending order."""
     order = visited.int().argsort(dim=-1, descending=True, stable=True)
     return visited.sum(-1, dtype=torch.int32), order.int()
 
 
 def _blocks(capacity: int, block_size: int, like: Tensor) -> Tensor:
-    """First position of each block, (N,) int32."""
+    """The first position of each KV block, (N,) int32."""
     for name, value in (("capacity", capacity), ("block_size", block_size)):
         if value < 1:
             raise ValueError(f"block lists: {name}={value}: accepted is at least 1")
@@ -35,6 +37,7 @@ def _blocks(capacity: int, block_size: int, like: Tensor) -> Tensor:
 
 
 def _check_rows(**tensors: Tensor | None) -> None:
+    """Check arguments that have one number for each row, (B,) int32. The first is never None."""
     first: Any = next(iter(tensors.values()))
     for name, tensor in tensors.items():
         if tensor is not None:
@@ -45,15 +48,15 @@ def _check_rows(**tensors: Tensor | None) -> None:
 
 
 def blocks_all(cache_seqlens: Tensor, capacity: int, block_size: int = 64) -> BlockLists:
-    """Every block in which something is stored.
+    """List every KV block that has a stored position.
 
     Args:
-        cache_seqlens: (B,) int32, end of what is stored.
-        capacity: positions of the cache.
-        block_size: positions of a block.
+        cache_seqlens: (B,) int32, one past the last stored position.
+        capacity: how many positions the cache has.
+        block_size: how many positions a KV block has.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong dtype, shape, device or value.
+        TypeError, ValueError: an argument has the wrong dtype, shape, device or value.
     """
     _check_rows(cache_seqlens=cache_seqlens)
     return lists_of(_blocks(capacity, block_size, cache_seqlens) < cache_seqlens[:, None])
@@ -62,11 +65,11 @@ def blocks_all(cache_seqlens: Tensor, capacity: int, block_size: int = 64) -> Bl
 def blocks_left_padding(
     cache_seqlens: Tensor, cache_leftpad: Tensor, capacity: int, block_size: int = 64
 ) -> BlockLists:
-    """Every block in which something is stored, without those that are all left padding.
+    """List every KV block that has a stored position which is not left padding.
 
     Args:
-        cache_leftpad: (B,) int32, where what is stored begins.
-        cache_seqlens, capacity, block_size: as `blocks_all`; errors too.
+        cache_leftpad: (B,) int32, the first position after the left padding.
+        cache_seqlens, capacity, block_size: as in `blocks_all`, which raises the same errors.
     """
     _check_rows(cache_seqlens=cache_seqlens, cache_leftpad=cache_leftpad)
     first = _blocks(capacity, block_size, cache_seqlens)
@@ -83,16 +86,17 @@ def blocks_near_window(
     block_size: int = 64,
     cache_leftpad: Tensor | None = None,
 ) -> BlockLists:
-    """The blocks before the window and `num_after` blocks after it: far masks are skipped.
+    """List all KV blocks before the window and `num_after` after it, so that queries skip masks
+    that are far to the right.
 
-    The block in which the window ends is visited besides (it may also hold positions after it);
-    `num_after` counts from the next.
+    The KV block in which the window ends is listed too, since it may have positions after the
+    window. `num_after` counts the KV blocks after that one.
 
     Args:
         window_start, window_length: (B,) int32, the window in the canvas.
-        num_after: blocks after the window, at least 0.
-        cache_leftpad: (B,) int32 or None (zeros).
-        cache_seqlens, capacity, block_size: as `blocks_all`; errors too.
+        num_after: how many KV blocks after the window, at least 0.
+        cache_leftpad: (B,) int32, the first position after the left padding; None means zeros.
+        cache_seqlens, capacity, block_size: as in `blocks_all`, which raises the same errors.
     """
     _check_rows(
         window_start=window_start, window_length=window_length, cache_seqlens=cache_seqlens,
@@ -102,7 +106,7 @@ def blocks_near_window(
         raise ValueError(f"block lists: num_after={num_after}: accepted is at least 0")
     first = _blocks(capacity, block_size, cache_seqlens)
     end = (window_start + window_length)[:, None]
-    # Blocks that begin before the window's end are before it, or hold part of it.
+    # A KV block that begins before the window's end is before the window or overlaps it.
     after = (end + block_size - 1) // block_size * block_size
     visited = (first < cache_seqlens[:, None]) & (first < after + num_after * block_size)
     if cache_leftpad is not None:
@@ -113,17 +117,17 @@ def blocks_near_window(
 def blocks_top_k(
     scores: Tensor, k: int, cache_seqlens: Tensor | None = None, block_size: int = 64
 ) -> BlockLists:
-    """The `k` blocks of the highest score, ties to the lower block.
+    """List the `k` KV blocks of the highest scores. Of equal scores, the lower KV block wins.
 
     Args:
-        scores: (B, N) or (B, H_kv, N) floating point; a block of score -inf or NaN is never
-            visited.
-        k: blocks per list, at least 0; fewer where fewer may be visited.
-        cache_seqlens: (B,) int32 or None; blocks from there on are never visited.
-        block_size: positions of a block.
+        scores: (B, N) or (B, H_kv, N) floating point. A KV block of score -inf or NaN is never
+            listed.
+        k: how many KV blocks a list has, at least 0. A list is shorter if fewer may be listed.
+        cache_seqlens: (B,) int32 or None. A KV block that begins there or later is never listed.
+        block_size: how many positions a KV block has.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong dtype, shape, device or value.
+        TypeError, ValueError: an argument has the wrong dtype, shape, device or value.
     """
     if scores.ndim not in (2, 3):
         shape = tuple(scores.shape)

@@ -1,9 +1,9 @@
 """window_linear and linear_add_norm: the matmuls of a layer for the few tokens of a window step.
 
-Both read their weights as fast as memory delivers them. The first is optionally gated, as the first
-half of a Llama MLP: silu(x @ gate.T) * (x @ up.T). The second is what follows attention and the
-MLP's activation: a projection, the residual it is added to, and the RMSNorm that comes next. More
-than MAX_TOKENS tokens are better off with cuBLAS, which the ops then call.
+Both kernels should read their weights as fast as memory delivers them. window_linear is optionally
+gated, as the first half of a Llama MLP is: silu(x @ gate.T) * (x @ up.T). linear_add_norm computes
+what follows attention and the MLP's activation: a projection, the residual that it is added to, and
+the RMSNorm that comes next. For more than MAX_TOKENS tokens cuBLAS is faster, and the ops call it.
 
 Shapes: N tokens, E input features and F output features of a matmul.
 """
@@ -21,7 +21,7 @@ from dsb_kernels._check import FLOATS, check_tensor
 from dsb_kernels._configs import Launch, architecture_of, configuration, of_dtype
 from dsb_kernels._op import jit, launch_options, op, tl, triton, wrap_triton
 
-MAX_TOKENS = 128  # our kernels read the weights once for as many
+MAX_TOKENS = 128  # the kernels read each weight once for up to so many tokens
 SILU_BLOCK = 1024
 
 # --- definitions ------------------------------------------------------------------------------
@@ -30,22 +30,23 @@ SILU_BLOCK = 1024
 def window_linear_reference(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, *, gated: bool = False
 ) -> Tensor:
-    """x @ weight.T + bias; with `gated` silu(gate) * up of the two halves of that.
+    """Compute x @ weight.T + bias. With `gated`, its two halves are gate and up, and the result is
+    silu(gate) * up.
 
     Args:
-        x: (N, E) float32, float16 or bfloat16, last dimension of stride 1. Any N; our kernel serves
-            MAX_TOKENS and fewer.
+        x: (N, E) float32, float16 or bfloat16, last dimension of stride 1. N may be any number; the
+            kernel serves up to MAX_TOKENS.
         weight: (F, E), or (2 F, E) with `gated`, the gate's features first; same dtype, last
             dimension of stride 1.
-        bias: (F,) or (2 F,) of the same dtype, or None.
-        gated: apply silu(gate) * up.
+        bias: (F,) or (2 F,) of the same dtype, contiguous, or None.
+        gated: whether to return silu(gate) * up.
 
     Returns:
-        (N, F), accumulated in float32. The kernel rounds once; the definition's gate and up are
-        rounded before they are multiplied.
+        (N, F), accumulated in float32. The kernel rounds once. The definition rounds gate and up
+        before it multiplies them, and so does the op for more than MAX_TOKENS tokens.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong dtype, shape, device or stride.
+        TypeError, ValueError: an argument has the wrong dtype, shape, device or stride.
     """
     y = linear(x, weight, bias)
     if not gated:
@@ -57,38 +58,39 @@ def window_linear_reference(
 def linear_add_norm_reference(
     x: Tensor, weight: Tensor, residual: Tensor, norm_weight: Tensor, eps: float
 ) -> Tensor:
-    """residual += x @ weight.T, and the RMSNorm of that.
+    """Add x @ weight.T to the residual in place, and return the RMSNorm of the new residual.
 
     Args:
-        x: (N, E) float32, float16 or bfloat16. Any N; our kernels serve MAX_TOKENS and fewer.
+        x: (N, E) float32, float16 or bfloat16. N may be any number; the kernels serve up to
+            MAX_TOKENS.
         weight: (F, E) of the same dtype.
-        residual: (N, F) of the same dtype, changed in place; summed in float32 and rounded once.
-            It shares no memory with the others (not checked).
+        residual: (N, F) of the same dtype. The op adds in float32 and rounds the sum once. The
+            residual must share no memory with the other tensors (not checked).
         norm_weight: (F,) of the same dtype, contiguous.
-        eps: added to the mean square.
+        eps: the number that RMSNorm adds to the mean square.
 
     x, weight and residual may have any stride in their first dimension, with the last one
     contiguous.
 
     Returns:
-        (N, F), `F.rms_norm` of the rounded residual: computed in float32 and rounded once.
+        (N, F), `F.rms_norm` of the rounded residual, computed in float32 and rounded once.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong dtype, shape, device or stride.
+        TypeError, ValueError: an argument has the wrong dtype, shape, device or stride.
     """
     residual.addmm_(x, weight.t())
     return rms_norm(residual, norm_weight.shape, norm_weight, eps)
 
 
 # --- kernels ----------------------------------------------------------------------------------
-# The weights are the M operand of the tensor cores, which want 64 features of it, the tokens are N.
-# Of window_linear a program owns BLOCK_V output features (of gate and of up, where gated) and reads
-# each of their weights once for up to 128 tokens. All programs run at once and have equal work, so
-# that what they wait for is memory and nothing else.
+# The weights are the M operand of the tensor cores, which want 64 features; the tokens are the N
+# operand. A program of window_linear computes BLOCK_V output features (of gate and of up, if gated)
+# and reads each of their weights once for up to 128 tokens. All programs run at once and have equal
+# work, so that they wait for memory and for nothing else.
 #
-# Of linear_add_norm there are too few output features to occupy every SM with 64 of them, so that
-# several programs share the input features of a tile. Each leaves its sum in float32; a program for
-# each token adds them in the order of the splits, whatever finished first.
+# linear_add_norm has too few output features to occupy every SM with 64 of them, so that several
+# programs share the input features of a tile. Each writes its sum in float32. Then one program for
+# each token adds these sums in the order of the splits, whichever was finished first.
 
 
 @jit
@@ -97,7 +99,8 @@ def _window_linear_kernel(
     BLOCK_V: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr,
     GATED: tl.constexpr,
 ):  # fmt: skip
-    """Program (tile of features, block of tokens): out (BLOCK_N, BLOCK_V), rounded once."""
+    """Program (tile of features, block of tokens): compute a tile (BLOCK_N, BLOCK_V) of out and
+    round it once."""
     feature = tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V)
     token = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
@@ -131,7 +134,8 @@ def _window_linear_kernel(
 
 @jit
 def _silu_mul_kernel(gate_up_ptr, out_ptr, numel, F, BLOCK: tl.constexpr):
-    """Program: BLOCK elements of out = silu(gate) * up, (N, F) out of (N, 2 F)."""
+    """Program: compute BLOCK elements of out = silu(gate) * up, which is (N, F); gate and up are
+    the halves of gate_up (N, 2 F)."""
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = index < numel
     gate_ptrs = gate_up_ptr + index // F * F + index
@@ -146,8 +150,8 @@ def _split_linear_kernel(
     weight_ptr, x_ptr, partial_ptr, stride_wf, stride_xn, num_tokens, F, E, share,
     BLOCK_V: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr,
 ):  # fmt: skip
-    """Program (tile of features, split, block of tokens): its sum of partial (S, N, F) over
-    the `share` input features of its split, S splits in all."""
+    """Program (tile of features, split, block of tokens): write a tile of partial (S, N, F), the
+    sum over the `share` input features of its split. There are S splits."""
     feature = tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V)
     split = tl.program_id(1)
     token = tl.program_id(2) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -174,7 +178,8 @@ def _add_norm_kernel(
     partial_ptr, residual_ptr, norm_weight_ptr, out_ptr, stride_rn, stride_on, num_tokens, F, eps,
     SPLITS: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
-    """Program (token): the residual, rounded once, and the norm of what it was rounded to."""
+    """Program (token): add the splits to the residual, round it once, and compute the norm of the
+    rounded residual."""
     token = tl.program_id(0).to(tl.int64)
     feature = tl.arange(0, BLOCK_F)
     inside = feature < F
@@ -201,10 +206,10 @@ def _add_norm_kernel(
 def linear_launch(
     num_tokens: int, F: int, dtype: torch.dtype, architecture: str, *, gated: bool
 ) -> Launch:
-    """The launch of window_linear; its grid is (tiles of features, blocks of tokens).
+    """The launch of window_linear, whose grid is (tiles of features, blocks of tokens).
 
-    A tile of features is halved, down to the 64 that tensor cores want, while fewer programs than
-    PROGRAMS would run.
+    While the tiles of features are fewer than PROGRAMS, they are halved, down to the 64 features
+    that tensor cores want.
     """
     name = of_dtype("window_linear" + " gated" * gated, dtype)
     config = configuration(name, num_tokens, architecture)
@@ -218,7 +223,7 @@ def linear_launch(
 
 
 def _silu_mul(gate_up: Tensor, out: Tensor) -> Tensor:
-    """out = silu(gate) * up in one launch, for gate and up that cuBLAS has computed."""
+    """Compute out = silu(gate) * up in one launch, from the gate and up of cuBLAS."""
     wrap_triton(_silu_mul_kernel)[(triton.cdiv(out.numel(), SILU_BLOCK),)](
         gate_up, out, out.numel(), out.shape[1], BLOCK=SILU_BLOCK, **launch_options(4, 1)
     )
@@ -260,11 +265,11 @@ window_linear = op(window_linear_reference, launch=_launch_linear, check=_check_
 
 
 def split_launch(num_tokens: int, E: int, F: int, dtype: torch.dtype, architecture: str) -> Launch:
-    """The launch of linear_add_norm's matmul; its grid is (tiles of features, splits, blocks of
+    """The launch of linear_add_norm's matmul, whose grid is (tiles of features, splits, blocks of
     tokens).
 
-    It has as few splits as give PROGRAMS programs for a block of tokens: every split costs partial
-    sums of N x F float32, which are written and read again.
+    It has only as many splits as a block of tokens needs for PROGRAMS programs, since each split
+    writes N x F partial sums in float32, which must be read again.
     """
     config = configuration(of_dtype("linear_add_norm", dtype), num_tokens, architecture)
     blocks = dict(config.blocks)
@@ -276,7 +281,7 @@ def split_launch(num_tokens: int, E: int, F: int, dtype: torch.dtype, architectu
 
 
 def norm_warps(F: int) -> int:
-    """16 elements a thread where that is a block's worth of them."""
+    """How many warps normalise F features: as many as give each thread 16 features, 1 to 16."""
     return min(16, max(1, triton.next_power_of_2(F) // 512))
 
 

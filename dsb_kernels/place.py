@@ -1,9 +1,9 @@
-"""place_rows: which rows take part in a step, where their windows stand, and what is in them.
+"""place_rows: which rows take part in a step, where their windows stand, which tokens these have.
 
-This is the first launch of a step of DSB Cache (arXiv 2602.05992); `unmask_and_slide` is the last.
+This op begins a step of DSB Cache (arXiv 2602.05992); `unmask_and_slide` ends it.
 
-Shapes: B batch rows, L canvas positions, K candidates of a row; b rows, W positions and k
-candidates are the capacity of the step.
+Shapes: B batch rows, L canvas positions, K candidates of a row. The capacity of the step is b rows
+of W positions and k candidates each.
 """
 
 from __future__ import annotations
@@ -19,27 +19,27 @@ from dsb_kernels._configs import configuration
 from dsb_kernels._op import constant, jit, op, tl, triton, wrap_triton
 from dsb_kernels.rows import NUM_COLUMNS, Column, StepKind
 
-CONFIG = configuration("place_rows", 0, "any")  # one for every batch and architecture
+CONFIG = configuration("place_rows", 0, "any")  # every batch and architecture takes the same
 
 
 class Layout(NamedTuple):
     """The rows of a step and where their windows stand.
 
-    With b < B the rows that take part come first. A row that only fills the step has length 0, and
-    none of its candidates is eligible.
+    With b < B the rows that take part come first. A row that takes no part but fills the capacity
+    has length 0, and none of its candidates is eligible.
     """
 
-    rows: Tensor  # (b,) int32, batch row
-    start: Tensor  # (b,) int32, canvas position of the window's first token
-    length: Tensor  # (b,) int32, positions of the window, 0 to W
+    rows: Tensor  # (b,) int32, the batch row
+    start: Tensor  # (b,) int32, the canvas position of the window's first token
+    length: Tensor  # (b,) int32, how many positions the window has, 0 to W
     seqlens: Tensor  # (b,) int32, L for every row
-    leftpad: Tensor  # (b,) int32, padding positions before the prompt
+    leftpad: Tensor  # (b,) int32, how many padding positions stand before the prompt
     num_scored: Tensor  # (b,) int32, k where the row takes part, else 0
     active: Tensor  # (b,) bool, whether the row takes part
-    input_ids: Tensor  # (b, W) int64, tokens of the window; past its length any token of the row
+    input_ids: Tensor  # (b, W) int64, the window's tokens; past its length any token of the row
     source_index: Tensor  # (b * k,) int64, which of all b * W tokens predicts each candidate
-    eligible: Tensor  # (b * k,) bool, whether there is such a candidate
-    noise_ids: Tensor  # (b * k,) int64, what a candidate's noise is a function of
+    eligible: Tensor  # (b * k,) bool, whether the row takes part and has such a candidate
+    noise_ids: Tensor  # (b * k,) int64, the id that selects the candidate's noise
 
 
 # --- definition -------------------------------------------------------------------------------
@@ -63,23 +63,24 @@ def place_rows_reference(
     Args:
         canvas: (B, L) int64, prompt and response.
         table: (B, NUM_COLUMNS) int32, the row table (`dsb_kernels.rows.Column`).
-        position: (B, K) int32, canvas positions of each row's candidates, ascending, -1 beyond the
-            last.
-        kind: the `StepKind` that rows must need: WINDOW computes `[start - prefix, end)`, REFRESH
-            and RESPONSE `[first, L)`.
-        num_rows, width, num_candidates: the capacity: b <= B rows, W <= L positions and k <= K
-            candidates of each. A row that needs more does not take part, nor do rows past the b-th.
-        first: where a step that is not of windows begins, 0 to L - 1.
+        position: (B, K) int32, the canvas positions of each row's candidates in ascending order,
+            then -1.
+        kind: the `StepKind` that a row must need to take part. A WINDOW step computes
+            `[start - prefix, end)`, a REFRESH or RESPONSE step `[first, L)`.
+        num_rows, width, num_candidates: the capacity of b <= B rows, W <= L positions and k <= K
+            candidates of each. A row that needs more positions or candidates does not take part. If
+            more than b rows could take part, the first b do.
+        first: the first position that a REFRESH or RESPONSE step computes, 0 to L - 1.
         shift: whether position i is predicted by the token at position i - 1 (Dream).
         prompt_length: P, the first response position.
 
     Returns:
-        A `Layout`. With b = B every row is in its place; with fewer, those that take part come
-        first, and both they and the others are in the batch's order.
+        A `Layout`. If b = B, it has the rows in the batch's order. If b < B, the rows that take
+        part come first and others follow, each of the two in the batch's order.
 
     Raises:
-        TypeError, ValueError: a tensor of the wrong dtype, shape, device or stride (the canvas may
-            have any row stride, the others are contiguous), or a number out of its range.
+        TypeError, ValueError: a tensor has the wrong dtype, shape, device or stride (the canvas may
+            have any stride between rows, the others are contiguous), or a number is out of range.
     """
     B, L = canvas.shape
     if kind == StepKind.WINDOW:
@@ -102,12 +103,12 @@ def place_rows_reference(
 
     position = position[:, :num_candidates].long()
     eligible = active[:, None] & (position >= 0)
-    # Position 0 has no token before it, and predicts itself where predictions are shifted.
+    # Position 0 has no token before it, so that its own token predicts it if `shift` is set.
     source = (position - int(shift)).clamp(min=0)
     in_window = (source - start[:, None]).clamp(0, width - 1)
     source_index = in_window + width * torch.arange(num_rows, device=canvas.device)[:, None]
-    # Noise depends on the row, on the steps that it took part in and on the response position: no
-    # other row, no padding and no step that passed the row by changes it.
+    # A noise id is made of the batch row, of the number of steps that the row took part in and of
+    # the response position. So other rows, padding, and steps that skip the row change no noise.
     response_index = (position - prompt_length).clamp(min=0)
     forwards = table[:, Column.FORWARDS].long()
     noise_ids = ((rows << 42) | (forwards << 21))[:, None] | response_index
@@ -149,10 +150,12 @@ def _place_rows_kernel(
     KIND: tl.constexpr, SHIFT: tl.constexpr, ALL: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
-    """Program (r, piece) writes BLOCK_W tokens of the r-th row of the step; piece 0 the rest of it.
+    """Program (r, piece): write BLOCK_W tokens of the step's row r; piece 0 also writes the row's
+    other fields of the layout.
 
-    Each program looks for its row among all B rows: the r-th that takes part or, past those, the
-    r-th of the others, both in the batch's order. `capacity` is k.
+    Each program finds its row among all B rows, sorted so that the rows that take part come first,
+    in the batch's order, and then the others, in that order too. With ALL it is batch row r.
+    `capacity` is k.
     """
     r = tl.program_id(0)
     b = tl.arange(0, BLOCK_B)

@@ -19,14 +19,14 @@ from dsb_kernels._configs import configuration
 from dsb_kernels._op import jit, op, tl, triton, wrap_triton
 
 EVEN = range(2, 1 << 31, 2)
-TILE = configuration("rope_write_kv", 0, "any")  # one for every window and architecture
+TILE = configuration("rope_write_kv", 0, "any")  # every window and architecture takes the same
 
 # --- definition -------------------------------------------------------------------------------
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate the pairs (i, i + D / 2) of x (..., D) by the angles of these cosines and sines,
-    (..., D / 2). The wider of the two precisions computes, and the result is rounded once."""
+    (..., D / 2). It computes in the wider of the two dtypes and rounds the result once to x's."""
     first, second = x.chunk(2, -1)
     turned = torch.empty_like(x)  # in the stride order of x
     turned_first, turned_second = turned.chunk(2, -1)
@@ -39,10 +39,11 @@ BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def select(condition: Tensor, x: Tensor, other: Tensor | None = None) -> Tensor:
-    """x where the condition holds, else `other` (None: 0), written into x.
+    """Overwrite `x` with `other` (0 if None) where the condition is False, and return it.
 
-    This is `torch.where` by bitwise operations. A CPU computes `torch.where` number by number, and
-    these many numbers at a time: 544 keys of 8 heads take 80 us instead of 230.
+    This does in place what `torch.where` does, by bitwise operations. A CPU computes `torch.where`
+    one number at a time, but bitwise operations on many at once: 544 keys of 8 heads take 80 us
+    instead of 230.
     """
     bits = x.view(BITS[x.dtype.itemsize])
     mask = -condition.to(bits.dtype)  # all ones or all zeros
@@ -72,26 +73,29 @@ def rope_write_kv_reference(
     Args:
         q: (B, H, W, D) float32, float16 or bfloat16; D even, H a multiple of H_kv.
         k, v: (B, H_kv, W, D), same dtype.
-        cos_sin_cache: (max_pos, D), cosines of the D / 2 angles, then their sines; float32 or
-            the dtype of `q`. The rotation is computed in float32 and rounded once.
-        k_cache, v_cache: (B, H_kv, C, D) of the same strides, C >= W, written in place; the rest
-            stays as it is. With `cache_batch_idx` their batch may be of any size from 1.
-        window_start: (B,) int32, canvas position of the window's first column, >= 0.
-        window_length: (B,) int32, columns of the window in use, 0 to W; later ones are not written.
-        position_offset: (B,) int32 or None (zeros); the rotary position of canvas position i is
-            i - offset (left padding), clamped to [0, max_pos - 1].
-        cache_batch_idx: (B,) int32, the cache's batch row that each row of q, k and v writes; None
-            is row b itself. Rows with a window must differ (not checked); a row of length 0 writes
-            nothing, and its index may be any row's.
+        cos_sin_cache: (max_pos, D), for each rotary position the cosines of the D / 2 angles, then
+            their sines; float32 or the dtype of `q`. The op rounds a rotated number once.
+        k_cache, v_cache: (B, H_kv, C, D), both with the same strides, C >= W. The op writes the
+            window's positions in place and no others. With `cache_batch_idx` the first dimension
+            may have any size from 1.
+        window_start: (B,) int32, the canvas position of the window's first column, >= 0.
+        window_length: (B,) int32, how many columns the window uses, 0 to W. The op writes no later
+            column.
+        position_offset: (B,) int32, the left padding: the rotary position of canvas position i is
+            i - position_offset, clamped to [0, max_pos - 1]. None means zeros.
+        cache_batch_idx: (B,) int32, the batch row of the cache that each row of q, k and v writes.
+            None means that row b writes batch row b. Rows that have a window must have different
+            indices (not checked). A row of length 0 writes nothing, and its index may be any.
 
-    Every tensor may have any strides with the last dimension contiguous.
+    The (B,) arguments are contiguous. The other tensors may have any strides with the last
+    dimension contiguous.
 
     Returns:
-        The rotated queries, (B, H, W, D), in the stride order of q; 0 in columns past the window's
-        end or the cache's.
+        The rotated queries, (B, H, W, D), in the stride order of q. They are 0 in columns at or
+        past window_length, and in columns past the end of the cache.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong dtype, shape, device or stride.
+        TypeError, ValueError: an argument has the wrong dtype, shape, device or stride.
     """
     column = torch.arange(q.shape[2], dtype=torch.int32, device=q.device)
     index = window_start[:, None] + column
@@ -101,11 +105,12 @@ def rope_write_kv_reference(
     cos_sin = cos_sin_cache.index_select(0, position.flatten()).unflatten(0, position.shape)
     cos, sin = cos_sin[:, None].chunk(2, -1)
     q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-    # A column that must not be written stores the cache's own values; its index stays inside.
+    # A column that must not be written stores the values that the cache has there already. The
+    # remainder keeps its index inside the cache.
     index = (index % k_cache.shape[2]).long()
     for b, unwritten in enumerate(~written[:, :, None]):
         for cache, x in ((k_cache, k), (v_cache, v)):
-            if cache_batch_idx is None:  # a view of the row, which is faster than an index
+            if cache_batch_idx is None:  # a view of the row is faster than indexing
                 before = cache[b].index_select(1, index[b])
                 cache[b].index_copy_(1, index[b], select(unwritten, before, x[b]))
             else:
@@ -120,7 +125,7 @@ def rope_write_kv_reference(
 
 @jit
 def _rotate_halves(x_ptr, out_ptr, cos, sin, load_mask, store_mask, HALF: tl.constexpr):
-    """Pairs (i, i + D / 2) of some columns: each half is a contiguous load."""
+    """Rotate the pairs (i, i + D / 2) of some columns. Each half is one contiguous load."""
     a = tl.load(x_ptr, mask=load_mask, other=0.0).to(tl.float32)
     b = tl.load(x_ptr + HALF, mask=load_mask, other=0.0).to(tl.float32)
     dtype = out_ptr.dtype.element_ty
@@ -137,11 +142,10 @@ def _rope_write_kv_kernel(
     stride_ob, stride_oh, stride_ow, H, W, C, max_pos,
     HEAD_DIM: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Program (tile, head, batch row): BLOCK_W columns of a query head, or of a key head and its
-    value head.
+    """Program (tile, head, batch row): take BLOCK_W columns of a query head, or of a KV head.
 
-    Columns at or past the window's length (or the cache's end) are neither read nor written, but
-    for the queries' result, which is 0 there.
+    Columns at or past the window's length (or the cache's end) are neither read nor written, except
+    that the rotated queries are 0 there.
     """
     head = tl.program_id(1).to(tl.int64)
     b = tl.program_id(2).to(tl.int64)
