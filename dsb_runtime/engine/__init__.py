@@ -1,1 +1,1 @@
-"""The decode loop: what runs one step after another on the model's device."""
+"""The engine: it runs one decoding step after another on the model's device."""

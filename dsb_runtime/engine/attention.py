@@ -1,8 +1,9 @@
 """The "dsb" attention implementation in transformers' registries.
 
-It serves any transformers decoder: the mask function writes every mask out (causal, sliding,
-padded), and a mask of None means that every query attends to every key. What only a model's own
-eager attention computes (soft-capping, sinks, position biases) is left to that, with one warning.
+It serves any transformers decoder. The mask function makes a tensor of every mask (causal, sliding,
+padded), and a mask of None means that every query attends to every key. A model's own eager
+attention serves what nothing else computes (soft-capping, sinks, position biases); the first such
+call warns.
 """
 
 from __future__ import annotations
@@ -27,19 +28,19 @@ EAGER_ONLY = frozenset(
 
 
 def dsb_mask(*args: Any, **kwargs: Any) -> Tensor | None:
-    """SDPA's boolean mask; a causal one is always written out."""
+    """Return SDPA's boolean mask. A causal mask is always a tensor, never None."""
     kwargs["allow_is_causal_skip"] = False
     return sdpa_mask(*args, **kwargs)
 
 
 def causal_by_default(module: torch.nn.Module) -> bool:
-    """Whether a layer that got no mask is a causal one."""
+    """Whether a layer that is called without a mask is causal."""
     config = getattr(module, "config", None)
     return getattr(config, "is_causal", True) and getattr(module, "is_causal", True)
 
 
 def causal_mask(module: torch.nn.Module, query: Tensor, key: Tensor) -> Tensor:
-    """(1, 1, W, W), for a causal model that does not ask the mask registry for one."""
+    """The causal mask (1, 1, W, W), for a model that does not ask the mask registry for one."""
     queries, keys = query.shape[2], key.shape[2]
     if queries != keys:
         raise ValueError(
@@ -58,10 +59,12 @@ def eager_attention(
     named: list[str],
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """The attention in the model's own file, which serves what SDPA cannot compute.
+    """Call the eager attention of the model's own file, which computes what SDPA cannot.
+
+    `named` lists the arguments that need it.
 
     Raises:
-        NotImplementedError: the model's file has none.
+        NotImplementedError: the model's file has no eager attention.
     """
     kind = type(module).__name__
     own = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
@@ -82,10 +85,11 @@ def eager_attention(
 def takes_flash(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float
 ) -> bool:
-    """Whether flash-attn, where it is installed, serves this call: a full pass that masks nothing.
+    """Whether flash-attn, where it is installed, serves this call. It serves full attention without
+    a mask.
 
-    Shapes and dtypes alone decide. A padding mask is left to SDPA: flash-attn wants its rows
-    packed, and packing reads the mask on the host.
+    Shapes, dtypes and the device decide, never values. SDPA serves a call with a padding mask:
+    flash-attn wants rows without their padding, and to remove it the host must read the mask.
     """
     return (
         mask is None
@@ -99,7 +103,8 @@ def takes_flash(
 
 
 def flash_installed(device: torch.device) -> bool:
-    """Whether `pip install .[flash]` was done and this GPU (sm_80 and up) is one that it serves."""
+    """Whether flash-attn is installed (`pip install .[flash]`) and serves this GPU (sm_80 and
+    up)."""
     return is_flash_attn_2_available() and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
@@ -114,7 +119,8 @@ def flash_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float | 
     Returns:
         (B, L, H, D).
     """
-    # Not `flash_attention_forward`: it takes the implementation's name, "dsb", from the config.
+    # `flash_attention_forward` would not do: it reads the implementation's name from the config,
+    # and would find "dsb" there.
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     return _flash_attention_forward(
         q, k, v, attention_mask=None, query_length=query.shape[2], is_causal=False,
@@ -123,7 +129,8 @@ def flash_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float | 
 
 
 def repeat_heads(x: Tensor, query: Tensor) -> Tensor:
-    """x (B, H_kv, L, D) with each head as often as `query` (B, H, W, D) has one for it."""
+    """Repeat each head of x (B, H_kv, L, D) for the H / H_kv heads of `query` (B, H, W, D) that
+    share it."""
     groups = query.shape[1] // x.shape[1]
     return x.unsqueeze(2).expand(-1, -1, groups, -1, -1).flatten(1, 2)
 
@@ -143,14 +150,16 @@ def dsb_attention(
 
     Args:
         query: (B, H, W, D). key, value: (B, H_kv, L, D), H a multiple of H_kv.
-        attention_mask: broadcastable to (B, H, W, L), True where attended, or a float mask that is
-            added; None is everywhere, unless the layer is causal.
+        attention_mask: broadcastable to (B, H, W, L). A boolean mask is True where a query attends
+            to a key; a float mask is added to the scores. With None every query attends to every
+            key, unless the layer is causal.
 
     Returns:
-        (B, W, H, D), and None in place of attention weights.
+        (B, W, H, D), and None in place of attention weights. A model's eager attention may return
+        its weights.
 
     Raises:
-        ValueError, NotImplementedError: a layer that cannot be served.
+        ValueError, NotImplementedError: no attention serves this layer.
     """
     used = EAGER_ONLY & kwargs.keys()
     named = sorted(n for n in used if kwargs[n] is not None and kwargs[n] is not False)
@@ -165,8 +174,8 @@ def dsb_attention(
         return flash_attention(query, key, value, scaling), None
     grouped = query.shape[1] != key.shape[1]
     if grouped and query.is_cuda and attention_mask is not None:
-        # Torch 2.11 has no kernel for both there (but cuDNN's, on sm_90 and sm_100) and would write
-        # every score to memory.
+        # On a GPU, torch 2.11 has no kernel for grouped heads with a mask, except for cuDNN's on
+        # sm_90 and sm_100. Without one it would write every score to memory.
         key, value, grouped = repeat_heads(key, query), repeat_heads(value, query), False
     out = scaled_dot_product_attention(
         query, key, value, attn_mask=attention_mask, dropout_p=dropout, scale=scaling,

@@ -1,7 +1,7 @@
-"""The K/V cache: its buffers, their size, and errors that say what would have fitted.
+"""The K/V cache: its buffers, their size, and errors that say what would fit.
 
-Keys are stored after rotation. A position holds what the last forward that covered it computed,
-which is the whole of DSB Cache: a refresh writes every position, a window step writes a few.
+Keys are stored after rotation. A position has the K and V of the last forward that computed it. DSB
+Cache needs nothing else: a refresh writes every position, and a window step writes a few.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 @dataclass(frozen=True)
 class CacheShape:
-    """What a position of one batch row takes in the cache of a model (of this process's share)."""
+    """What determines the size of the K/V cache of a model, or of this process's share of it."""
 
     layers: int
     kv_heads: int
@@ -27,7 +27,7 @@ class CacheShape:
     device: torch.device
 
     def elements(self, batch: int, length: int) -> int:
-        """Numbers in the keys and values of `batch` rows of `length` positions."""
+        """How many numbers the keys and values of `batch` rows of `length` positions have."""
         return 2 * self.layers * self.kv_heads * self.head_dim * batch * length
 
     def nbytes(self, batch: int, length: int) -> int:
@@ -46,10 +46,11 @@ def cache_shape_of(model: PreTrainedModel) -> CacheShape:
 
 
 def allocate(shape: CacheShape, batch: int, length: int) -> Tensor:
-    """Storage (n,) for the keys and values of `batch` rows of `length` positions.
+    """Allocate storage (n,) for the keys and values of `batch` rows of `length` positions.
 
     Raises:
-        torch.OutOfMemoryError: names the bytes asked for and a setting that fits.
+        torch.OutOfMemoryError: the message names the bytes that were asked for and a setting that
+            fits.
     """
     try:
         return torch.zeros(shape.elements(batch, length), dtype=shape.dtype, device=shape.device)
@@ -63,8 +64,9 @@ def allocate(shape: CacheShape, batch: int, length: int) -> Tensor:
 class KVCache:
     """K and V of `batch` rows of `capacity` positions, (batch, H_kv, capacity, D) for each layer.
 
-    Without a cache policy nothing outlives a layer: then `scratch` is set, all layers share one
-    buffer, and the rows of a step take its first rows, whatever batch rows they are.
+    With cache="none" no layer's K/V is read after the layer has run. Then `scratch` is True, all
+    layers share one buffer, and a step writes its b rows into the first b rows of the buffer,
+    whichever batch rows they are.
     """
 
     batch: int
@@ -76,8 +78,8 @@ class KVCache:
     def over(
         cls, storage: Tensor, shape: CacheShape, batch: int, capacity: int, num_layers: int
     ) -> KVCache:
-        """A cache in the first part of `storage` (n,), for a model of `num_layers` layers, of
-        which `shape.layers` have buffers: all, or one that they share."""
+        """Make a cache in the first part of `storage` (n,), for a model of `num_layers` layers.
+        `shape.layers` is how many buffers it has: one for each layer, or one for all."""
         size = shape.elements(batch, capacity)
         layers = storage[:size].view(
             shape.layers, 2, batch, shape.kv_heads, capacity, shape.head_dim
@@ -87,8 +89,8 @@ class KVCache:
         return cls(batch, keys, values, scratch=repeats > 1)
 
 
-# Messages of allocators other than torch's GPU allocator, which alone raises OutOfMemoryError: a
-# CPU's, CUDA's own (for a graph), cuBLAS's, and Triton's (for a kernel that is loaded).
+# Only torch's GPU allocator raises OutOfMemoryError. These are the messages of the others: the
+# CPU's, CUDA's own (for a graph), cuBLAS's, and Triton's (when it loads a kernel).
 OUT_OF_MEMORY = (
     "can't allocate memory",
     "CUDA error: out of memory",
@@ -105,7 +107,7 @@ def is_out_of_memory(error: RuntimeError) -> bool:
 
 
 def fits(shape: CacheShape, batch: int, length: int) -> bool:
-    """Whether a cache of that size can be allocated now, by trying."""
+    """Try to allocate a cache of that size, and return whether that succeeds."""
     try:
         torch.empty(shape.nbytes(batch, length), dtype=torch.uint8, device=shape.device)
     except RuntimeError as error:
@@ -116,7 +118,8 @@ def fits(shape: CacheShape, batch: int, length: int) -> bool:
 
 
 def largest(limit: int, fits_with: Callable[[int], bool]) -> int:
-    """The largest n <= limit for which `fits_with(n)`, which is true up to some n; 0 for none."""
+    """The largest n from 1 to `limit` for which `fits_with(n)` is true, or 0. If it is true for n,
+    it must be true for every smaller number."""
     low, high = 0, limit
     while low < high:
         middle = (low + high + 1) // 2
@@ -140,7 +143,7 @@ def growth_message(shape: CacheShape, batch: int, length: int) -> str:
 
 
 def step_message(kind: str, rows: int, width: int, error: Exception) -> str:
-    """What to say when a step, or its capture, runs out of memory."""
+    """The error message for a step, or the capture of one, that runs out of memory."""
     allocation = str(error).strip().splitlines()[0]
     advice = f"a batch of {rows // 2}" if rows > 1 else "a shorter prompt or gen_length"
     return f"a {kind} step of {rows} x {width} positions: {allocation} Expected to fit: {advice}"

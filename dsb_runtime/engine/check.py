@@ -1,4 +1,4 @@
-"""Checks of the arguments of `generate`, before any compute."""
+"""Checks of the arguments of `generate`, which run before the model does."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from dsb_runtime.families import DiffusionInfo, check_model
 def check_inputs(
     model: Any, config: Any, input_ids: Any, attention_mask: Any, generator: Any
 ) -> Tensor:
-    """Check all of them. Returns the padding positions before each row's prompt, (B,) int32.
+    """Check all arguments. Returns how many padding positions stand before each row's prompt, (B,)
+    int32.
 
     Raises:
-        TypeError, ValueError: the message names argument, value and what is accepted.
+        TypeError, ValueError: the message names the argument, its value and what is accepted.
     """
     info = check_model(model)
     check_family_settings(info, config)
@@ -29,7 +30,8 @@ def check_inputs(
 
 
 def check_prompt(model: Any, input_ids: Any, config: DecodingConfig) -> None:
-    """Prompts are (B, P) integers on the model's device, inside the vocabulary, and not empty."""
+    """Check that prompts are (B, P) integers of the vocabulary on the model's device, that they are
+    not empty, and that the model has enough positions for prompt and response."""
     if not isinstance(input_ids, Tensor):
         raise TypeError(f"input_ids={type(input_ids).__name__}: expected an integer tensor (B, P)")
     if input_ids.dtype not in (torch.int64, torch.int32):
@@ -58,7 +60,8 @@ def check_prompt(model: Any, input_ids: Any, config: DecodingConfig) -> None:
 
 
 def check_attention_mask(input_ids: Tensor, attention_mask: Any) -> Tensor:
-    """Padding positions before each row's prompt, (B,) int32; 0 everywhere without a mask."""
+    """Check the attention mask. Returns how many padding positions stand before each row's prompt,
+    (B,) int32, which are 0 if the attention mask is None."""
     shape = tuple(input_ids.shape)
     if attention_mask is None:
         return torch.zeros(len(input_ids), dtype=torch.int32, device=input_ids.device)
@@ -91,7 +94,7 @@ def check_attention_mask(input_ids: Tensor, attention_mask: Any) -> Tensor:
 
 
 def check_no_masks(input_ids: Tensor, leftpad: Tensor, info: DiffusionInfo) -> None:
-    """A mask token inside a prompt would never be filled."""
+    """Check that no prompt has a mask token: no step would ever commit a token there."""
     inside = torch.arange(input_ids.shape[1], device=input_ids.device) >= leftpad[:, None]
     hit = (input_ids == info.mask_id) & inside
     if hit.any():
@@ -103,7 +106,7 @@ def check_no_masks(input_ids: Tensor, leftpad: Tensor, info: DiffusionInfo) -> N
 
 
 def check_family_settings(info: DiffusionInfo, config: DecodingConfig) -> None:
-    """The model's family takes these settings."""
+    """Check that the model's family accepts these settings."""
     if not isinstance(config, DecodingConfig):
         raise TypeError(f"config={config!r}: expected a DecodingConfig")
     family = info.family

@@ -1,14 +1,14 @@
 """The forward of a step: a decoder's layers over the windows of some rows.
 
-Keys and values of every token are needed in every layer. What follows them in the last layer
-(attention, MLP, final norm) is needed only for the tokens to be scored: at a refresh these are
-`block_length` out of the whole canvas.
+Every layer needs the keys and values of every token. But in the last layer, attention, MLP and
+final norm run only for the tokens that predict a candidate: for a row at a refresh, these are at
+most K of the whole canvas.
 
 Each layer is six ops, on every device: norm, window_linear (q, k, v), rope_write_kv,
 window_attention, and linear_add_norm and window_linear around the MLP (`engine.layers`).
 
-Shapes: b rows of a step, W tokens of each, N = b * W, k scored tokens of each, E hidden size,
-H query heads, D head dim.
+Shapes: b rows of a step, W tokens of each row, N = b * W, k candidates of each row, E hidden size,
+H query heads, D head dimension.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ Phase = Callable[[str], AbstractContextManager[None]]
 
 
 def no_phase(name: str) -> AbstractContextManager[None]:
-    """Phases have names for a profiler that listens, and cost nothing elsewhere."""
+    """The phase function for a forward that no profiler follows. It does nothing."""
     return contextlib.nullcontext()
 
 
@@ -40,33 +40,33 @@ class Backbone:
     """The layers of one model for canvases of up to `length` positions.
 
     Args:
-        model: a decoder of Llama's modules.
-        length: positions that the rotary table covers.
-        phase: `phase(name)` is entered around each phase of a forward.
+        model: a decoder whose modules are Llama's.
+        length: how many positions the rotary table covers.
+        phase: each phase of a forward runs inside the context manager `phase(name)`.
     """
 
     def __init__(self, model: PreTrainedModel, length: int, phase: Phase = no_phase) -> None:
         self.embed, self.phase = model.model.embed_tokens, phase
         self.layers = layers_of(model.model)
-        # What follows each layer: the next one's norm, or the final one.
+        # The norm that follows each layer is the input norm of the next one, or the final norm.
         self.norms = [layer.input_norm for layer in self.layers[1:]] + [norm_of(model.model.norm)]
         self.cos_sin = self.rotary_table(model, length)
         self.fingerprint = fingerprint(model)
 
     @staticmethod
     def rotary_table(model: PreTrainedModel, length: int) -> Tensor:
-        """(length, D) float32: cosines and sines of every position, half a head each."""
+        """The cosines of every position, then its sines, D / 2 of each: (length, D) float32."""
         position = torch.arange(length, device=model.device)[None]
         cos, sin = model.model.rotary_emb(position.float(), position_ids=position)
         half = cos.shape[-1] // 2
         return torch.cat([cos[0, :, :half], sin[0, :, :half]], dim=-1)
 
     def __call__(self, layout: Layout, cache: KVCache, *, full: bool, padded: bool) -> Tensor:
-        """Final hidden states of the tokens to be scored.
+        """The final hidden states of the tokens that predict the candidates.
 
         Args:
             layout: the rows of the step, their tokens, and where their windows stand.
-            cache: written at the windows; its capacity is the canvas length.
+            cache: the K/V cache of L positions a row. The forward writes the windows' positions.
             full: whether every window is the whole canvas, as at a refresh.
             padded: whether some row has padding before its prompt.
 
@@ -78,11 +78,11 @@ class Backbone:
         leftpad = layout.leftpad if padded else None
         with self.phase("embed"):
             hidden = self.embed(layout.input_ids).flatten(0, 1)
-        # On a GPU full attention has better kernels elsewhere, which know neither padding nor a
-        # selection of the cache's rows.
+        # On a GPU, torch or flash-attn has faster kernels for full attention, but these support
+        # neither padding nor a selection of the cache's rows.
         dense = full and rows is None and leftpad is None and hidden.is_cuda
         query_start, query_length = layout.start, layout.length
-        x: Tensor | None = None  # the norm of hidden, where the layer before has computed it
+        x: Tensor | None = None  # the norm of `hidden`, or None if it has yet to be computed
         for i, (layer, norm) in enumerate(zip(self.layers, self.norms, strict=True)):
             keys, values = cache.keys[i], cache.values[i]
             if rows is None:
@@ -97,9 +97,10 @@ class Backbone:
                     window_length=layout.length, position_offset=leftpad, cache_batch_idx=rows,
                 )  # fmt: skip
             if layer is self.layers[-1]:
-                # The queries to be scored may stand anywhere in the window, but window_attention
-                # takes neighbours only. Since every query sees the same keys, wherever it stands,
-                # these are placed at the first positions that are no padding.
+                # The queries that predict candidates may stand anywhere in the window, but the
+                # queries of window_attention are neighbours. Every query sees the same keys,
+                # wherever it stands, so these queries are passed off as a window that begins at the
+                # first position after the padding.
                 query_start, query_length = layout.leftpad, layout.num_scored
                 q = q.transpose(1, 2).flatten(0, 1).index_select(0, layout.source_index)
                 q = q.unflatten(0, (b, -1)).transpose(1, 2)

@@ -1,7 +1,7 @@
-"""Two ways to drive a step: call it, or capture it once and replay what it launched.
+"""How a step is captured once and replayed, and how the host copies what it leaves.
 
-A capture is a function that takes a function without arguments and returns another that repeats
-its launches on the same memory. `CudaGraphs` is the one for GPUs.
+A `Capture` takes a function without arguments, and returns another that repeats the launches of the
+first on the same memory. `CudaGraphs` is the capture for GPUs.
 """
 
 from __future__ import annotations
@@ -17,28 +17,28 @@ from torch import Tensor
 
 Capture = Callable[[Callable[[], None]], Callable[[], None]]
 
-# Capacities that a captured step is made for; windows take the smallest that suffices.
+# The widths for which steps are captured. A window step takes the smallest that suffices.
 WIDTHS = (16, 32, 48, 64, 96, 128, 160, 192, 256, 320, 384, 512, 768, 1024)
 
 
 def width_class(width: int, most: int) -> int:
-    """The capacity of a captured step for windows of `width` positions, at most `most`."""
+    """The width of a captured step for windows of `width` positions: one of WIDTHS, or `most`."""
     return min(next((w for w in WIDTHS if w >= width), most), most)
 
 
 def row_class(rows: int, most: int) -> int:
-    """The capacity of a captured step for so many rows: a power of two, at most `most`."""
+    """The capacity of a captured step for `rows` rows: a power of two, or `most`."""
     return min(1 << (rows - 1).bit_length(), most)
 
 
-# A thread takes this lock to wait for the device or to empty the allocator's cache, which none may
-# do while another one captures. Beginning a capture does both.
+# While one thread captures, no other may wait for the device or empty the allocator's cache. A
+# thread takes this lock to do either, and to capture, which begins with both.
 CAPTURING = threading.RLock()
 
 
 @contextlib.contextmanager
 def capturing(graph: torch.cuda.CUDAGraph, **options: Any) -> Iterator[None]:
-    """`torch.cuda.graph`, with the current stream put back even where a capture cannot be ended."""
+    """Enter `torch.cuda.graph`, and restore the current stream even if the capture fails to end."""
     before = torch.cuda.current_stream()
     try:
         with torch.cuda.graph(graph, **options):
@@ -48,15 +48,15 @@ def capturing(graph: torch.cuda.CUDAGraph, **options: Any) -> Iterator[None]:
 
 
 class CudaGraphs:
-    """Captures on the current device into CUDA graphs that share one pool of memory (they run one
-    at a time)."""
+    """Captures steps on the current device as CUDA graphs. The graphs share one pool of memory,
+    since they run one at a time."""
 
     def __init__(self) -> None:
         # Each engine has its own stream on a device. Graphs that were captured on one stream share
-        # a matmul's workspace: engines would write it at the same time, and torch 2.13 gives it
-        # back with the first of those graphs that ends (pytorch issue 193402).
+        # the workspace of matmuls: two engines would write it at the same time, and torch 2.13
+        # frees it when the first of those graphs is deleted (pytorch issue 193402).
         self.streams: dict[int, torch.cuda.Stream] = {}
-        self.graphs: weakref.WeakSet[torch.cuda.CUDAGraph] = weakref.WeakSet()  # in `pool`
+        self.graphs: weakref.WeakSet[torch.cuda.CUDAGraph] = weakref.WeakSet()  # those in `pool`
 
     def __call__(self, run: Callable[[], None]) -> Callable[[], None]:
         graph = torch.cuda.CUDAGraph()
@@ -64,11 +64,12 @@ class CudaGraphs:
             device = torch.cuda.current_device()
             if device not in self.streams:
                 self.streams[device] = torch.cuda.Stream(device)
-            # Torch ends a pool with its last graph, and fails an assertion where that pool is begun
-            # again while anything is left in it, as that workspace is before torch 2.13.
+            # Torch closes a pool when its last graph is deleted. If the pool is then used again
+            # while something is left in it, torch fails an assertion; before torch 2.13, the
+            # workspace of matmuls is left in it. So a new pool is taken.
             if not self.graphs:
                 self.pool = torch.cuda.graph_pool_handle()
-            # Other threads go on allocating and launching.
+            # "thread_local" lets other threads allocate and launch during the capture.
             options = {"stream": self.streams[device], "capture_error_mode": "thread_local"}
             with capturing(graph, pool=self.pool, **options):
                 run()
@@ -77,7 +78,7 @@ class CudaGraphs:
 
 
 class HostCopy:
-    """A copy of a small device tensor on its way to the host."""
+    """A copy of a small device tensor, which may still be on its way to the host."""
 
     def __init__(self, source: Tensor) -> None:
         self.arrived: torch.cuda.Event | None = None
@@ -90,7 +91,7 @@ class HostCopy:
             self.values = source.clone()
 
     def wait(self) -> Tensor:
-        """The copy, once it is complete."""
+        """Wait until the copy is complete, and return it."""
         if self.arrived is not None:
             self.arrived.synchronize()
         return self.values
