@@ -1,7 +1,7 @@
 """generate: one engine for every schedule, cache policy and selection rule.
 
-An engine checks the arguments, takes turns between threads and streams, and makes the output; its
-loop (`dsb_runtime.engine.loop`) launches step after step (`dsb_runtime.engine.step`).
+An engine checks the arguments, lets threads and streams take turns, and makes the output. Its loop
+(`dsb_runtime.engine.loop`) launches one step (`dsb_runtime.engine.step`) after another.
 """
 
 from __future__ import annotations
@@ -28,38 +28,39 @@ from dsb_runtime.engine.parallel import agree, is_sharded
 from dsb_runtime.families import check_model
 
 ENGINE = "_dsb_engine"  # where a model keeps the engine that `generate` made for it
-PROMPT_MULTIPLE = 64  # prompts are padded to it on the left where steps are captured
+PROMPT_MULTIPLE = 64  # where steps are captured, prompts are left-padded to a multiple of this
 
 
 @dataclass
 class GenerationOutput:
-    """What `generate` returns; B rows, prompt P, response G."""
+    """What `generate` returns for B rows with P prompt and G response positions each."""
 
     sequences: Tensor  # (B, P + G) int64, with the left padding
-    nfe: int  # forward passes run
-    tokens_per_forward: list[int]  # positions committed by each forward, over all rows
-    row_nfe: list[int]  # forward passes that each row took part in
-    row_tokens: list[int]  # per row: response positions up to and including its first EOS
+    nfe: int  # how many forwards ran
+    tokens_per_forward: list[int]  # how many tokens each forward committed, over all rows
+    row_nfe: list[int]  # how many forwards each row took part in
+    row_tokens: list[int]  # how many response positions each row has, to its first EOS inclusive
 
 
 @dataclass
 class StepEvent:
-    """One forward, after its commit: what `on_step` is called with. Copy the canvas if it must
-    outlast the call: the next step writes into it."""
+    """One step, after its commit. `on_step` is called with it. The next step writes into the
+    canvas: copy it if you need it after the call."""
 
-    index: int  # forwards before this one
+    index: int  # how many steps came before this one
     kind: str  # "refresh" (every position), "response" (without the prompt) or "window"
-    rows: list[int]  # batch rows that took part
-    before: list[tuple[int, int, int]]  # their (start, end, prefix) in this forward
+    rows: list[int]  # the batch rows that took part
+    before: list[tuple[int, int, int]]  # their (start, end, prefix) in this step
     canvas: Tensor  # (B, L) after the commit
-    position: Tensor  # (B, K) candidates of this forward, -1 beyond
-    commit: Tensor  # (B, K) bool, which of them were committed
-    confidence: Tensor  # (B, K)
+    position: Tensor  # (B, K) the candidates of this step, then -1
+    commit: Tensor  # (B, K) bool, whether each candidate was committed
+    confidence: Tensor  # (B, K) the confidence of each candidate, 0 where none was scored
     table: list[Row]  # every batch row as it is now: its block, and what it needs next
 
 
 def count_tokens(response: Tensor, eos_ids: tuple[int, ...]) -> list[int]:
-    """How many positions of each row stand up to and including its first EOS. response: (B, G)."""
+    """How many positions each row of `response` (B, G) has up to and including its first EOS. It is
+    G for a row without an EOS."""
     length = response.shape[1]
     index = torch.arange(length, device=response.device)
     eos = torch.isin(response, torch.tensor(eos_ids, device=response.device, dtype=torch.int64))
@@ -69,19 +70,20 @@ def count_tokens(response: Tensor, eos_ids: tuple[int, ...]) -> list[int]:
 class Engine:
     """Decodes with one model, and keeps the K/V cache and captured steps between calls.
 
-    `dsb_runtime.generate` keeps one for each model; make your own to set how it runs.
+    `dsb_runtime.generate` keeps an engine for each model. Make your own to choose how it runs.
 
     Args:
         model: from `load_model` or `patch`.
-        graphs: capture steps as CUDA graphs and replay them; None does so on a GPU.
-        capture: how a step is captured; None takes CUDA graphs.
-        phase: entered around each phase of a step by its name, for a profiler.
-        observer: entered around each launch of a step by its kind, "window", "refresh" or
-            "response".
+        graphs: whether to capture steps and replay them. None means True on a GPU, or if `capture`
+            is set.
+        capture: how a step is captured. None means as a CUDA graph.
+        phase: each phase of a step runs inside the context manager `phase(name)`, for a profiler.
+        observer: each launch of a step runs inside the context manager `observer(kind)`, where
+            `kind` is "window", "refresh" or "response".
 
     Raises:
-        TypeError: not such a model.
-        ValueError: graphs without a GPU.
+        TypeError: `model` does not come from `load_model` or `patch`.
+        ValueError: `graphs` is True, the model is not on a GPU, and `capture` is None.
     """
 
     def __init__(
@@ -104,8 +106,8 @@ class Engine:
             capture = CudaGraphs()
         self.loop = Loop(model, capture if graphs else None, phase, observer)
         self.lock = threading.Lock()
-        self.thread: int | None = None  # the one that is inside a call
-        self.stream: torch.cuda.Stream | None = None  # of the last call
+        self.thread: int | None = None  # the thread that is inside a call
+        self.stream: torch.cuda.Stream | None = None  # the stream of the last call
 
     def release(self) -> None:
         """Give back the cache and every captured step; the next call makes them anew."""
@@ -117,10 +119,10 @@ class Engine:
 
     @contextlib.contextmanager
     def on_device(self) -> Iterator[None]:
-        """Make the model's GPU the current one, which events, captures and the compiler take.
+        """Make the model's GPU the current device, which events, captures and the compiler use.
 
-        A stream other than the last call's waits for that one, where a speculative launch may still
-        run over the buffers that calls share.
+        If the current stream is not that of the last call, it waits for that stream, on which a
+        speculative launch may still use the buffers that calls share.
         """
         if self.device.type != "cuda":
             yield
@@ -132,7 +134,7 @@ class Engine:
             self.stream = stream
             yield
 
-    # A caller may be in inference mode: buffers that were made in it could not be written later.
+    # A caller may be in inference mode. Buffers made in that mode could not be written outside it.
     @torch.inference_mode(False)
     @torch.no_grad()
     def generate(
@@ -148,7 +150,7 @@ class Engine:
         """Decode as `dsb_runtime.generate` does, with this engine's model. Threads take turns.
 
         Raises:
-            RuntimeError: called by `on_step` of a call of this engine.
+            RuntimeError: an `on_step` of this engine calls it.
         """
         check_model(self.model)
         config = config_of(self.model, config, settings)
@@ -177,10 +179,11 @@ class Engine:
         generator: torch.Generator | None,
         on_step: Callable[[StepEvent], None] | None,
     ) -> GenerationOutput:
-        """Decode with arguments that have been checked."""
+        """Decode. The arguments must have been checked."""
         batch, prompt = input_ids.shape
         watched = on_step is not None
-        # Captured steps serve prompts up to the next multiple. A watcher sees the canvas unpadded.
+        # A captured step serves every prompt up to the next multiple, so fewer graphs are captured.
+        # A call with `on_step` adds no padding, since the caller sees the canvas.
         pad = 0 if watched or self.loop.capture is None else -prompt % PROMPT_MULTIPLE
         session = self.loop.session(config, input_ids, leftpad, pad)
         state, info = session.state, check_model(self.model)
@@ -194,7 +197,7 @@ class Engine:
             state.seed.copy_(seed)
         commits: list[int] = []
         row_nfe = [0] * batch
-        position = state.position.clone()  # of the coming step
+        position = state.position.clone()  # the candidates of the coming step
 
         def each(done: StepDone) -> None:
             nonlocal position
@@ -226,15 +229,19 @@ class Engine:
 def config_of(
     model: PreTrainedModel, config: DecodingConfig | None, settings: dict[str, Any]
 ) -> DecodingConfig:
-    """The config, or the settings by name with the model's defaults for the others; not both."""
+    """Return the config, or one made of the named settings and the model's defaults.
+
+    Raises:
+        TypeError: both a config and settings are given.
+    """
     if config is not None and settings:
         raise TypeError(f"config and {sorted(settings)[0]}: expected settings in one of the two")
     return defaults_for(model, **settings) if config is None else config
 
 
 class EngineSlot:
-    """Where a model keeps its engine. The slot of a copied or unpickled model is empty: an engine
-    belongs to one model, and has locks and GPU memory that cannot be copied."""
+    """The place where a model keeps its engine. If a model is copied or unpickled, the new model's
+    slot is empty: an engine belongs to one model, and its locks and GPU memory cannot be copied."""
 
     engine: Engine | None = None
 
@@ -247,12 +254,12 @@ def device_of(model: PreTrainedModel) -> torch.device:
 
 
 def engine_of(model: PreTrainedModel) -> Engine:
-    """The engine that `generate` keeps with a model from its first call on. Inside a call of that
-    engine, a new one."""
+    """Return the engine that `generate` keeps with a model from its first call on. Inside a call of
+    that engine (in `on_step`), return a new engine."""
     check_model(model)
     slot = vars(model).setdefault(ENGINE, EngineSlot())
     if slot.engine is None or slot.engine.device != device_of(model):
-        # The engine has a proxy of the model, which must not keep itself alive.
+        # The engine gets a proxy: a model whose engine referred to it would never be freed.
         slot.engine = Engine(cast(PreTrainedModel, weakref.proxy(model)))
     return Engine(model) if slot.engine.in_call() else slot.engine
 
@@ -272,20 +279,21 @@ def generate(
     Args:
         model: from `load_model` or `patch`.
         input_ids: (B, P) int64 or int32 on the model's device, left-padded where lengths differ.
-        config: the settings; or name its fields as keyword arguments, not both. `defaults_for`
-            gives those that are not named.
-        attention_mask: (B, P), 0 for left padding; None means none.
-        generator: source of randomness at temperature > 0; the same seed gives the same tokens.
-        on_step: called after every forward with a `StepEvent`.
+        config: the settings. Instead of a config, settings may be named as keyword arguments; then
+            `defaults_for` supplies the others.
+        attention_mask: (B, P), 0 for left padding. None means that there is no padding.
+        generator: the source of randomness at temperature > 0. The same seed gives the same tokens.
+        on_step: a function that is called with a `StepEvent` after every step.
 
     Returns:
-        `GenerationOutput`: sequences, forwards, tokens committed by each forward.
+        `GenerationOutput`: the sequences, the number of forwards, and how many tokens each forward
+        committed.
 
     Raises:
-        TypeError, ValueError: bad input, before any compute; the message names argument, value and
-            what is accepted.
+        TypeError, ValueError: an argument is not accepted, which is checked before the model runs.
+            The message names the argument, its value and what is accepted.
         FloatingPointError: the model's logits are NaN; the message names the step and the row.
-        torch.OutOfMemoryError: the message names the bytes asked for and a setting that fits.
+        torch.OutOfMemoryError: the message names what did not fit, and a setting that should fit.
     """
     return engine_of(model).generate(
         input_ids, config, attention_mask=attention_mask, generator=generator, on_step=on_step,

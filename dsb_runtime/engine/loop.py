@@ -36,13 +36,13 @@ from dsb_runtime.engine.layers import fingerprint
 from dsb_runtime.engine.step import DecodeState, Step, StepShape, new_state, spec_of
 from dsb_runtime.families import check_model
 
-SESSIONS = 8  # calls of different shape or settings whose captured steps are kept
-SPECULATION_WINDOW = 8  # recent steps that bound how many tokens the next one may commit
+SESSIONS = 8  # how many sessions, of different shapes or settings, a loop keeps
+SPECULATION_WINDOW = 8  # how many recent steps predict the most tokens that a row may commit
 
 
 @dataclass
 class Launched:
-    """A step under way, and the row table that it will leave."""
+    """A step that has been launched, and the copy of the row table as it will leave it."""
 
     shape: StepShape
     table: HostCopy
@@ -58,7 +58,7 @@ class StepDone:
 
     @property
     def rows(self) -> list[int]:
-        """Batch rows that took part."""
+        """The batch rows that took part."""
         return [i for i, row in enumerate(self.after) if row.took_part]
 
 
@@ -67,7 +67,7 @@ class Session:
     """The state of a batch of one shape and the steps over it."""
 
     step: Step
-    captured: bool  # whether steps are captured, and their capacity rounded up for that
+    captured: bool  # whether steps are captured, for which capacities are rounded up
     replays: dict[StepShape, Callable[[], None]] = field(default_factory=dict)
 
     @property
@@ -76,7 +76,8 @@ class Session:
 
 
 def capacity_for(session: Session, kind: StepKind, rows: list[Row], growth: int = 0) -> StepShape:
-    """A step of this kind for these rows, whose windows may grow by `growth` positions before."""
+    """The capacity of a step of this kind for these rows. Until the step is launched, their windows
+    may grow by `growth` positions."""
     batch, length = session.state.canvas.shape
     if kind == StepKind.WINDOW:
         width = max(row.end - row.start + row.prefix for row in rows) + growth
@@ -90,8 +91,8 @@ def capacity_for(session: Session, kind: StepKind, rows: list[Row], growth: int 
 
 
 def next_step(session: Session, table: list[Row]) -> StepShape | None:
-    """The step that the rows need now, or None when every row is done. Refreshes come first: their
-    rows then join the window steps of the others."""
+    """The step that the rows need now, or None if every row is done. Refreshes come first, so that
+    the rows that were refreshed then share window steps with the others."""
     for kind in (StepKind.REFRESH, StepKind.RESPONSE, StepKind.WINDOW):
         rows = [row for row in table if row.next_kind == kind]
         if rows:
@@ -102,13 +103,13 @@ def next_step(session: Session, table: list[Row]) -> StepShape | None:
 def speculate(
     session: Session, table: list[Row], launched: StepShape, most_new: int
 ) -> StepShape | None:
-    """The step that almost certainly follows `launched`, or None where the host must wait.
+    """The step that almost certainly follows `launched`, or None if the host must wait.
 
-    The guess holds unless a row ends at an EOS or commits more than expected.
+    The guess is right unless a row stops at an EOS or commits more than `most_new` tokens.
 
     Args:
         table: the row table that `launched` began with.
-        most_new: tokens that a step is expected to commit in one row at most.
+        most_new: the most tokens that `launched` is expected to commit in one row.
     """
     config, spec = session.step.config, session.step.spec
     rows = [row for row in table if row.next_kind != StepKind.NOTHING]
@@ -120,7 +121,7 @@ def speculate(
         if row.next_kind != launched.kind or masks_left <= most_new:
             return None
     if config.cache == "none":
-        return launched  # which is a refresh, and so is every step
+        return launched  # with cache="none" every step is a refresh
     is_window = launched.kind == StepKind.WINDOW
     since_refresh = max(row.since_refresh for row in rows) if is_window else 0
     if since_refresh + most_new >= config.block_length:
@@ -131,13 +132,13 @@ def speculate(
 
 class Loop:
     """Decodes batches with one model, and keeps its K/V cache and captured steps between calls. Two
-    threads must not use it at the same time.
+    threads must not use a loop at the same time.
 
     Args:
         model: from `load_model` or `patch`.
-        capture: how a step is captured for replay; None runs every step directly.
-        phase: entered around each phase of a step by its name.
-        observer: entered around each launch of a step by the name of its kind.
+        capture: how a step is captured for replay. None means that no step is captured.
+        phase: each phase of a step runs inside the context manager `phase(name)`.
+        observer: each launch of a step runs inside the context manager `observer(kind)`.
     """
 
     def __init__(
@@ -153,16 +154,17 @@ class Loop:
     def release(self) -> None:
         """Give back the cache and every captured step; the next call makes them anew."""
         self.sessions: OrderedDict[Any, Session] = OrderedDict()
-        self.storage: Tensor | None = None  # of the cache
+        self.storage: Tensor | None = None  # the memory of the K/V cache
         self.backbone: Backbone | None = None
 
     # --- buffers ------------------------------------------------------------------------------
 
     def reserve(self, batch: int, length: int, shape: CacheShape) -> tuple[Backbone, Tensor]:
-        """Make buffers for `batch` rows of `length` positions, or keep those that suffice.
+        """Make buffers for `batch` rows of `length` positions, unless the present ones suffice.
 
         Raises:
-            torch.OutOfMemoryError: naming the bytes asked for and a setting that fits.
+            torch.OutOfMemoryError: the message names the bytes that were asked for and a setting
+                that fits.
         """
         if self.backbone is not None and self.backbone.fingerprint != fingerprint(self.model):
             self.release()
@@ -178,7 +180,8 @@ class Loop:
     def session(
         self, config: DecodingConfig, input_ids: Tensor, leftpad: Tensor, pad: int
     ) -> Session:
-        """A session in the state before the first step; `pad` columns stand before the prompts."""
+        """Return a session in the state before the first step, with `pad` more padding positions
+        before the prompts."""
         batch, info = len(input_ids), check_model(self.model)
         spec = spec_of(config, info, input_ids.shape[1] + pad)
         response = input_ids.new_full((batch, config.gen_length), info.mask_id)
@@ -208,10 +211,10 @@ class Loop:
     # --- steps --------------------------------------------------------------------------------
 
     def launch(self, session: Session, shape: StepShape) -> Launched:
-        """Run a step, or replay it where it is captured.
+        """Run a step, or replay it if it has been captured.
 
         Raises:
-            torch.OutOfMemoryError: naming the bytes asked for and a setting that fits.
+            torch.OutOfMemoryError: the message names the step and a setting that should fit.
         """
         replay = session.replays.get(shape)
         try:
@@ -222,7 +225,8 @@ class Loop:
                     session.step(shape)
                 launched = Launched(shape, HostCopy(session.state.table))
             if self.capture is not None and replay is None:
-                # This was a step like any other, which compiled what it launches; now record it.
+                # The run above was a step of the decoding, and has compiled all kernels. The
+                # capture records the same launches without running them.
                 session.replays[shape] = self.capture(lambda: session.step(shape))
         except RuntimeError as error:
             if not is_out_of_memory(error):
@@ -236,15 +240,16 @@ class Loop:
         """Decode a session to its end.
 
         Args:
-            each: called with every step that moved a row.
-            speculative: launch the likely next step before `each` is called with this one.
+            each: a function that is called with every step in which a row took part.
+            speculative: whether to launch the likely next step before `each` gets this one.
 
         Raises:
-            FloatingPointError: NaN logits.
+            FloatingPointError: the model's logits are NaN.
         """
         table = read_rows(HostCopy(session.state.table).wait())
         under_way: deque[Launched] = deque()
-        most_new: deque[int] = deque(maxlen=SPECULATION_WINDOW)  # of a row, in recent steps
+        # The most tokens that each recent step committed in one row.
+        most_new: deque[int] = deque(maxlen=SPECULATION_WINDOW)
         steps, useful = 0, True
         while (shape := next_step(session, table)) is not None:
             if not under_way:
@@ -258,7 +263,7 @@ class Loop:
             table = read_rows(done.table.wait())
             useful = any(row.took_part for row in table)
             if not useful:
-                continue  # a wrong guess; the next step is launched without one
+                continue  # the guess was wrong: the next step is launched without another guess
             most_new.append(max(row.new for row in table if row.took_part))
             failed = [index for index, row in enumerate(table) if row.failed]
             if failed:
