@@ -1,8 +1,8 @@
-"""The settings of a decoding: one field of `DecodingConfig` each, with all that the doors need.
+"""The settings of a decoding. Each is one field of `DecodingConfig`, with all that the doors need.
 
-A field is declared by `setting(default, help, ...)`. Its type, range or choices, help and group
-are stated there once: the checks, the command line, `custom_generate`, the harness's model and the
-documentation's table read them from `settings()`.
+A field is declared by `setting(default, help, ...)`, which states its type, its range or choices,
+its help and its group once. The checks, the command line, `custom_generate`, the harness's model
+and the documentation's table read them from `settings()`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ DEFAULT_FULL_EVERY = 4
 
 DEFAULT_RULE = next(rule for rule in RULES.values() if rule.default is not None)
 
-# Groups of the command line's help.
+# The command line's help lists settings in these groups.
 DECODING = "decoding"
 RULE = f"selection rule, at most one (default: --{DEFAULT_RULE.setting} {DEFAULT_RULE.default})"
 SAMPLING = "sampling and ending"
@@ -64,9 +64,9 @@ def check_bool(name: str, value: Any) -> None:
 class Setting:
     """What every door needs to know of one setting.
 
-    A bound is a number or the name of the setting that bounds this one. `unset`: what happens
-    where the setting is not named, for help and docs. `doors`: the name at a door that calls the
-    setting something else.
+    A bound (`low`, `high`) is a number, or the name of another setting whose value is the bound.
+    `unset` says in help and docs what happens if the setting is not named. `doors` has the
+    setting's name at each door that uses a different one.
     """
 
     default: Any
@@ -93,7 +93,8 @@ class Setting:
         return f"{self.kind.__name__} in {'(' if self.open_low else '['}{low}, {high}]"
 
     def check(self, name: str, value: Any, others: Any) -> None:
-        """Raise TypeError or ValueError unless `value` is accepted beside the config `others`."""
+        """Raise TypeError or ValueError unless `value` is accepted. Bounds that are names are read
+        from the config `others`."""
         low: Any = getattr(others, self.low) if isinstance(self.low, str) else self.low
         high: Any = getattr(others, self.high) if isinstance(self.high, str) else self.high
         if value is None and self.default is None:  # not named
@@ -111,12 +112,12 @@ class Setting:
 
 
 def setting(default: Any, help: str, **how: Any) -> Any:
-    """A field of `DecodingConfig`; the arguments are those of `Setting`."""
+    """Declare a field of `DecodingConfig`. The arguments are those of `Setting`."""
     return field(default=default, metadata={"setting": Setting(default, help, **how)})
 
 
 def rule_setting(rule: Rule) -> Any:
-    """The field that turns a selection rule on."""
+    """Declare the field that turns a selection rule on."""
     return setting(
         None, rule.help, kind=rule.kind, group=RULE, low=rule.low, open_low=rule.open_low,
         high="gen_length" if rule.high is None else rule.high,
@@ -125,7 +126,8 @@ def rule_setting(rule: Rule) -> Any:
 
 
 def with_rule_settings(cls: type[T]) -> type[T]:
-    """Give a dataclass to be the settings of the rules that it does not list itself."""
+    """Add a field to a class for each rule's setting that it does not list itself. The class is
+    made a dataclass afterwards."""
     for rule in RULES.values():
         if rule.setting not in cls.__annotations__:
             cls.__annotations__[rule.setting] = f"{rule.kind.__name__} | None"
@@ -143,8 +145,9 @@ class DecodingConfig:
     others.
 
     Raises:
-        TypeError: a field of the wrong type.
-        ValueError: a value outside what is accepted; the message names field, value and range.
+        TypeError: a field has the wrong type.
+        ValueError: a value is not accepted. The message names the field, its value and what is
+            accepted.
     """
 
     gen_length: int = setting(
@@ -218,7 +221,7 @@ class DecodingConfig:
                 raise ValueError(f"{name}={getattr(self, name)!r}: {why}")
 
     def _conflicts(self) -> list[tuple[str, bool, str]]:
-        """(setting, whether another one rules it out, the reason) of all such pairs."""
+        """For each setting that another may rule out: its name, whether it does, and the reason."""
         naive, full = self.schedule == "naive", self.refresh_policy == "full"
         return [
             ("confidence", self.confidence == "entropy" and self.rule != "quota",
@@ -243,7 +246,7 @@ class DecodingConfig:
 
     @property
     def num_blocks(self) -> int:
-        """Naive blocks in the response; the last may be shorter."""
+        """How many blocks schedule="naive" has in the response. The last may be shorter."""
         return -(-self.gen_length // self.block_length)
 
     @property
@@ -253,13 +256,13 @@ class DecodingConfig:
 
     @property
     def rule_value(self) -> float:
-        """The rule's number (0 for a quota, which counts in `steps`)."""
+        """The value of the rule's setting, or 0 for a quota, whose value is `steps`."""
         rule = RULES[self.rule]
         return 0.0 if rule.kind is int else float(getattr(self, rule.setting))
 
     @property
     def full_every(self) -> int:
-        """Of how many refreshes one is full; the first always is."""
+        """One refresh in so many is full. The first always is."""
         if self.refresh_policy == "full":
             return 1
         return self.full_refresh_every or DEFAULT_FULL_EVERY
@@ -271,7 +274,7 @@ def settings() -> dict[str, Setting]:
 
 
 def rule_names() -> tuple[str, ...]:
-    """The settings of the selection rules; a decoding has one of them."""
+    """The names of the selection rules' settings. Exactly one of these is set in a config."""
     return tuple(dict.fromkeys(rule.setting for rule in RULES.values()))
 
 
@@ -284,6 +287,6 @@ def settings_table() -> list[tuple[str, str, str, str, str]]:
 
 
 def check_names(named: Mapping[str, Any]) -> None:
-    """Raise TypeError for the first name that is no setting."""
+    """Raise TypeError for the first name that no setting has."""
     for name in sorted(set(named) - set(settings())):
         raise TypeError(f"{name}={named[name]!r}: expected one of {', '.join(settings())}")

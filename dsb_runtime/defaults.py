@@ -23,14 +23,15 @@ def defaults_for(
     """The settings of a call: those that the caller names, and defaults for the others.
 
     Args:
-        model: from `load_model` or `patch`; None checks settings before a model is read.
-        gen_length: response positions; None is the model's `generation_config.max_new_tokens`,
-            or 256.
-        named: other settings by name. Without `block_length` it is a quarter of the response, at
-            most 32; without `stop_at_eos` it is whether the model has an EOS.
+        model: from `load_model` or `patch`. With None, settings can be checked before a model is
+            loaded.
+        gen_length: how many response positions. None means `generation_config.max_new_tokens` of
+            the model, or 256.
+        named: other settings by name. By default `block_length` is a quarter of the response, at
+            most 32, and `stop_at_eos` is whether the model has an EOS.
 
     Raises:
-        TypeError, ValueError: an unknown name, or a value that is not accepted.
+        TypeError, ValueError: no setting has this name, or the value is not accepted.
     """
     check_names(named)
     if gen_length is None:

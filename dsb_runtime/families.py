@@ -1,4 +1,4 @@
-"""What LLaDA and Dream are: config fields, weight names, mask id, logits shift.
+"""What distinguishes LLaDA and Dream: config fields, weight names, logits shift, defaults.
 
 LLaDA is `LlamaForCausalLM` and Dream is `Qwen2ForCausalLM`, both with bidirectional attention.
 A new family is one entry of FAMILIES.
@@ -19,11 +19,12 @@ RawConfig = Mapping[str, Any]
 class Family:
     """One family of diffusion language models.
 
-    `key_mapping` renames published weights to transformers' names (used where the checkpoint has
-    them). `defaults` says what fields absent from a config mean to the published code. `allowed`
-    lists, for config fields that change the result, the only values whose result is reproduced
-    (None: absent). `shift`: the logits of position i - 1 predict the token of position i.
-    `turn_ends`: ids that end a turn beside the config's EOS, by that EOS.
+    `key_mapping` renames published weights to transformers' names, if a checkpoint has the
+    published ones. `defaults` returns the values that the published code gives to fields that a
+    config lacks. `allowed` lists config fields that change the result, and the only values that
+    this package reproduces; None stands for a field that is absent. `shift` says that the logits of
+    position i - 1 predict the token of position i. `turn_ends` maps the config's EOS to further ids
+    that end a turn.
     """
 
     name: str
@@ -36,7 +37,7 @@ class Family:
     shift: bool
     prefix_window: int
     refresh_commit: str
-    nucleus: bool  # sampling takes top_p and top_k
+    nucleus: bool  # whether sampling accepts top_p and top_k
     turn_ends: Mapping[int, tuple[int, ...]]
 
 
@@ -50,7 +51,11 @@ class DiffusionInfo:
 
 
 def check_model(model: Any) -> DiffusionInfo:
-    """The model's family, mask id and EOS ids."""
+    """Return the model's family, mask id and EOS ids.
+
+    Raises:
+        TypeError: `model` does not come from `load_model` or `patch`.
+    """
     info = getattr(model, "dsb", None)
     if not isinstance(info, DiffusionInfo):
         raise TypeError(
@@ -60,14 +65,15 @@ def check_model(model: Any) -> DiffusionInfo:
 
 
 def real(name: str, value: Any) -> float:
-    """`value` where it is a positive number; ValueError names the field otherwise."""
+    """Return `value` as a float. Raise ValueError unless it is a positive number."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
         raise ValueError(f"config.json has {name}={value!r}: expected a number above 0")
     return float(value)
 
 
 def size(raw: RawConfig, *names: str) -> int:
-    """The first of `names` in the config, a positive int; ValueError names it otherwise."""
+    """Return the value of the first of `names` that the config has. Raise ValueError unless it is a
+    positive int."""
     name = next((name for name in names if name in raw), None)
     if name is None:
         raise ValueError(f"config.json has no {' or '.join(names)}: expected an int above 0")
@@ -78,9 +84,9 @@ def size(raw: RawConfig, *names: str) -> int:
 
 
 def rope_parameters(raw: RawConfig) -> dict[str, Any]:
-    """Plain RoPE in transformers 5's form, from `rope_parameters` or `rope_theta`.
+    """Return plain RoPE as transformers 5 writes it, from `rope_parameters` or `rope_theta`.
 
-    Scaled and partial RoPE are refused: neither family was published with one.
+    Scaled and partial RoPE are refused: neither family was published with either.
     """
     rope = raw.get("rope_parameters", {})
     plain = isinstance(rope, dict) and rope.get("rope_type", "default") == "default"
@@ -98,11 +104,11 @@ def rope_parameters(raw: RawConfig) -> dict[str, Any]:
     return {"rope_type": "default", "rope_theta": theta}
 
 
-# `DiffusionInfo` has the special ids; transformers would fill in its own.
+# `DiffusionInfo` has the special ids. Without these, transformers would fill in its own.
 NO_IDS: dict[str, Any] = {"pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
 
 LLAMA_DEFAULTS = {"rms_norm_eps": 1e-6}
-# What an absent field means to LLaDA's configuration class, which inherits GPT-2's values.
+# LLaDA's configuration class gives absent fields these values, which come from GPT-2.
 LLADA_DEFAULTS = {
     "activation_type": "swiglu", "block_type": "sequential", "layer_norm_type": "default",
     "rope": False, "rms_norm_eps": 1e-5, "weight_tying": True,
@@ -110,7 +116,7 @@ LLADA_DEFAULTS = {
 
 
 def shared_fields(raw: RawConfig) -> dict[str, Any]:
-    """The fields that both families' configs name alike."""
+    """Build the fields that have the same names in the configs of both families."""
     return {
         "rms_norm_eps": real("rms_norm_eps", raw["rms_norm_eps"]),
         "rope_parameters": rope_parameters(raw),
@@ -120,7 +126,8 @@ def shared_fields(raw: RawConfig) -> dict[str, Any]:
 
 
 def build_llada(raw: RawConfig) -> LlamaConfig:
-    """LLaDA's own field names (`d_model`, ...) or Llama's (`hidden_size`, ...)."""
+    """Build the config from LLaDA's own field names (`d_model`, ...) or Llama's (`hidden_size`,
+    ...)."""
     hidden = size(raw, "hidden_size", "d_model")
     heads = size(raw, "num_attention_heads", "n_heads")
     mlp = {"intermediate_size", "mlp_hidden_size"} & set(raw)
@@ -141,7 +148,7 @@ def build_llada(raw: RawConfig) -> LlamaConfig:
 
 
 def build_dream(raw: RawConfig) -> Qwen2Config:
-    """Dream's config is Qwen2's with a mask id."""
+    """Build the config from Dream's, which is Qwen2's with a mask id."""
     names = (
         "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
         "num_attention_heads", "num_key_value_heads", "max_position_embeddings",
@@ -150,7 +157,7 @@ def build_dream(raw: RawConfig) -> Qwen2Config:
     return Qwen2Config(**sizes, **shared_fields(raw), use_sliding_window=False)
 
 
-# The modules of a layer under LLaDA's names, and under Llama's.
+# Each module of a layer has a name in LLaDA and another one in Llama.
 LAYER_NAMES = {
     "q_proj": "self_attn.q_proj", "k_proj": "self_attn.k_proj", "v_proj": "self_attn.v_proj",
     "attn_out": "self_attn.o_proj", "ff_proj": "mlp.gate_proj", "up_proj": "mlp.up_proj",
@@ -244,11 +251,11 @@ def find_family(raw: RawConfig, name: str | None = None) -> Family:
 
 
 def supported_config(raw: RawConfig, family: Family) -> PretrainedConfig:
-    """The transformers config that computes what the published one does.
+    """Return the transformers config whose model computes what the published one does.
 
     Raises:
-        ValueError: a field that is missing, malformed or would change the result; names the field,
-            its value and what is supported.
+        ValueError: a field is missing or malformed, or would change the result. The message names
+            the field, its value and what is supported.
     """
     present = {name: value for name, value in raw.items() if value is not None}
     full = {**family.defaults(present), **present}

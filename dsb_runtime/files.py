@@ -1,4 +1,4 @@
-"""Files of results: whether a file can be written, and JSON that is never half written."""
+"""Files of results: a check that a file can be written, and JSON that is never half written."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any
 
 
 def check_writable(name: str, path: Path | None) -> None:
-    """Raise ValueError unless a file can be written, by opening it; its content stays.
+    """Raise ValueError unless the file can be opened for writing. Its content stays.
 
-    `name` is the argument that named the file. A path of None stands for no file.
+    `name` is the argument that named the file. If the path is None, there is nothing to check.
     """
     if path is None:
         return
@@ -21,7 +21,7 @@ def check_writable(name: str, path: Path | None) -> None:
     if path.is_dir():
         raise ValueError(f"{name} {path}: a folder; expected a file")
     existed = path.exists()
-    if existed and not path.is_file():  # the reader of a pipe would see an end
+    if existed and not path.is_file():  # closing a pipe would end it for its reader
         return
     try:
         path.open("ab").close()
@@ -36,8 +36,9 @@ def check_writable(name: str, path: Path | None) -> None:
 def write_json(path: Path, record: Any) -> None:
     """Write a JSON file whole or not at all: after an interrupt it has its old content.
 
-    A rename would replace a pipe or a link, and cannot be done in a folder that takes no other
-    file. These are written in place.
+    It writes another file and renames that. A rename would replace a pipe or a link, and needs a
+    folder that accepts a new file. Pipes, links, and files in other folders are written in place,
+    where an interrupt may leave half a file.
     """
     text = json.dumps(record, indent=1) + "\n"
     special = path.is_symlink() or (path.exists() and not path.is_file())
@@ -50,10 +51,11 @@ def write_json(path: Path, record: Any) -> None:
 
 
 def read_json(path: Path, name: str = "--from") -> Any:
-    """The JSON in a file that the argument `name` named; ValueError where there is none."""
+    """Read the JSON of a file that the argument `name` named. Raise ValueError if the file cannot
+    be read or is not JSON."""
     try:
         return json.loads(path.read_text("utf-8"))
     except OSError as error:
         raise ValueError(f"{name} {path}: {error.strerror}; expected a file") from error
-    except ValueError as error:  # JSON's and UTF-8's
+    except ValueError as error:  # the errors of JSON and of UTF-8 are ValueErrors
         raise ValueError(f"{name} {path}: expected a JSON file ({error})") from error

@@ -1,12 +1,13 @@
 """A decoder layer as the engine runs it: what comes before attention and what follows it.
 
-`PackedLayer` computes q, k, v as one op and gate, up with their SiLU as another; the op that
-projects back to the hidden size adds the residual and computes the next norm. It serves plain
-linear layers. A model whose layers are anything else (DTensors of tensor parallelism, quantised or
-adapted linear layers, hooks) runs module by module in `ModuleLayer`. In both, `finish` and `mlp`
-return the residual and its next norm, or None where that norm is still to be computed.
+`PackedLayer` serves plain linear layers. One op computes q, k and v, another gate and up with their
+SiLU, and the op that projects back to the hidden size also adds the residual and computes the next
+norm. A model whose layers are anything else (DTensors of tensor parallelism, quantised or adapted
+linear layers, hooks) runs module by module in `ModuleLayer`. In both classes, `finish` and `mlp`
+return the residual and its next norm, or None if that norm has yet to be computed.
 
-Shapes: N tokens of all rows, E hidden size, D head dim.
+Shapes: b rows of W tokens each, N = b * W, E hidden size, H query heads, H_kv KV heads, D head
+dimension. In the last layer `finish` and `mlp` get fewer tokens (`engine.forward`).
 """
 
 from __future__ import annotations
@@ -21,19 +22,19 @@ from torch.nn.functional import rms_norm
 from dsb_kernels.linear import linear_add_norm, window_linear
 from dsb_runtime.engine.packing import packed_linear
 
-# Norms that F.rms_norm computes from `weight` and `variance_epsilon`.
+# F.rms_norm computes what these modules do, from their `weight` and `variance_epsilon`.
 RMS_NORMS = ("LlamaRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm", "MistralRMSNorm")
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
 
 Module = Any  # a module of transformers, of whose attributes nn.Module says nothing
 Norm = Callable[[Tensor], Tensor]
-Normed = tuple[Tensor, Tensor | None]  # the residual, and its norm where it is computed
+Normed = tuple[Tensor, Tensor | None]  # the residual, and its norm or None
 
 
 @dataclass(frozen=True)
 class RmsNorm:
-    """RMSNorm as one call, with its weight and epsilon."""
+    """RMSNorm as one call of torch."""
 
     weight: Tensor
     eps: float
@@ -43,15 +44,15 @@ class RmsNorm:
 
 
 def norm_of(module: Module) -> Norm:
-    """A norm as one call where it is RMSNorm, the module itself otherwise."""
+    """Return an `RmsNorm` if the module is a plain RMSNorm, otherwise the module itself."""
     if type(module).__name__ not in RMS_NORMS or not is_plain(module):
         return module
     return RmsNorm(module.weight.data, module.variance_epsilon)
 
 
 def is_plain(module: nn.Module) -> bool:
-    """Whether calling a module does no more than its class's forward on ordinary tensors, laid out
-    as ours are read."""
+    """Whether calling a module does only what the forward of its class does, and its parameters are
+    ordinary contiguous tensors of floating point."""
     replaced = "forward" in vars(module)
     return not (module._forward_hooks or module._forward_pre_hooks or replaced) and all(
         type(p) is nn.Parameter and p.is_floating_point() and p.is_contiguous()
@@ -78,7 +79,8 @@ def can_pack(layer: Module) -> bool:
 
 
 def add_linear(hidden: Tensor, x: Tensor, weight: Tensor, norm: Norm) -> Normed:
-    """hidden (N, E) += x (N, F) @ weight.T in place, and its norm where that is RMSNorm."""
+    """Add x (N, F) @ weight.T to hidden (N, E) in place. Returns hidden, and its norm if that is an
+    RMSNorm of hidden's dtype."""
     if isinstance(norm, RmsNorm) and norm.weight.dtype == hidden.dtype:
         return hidden, linear_add_norm(x, weight, hidden, norm.weight, norm.eps)
     return hidden.addmm_(x, weight.t()), None
@@ -103,10 +105,11 @@ class PackedLayer:
         self.out, self.down = attn.o_proj.weight.data, mlp.down_proj.weight.data
 
     def qkv(self, x: Tensor, width: int) -> list[Tensor]:
-        """x (N, E), `width` tokens of each row: q (b, H, W, D), k and v (b, H_kv, W, D)."""
+        """Project x (N, E), `width` tokens of each row, to q (b, H, W, D), and to k and v
+        (b, H_kv, W, D)."""
         packed = window_linear(x, self.qkv_weight, self.qkv_bias)
         heads, D = sum(self.sizes), self.head_dim
-        # (b, W, H, D) seen as (b, H, W, D).
+        # This is a (b, H, W, D) view of the matmul's (b, W, H, D), with all heads of q, k and v.
         shape, strides = (len(x) // width, heads, width, D), (width * heads * D, D, heads * D, 1)
         q, k, v = packed.as_strided(shape, strides).split(self.sizes, 1)
         if self.q_norm is not None and self.k_norm is not None:
@@ -114,19 +117,19 @@ class PackedLayer:
         return [q, k, v]
 
     def finish(self, hidden: Tensor, out: Tensor) -> Normed:
-        """Output projection and residual: hidden (N, E), which is overwritten, out (N, H * D)."""
+        """Project `out` (N, H * D), and add it to `hidden` (N, E), which is overwritten."""
         return add_linear(hidden, out, self.out, self.post_norm)
 
     def mlp(self, hidden: Tensor, x: Tensor | None, norm: Norm) -> Normed:
-        """MLP and residual: hidden (N, E), which is overwritten, and x, its norm; `norm` is what
-        comes after the layer."""
+        """Add the MLP of `x`, the norm of `hidden` (N, E), to `hidden`, which is overwritten.
+        `norm` is the norm that follows the layer."""
         x = self.post_norm(hidden) if x is None else x
         act = window_linear(x, self.gate_up, gated=True)
         return add_linear(hidden, act, self.down, norm)
 
 
 class ModuleLayer:
-    """The same through the layer's own modules, whatever they are."""
+    """Any layer. The methods do what those of `PackedLayer` do by calling the layer's modules."""
 
     def __init__(self, layer: Module) -> None:
         self.layer, self.attn = layer, layer.self_attn
@@ -150,14 +153,16 @@ class ModuleLayer:
 
 
 def layers_of(model: Module) -> list[PackedLayer | ModuleLayer]:
-    """The layers of a decoder (`LlamaModel` or alike), packed where every one of them can be."""
+    """The layers of a decoder (`LlamaModel` or the like), as `PackedLayer` if all of them can be
+    packed."""
     if all(can_pack(layer) for layer in model.layers):
         return [PackedLayer(layer) for layer in model.layers]
     return [ModuleLayer(layer) for layer in model.layers]
 
 
 def fingerprint(model: Module) -> list[int]:
-    """What a backbone and captured steps rely on: equal while each of the model's weights is where
-    it was and its layers are what they were."""
+    """A list that stays equal while the model's weights stay at their addresses, its LM head stays
+    the same module, and the same layers can be packed. A backbone and captured steps rely on
+    that."""
     weights = [getattr(p, "_local_tensor", p).data_ptr() for p in model.parameters()]
     return [*weights, id(model.lm_head), *(can_pack(layer) for layer in model.model.layers)]

@@ -1,9 +1,9 @@
-"""One matmul where a layer has several with the same input: q, k, v and gate, up.
+"""Packing: linear layers with the same input (q, k, v or gate, up) become one matmul.
 
-Their weights are moved into one storage and the model's own parameters become views of it: the
-same `Parameter` objects with the same values, nothing is stored twice, and a write to one is seen
-through the other. Where the parameters lie is looked up each time: moving the model (`.to`) gives
-each a storage of its own again, and then they are packed anew.
+Their weights are moved into one storage, and the model's own parameters become views of it. They
+stay the same `Parameter` objects with the same values. Nothing is stored twice, and a write to a
+parameter changes the packed weight too. Moving the model (`.to`) gives each parameter a storage of
+its own again, so `packed` looks each time where the parameters lie, and packs them anew if needed.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-PACKING = threading.Lock()  # two threads that meet a model for the first time
+PACKING = threading.Lock()  # two threads may pack the same model
 
 
 def neighbours(tensors: Sequence[Tensor]) -> bool:
@@ -29,11 +29,11 @@ def neighbours(tensors: Sequence[Tensor]) -> bool:
 
 
 def packed(parameters: Sequence[Tensor]) -> Tensor:
-    """The parameters (n_i, ...) one after the other as one tensor (sum n_i, ...); afterwards they
-    are views of it."""
+    """Return the parameters (n_i, ...), one after the other, as one tensor (sum n_i, ...), of which
+    they become views."""
     first = parameters[0].data
     if not neighbours([p.data for p in parameters]):
-        # Not in inference mode, which a caller may be in: its tensors can never be trained.
+        # A caller may be in inference mode, but a tensor made in that mode can never be trained.
         with PACKING, torch.inference_mode(False), torch.no_grad():
             if not neighbours([p.data for p in parameters]):
                 whole = torch.cat([p.data for p in parameters])
@@ -46,7 +46,8 @@ def packed(parameters: Sequence[Tensor]) -> Tensor:
 
 
 def packed_linear(linears: Sequence[nn.Linear]) -> tuple[Tensor, Tensor | None]:
-    """Weight (sum out, in) and bias (sum out,) of linear layers that share their input."""
+    """The weight (sum out, in) and the bias (sum out,) or None of linear layers that share their
+    input."""
     weight = packed([linear.weight for linear in linears])
     biases: list[Any] = [linear.bias for linear in linears]
     return weight, None if biases[0] is None else packed(biases)

@@ -1,8 +1,10 @@
-"""Tensor parallelism by transformers' own plan: what it can split, and scoring a split vocabulary.
+"""Tensor parallelism by transformers' own plan: what it can split, and how a split vocabulary is
+scored.
 
-Attention heads, MLP columns and the vocabulary are divided over the processes of `torchrun`; the
-modules gather where they must. Every process holds the whole canvas and makes every decision: the
-decisions are equal because each follows from numbers that were gathered in one order.
+The plan divides attention heads, the MLP's hidden features and the vocabulary over the processes of
+`torchrun`, and its modules communicate where they must. Every process has the whole canvas and
+makes every decision itself. Their decisions are equal, since they all follow from the same numbers,
+gathered in the same order.
 """
 
 from __future__ import annotations
@@ -23,11 +25,11 @@ from dsb_kernels.score import combine_partials
 
 
 def check_distributed(plan: DistributedConfig, config: PretrainedConfig) -> int:
-    """The number of processes that share the model; 1 where there is nothing to split.
+    """Check the plan, and return the number of processes that share the model.
 
     Raises:
-        TypeError, ValueError: a plan that does not fit the processes or the model.
-        ImportError: without accelerate, which places the shards.
+        TypeError, ValueError: the plan does not fit the processes or the model.
+        ImportError: accelerate, which places the shards, is not installed.
     """
     if not isinstance(plan, DistributedConfig):
         raise TypeError(
@@ -59,12 +61,12 @@ def check_distributed(plan: DistributedConfig, config: PretrainedConfig) -> int:
 
 
 def is_sharded(lm_head: torch.nn.Linear) -> bool:
-    """Whether each process holds a part of the vocabulary."""
+    """Whether each process has only a shard of the vocabulary."""
     return isinstance(lm_head.weight, DTensor)
 
 
 def local(weight: Tensor) -> Tensor:
-    """This process's part of a sharded weight."""
+    """This process's shard of a weight."""
     assert isinstance(weight, DTensor)
     return weight.to_local()
 
@@ -85,11 +87,11 @@ def score_sharded(
     noise_ids: Tensor | None,
     confidence: str,
 ) -> tuple[Tensor, Tensor]:
-    """Token and confidence as by `lm_head_confidence`; each process scores its share of the
-    vocabulary and no logits are exchanged.
+    """Token and confidence, as from `lm_head_confidence`. Each process scores its shard of the
+    vocabulary, and no logits are exchanged.
 
     Args:
-        hidden: (N, E), the same in every process, as is the rest.
+        hidden: (N, E). It and all other arguments except `lm_head` are the same in every process.
 
     Returns:
         (N,) int64 and (N,) float32, the same in every process.
@@ -102,10 +104,10 @@ def score_sharded(
         temperature=temperature, seed=seed, noise_ids=noise_ids, confidence=confidence,
     )  # fmt: skip
     states = state.new_empty((dist.get_world_size(group), *state.shape))
-    dist.all_gather(list(states.unbind()), state, group=group)  # into it, in the ranks' order
+    dist.all_gather(list(states.unbind()), state, group=group)  # fills `states` by rank
     return combine_partials(states, eligible=eligible, banned=banned, confidence=confidence)
 
 
 def agree(lm_head: torch.nn.Linear, seed: Tensor) -> None:
-    """Take the first process's seed: random generators differ between processes."""
+    """Overwrite the seed with the first process's: each process has its own random generator."""
     dist.broadcast(seed, group=group_of(lm_head), group_src=0)

@@ -1,10 +1,10 @@
-"""From hidden states to proposed tokens: through the scoring op, or by Dream's cuts.
+"""From hidden states to proposed tokens: by the scoring op, or by Dream's cuts.
 
 Sampling follows each family's published code. LLaDA adds Gumbel noise to the logits and takes the
-confidence from the untempered distribution, which the scoring op does. Dream tempers, cuts to top_p
-and top_k and samples, and takes the confidence from the distribution after all of that. Random
-numbers are a function of a seed and of a noise id for each candidate (`dsb_kernels.noise`), not of
-what was drawn before.
+confidence from the distribution without temperature; the scoring op does that. Dream divides the
+logits by the temperature, cuts the distribution to top_p and top_k, samples, and takes the
+confidence from the distribution after the cuts. A random number depends on a seed and on the
+candidate's noise id (`dsb_kernels.noise`), never on earlier draws.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ from dsb_runtime.families import DiffusionInfo
 
 
 def cut_top_p(logits: Tensor, top_p: float) -> Tensor:
-    """Keep the smallest set of most likely tokens whose probability exceeds `top_p`. (N, V)."""
+    """Keep the smallest set of most likely tokens whose probability exceeds `top_p`. Others get the
+    lowest finite logit. (N, V) -> (N, V)."""
     ordered, index = logits.sort(dim=-1, descending=True, stable=True)
     before = pad(ordered.softmax(-1).cumsum(-1)[:, :-1], (1, 0))
     drop = torch.zeros_like(before, dtype=torch.bool).scatter(1, index, before > top_p)
@@ -34,7 +35,8 @@ def cut_top_p(logits: Tensor, top_p: float) -> Tensor:
 
 
 def cut_top_k(logits: Tensor, top_k: int) -> Tensor:
-    """Keep the `top_k` most likely tokens (more where the last of them ties). (N, V)."""
+    """Keep the `top_k` most likely tokens, and any that are as likely as the last of them. Others
+    get the lowest finite logit. (N, V) -> (N, V)."""
     kth = logits.topk(min(top_k, logits.shape[-1]), dim=-1).values[:, -1:]
     return logits.masked_fill(logits < kth, torch.finfo(logits.dtype).min)
 
@@ -46,10 +48,11 @@ def sample_nucleus(
     seed: Tensor | None = None,
     noise_ids: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Dream: temper, cut, sample; confidence after the cuts. (N, V) -> (N,), (N,).
+    """Propose tokens as Dream does, with the confidence of the distribution after the cuts.
+    (N, V) -> (N,), (N,).
 
-    Where the cuts leave nothing but the mask token, the most likely other token is proposed; the
-    cuts gave it a probability of 0.
+    If the cuts leave only the mask token, the most likely other token is proposed, although its
+    probability is 0 after the cuts.
     """
     logits = logits.float()
     token = first_argmax(logits, (mask_id,))[:, None]
@@ -64,7 +67,7 @@ def sample_nucleus(
         allowed = probability.clone()
         allowed[:, mask_id] = 0
         barred = ~(allowed.sum(-1, keepdim=True) > 0)  # only the mask token is left, or NaN
-        # The inverse of the distribution function: the first token whose sum exceeds the draw.
+        # This inverts the distribution function: it takes the first token whose sum exceeds `draw`.
         sums = allowed.masked_fill(barred, 1.0).double().cumsum(-1)
         assert seed is not None and noise_ids is not None
         draw = uniform(seed, noise_ids)[:, None] * sums[:, -1:]
@@ -82,14 +85,14 @@ def propose(
     seed: Tensor | None = None,
     noise_ids: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The proposed token and its confidence for every candidate; never the mask token.
+    """The proposed token and its confidence for every candidate. It is never the mask token.
 
     Args:
-        hidden: (N, E), the candidates' last hidden states, after the final norm.
+        hidden: (N, E), the candidates' hidden states after the final norm.
         lm_head: the model's output layer.
-        eligible: (N,) bool; the others' results are not used.
-        config: says how to sample and what the confidence is.
-        seed, noise_ids: () int64 and (N,) int64, at a temperature: what the noise is a function of.
+        eligible: (N,) bool. Results for which it is False are not used.
+        config: how to sample, and which confidence to compute.
+        seed, noise_ids: () int64 and (N,) int64, which determine the noise at temperature > 0.
 
     Returns:
         (N,) int64 and (N,) float32. NaN logits give a NaN confidence.

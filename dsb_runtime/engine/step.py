@@ -1,8 +1,8 @@
-"""One decoding step: a forward of the rows that need one of its kind, and their commit.
+"""One decoding step: a forward for the rows that need a step of its kind, and their commit.
 
 A step is a tensor program over a `DecodeState`: the host reads no tensor, and all shapes follow
-from the capacity that it picks, `StepShape`. Any capacity is right: rows that need another kind of
-step, do not fit or are too many stay as they are, for a later step.
+from the capacity that the host chooses, the `StepShape`. Every capacity gives correct results: a
+row that needs another kind of step, or that does not fit, stays as it is for a later step.
 
 Shapes: B batch rows, L canvas positions, K candidates of a row.
 """
@@ -26,23 +26,24 @@ from dsb_runtime.families import DiffusionInfo
 
 
 class DecodeState(NamedTuple):
-    """The state of a batch, tensors of fixed shape. A step is a function of it alone and updates it
-    in place.
+    """The state of a batch, as tensors of fixed shapes. With the model and the K/V cache, it is all
+    that a step depends on. The step updates it in place.
 
     Rows advance independently. A step moves the rows that need a step of its kind and leaves the
-    others as they are, so that no step can be wrong, only useless.
+    others as they are, so that a step can be useless but never wrong.
     """
 
     canvas: Tensor  # (B, L) int64
     table: Tensor  # (B, NUM_COLUMNS) int32, the row table
-    position: Tensor  # (B, K) int32, candidates of the coming step, -1 beyond the last
-    commit: Tensor  # (B, K) bool, which of its candidates the last step committed
-    confidence: Tensor  # (B, K) float32, their confidence
-    seed: Tensor  # () int64, of the noise
+    position: Tensor  # (B, K) int32, the candidates of the coming step, then -1
+    commit: Tensor  # (B, K) bool, whether the last step committed each of its candidates
+    confidence: Tensor  # (B, K) float32, the confidence of these candidates
+    seed: Tensor  # () int64, the key of the noise
 
 
 def new_state(canvas: Tensor, leftpad: Tensor, spec: UnmaskSpec) -> DecodeState:
-    """The state before the first step: everything masked, a refresh due. Takes `canvas` over."""
+    """The state before the first step, which is a refresh. Steps will write into `canvas`, whose
+    response is all masks."""
     table, position = initial_rows(canvas, leftpad, spec)
     return DecodeState(
         canvas=canvas,
@@ -59,13 +60,13 @@ class StepShape:
     """The kind of a step and its capacity, which fix the shapes of all its tensors."""
 
     kind: StepKind
-    num_rows: int  # batch rows
-    width: int  # positions of each row
-    num_candidates: int  # of each row
+    num_rows: int  # how many rows fit
+    width: int  # how many positions of each row fit
+    num_candidates: int  # how many candidates of each row fit
 
 
 def spec_of(config: DecodingConfig, info: DiffusionInfo, prompt_length: int) -> UnmaskSpec:
-    """What stays fixed during a call, with the family's defaults filled in."""
+    """The spec of a call, in which the family's defaults replace settings that are None."""
     family = info.family
     cached = config.cache != "none"
     refresh_commit = config.refresh_commit or (family.refresh_commit if cached else "select")
@@ -91,7 +92,7 @@ def spec_of(config: DecodingConfig, info: DiffusionInfo, prompt_length: int) -> 
 
 
 class Step:
-    """The step of one call's shapes and settings, over the tensors of one state."""
+    """Runs the steps of one call, with its settings, over the tensors of one state."""
 
     def __init__(
         self,
@@ -109,8 +110,8 @@ class Step:
 
     @property
     def response_width(self) -> int:
-        """Positions that a response step computes: where tokens are predicted from the position
-        before, the prompt's last one is among them."""
+        """How many positions a response step computes. If tokens are predicted from the position
+        before, the prompt's last position is one of them."""
         return self.config.gen_length + int(self.info.family.shift)
 
     def layout(self, shape: StepShape) -> Layout:
@@ -138,7 +139,7 @@ class Step:
             )  # fmt: skip
         with phase("unmask"):
             capacity = shape.num_rows, shape.num_candidates
-            # None: all rows of the batch, in order.
+            # If the capacity is the batch, the layout has all rows in the batch's order.
             rows = layout.rows if shape.num_rows < len(state.canvas) else None
             unmask_and_slide(
                 state.canvas, state.table, state.position, state.commit, state.confidence,
