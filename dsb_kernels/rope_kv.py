@@ -26,7 +26,8 @@ TILE = configuration("rope_write_kv", 0, "any")  # every window and architecture
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate the pairs (i, i + D / 2) of x (..., D) by the angles of these cosines and sines,
-    (..., D / 2). It computes in the wider of the two dtypes and rounds the result once to x's."""
+    (..., D / 2). It computes in the wider of the two dtypes. If cosines and sines are float32, it
+    rounds a number once, to x's dtype; if they have x's dtype, it rounds every operation."""
     first, second = x.chunk(2, -1)
     turned = torch.empty_like(x)  # in the stride order of x
     turned_first, turned_second = turned.chunk(2, -1)
@@ -74,7 +75,9 @@ def rope_write_kv_reference(
         q: (B, H, W, D) float32, float16 or bfloat16; D even, H a multiple of H_kv.
         k, v: (B, H_kv, W, D), same dtype.
         cos_sin_cache: (max_pos, D), for each rotary position the cosines of the D / 2 angles, then
-            their sines; float32 or the dtype of `q`. The op rounds a rotated number once.
+            their sines; float32 or the dtype of `q`. The kernel computes in float32 and rounds a
+            number once. So does the definition if `cos_sin_cache` is float32; otherwise it computes
+            in the dtype of `q`.
         k_cache, v_cache: (B, H_kv, C, D), both with the same strides, C >= W. The op writes the
             window's positions in place and no others. With `cache_batch_idx` the first dimension
             may have any size from 1.
