@@ -1,12 +1,12 @@
 """The model `dsb` of lm-evaluation-harness.
 
-Generation is `generate` with the settings named in `--model_args`; log-likelihoods are the
-Monte-Carlo estimate of `likelihood`. Under `accelerate launch` the harness deals the requests out
-to the processes, and their measurements are added up.
+The model generates with the settings that `--model_args` names, and estimates log-likelihoods as
+`likelihood` does. Under `accelerate launch` the harness deals the requests out to the processes,
+and this module adds up their measurements.
 
-Releases of the harness after 0.4.13 find the model by an entry point. 0.4.13 reads none: there,
-`python -m dsb_runtime.doors.lm_eval --model dsb ...` is the harness's own command with the model
-registered.
+Releases of the harness after 0.4.13 find the model by an entry point. Release 0.4.13 reads none.
+There `python -m dsb_runtime.doors.lm_eval --model dsb ...` registers the model and then runs the
+harness's own command.
 """
 
 from __future__ import annotations
@@ -72,9 +72,10 @@ def request_settings(own: Mapping[str, Any], asked: Mapping[str, Any]) -> dict[s
 
 
 def first_copies(requests: Sequence[Instance]) -> list[int]:
-    """For every request, the index of the one whose answer it takes; its own but for copies.
+    """For every request, the index of the request whose answer it takes.
 
-    The harness repeats a process's last request until all processes have equally many.
+    That is its own index unless it is a copy: the harness repeats a process's last request until
+    all processes have equally many.
     """
     source: list[int] = []
     seen: dict[int, list[int]] = defaultdict(list)
@@ -114,10 +115,10 @@ class DSBLM(TemplateLM):
         dtype, family, mask_id, revision: as `load_model` takes them.
         device: as `load_model` takes it; under `accelerate launch` each process has its own.
         batch_size: prompts (or masked texts, for likelihoods) in one forward.
-        mc_num: masks drawn for each log-likelihood.
+        mc_num: how many masks are drawn for each log-likelihood.
         seed: of those masks, and of the random numbers at a temperature above 0.
-        check_greedy: False skips `is_greedy` of log-likelihoods (then always False), which
-            decodes every continuation, one forward a token.
+        check_greedy: whether log-likelihoods come with `is_greedy`, for which every continuation is
+            decoded at one forward a token. Without it `is_greedy` is always False.
         max_length: longest prompt and response together, where it is below the model's.
         named: any setting of `DecodingConfig`; `defaults_for` gives the others.
 
@@ -230,7 +231,7 @@ class DSBLM(TemplateLM):
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
     ) -> list[int]:
-        """Ids, with the tokenizer's own special tokens unless the text begins with its BOS."""
+        """The ids of a text, with the tokenizer's special tokens unless it begins with the BOS."""
         if add_special_tokens is None:
             bos = self.tokenizer.bos_token
             add_special_tokens = not (bos and string.startswith(bos))
@@ -245,7 +246,7 @@ class DSBLM(TemplateLM):
     # --- requests -----------------------------------------------------------------------------
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Answers, in the requests' order; requests with equal settings share batches."""
+        """The answers in the order of the requests; requests with equal settings share batches."""
         answers: list[str] = [""] * len(requests)
         source = first_copies(requests)
         groups: dict[str, list[int]] = defaultdict(list)
@@ -284,9 +285,8 @@ class DSBLM(TemplateLM):
         for i in members:
             ids = self.tok_encode(requests[i].args[0]) or [self.prefix_token_id]
             prompts[i] = self.cut_prompt(ids, longest)
-        members = sorted(
-            members, key=lambda i: -len(prompts[i])
-        )  # the longest first: little padding
+        # The longest prompts come first, so that batches have little padding.
+        members = sorted(members, key=lambda i: -len(prompts[i]))
         for first in range(0, len(members), self.batch_size):
             batch = members[first : first + self.batch_size]
             responses = self.decode([prompts[i] for i in batch], config)
@@ -323,8 +323,8 @@ class DSBLM(TemplateLM):
     def loglikelihood_rolling(
         self, requests: list[Instance], disable_tqdm: bool = False
     ) -> list[float]:
-        """Log-likelihoods of whole texts, in windows of the model's length; each token is scored
-        in one of them."""
+        """Log-likelihoods of whole texts, which are cut into pieces of the model's length; each
+        token is scored in one piece."""
         items, owner = [], []
         for i, request in enumerate(requests):
             ids = self.tok_encode(request.args[0], add_special_tokens=False)
@@ -343,7 +343,7 @@ class DSBLM(TemplateLM):
         return totals
 
     def scored(self, prompt: list[int], text: list[int]) -> Scored:
-        """A prompt (its beginning cut off where it is too long) and the text after it."""
+        """A prompt and the text after it; a prompt that is too long loses its beginning."""
         if not 1 <= len(text) < self.max_length:
             raise ValueError(
                 f"a continuation of {len(text)} tokens: expected 1 to {self.max_length - 1}"
@@ -363,8 +363,8 @@ class DSBLM(TemplateLM):
     # --- results and processes ----------------------------------------------------------------
 
     def add_up(self) -> dict[str, float]:
-        """The measurements of all processes, {} where none has decoded. The seconds are those of
-        the slowest process."""
+        """The sum of the measurements of all processes, {} where none has decoded. The seconds are
+        those of the slowest process."""
         mine = torch.tensor([*self.totals.values()], dtype=torch.float64, device=self._device)
         parts = self.all_gather(mine).view(-1, len(mine)).cpu()
         answers, tokens, forwards, _ = parts.sum(0).tolist()
