@@ -19,7 +19,7 @@ from dsb_runtime.measure.profile import profile_steps
 from dsb_runtime.measure.profile_tables import Event, by_kind, gpu_work, read_trace
 from dsb_runtime.measure.timing import timed
 
-MOST_STEPS = 40  # profiled at once; traces are large
+MOST_STEPS = 40  # no more steps are profiled at once, since traces are large
 
 
 def profiled_count(kinds: list[str]) -> int:
@@ -43,7 +43,7 @@ def phase_times(
         kinds: the kinds of the decoding's steps.
     """
     config = dsb.DecodingConfig(**settings)
-    first = min(1, len(kinds) - 1)  # a call's first step makes the call's tensors
+    first = min(1, len(kinds) - 1)  # a call's first step also allocates the call's tensors
     with tempfile.TemporaryDirectory() as folder:
         trace = Path(folder) / "trace.json"
         profile_steps(
