@@ -214,12 +214,12 @@ def figure_of(target: dict[str, Any], lines: list[Any], applies: bool) -> float 
     """The figure of a target. Small runs have other shapes, so that shapes in `where` are ignored
     there."""
     where = {
-        path: wanted for path, wanted in target.get("where", {}).items()
+        path: expected for path, expected in target.get("where", {}).items()
         if applies or not path.startswith(("shape", "batch"))
     }  # fmt: skip
     values = [
         value_of(line, target["value"]) for line in lines
-        if all(value_of(line, path) == wanted for path, wanted in where.items())
+        if all(value_of(line, path) == expected for path, expected in where.items())
     ]  # fmt: skip
     numbers = [float(value) for value in values if value is not None]
     if not numbers:
@@ -259,9 +259,9 @@ def report(folder: Path, state: dict[str, Any]) -> str:
             right = value >= limit if bound == "at_least" else value <= limit
             reached = "-" if not on_gpu else "yes" if right else "NO"
         part = state["parts"].get(target["part"], {"status": "not run", "why": ""})
-        wanted = "" if bound is None else f"{bound.replace('_', ' ')} {show(limit, unit)}"
+        limit_text = "" if bound is None else f"{bound.replace('_', ' ')} {show(limit, unit)}"
         measured = f"{part['status']} {part['why']}" if value is None else show(value, unit)
-        table_lines.append((target["figure"], wanted, measured.replace("|", "/"), reached))
+        table_lines.append((target["figure"], limit_text, measured.replace("|", "/"), reached))
     table = "\n".join(f"| {' | '.join(cells)} |" for cells in table_lines)
     others = [
         f"- {name}: {part['status']} {part['why']}"

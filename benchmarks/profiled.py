@@ -26,8 +26,8 @@ def profiled_count(kinds: list[str]) -> int:
     """How many steps after the first to profile: up to the next refresh where it is near, so that
     the trace shows both kinds."""
     refreshes = [i for i, kind in enumerate(kinds) if i > 0 and kind == "refresh"]
-    wanted = refreshes[0] if refreshes else len(kinds) - 1
-    return max(1, min(max(wanted, 8), MOST_STEPS, len(kinds) - 1))
+    last = refreshes[0] if refreshes else len(kinds) - 1
+    return max(1, min(max(last, 8), MOST_STEPS, len(kinds) - 1))
 
 
 def phase_times(

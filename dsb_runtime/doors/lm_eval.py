@@ -48,21 +48,21 @@ ARGUMENTS = (
 LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 
 
-def request_settings(own: Mapping[str, Any], asked: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of a request whose `generation_kwargs` are `asked`, for `defaults_for`.
+def request_settings(own: Mapping[str, Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a request whose `generation_kwargs` are `kwargs`, for `defaults_for`.
 
     `own` are those of `--model_args`. The request's temperature, `top_p` and `top_k` hold where it
     asks for sampling; any other setting in it (`--gen_kwargs threshold=0.8`) overrides the
     model's. A number of tokens makes the canvas shorter, never longer than the model's.
     """
-    asked = {name: value for name, value in asked.items() if value is not None}
-    if not (asked.get("do_sample", True) and asked.get("temperature", 0) > 0):
-        asked = {k: v for k, v in asked.items() if k not in ("temperature", "top_p", "top_k")}
-    override = {k: v for k, v in asked.items() if k in settings()}
+    kwargs = {name: value for name, value in kwargs.items() if value is not None}
+    if not (kwargs.get("do_sample", True) and kwargs.get("temperature", 0) > 0):
+        kwargs = {k: v for k, v in kwargs.items() if k not in ("temperature", "top_p", "top_k")}
+    override = {k: v for k, v in kwargs.items() if k in settings()}
     merged = {**own, **override}
     if set(rule_names()) & set(override):  # the request's rule replaces the model's
         merged = {k: v for k, v in merged.items() if k not in rule_names() or k in override}
-    length = next((asked[name] for name in LENGTHS if name in asked), None)
+    length = next((kwargs[name] for name in LENGTHS if name in kwargs), None)
     if length is not None:
         check_int("max_gen_toks", length, 1)
         merged["gen_length"] = min(merged.get("gen_length", length), length)
@@ -182,13 +182,13 @@ class DSBLM(TemplateLM):
         self.measured: dict[str, float] = {}
         self.warned: set[str] = set()
 
-    def decoding_config(self, asked: Mapping[str, Any]) -> DecodingConfig:
-        """The settings of a request whose `generation_kwargs` are `asked`."""
-        for name in sorted(set(asked) - set(settings()) - {*LENGTHS, "until", "do_sample"}):
-            if asked[name] is not None:
-                what = f"generation_kwargs {name}={asked[name]!r}"
+    def decoding_config(self, kwargs: Mapping[str, Any]) -> DecodingConfig:
+        """The settings of a request whose `generation_kwargs` are `kwargs`."""
+        for name in sorted(set(kwargs) - set(settings()) - {*LENGTHS, "until", "do_sample"}):
+            if kwargs[name] is not None:
+                what = f"generation_kwargs {name}={kwargs[name]!r}"
                 self.warn(name, f"{what} means nothing to model dsb")
-        return defaults_for(self.model, **request_settings(self.settings, asked))
+        return defaults_for(self.model, **request_settings(self.settings, kwargs))
 
     def warn(self, key: str, message: str) -> None:
         """Log a warning, once for each key."""
@@ -271,9 +271,9 @@ class DSBLM(TemplateLM):
         self, requests: list[Instance], members: list[int]
     ) -> Iterator[tuple[int, str]]:
         """(index, answer) of the requests `members`, which have the same `generation_kwargs`."""
-        asked = requests[members[0]].args[1]
-        config = self.decoding_config(asked)
-        stops = asked.get("until") or []
+        kwargs = requests[members[0]].args[1]
+        config = self.decoding_config(kwargs)
+        stops = kwargs.get("until") or []
         stops = [stops] if isinstance(stops, str) else stops
         longest = self.max_length - config.gen_length
         if longest < 1:

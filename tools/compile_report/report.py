@@ -127,28 +127,29 @@ def compile_all(architectures: Sequence[str], ops: Sequence[str], jobs: int) -> 
         return list(pool.map(_compile_indexed, work))
 
 
-def failures(case: CompileCase, found: Resources) -> list[str]:
+def failures(case: CompileCase, resources: Resources) -> list[str]:
     """What keeps a kernel from being fit for sm_90, in words; empty if nothing does."""
     limit = CHIPS["sm_90"].shared_bytes_block
     checks = [
-        (found.spilled_bytes == 0, f"{found.spilled_bytes} bytes spilled"),
-        (found.stack == 0, f"{found.stack} bytes of stack"),
-        (found.shared_bytes <= limit, f"{found.shared_bytes} bytes of shared memory"),
-        (found.resident_blocks >= 1, "does not fit on an SM"),
-        (not case.expects_tensor_cores or found.tensor_cores == "HGMMA", "no HGMMA"),
+        (resources.spilled_bytes == 0, f"{resources.spilled_bytes} bytes spilled"),
+        (resources.stack == 0, f"{resources.stack} bytes of stack"),
+        (resources.shared_bytes <= limit, f"{resources.shared_bytes} bytes of shared memory"),
+        (resources.resident_blocks >= 1, "does not fit on an SM"),
+        (not case.expects_tensor_cores or resources.tensor_cores == "HGMMA", "no HGMMA"),
         (
-            not case.expects_wide_loads or found.narrow_loads <= case.scalar_load_bytes,
-            f"{found.narrow_loads} bytes a thread by loads of less than 128 bits",
+            not case.expects_wide_loads or resources.narrow_loads <= case.scalar_load_bytes,
+            f"{resources.narrow_loads} bytes a thread by loads of less than 128 bits",
         ),
     ]
     if case.max_loop is not None:
-        checks.append((0 < found.loop <= case.max_loop, f"{found.loop} instructions in its loop"))
+        loop = resources.loop
+        checks.append((0 < loop <= case.max_loop, f"{loop} instructions in its loop"))
     if case.max_exponentials is not None:
-        count = found.exponentials
+        count = resources.exponentials
         # Less than one means that the elements of the code were not counted right.
         good = count is not None and 1 <= count <= case.max_exponentials
         checks.append((good, f"{count} exponentials per element"))
-    return [f"{found.op} {found.name}: {words}" for good, words in checks if not good]
+    return [f"{resources.op} {resources.name}: {words}" for good, words in checks if not good]
 
 
 def print_table(resources: Sequence[Resources]) -> None:
