@@ -1,4 +1,4 @@
-"""Benchmarks: each compares with a plain reference in the same run and checks before it times."""
+"""Benchmarks, which compare with a plain reference in the same run and check before they time."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ except ImportError:  # Python 3.10, where pytest brings it
 
 
 def read_toml(name: str) -> dict[str, Any]:
-    """A file of data beside this one."""
+    """The content of a TOML file beside this one."""
     return tomllib.loads((Path(__file__).parent / name).read_text("utf-8"))
 
 
 def describe_benchmark(
     name: str, argv: Sequence[str] | None, device: torch.device
 ) -> dict[str, Any]:
-    """What stands at the head of a benchmark's file of results."""
+    """The fields at the head of a benchmark's file of results."""
     words = sys.argv[1:] if argv is None else argv
     command = " ".join([f"python -m benchmarks.{name}", *words])
     return {"benchmark": name, **describe_run(command, device)}

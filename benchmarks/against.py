@@ -55,7 +55,7 @@ def check(args: argparse.Namespace) -> None:
 
 
 class Checkout:
-    """The program over one checkout, waiting for batch sizes."""
+    """A process that runs the program over one checkout and waits for batch sizes."""
 
     def __init__(self, root: Path, job: dict[str, Any]) -> None:
         self.process = subprocess.Popen(
@@ -71,7 +71,7 @@ class Checkout:
         self.process.stdin.flush()
 
     def run(self, batch: int) -> dict[str, Any]:
-        """One decoding: seconds, forwards and a digest of the tokens."""
+        """Decode one batch. Returns seconds, forwards and a digest of the tokens."""
         self.send(str(batch))
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
@@ -87,10 +87,10 @@ def compare(
     args: argparse.Namespace, model: PreTrainedModel, prompts: Tensor, settings: dict[str, Any],
     batches: list[int],
 ) -> dict[str, Any]:  # fmt: skip
-    """Time both checkouts on the same weights and prompts, print and return the ratios.
+    """Time both checkouts on the same weights and prompts, and print and return the ratios.
 
     Raises:
-        SystemExit: they return other tokens in float32, or take another number of forwards.
+        SystemExit: they differ in the number of forwards, or in float32 in the tokens.
     """
     comparisons = []
     with tempfile.TemporaryDirectory() as folder:
@@ -121,7 +121,7 @@ def compare_batch(
             raise SystemExit(f"decode: the checkouts differ in {key}: nothing is timed")
     seconds: dict[str, list[float]] = {name: [] for name in checkouts}
     for index in tqdm(range(args.rounds), desc=f"batch {batch}", disable=None):
-        # Who is first alternates as well.
+        # The checkout that runs first alternates as well.
         for name in sorted(checkouts, reverse=bool(index % 2)):
             seconds[name].append(checkouts[name].run(batch)["seconds"])
     medians = {name: statistics.median(times) for name, times in seconds.items()}

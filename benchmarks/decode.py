@@ -6,18 +6,18 @@
 It builds a random model of published shapes on the device and decodes with it in this package and
 in the loop of `eager.py`, which runs the prompts of a batch one after another.
 
-float32: the LM head is scaled so that the threshold rule commits about `--tokens-per-forward`.
-Unless both loops commit the same tokens at the same forwards, nothing is timed. 16 bits: rounding
-flips near ties, so our run decodes in gen / tokens-per-forward steps and is recorded, and the eager
-loop is driven along it: each forward starts from the recorded canvas and window, and the share of
+In float32 the logits are scaled so that the threshold rule commits about `--tokens-per-forward`.
+Unless both loops commit the same tokens at the same forwards, nothing is timed. In 16 bits rounding
+flips near ties. There our run decodes in gen / tokens-per-forward steps and is recorded, and the
+eager loop follows it: each forward starts from the recorded canvas and window, and the share of
 decisions on which both agree there is printed.
 
-The linear layers alone, of the same forwards, are timed in turn with both loops: with the LM head
-and the last layer on the positions that are scored, as ours, or with everything on all positions of
-a forward, as published loops. Ratios are medians pair by pair, so that a drifting machine cancels.
-Single steps are timed in further runs, in which the host looks at each before it launches the next,
-and in the free runs, in which a speculative launch may be wasted; `--phases` times the phases of
-steps in a run of its own.
+The linear layers of the same forwards are timed alone, in turn with both loops. One variant
+multiplies what follows the last layer's K and V with the scored positions, as our steps do; the
+other multiplies everything with all positions of a forward, as published loops do. A ratio is the
+median of each round's ratio, so that a drift of the machine cancels. Single steps are timed in
+watched runs, in which the host looks at each step before it launches the next, and in free runs, in
+which a speculative launch may be wasted. `--phases` times the phases of steps in a run of its own.
 
 A GPU is idle while no kernel runs, the gaps between kernels included; "between steps" is the part
 in which it waits for the host. `--no-eager` leaves the eager loop out, which is slow for a large
@@ -87,18 +87,19 @@ def scale_head(engine: dsb.Engine, prompt: Tensor, settings: dict[str, Any], tar
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes: allocated on the GPU since its counter was reset; on a CPU, of the whole process."""
+    """The most bytes that were allocated on the GPU since its counter was reset; on a CPU, those of
+    the whole process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 class Case:
-    """One batch of prompts, decoded by both loops, which are checked against each other when a case
-    is made; without `compare`, by ours alone.
+    """One batch of prompts. The constructor decodes it with both loops and checks one against the
+    other; without `compare` it decodes it with ours alone.
 
     Raises:
-        SystemExit: what would be timed does other work.
+        SystemExit: the runs to be timed would not do the same work.
     """
 
     def __init__(
@@ -112,8 +113,8 @@ class Case:
             torch.cuda.reset_peak_memory_stats(model.device)
         self.out = self.ours(self.record)
         self.peak = peak_memory(model.device)
-        # The timed run is not watched, and its steps may be wider: in 16 bits that may round
-        # otherwise and flip a near tie, but it must not change how many forwards there are.
+        # The timed run is not watched, and its steps may be wider. In 16 bits that may round
+        # differently and flip a near tie, but it must not change the number of forwards.
         free = self.ours()
         self.repeats = torch.equal(free.sequences, self.out.sequences)
         self.agreed = self.check(self.eager()) if compare else None
@@ -124,7 +125,7 @@ class Case:
         return self.engine.generate(self.prompt, on_step=on_step, **self.settings)
 
     def eager(self, clock: EagerClock | None = None) -> list[EagerOutput]:
-        """One prompt after another, driven along our run where rounding may flip a decision."""
+        """Decode one prompt after another, along our run where rounding may flip a decision."""
         names = ("gen_length", "block_length", "max_block_length", "threshold", "steps")
         settings = {name: self.settings.get(name) for name in names}
         outputs = []
@@ -144,7 +145,7 @@ class Case:
         return outputs
 
     def check(self, eager: list[EagerOutput]) -> Agreement:
-        """How far both loops' decisions agree; in float32 they must agree on all."""
+        """The decisions on which both loops agree; in float32 they must agree on all."""
         for row, other in enumerate(eager):
             steps = self.record.rows[row]
             if self.exact and not torch.equal(self.out.sequences[row], other.sequences[0]):
@@ -165,7 +166,7 @@ def watched_times(case: Case, engine: TimedEngine) -> list[tuple[str, float]]:
 def measure(
     case: Case, engine: TimedEngine, ceilings: Ceilings, preset: Preset, rounds: int
 ) -> dict[str, Any]:
-    """All figures of one batch."""
+    """Time the runs of one batch and return all its figures."""
     device, record = case.model.device, case.record
     works = record.steps
     floor = LinearLayers(case.model, max(work.num_tokens for work in works))
@@ -236,9 +237,9 @@ def measure(
 
 
 def idle_share(case: Case, run: dict[str, Any]) -> float | None:
-    """Share of a decoding in which the GPU runs nothing. It is measured after all timing: what the
-    profiler hooks into the driver stays there."""
-    case.ours()  # a larger batch may have displaced what was captured
+    """Share of a decoding in which the GPU runs nothing. It is measured after all timing, since the
+    profiler's hooks stay in the driver."""
+    case.ours()  # a larger batch may have displaced the captured steps
     busy = gpu_busy_seconds(case.ours, case.model.device)
     return None if busy is None else 1 - busy / run["seconds"]["ours"]
 
@@ -270,10 +271,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def settings_of(args: argparse.Namespace, preset: Preset) -> dict[str, Any]:
-    """The decoding's settings.
+    """The settings of the decoding.
 
     Raises:
-        ValueError: an argument that cannot be, or that contradicts another.
+        ValueError: an argument is not accepted or contradicts another.
     """
     check_device(args.device)
     if args.device == "cpu" and args.no_graphs:
@@ -346,7 +347,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for batch in batches:
         cases.append(Case(engine, prompts[:batch], settings, compare=not args.no_eager))
         result["runs"].append(measure(cases[-1], engine, ceilings, preset, args.rounds))
-        write()  # a larger batch may fail, and must take no other along
+        write()  # a larger batch may fail, which must not lose the figures of this one
     for case, run in zip(cases, result["runs"], strict=True):
         run["gpu_idle_share"] = idle_share(case, run)
         if args.phases:

@@ -1,4 +1,4 @@
-"""What `decode.py` reports: figures of a step, tables, a picture."""
+"""The report of `decode.py`: the figures of its steps, its tables and its picture."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def median_ms(times: Sequence[tuple[str, float]], kind: str) -> float | None:
 
 
 def summarize(seconds: list[float], budgets: list[Any], widths: list[int]) -> dict[str, Any]:
-    """Figures of similar steps: their time, what they moved and multiplied, and its limits."""
+    """Figures of similar steps: their time, their bytes and FLOPs, and the limits of these."""
     time = sum(seconds)
 
     def share(milliseconds: list[float]) -> float:
@@ -56,12 +56,12 @@ def summarize(seconds: list[float], budgets: list[Any], widths: list[int]) -> di
 def step_figures(
     record: Trajectory, times: Sequence[tuple[str, float]], preset: Preset, ceilings: Ceilings
 ) -> dict[str, dict[str, Any]]:
-    """By kind, and for window steps by width: medians over the rounds of each forward, then over
-    forwards. A call's first step also makes the call's tensors: it is left out where there are
-    other steps of its kind.
+    """The figures of steps by kind, and of window steps also by width. They are medians over the
+    rounds of each forward, then over forwards. A call's first step also allocates the call's
+    tensors, so that it is left out where there are other steps of its kind.
 
     Raises:
-        RuntimeError: the timed runs were not the recorded one.
+        RuntimeError: the timed runs took other steps than the recorded run.
     """
     kinds, widths = record.kinds, [step.widest for step in record.steps]
     count = len(kinds)
@@ -159,7 +159,7 @@ def print_runs(result: dict[str, Any]) -> None:
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
-    """Time per step against its limit; for several batches tokens/s as well."""
+    """Draw the time per step against its limit, and for several batches tokens/s as well."""
     settings = result["settings"]
     draw_runs(
         result["runs"], {"floor_ms": "floor of bytes and FLOPs"},

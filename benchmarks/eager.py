@@ -28,8 +28,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 @dataclass
 class EagerOutput:
-    """What the loop decided at each forward, also where it follows a trajectory that decided
-    otherwise."""
+    """What the loop decided at each forward. Where it follows a trajectory, its own decisions are
+    here too, although they were not carried out."""
 
     sequences: Tensor  # (1, P + G)
     positions_per_forward: list[int] = field(default_factory=list)
@@ -90,7 +90,7 @@ class EagerModel:
 
 
 def quota_due(step: int, steps: int, gen_length: int, committed: int) -> int:
-    """Tokens to commit now for an even spread of the response over `steps` forwards."""
+    """The tokens to commit now so that the response is spread evenly over `steps` forwards."""
     if step + 1 >= steps:
         return gen_length - committed
     most = min(step + 1, gen_length % steps)
@@ -111,13 +111,14 @@ def eager_generate(
     follow: Sequence[RowStep] | None = None,
     on_step: Callable[[str], None] | None = None,
 ) -> EagerOutput:
-    """Decode one prompt (1, P): DSB schedule, DSB Cache, the host asked at each decision.
+    """Decode one prompt (1, P) with the DSB schedule and DSB Cache; the host makes each decision.
 
     Args:
-        model: with `.dsb`, whose family says whether logits are shifted and what a refresh commits.
+        model: its `.dsb` has the family, which says whether logits are shifted and what a refresh
+            commits.
         threshold, steps: one of the two is the selection rule.
         follow: a recorded trajectory. Each forward then starts from its canvas and window, and
-            what the loop decided there is returned but not taken.
+            the loop's own decisions are returned but not carried out.
         on_step: called after each forward and its decisions, with "refresh" or "window".
     """
     family, mask_id = model.dsb.family, model.dsb.mask_id

@@ -1,16 +1,16 @@
-"""Everything that is to be measured on one GPU, by one command that may be stopped and continued.
+"""One command for all measurements that need a GPU, which may be stopped and continued.
 
     python -m benchmarks.gpu_hour                       # 540 seconds; then it says what is left
     python -m benchmarks.gpu_hour --continue            # the parts that have not run
     python -m benchmarks.gpu_hour --report              # what the folder holds, beside the targets
 
-Each part is a command of this repository in a process of its own, under a time limit. It writes its
-JSON as it goes, and what it prints stands in a log beside it, so that a part that fails or hangs
-costs nothing but itself. The parts run in the order of `--help`: correctness first, which also
-compiles the kernels side by side, then the most valuable figures. The targets are data:
-`targets.toml`. `--small` runs everything at small shapes on a CPU, where the targets do not apply.
+Each part runs commands of this repository in processes of their own, under a time limit. They write
+their JSON as they go, and their output stands in a log beside it, so that a part that fails or
+hangs loses its own figures only. The parts run in the order of `--help`: correctness comes first,
+which also compiles the kernels side by side, then come the most valuable figures. `targets.toml`
+has the targets. `--small` runs everything at small shapes on a CPU, where the targets do not apply.
 
-Needs the packages of `pip install ".[test]"`.
+The command needs the packages of `pip install ".[test]"`.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from benchmarks import read_toml
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "build" / "gpu_hour"  # ignored by git; a second call of the hour continues from it
-LEAST = 10  # seconds without which no part is begun
+LEAST = 10  # a part starts only if so many seconds are left
 COUNTS = re.compile(r"(\d+) (passed|failed|error|skipped)")
 OPS = {
     "scoring": ["lm_head_confidence", "token_confidence"],
@@ -77,7 +77,7 @@ def parts(small: bool, folder: Path) -> dict[str, Part]:
     workers = [] if small else ["-n", str(min(8, os.cpu_count() or 1))]
 
     def bounded(width: int, *options: str) -> list[list[str]]:
-        """Windows of a block of 32 that does not grow and a prefix of the rest."""
+        """Windows of `width` positions: a block of 32 that does not grow, and the prefix."""
         block, prefix = (8, width // 4 - 8) if small else (32, width - 32)
         limits = ["--max-block", str(block), "--prefix-window", str(prefix)]
         return [decode("llada-8b", small, *limits, "--rounds", "1" if small else "3", *options)]
@@ -133,12 +133,12 @@ def parts(small: bool, folder: Path) -> dict[str, Part]:
 
 
 def files_of(folder: Path, name: str) -> list[Path]:
-    """The JSON of a part, one file a command."""
+    """The JSON files of a part, one for each command."""
     return sorted(folder.glob(f"{name}.[0-9].json")) or [folder / f"{name}.json"]
 
 
 def end(process: subprocess.Popen[bytes]) -> None:
-    """End a part's process with all that it started."""
+    """Kill a part's process and every process that it has started."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
@@ -211,14 +211,15 @@ def value_of(line: Any, path: str) -> Any:
 
 
 def figure_of(target: dict[str, Any], lines: list[Any], applies: bool) -> float | None:
-    """The figure of a target. Small runs have other shapes, so that theirs are not compared."""
+    """The figure of a target. Small runs have other shapes, so that shapes in `where` are ignored
+    there."""
     where = {
-        path: wanted for path, wanted in target.get("where", {}).items()
+        path: expected for path, expected in target.get("where", {}).items()
         if applies or not path.startswith(("shape", "batch"))
     }  # fmt: skip
     values = [
         value_of(line, target["value"]) for line in lines
-        if all(value_of(line, path) == wanted for path, wanted in where.items())
+        if all(value_of(line, path) == expected for path, expected in where.items())
     ]  # fmt: skip
     numbers = [float(value) for value in values if value is not None]
     if not numbers:
@@ -237,7 +238,7 @@ def show(value: float, unit: str) -> str:
 def report(folder: Path, state: dict[str, Any]) -> str:
     """The table of all figures beside their targets, in Markdown, and what did not run."""
     machines: dict[str, None] = {}
-    rows = [("figure", "target", "measured", "reached"), ("---",) * 4]
+    table_lines = [("figure", "target", "measured", "reached"), ("---",) * 4]
     for target in read_toml("targets.toml")["target"]:
         lines: list[Any] = []
         for file in files_of(folder, target["part"]):
@@ -258,10 +259,10 @@ def report(folder: Path, state: dict[str, Any]) -> str:
             right = value >= limit if bound == "at_least" else value <= limit
             reached = "-" if not on_gpu else "yes" if right else "NO"
         part = state["parts"].get(target["part"], {"status": "not run", "why": ""})
-        wanted = "" if bound is None else f"{bound.replace('_', ' ')} {show(limit, unit)}"
+        limit_text = "" if bound is None else f"{bound.replace('_', ' ')} {show(limit, unit)}"
         measured = f"{part['status']} {part['why']}" if value is None else show(value, unit)
-        rows.append((target["figure"], wanted, measured.replace("|", "/"), reached))
-    table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+        table_lines.append((target["figure"], limit_text, measured.replace("|", "/"), reached))
+    table = "\n".join(f"| {' | '.join(cells)} |" for cells in table_lines)
     others = [
         f"- {name}: {part['status']} {part['why']}"
         for name, part in state["parts"].items() if part["status"] != "ran"
@@ -319,7 +320,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             print(f"gpu_hour: {name}: {every[name].about}", flush=True)
             stopped = {"status": "out of time", "why": "the command ended in it"}
-            state["parts"][name] = stopped  # what the file says where this process is killed
+            state["parts"][name] = stopped  # the file says this if the process is killed
             file.write_text(json.dumps(state, indent=1))
             state["parts"][name] = run_part(name, every[name], folder, left)
             print(f"gpu_hour: {name}: {state['parts'][name]}", flush=True)

@@ -1,9 +1,9 @@
-"""One op at one shape: what computes the same, whether it is right, how long it takes.
+"""One op at one shape, with its contenders: they are checked, then timed.
 
-A contender is checked before it is timed: its error against the definition in float64, over what is
-allowed. Allowed is 1e-5, or twice the error of the definition in the case's own precision where
-that is more; integers must be equal. Memory is filled with NaN before the checked call, so that
-what a kernel leaves unwritten shows.
+The check divides a contender's error against the definition in float64 by the error that is
+allowed. That is 1e-5, or twice the error of the definition in the case's own precision where that
+is more; integers must be equal. Memory is filled with NaN before the checked call, so that elements
+which a kernel does not write show.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def randn(*size: int) -> Tensor:
 @functools.lru_cache(maxsize=1)
 def compiled(function: Callable[..., Any], *sizes: Any) -> Callable[..., Any]:
     """`function` under torch.compile for tensors of these sizes, once for all input sets. Without
-    the reset, what was compiled for other sizes counts against the compiler's limit, past which it
+    the reset, compilations for other sizes would count against the compiler's limit, after which it
     silently runs the function itself."""
     torch._dynamo.reset()
     return torch.compile(function, dynamic=False)
@@ -59,9 +59,9 @@ class Case:
     options: dict[str, Any] = field(default_factory=dict)  # its keyword arguments
     others: dict[str, Callable[[], Any]] = field(default_factory=dict)  # what computes the same
     written: tuple[Tensor, ...] = ()  # arguments that a call changes; restored between calls
-    bytes: int = 0  # that a call has to read and write
+    bytes: int = 0  # how many a call has to read and write
     flops: int = 0
-    # The error of a result over what is allowed, where equality of integers is too much to ask.
+    # This measures the error of a result over the allowed error where integers may differ.
     error: Callable[[Any], float] | None = None
 
     def __post_init__(self) -> None:
@@ -85,7 +85,7 @@ class Case:
 
 
 def poison() -> None:
-    """Fill with NaN what the allocator hands out next."""
+    """Fill the memory that the allocator hands out next with NaN."""
     if on_gpu():
         torch.cuda.empty_cache()
         blocks = [torch.full((n,), torch.nan, device="cuda") for n in (1 << 26, *[1 << 14] * 256)]
@@ -100,7 +100,8 @@ def relative_error(result: Tensor, exact: Tensor) -> float:
 
 
 def allowed_error(plain: Tensor, exact: Tensor) -> float:
-    """`plain`: by the definition in the case's own precision; `exact`: by it in float64."""
+    """The error that is allowed where the definition gives `plain` in the case's own precision and
+    `exact` in float64."""
     return max(1e-5, 2 * relative_error(plain, exact))
 
 
@@ -125,7 +126,7 @@ def tensors_of(result: Any) -> list[Tensor]:
 
 @torch.no_grad()
 def check(case: Case, contender: str) -> float:
-    """The error of a contender over what it may have: at most 1 is right."""
+    """The error of a contender over the error that it may have, at most 1 where it is right."""
     call = case.call(contender)
     poison()
     result = call.run()

@@ -1,4 +1,4 @@
-"""The benchmarks of single ops: the shapes, what else computes the same, and the command.
+"""The benchmarks of single ops: their shapes, their contenders, and the command.
 
     python -m benchmarks.ops --op window_attention token_confidence --json ops.json
     python -m pytest benchmarks/ops.py -k window_attention
@@ -91,7 +91,7 @@ OUTPUTS = {
 
 
 def token_confidence_case(candidates: int, V: int, confidence: str, temperature: float) -> Case:
-    """Beside it "float64", what published decoding loops do: a softmax over the vocabulary in
+    """The contender "float64" is what published decoding loops do: a softmax over the vocabulary in
     float64, argmax, gather."""
     logits, banned = 3 * randn(candidates, V), (V - 128,)
     options: dict[str, Any] = {"banned": banned, "confidence": confidence}
@@ -109,7 +109,7 @@ def token_confidence_case(candidates: int, V: int, confidence: str, temperature:
         return token, p.gather(-1, token[:, None])[:, 0]
 
     def error(result: tuple[Tensor, Tensor]) -> float:
-        """Equal scores may be ordered otherwise where the arithmetic is another one."""
+        """Tokens may differ at near ties, so that only candidates with the same token count."""
         token, value = token_confidence.definition(logits, **options)
         _, exact = token_confidence.definition(logits.double(), **options)
         same = result[0] == token
@@ -126,7 +126,7 @@ def token_confidence_case(candidates: int, V: int, confidence: str, temperature:
 
 
 def lm_head_confidence_case(model: str, candidates: int) -> Case:
-    """Beside it the LM head's matmul followed by token_confidence."""
+    """The contender is the LM head's matmul followed by token_confidence."""
     (V, E), size = HEADS[model], dtype().itemsize
     weight, hidden, banned = randn(V, E), 3 / E**0.5 * randn(candidates, E), (V - 128,)
 
@@ -190,7 +190,7 @@ def rope_write_kv_case(model: str, batch: int, width: int, positions: int) -> Ca
     H, H_kv = MODELS[model]
 
     def heads(count: int) -> Tensor:
-        """As a model strides them: (batch, width, heads, D) in memory."""
+        """A tensor with a model's strides: it lies in memory as (batch, width, heads, D)."""
         return randn(batch, width, count, HEAD_DIM).transpose(1, 2)
 
     k_cache, v_cache = (randn(batch, H_kv, positions, HEAD_DIM) for _ in range(2))
@@ -208,8 +208,8 @@ def rope_write_kv_case(model: str, batch: int, width: int, positions: int) -> Ca
 
 
 def window_linear_case(layer: str, num_tokens: int) -> Case:
-    """Beside it what steps of more tokens run: cuBLAS, and SiLU * mul as a call of its own where
-    the layer is gated."""
+    """The contender is cuBLAS, followed by SiLU * mul in a call of its own where the layer is
+    gated."""
     F, E, has_bias, gated = LAYERS[layer]
     weights = F * (2 if gated else 1)
     x, weight = randn(num_tokens, E), randn(weights, E) / E**0.5
@@ -230,7 +230,7 @@ def window_linear_case(layer: str, num_tokens: int) -> Case:
 
 
 def linear_add_norm_case(layer: str, num_tokens: int) -> Case:
-    """Beside it cuBLAS with the residual in the product, and F.rms_norm: the definition."""
+    """The contender is the definition: cuBLAS adds the residual in the product, then F.rms_norm."""
     E, F = OUTPUTS[layer]
     x, weight, residual = randn(num_tokens, F), randn(E, F) / F**0.5, randn(num_tokens, E)
     gain = torch.rand(E, device=x.device, dtype=dtype())
@@ -272,7 +272,8 @@ def place_rows_case(kind: str, batch: int, num_rows: int, prompt: int, response:
         "kind": int(needed), "num_rows": num_rows, "width": width, "num_candidates": BLOCK,
         "prompt_length": prompt,
     }  # fmt: skip
-    # Tokens in and out; a candidate's position in; its index, its noise id and a flag out.
+    # A call reads and writes the tokens; it reads each candidate's position, and writes its index,
+    # noise id and flag.
     moved = num_rows * (2 * 8 * width + BLOCK * (4 + 2 * 8 + 1))
     return Case(place_rows, (canvas, table, position), options, bytes=moved)
 
@@ -288,7 +289,7 @@ def unmask_and_slide_case(rule: str, batch: int, prompt: int, response: int) -> 
     commit = torch.zeros_like(position, dtype=torch.bool)
     written = (canvas, table, position, commit, torch.zeros_like(confidence))
     active = torch.ones(batch, dtype=torch.bool, device=device())
-    # The response's canvas once; of the candidates positions, tokens, confidences and commits.
+    # A call reads the response once, and each candidate's position, token, confidence and commit.
     moved = batch * (8 * response + BLOCK * (4 + 8 + 4 + 1 + 4))
     args = (*written, token, confidence, active, None, spec)
     return Case(unmask_and_slide, args, written=written, bytes=moved)
@@ -426,7 +427,7 @@ def test_op(benchmark: Any, op: str, shape: Shape, contender: str) -> None:
 def measure(
     name: str, write: Callable[[dict[str, Any]], None], *, check_only: bool, definitions: bool
 ) -> bool:
-    """Every shape and contender of an op; returns whether the op itself was right at all."""
+    """Measure every shape and contender of an op; returns whether the op was always right."""
     right = True
     for shape in BENCHMARKS[name].shapes:
         make = functools.partial(BENCHMARKS[name].case, **shape)
@@ -441,7 +442,7 @@ def measure(
                 if not check_only:
                     line |= time_contender(make, contender)
                     cold[contender] = line["cold_us"]
-            except Exception as error:  # a contender that does not take a shape is out of it there
+            except Exception as error:  # a contender may not take this shape
                 line["failed"] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
             if contender == "op":
                 right &= line.get("error", math.inf) <= 1

@@ -19,15 +19,15 @@ from dsb_runtime.measure.profile import profile_steps
 from dsb_runtime.measure.profile_tables import Event, by_kind, gpu_work, read_trace
 from dsb_runtime.measure.timing import timed
 
-MOST_STEPS = 40  # profiled at once; traces are large
+MOST_STEPS = 40  # no more steps are profiled at once, since traces are large
 
 
 def profiled_count(kinds: list[str]) -> int:
     """How many steps after the first to profile: up to the next refresh where it is near, so that
     the trace shows both kinds."""
     refreshes = [i for i, kind in enumerate(kinds) if i > 0 and kind == "refresh"]
-    wanted = refreshes[0] if refreshes else len(kinds) - 1
-    return max(1, min(max(wanted, 8), MOST_STEPS, len(kinds) - 1))
+    last = refreshes[0] if refreshes else len(kinds) - 1
+    return max(1, min(max(last, 8), MOST_STEPS, len(kinds) - 1))
 
 
 def phase_times(
@@ -43,7 +43,7 @@ def phase_times(
         kinds: the kinds of the decoding's steps.
     """
     config = dsb.DecodingConfig(**settings)
-    first = min(1, len(kinds) - 1)  # a call's first step makes the call's tensors
+    first = min(1, len(kinds) - 1)  # a call's first step also allocates the call's tensors
     with tempfile.TemporaryDirectory() as folder:
         trace = Path(folder) / "trace.json"
         profile_steps(

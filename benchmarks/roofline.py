@@ -2,10 +2,10 @@
 
     python -m benchmarks.roofline --preset llada-8b --gpu h100
 
-counts both kinds of step from the model's shapes (`step_cost.py`) and divides by a bandwidth and a
-speed of matrix products: the data sheet's (`--gpu`), those of `--bandwidth` and `--tflops`, or
-those that `benchmarks/decode.py` measured (`--measured`). Its times then stand beside the floor,
-those of phases too where it ran with `--phases`.
+The command counts window steps and refreshes from the model's shapes (`step_cost.py`) and divides
+by a bandwidth and a speed of matrix products: those of the data sheet (`--gpu`), of the options
+`--bandwidth` and `--tflops`, or of a run of `benchmarks/decode.py` (`--measured`). The times of
+that run then stand beside the floor, also those of phases if it had `--phases`.
 
 A floor is not a measurement. What a phase hands on may stay in the L2 cache, so that a step can be
 faster than its floor by what the activations take, and by no more.
@@ -38,7 +38,7 @@ from dsb_runtime.measure.models import PRESETS, Preset
 
 KINDS = ("window", "refresh")
 ITEMSIZE = {"bfloat16": 2, "float16": 2, "float32": 4}
-# What --measured says of a run where the command line does not.
+# These hold where neither the command line nor the file of --measured says it.
 SHAPE_DEFAULTS = {
     "preset": None, "prompt": 1024, "gen": 256, "block": 32, "batch": 1, "dtype": "bfloat16",
     "tokens_per_forward": 3.5,
@@ -47,7 +47,7 @@ SHAPE_DEFAULTS = {
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What the floors divide by."""
+    """The bandwidth and the speed that floors divide by."""
 
     gb_per_s: float
     tflops: float  # dense

@@ -1,10 +1,10 @@
 """Bytes and FLOPs that a decoding step needs, phase by phase, from the shapes alone.
 
-The smallest step that computes the same: every weight is read once, a phase reads its inputs and
-writes its outputs once, Q, K, V are one product, gate and up are one whose SiLU · mul is its
-epilogue, a residual is added where the next norm reads it, and the last layer computes what
-follows K and V for the scored positions alone (`engine/forward.py`). FLOPs are those of the matrix
-products, two for each multiplication.
+The counts are for the cheapest step that computes the same. It reads every weight once, and a phase
+reads its inputs and writes its outputs once. Q, K and V are one product. Gate and up are one
+product too, which ends with SiLU · mul. A residual is added where the next norm reads it. The last
+layer computes what follows K and V for the scored positions alone (`engine/forward.py`). FLOPs are
+those of the matrix products, two for each multiplication.
 """
 
 from __future__ import annotations
@@ -105,8 +105,8 @@ def total_cost(preset: Preset, size: StepSize) -> Cost:
 
 
 def weight_bytes(preset: Preset, itemsize: int) -> int:
-    """Bytes of all weights: those that a step streams, and the embedding, of which it reads a few
-    rows (none beside the LM head where the two are one)."""
+    """Bytes of all weights: those that a step streams, and the embedding, of which a step reads few
+    vectors. Where embedding and LM head are one tensor, it counts once."""
     size = StepSize(1, 1, 1, 1, 1, itemsize)
     streamed = total_cost(preset, size).weights
     return streamed + (0 if preset.tied else preset.vocab * preset.hidden * itemsize)

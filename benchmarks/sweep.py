@@ -2,9 +2,9 @@
 
     python -m benchmarks.sweep --size 64 --json sweep.json
 
-The candidates are data: `sweep.toml`. Each is timed twice, so that noise shows. Someone changes the
-table by hand where a candidate is faster by more than its two times differ. The command replaces
-entries of the table in its own process, which ends with it.
+`sweep.toml` lists the configurations to try. Each is timed twice, so that noise shows. Change the
+table by hand where one is faster by more than its two times differ. The command replaces entries of
+the table in its own process only.
 """
 
 from __future__ import annotations
@@ -41,17 +41,17 @@ def using(key: str, size: int, config: Config) -> Any:
 
 
 def sweep_one(item: dict[str, Any], write: Callable[[dict[str, Any]], None]) -> None:
-    """The table's configuration and every candidate for one entry of `sweep.toml`."""
+    """Time the table's configuration and every other one of an entry of `sweep.toml`."""
     benchmark = ops.BENCHMARKS[item["op"]]
     shape = item["shape"] if on_gpu() else benchmark.shapes[0]
     key, size = item["key"], item["size"]
     now = _configs.configuration(key, size, architecture_of(device()))
-    candidates = [
+    configs = [
         Config({k: v for k, v in c.items() if k.startswith(("BLOCK", "COL", "PROG", "SPLIT"))},
                c["num_warps"], c["num_stages"])
         for c in item["configs"]
     ]  # fmt: skip
-    for config in (now, *candidates):
+    for config in (now, *configs):
         with using(key, size, config):
             write(two_times(functools.partial(benchmark.case, **shape)) | {
                 "key": key, "size": size, "shape": shape, "configuration": words(config),
@@ -60,7 +60,7 @@ def sweep_one(item: dict[str, Any], write: Callable[[dict[str, Any]], None]) -> 
 
 
 def sweep_splits(write: Callable[[dict[str, Any]], None]) -> None:
-    """`num_splits` of window_attention: as it is chosen (None), then fixed."""
+    """Time window_attention with the `num_splits` that it chooses (None), then with fixed ones."""
     width, lengths = (128, (1280, 4096)) if on_gpu() else (8, (96,))
     for positions, splits in itertools.product(lengths, (None, *SPLITS)):
         shape = {"model": "LLaDA-8B", "batch": 1, "width": width, "positions": positions}
@@ -77,13 +77,13 @@ def sweep_splits(write: Callable[[dict[str, Any]], None]) -> None:
 
 
 def two_times(make: Callable[[], Case]) -> dict[str, Any]:
-    """Cold microseconds, twice, after a check; or why there are none."""
+    """Two cold times in microseconds after a check, or the reason why there are none."""
     try:
         error = check(make(), "op")
         if error > 1:
             return {"failed": f"{error:.2f} times the error that is allowed"}
         return {"us": [time_contender(make, "op")["cold_us"] for _ in range(2)]}
-    except Exception as error:  # a configuration that does not compile is none
+    except Exception as error:  # the configuration may not compile
         return {"failed": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
 
 

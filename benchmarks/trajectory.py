@@ -1,4 +1,4 @@
-"""Recording a decoding forward by forward, so that another loop can be driven along it."""
+"""A recording of a decoding, forward by forward, which another loop can follow."""
 
 from __future__ import annotations
 
@@ -68,11 +68,11 @@ class Trajectory(StepRecorder):
 
 @dataclass(frozen=True)
 class Agreement:
-    """How many decisions of a trajectory another loop takes as well."""
+    """How many decisions of a trajectory another loop makes as well."""
 
     decisions: int
-    positions: int  # the same position committed
-    both: int  # with the same token
+    positions: int  # decisions for which the other loop commits the same position
+    both: int  # decisions for which it commits the same token there
 
 
 def agreement(steps: Sequence[RowStep], commits: Sequence[dict[int, int]]) -> Agreement:
@@ -86,7 +86,7 @@ def agreement(steps: Sequence[RowStep], commits: Sequence[dict[int, int]]) -> Ag
 
 
 class EagerClock:
-    """Times the forwards of the eager loop: its `on_step`."""
+    """An `on_step` callback that times the forwards of the eager loop."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -94,7 +94,7 @@ class EagerClock:
         self.restart()
 
     def restart(self) -> None:
-        """A call begins."""
+        """Start the clock for a new call."""
         synchronize(self.device)
         self.began = time.perf_counter()
 

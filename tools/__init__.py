@@ -1,1 +1,1 @@
-"""Tools of this repository that users do not need; they are not part of the wheel."""
+"""Tools of this repository, which users do not need and which are not part of the wheel."""

@@ -9,7 +9,7 @@ from rich.console import Console
 from dsb_runtime.cli.main import main
 from dsb_runtime.demo.problems import heldout
 
-# A high threshold: some twenty forwards to watch, where the defaults take two or three.
+# With so high a threshold there are some twenty forwards to watch; the defaults take two or three.
 SETTINGS = ["--block-length", "16", "--max-block-length", "24", "--threshold", "0.999"]
 
 

@@ -1,4 +1,4 @@
-"""`dsb generate`: answer one prompt, with the canvas, a picture or JSON where asked for."""
+"""`dsb generate`: answer one prompt; options show the canvas, draw it or print JSON."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, prompt: str, raw: bool) -> torch.
     message = [{"role": "user", "content": prompt}]
     try:
         text = tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
-    except Exception as error:  # whatever a template in the checkpoint raises
+    except Exception as error:  # a checkpoint's template may raise anything
         raise ValueError(f"chat template: {error}; --raw leaves it out") from error
     return tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
 
@@ -101,6 +101,6 @@ def run(
             f"{tokens} tokens, {out.nfe} forwards, {tokens / out.nfe:.2f} tokens per forward, "
             f"{tokens / seconds:.1f} tokens/s"
         )
-    if trace is not None:  # after the answer, which must not be lost where the picture fails
+    if trace is not None:  # the answer comes first, since drawing may fail
         trace.save(args.trace)
     return 0

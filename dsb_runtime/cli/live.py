@@ -36,7 +36,7 @@ def canvas_text(
     for index in range(leftpad, len(ids)):
         masked = index >= prompt_length and ids[index] == mask_id
         token = MASK_GLYPH if masked else tokenizer.convert_ids_to_tokens(ids[index])
-        word = str(token or f"<{ids[index]}>")  # where the tokenizer does not know the id
+        word = str(token or f"<{ids[index]}>")  # the tokenizer may not know the id
         if masked:
             style = "active" if start <= index < end else "mask"
         elif index in new:

@@ -34,7 +34,7 @@ NO_EOS = (
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """Says what is wrong in one line, as every other error of the command."""
+    """A parser that says what is wrong in one line, like every other error of the command."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
@@ -58,7 +58,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 
 
 def add_settings(parser: argparse.ArgumentParser) -> None:
-    """The model's options, and one for each setting, None where the caller does not name it."""
+    """Add the model's options and one for each setting, which is None where it is not named."""
     add_model(parser)
     groups: dict[str, Any] = {}
     for name, entry in settings().items():
@@ -130,7 +130,7 @@ def build_parser() -> argparse.ArgumentParser:
     command("generate", add_generate, run_generate, "answer a prompt", epilog=COUNTING)
     command("bench", add_bench, run_bench, "time per step against its limit, tokens/s by batch",
             epilog=f"{COUNTING} {NO_EOS}")  # fmt: skip
-    # No abbreviations: the command line is printed again without --torch.
+    # An abbreviation of --torch would stay in the command line that is printed for Nsight.
     command("profile", add_profile, run_profile, "some steps under Nsight or torch's profiler",
             epilog=profile.NOTE, allow_abbrev=False)  # fmt: skip
     command("eval", add_eval, run_eval, "the embedded model on held-out problems, all settings",
@@ -191,11 +191,12 @@ def run_convert(args: argparse.Namespace) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; 0 is success, 2 an error, whose message is one line, 130 an interrupt."""
+    """Run a command and return 0, 2 after an error (its message is one line) or 130 after an
+    interrupt."""
     words = list(sys.argv[1:] if argv is None else argv)
     args = build_parser().parse_args(words)
     args.command_line = shlex.join(["dsb", *words])
-    # What starts the same process again, however this one was started.
+    # This command line starts the same process again, however it was started.
     args.process = sys.orig_argv if argv is None else ["dsb", *words]
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()

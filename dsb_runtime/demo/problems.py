@@ -1,4 +1,4 @@
-"""Arithmetic word problems with a written-out solution; a seed makes each of them.
+"""Arithmetic word problems with their solutions in words; a seed makes each of them.
 
 A problem starts from a number of things and changes it on the first one to six days of a week:
 
@@ -77,7 +77,7 @@ class _Step:
 
 
 def problem(seed: int, split: Split = "train", steps: int | None = None) -> Problem:
-    """The problem of `seed`: the same one at every call, on every machine.
+    """Return the problem of `seed`, which is the same at every call and on every machine.
 
     `split` is "train" or "heldout"; no chain of numbers is in both. `steps` is the number of days,
     1 to 6; None draws it.
@@ -127,7 +127,7 @@ def is_exact(item: Problem, text: str) -> bool:
 
 
 def _belongs_to_heldout(*numbers: object) -> bool:
-    """Whether a chain such as 12, "+ 7", "- 5" does."""
+    """Whether a chain such as 12, "+ 7", "- 5" belongs to the held-out split."""
     return zlib.crc32(" ".join(map(str, numbers)).encode()) % _HELDOUT_SHARE == 0
 
 
@@ -143,7 +143,7 @@ def _draw_chain(rng: random.Random, count: int) -> tuple[int, list[_Step]]:
 
 
 def _draw_step(rng: random.Random, total: int) -> _Step | None:
-    """One change of `total`, or None where the drawn kind would leave 0 to 99."""
+    """Draw one change of `total`; None where the result would not lie in 0 to 99."""
     kind = rng.choices(("change", "rest", "double", "halve"), (80, 8, 6, 6))[0]
     if kind == "rest":
         return _Step("+", 0, rng.choice(REST_DAYS), total)

@@ -1,8 +1,8 @@
 """custom_generate: DSB as `model.generate(custom_generate=...)` of transformers.
 
 transformers prepares the prompt, its padding mask and a GenerationConfig, and calls a function in
-place of its own loop. Fields of the GenerationConfig that mean the same here are read. What
-cannot hold for positions that are committed in any order is an error that names the field.
+place of its own loop. This one reads the fields of the GenerationConfig that mean the same here. A
+field that means nothing where positions are committed in any order raises an error that names it.
 """
 
 from __future__ import annotations
@@ -77,10 +77,10 @@ class PrefixStreamer:
     """Feeds a streamer the tokens of row 0 in order, as the prefix without masks grows."""
 
     streamer: BaseStreamer
-    position: int  # of the next token that it gets
+    position: int  # of the next token that the streamer gets
     mask_id: int
     eos_ids: tuple[int, ...]
-    ended: bool = False  # it has an EOS; what follows an EOS is filling
+    ended: bool = False  # the streamer has an EOS; the tokens after it only fill the canvas
 
     def __call__(self, event: StepEvent) -> None:
         for token in event.canvas[0, self.position :].tolist():
@@ -117,17 +117,17 @@ def check_fields(
         value = getattr(config, name, None)
         if value is not None and value != neutral:
             refuse(name, value, neutral)
-    asked = [(name, call.get(name)) for name in CALL_ONLY if call.get(name) != []]
-    asked += [(name, call.get("kwargs", {}).get(name)) for name in FORWARD_ONLY]
-    asked += [("logits_processor", p) for p in processors if type(p).__name__ not in OWN]
-    asked += [("stopping_criteria", c) for c in criteria if type(c).__name__ not in OWN]
-    for name, value in asked:
+    arguments = [(name, call.get(name)) for name in CALL_ONLY if call.get(name) != []]
+    arguments += [(name, call.get("kwargs", {}).get(name)) for name in FORWARD_ONLY]
+    arguments += [("logits_processor", p) for p in processors if type(p).__name__ not in OWN]
+    arguments += [("stopping_criteria", c) for c in criteria if type(c).__name__ not in OWN]
+    for name, value in arguments:
         if value is not None:
             refuse(name, type(value).__name__, None)
 
 
 def read_sampling(config: GenerationConfig, named: dict[str, Any]) -> dict[str, Any]:
-    """Temperature and cuts: those `named` in the call before those of the GenerationConfig."""
+    """The temperature, `top_p` and `top_k` of the call, or else those of the GenerationConfig."""
     temperature, top_p, top_k = (named.get(n) for n in ("temperature", "top_p", "top_k"))
     if not config.do_sample:
         for name, neutral in (("temperature", (0, 1)), ("top_p", (1,)), ("top_k", ())):
@@ -148,8 +148,8 @@ def model_with_eos(
 ) -> PreTrainedModel:
     """The model, or a view of it with the EOS ids that the call or its config names.
 
-    A view shares the modules and weights. It has no engine, since the model's would decode with
-    the model's own ids: it makes one for the call, buffers and captured steps included.
+    A view shares the modules and weights. It does not share the engine, which would decode with the
+    model's own ids. For the call it makes another one, with buffers and captured steps of its own.
     """
     info = check_model(model)
     if named is None and config.eos_token_id != model.generation_config.eos_token_id:
@@ -173,8 +173,8 @@ def read_settings(
 
     Args:
         prompt: positions of the prompt.
-        call: transformers' local variables, which tell whether anybody named a length.
-        named: settings by their names here, None where not named.
+        call: transformers' local variables, which tell whether the caller named a length.
+        named: settings by their names in this door, None where the caller does not name them.
     """
     named = {**named, **read_sampling(config, named)}
     ours: dict[str, Any] = {}
@@ -207,23 +207,23 @@ def custom_generate(
 
     Args:
         model: from `load_model` or `AutoModelForCausalLM`.
-        generation_config: `max_new_tokens` is `gen_length`; with `do_sample`, `temperature`,
-            `top_p` and `top_k` are taken; `eos_token_id`; `return_dict_in_generate`. A top_k of
-            50 there is transformers' own default and counts as not set: `generate(top_k=50)`,
-            named in the call, is taken.
-        streamer: gets token after token as the finished prefix grows; for one prompt only.
-        generator, seed: source of randomness; neither is torch's global one.
+        generation_config: `max_new_tokens` is `gen_length`. `eos_token_id`,
+            `return_dict_in_generate` and, with `do_sample`, `temperature`, `top_p` and `top_k` mean
+            what they mean in transformers. A top_k of 50 in a GenerationConfig is transformers' own
+            default and counts as not set; a `generate(top_k=50)` counts.
+        streamer: gets each token once no mask is left before it; works with one prompt only.
+        generator, seed: the source of random numbers, which is never torch's global generator.
         named: any setting of `DecodingConfig` (this function's signature lists them), and what
-            transformers passes to a model's forward. `cache` is called `cache_policy`, since
-            `cache` is transformers' own argument, a Cache object: a policy under that name is an
-            error before this function is called. Settings that are not named, or None, have the
-            defaults of `dsb_runtime.generate`.
+            transformers passes to a model's forward. The setting `cache` is called `cache_policy`,
+            since `cache` is transformers' own argument for a Cache object: transformers raises an
+            error for a policy under that name before it calls this function. A setting that is not
+            named, or is None, has the default of `dsb_runtime.generate`.
 
     Returns:
         (B, P + G) sequences, or `DiffusionGenerateOutput` with `return_dict_in_generate`.
 
     Raises:
-        TypeError, ValueError: a field that cannot hold, or bad input; the message names it.
+        TypeError, ValueError: a field that cannot be honoured, or bad input; the message names it.
     """
     call = call_arguments()
     streamer = call.get("streamer") if streamer is None else streamer
@@ -255,7 +255,7 @@ def custom_generate(
             on_step=watch if watchers else None,
         )  # fmt: skip
     finally:
-        if streamer is not None:  # also after an error: somebody may be waiting for the end
+        if streamer is not None:  # after an error too, since a consumer may wait for the end
             streamer.end()
     if generation_config.return_dict_in_generate:
         return DiffusionGenerateOutput(**vars(out))

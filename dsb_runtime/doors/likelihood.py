@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from dsb_runtime.engine.engine import generate
 from dsb_runtime.families import check_model
 
-# Positions whose logits are in memory at once: with 126464 logits each they take 130 MB in float32.
+# The logits of so many positions are in memory at once; 126464 each take 130 MB in float32.
 HEAD_POSITIONS = 256
 
 
@@ -34,16 +34,16 @@ class Scored:
 
 
 def seed_of(item: Scored, seed: int) -> int:
-    """A request has its own seed: no order, batch or number of processes changes its masks."""
+    """The seed of an item's masks, which no order, batch or number of processes changes."""
     ids = torch.tensor([seed, len(item.prompt), *item.prompt, *item.text])
     return zlib.crc32(ids.numpy().tobytes())  # torch's CPU generator takes 32 bits of a seed
 
 
 def draw_masks(length: int, samples: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Masks of a text and their weights in the estimate; equal masks are merged.
+    """Draw the masks of a text and their weights in the estimate; equal masks are merged.
 
-    The number of masked positions is drawn systematically: one random offset, then even steps
-    through 1..length. Each draw is uniform, and together they cover the range.
+    The numbers of masked positions are drawn systematically: they stand at even distances in
+    1..length behind one random offset. Each draw is uniform, and together they cover the range.
 
     Returns:
         (m, length) bool, each mask with at least one True, and (m,) float64: the sum of
@@ -102,26 +102,26 @@ def log_likelihoods(
     batch_size: int = 1,
     on_done: Callable[[int], None] | None = None,
 ) -> list[float]:
-    """The Monte-Carlo estimate for every item; the same for the same seed, whatever the batch.
+    """The Monte-Carlo estimate for every item, which depends on the seed and not on the batch.
 
     Args:
         samples: number of masks for each item; equal ones are computed once.
         batch_size: masked texts in one forward, of one item or several.
-        on_done: called with the number of items finished by each forward.
+        on_done: called after each forward with the number of items that it finished.
     """
-    # The longest come first: batches have little padding, and one that does not fit into memory
-    # fails at once.
+    # The longest items come first, so that batches have little padding and a batch that does not
+    # fit into memory fails at once.
     order = sorted(range(len(items)), key=lambda i: -len(items[i].prompt) - len(items[i].text))
     left: dict[int, int] = {}
 
-    def rows() -> Iterator[tuple[int, Tensor, float]]:
+    def masked_texts() -> Iterator[tuple[int, Tensor, float]]:
         for i in order:
             masks, weights = draw_masks(len(items[i].text), samples, seed_of(items[i], seed))
             left[i] = len(masks)
             for mask, weight in zip(masks, weights.tolist(), strict=True):
                 yield i, mask, weight
 
-    total, stream = [0.0] * len(items), rows()
+    total, stream = [0.0] * len(items), masked_texts()
     while batch := list(itertools.islice(stream, batch_size)):
         index, masks, weights = zip(*batch, strict=True)
         log_probs = masked_log_probs(model, [items[i] for i in index], masks)
@@ -136,7 +136,7 @@ def log_likelihoods(
 def are_greedy(
     model: PreTrainedModel, items: Sequence[Scored], *, batch_size: int = 1
 ) -> list[bool]:
-    """Whether decoding gives the text, as many tokens as it has, the most confident one a step."""
+    """Whether decoding as many tokens as the text has, one in each step, returns the text."""
     greedy = [False] * len(items)
     by_length: dict[int, list[int]] = defaultdict(list)
     for i, item in enumerate(items):

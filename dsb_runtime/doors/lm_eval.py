@@ -1,12 +1,12 @@
 """The model `dsb` of lm-evaluation-harness.
 
-Generation is `generate` with the settings named in `--model_args`; log-likelihoods are the
-Monte-Carlo estimate of `likelihood`. Under `accelerate launch` the harness deals the requests out
-to the processes, and their measurements are added up.
+The model generates with the settings that `--model_args` names, and estimates log-likelihoods as
+`likelihood` does. Under `accelerate launch` the harness deals the requests out to the processes,
+and this module adds up their measurements.
 
-Releases of the harness after 0.4.13 find the model by an entry point. 0.4.13 reads none: there,
-`python -m dsb_runtime.doors.lm_eval --model dsb ...` is the harness's own command with the model
-registered.
+Releases of the harness after 0.4.13 find the model by an entry point. Release 0.4.13 reads none.
+There `python -m dsb_runtime.doors.lm_eval --model dsb ...` registers the model and then runs the
+harness's own command.
 """
 
 from __future__ import annotations
@@ -48,21 +48,21 @@ ARGUMENTS = (
 LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 
 
-def request_settings(own: Mapping[str, Any], asked: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of a request whose `generation_kwargs` are `asked`, for `defaults_for`.
+def request_settings(own: Mapping[str, Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a request whose `generation_kwargs` are `kwargs`, for `defaults_for`.
 
     `own` are those of `--model_args`. The request's temperature, `top_p` and `top_k` hold where it
     asks for sampling; any other setting in it (`--gen_kwargs threshold=0.8`) overrides the
     model's. A number of tokens makes the canvas shorter, never longer than the model's.
     """
-    asked = {name: value for name, value in asked.items() if value is not None}
-    if not (asked.get("do_sample", True) and asked.get("temperature", 0) > 0):
-        asked = {k: v for k, v in asked.items() if k not in ("temperature", "top_p", "top_k")}
-    override = {k: v for k, v in asked.items() if k in settings()}
+    kwargs = {name: value for name, value in kwargs.items() if value is not None}
+    if not (kwargs.get("do_sample", True) and kwargs.get("temperature", 0) > 0):
+        kwargs = {k: v for k, v in kwargs.items() if k not in ("temperature", "top_p", "top_k")}
+    override = {k: v for k, v in kwargs.items() if k in settings()}
     merged = {**own, **override}
     if set(rule_names()) & set(override):  # the request's rule replaces the model's
         merged = {k: v for k, v in merged.items() if k not in rule_names() or k in override}
-    length = next((asked[name] for name in LENGTHS if name in asked), None)
+    length = next((kwargs[name] for name in LENGTHS if name in kwargs), None)
     if length is not None:
         check_int("max_gen_toks", length, 1)
         merged["gen_length"] = min(merged.get("gen_length", length), length)
@@ -72,9 +72,10 @@ def request_settings(own: Mapping[str, Any], asked: Mapping[str, Any]) -> dict[s
 
 
 def first_copies(requests: Sequence[Instance]) -> list[int]:
-    """For every request, the index of the one whose answer it takes; its own but for copies.
+    """For every request, the index of the request whose answer it takes.
 
-    The harness repeats a process's last request until all processes have equally many.
+    That is its own index unless it is a copy: the harness repeats a process's last request until
+    all processes have equally many.
     """
     source: list[int] = []
     seen: dict[int, list[int]] = defaultdict(list)
@@ -114,10 +115,10 @@ class DSBLM(TemplateLM):
         dtype, family, mask_id, revision: as `load_model` takes them.
         device: as `load_model` takes it; under `accelerate launch` each process has its own.
         batch_size: prompts (or masked texts, for likelihoods) in one forward.
-        mc_num: masks drawn for each log-likelihood.
+        mc_num: how many masks are drawn for each log-likelihood.
         seed: of those masks, and of the random numbers at a temperature above 0.
-        check_greedy: False skips `is_greedy` of log-likelihoods (then always False), which
-            decodes every continuation, one forward a token.
+        check_greedy: whether log-likelihoods come with `is_greedy`, for which every continuation is
+            decoded at one forward a token. Without it `is_greedy` is always False.
         max_length: longest prompt and response together, where it is below the model's.
         named: any setting of `DecodingConfig`; `defaults_for` gives the others.
 
@@ -181,13 +182,13 @@ class DSBLM(TemplateLM):
         self.measured: dict[str, float] = {}
         self.warned: set[str] = set()
 
-    def decoding_config(self, asked: Mapping[str, Any]) -> DecodingConfig:
-        """The settings of a request whose `generation_kwargs` are `asked`."""
-        for name in sorted(set(asked) - set(settings()) - {*LENGTHS, "until", "do_sample"}):
-            if asked[name] is not None:
-                what = f"generation_kwargs {name}={asked[name]!r}"
+    def decoding_config(self, kwargs: Mapping[str, Any]) -> DecodingConfig:
+        """The settings of a request whose `generation_kwargs` are `kwargs`."""
+        for name in sorted(set(kwargs) - set(settings()) - {*LENGTHS, "until", "do_sample"}):
+            if kwargs[name] is not None:
+                what = f"generation_kwargs {name}={kwargs[name]!r}"
                 self.warn(name, f"{what} means nothing to model dsb")
-        return defaults_for(self.model, **request_settings(self.settings, asked))
+        return defaults_for(self.model, **request_settings(self.settings, kwargs))
 
     def warn(self, key: str, message: str) -> None:
         """Log a warning, once for each key."""
@@ -230,7 +231,7 @@ class DSBLM(TemplateLM):
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
     ) -> list[int]:
-        """Ids, with the tokenizer's own special tokens unless the text begins with its BOS."""
+        """The ids of a text, with the tokenizer's special tokens unless it begins with the BOS."""
         if add_special_tokens is None:
             bos = self.tokenizer.bos_token
             add_special_tokens = not (bos and string.startswith(bos))
@@ -245,7 +246,7 @@ class DSBLM(TemplateLM):
     # --- requests -----------------------------------------------------------------------------
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Answers, in the requests' order; requests with equal settings share batches."""
+        """The answers in the order of the requests; requests with equal settings share batches."""
         answers: list[str] = [""] * len(requests)
         source = first_copies(requests)
         groups: dict[str, list[int]] = defaultdict(list)
@@ -270,9 +271,9 @@ class DSBLM(TemplateLM):
         self, requests: list[Instance], members: list[int]
     ) -> Iterator[tuple[int, str]]:
         """(index, answer) of the requests `members`, which have the same `generation_kwargs`."""
-        asked = requests[members[0]].args[1]
-        config = self.decoding_config(asked)
-        stops = asked.get("until") or []
+        kwargs = requests[members[0]].args[1]
+        config = self.decoding_config(kwargs)
+        stops = kwargs.get("until") or []
         stops = [stops] if isinstance(stops, str) else stops
         longest = self.max_length - config.gen_length
         if longest < 1:
@@ -284,9 +285,8 @@ class DSBLM(TemplateLM):
         for i in members:
             ids = self.tok_encode(requests[i].args[0]) or [self.prefix_token_id]
             prompts[i] = self.cut_prompt(ids, longest)
-        members = sorted(
-            members, key=lambda i: -len(prompts[i])
-        )  # the longest first: little padding
+        # The longest prompts come first, so that batches have little padding.
+        members = sorted(members, key=lambda i: -len(prompts[i]))
         for first in range(0, len(members), self.batch_size):
             batch = members[first : first + self.batch_size]
             responses = self.decode([prompts[i] for i in batch], config)
@@ -323,8 +323,8 @@ class DSBLM(TemplateLM):
     def loglikelihood_rolling(
         self, requests: list[Instance], disable_tqdm: bool = False
     ) -> list[float]:
-        """Log-likelihoods of whole texts, in windows of the model's length; each token is scored
-        in one of them."""
+        """Log-likelihoods of whole texts, which are cut into pieces of the model's length; each
+        token is scored in one piece."""
         items, owner = [], []
         for i, request in enumerate(requests):
             ids = self.tok_encode(request.args[0], add_special_tokens=False)
@@ -343,7 +343,7 @@ class DSBLM(TemplateLM):
         return totals
 
     def scored(self, prompt: list[int], text: list[int]) -> Scored:
-        """A prompt (its beginning cut off where it is too long) and the text after it."""
+        """A prompt and the text after it; a prompt that is too long loses its beginning."""
         if not 1 <= len(text) < self.max_length:
             raise ValueError(
                 f"a continuation of {len(text)} tokens: expected 1 to {self.max_length - 1}"
@@ -363,8 +363,8 @@ class DSBLM(TemplateLM):
     # --- results and processes ----------------------------------------------------------------
 
     def add_up(self) -> dict[str, float]:
-        """The measurements of all processes, {} where none has decoded. The seconds are those of
-        the slowest process."""
+        """The sum of the measurements of all processes, {} where none has decoded. The seconds are
+        those of the slowest process."""
         mine = torch.tensor([*self.totals.values()], dtype=torch.float64, device=self._device)
         parts = self.all_gather(mine).view(-1, len(mine)).cpu()
         answers, tokens, forwards, _ = parts.sum(0).tolist()

@@ -16,7 +16,7 @@ from dsb_runtime.families import FAMILIES, DiffusionInfo
 from dsb_runtime.models.load import special_id
 
 # Each model class and the family that its logits follow. Where that is None, the caller has to
-# name one. All have Llama's modules.
+# name a family. All these classes have Llama's modules.
 SUPPORTED: dict[str, str | None] = {
     "LlamaForCausalLM": "llada", "LladaForCausalLM": "llada", "Qwen2ForCausalLM": "dream",
     "DreamForCausalLM": "dream", "Qwen3ForCausalLM": None, "MistralForCausalLM": None,
@@ -26,7 +26,7 @@ Replaced = list[tuple[Any, str, Any]]  # object, attribute, value before
 
 
 def supported_class(model: Any) -> str | None:
-    """The class of `SUPPORTED` that the model is of."""
+    """The name in `SUPPORTED` of the model's class or of one that it derives from."""
     return next((c.__name__ for c in type(model).__mro__ if c.__name__ in SUPPORTED), None)
 
 
@@ -43,7 +43,7 @@ def refusal(model: Any) -> str | None:
 
 
 def set_attribute(target: Any, name: str, value: Any, replaced: Replaced) -> None:
-    """Set an attribute and note the object's own before that."""
+    """Set an attribute, and note in `replaced` which value the object itself had before."""
     replaced.append((target, name, vars(target).get(name, ABSENT)))
     setattr(target, name, value)
 
@@ -57,9 +57,10 @@ def patch(
 ) -> PreTrainedModel:
     """Make a Llama, Qwen2, Qwen3 or Mistral in memory decode with DSB; returns the model.
 
-    Its attention becomes bidirectional and runs through the "dsb" implementation; its q, k, v and
-    gate, up weights become views of one storage each (`engine.packing`), which they stay; and it
-    gains `model.dsb_generate(input_ids, **settings)`, which scores without logits.
+    Its attention becomes bidirectional and runs through the "dsb" implementation. Its q, k and v
+    weights become views of one storage, and so do its gate and up weights (`engine.packing`);
+    `unpatch` leaves them so. It gains `model.dsb_generate(input_ids, **settings)`, which scores
+    without logits.
 
     Args:
         model: a causal or bidirectional model whose weights are a diffusion model's.
@@ -69,7 +70,7 @@ def patch(
         eos_ids: ids that end a response; None takes the config's.
 
     Raises:
-        TypeError: a model of another kind; the message lists what is supported and says why not.
+        TypeError: a model that cannot be patched; the message says why, and what is supported.
         ValueError: an argument that is not accepted.
     """
     why = refusal(model)

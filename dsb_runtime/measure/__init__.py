@@ -1,1 +1,1 @@
-"""What `dsb bench`, `dsb profile` and `dsb eval` measure, draw and keep."""
+"""The measurements of `dsb bench`, `dsb profile` and `dsb eval`, their pictures and files."""

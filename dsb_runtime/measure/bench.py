@@ -55,16 +55,16 @@ class Round:
     """One round at one batch size."""
 
     out: GenerationOutput
-    seconds: float  # of the whole call, which nothing watched
+    seconds: float  # of the whole call, without an `on_step`
     steps: list[StepWork]
-    step_seconds: list[float]  # of a second call's steps
+    step_seconds: list[float]  # of the steps of a second call, with an `on_step`
     linear_seconds: list[float]  # of the same steps' linear layers
 
 
 def one_round(
     engine: TimedEngine, input_ids: Tensor, config: DecodingConfig, seed: int, limit: LinearLayers
 ) -> Round:
-    """Decode once unwatched and once watched, then run the same steps' linear layers."""
+    """Decode without and then with an `on_step`, and run the same steps' linear layers."""
     device = input_ids.device
 
     def decode(watch: StepRecorder | None = None) -> GenerationOutput:
@@ -74,7 +74,7 @@ def one_round(
     def watch() -> StepRecorder:
         return StepRecorder(engine.model, input_ids.shape[1], config.gen_length)
 
-    # A GPU's captured steps may have made room for another batch's since the last round.
+    # On a GPU, this batch's captured steps may have been freed since the last round.
     warm = device.type == "cuda"
     if warm:
         decode()
@@ -97,7 +97,8 @@ def summarize_steps(
 ) -> dict[str, Any] | None:
     """Medians over all steps of a kind; None where there was none.
 
-    A call's first step also makes the call's tensors: it is left out where there are other steps.
+    A call's first step also allocates the call's tensors, so that it is left out where there are
+    other steps. The key "rows" stands for the positions of a step.
     """
     steps = [
         (index, *step)
@@ -115,7 +116,7 @@ def summarize_steps(
         "scored": statistics.median(work.scored for work in works),
         "ms": 1e3 * statistics.median(seconds),
         "linear_ms": 1e3 * statistics.median(linear),
-        # Step by step, so that a machine that drifts cancels.
+        # The ratio of each step is taken first, so that a drift of the machine cancels.
         "linear_share": statistics.median(b / a for a, b in zip(seconds, linear, strict=True)),
         "weights_ms": None,
         "weights_share": None,
@@ -157,12 +158,12 @@ def measure(
     rounds: int,
     seed: int,
 ) -> Iterator[dict[str, Any]]:
-    """Every batch size once a round, so that all see the same machine; yields the figures of the
-    rounds so far after each.
+    """Run every batch size in each round, so that a drift of the machine meets all of them, and
+    yield after each round the figures so far.
 
     Args:
         prompts: (max(batches), P); a batch takes the first of them.
-        rounds: those that count; one more before them warms up.
+        rounds: how many rounds count; one more runs before them to warm up.
         seed: of the random numbers at temperature > 0.
     """
     engine = TimedEngine(model)
@@ -187,7 +188,7 @@ def measure(
 
 
 def show(record: dict[str, Any], plot: Path | None) -> None:
-    """Print the table of a record, and draw its picture where one is asked for."""
+    """Print the table of a record, and draw its picture where `plot` names a file."""
     settings = record["settings"]
     on_gpu = record["copy_bandwidth"] is not None
     columns = ["batch", "tokens/s", "tokens/\nforward", "step", "positions", "ms", "limit\nms",
@@ -231,7 +232,7 @@ def run(
     config: DecodingConfig,
     command: str,
 ) -> int:
-    """The command: a table, and the files asked for."""
+    """Measure, print the table, and write the files that the options name."""
     batches, seed = list(dict.fromkeys(args.batch)), args.seed or 0
     prompts = random_prompts(model, tokenizer, max(batches), args.prompt_length, seed)
     name = "embedded model" if args.model == str(MODEL_DIR) else args.model
@@ -246,7 +247,7 @@ def run(
     record = about
     for figures in measure(model, prompts, config, batches, rounds=args.rounds, seed=seed):
         record = {**about, **figures}
-        if args.json:  # written as it grows: an interrupt loses the round that runs, no other
+        if args.json:  # written after each round, so that an interrupt loses one round only
             write_json(args.json, record)
     show(record, args.plot)
     return 0

@@ -30,7 +30,7 @@ def add_output(parser: Any) -> None:
 
 
 def check_arguments(args: argparse.Namespace) -> None:
-    """Raise ValueError for a wrong argument of any of the commands; asked before a checkpoint is
+    """Raise ValueError for a wrong argument of any of the commands; called before a checkpoint is
     read."""
     named = {name: value for name, value in vars(args).items() if value is not None}
     if {"source", "json"} <= named.keys():
@@ -48,7 +48,7 @@ def check_arguments(args: argparse.Namespace) -> None:
 
 
 def show_again(args: argparse.Namespace, show: Callable[[Any, Path | None], None]) -> int:
-    """`--from`: the table and the picture of what was measured before."""
+    """`--from`: print the table and draw the picture of an earlier measurement."""
     record = read_json(args.source)
     try:
         show(record, args.plot)
@@ -63,7 +63,7 @@ def table_of(
     columns: Sequence[str], lines: Iterable[Sequence[str]], *, left: int | Sequence[int] = 0,
     no_wrap: bool = False, **how: Any,
 ) -> Table:  # fmt: skip
-    """A table whose columns are aligned to the right, but for those of the indices `left`."""
+    """A table whose columns are aligned to the right, except those whose index is in `left`."""
     table = Table(**how)
     words = (left,) if isinstance(left, int) else left
     for index, name in enumerate(columns):
@@ -75,5 +75,5 @@ def table_of(
 
 
 def wide_console() -> Console:
-    """A console that cuts no table short where its output is a file."""
+    """A console that is wide enough for every table where its output is a file."""
     return Console(width=None if Console().is_terminal else 150)

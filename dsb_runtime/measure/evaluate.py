@@ -1,6 +1,6 @@
 """`dsb eval`: the embedded model on held-out problems, for every schedule, cache and rule.
 
-Exact answers, forwards and tokens per forward, by one counting rule: a row's tokens are the
+It counts exact answers, forwards and tokens per forward by one rule: a row's tokens are the
 response positions up to and including its first EOS.
 """
 
@@ -27,15 +27,15 @@ from dsb_runtime.measure.command import add_output, table_of
 from dsb_runtime.measure.plots import draw_scores
 
 THRESHOLD = 0.9  # at which schedules and caches are compared
-# Values of a selection rule's setting; a rule that is not listed takes values inside its range.
+# The values at which each rule is measured; for any other rule they are taken from its range.
 SWEEPS: dict[str, tuple[float, ...]] = {
     "threshold": (0.2, 0.3, 0.4, 0.5, 0.7, 0.95, 0.99),
     "factor": (0.25, 1.0, 4.0, 8.0),
     "frechet": (-0.9, -0.5, 0.0, 0.25, 0.9),
 }
 FULL_EVERY = (4, 99)  # with response refreshes, one refresh in so many is full
-SMALL_BLOCK = 4  # for many refreshes
-WORDS = ("sweep", "rule", "value", "schedule", "cache")  # of a setting, in the report
+SMALL_BLOCK = 4  # so small a block makes many refreshes
+WORDS = ("sweep", "rule", "value", "schedule", "cache")  # fields of a setting in the report
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Setting:
 
     sweep: str
     rule: str
-    value: float | None  # of the rule's setting; None where the rule's words say all
+    value: float | None  # of the rule's setting; None where `rule` says it in words
     schedule: str
     cache: str
     config: DecodingConfig
@@ -65,7 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def sweep_values(rule: Rule) -> tuple[float, ...]:
-    """The values at which a rule is measured; none for a fixed number of steps."""
+    """The values at which a rule is measured; a fixed number of steps has none."""
     if rule.kind is int or rule.high is None:
         return ()
     inside = tuple(rule.low + share * (rule.high - rule.low) for share in (0.25, 0.5, 0.75))
@@ -73,8 +73,8 @@ def sweep_values(rule: Rule) -> tuple[float, ...]:
 
 
 def build_settings(gen_length: int, block_length: int, quick: bool) -> list[Setting]:
-    """One token a step first; every schedule with every cache at threshold 0.9; then each rule's
-    sweep, and refreshes that leave the prompt's K/V as they are."""
+    """The settings of the report: one token a step, every schedule with every cache at threshold
+    0.9, each rule's sweep, and refreshes that leave the prompt's K/V as they are."""
     shape: dict[str, Any] = {
         "gen_length": gen_length, "block_length": block_length, "stop_at_eos": True,
     }  # fmt: skip
@@ -124,8 +124,8 @@ def score(
     batches: list[tuple[list[Problem], torch.Tensor, torch.Tensor]],
     setting: Setting,
 ) -> dict[str, Any]:
-    """Decode every batch with one setting: the setting's words, the number of problems, the share
-    of exact answers, forwards and tokens per problem, and tokens per forward and second."""
+    """Decode every batch with one setting. Returns the setting's words, the number of problems, the
+    share of exact answers, forwards and tokens per problem, and tokens per forward and second."""
     exact = forwards = tokens = count = 0
     began = time.perf_counter()
     for problems, input_ids, mask in batches:
@@ -149,7 +149,7 @@ def score(
 def encode_batches(
     tokenizer: PreTrainedTokenizerBase, problems: list[Problem], size: int, device: torch.device
 ) -> list[tuple[list[Problem], torch.Tensor, torch.Tensor]]:
-    """Problems with their left-padded prompts, in order of length so that little is padding."""
+    """Batches of problems and their left-padded prompts, by length so that padding is short."""
     texts = {
         p: tokenizer.apply_chat_template(
             [{"role": "user", "content": p.prompt}], add_generation_prompt=True, tokenize=False
@@ -169,7 +169,7 @@ def encode_batches(
 
 
 def show(record: list[dict[str, Any]], plot: Path | None, shape: str = "") -> None:
-    """Print the table of a record, and draw its picture where one is asked for."""
+    """Print the table of a record, and draw its picture where `plot` names a file."""
     lines = []
     for s in record:
         value = "" if s["value"] is None else f" {s['value']:g}"
@@ -178,7 +178,7 @@ def show(record: list[dict[str, Any]], plot: Path | None, shape: str = "") -> No
             f"{s['forwards']:.1f}", f"{s['tokens']:.1f}", f"{s['tokens_per_forward']:.2f}",
             f"{s['tokens_per_second']:.0f}",
         ])  # fmt: skip
-    # Narrow enough for 80 columns, in which a box would cut the figures.
+    # Without a box the table fits into 80 columns.
     table = table_of(
         ["rule", "schedule", "cache", "exact", "forwards", "tokens", "tokens/\nforward",
          "tokens/\ns"],
@@ -198,13 +198,13 @@ def run(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
 ) -> int:
-    """The command: a table, and the files asked for."""
+    """Decode with every setting, print the table, and write the files that the options name."""
     problems = heldout(args.problems, seed=args.seed)
     batches = encode_batches(tokenizer, problems, args.batch, model.device)
     record: list[dict[str, Any]] = []
     for setting in tqdm(settings, desc="settings", disable=None):
         record.append(score(model, tokenizer, batches, setting))
-        if args.json:  # written as it grows: an interrupt loses nothing that was measured
+        if args.json:  # written after each setting, so that an interrupt loses one setting only
             write_json(args.json, record)
     show(record, args.plot, f", gen {args.gen_length}, block {args.block_length}")
     return 0

@@ -1,4 +1,4 @@
-"""Where and with what something was measured."""
+"""A description of the machine and the versions with which something was measured."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ def describe_versions() -> dict[str, str | None]:
     for name in ("triton", "transformers", "dsb-kernels"):
         try:
             versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:  # triton where it has no build, or a bare checkout
+        except metadata.PackageNotFoundError:  # Triton has no build here, or this is a checkout
             versions[name] = None
     return versions
 
 
 def describe_run(command: str, device: torch.device) -> dict[str, Any]:
-    """What stands at the head of every file of results."""
+    """The fields at the head of every file of results."""
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": command,

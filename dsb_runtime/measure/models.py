@@ -1,7 +1,7 @@
-"""Models to measure: published shapes, random weights.
+"""Models to measure, which have published shapes and random weights.
 
 A step's time depends on shapes alone. A random model is never sure of a token, so that a fixed
-number of steps has to say how many tokens each commits.
+number of steps has to say how many tokens each step commits.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from dsb_runtime.demo import MODEL_DIR
 from dsb_runtime.families import DREAM, LLADA, DiffusionInfo, Family, check_model
 
 DTYPES = ("float32", "bfloat16", "float16")
-POSITIONS = 32768  # that a model has
-TOKENS_PER_FORWARD = 3.5  # that a preset commits where no selection rule was named
+POSITIONS = 32768  # how many positions a model has at most
+TOKENS_PER_FORWARD = 3.5  # how many a preset commits where no selection rule is named
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ PRESETS = {
 
 
 def config_of(preset: Preset) -> PretrainedConfig:
-    """The transformers config of a preset; attention is bidirectional and "dsb"."""
+    """The transformers config of a preset, with the bidirectional attention "dsb"."""
     kind: Any = Qwen2Config if preset.family is DREAM else LlamaConfig
     config = kind(
         vocab_size=preset.vocab,
@@ -85,13 +85,13 @@ def config_of(preset: Preset) -> PretrainedConfig:
 def random_model(
     preset: Preset, dtype: torch.dtype, device: str | torch.device, seed: int = 0
 ) -> PreTrainedModel:
-    """A bidirectional model with random weights, built on the device in `dtype`: an 8B model in
-    bfloat16 never takes more than its 16 GB."""
+    """A bidirectional model with random weights. It is built on the device in `dtype`, so that an
+    8B model in bfloat16 never takes more than its 16 GB."""
     torch.manual_seed(seed)
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(config_of(preset), dtype=dtype).eval()
-    # Weights of unit gain: with the usual small ones every mask looks alike and all of a window
-    # commits at once, or nothing does.
+    # The weights have unit gain. With the usual small ones every mask would look alike, and all
+    # positions of a window would be committed at once, or none.
     for name, weight in model.model.named_parameters():
         if weight.ndim == 2:
             weight.normal_(0, weight.shape[1] ** -0.5)
@@ -109,7 +109,7 @@ def random_prompts(
     seed: int,
 ) -> Tensor:
     """(batch, length) ids on the model's device, drawn from the vocabulary without its special and
-    added tokens; without a tokenizer, from the whole vocabulary but the mask token."""
+    added tokens; without a tokenizer, from the vocabulary without the mask token and EOS ids."""
     info = check_model(model)
     known, special = model.config.vocab_size, {info.mask_id, *info.eos_ids}
     if tokenizer is not None:
@@ -155,6 +155,6 @@ def load_preset(args: argparse.Namespace) -> PreTrainedModel:
 
 
 def check_device(device: str) -> None:
-    """Raise ValueError where `--device` names what is not there."""
+    """Raise ValueError where `--device` names a GPU and there is none."""
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"--device {device}: no CUDA device here; expected cpu")

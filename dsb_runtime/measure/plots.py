@@ -19,7 +19,7 @@ LIMIT_STYLES: tuple[dict[str, Any], ...] = ({"color": "black"}, {"color": "#b02a
 
 
 def check_picture(name: str, path: Path | None) -> None:
-    """Raise ValueError unless the picture that the argument `name` named can be written."""
+    """Raise ValueError unless the picture `path` of the argument `name` can be written."""
     check_writable(name, path)
     if path is None:
         return
@@ -31,7 +31,7 @@ def check_picture(name: str, path: Path | None) -> None:
 
 
 def draw_scores(scores: list[dict[str, Any]], path: Path) -> None:
-    """Accuracy against tokens per forward, a line for each rule's sweep; scores of `dsb eval`."""
+    """Draw accuracy against tokens per forward from scores of `dsb eval`, a line for each sweep."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
@@ -63,8 +63,8 @@ def draw_runs(
     title: str,
     path: Path,
 ) -> None:
-    """Time per step against its limits, and for several batches tokens/s; what `dsb bench` and
-    `benchmarks/decode.py` measured.
+    """Draw the time per step against its limits, and for several batches tokens/s. The figures are
+    those of `dsb bench` or `benchmarks/decode.py`.
 
     Args:
         limits: the key of a step's limit in ms -> its label.
@@ -76,7 +76,7 @@ def draw_runs(
     figure = Figure(figsize=(11 if several else 6.5, 4.5), layout="constrained")
     axes = figure.subplots(1, 1 + several, squeeze=False)[0]
     draw_steps(axes[0], runs, limits)
-    places = range(len(runs))  # batches side by side, whatever their size
+    places = range(len(runs))  # batches stand at equal distances, whatever their size
     for key, label in rates.items() if several else ():
         values = [run[key] for run in runs]
         if None not in values:
@@ -97,13 +97,13 @@ def draw_runs(
 
 
 def draw_steps(axes: Axes, runs: list[dict[str, Any]], limits: dict[str, str]) -> None:
-    """Bars of ms per step, and on each the marks of what the step cannot go below."""
+    """Draw bars of ms per step, and on each bar the limits that the step cannot go below."""
     kinds = [kind for kind in STEP_COLORS if any(kind in run["steps"] for run in runs)]
     width = 0.76 / len(kinds)
     labels: set[str] = set()
 
     def once(label: str) -> str:
-        """The label the first time; then one that matplotlib leaves out of the legend."""
+        """The label at its first use; later a label that matplotlib leaves out of the legend."""
         if label in labels:
             return f"_{label}"
         labels.add(label)

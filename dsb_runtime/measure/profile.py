@@ -1,11 +1,11 @@
 """`dsb profile`: some steps of a decoding under a profiler, every phase in a range of its name.
 
-A whole decoding runs first: it compiles, captures and counts. Then the same decoding runs again,
-and around the chosen steps of it CUDA's profiler is started and stopped, which is what Nsight waits
-for, and torch's profiler where a trace is asked for.
+A whole decoding runs first: it compiles, captures and counts. Then the same decoding runs again.
+CUDA's profiler, for which Nsight waits, is started and stopped around the chosen steps of it, and
+so is torch's profiler where `--torch` names a file.
 
-A phase's range is entered by the host while it launches the phase's kernels. Replayed CUDA graphs
-launch none of them one by one, so that graphs are off unless asked for; then only whole steps have
+The host enters a phase's range while it launches the phase's kernels. A replayed CUDA graph
+launches them all at once, so that graphs are off by default. With `--graphs` only whole steps have
 ranges.
 """
 
@@ -55,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def ranges(device: torch.device) -> Phase:
-    """What a phase enters: a range of torch's profiler and, on a GPU, an NVTX range."""
+    """Ranges for phases: one of torch's profiler and, on a GPU, an NVTX range around it."""
 
     @contextlib.contextmanager
     def phase(name: str) -> Iterator[None]:
@@ -69,12 +69,12 @@ def ranges(device: torch.device) -> Phase:
 
 
 class Bracket:
-    """Counts a decoding's steps, each in a range, and has profilers see `count` of them from step
-    `first` on.
+    """Counts a decoding's steps, puts each into a range, and runs the profilers for `count` steps
+    from step `first` on.
 
     Args:
         device: where the model is.
-        trace: torch's profiler, prepared.
+        trace: torch's profiler after its `prepare_trace`.
     """
 
     def __init__(
@@ -110,7 +110,7 @@ class Bracket:
             torch.cuda.profiler.start()
 
     def stop(self) -> None:
-        """Once what was launched has run; nothing unless it is running."""
+        """Stop the profilers, if they run, after all launched work has run."""
         if not self.running:
             return
         synchronize(self.device)
@@ -123,7 +123,7 @@ class Bracket:
 
 @dataclass(frozen=True)
 class Profiled:
-    """What was profiled, of a decoding of `total` steps."""
+    """The steps that were profiled, out of a decoding of `total` steps."""
 
     out: GenerationOutput
     total: int
@@ -143,20 +143,20 @@ def profile_steps(
     trace_file: Path | None = None,
     seed: int = 0,
 ) -> Profiled:
-    """Decode twice and profile steps `first` to `first + count - 1` of the second decoding, or up
-    to its end.
+    """Decode twice and profile steps `first` to `first + count - 1` of the second decoding, or
+    fewer if it ends before.
 
     Args:
         input_ids: (B, P) prompts on the model's device.
-        graphs: replay captured steps, by `capture` or CUDA graphs.
+        graphs: replay captured steps, which `capture` or else CUDA graphs record.
         trace_file: where to write torch's trace; None leaves torch's profiler out.
-        seed: of the random numbers at temperature > 0, the same for both.
+        seed: of the random numbers at temperature > 0, the same for both decodings.
 
     Raises:
-        ValueError: the decoding ends before step `first`, or graphs without a GPU.
+        ValueError: the decoding ends before step `first`, or `graphs` is set without a GPU.
     """
     device = model.device
-    # A replay enters no phase; a capture would show each once, at a time that means nothing.
+    # A replay enters no phase. A capture enters each once, but its time means nothing.
     phase = no_phase if graphs else ranges(device)
     current = Bracket(device)
     engine = Engine(
@@ -171,7 +171,7 @@ def profile_steps(
         try:
             return engine.generate(input_ids, config, generator=generator)
         finally:
-            bracket.stop()  # the decoding has no further steps, or failed
+            bracket.stop()  # the decoding may have ended or failed before the last step to profile
 
     counted = Bracket(device)
     decode(counted)
@@ -186,7 +186,7 @@ def profile_steps(
         if device.type == "cuda":
             activities.append(ProfilerActivity.CUDA)
         trace = torch.profiler.profile(activities=activities)
-        trace.prepare_trace()  # what it sets up is not the first step's
+        trace.prepare_trace()  # here, since the first step's time must not include the set-up
     bracket = Bracket(device, first, count, trace)
     out = decode(bracket)
     if trace is not None:
@@ -197,10 +197,10 @@ def profile_steps(
 def nsight_lines(
     command: Sequence[str], profiled: Profiled, layers: int, graphs: bool
 ) -> list[tuple[str, str]]:
-    """(what it shows, command line) of Nsight's tools on the same run.
+    """(what it shows, command line) for each of Nsight's tools on the same run.
 
     Args:
-        command: what was run, without `--torch`: CUDA's tracing has one client at a time.
+        command: this run's command without `--torch`: CUDA's tracing has one client at a time.
     """
     index = profiled.kinds.index("window") if "window" in profiled.kinds else 0
     step = f"{profiled.kinds[index]} step {profiled.first + index}"
@@ -208,7 +208,7 @@ def nsight_lines(
     systems = ["nsys", "profile", "--capture-range=cudaProfilerApi", "--capture-range-end=stop",
                "--trace=cuda,nvtx", "--cuda-graph-trace=node", "-o", "dsb_steps"]  # fmt: skip
     compute = ["ncu", "--profile-from-start", "off", "--nvtx", "--nvtx-include"]
-    # "a/" is the push/pop range a, and "a/b" b inside of a.
+    # ncu reads "a/" as the push/pop range a, and "a/b" as the range b inside of a.
     whole = [*compute, f"{PREFIX}{step}/", "-o", "dsb_step"]
     phase = [*compute, f"{PREFIX}{step}/{PREFIX}{inner}", "--set", "full", "-o", "dsb_phase"]
     lines = [("the timeline of these steps", systems), (f"each kernel of {step}", whole)]
@@ -230,7 +230,7 @@ def without_torch(command: Sequence[str]) -> list[str]:
 
 
 def describe(profiled: Profiled, asked: int, graphs: bool) -> str:
-    """One line: which steps were profiled."""
+    """One line that says which steps were profiled."""
     kinds = ", ".join(f"{n} {kind}" for kind, n in Counter(profiled.kinds).items())
     last = profiled.first + len(profiled.kinds) - 1
     short = f"; {asked} asked for, it has no more" if len(profiled.kinds) < asked else ""
@@ -247,7 +247,7 @@ def run(
     config: DecodingConfig,
     command: Sequence[str],
 ) -> int:
-    """The command: profile, print torch's tables where asked for, and the lines for Nsight.
+    """Profile, print torch's tables if `--torch` names a file, and print the lines for Nsight.
 
     Args:
         args: with the fields of `add_arguments`, and `seed`.

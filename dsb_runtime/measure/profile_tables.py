@@ -1,8 +1,8 @@
 """The tables of `dsb profile`, read from the Chrome trace that torch's profiler wrote.
 
-On a GPU the time is that of kernels (and copies), each of which belongs to the range in which the
-host launched it, however it was launched: by an operator, by Triton or by a graph's replay. On a
-CPU it is the host's.
+On a GPU the time is that of kernels and copies. Each belongs to the range in which the host
+launched it, whether by an operator, by Triton or by a graph's replay. On a CPU the time is the
+host's.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ Event = dict[str, Any]  # of the trace format: name, cat, ts and dur in µs, tid
 
 @dataclass(frozen=True)
 class Total:
-    """Everything of one name."""
+    """The calls and the time of all events of one name."""
 
     name: str
     calls: int
@@ -81,16 +81,16 @@ def gpu_work(events: list[Event]) -> list[Event]:
 
 
 def own_times(events: list[Event]) -> Iterator[tuple[str, int, float]]:
-    """(name, calls, µs) of each operator call, without the operators that it calls itself.
+    """(name, calls, µs) of each operator call, without the time of the operators that it calls.
 
-    An operator that only hands on to another of its name is one call together with that.
+    An operator that calls another of the same name counts as one call together with that one.
     """
     threads: dict[Any, list[Event]] = defaultdict(list)
     for event in events:
         if event.get("cat") == "cpu_op":
             threads[event["tid"]].append(event)
     for ops in threads.values():
-        # Callers before what they call, which may start in the same instant.
+        # A caller comes before what it calls, also where both start in the same instant.
         ops.sort(key=lambda op: (op["ts"], -op["dur"]))
         own = [op["dur"] for op in ops]
         calls = [1] * len(ops)
@@ -120,7 +120,7 @@ def totals(events: list[Event], on_gpu: bool) -> list[Total]:
 
 
 def longest_table(events: list[Event], on_gpu: bool, count: int = 10) -> Table:
-    """The `count` kernels, on a CPU the operators, that took longest in all."""
+    """The `count` kernels (on a CPU the operators) with the longest total time."""
     every = totals(events, on_gpu)
     whole = sum(total.us for total in every)
     what = "kernel" if on_gpu else "operator"
@@ -133,7 +133,7 @@ def longest_table(events: list[Event], on_gpu: bool, count: int = 10) -> Table:
 
 
 def launched_work(events: list[Event]) -> list[tuple[float, float]]:
-    """(when the host launched it, µs on the GPU) of kernels and copies."""
+    """(when the host launched it, µs on the GPU) for each kernel and copy."""
     launched = {
         event["args"]["correlation"]: event["ts"]
         for event in events
@@ -148,8 +148,8 @@ class KindOfStep:
     """All steps of one kind."""
 
     steps: int
-    us: float  # of them together
-    phases: list[Total]  # layers summed, in their order
+    us: float  # the time of all these steps
+    phases: list[Total]  # in their order, summed over the layers
 
 
 def by_kind(events: list[Event], on_gpu: bool) -> dict[str, KindOfStep]:
@@ -164,7 +164,7 @@ def by_kind(events: list[Event], on_gpu: bool) -> dict[str, KindOfStep]:
     launched = launched_work(events) if on_gpu else None
 
     def work(ranges: Ranges) -> list[tuple[float, float]]:
-        """(when it was launched, µs): of a GPU's kernels, of the ranges themselves on a CPU."""
+        """(when it was launched, µs) for each kernel of a GPU; on a CPU for each range."""
         return [(r.start, r.end - r.start) for r in ranges.all] if launched is None else launched
 
     counts = Counter(kind_of(step) for step in steps.all)
@@ -194,12 +194,12 @@ def kind_of(step: Range) -> str:
 
 
 def label_of(phase: Range) -> str:
-    """Its name without the layer's number."""
+    """The name of a phase without the layer's number."""
     return LAYER.sub("layer: ", phase.name.removeprefix(PREFIX))
 
 
 def phase_table(events: list[Event], on_gpu: bool) -> Table:
-    """Time of each phase in an average step of each kind, layers summed."""
+    """The time of each phase in an average step of each kind, summed over the layers."""
     kinds = by_kind(events, on_gpu)
     columns, labels = ["phase", "ranges"], dict[str, int]()  # a phase's ranges in a step
     for kind, of_kind in kinds.items():

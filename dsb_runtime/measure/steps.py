@@ -1,4 +1,4 @@
-"""The steps of a decoding: how much work each was, how long it took, and the least it can take."""
+"""The work of each step of a decoding, its time, and the least time that it can take."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from dsb_runtime.measure.timing import Marks
 
 
 class TimedEngine(Engine):
-    """An engine that times every step it launches: on a GPU by events right before and after what
-    the step launches, so that the host's work between steps is not part of a step's time; on a CPU
-    by the clock."""
+    """An engine that times every step that it launches. On a GPU it records events right before and
+    after the step's kernels, so that the host's work between steps is not part of a step's time. On
+    a CPU it reads the clock."""
 
     def __init__(self, model: PreTrainedModel, **settings: Any) -> None:
         super().__init__(model, observer=self.time_launch, **settings)
@@ -34,7 +34,7 @@ class TimedEngine(Engine):
         self.launches.append((kind, start, self.marks.now()))
 
     def take(self) -> list[tuple[str, float]]:
-        """Kind and seconds of the steps that were launched since the last call of this."""
+        """The kind and the seconds of each step that was launched since the last call of this."""
         launches, self.launches = self.launches, []
         pairs = [(start, end) for _, start, end in launches]
         kinds = (kind for kind, _, _ in launches)
@@ -43,13 +43,13 @@ class TimedEngine(Engine):
 
 @dataclass(frozen=True)
 class StepWork:
-    """What one forward has to compute, over all batch rows."""
+    """What one forward has to compute for all batch rows together."""
 
     kind: str  # "window", "response" (the prompt's K/V stay) or "refresh" (every position)
     batch: int  # batch rows that took part
-    num_tokens: int  # positions through the layers
-    scored: int  # positions through the LM head
-    widest: int  # positions of the batch row that has most
+    num_tokens: int  # positions that go through the layers
+    scored: int  # positions that go through the LM head
+    widest: int  # positions of the batch row that has the most
 
 
 class StepRecorder:
@@ -80,19 +80,19 @@ class StepRecorder:
 
 
 class LinearLayers:
-    """The linear layers of a model's steps, with nothing between them: the limit of a step.
+    """The linear layers of a model's steps, with nothing between them, which are a step's limit.
 
-    What follows the last layer's keys and values is read at the scored positions alone, so that it
-    is multiplied with those alone.
+    What follows the last layer's keys and values is needed at the scored positions alone, so that
+    those weights are multiplied with the scored positions alone.
 
     Args:
         model: a decoder of Llama's modules.
-        most_tokens: positions that the largest step has.
+        most_tokens: the positions of the largest step.
     """
 
     def __init__(self, model: PreTrainedModel, most_tokens: int) -> None:
-        self.full: list[Tensor] = []  # multiplied with all positions of a step
-        self.late: list[Tensor] = [model.lm_head.weight]  # with those that are scored
+        self.full: list[Tensor] = []  # weights that are multiplied with all positions of a step
+        self.late: list[Tensor] = [model.lm_head.weight]  # with the scored positions alone
         last = len(model.model.layers) - 1
         for index, layer in enumerate(model.model.layers):
             for name, module in layer.named_modules():
@@ -108,7 +108,7 @@ class LinearLayers:
 
     @torch.no_grad()
     def run(self, num_tokens: int, scored: int) -> None:
-        """The products of one step."""
+        """Compute the products of one step."""
         for weights, count in ((self.full, num_tokens), (self.late, scored)):
             for weight in weights:
                 linear(self.inputs[weight.shape[1]][:count], weight)

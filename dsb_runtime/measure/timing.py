@@ -1,16 +1,16 @@
-"""How long a call takes, and what the machine can do at best: the only clock of this project.
+"""The time of a call, and the machine's best speeds; all times of this project come from here.
 
 How `time_call` times a call on a GPU, and why:
 
 - The host cannot time a few microseconds. As many calls as take about a millisecond are captured in
-  a CUDA graph, and events time its replay: between two calls it has the gap that a decoding step
-  has between two kernels. The GPU spins while the host submits the events and the graph, or the
-  time would include some of that submission: 10 us of a graph that may take 100.
+  a CUDA graph, and events time its replay. Between two calls it has the gap that a decoding step
+  has between two kernels. The GPU spins while the host submits the events and the graph. Otherwise
+  the time would include some of that submission: 10 us of a graph that may take 100.
 - Cold: no call finds its inputs in the L2. Calls take turns over input sets of their own, one for
   each call or as many as fill EVICT times the L2, and other data fills the L2 before the graph.
-  That data is read: what was written would have to be stored while the calls are timed. EVICT is
+  That data is read, since written data would have to be stored while the calls are timed. EVICT is
   4 since the L2 may evict at random: of a set that is read again after twice the L2's size, a
-  fifth would still be there, after four times a fiftieth.
+  fifth would still be there, and after four times that size a fiftieth.
 - Warm: all calls use one set, which stays in the L2 if it fits.
 - What a call changes is restored before the graph, never inside it.
 - Inputs must be random: a product or a copy of zeros is faster than one of data.
@@ -41,10 +41,10 @@ EVICT = 4  # times the L2
 SPIN = 200_000  # cycles, about 0.1 ms
 REPEATS = 15  # `time_call` reports the median of these
 BEST_OF = 5  # a ceiling is the best of these
-COPY_BYTES = {"cuda": 1 << 30, "cpu": 1 << 28}  # past the caches
+COPY_BYTES = {"cuda": 1 << 30, "cpu": 1 << 28}  # more than the caches hold
 GPU_SIZES: tuple[int, ...] = (8192,)  # of the square matrices
 CPU_SIZES: tuple[int, ...] = (256, 512, 1024, 2048)
-ENOUGH = 0.05  # seconds of one product that the clock can time well
+ENOUGH = 0.05  # the clock times a product of so many seconds well
 
 
 def synchronize(device: torch.device) -> None:
@@ -53,7 +53,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def timed(run: Callable[[], T], device: torch.device) -> tuple[T, float]:
-    """What `run` returns, and its seconds on the host's clock until the device is done."""
+    """Run a call. Returns its result, and the seconds until the device has finished its work."""
     synchronize(device)
     began = time.perf_counter()
     result = run()
@@ -75,7 +75,7 @@ class Marks:
         return event
 
     def seconds(self, pairs: Sequence[tuple[Any, Any]]) -> list[float]:
-        """Seconds between the moments of each pair, once the device is done."""
+        """Wait for the device, then return the seconds between the moments of each pair."""
         synchronize(self.device)
         if self.device.type != "cuda":
             return [end - start for start, end in pairs]
@@ -93,7 +93,7 @@ class Call:
     restore: Callable[[], object] | None = None
 
 
-Make = Callable[[], Call]  # each time with inputs of its own
+Make = Callable[[], Call]  # makes a call with inputs of its own each time
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ def plan(one: float, touched: int, l2: int, *, restored: bool) -> tuple[int, int
     """The number of calls in the cold and the warm graph, and of input sets for the cold one.
 
     Args:
-        one: seconds of a call, roughly.
+        one: roughly the seconds of a call.
         touched: bytes that a call reads and writes.
         l2: bytes of the L2.
         restored: whether a call changes its inputs, so that each needs a set of its own.
@@ -231,7 +231,7 @@ def copy_bandwidth(device: torch.device) -> float:
 @functools.cache
 def matmul_speed(dtype: torch.dtype, device: torch.device) -> float:
     """FLOP/s of a large square product. Some CPUs are hundreds of times slower in 16 bits, so that
-    the largest size there is the first that takes long enough."""
+    on a CPU the sizes end with the first that takes long enough."""
     seconds, size = math.inf, 0
     for size in GPU_SIZES if device.type == "cuda" else CPU_SIZES:
         a = torch.randn(size, size, device=device).to(dtype)

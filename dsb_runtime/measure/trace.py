@@ -1,4 +1,4 @@
-"""A picture of one decoding: position × forward, window edges, each commit's confidence."""
+"""A picture of one decoding: its windows and commits, by position and forward."""
 
 from __future__ import annotations
 
@@ -61,7 +61,11 @@ class Trace:
         for edge in (0, 1):
             edges = [w[edge] - prompt for w in self.windows]
             axes.vlines(edges, above, below, color="#b07d00")
-        points = [(p - prompt + 0.5, s, c) for s, row in enumerate(self.commits) for p, c in row]
+        points = [
+            (p - prompt + 0.5, step, c)
+            for step, commits in enumerate(self.commits)
+            for p, c in commits
+        ]
         x, y, confidence = zip(*points, strict=True)
         dots = axes.scatter(x, y, c=confidence, cmap="viridis", vmin=0, vmax=1, s=16, zorder=3)
         figure.colorbar(dots, ax=axes, label="confidence at commit", pad=0.01)

@@ -1,4 +1,4 @@
-"""LLaDA and Dream in transformers' Auto classes, natively: no remote code, nothing to trust.
+"""LLaDA and Dream in transformers' Auto classes, which then need no remote code.
 
 Importing this file registers them. transformers then ignores a repository's own `auto_map`, as it
 prefers the class that a package has registered to code in a repository.
@@ -73,7 +73,7 @@ class DiffusionModel(PreTrainedModel):
         output_loading_info: bool = False,
         **kwargs: Any,
     ) -> Any:
-        """As transformers' own, with `load_model`'s checks and its `mask_id` and `eos_ids`.
+        """Load as transformers does, with `load_model`'s checks and its `mask_id` and `eos_ids`.
 
         Raises:
             FileNotFoundError, OSError: no such folder, file or hub repository.
@@ -125,7 +125,7 @@ def register(
     """Make the Auto classes load every `model_type` of the config's family."""
     for model_type in config.family.model_types:
         CONFIG_MAPPING.register(model_type, config, exist_ok=True)
-    # The model cards load through AutoModel; it is the same model with its LM head.
+    # The model cards load through AutoModel, which therefore returns the model with its LM head.
     for auto in (AutoModel, AutoModelForCausalLM):
         auto.register(config, model, exist_ok=True)
     AutoTokenizer.register(config, tokenizer_class=tokenizer, exist_ok=True)

@@ -30,7 +30,7 @@ SHARD_SIZE = re.compile(r"\d+[KMGT]B", re.IGNORECASE)
 
 
 def copy_tokenizer(folder: Path, target: Path) -> list[str]:
-    """Copy the tokenizer's files, without a reference to code in a repository; their names."""
+    """Copy the tokenizer's files without references to remote code, and return their names."""
     names = [name for name in TOKENIZER_FILES if (folder / name).is_file()]
     if not names:
         return []
@@ -69,15 +69,15 @@ def convert(
     """Write `source` to `target` in Llama's or Qwen2's format, tokenizer included.
 
     Args:
-        source, dtype, family, mask_id, revision: as of `load_model`.
+        source, dtype, family, mask_id, revision: as `load_model` takes them.
         target: a new or an empty folder; it appears once it is whole.
-        max_shard_size: of a safetensors file, as "5GB".
-        say: called with a line of progress at a time.
+        max_shard_size: the largest size of a safetensors file, such as "5GB".
+        say: called with each line of progress.
 
     Raises:
         FileExistsError: `target` holds something.
-        FileNotFoundError, OSError, ValueError: as of `load_model`; also where `target` cannot be
-            written, or `max_shard_size` is no size.
+        FileNotFoundError, OSError, ValueError: as `load_model` raises them; also where `target`
+            cannot be written, or `max_shard_size` is no size.
     """
     target = Path(target)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
@@ -85,7 +85,7 @@ def convert(
     if not SHARD_SIZE.fullmatch(max_shard_size):
         raise ValueError(f"max_shard_size={max_shard_size!r}: expected a size such as '5GB'")
     folder = find_folder(source, revision)
-    # Everything that can fail early does so before the weights are read.
+    # The target and the tokenizer come first, so that their errors do not wait for the weights.
     partial = target.absolute().parent / f".{target.name}.{os.getpid()}"
     new_folders = [parent for parent in partial.parents if not parent.exists()]
     try:
@@ -101,10 +101,10 @@ def convert(
         set_end_ids(model)
         say(f"writing {target} ({', '.join(names) if names else 'no tokenizer in the source'})")
         model.save_pretrained(partial, max_shard_size=max_shard_size)
-        partial.rename(target)  # onto nothing or onto an empty folder
+        partial.rename(target)  # the target does not exist or is an empty folder
     except BaseException:
         shutil.rmtree(partial)
-        with contextlib.suppress(OSError):  # somebody else's files
+        with contextlib.suppress(OSError):  # a folder in which somebody else has put files stays
             for parent in new_folders:
                 parent.rmdir()
         raise

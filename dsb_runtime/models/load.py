@@ -1,7 +1,7 @@
 """load_model: a published checkpoint as transformers' own model, without remote code.
 
-Every weight is checked against the model's shapes from the files' headers before anything is
-read, so that a missing, unexpected or mis-shaped one is an error and never a random layer.
+The files' headers are checked against the model's weights before anything is read, so that a
+weight that is missing, unexpected or of another shape is an error and never a random layer.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from dsb_runtime.families import DiffusionInfo, Family, find_family, supported_c
 
 WANTED = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-# Buffers of other versions that hold nothing a checkpoint decides.
+# Checkpoints of some versions store these buffers, which follow from the config.
 IGNORED_WEIGHTS = re.compile(r"rotary_emb\.inv_freq$")
 
 
@@ -34,7 +34,7 @@ def first_line(error: Exception) -> str:
 def find_folder(source: str | Path, revision: str | None = None, **hub: Any) -> Path:
     """A local checkpoint folder, or the local copy of a hub repository.
 
-    `hub`: further arguments of the download (token, cache_dir, ...).
+    `hub` takes further arguments of the download (token, cache_dir, ...).
     """
     if not isinstance(source, (str, Path)) or not str(source):
         raise TypeError(f"model={source!r}: expected a checkpoint folder or a hub id (owner/name)")
@@ -57,14 +57,14 @@ def find_folder(source: str | Path, revision: str | None = None, **hub: Any) -> 
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The checkpoint's config.json as it stands."""
+    """The content of the checkpoint's config.json."""
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{folder}: no config.json, so this is no model folder")
     return read_object(folder / "config.json")
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """A JSON file that holds an object."""
+    """The object in a JSON file."""
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
@@ -75,7 +75,7 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a checkpoint: one, or the shards its index names."""
+    """The safetensors files of a checkpoint: one file, or the shards that its index names."""
     index = folder / "model.safetensors.index.json"
     if (folder / "model.safetensors").is_file():
         return [folder / "model.safetensors"]
@@ -97,7 +97,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def read_shapes(files: list[Path]) -> dict[str, list[int]]:
-    """Name and shape of every tensor, from the headers alone."""
+    """The name and shape of every tensor, for which only the files' headers are read."""
     shapes: dict[str, list[int]] = {}
     for path in files:
         try:
@@ -125,7 +125,7 @@ def check_weights(
 ) -> None:
     """Raise ValueError unless the checkpoint has exactly the model's weights."""
     expected = {k: list(v.shape) for k, v in model.state_dict().items()}
-    present: dict[str, str] = {}  # a weight of the model, and its name in the checkpoint
+    present: dict[str, str] = {}  # a weight's name in the model -> its name in the checkpoint
     for name in shapes:
         target = rename(name, mapping)
         if target in present:
@@ -145,7 +145,7 @@ def check_weights(
 
 
 def end_ids(folder: Path, raw: dict[str, Any], family: Family, vocab_size: int) -> tuple[int, ...]:
-    """EOS ids: config and generation config, and the ids that end a turn in the same vocabulary."""
+    """The EOS ids of config and generation config, and the ids that end a turn beside them."""
     ids: list[Any] = []
     generation = folder / "generation_config.json"
     for source in (raw, read_object(generation) if generation.is_file() else {}):
@@ -178,7 +178,7 @@ def pick_device(device: str | torch.device) -> torch.device:
 
 
 def pick_dtype(dtype: str | torch.dtype) -> str | torch.dtype:
-    """`auto` (the checkpoint's), a torch dtype, or the name of one."""
+    """The dtype to load: "auto" (the checkpoint's) or a torch dtype, which may go by its name."""
     picked = getattr(torch, dtype, None) if isinstance(dtype, str) and dtype != "auto" else dtype
     accepted = (torch.float32, torch.bfloat16, torch.float16)
     if picked != "auto" and picked not in accepted:
@@ -209,22 +209,23 @@ def load_model(
     """Load a LLaDA- or Dream-format checkpoint as a bidirectional Llama or Qwen2.
 
     Args:
-        source: a local folder or a hub id. Safetensors only, single or sharded.
-        dtype: "auto" keeps the checkpoint's; or float32, bfloat16, float16.
+        source: a local folder or a hub id, with safetensors in one file or in shards.
+        dtype: "auto" takes the checkpoint's; float32, bfloat16 and float16 are accepted too.
         device: "auto" takes the GPU where there is one.
         family: "llada" or "dream", where config.json's `model_type` does not say.
         mask_id, eos_ids: override what the config says (iLLaDA's config names no mask id).
         revision: branch, tag or commit of a hub repository.
-        distributed_config: transformers' own: `DistributedConfig(tp_plan="auto")` splits the model
-            over the processes that `torchrun` started, each on its own device.
+        distributed_config: transformers' `DistributedConfig`. With `tp_plan="auto"` it splits the
+            model over the processes that `torchrun` started, each on its own device.
 
     Returns:
         `LlamaForCausalLM` or `Qwen2ForCausalLM` in eval mode with the attention implementation
         "dsb"; `model.dsb` has the family, the mask id and the EOS ids.
 
     Raises:
-        FileNotFoundError, OSError: no such folder, file or hub repository.
-        ValueError: unsupported config field, wrong weight, damaged file, bad argument.
+        FileNotFoundError, OSError: there is no such folder, file or hub repository.
+        ValueError: a config field is not supported, a weight is wrong, a file is damaged, or an
+            argument is not accepted.
     """
     if distributed_config is not None and device != "auto":
         raise ValueError(f"device={device!r}: distributed_config picks it; expected 'auto'")
@@ -306,7 +307,7 @@ def read_model(
             "differ from them"
         )
     vars(model)["dsb"] = info
-    # A saved copy has the names that the model has now, and says what it is.
+    # A copy that is saved gets the names that the model has now, and its config names the family.
     vars(model)["_weight_conversions"] = None
     model.config.mask_token_id, model.config.dsb_family = info.mask_id, info.family.name
     return model, report
@@ -324,7 +325,7 @@ def load_tokenizer(source: str | Path, revision: str | None = None) -> PreTraine
         if (folder / "tokenizer.json").is_file():
             return transformers.PreTrainedTokenizerFast.from_pretrained(folder)
         if all((folder / name).is_file() for name in ("vocab.json", "merges.txt")):
-            # Dream's: its published class is Qwen2's under another name.
+            # These are Dream's files; its published class is Qwen2's under another name.
             return transformers.Qwen2Tokenizer.from_pretrained(folder)
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # tokenizers raise bare Exception for a damaged file

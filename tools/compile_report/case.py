@@ -25,20 +25,20 @@ class CompileCase:
     kernel: Any  # the `@jit` function
     config: Any  # the launch's `num_warps` and `num_stages`
     constexprs: Mapping[str, Any]  # the tl.constexpr arguments, and pointers that are None
-    pointers: str = "*i32"  # the type of pointers at run time, but for ...
-    types: Mapping[str, str] = field(default_factory=dict)  # ... these, and the numbers' but int32
+    pointers: str = "*i32"  # the type of the pointers that are not in `types`
+    types: Mapping[str, str] = field(default_factory=dict)  # other arguments are int32
     odd: Container[str] = ()  # integers that are not known to be divisible by 16
     architectures: tuple[str, ...] = ARCHITECTURES
     expects_tensor_cores: bool = False  # HGMMA on sm_90
-    expects_wide_loads: bool = False  # every global load is of 128 bits, but for ...
-    scalar_load_bytes: int = 0  # ... this many bytes of scalars (a flag, a seed)
+    expects_wide_loads: bool = False  # global loads have 128 bits, except those of scalars
+    scalar_load_bytes: int = 0  # bytes of these scalars (a flag, a seed)
     max_loop: int | None = None  # instructions of the longest loop that holds no other
-    max_exponentials: float | None = None  # MUFU.EX2 in the code, of a thread, divided by ...
-    elements_per_thread: float | None = None  # ... the elements that this code scores (a loop once)
+    max_exponentials: float | None = None  # MUFU.EX2 of a thread for each element
+    elements_per_thread: float | None = None  # elements that the code scores, each loop once
 
     @property
     def signature(self) -> dict[str, str]:
-        """The arguments that are known at run time only, and their types."""
+        """The names and types of the arguments that are known at run time only."""
         return {
             name: self.types.get(name, self.pointers if name.endswith("_ptr") else "i32")
             for name in self.kernel.arg_names
@@ -47,7 +47,7 @@ class CompileCase:
 
     @property
     def divisible(self) -> list[str]:
-        """The arguments that are known to be divisible by 16, which all pointers are."""
+        """The arguments that are known to be divisible by 16; all pointers are."""
         return [
             name
             for name, kind in self.signature.items()

@@ -1,4 +1,4 @@
-"""What a compiled kernel says about itself: cuobjdump's resource usage and SASS, parsed."""
+"""The resources and the machine code of a compiled kernel, as cuobjdump prints them."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from pathlib import Path
 
 from dsb_kernels._op import triton
 
-# An instruction line of SASS: address comment, optional predicate, opcode with its modifiers.
+# A line of SASS has a comment with the address, perhaps a predicate, and the opcode with modifiers.
 _INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", re.MULTILINE)
-# A branch, from its own address to another.
+# This matches a branch; its groups are its own address and the address that it leads to.
 _BRANCH = re.compile(
     r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?BRA\b.*?0x([0-9a-f]+)", re.MULTILINE
 )
@@ -23,7 +23,7 @@ _USAGE = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
 
 @dataclass(frozen=True)
 class Disassembly:
-    """One kernel's cubin."""
+    """What cuobjdump says about one kernel's cubin."""
 
     registers: int  # per thread
     stack: int  # bytes per thread
@@ -35,18 +35,18 @@ class Disassembly:
 
     @property
     def spilled_bytes(self) -> int:
-        """Bytes per thread of register spills, by the local-memory stores in the code."""
+        """Bytes per thread of register spills, counted from the stores to local memory."""
         return sum(_width(op) * n for op, n in self.opcodes.items() if op.split(".")[0] == "STL")
 
     @property
     def tensor_cores(self) -> str:
-        """The widest matrix instruction present: "UTCMMA", "HGMMA", "HMMA" or ""."""
+        """The widest matrix instruction in the code: "UTCMMA", "HGMMA", "HMMA" or ""."""
         names = {"UTCHMMA": "UTCMMA", "UTCQMMA": "UTCMMA", "HGMMA": "HGMMA", "HMMA": "HMMA"}
         return next((name for opcode, name in names.items() if self.count(opcode)), "")
 
     @property
     def global_loads(self) -> dict[int, int]:
-        """Static count of global loads (asynchronous copies and TMA included) by bytes."""
+        """How many global loads (asynchronous copies too) the code has, by bytes per thread."""
         loads: Counter[int] = Counter()
         for opcode, n in self.opcodes.items():
             if opcode.split(".")[0] in ("LDG", "LDGSTS"):
@@ -59,8 +59,8 @@ class Disassembly:
 
 
 def longest_loop(sass: str) -> int:
-    """The instructions of the longest loop that holds no other: from where a branch back leads to
-    that branch."""
+    """How many instructions the longest loop has that holds no other loop. A loop reaches from
+    where a branch back leads to that branch."""
     branches = [(int(start, 16), int(end, 16)) for end, start in _BRANCH.findall(sass)]
     loops = [(start, end) for start, end in branches if start < end]
     sizes = (
@@ -90,9 +90,9 @@ def disassemble(cubin: bytes) -> Disassembly:
             subprocess.run([tool, flag, path], capture_output=True, text=True, check=True).stdout
             for flag in ("-res-usage", "-sass")
         )
-    found = _USAGE.search(usage)
-    if found is None:
+    match = _USAGE.search(usage)
+    if match is None:
         raise RuntimeError(f"cuobjdump -res-usage printed no resource usage: {usage!r}")
-    registers, stack = int(found[1]), int(found[2])
+    registers, stack = int(match[1]), int(match[2])
     opcodes = Counter(_INSTRUCTION.findall(sass))
     return Disassembly(registers, stack, opcodes, longest_loop(sass))

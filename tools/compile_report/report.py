@@ -1,8 +1,8 @@
 """`python -m tools.compile_report`: compile every kernel for every architecture, without a GPU.
 
-Prints what each needs (registers, spills, stack, shared memory, resident blocks per SM) and what
-its disassembly shows (tensor cores, load width, instructions of the longest loop, exponentials per
-element).
+The report has each kernel's resources (registers, spills, stack, shared memory, resident blocks per
+SM) and what its disassembly shows (tensor cores, width of loads, instructions of the longest loop,
+exponentials per element).
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ class Chip:
     """Limits of one SM (CUDA C++ Programming Guide, compute capabilities)."""
 
     shared_bytes: int  # of an SM
-    shared_bytes_block: int  # largest block
+    shared_bytes_block: int  # the most that one block may have
     registers: int = 65536
     warps: int = 64
     blocks: int = 32
 
     def resident_blocks(self, registers: int, shared: int, warps: int) -> int:
         """Blocks of a kernel that fit on one SM together."""
-        per_warp = -(-registers * 32 // 256) * 256  # allocated by 256 registers
+        per_warp = -(-registers * 32 // 256) * 256  # registers are allocated in units of 256
         by_registers = self.registers // (per_warp * warps)
         by_shared = self.shared_bytes // (shared + 1024)  # 1 KiB of each block is reserved
         return min(by_registers, by_shared, self.warps // warps, self.blocks)
@@ -42,7 +42,7 @@ class Chip:
 
 CHIPS = {
     "sm_80": Chip(shared_bytes=164 * 1024, shared_bytes_block=163 * 1024),
-    # RTX 40 and L4; the RTX 30 and 50 and A10 have the same shared memory.
+    # These are RTX 40 and L4; RTX 30, RTX 50 and A10 have the same shared memory.
     "sm_89": Chip(shared_bytes=100 * 1024, shared_bytes_block=99 * 1024, warps=48, blocks=24),
     "sm_90": Chip(shared_bytes=228 * 1024, shared_bytes_block=227 * 1024),
     "sm_100": Chip(shared_bytes=228 * 1024, shared_bytes_block=227 * 1024),
@@ -51,7 +51,7 @@ CHIPS = {
 
 @dataclass(frozen=True)
 class Resources:
-    """What one kernel in one configuration takes on one architecture."""
+    """What one kernel in one configuration needs on one architecture."""
 
     op: str
     name: str
@@ -87,7 +87,7 @@ def compile_case(case: CompileCase, architecture: str) -> Resources:
     )  # fmt: skip
     code = disassemble(compiled.asm["cubin"])
     shared, elements = compiled.metadata.shared, case.elements_per_thread
-    found = Resources(
+    resources = Resources(
         op=case.op,
         name=case.name,
         architecture=architecture,
@@ -102,18 +102,19 @@ def compile_case(case: CompileCase, architecture: str) -> Resources:
         exponentials=None if elements is None else code.exponentials / elements,
     )
     if architecture != "sm_90":
-        return found
-    return dataclasses.replace(found, failures=tuple(failures(case, found)))
+        return resources
+    return dataclasses.replace(resources, failures=tuple(failures(case, resources)))
 
 
 def _compile_indexed(job: tuple[int, Sequence[str], str]) -> Resources:
-    """Worker: cases hold kernels, which do not pickle, so they are found again by index."""
+    """Compile a case in a worker. Cases hold kernels, which cannot be pickled, so that the worker
+    gets the index of its case."""
     index, ops, architecture = job
     return compile_case(collect_cases(ops)[index], architecture)
 
 
 def compile_all(architectures: Sequence[str], ops: Sequence[str], jobs: int) -> list[Resources]:
-    """Resources of every case on every architecture it names, in a fixed order."""
+    """The resources of every case on every architecture that it names, in a fixed order."""
     work = [
         (index, ops, architecture)
         for index, case in enumerate(collect_cases(ops))
@@ -126,31 +127,32 @@ def compile_all(architectures: Sequence[str], ops: Sequence[str], jobs: int) -> 
         return list(pool.map(_compile_indexed, work))
 
 
-def failures(case: CompileCase, found: Resources) -> list[str]:
+def failures(case: CompileCase, resources: Resources) -> list[str]:
     """What keeps a kernel from being fit for sm_90, in words; empty if nothing does."""
     limit = CHIPS["sm_90"].shared_bytes_block
     checks = [
-        (found.spilled_bytes == 0, f"{found.spilled_bytes} bytes spilled"),
-        (found.stack == 0, f"{found.stack} bytes of stack"),
-        (found.shared_bytes <= limit, f"{found.shared_bytes} bytes of shared memory"),
-        (found.resident_blocks >= 1, "does not fit on an SM"),
-        (not case.expects_tensor_cores or found.tensor_cores == "HGMMA", "no HGMMA"),
+        (resources.spilled_bytes == 0, f"{resources.spilled_bytes} bytes spilled"),
+        (resources.stack == 0, f"{resources.stack} bytes of stack"),
+        (resources.shared_bytes <= limit, f"{resources.shared_bytes} bytes of shared memory"),
+        (resources.resident_blocks >= 1, "does not fit on an SM"),
+        (not case.expects_tensor_cores or resources.tensor_cores == "HGMMA", "no HGMMA"),
         (
-            not case.expects_wide_loads or found.narrow_loads <= case.scalar_load_bytes,
-            f"{found.narrow_loads} bytes a thread by loads of less than 128 bits",
+            not case.expects_wide_loads or resources.narrow_loads <= case.scalar_load_bytes,
+            f"{resources.narrow_loads} bytes a thread by loads of less than 128 bits",
         ),
     ]
     if case.max_loop is not None:
-        checks.append((0 < found.loop <= case.max_loop, f"{found.loop} instructions in its loop"))
+        loop = resources.loop
+        checks.append((0 < loop <= case.max_loop, f"{loop} instructions in its loop"))
     if case.max_exponentials is not None:
-        count = found.exponentials
+        count = resources.exponentials
         # Less than one means that the elements of the code were not counted right.
         good = count is not None and 1 <= count <= case.max_exponentials
         checks.append((good, f"{count} exponentials per element"))
-    return [f"{found.op} {found.name}: {words}" for good, words in checks if not good]
+    return [f"{resources.op} {resources.name}: {words}" for good, words in checks if not good]
 
 
-def print_table(rows: Sequence[Resources]) -> None:
+def print_table(resources: Sequence[Resources]) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -160,7 +162,7 @@ def print_table(rows: Sequence[Resources]) -> None:
         "tensor cores", "narrow loads", "loop", "exp/elem",
     ):  # fmt: skip
         table.add_column(heading, justify="left" if heading in ("op", "kernel") else "right")
-    for r in rows:
+    for r in resources:
         exponentials = "" if r.exponentials is None else f"{r.exponentials:.2f}"
         table.add_row(
             r.op, r.name, r.architecture, str(r.registers), str(r.spilled_bytes), str(r.stack),
@@ -187,9 +189,9 @@ def main() -> None:
             parser.error(f"--op {op}: expected one of {', '.join(known)}")
     if args.jobs < 1:
         parser.error(f"--jobs {args.jobs}: expected at least 1")
-    rows = compile_all(args.arch or ARCHITECTURES, args.op, args.jobs)
+    resources = compile_all(args.arch or ARCHITECTURES, args.op, args.jobs)
     if args.json:
-        for r in rows:
+        for r in resources:
             print(json.dumps(dataclasses.asdict(r)))
     else:
-        print_table(rows)
+        print_table(resources)

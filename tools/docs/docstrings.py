@@ -1,10 +1,10 @@
-"""A Griffe extension: where the API reference finds docstrings that stand elsewhere in the code.
+"""A Griffe extension that shows the API reference docstrings which stand elsewhere in the code.
 
-`window_linear = op(window_linear_reference, ...)` is an assignment to Griffe, without parameters or
-docstring. Both stand on the definition, so that function is shown under the op's name.
+For Griffe `window_linear = op(window_linear_reference, ...)` is an assignment without parameters or
+docstring. The definition has both, so that the definition is shown under the op's name.
 
-"Returns:" of a docstring says what is returned, and the annotation its type. Griffe would take the
-text before a colon for the type, so the annotation is written there.
+"Returns:" of a docstring says what is returned, and the annotation says its type. Griffe would take
+the text before a colon for the type, so that the annotation is written there.
 
 A dataclass explains a field by the comment behind it, which is shown as the field's docstring.
 """

@@ -1,4 +1,4 @@
-"""Hooks of `mkdocs build`: parts of the docs that are made from the code, so that none goes stale.
+"""Hooks of `mkdocs build` that make parts of the docs from the code, so that none goes stale.
 
 A page names such a part by a comment on a line of its own:
     <!-- settings -->       the table of every field of `DecodingConfig`
@@ -23,12 +23,12 @@ MARKER = re.compile(
 
 
 def settings() -> str:
-    """The settings as a Markdown table, one row a field."""
+    """The settings as a Markdown table with a line for each field."""
     from dsb_runtime.config import settings_table
 
     lines = ["| setting | type | default | accepted | what it does |", "|---|---|---|---|---|"]
-    for row in settings_table():
-        name, kind, default, accepted, text = (str(cell).replace("|", "\\|") for cell in row)
+    for cells in settings_table():
+        name, kind, default, accepted, text = (str(cell).replace("|", "\\|") for cell in cells)
         lines.append(f"| `{name}` | {kind} | {default} | {accepted} | {text} |")
     return "\n".join(lines)
 
@@ -58,7 +58,7 @@ def first_sentence(docstring: str) -> str:
 
 
 def modules(folder: str) -> str:
-    """A Markdown table of a folder's modules, what each says of itself beside it."""
+    """A Markdown table of a folder's modules and of what each says about itself."""
     lines = ["| file | what it is |", "|---|---|"]
     for path in sorted((ROOT / folder).glob("*.py")):
         docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
@@ -69,7 +69,7 @@ def modules(folder: str) -> str:
 
 
 def root_file(name: str) -> str:
-    """A file of the root, its links into docs/ made links between pages."""
+    """A file of the root, in which links into docs/ become links between pages."""
     text = (ROOT / name).read_text(encoding="utf-8")
     text = re.sub(r"\A# .*\n", "", text)
     text = text.replace("](docs/", "](")

@@ -1,1 +1,1 @@
-"""How the embedded model is trained."""
+"""The training of the embedded model."""

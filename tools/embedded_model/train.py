@@ -1,8 +1,8 @@
 """Train the embedded model from scratch: `python -m tools.embedded_model.train --out DIR`.
 
-A run is a function of its settings alone: the batch of a step is drawn from the seed and the
-step's number, so a checkpoint needs no generator states and a resumed run ends in the weights of
-an uninterrupted one. Interrupt it with Ctrl-C and start it again with the same arguments.
+A run depends on its settings alone: the batch of a step is drawn from the seed and the step's
+number. A checkpoint therefore needs no generator states, and a run that was resumed ends in the
+weights of one that was not. Interrupt it with Ctrl-C and start it again with the same arguments.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ from dsb_runtime.demo import problems
 from dsb_runtime.demo.tokenizer import build_tokenizer, chat_text
 from dsb_runtime.families import LLADA
 
-CANVAS = 96  # the longest response in training, in tokens: decode at most this many
+CANVAS = 96  # tokens of the longest response in training; decoding should not ask for more
 GEN_LENGTH = 64  # what the exported generation config proposes
 MAX_SEQUENCE_LENGTH = 512
-VOCAB_MULTIPLE = 64  # the LM head has unused rows, as LLaDA's has: kernels like round sizes
+VOCAB_MULTIPLE = 64  # the vocabulary has unused ids, as LLaDA's has, since kernels like round sizes
 
 
 @dataclass(frozen=True)
@@ -55,15 +55,15 @@ class Settings:
 
 @dataclass(frozen=True)
 class Batch:
-    """Problems of one number of steps, masked. `L` = prompt length + canvas length."""
+    """Problems with the same number of steps, of which C response positions are to be predicted."""
 
-    input_ids: Tensor  # (B, L) int64, mask ids in the canvas
-    targets: Tensor  # (B, C) int64, the canvas unmasked
+    input_ids: Tensor  # (B, L) int64, the canvas: prompts, and responses with masks
+    targets: Tensor  # (B, C) int64, the responses without masks
     weights: Tensor  # (B, C) float32, 0 where nothing is to be predicted
 
 
 def build_model(settings: Settings, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """A Llama with bidirectional attention, which is what a LLaDA is; weights from the seed."""
+    """A Llama with bidirectional attention, as LLaDA is, and weights drawn from the seed."""
     config = LlamaConfig(
         vocab_size=-(-len(tokenizer) // VOCAB_MULTIPLE) * VOCAB_MULTIPLE,
         hidden_size=settings.hidden, intermediate_size=settings.mlp,
@@ -85,11 +85,11 @@ def build_model(settings: Settings, tokenizer: PreTrainedTokenizerFast) -> Llama
 
 
 def initial_embeddings(vocab: int, hidden: int, tokenizer: PreTrainedTokenizerFast) -> Tensor:
-    """Where embeddings and LM head start, `(vocab, hidden)`, entries of about unit variance.
+    """The start of embeddings and LM head, `(vocab, hidden)`, with entries of about unit variance.
 
-    Numbers start on circles of several periods, where adding is rotating, which a gated MLP can
-    compute: from random vectors it would have to learn the whole addition table by heart. The LM
-    head starts as the embeddings' multiple, so that copying a number works from the beginning.
+    Numbers start on circles of several periods. Adding there is rotating, which a gated MLP can
+    compute, whereas from random vectors it would have to learn the whole addition table by heart.
+    The LM head starts as a multiple of the embeddings, so that copying a number works at once.
     """
     words = torch.randn(vocab, hidden)
     numbers = torch.arange(problems.MAX_TOTAL + 1)
@@ -103,7 +103,7 @@ def initial_embeddings(vocab: int, hidden: int, tokenizer: PreTrainedTokenizerFa
 
 
 def step_count(progress: float, rng: random.Random) -> int:
-    """The curriculum: how many steps the problems of a batch have at this share of the run."""
+    """How many steps the problems of a batch have after this share of the run."""
     if progress < 0.06:
         return 1
     if progress < 0.12:
@@ -112,10 +112,11 @@ def step_count(progress: float, rng: random.Random) -> int:
 
 
 def canvas_length(solution: int, rng: random.Random) -> int:
-    """Tokens to fill, solution and EOS included, the rest being EOS.
+    """The response positions of a batch: the solution, and EOS tokens after it.
 
-    Without canvases much longer than the solution, decoding one is out of distribution and every
-    answer fails. They cost time, so half of the batches have only a few EOS.
+    If responses were never much longer than the solution, decoding a long one would be out of
+    distribution and every answer would fail. Long ones cost time, so that half of the batches have
+    only a few EOS.
     """
     kind = rng.random()
     if kind < 0.5:
@@ -145,14 +146,14 @@ def make_batch(settings: Settings, tokenizer: PreTrainedTokenizerFast, step: int
 def mask_canvas(
     shape: torch.Size, count: int, rng: random.Random, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """Which canvas positions to mask, and what each counts in the loss; both `(B, C)`.
+    """Which response positions to mask, and the weight of each in the loss; both `(B, C)`.
 
-    A third of the batches is masked as LLaDA is, each position with the row's own probability.
-    Alone that teaches to copy a total from the step after it, which decoding never sees, rather
-    than to compute it. The others are masked as decoding meets them: a row is known up to a
-    random cut; from there on either everything is masked, or all running totals are, and any
-    share of the words between them.
-    Weights depend on positions only, never on tokens, so confidences stay calibrated.
+    A third of the batches is masked as in LLaDA's training: each position with the probability of
+    its row. That alone would teach the model to copy a total from the step after it, which it never
+    sees when it decodes, rather than to compute it. The other batches are masked as decoding meets
+    them. A row is known up to a random cut. Behind the cut either everything is masked, or all
+    running totals are, and any share of the words between them.
+    Weights depend on positions and never on tokens, so that confidences stay calibrated.
     """
     rows, length = shape
     position = torch.arange(length)
@@ -170,13 +171,13 @@ def mask_canvas(
         offset = position % problems.STEP_TOKENS
         totals = torch.isin(offset, torch.tensor(problems.TOTAL_OFFSETS)) & (position < end)
         masked = behind & (noise | totals)
-    # The next step or so is what one forward can know; what lies beyond teaches less.
+    # One forward can know about one step more; what lies beyond teaches less.
     near = position < cut + 10
     return masked, masked * torch.where(near, 1.0, 0.2)
 
 
 def learning_rate(settings: Settings, step: int) -> float:
-    """Linear warm-up, constant, then falling linearly to zero over the second half."""
+    """The rate of a step: it rises linearly, is constant, and falls to zero in the second half."""
     warm = min(1.0, (step + 1) / settings.warmup_steps)
     fall = min(1.0, 2 * (1 - step / settings.steps))
     return settings.learning_rate * warm * fall
@@ -203,9 +204,9 @@ def train(
     settings: Settings, checkpoint: Path, device: torch.device, checkpoint_every: int = 500,
     stop_after: int | None = None,
 ) -> tuple[LlamaForCausalLM, bool]:  # fmt: skip
-    """Run or resume a run. Returns the model and whether the run is complete.
+    """Start or resume a run. Returns the model and whether the run is complete.
 
-    It stops early on Ctrl-C, or at step `stop_after`; the checkpoint is then up to date.
+    Ctrl-C or the step `stop_after` ends it early, with the last step in the checkpoint.
     """
     tokenizer = build_tokenizer()
     model = build_model(settings, tokenizer).to(device)
@@ -243,7 +244,7 @@ def train(
 
 @contextmanager
 def interrupt_flag() -> Iterator[list[int]]:
-    """A list that is non-empty once Ctrl-C was pressed: the running step ends before the loop."""
+    """A list that is not empty after Ctrl-C, so that the loop ends after the step that runs."""
     pressed: list[int] = []
     previous = signal.signal(signal.SIGINT, lambda number, frame: pressed.append(number))
     try:
@@ -268,7 +269,7 @@ def load_checkpoint(
     path: Path, settings: Settings, model: LlamaForCausalLM,
     optimizer: torch.optim.AdamW | None = None,
 ) -> int:  # fmt: skip
-    """Fill model and optimizer from `path` and return its step, 0 if there is no file."""
+    """Fill model and optimizer from `path` and return its step; 0 if there is no file."""
     if not path.exists():
         return 0
     try:
@@ -276,10 +277,10 @@ def load_checkpoint(
     except Exception as error:
         raise ValueError(f"checkpoint={str(path)!r}: not a readable checkpoint") from error
     for name, value in asdict(settings).items():
-        was = state["settings"].get(name)
-        if was != value:
+        stored = state["settings"].get(name)
+        if stored != value:
             raise ValueError(
-                f"{name}={value!r}: checkpoint {str(path)!r} was made with {was!r}; "
+                f"{name}={value!r}: checkpoint {str(path)!r} was made with {stored!r}; "
                 "give that value, or another --out"
             )
     model.load_state_dict(state["model"])
@@ -289,7 +290,7 @@ def load_checkpoint(
 
 
 def llada_name(name: str) -> str:
-    """The LLaDA hub format's name of a weight of transformers' Llama."""
+    """The name in the LLaDA hub format of a weight of transformers' Llama."""
     for theirs, ours in LLADA.key_mapping.items():
         pattern = re.escape(ours).replace(r"\\1", r"(\d+)")
         published = theirs.removeprefix("^").replace(r"\.", ".").replace(r"(\d+)", r"\1")
@@ -331,7 +332,7 @@ def export(model: LlamaForCausalLM, out: Path) -> None:
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
-    """Command-line arguments, checked."""
+    """Parse and check the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m tools.embedded_model.train", description="Train the embedded model."
     )
@@ -362,7 +363,8 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Command line: 0 when the model is written, 2 on bad arguments, 130 when interrupted."""
+    """Run the command. Returns 0 after the model is written, 2 for bad arguments, 130 after an
+    interrupt."""
     args = parse_arguments(arguments)
     if args.threads is not None:
         torch.set_num_threads(args.threads)

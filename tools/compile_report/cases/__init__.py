@@ -1,4 +1,4 @@
-"""What is compiled: every kernel in every production configuration, one file for each op."""
+"""The cases that are compiled: every kernel in every production configuration, in a file by op."""
 
 from collections.abc import Sequence
 

@@ -26,25 +26,25 @@ WAYS = ("in cache", "in cache indexed", "fresh listed")
 def cases() -> list[CompileCase]:
     """LLaDA-8B, iLLaDA-8B and Dream-7B at every window capacity, and the other head dims.
 
-    Capacities that share tile and splits are one case. The KV cache has been written (as the
-    runtime does it) and is the batch's or has other rows too, or the window is fresh and listed
-    blocks are visited.
+    Capacities that share tile and splits are one case. Either the window is in the K/V cache
+    already, as in the runtime, and the cache has the batch's rows or others too. Or the window's
+    keys and values are arguments, and the KV blocks of a list are visited.
     """
-    listed: dict[object, CompileCase] = {}
+    by_name: dict[object, CompileCase] = {}
     for architecture, (name, H, H_kv, D, capacities) in itertools.product(ARCHITECTURES, SHAPES):
         for W, way in itertools.product(capacities, WAYS[: 3 if D == 128 else 1]):
             words = f"{name} {min(H // H_kv * W, 128)} rows {way}"
             case = attention_case(words, H, H_kv, W, D, way, 4, architecture)
-            listed.setdefault((words, architecture), case)
+            by_name.setdefault((words, architecture), case)
     for architecture in ARCHITECTURES:
-        listed["one split", architecture] = attention_case(
+        by_name["one split", architecture] = attention_case(
             "LLaDA-8B one split", 32, 32, 64, 128, "in cache", 1, architecture
         )
         for D in (64, 128, 256):
-            listed["float32", D, architecture] = attention_case(
+            by_name["float32", D, architecture] = attention_case(
                 f"float32 head dim {D}", 16, 4, 64, D, "in cache", 4, architecture, "fp32"
             )
-    return [*listed.values(), *(combine_case(*shape) for shape in ((128, 4), (128, 32), (256, 4)))]
+    return [*by_name.values(), *(combine_case(*shape) for shape in ((128, 4), (128, 32), (256, 4)))]
 
 
 def attention_case(
@@ -55,7 +55,7 @@ def attention_case(
     block_m = config.blocks["BLOCK_M"]
     listed, indexed = "listed" in way, "indexed" in way
     lists, window = ("num_blocks_ptr", "indices_ptr"), ("kw_ptr", "vw_ptr")
-    # The runtime's caches are full: the end of what is stored is C.
+    # The runtime's caches are full, so that C is the end of what is stored.
     absent = (
         *(() if listed else (*lists, "seqlens_ptr")), *(() if indexed else ("batch_idx_ptr",)),
         *(window if "in cache" in way else ()), *(("lse_ptr",) if splits == 1 else ()),
@@ -66,8 +66,8 @@ def attention_case(
     }  # fmt: skip
     integers = ("window_start_ptr", "window_length_ptr", "seqlens_ptr", "leftpad_ptr")
     types = dict.fromkeys((*integers, "batch_idx_ptr", *lists), "*i32")
-    # 64 positions of 128 rows are 1024 clocks of an SM's tensor cores, and 920 of its four
-    # schedulers if each of 8 warps has 460 instructions.
+    # 64 keys of 128 queries keep an SM's tensor cores busy for 1024 clocks. Its four schedulers are
+    # busy for 920 if each of 8 warps has 460 instructions.
     max_loop = {64: 500, 128: 460}.get(block_m) if D == 128 and not listed else None
     return CompileCase(
         "window_attention", name, _attention_kernel, config, constexprs, f"*{dtype}",
@@ -77,8 +77,8 @@ def attention_case(
         expects_tensor_cores=block_m >= 64,
         expects_wide_loads=True,
         max_loop=max_loop,
-        # Start, length and padding of the row, its row of the cache; the end of what is stored, a
-        # list's length and an entry for each stage.
+        # These are the row's start, length and padding, and its row of the cache. With a list they
+        # are also the end of what is stored, the list's length, and an entry for each stage.
         scalar_load_bytes=12 + 4 * indexed + 4 * (2 + config.num_stages) * listed,
     )  # fmt: skip
 

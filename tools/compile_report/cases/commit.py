@@ -35,7 +35,7 @@ TYPES = {
 
 
 def cases() -> list[CompileCase]:
-    """Every rule, schedule and cache policy; 32 candidates as published and the widest window."""
+    """Every rule, schedule and cache policy, with 32 candidates as published and with many."""
     return [case(K, rows, replace(LLADA, **changes)) for K, rows, changes in VARIANTS]  # type: ignore[arg-type]
 
 

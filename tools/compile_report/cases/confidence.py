@@ -12,15 +12,15 @@ from tools.compile_report.case import DTYPES, CompileCase
 VOCABULARY, MASK_TOKEN = 126464, 126336  # LLaDA's; the mask token is banned
 SAMPLING = {"seed_ptr": "*i64", "noise_ids_ptr": "*i64"}
 TYPES = SAMPLING | {"eligible_ptr": "*i1", "partial_ptr": "*fp32", "temperature": "fp32"}
-LOGITS = [  # rows, confidence, sampled, dtype
-    *((rows, "probability", False, "bf16") for rows in (32, 256, 1024)),
+LOGITS = [  # candidates, confidence, sampled, dtype
+    *((n, "probability", False, "bf16") for n in (32, 256, 1024)),
     (64, "probability", True, "bf16"),
     *((64, c, sample, "bf16") for c in CONFIDENCES[1:] for sample in (False, True)),
     *((64, "probability", False, dtype) for dtype in ("fp16", "fp32")),
 ]
 HEAD = [
-    *((rows, c, False, "bf16") for rows in (16, 32, 64, 128) for c in CONFIDENCES),
-    *((rows, "probability", True, "bf16") for rows in (16, 32, 64, 128)),
+    *((n, c, False, "bf16") for n in (16, 32, 64, 128) for c in CONFIDENCES),
+    *((n, "probability", True, "bf16") for n in (16, 32, 64, 128)),
     *((32, c, True, "bf16") for c in CONFIDENCES[1:]),
     (32, "probability", False, "fp16"),
     *((n, "probability", sample, "fp32") for n in (32, 64) for sample in (False, True)),
@@ -29,7 +29,7 @@ HEAD = [
 
 def cases() -> list[CompileCase]:
     """Every variant of confidence, greedy and sampled, at every shape class."""
-    # Triton turns arguments equal to 1 into constants: another program to compile.
+    # Triton turns arguments equal to 1 into constants, which makes another program to compile.
     parts = ((32, ()), (512, ()), (1, ("num_candidates", "parts", "first_allowed")))
     return [
         *(logits_case(*variant) for variant in LOGITS),
@@ -38,43 +38,43 @@ def cases() -> list[CompileCase]:
     ]
 
 
-def words(rows: int, confidence: str, sample: bool, dtype: str) -> str:
-    return f"{confidence}{' sampled' * sample} {dtype} {rows} candidates"
+def words(candidates: int, confidence: str, sample: bool, dtype: str) -> str:
+    return f"{confidence}{' sampled' * sample} {dtype} {candidates} candidates"
 
 
-def logits_case(rows: int, confidence: str, sample: bool, dtype: str) -> CompileCase:
-    launch = token_confidence.launch_of(rows, VOCABULARY, "sm_90", sample)
+def logits_case(candidates: int, confidence: str, sample: bool, dtype: str) -> CompileCase:
+    launch = token_confidence.launch_of(candidates, VOCABULARY, "sm_90", sample)
     constexprs = {
         **launch.blocks, **({} if sample else dict.fromkeys(SAMPLING)), "BANNED": (MASK_TOKEN,),
         "SAMPLE": sample, "CONFIDENCE": confidence,
     }  # fmt: skip
     usual = confidence == "probability" and not sample and dtype != "fp32"
     return CompileCase(
-        "token_confidence", words(rows, confidence, sample, dtype),
+        "token_confidence", words(candidates, confidence, sample, dtype),
         token_confidence._token_confidence_kernel, launch, constexprs, f"*{dtype}",
         types=TYPES,
         odd=("num_candidates",),
         expects_wide_loads=True,
         scalar_load_bytes=17 if sample else 1,
-        # 32 logits a thread; a third of it is run only where a tile has a new best token.
+        # The loop scores 32 logits a thread, and a third of it runs only for a new best token.
         max_loop=560 if usual else None,
         max_exponentials=1.1,
-        # One tile in the loop and the masked last one, both unrolled.
+        # The code has a tile in the loop and the masked last tile, both unrolled.
         elements_per_thread=2 * launch.blocks["BLOCK_V"] / (32 * launch.num_warps),
     )  # fmt: skip
 
 
 def head_case(
-    architecture: str, rows: int, confidence: str, sample: bool, dtype: str
+    architecture: str, candidates: int, confidence: str, sample: bool, dtype: str
 ) -> CompileCase:
-    launch = lm_head.launch_of(rows, VOCABULARY, DTYPES[dtype], architecture, sample=sample)
+    launch = lm_head.launch_of(candidates, VOCABULARY, DTYPES[dtype], architecture, sample=sample)
     constexprs = {
         **launch.blocks, "bias_ptr": None, **({} if sample else dict.fromkeys(SAMPLING)),
         "EVEN_K": True, "BANNED": (MASK_TOKEN,), "SAMPLE": sample, "CONFIDENCE": confidence,
     }  # fmt: skip
     return CompileCase(
-        "lm_head_confidence", words(rows, confidence, sample, dtype), lm_head._lm_head_kernel,
-        launch, constexprs, f"*{dtype}",
+        "lm_head_confidence", words(candidates, confidence, sample, dtype),
+        lm_head._lm_head_kernel, launch, constexprs, f"*{dtype}",
         types=TYPES,
         odd=("num_candidates", "share", "token_base"),
         architectures=(architecture,),

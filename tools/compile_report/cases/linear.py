@@ -43,7 +43,7 @@ def linear_case(
         odd=("num_tokens",),
         architectures=(architecture,),
         expects_tensor_cores=dtype != "fp32",
-        expects_wide_loads=not bias,  # whose loads are as narrow as it is
+        expects_wide_loads=not bias,  # a bias is loaded by narrower loads
     )  # fmt: skip
 
 
@@ -61,7 +61,7 @@ def split_case(architecture: str, tokens: int, dtype: str) -> CompileCase:
 
 
 def norm_case(E: int, dtype: str, splits: int) -> CompileCase:
-    """For the splits that the models' shapes give."""
+    """The sum of so many splits with the residual and the norm."""
     return CompileCase(
         "linear_add_norm", f"add norm {dtype} {E} features {splits} splits",
         linear._add_norm_kernel, Config({}, linear.norm_warps(E)),
@@ -73,7 +73,7 @@ def norm_case(E: int, dtype: str, splits: int) -> CompileCase:
 
 
 def silu_case() -> CompileCase:
-    """What follows cuBLAS where there are more tokens than our kernel serves."""
+    """The kernel after cuBLAS's product where there are more tokens than our kernel serves."""
     return CompileCase(
         "window_linear", "silu * mul bf16", linear._silu_mul_kernel, Config({}, num_warps=4),
         {"BLOCK": linear.SILU_BLOCK}, "*bf16", expects_wide_loads=True,

@@ -11,7 +11,7 @@ TYPES = dict.fromkeys(INDICES, "*i64") | {"active_ptr": "*i1", "eligible_ptr": "
 
 
 def cases() -> list[CompileCase]:
-    """Each kind of step of one row, and windows of some of a batch's rows."""
+    """A window step and a refresh of one row, and a window step of some of a batch's rows."""
     return [
         CompileCase(
             "place_rows", f"{name} K={K}", _place_rows_kernel, CONFIG,

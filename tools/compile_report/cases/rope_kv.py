@@ -9,8 +9,8 @@ INTEGERS = ("window_start_ptr", "window_length_ptr", "offset_ptr", "batch_idx_pt
 
 
 def cases() -> list[CompileCase]:
-    """The models' head dim; a table in float32 and in the model's dtype; a batch that is the
-    cache's and one that is some of its rows."""
+    """The models' head dim, with a table in float32 or in the model's dtype, and with a batch that
+    is the whole cache or some of its rows."""
     constexprs = {"HEAD_DIM": 128, "BLOCK_D": 128, **TILE.blocks}
     return [
         CompileCase(
@@ -18,7 +18,7 @@ def cases() -> list[CompileCase]:
             _rope_write_kv_kernel, TILE, constexprs | ({} if indexed else {"batch_idx_ptr": None}),
             "*bf16", types=dict.fromkeys(INTEGERS, "*i32") | {"cos_sin_ptr": f"*{table}"},
             odd=("H", "max_pos"), expects_wide_loads=True,
-            # The row's start, length and offset, and the cache's row.
+            # These are the row's start, length and offset, and its row of the cache.
             scalar_load_bytes=16 if indexed else 12,
         )
         for table, indexed in (("fp32", False), ("fp32", True), ("bf16", False))
