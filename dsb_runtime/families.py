@@ -171,12 +171,22 @@ SHARED_ALLOWED: dict[str, tuple[Any, ...]] = {
     "quantization_config": (None,),
 }
 
+
+def llada_defaults(raw: RawConfig) -> RawConfig:
+    """The published code's defaults of a config in LLaDA's names or in Llama's."""
+    return LLADA_DEFAULTS if "d_model" in raw else LLAMA_DEFAULTS
+
+
+def dream_defaults(raw: RawConfig) -> RawConfig:
+    return LLAMA_DEFAULTS
+
+
 LLADA = Family(
     name="llada",
     model_types=("llada",),
     model_class="LlamaForCausalLM",
     build_config=build_llada,
-    defaults=lambda raw: LLADA_DEFAULTS if "d_model" in raw else LLAMA_DEFAULTS,
+    defaults=llada_defaults,
     key_mapping={
         r"^model\.transformer\.wte\.": "model.embed_tokens.",
         **{
@@ -214,7 +224,7 @@ DREAM = Family(
     model_types=("Dream", "dream"),
     model_class="Qwen2ForCausalLM",
     build_config=build_dream,
-    defaults=lambda raw: LLAMA_DEFAULTS,
+    defaults=dream_defaults,
     key_mapping={},
     allowed={"use_sliding_window": (False, None), **SHARED_ALLOWED},
     shift=True,

@@ -152,7 +152,7 @@ def test_a_wrong_guess_changes_nothing(monkeypatch):
 
     def guess(session, table, shape, most_new):
         missed = table[0].next_kind != shape.kind  # the step under way is such a guess
-        return None if missed else StepShape(StepKind.WINDOW, 1, 32, 8)
+        return None if missed or not session.captured else StepShape(StepKind.WINDOW, 1, 32, 8)
 
     engine = recording_engine("llada")
     launched = watch_launches(engine, monkeypatch)
