@@ -100,7 +100,7 @@ def step_cost(preset: Preset, size: StepSize) -> dict[str, list[Cost]]:
 
 
 def total_cost(preset: Preset, size: StepSize) -> Cost:
-    """A whole step."""
+    """What a whole step costs: the sum over its phases."""
     return total(cost for phase in step_cost(preset, size).values() for cost in phase)
 
 

@@ -39,7 +39,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-def select(condition: Tensor, x: Tensor, other: Tensor | None = None) -> Tensor:
+def bitwise_where(condition: Tensor, x: Tensor, other: Tensor | None = None) -> Tensor:
     """Overwrite `x` with `other` (0 if None) where the condition is False, and return it.
 
     This does in place what `torch.where` does, by bitwise operations. A CPU computes `torch.where`
@@ -115,12 +115,12 @@ def rope_write_kv_reference(
         for cache, x in ((k_cache, k), (v_cache, v)):
             if cache_batch_idx is None:  # a view of the row is faster than indexing
                 before = cache[b].index_select(1, index[b])
-                cache[b].index_copy_(1, index[b], select(unwritten, before, x[b]))
+                cache[b].index_copy_(1, index[b], bitwise_where(unwritten, before, x[b]))
             else:
                 where = cache_batch_idx[b : b + 1], slice(None), index[b]
                 new = x[b].transpose(0, 1)  # (W, H_kv, D), which is the order of cache[where]
-                cache[where] = select(unwritten[:, None], cache[where], new)
-    return select(written[:, None, :, None], q)
+                cache[where] = bitwise_where(unwritten[:, None], cache[where], new)
+    return bitwise_where(written[:, None, :, None], q)
 
 
 # --- kernel -----------------------------------------------------------------------------------

@@ -198,7 +198,7 @@ def test_limits_at_infinity_and_nan():
 
 
 def test_philox_known_answers():
-    """From Random123's kat_vectors."""
+    """The counters, keys and words are those of Random123's kat_vectors."""
     pi = (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344)
     for counter, key, words in (
         ((0,) * 4, (0,) * 2, (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
