@@ -168,9 +168,11 @@ def _listed_positions(kv_num_blocks: Tensor, kv_indices: Tensor, size: int, C: i
     blocks = -(-C // size)
     entry = torch.arange(kv_indices.shape[-1], device=kv_indices.device)
     block = torch.where(entry < kv_num_blocks[..., None], kv_indices.long(), blocks)
-    listed = block.new_zeros(*block.shape[:-1], blocks + 1).scatter(-1, block, 1) > 0
-    positions = listed[..., :blocks].repeat_interleave(size, -1)[..., :C]
-    return positions.view(len(positions), -1, C)
+    # A block per position, `listed[..., position // size]`, would be plainer, but Inductor of torch
+    # 2.13 leaves the last positions unwritten where `size` does not divide C.
+    position = block[..., None] * size + torch.arange(size, device=block.device)
+    listed = block.new_zeros(*block.shape[:-1], (blocks + 1) * size)
+    return listed.scatter(-1, position.flatten(-2), 1)[..., :C].view(len(block), -1, C) > 0
 
 
 # --- op ---------------------------------------------------------------------------------------
