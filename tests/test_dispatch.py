@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -181,6 +183,29 @@ def test_an_op_passes_torchs_checks_and_is_traced_whole():
 
     compiled = torch.compile(both, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(X), both(X))
+
+
+COMPILED = """
+import torch
+from dsb_kernels.token_confidence import token_confidence
+print(torch.compile(token_confidence, fullgraph=True)(torch.tensor([[0.0, 3.0, 1.0]]))[0].item())
+"""
+
+
+@pytest.mark.slow
+def test_what_torch_compile_kept_on_disk_does_not_outlive_the_code_of_an_op(tmp_path):
+    shutil.copytree(ROOT / "dsb_kernels", tmp_path / "dsb_kernels")
+    environment = {"PYTHONPATH": str(tmp_path), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    edited = tmp_path / "dsb_kernels" / "token_confidence.py"
+    chosen = []
+    for line in ("return token, c", "return token + 1, c"):
+        edited.write_text(edited.read_text().replace("return token, c", line))
+        run = subprocess.run(
+            [sys.executable, "-c", COMPILED], cwd=tmp_path, env=os.environ | environment,
+            capture_output=True, text=True,
+        )  # fmt: skip
+        chosen.append(run.stdout.strip() or run.stderr)
+    assert chosen == ["1", "2"]
 
 
 # --- without Triton; launches ------------------------------------------------------------------
