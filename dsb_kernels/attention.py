@@ -108,12 +108,9 @@ def window_attention_reference(
     answered = inside[:, None, :, None]  # (B, 1, W, 1), whether the query gets an answer
     bounds = (k_window, cache_seqlens, cache_leftpad, kv_indices)
     if any(bound is not None for bound in bounds):  # otherwise every key is visible
-        listed = None
-        if kv_num_blocks is not None and kv_indices is not None:
-            listed = _listed_positions(kv_num_blocks, kv_indices, kv_block_size, k_cache.shape[2])
         visible = _visible_keys(
             k_cache.shape[2], None if k_window is None else inside, window_start, window_length,
-            cache_seqlens, cache_leftpad, listed,
+            cache_seqlens, cache_leftpad, kv_num_blocks, kv_indices, kv_block_size,
         ).expand(-1, H_kv, -1)  # fmt: skip
         # Keys that are not visible may be uninitialised memory, and 0 * NaN is NaN: so the values
         # are replaced, not multiplied by zero.
@@ -126,36 +123,40 @@ def window_attention_reference(
     if not return_lse:
         return out, q.new_empty(0, dtype=torch.float32)
     scale = 1 / math.sqrt(q.shape[-1]) if softmax_scale is None else softmax_scale
-    scores = q @ k.repeat_interleave(H // H_kv, 1).transpose(-1, -2) * scale
+    return out, torch.where(answered[..., 0], _lse(q, k, mask, scale), -torch.inf)
+
+
+def _lse(q: Tensor, k: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """The log-sum-exp of each query's scores, (B, H, W) float32."""
+    scores = q @ k.repeat_interleave(q.shape[1] // k.shape[1], 1).transpose(-1, -2) * scale
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf)
-    lse = scores.float().logsumexp(-1)
-    return out, torch.where(answered[..., 0], lse, -torch.inf)
+    return scores.float().logsumexp(-1)
 
 
 def _visible_keys(
     C: int, fresh: Tensor | None, window_start: Tensor, window_length: Tensor,
-    cache_seqlens: Tensor | None, cache_leftpad: Tensor | None, listed: Tensor | None,
+    cache_seqlens: Tensor | None, cache_leftpad: Tensor | None,
+    kv_num_blocks: Tensor | None, kv_indices: Tensor | None, kv_block_size: int,
 ) -> Tensor:  # fmt: skip
-    """Which keys the queries of a row see: (B, 1 or H_kv, C) bool.
+    """Which keys the queries of a row see, (B, 1 or H_kv, C) bool.
 
     If the window's keys follow the cached ones, the last dimension is C + W, and `fresh` (B, W)
-    says which columns the window uses. `listed` (B, 1 or H_kv, C) is True for the positions that
-    the lists of KV blocks name.
+    says which columns the window uses. If not, `fresh` is None.
     """
     position = torch.arange(C, device=window_start.device)
     start, end = (x[:, None, None] for x in (window_start, window_start + window_length))
     in_window = (position >= start) & (position < end)
-    visible = torch.ones_like(in_window)
+    stored = torch.ones_like(in_window)
     if cache_seqlens is not None:
-        visible = position < cache_seqlens[:, None, None]
-    if listed is not None:
-        visible = visible & listed
+        stored = position < cache_seqlens[:, None, None]
+    if kv_num_blocks is not None and kv_indices is not None:
+        stored = stored & _listed_positions(kv_num_blocks, kv_indices, kv_block_size, C)
     if fresh is None:
-        visible = visible | in_window
+        visible = stored | in_window
     else:
-        visible = visible & ~in_window
-        visible = torch.cat([visible, fresh[:, None].expand(-1, visible.shape[1], -1)], -1)
+        own = fresh[:, None].expand(-1, stored.shape[1], -1)
+        visible = torch.cat([stored & ~in_window, own], -1)
         own_position = start + torch.arange(fresh.shape[1], device=start.device)
         position = torch.cat([position.expand(len(start), 1, -1), own_position], -1)
     if cache_leftpad is not None:

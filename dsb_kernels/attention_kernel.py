@@ -100,8 +100,12 @@ def _visit_list(
 
 @jit
 def _online_softmax(q, k, seen, top, total, scale):
-    """Extend the online softmax by one KV block. Returns the weights of its values, the factor by
-    which earlier sums must be multiplied, the new largest score, and the new sum of weights."""
+    """Extend the online softmax by one KV block. The weight of a key is 2^(score * scale - top),
+    where `top` is the largest score * scale so far and `scale` includes log2(e).
+
+    Returns the weights of the block's values, the factor by which earlier sums must be multiplied,
+    the new `top`, and the new sum of weights.
+    """
     scores = tl.dot(q, tl.trans(k), input_precision="ieee")
     scores = tl.where(seen[None, :], scores, float("-inf"))
     new_top = tl.maximum(top, tl.max(scores, 1) * scale)
@@ -150,10 +154,8 @@ def _attention_kernel(
 
     A KV head serves the GROUP query heads of its group. Of its GROUP * W queries, query i is column
     i // GROUP of the group's head i % GROUP. So the columns that the window uses come first, and
-    the heads of a group share the K/V that is loaded. After each KV block, `acc` (of the values)
-    and `total` (of ones) are sums over all visited keys, each with the weight
-    2^(score * scale - top), where `top` is the largest score * scale so far and `scale` includes
-    log2(e). The results are (B, splits, W, H, D) and (B, splits, H, W).
+    the heads of a group share the K/V that is loaded. The results are (B, splits, W, H, D) and
+    (B, splits, H, W).
     """
     # Tiles of one split are neighbouring programs: they run together, and the L2 cache serves the
     # K/V that they share.
@@ -172,8 +174,7 @@ def _attention_kernel(
         kw_ptr is None, KV_BLOCK, BLOCK_N,
     )  # fmt: skip
     per_split = tl.cdiv(n_blocks, NUM_SPLITS)
-    low = split * per_split
-    high = tl.minimum(low + per_split, n_blocks)
+    low, high = split * per_split, tl.minimum((split + 1) * per_split, n_blocks)
 
     query = first_query + tl.arange(0, BLOCK_M)
     column = (query // GROUP).to(tl.int64)

@@ -41,6 +41,12 @@ def in_batch(scored: Tensor, rows: Tensor | None, whole: Tensor) -> Tensor:
     return values
 
 
+def still_masked(canvas: Tensor, position: Tensor, end: Tensor, spec: UnmaskSpec) -> Tensor:
+    """Whether each candidate is a mask before the block's end, (B, K) bool."""
+    is_masked = canvas.gather(1, position.clamp(min=0).long()) == spec.mask_id
+    return (position >= 0) & (position < end[:, None]) & is_masked
+
+
 def tokens_due(
     step: Tensor, start: Tensor, committed: Tensor, length: int, spec: UnmaskSpec
 ) -> Tensor:
@@ -104,6 +110,14 @@ def next_prefix(
     return prefix.minimum(start - old[Column.LEFTPAD])
 
 
+def kind_of(refresh: Tensor, refreshes: Tensor, done: Tensor, spec: UnmaskSpec) -> Tensor:
+    """Which kind of step each row needs next, (B,) int64."""
+    full = refreshes % spec.full_every == 0
+    kind = torch.where(full, StepKind.REFRESH, StepKind.RESPONSE)
+    kind = torch.where(refresh, kind, StepKind.WINDOW)
+    return torch.where(done, StepKind.NOTHING, kind)
+
+
 def first_candidates(masked: Tensor, end: Tensor, num: int) -> Tensor:
     """The first `num` masked positions before `end` in ascending order, then -1: (B, num) int32."""
     L = masked.shape[1]
@@ -148,7 +162,7 @@ def unmask_and_slide_reference(
         canvas: (B, L) int64, prompt and response; committed tokens are written into it.
         table: (B, NUM_COLUMNS) int32, the row table (`dsb_kernels.rows.Column`), updated.
         position: (B, K) int32, the canvas positions of the candidates in ascending order, then -1.
-            The op replaces them by the candidates of the next step.
+            The op replaces them by those of the next step.
         commit: (B, K) bool. The op writes whether it committed each candidate that the step began
             with.
         candidate_confidence: (B, K) float32. The op writes the confidence of these candidates, and
@@ -159,7 +173,7 @@ def unmask_and_slide_reference(
             candidate.
         active: (b,) bool, which of the scored rows take part. A row that is done never does.
         rows: (b,) int32, the batch row of each scored row, no row twice (not checked). None means
-            that every row was scored, in the batch's order, so that b = B.
+            all rows of the batch in their order.
         spec: the schedule, the cache policy, the rule and the ids.
 
     If a candidate's confidence is NaN, its row does not move: it commits nothing, keeps its block,
@@ -173,16 +187,13 @@ def unmask_and_slide_reference(
     L, k = canvas.shape[1], token.shape[1]
     old = dict(zip(Column, table.long().unbind(1), strict=True))
     was_refresh = old[Column.NEXT_KIND] != StepKind.WINDOW
-    token = in_batch(token, rows, position)
-    confidence = in_batch(confidence, rows, position)
-    takes_part = in_batch(active, rows, was_refresh)
-    takes_part = takes_part & (old[Column.NEXT_KIND] != StepKind.NOTHING)
+    token, confidence = (in_batch(x, rows, position) for x in (token, confidence))
+    is_done = old[Column.NEXT_KIND] == StepKind.NOTHING
+    takes_part = in_batch(active, rows, was_refresh) & ~is_done
     candidate_confidence.copy_(confidence.where(takes_part[:, None], 0))
 
     # Select.
-    is_masked = canvas.gather(1, position.clamp(min=0).long()) == spec.mask_id
-    valid = (position >= 0) & (position < old[Column.END][:, None]) & is_masked
-    valid = valid & takes_part[:, None]
+    valid = still_masked(canvas, position, old[Column.END], spec) & takes_part[:, None]
     valid[:, k:] = False
     failed = (valid & confidence.isnan()).any(-1)
     valid = valid & ~failed[:, None]
@@ -211,17 +222,12 @@ def unmask_and_slide_reference(
         step = step.masked_fill(start != old[Column.START], 0)
 
     # Plan.
-    refresh = since_refresh >= spec.block_length
-    if spec.cache == "none":
-        refresh = torch.ones_like(refresh)
+    refresh = (since_refresh >= spec.block_length) | (spec.cache == "none")
     prefix = next_prefix(old, start, refresh, spec)
     done = first_masked >= L
     if spec.stop_at_eos:
         done = done | fill_after_eos(canvas, first_masked, moved, spec)
-    full = refreshes % spec.full_every == 0
-    next_kind = torch.where(full, StepKind.REFRESH, StepKind.RESPONSE)
-    next_kind = torch.where(refresh, next_kind, StepKind.WINDOW)
-    next_kind = torch.where(done, StepKind.NOTHING, next_kind)
+    next_kind = kind_of(refresh, refreshes, done, spec)
     next_position = first_candidates(masked & ~done[:, None], end, position.shape[1])
     position.copy_(torch.where(moved[:, None], next_position, position))
 

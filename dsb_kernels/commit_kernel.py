@@ -161,19 +161,22 @@ def _plan(
 
 @jit
 def _list_candidates(
-    position_ptr, canvas_ptr, first_masked, stop, prompt, K, mask_id, BLOCK_L: tl.constexpr
-):
-    """Write the first K masked positions before `stop` in ascending order. Returns how many masked
-    positions there are, which may be more."""
+    position_ptr, canvas_ptr, first_masked, stop, prompt, num, mask_id,
+    BLOCK_K: tl.constexpr, BLOCK_L: tl.constexpr,
+):  # fmt: skip
+    """Write the first `num` masked positions before `stop` in ascending order, then -1. Returns how
+    many of these `num` are positions."""
     num_candidates = 0
     for base in range(first_masked // BLOCK_L * BLOCK_L, stop, BLOCK_L):
         index = base + tl.arange(0, BLOCK_L)
         inside = (index >= prompt) & (index < stop)
         masked = inside & (tl.load(canvas_ptr + index, mask=inside, other=-1) == mask_id)
         slot = num_candidates + tl.cumsum(masked.to(tl.int32), 0) - 1
-        tl.store(position_ptr + slot, index, mask=masked & (slot < K))
+        tl.store(position_ptr + slot, index, mask=masked & (slot < num))
         num_candidates += tl.sum(masked.to(tl.int32), 0)
-    return num_candidates
+    k = tl.arange(0, BLOCK_K)
+    tl.store(position_ptr + k, k * 0 - 1, mask=(k >= num_candidates) & (k < num))
+    return tl.minimum(num_candidates, num)
 
 
 @jit
@@ -186,6 +189,18 @@ def _fill_after_eos(canvas_ptr, first_eos, stopped, L, BLOCK_L: tl.constexpr):
 
 
 @jit
+def _scored_row(rows_ptr, b, num_rows, BLOCK_R: tl.constexpr):
+    """Where batch row `b` stands among those that were scored, and whether it is one of them."""
+    r, is_scored = b, 1
+    if rows_ptr is not None:
+        each = tl.arange(0, BLOCK_R)
+        is_mine = tl.load(rows_ptr + each, mask=each < num_rows, other=-1) == b
+        is_scored = tl.sum(is_mine.to(tl.int32), 0)
+        r = tl.sum(tl.where(is_mine, each, 0), 0).to(tl.int64)
+    return r, is_scored
+
+
+@jit
 def _unmask_kernel(
     canvas_ptr, table_ptr, position_ptr, commit_ptr, candidate_confidence_ptr,
     token_ptr, confidence_ptr, active_ptr, rows_ptr,
@@ -195,22 +210,14 @@ def _unmask_kernel(
     REFRESH_FIRST: tl.constexpr, EOS_IDS: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """Program (batch row): select, commit, slide and plan for one row, which may be one that was
-    not scored. EOS_IDS is empty where rows do not stop at an EOS."""
+    """Program (batch row): select, commit, slide and plan. EOS_IDS is empty if no EOS stops."""
     b = tl.program_id(0).to(tl.int64)
-    r = b  # where the row stands among those that were scored
-    is_scored = 1
-    if rows_ptr is not None:
-        each = tl.arange(0, BLOCK_R)
-        is_mine = tl.load(rows_ptr + each, mask=each < num_rows, other=-1) == b
-        is_scored = tl.sum(is_mine.to(tl.int32), 0)
-        r = tl.sum(tl.where(is_mine, each, 0), 0).to(tl.int64)
+    r, is_scored = _scored_row(rows_ptr, b, num_rows, BLOCK_R)
     canvas_ptr += b * stride_cb
     table_ptr += b * COLUMNS
     position_ptr += b * K
     confidence_ptr += r * num_scored
-    old_kind = tl.load(table_ptr + NEXT_KIND)
-    old_end = tl.load(table_ptr + END)
+    old_kind, old_end = tl.load(table_ptr + NEXT_KIND), tl.load(table_ptr + END)
     was_refresh = old_kind != WINDOW
     active = tl.load(active_ptr + r, mask=is_scored != 0, other=0)
     takes_part = (active != 0) & (old_kind != NOTHING)
@@ -288,11 +295,10 @@ def _unmask_kernel(
     tl.store(table_ptr + NEXT_KIND, next_kind, mask=moved)
     stop = tl.where(moved & (done == 0), end, 0)
     num_candidates = _list_candidates(
-        position_ptr, canvas_ptr, first_masked, stop, prompt, K, mask_id, BLOCK_L
-    )
-    unused = (k >= num_candidates) & (k < tl.where(moved, K, 0))
-    tl.store(position_ptr + k, k * 0 - 1, mask=unused)
-    tl.store(table_ptr + NUM_CANDIDATES, tl.minimum(num_candidates, K), mask=moved)
+        position_ptr, canvas_ptr, first_masked, stop, prompt, tl.where(moved, K, 0), mask_id,
+        BLOCK_K, BLOCK_L,
+    )  # fmt: skip
+    tl.store(table_ptr + NUM_CANDIDATES, num_candidates, mask=moved)
     if len(EOS_IDS) > 0:
         _fill_after_eos(canvas_ptr, first_eos, stopped, L, BLOCK_L)
 

@@ -292,7 +292,7 @@ CASE = OpCase(
         (replace(CASES["to_the_end"], stop_at_eos=True, steps=6).check, "_unmask_kernel", [
             ("first_eos < first_masked", "first_eos < L"),
         ]),
-        (CASES["some_rows"].check, "_unmask_kernel", [
+        (CASES["some_rows"].check, "_scored_row", [
             ("is_mine, each, 0)", "is_mine, num_rows - 1 - each, 0)"),
         ]),
         (CASES["few_candidates"].check, "_unmask_kernel", [
