@@ -6,7 +6,6 @@ from functools import partial
 
 import pytest
 import torch
-from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsb_kernels import _configs as tuning
@@ -14,13 +13,13 @@ from dsb_kernels import linear as module
 from dsb_kernels.linear import linear_add_norm, split_launch
 from tests.mutations import DEVICE
 from tests.op_contract import (
+    LINEAR_REFUSED,
     LOW,
     NAN,
     SLOW,
     Arguments,
     FloatContract,
     OpCase,
-    by_kernel,
     mistakes_of,
     small_tiles,
 )  # fmt: skip
@@ -36,10 +35,19 @@ def inputs(
 ) -> Arguments:
     """Products and residuals of a standard deviation of about 2."""
     g = torch.Generator().manual_seed(seed)
-    x, weight = 2 / F**0.5 * torch.randn(N, F, generator=g), torch.randn(E, F, generator=g)
+    x, weight = torch.randn(N, F, generator=g), torch.randn(E, F, generator=g)
     residual, gain = 2 * torch.randn(N, E, generator=g), 1 + torch.randn(E, generator=g) / 4
-    tensors = {"x": x, "weight": weight, "residual": residual, "norm_weight": gain}
+    tensors = {
+        "x": 2 / max(F, 1) ** 0.5 * x,
+        "weight": weight,
+        "residual": residual,
+        "norm_weight": gain,
+    }
     return {name: t.to(DEVICE, dtype) for name, t in tensors.items()} | {"eps": eps}
+
+
+def check(**shape) -> None:
+    compare(inputs(**shape))
 
 
 def nan_in_a_token() -> Arguments:
@@ -78,6 +86,9 @@ CASE = OpCase(
         "ragged": partial(inputs, 18, 21, 70, eps=0.1),
         "nan_in_a_token": nan_in_a_token,
         "one_token_for_all": one_token_for_all,
+        # Nothing of something.
+        **{"x".join(map(str, shape)): partial(inputs, *shape, eps=0.1)
+           for shape in ((0, 5, 4), (3, 5, 0), (3, 0, 4))},
     },
     quick=("ragged",),
     strided=("x", "weight", "residual"),
@@ -88,19 +99,16 @@ CASE = OpCase(
     separate=("x", "residual"),
     good=partial(inputs, 2, 9, 4),
     refused=[
-        ({"x": torch.zeros(2, 4).double()}, "x has dtype float64: accepted are float32"),
-        ({"x": torch.zeros(4)}, r"x has shape \(4,\): accepted is \(N, E\)"),
-        ({"x": torch.zeros(4, 2).T}, "x has stride 2 in its last dimension"),
-        ({"weight": torch.zeros(9, 4).half()}, "weight has dtype float16: accepted are float32"),
-        ({"weight": torch.zeros(9, 5)}, r"weight has shape \(9, 5\): accepted is \(F, 4\)"),
-        ({"weight": torch.zeros(4, 9).T}, "weight has stride 9 in its last dimension"),
         ({"residual": torch.zeros(3, 9)}, r"residual has shape \(3, 9\): accepted is \(2, 9\)"),
-        ({"residual": torch.zeros(2, 9).half()}, "residual has dtype float16"),
-        ({"residual": torch.zeros(2, 9, device="meta")}, "residual is on meta: accepted is"),
-        ({"residual": torch.zeros(9, 2).T}, "residual has stride 2 in its last dimension"),
         ({"norm_weight": torch.zeros(8)}, r"norm_weight has shape \(8,\): accepted is \(9\)"),
-        ({"norm_weight": torch.zeros(18)[::2]}, "norm_weight has strides"),
+        *LINEAR_REFUSED,
     ],
+    any_check=st.builds(
+        partial, st.just(check), N=st.integers(1, 40), E=st.integers(1, 70), F=st.integers(1, 150),
+        eps=st.sampled_from([1e-6, 1e-5, 0.1]), seed=st.integers(0, 99),
+    ),
+    examples=(15, 0),
+    same_examples=True,
     mistakes=mistakes_of(
         ("ragged", "_split_linear_kernel", [
             ("(feature < F)[:, None],", "(feature < F - 1)[:, None],"),
@@ -154,24 +162,6 @@ def test_a_token_of_zeros_has_a_norm_of_zeros():
     arguments["x"][2] = arguments["residual"][2] = 0
     out, residual = compare(arguments)
     assert not residual[2].any() and not out[2].any()
-
-
-@settings(max_examples=15, deadline=None, derandomize=True)
-@given(
-    N=st.integers(1, 40), E=st.integers(1, 70), F=st.integers(1, 150),
-    eps=st.sampled_from([1e-6, 1e-5, 0.1]), seed=st.integers(0, 99),
-)  # fmt: skip
-def test_property_kernel_equals_definition(N, E, F, eps, seed):
-    compare(inputs(N, E, F, seed=seed, eps=eps))
-
-
-@pytest.mark.parametrize("shape", [(0, 5, 4), (3, 5, 0), (3, 0, 4)])
-def test_nothing_of_something(shape):
-    N, E, F = shape
-    shapes = {"x": (N, F), "weight": (E, F), "residual": (N, E), "norm_weight": (E,)}
-    ones = {name: torch.ones(shape, device=DEVICE) for name, shape in shapes.items()}
-    out, residual = by_kernel(linear_add_norm, ones | {"eps": 0.0})
-    assert out.shape == (N, E) and (out == 1).all() and (residual == 1).all()
 
 
 # --- geometry ---------------------------------------------------------------------------------

@@ -6,7 +6,6 @@ from functools import partial
 
 import pytest
 import torch
-from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsb_kernels import _configs as tuning
@@ -14,12 +13,12 @@ from dsb_kernels import linear as module
 from dsb_kernels.linear import linear_launch, window_linear
 from tests.mutations import DEVICE, kernels
 from tests.op_contract import (
+    LINEAR_REFUSED,
     NAN,
     SLOW,
     Arguments,
     FloatContract,
     OpCase,
-    by_kernel,
     mistakes_of,
     small_tiles,
 )  # fmt: skip
@@ -38,9 +37,17 @@ def inputs(
     g = torch.Generator().manual_seed(seed)
     features = F * (2 if gated else 1)
     x, weight = torch.randn(N, E, generator=g), torch.randn(features, E, generator=g)
-    tensors = {"x": 2 / E**0.5 * x, "weight": weight, "bias": torch.randn(features, generator=g)}
+    tensors = {
+        "x": 2 / max(E, 1) ** 0.5 * x,
+        "weight": weight,
+        "bias": torch.randn(features, generator=g),
+    }
     arguments = {name: t.to(DEVICE, dtype) for name, t in tensors.items()}
     return arguments | {"gated": gated} | ({} if bias else {"bias": None})
+
+
+def check(**shape) -> None:
+    compare(inputs(**shape))
 
 
 def with_value(gated: bool, name: str, where: tuple[int, int], value: float) -> Arguments:
@@ -62,6 +69,7 @@ def check_both() -> None:
 
 SHAPES = [(N, 37, 41) for N in (1, 15, 16, 17, 33, 64, 100, 130)]
 SHAPES += [(5, *x) for x in ((1, 1), (16, 16), (15, 48), (48, 15), (33, 130), (3, 64))]
+SHAPES += [(0, 5, 4), (3, 0, 4), (3, 5, 0)]  # nothing of something
 WAYS = {"plain": False, "gated": True}
 
 
@@ -89,18 +97,16 @@ CASE = OpCase(
     separate=("x",),
     good=partial(inputs, 2, 9, 4, False),
     refused=[
-        ({"x": torch.zeros(2, 4).double()}, "x has dtype float64: accepted are float32"),
-        ({"x": torch.zeros(4)}, r"x has shape \(4,\): accepted is \(N, E\)"),
-        ({"x": torch.zeros(4, 2).T}, "x has stride 2 in its last dimension: accepted is 1"),
-        ({"weight": torch.zeros(9, 4).half()}, "weight has dtype float16: accepted are float32"),
-        ({"weight": torch.zeros(9, 5)}, r"weight has shape \(9, 5\): accepted is \(F, 4\)"),
-        ({"weight": torch.zeros(4, 9).T}, "weight has stride 9 in its last dimension"),
-        ({"weight": torch.zeros(9, 4).to("meta")}, f"weight is on meta: accepted is {DEVICE.type}"),
-        ({"gated": True}, "weight has 9 rows: accepted with gated is an even number"),
+        ({"weight": torch.zeros(9, 4), "gated": True}, "weight has 9 rows: accepted with gated is"),
         ({"bias": torch.zeros(8)}, r"bias has shape \(8,\): accepted is \(9\)"),
-        ({"bias": torch.zeros(18)[::2]}, "bias has strides"),
-        ({"x": [1.0]}, "x is list: a tensor is accepted"),
+        *LINEAR_REFUSED,
     ],
+    any_check=st.builds(
+        partial, st.just(check), N=st.integers(1, 40), F=st.integers(1, 50), E=st.integers(1, 70),
+        gated=st.booleans(), bias=st.booleans(), seed=st.integers(0, 99),
+    ),
+    examples=(15, 0),
+    same_examples=True,
     mistakes=mistakes_of(
         (check_both, "_window_linear_kernel", [
             ("(feature < F)[:, None], (token", "(feature < F - 1)[:, None], (token"),
@@ -155,24 +161,6 @@ def test_tokens_get_the_same_whatever_their_number():
         y = window_linear(x, weight)
         for tokens in (1, 16, 17, 49):
             assert torch.equal(window_linear(x[:tokens], weight), y[:tokens])
-
-
-@settings(max_examples=15, deadline=None, derandomize=True)
-@given(
-    shape=st.tuples(st.integers(1, 40), st.integers(1, 50), st.integers(1, 70), st.booleans()),
-    bias=st.booleans(), seed=st.integers(0, 99),
-)  # fmt: skip
-def test_property_kernel_equals_definition(shape, bias, seed):
-    compare(inputs(*shape, bias=bias, seed=seed))
-
-
-@pytest.mark.parametrize("shape", [(0, 5, 4), (3, 0, 4), (3, 5, 0)])
-@pytest.mark.parametrize("gated", [False, True])
-def test_nothing_of_something(shape, gated):
-    N, F, E = shape
-    x, weight = torch.ones(N, E, device=DEVICE), torch.ones(F * (1 + gated), E, device=DEVICE)
-    (y,) = by_kernel(window_linear, {"x": x, "weight": weight, "gated": gated})
-    assert y.shape == (N, F) and not y.any()
 
 
 # --- geometry ---------------------------------------------------------------------------------
