@@ -124,13 +124,6 @@ def sampling(rows: int, temperature: float = 0.7) -> Arguments:
     return {"temperature": temperature, "seed": torch.tensor(-7, device=DEVICE), "noise_ids": ids}
 
 
-# What both linear ops refuse, where x is (2, 4) and weight (9, 4).
-LINEAR_REFUSED: list[tuple[Arguments, str]] = [
-    ({"x": torch.zeros(2, 5)}, r"weight has shape \(9, 4\): accepted is \(F, 5\)"),
-    ({"weight": torch.zeros(9, 5)}, r"weight has shape \(9, 5\): accepted is \(F, 4\)"),
-]
-
-
 # What both ops that propose tokens refuse, where there are two candidates and eight tokens.
 SCORING_REFUSED: list[tuple[Arguments, str]] = [
     ({"confidence": "max"}, "confidence='max': accepted are 'probability', 'margin'"),
