@@ -14,7 +14,6 @@ import __future__
 import contextlib
 import inspect
 import linecache
-import os
 from collections.abc import Callable, Hashable, Iterator
 from types import ModuleType
 
@@ -28,15 +27,9 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 @contextlib.contextmanager
 def kernels() -> Iterator[None]:
     """Ops run their Triton kernel inside, on a GPU or under the interpreter."""
-    before = os.environ.get("DSB_BACKEND")
-    os.environ["DSB_BACKEND"] = "triton"
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DSB_BACKEND", "triton")
         yield
-    finally:
-        if before is None:
-            del os.environ["DSB_BACKEND"]
-        else:
-            os.environ["DSB_BACKEND"] = before
 
 
 @contextlib.contextmanager

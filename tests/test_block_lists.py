@@ -29,13 +29,10 @@ def named(lists: tuple[Tensor, Tensor]) -> list:
     return [i[:n].tolist() for n, i in zip(num.tolist(), indices, strict=True)]
 
 
-def test_all() -> None:
+def test_all_and_left_padding() -> None:
     assert named(blocks_all(ints(0, 1, 64, 65, 300), 300)) == [
         [], [0], [0], [0, 1], [0, 1, 2, 3, 4],
     ]  # fmt: skip
-
-
-def test_left_padding() -> None:
     lists = blocks_left_padding(ints(300, 300, 128, 10), ints(0, 64, 127, 63), 300)
     assert named(lists) == [[0, 1, 2, 3, 4], [1, 2, 3, 4], [1], [0]]
 

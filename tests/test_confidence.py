@@ -36,8 +36,6 @@ from tests.op_contract import (
 )  # fmt: skip
 
 SMALL = tuning.Config({"BLOCK_V": 64, "SPLIT_BLOCKS": 2}, num_warps=4, num_stages=2)
-
-
 # Blocks of 64 and splits of 128 logits, so that small shapes have many of both.
 tiles = small_tiles(SMALL, "token_confidence", "token_confidence sampled")
 

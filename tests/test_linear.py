@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -41,7 +42,7 @@ REFUSED: list[tuple[Arguments, str]] = [  # by both, where x is (2, 4) and weigh
 ]
 
 
-def spoiled(arguments: Arguments, name: str, where: tuple[int, int], value: float) -> Arguments:
+def spoiled(arguments: Arguments, name: str, where: Any, value: float) -> Arguments:
     arguments[name][where] = value
     return arguments
 
@@ -234,6 +235,8 @@ NORM_CASE = OpCase(
         "ragged": partial(norm_inputs, 18, 21, 70, eps=0.1),
         "nan_in_a_token": lambda: spoiled(norm_inputs(18, 21, 40), "x", (17, 3), NAN),
         "one_token_for_all": lambda: one_token_for_all(norm_inputs(18, 21, 40)),
+        "zeros_in_a_token": lambda: spoiled(
+            spoiled(norm_inputs(4, 24, 40), "x", 2, 0), "residual", 2, 0),
     },
     quick=("ragged",),
     strided=("x", "weight", "residual"),
@@ -300,13 +303,6 @@ def test_norm_is_that_of_the_rounded_residual(dtype):
 def test_norm_in_production_configuration(production, N):
     norm_compare(norm_inputs(N, 200, 136, seed=1))
     norm_compare(norm_inputs(N, 130, 512, seed=2))
-
-
-def test_a_token_of_zeros_has_a_norm_of_zeros():
-    arguments = norm_inputs(4, 24, 40)
-    arguments["x"][2] = arguments["residual"][2] = 0
-    out, residual = norm_compare(arguments)
-    assert not residual[2].any() and not out[2].any()
 
 
 NORM_MODELS = {  # hidden size, MLP

@@ -109,13 +109,11 @@ def test_every_step_equals_the_method(row, data):
     assert (batch.canvas != MASK).all()
 
 
-def test_frechet_commits_the_largest_rank_that_passes():
+def test_counts_of_frechet_and_factor():
     # 0.9 alone: 0.9 - 0 - 0.1 = 0.8; with 0.75: 1.65 - 1 - 0.25 = 0.4; with 0.5: 2.15 - 2.5 < 0.
     assert choose([0.5, 0.9, 0.75], "frechet", 0.25) == [1, 2]
     assert choose([0.5, 0.9, 0.75], "frechet", 0.5) == [1]
-
-
-def test_factor_takes_all_when_only_the_last_rank_fails():
+    # Where only the last rank fails, factor takes all.
     assert choose([0.9, 0.9, 0.1], "factor", 1.0) == [0, 1, 2]
     assert choose([0.9, 0.1, 0.1], "factor", 1.0) == [0]
 

@@ -155,12 +155,10 @@ CASES = {
     "some_rows_nan": Run(rows=4, scored=0.6, values=(0.5, 0.75, 0.9, NAN)),
     "padded": Run(prefix_window=50, leftpads=(5, 0, 4)),
     "no_prefix": Run(prefix_window=0, min_prefix=0),
+    "quota": run_of("quota", "dsb", num_steps=6, inactive=0.3),
     # 0.9 as a float32 is below 0.9: such a confidence does not pass.
     "compared_in_float64": Run(rule_value=0.9, values=(0.9, 0.90000004, 0.5), num_steps=3),
 }  # fmt: skip
-
-
-QUOTA = run_of("quota", "dsb", num_steps=6, inactive=0.3)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -253,7 +251,7 @@ CASE = OpCase(
             ("takes_part, num_scored", "takes_part, K"),
         ]),
         (CASES["padded"].check, "_plan", [("start - leftpad", "start")]),
-        (QUOTA.check, "_tokens_due", [(", masks, planned) - committed", ", masks, 1)")]),
+        (CASES["quota"].check, "_tokens_due", [(", masks, planned) - committed", ", masks, 1)")]),
         (CASES["canvas_in_pieces"].check, "_first_mask_and_eos", [(LOOP, LOOP + " - BLOCK_L")]),
     ),
 )  # fmt: skip
