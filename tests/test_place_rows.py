@@ -158,9 +158,7 @@ def cases(draw: st.DrawFn) -> Case:
         length=length,
         shift=draw(st.booleans()),
         prompt=draw(st.integers(0, length - 1)),
-        next_kinds=draw(
-            st.tuples(*[st.sampled_from([WINDOW, REFRESH, RESPONSE, NOTHING])] * batch)
-        ),
+        next_kinds=draw(st.tuples(*[st.sampled_from([*StepKind])] * batch)),
         seed=draw(st.integers(0, 2**31)),
     )
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass, fields, replace
 import pytest
 import torch
 from hypothesis import strategies as st
-from torch import Tensor
 
 from dsb_kernels import commit_kernel as module
 from dsb_kernels.commit import initial_rows, unmask_and_slide
@@ -52,16 +51,12 @@ class Run:
         own = {name: getattr(self, name) for name in names}
         return UnmaskSpec(**own, mask_id=MASK, eos_ids=(3, 7))
 
-    def canvas(self) -> Tensor:
-        generator = torch.Generator().manual_seed(self.seed)
-        shape = (self.rows, self.prompt_length + self.response)
-        canvas = torch.randint(0, 50, shape, generator=generator)
-        canvas[:, self.prompt_length :] = MASK
-        return canvas.to(DEVICE)
-
     def arguments(self) -> Arguments:
         """What the first step is called with: a commit of every candidate."""
-        canvas, spec = self.canvas(), self.spec()
+        generator = torch.Generator().manual_seed(self.seed)
+        shape = (self.rows, self.prompt_length + self.response)
+        canvas, spec = torch.randint(0, 50, shape, generator=generator).to(DEVICE), self.spec()
+        canvas[:, self.prompt_length :] = MASK
         leftpad = ints(*(self.leftpads * self.rows)[: self.rows])
         table, position = initial_rows(canvas, leftpad, spec)
         return {
@@ -105,9 +100,7 @@ VALUES = {"threshold": 0.75, "factor": 1.0, "frechet": 0.25, "quota": 0.0}
 
 
 def run_of(rule: str, schedule: str, **settings: object) -> Run:
-    steps = 0
-    if rule == "quota":
-        steps = 12 if schedule == "dsb" else 4
+    steps = {"dsb": 12, "naive": 4}[schedule] if rule == "quota" else 0
     settings = {"steps": steps} | settings
     return Run(rule=rule, rule_value=VALUES[rule], schedule=schedule, **settings)
 
@@ -147,6 +140,9 @@ CASES = {
         block_length=100, response=150, num_steps=2, rule="frechet", rule_value=0.0,
         values=(0.99, 0.999, 1.0),
     ),
+    "many_candidates": Run(
+        schedule="naive", block_length=1100, response=2200, rows=1, num_steps=2, inactive=0.0
+    ),
     "canvas_in_pieces": Run(prompt_length=1018, response=12, block_length=6, rows=2, inactive=0.0),
     "no_prompt": Run(prompt_length=0, leftpads=(0,)),
     "some_rows": Run(rows=5, scored=0.7, leftpads=(0, 2, 4, 1, 0)),
@@ -164,13 +160,6 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_edge_cases(name: str) -> None:
     CASES[name].check()
-
-
-@pytest.mark.slow
-def test_many_candidates_of_a_long_response() -> None:
-    Run(
-        schedule="naive", block_length=1100, response=2200, rows=1, num_steps=2, inactive=0.0
-    ).check()
 
 
 @st.composite
