@@ -5,15 +5,7 @@ before anything imports Triton where there is no GPU, and `kernels()` sends an o
 the (interpreted) kernel. Whatever has to compile for a GPU (`tools.compile_report`) runs in a
 subprocess without that variable.
 
-A check that passes for the real kernel must fail for a broken one:
-
-    def check(): ...                      # runs the op under kernels(), compares, asserts
-    check()
-    with mutated(module, "_kernel", "index < V", "index < V - 1"):
-        with pytest.raises(AssertionError):
-            check()
-
-or, the same in one line, `assert_caught(check, module, "_kernel", old, new)`.
+A check that passes for the real kernel must fail for a broken one (`assert_caught`).
 """
 
 from __future__ import annotations
@@ -22,7 +14,6 @@ import __future__
 import contextlib
 import inspect
 import linecache
-import os
 from collections.abc import Callable, Hashable, Iterator
 from types import ModuleType
 
@@ -36,15 +27,9 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 @contextlib.contextmanager
 def kernels() -> Iterator[None]:
     """Ops run their Triton kernel inside, on a GPU or under the interpreter."""
-    before = os.environ.get("DSB_BACKEND")
-    os.environ["DSB_BACKEND"] = "triton"
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DSB_BACKEND", "triton")
         yield
-    finally:
-        if before is None:
-            del os.environ["DSB_BACKEND"]
-        else:
-            os.environ["DSB_BACKEND"] = before
 
 
 @contextlib.contextmanager

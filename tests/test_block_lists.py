@@ -1,4 +1,4 @@
-"""Block lists: what they name, that they are FlexAttention's, and that attention takes them."""
+"""Block lists: what they name, and that they are FlexAttention's."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dsb_kernels.attention import window_attention
 from dsb_kernels.block_lists import (
     blocks_all,
     blocks_left_padding,
@@ -16,7 +15,7 @@ from dsb_kernels.block_lists import (
     blocks_top_k,
     lists_of,
 )
-from tests.mutations import DEVICE, kernels
+from tests.mutations import DEVICE
 from tests.op_contract import ints
 
 
@@ -30,13 +29,10 @@ def named(lists: tuple[Tensor, Tensor]) -> list:
     return [i[:n].tolist() for n, i in zip(num.tolist(), indices, strict=True)]
 
 
-def test_all() -> None:
+def test_all_and_left_padding() -> None:
     assert named(blocks_all(ints(0, 1, 64, 65, 300), 300)) == [
         [], [0], [0], [0, 1], [0, 1, 2, 3, 4],
     ]  # fmt: skip
-
-
-def test_left_padding() -> None:
     lists = blocks_left_padding(ints(300, 300, 128, 10), ints(0, 64, 127, 63), 300)
     assert named(lists) == [[0, 1, 2, 3, 4], [1, 2, 3, 4], [1], [0]]
 
@@ -74,25 +70,6 @@ def test_layout_is_flex_attentions(visited: list[list[bool]]) -> None:
     expected_num, expected = flex._dense_to_ordered(mask[:, None, None].int())
     assert torch.equal(num, expected_num[:, 0, 0])
     assert torch.equal(indices, expected[:, 0, 0])
-
-
-@pytest.mark.parametrize("per_head", [False, True])
-def test_attention_visits_what_is_listed(per_head: bool) -> None:
-    torch.manual_seed(0)
-    q = torch.randn(2, 4, 8, 64, device=DEVICE)
-    k, v = torch.randn(2, 2, 2, 300, 64, device=DEVICE)
-    where = {"window_start": ints(100, 292), "window_length": ints(8, 8)}
-    seqlens = ints(300, 280)
-    scores = torch.rand(2, 2, 5, device=DEVICE) if per_head else torch.rand(2, 5, device=DEVICE)
-    for lists in (
-        blocks_top_k(scores, 2, seqlens),
-        blocks_near_window(*where.values(), seqlens, 300, 1),
-    ):
-        call = {"kv_num_blocks": lists[0], "kv_indices": lists[1], "cache_seqlens": seqlens}
-        with kernels():
-            out = window_attention(q, None, None, k, v, **where, **call, num_splits=2)
-        expected = window_attention(q, None, None, k, v, **where, **call, num_splits=2)
-        assert torch.allclose(out, expected, atol=1e-5)
 
 
 def test_lists_compile_without_a_graph_break() -> None:

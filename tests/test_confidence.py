@@ -1,9 +1,13 @@
 """token_confidence: kernel against the definition in float64, definition against the textbook."""
 
+from __future__ import annotations
+
+from functools import partial
+
 import pytest
 import torch
-from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from dsb_kernels import _configs as tuning
 from dsb_kernels import score
@@ -11,156 +15,164 @@ from dsb_kernels import token_confidence as module
 from dsb_kernels.noise import gumbel_noise, philox4x32
 from dsb_kernels.score import CONFIDENCES
 from dsb_kernels.token_confidence import token_confidence, token_confidence_reference
-from tests.mutations import DEVICE, kernels
+from tests.mutations import DEVICE
 from tests.op_contract import (
     INF,
+    LOW_PRECISION,
     NAN,
+    SCORING_REFUSED,
+    SLOW,
     Arguments,
     OpCase,
     OpContract,
     Results,
     assert_scored,
     by_kernel,
+    edge_rows,
     exactly,
     mistakes_of,
+    sampling,
     small_tiles,
 )  # fmt: skip
 
 SMALL = tuning.Config({"BLOCK_V": 64, "SPLIT_BLOCKS": 2}, num_warps=4, num_stages=2)
-
-
 # Blocks of 64 and splits of 128 logits, so that small shapes have many of both.
 tiles = small_tiles(SMALL, "token_confidence", "token_confidence sampled")
-ROWS = 21
 
 
-def edge_rows(V: int, seed: int = 0) -> torch.Tensor:
-    """One row per kind of trouble: (rows, V) float32."""
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(ROWS, V, generator=generator) * 3
-    x[1] = 2.5  # ties everywhere
-    x[2, [0, V // 2, V - 1]] = 20.0  # ties in three places
-    x[3, V - 1] = 30.0
-    x[4, 0] = 30.0
-    x[5, V // 2] = INF
-    x[6, [0, V // 3, V - 1]] = INF
-    x[7] = -INF
-    x[8, V // 2 :] = -INF
-    x[9, : V // 2] = -INF
-    x[10, V // 2] = 1e30
-    x[11, V - 1] = NAN
-    x[12, 0], x[12, V - 1] = NAN, INF
-    x[13] = NAN
-    x[14] = x[14].round()  # many ties
-    x[15] = INF
-    x[16] = x[16] * 1e4
-    x[17, 0], x[17, 1:] = 1.0, -INF
-    x[18, min(127, V - 1)] = 25.0  # the last of its block
-    x[19, V - 1], x[19, 0] = 19.0, 20.0  # the best two in different splits
-    x[20], x[20, V - 1] = INF, NAN  # in one tile
-    return x
-
-
-def compare(logits: torch.Tensor, **options) -> None:
-    arguments = {"logits": logits} | options
-    check({n: v.to(DEVICE) if isinstance(v, torch.Tensor) else v for n, v in arguments.items()})
-
-
-def check(arguments: Arguments) -> Results:
-    """The kernel's tokens equal the definition's in float64, its confidence to 1e-5."""
+def compare(arguments: Arguments) -> Results:
     found = by_kernel(token_confidence, arguments)
     confidence = arguments.get("confidence", "probability")
     assert_scored(found, exactly(token_confidence, arguments), confidence)
     return found
 
 
-def sampling(rows: int, temperature: float = 0.7) -> dict:
-    return {
-        "temperature": temperature,
-        "seed": torch.tensor(0x1234_5678_9ABC_DEF0),
-        "noise_ids": torch.arange(rows) * 7 + 2**33,
-    }
+def of(logits: Tensor, sample: bool = False, **options) -> Arguments:
+    """Arguments of a call, whose rows are sampled from or not."""
+    arguments = {"logits": logits.to(DEVICE)} | options
+    return arguments | (sampling(len(logits)) if sample else {})
 
 
-@pytest.mark.parametrize(
-    ("V", "sample"), [(3, False), (3, True), (65, False), (130, True), (300, False)]
-)
-@pytest.mark.parametrize("confidence", CONFIDENCES)
-def test_kernel_matches_definition(V, confidence, sample):
-    x = edge_rows(V)
-    options = sampling(len(x)) if sample else {}
-    compare(x, confidence=confidence, banned=(0, V // 2), **options)
+def edges(V: int, sample: bool = False, dtype: torch.dtype = torch.float32, **options) -> Arguments:
+    logits = edge_rows(V, 128)
+    if dtype != torch.float32:
+        logits = logits.clamp(-6e4, 6e4).to(dtype)
+    return of(logits, sample, **options)
 
 
-@pytest.mark.parametrize("V", [64, 128, 129, 191, 256])
-def test_vocabularies_that_end_at_and_beside_the_edge_of_a_block(V):
-    compare(edge_rows(V))
+def normal(*shape: int, scale: float = 4.0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(shape[-1])) * scale
 
 
-@pytest.mark.parametrize(
-    ("confidence", "sample"),
-    [("probability", True), ("margin", False), ("entropy", False)],
-)
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_low_precision_logits_are_scored_in_float32(dtype, confidence, sample):
-    x = edge_rows(150).clamp(-6e4, 6e4).to(dtype)
-    compare(x, banned=(149,), confidence=confidence, **(sampling(len(x)) if sample else {}))
+def some_eligible(logits: Tensor, **options) -> Arguments:
+    eligible = torch.arange(logits[..., 0].numel()).view(logits.shape[:-1]) % 3 != 1
+    return of(logits, eligible=eligible.to(DEVICE), **options)
 
 
-@pytest.mark.parametrize("sample", [False, True])
-@pytest.mark.parametrize("V", [1, 4096, 10007])
-def test_production_configuration(production, V, sample):
-    x = torch.randn(3, V, generator=torch.Generator().manual_seed(V)) * 4
-    compare(x, **(sampling(3) if sample else {}))
-
-
-@pytest.mark.slow
-def test_production_configuration_of_many_rows(production):
-    compare(torch.randn(129, 5000, generator=torch.Generator().manual_seed(5))[:, :4999])
-
-
-def test_vocabulary_of_one():
-    x = torch.tensor([[0.5], [INF], [-INF], [NAN]])
-    for confidence in CONFIDENCES:
-        compare(x, confidence=confidence)
-
-
-def test_ineligible_rows_are_skipped():
-    x = edge_rows(130)
-    eligible = torch.arange(len(x)) % 3 != 0
-    compare(x, eligible=eligible)
-    with kernels():
-        token, c = token_confidence(x.to(DEVICE), eligible=torch.zeros(ROWS, dtype=torch.bool))
-    assert token.tolist() == [-1] * ROWS and c.tolist() == [-INF] * ROWS
-
-
-def test_any_leading_shape_and_row_stride():
-    x = torch.randn(2, 3, 140)[:, :, :129]
-    eligible = torch.tensor([[True, False, True], [True, True, True]])
-    compare(x, eligible=eligible, banned=(128,))
-    compare(x[:, 1])
-    compare(torch.randn(0, 70))
-    compare(torch.randn(70))
-
-
-VALUES = st.sampled_from([-INF, -1e30, -2.0, 0.0, 0.5, 0.5000001, 1.0, 80.0, 1e30, INF, NAN])
-
-
-@settings(max_examples=40, deadline=None, derandomize=True)
-@given(data=st.data(), V=st.integers(1, 200), rows=st.integers(1, 3), sample=st.booleans())
-def test_property_kernel_equals_definition(data, V, rows, sample):
-    x = torch.randn(rows, V, generator=torch.Generator().manual_seed(V * 7 + rows)) * 2
+@st.composite
+def any_rows(draw: st.DrawFn) -> partial:
+    rows, V = draw(st.integers(1, 3)), draw(st.integers(1, 200))
+    logits = normal(rows, V, scale=2)
+    values = st.sampled_from([-INF, -1e30, -2.0, 0.0, 0.5, 0.5000001, 1.0, 80.0, 1e30, INF, NAN])
     position = st.tuples(st.integers(0, rows - 1), st.integers(0, V - 1))
-    for (row, column), value in data.draw(st.dictionaries(position, VALUES, max_size=12)).items():
-        x[row, column] = value
-    banned = data.draw(st.lists(st.integers(0, V - 1), unique=True, max_size=min(4, V - 1)))
-    compare(
-        x,
-        banned=tuple(banned),
-        confidence=data.draw(st.sampled_from(CONFIDENCES)),
-        eligible=torch.tensor(data.draw(st.lists(st.booleans(), min_size=rows, max_size=rows))),
-        **(sampling(rows, data.draw(st.sampled_from([0.3, 1.0, 5.0]))) if sample else {}),
-    )
+    for (row, column), value in draw(st.dictionaries(position, values, max_size=12)).items():
+        logits[row, column] = value
+    options = sampling(rows, draw(st.sampled_from([0.3, 1.0, 5.0]))) if draw(st.booleans()) else {}
+    eligible = draw(st.lists(st.booleans(), min_size=rows, max_size=rows))
+    banned = draw(st.lists(st.integers(0, V - 1), unique=True, max_size=min(4, V - 1)))
+    arguments = of(
+        logits, eligible=torch.tensor(eligible, device=DEVICE), banned=tuple(banned),
+        confidence=draw(st.sampled_from(CONFIDENCES)), **options,
+    )  # fmt: skip
+    return partial(compare, arguments)
+
+
+SPLITS, EDGE, SAMPLED = "banned_290", "margin_129", "sampled_70"
+KERNEL = "_token_confidence_kernel"
+CASE = OpCase(
+    op=token_confidence,
+    module=module,
+    helpers=score,
+    own_compare=compare,
+    calls={
+        **{f"{confidence}_{V}_{sample}": partial(
+               edges, V, sample, confidence=confidence, banned=(0, V // 2))
+           for V, sample in ((3, False), (3, True), (65, False), (130, True), (300, False))
+           for confidence in CONFIDENCES},
+        # Vocabularies that end at and beside the edge of a block.
+        **{f"edge_{V}": partial(edges, V) for V in (64, 128, 129, 191, 256)},
+        SPLITS: partial(edges, 290, banned=(0, 127)),
+        EDGE: partial(edges, 129, confidence="margin"),
+        SAMPLED: partial(edges, 70, True),
+        # 16-bit logits are scored in float32.
+        **{f"{dtype}_{confidence}": partial(
+               edges, 150, confidence == "probability", dtype, banned=(149,), confidence=confidence)
+           for dtype in LOW_PRECISION for confidence in CONFIDENCES},
+        **{f"one_token_{confidence}": partial(
+               of, torch.tensor([[0.5], [INF], [-INF], [NAN]]), confidence=confidence)
+           for confidence in CONFIDENCES},
+        "some_eligible": partial(some_eligible, normal(4, 150), banned=(3,)),
+        "none_eligible": lambda: of(
+            edge_rows(130, 128), eligible=torch.zeros(21, dtype=torch.bool, device=DEVICE)),
+        "two_dimensions": partial(some_eligible, normal(2, 3, 140)[:, :, :129], banned=(128,)),
+        "rows_apart": partial(of, normal(2, 3, 140)[:, 1, :129]),
+        "no_rows": partial(of, torch.zeros(0, 70)),
+        "no_dimension": partial(of, normal(70)),
+    },
+    quick=("some_eligible",),
+    any_check=any_rows(),
+    examples=(40, 0),
+    same_examples=True,
+    strided=("logits",),
+    good=partial(some_eligible, torch.zeros(2, 8), **sampling(2)),
+    refused=[({"logits": torch.zeros(2, 0)}, "vocabulary of 0"), *SCORING_REFUSED],
+    mistakes=mistakes_of(
+        (SPLITS, KERNEL, [
+            ("(V % BLOCK_V > 0)", "(V < 0)"),
+            ("end = tl.minimum(begin + SPLIT_BLOCKS,",
+             "end = tl.minimum(begin + SPLIT_BLOCKS - 1,"),
+        ]),
+        (SPLITS, "_score_block", [("mask=token < V", "mask=token < V - 1")]),
+        (SAMPLED, "_score_block", [("block * (BLOCK_V // 4)", "block * (BLOCK_V // 4) + 1")]),
+        (SPLITS, "_score_tile", [
+            ("if tile_best > score:", "if tile_best >= score:"),
+            ("index = tl.min(tl.where(allowed == tile_best, token, NO_TOKEN), 0)",
+             "index = tl.max(tl.where(allowed == tile_best, token, -1), 0)"),
+            ("(BANNED[i] < first + BLOCK)", "(BANNED[i] < first + BLOCK - 1)"),
+            ("by_thread(capped(e), LANES)", "by_thread(e, LANES)"),
+            ("total = total * scale", "total = total"),
+        ]),
+        (SPLITS, "capped", [
+            ("tl.minimum(e, 1.0, propagate_nan=tl.PropagateNan.ALL)", "tl.where(e < 1.0, e, 1.0)"),
+        ]),
+        (SPLITS, "by_thread", [
+            ("tl.reshape(x, ", "tl.reshape(x * (tl.arange(0, x.shape[0]) > 0), "),
+        ]),
+        (SPLITS, "weigh", [
+            ("tl.clamp(maximum, -3.4028234663852886e38, 3.4028234663852886e38)", "maximum"),
+        ]),
+        (SPLITS, "combine_kernel", [
+            ("tl.min(tl.where(scores == score, tokens, NO_TOKEN), 0)",
+             "tl.max(tl.where(scores == score, tokens, -1), 0)"),
+            ("ok = total > 0", "ok = total == total"),
+        ]),
+        (EDGE, "combine_kernel", [
+            ("extra = tl.maximum(others,", "extra = tl.maximum(-float('inf'),"),
+        ]),
+    ),
+)  # fmt: skip
+
+
+class TestTokenConfidence(OpContract):
+    case = CASE
+
+
+@pytest.mark.parametrize(
+    ("rows", "V"), [(3, 1), (3, 4096), (3, 10007), pytest.param(129, 4999, marks=SLOW)]
+)
+@pytest.mark.parametrize("sample", [False, True])
+def test_production_configuration(production, rows, V, sample):
+    compare(of(normal(rows, V + 1)[:, :V], sample))
 
 
 # --- the definition itself --------------------------------------------------------------------
@@ -169,14 +181,15 @@ def test_property_kernel_equals_definition(data, V, rows, sample):
 def test_definition_is_the_textbook_one():
     x = torch.randn(7, 700, dtype=torch.float64) * 3
     p = x.softmax(-1)
-    token, c = token_confidence_reference(x)
-    assert torch.equal(token, x.argmax(-1))
-    torch.testing.assert_close(c, p.amax(-1))
-    c = token_confidence_reference(x, confidence="margin")[1]
     best = p.topk(2).values
-    torch.testing.assert_close(c, best[:, 0] - best[:, 1])
-    c = token_confidence_reference(x, confidence="entropy")[1]
-    torch.testing.assert_close(c, (p * p.log()).sum(-1))
+    for confidence, expected in (
+        ("probability", p.amax(-1)),
+        ("margin", best[:, 0] - best[:, 1]),
+        ("entropy", (p * p.log()).sum(-1)),
+    ):
+        token, c = token_confidence_reference(x, confidence=confidence)
+        assert torch.equal(token, x.argmax(-1))
+        torch.testing.assert_close(c, expected)
 
 
 def test_banned_token_is_not_proposed_but_stays_in_the_softmax():
@@ -187,14 +200,17 @@ def test_banned_token_is_not_proposed_but_stays_in_the_softmax():
     torch.testing.assert_close(c, x.softmax(-1)[:, 400])
 
 
-def test_limits_at_infinity_and_nan():
-    token, c = token_confidence(edge_rows(300))
+def test_limits_at_infinity_and_nan_and_of_what_is_not_eligible():
+    x = edge_rows(300, 128)
+    token, c = token_confidence(x)
     assert (token[5].item(), c[5].item()) == (150, 1.0)
     assert (token[6].item(), c[6].item()) == (0, pytest.approx(1 / 3))
     for row in (7, 11, 12, 13):
         assert token[row].item() == -1 and c[row].isnan()
     token, c = token_confidence(torch.tensor([[INF, 1.0, 2.0]]), banned=(0,))
     assert (token.item(), c.item()) == (2, 0.0)
+    token, c = token_confidence(x, eligible=torch.zeros(21, dtype=torch.bool))
+    assert (token == -1).all() and (c == -INF).all()
 
 
 def test_philox_known_answers():
@@ -226,91 +242,3 @@ def test_noise_depends_on_seed_row_and_token_alone():
     assert torch.equal(part, noise[1:, 333:701])
     assert noise[0].ne(noise[1]).all() and noise[1].ne(noise[2]).all()
     assert gumbel_noise(seed + 1, ids, 0, 1000, torch.float64).ne(noise).all()
-
-
-# --- registration, bad input, and deliberate mistakes ------------------------------------------
-
-LOGITS = torch.zeros(2, 8)
-SEEDS = {"seed": torch.tensor(1), "noise_ids": torch.zeros(2, dtype=torch.int64)}
-
-
-def check_edges():
-    compare(edge_rows(290), banned=(0, 127))
-    compare(edge_rows(129), confidence="margin")
-    compare(edge_rows(70), **sampling(ROWS))
-
-
-def one_call() -> Arguments:
-    x = torch.randn(4, 150, generator=torch.Generator().manual_seed(1)).to(DEVICE)
-    eligible = torch.tensor([True, False, True, True], device=DEVICE)
-    return {"logits": x, "eligible": eligible, "banned": (3,)}
-
-
-CASE = OpCase(
-    op=token_confidence,
-    module=module,
-    helpers=score,
-    own_compare=check,
-    calls={"some_eligible": one_call},
-    quick=("some_eligible",),
-    strided=("logits",),
-    good=lambda: {"logits": LOGITS.to(DEVICE)},
-    refused=[
-        ({"logits": LOGITS.double()}, "logits has dtype float64: accepted are float32, float16, b"),
-        ({"logits": lambda t: t.tolist()}, "logits is list"),
-        ({"logits": torch.tensor(1.0)}, r"logits has shape \(\): accepted is \(..., V\)"),
-        ({"logits": torch.zeros(8, 2).T}, "stride 2 in its last dimension: accepted is 1"),
-        ({"logits": torch.zeros(2, 0)}, "vocabulary of 0"),
-        ({"confidence": "max"}, "confidence='max': accepted are 'probability', 'margin'"),
-        ({"banned": (8,)}, "banned token 8: accepted are 0 to 7"),
-        ({"banned": tuple(range(8))}, "leaves no token"),
-        ({"temperature": -1.0}, "temperature=-1.0"),
-        ({"temperature": NAN}, "temperature=nan"),
-        ({"temperature": 1.0}, "seed=None"),
-        ({"temperature": 1.0, **SEEDS, "seed": torch.ones(1)}, "seed has dtype float32"),
-        ({"temperature": 1.0, **SEEDS, "noise_ids": torch.tensor(1)}, "noise_ids has sh"),
-        ({"eligible": torch.ones(2)}, "eligible has dtype float32: accepted are bool"),
-        ({"eligible": torch.ones(3) > 0}, r"eligible has shape \(3,\): accepted is \(2\)"),
-        ({"eligible": torch.ones(2, device="meta") > 0}, "eligible is on meta"),
-        ({"eligible": (torch.ones(4) > 0)[::2]}, r"eligible has strides \(2,\): accepted is"),
-        ({"temperature": 1.0, **SEEDS, "noise_ids": torch.arange(4)[::2]}, "noise_ids has str"),
-    ],
-    mistakes=mistakes_of(
-        (check_edges, "_token_confidence_kernel", [
-            ("(V % BLOCK_V > 0)", "(V < 0)"),
-            ("end = tl.minimum(begin + SPLIT_BLOCKS,",
-             "end = tl.minimum(begin + SPLIT_BLOCKS - 1,"),
-        ]),
-        (check_edges, "_score_block", [
-            ("mask=token < V", "mask=token < V - 1"),
-            ("block * (BLOCK_V // 4)", "block * (BLOCK_V // 4) + 1"),
-        ]),
-        (check_edges, "_score_tile", [
-            ("if tile_best > score:", "if tile_best >= score:"),
-            ("index = tl.min(tl.where(allowed == tile_best, token, NO_TOKEN), 0)",
-             "index = tl.max(tl.where(allowed == tile_best, token, -1), 0)"),
-            ("(BANNED[i] < first + BLOCK)", "(BANNED[i] < first + BLOCK - 1)"),
-            ("by_thread(capped(e), LANES)", "by_thread(e, LANES)"),
-            ("total = total * scale", "total = total"),
-        ]),
-        (check_edges, "capped", [
-            ("tl.minimum(e, 1.0, propagate_nan=tl.PropagateNan.ALL)", "tl.where(e < 1.0, e, 1.0)"),
-        ]),
-        (check_edges, "by_thread", [
-            ("tl.reshape(x, ", "tl.reshape(x * (tl.arange(0, x.shape[0]) > 0), "),
-        ]),
-        (check_edges, "weigh", [
-            ("tl.clamp(maximum, -3.4028234663852886e38, 3.4028234663852886e38)", "maximum"),
-        ]),
-        (check_edges, "combine_kernel", [
-            ("tl.min(tl.where(scores == score, tokens, NO_TOKEN), 0)",
-             "tl.max(tl.where(scores == score, tokens, -1), 0)"),
-            ("ok = total > 0", "ok = total == total"),
-            ("extra = tl.maximum(others,", "extra = tl.maximum(-float('inf'),"),
-        ]),
-    ),
-)  # fmt: skip
-
-
-class TestTokenConfidence(OpContract):
-    case = CASE

@@ -1,4 +1,4 @@
-"""rope_write_kv: the definition against complex products, the kernel against it in float64."""
+"""rope_write_kv: the definition against transformers, the kernel against it in float64."""
 
 from __future__ import annotations
 
@@ -8,25 +8,26 @@ from functools import partial
 
 import pytest
 import torch
-from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from dsb_kernels import rope_kv as module
-from dsb_kernels.rope_kv import rope_write_kv, rope_write_kv_reference, rotate
+from dsb_kernels.rope_kv import rope_write_kv, rope_write_kv_reference
+from tests.attention_cases import WINDOW_REFUSED, WindowCase, draw_window, ints_or_none
 from tests.mutations import DEVICE, kernels
 from tests.op_contract import (
-    LOW_PRECISION,
+    INF,
+    NAN,
     Arguments,
     FloatContract,
     OpCase,
     Results,
     by_definition,
-    by_kernel,
     exactly,
-    ints,
     mistakes_of,
 )  # fmt: skip
+
+TENSORS = ("q", "k", "v", "k_cache", "v_cache")
 
 
 def angles(max_pos: int, D: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -37,60 +38,42 @@ def angles(max_pos: int, D: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 @dataclass
-class Case:
-    """Arguments of one call."""
-
-    heads: int = 4
-    kv_heads: int = 2
-    W: int = 8
+class Case(WindowCase):
     C: int = 50
-    D: int = 64
     starts: tuple[int, ...] = (0, 20, 42)
     lengths: tuple[int, ...] = (8, 5, 8)
     offsets: tuple[int, ...] | None = None
-    cache_rows: tuple[int, ...] | None = None  # cache_batch_idx
-    cache_batch: int | None = None
     max_pos: int = 50
-    dtype: torch.dtype = torch.float32
     cos_sin_dtype: torch.dtype = torch.float32
-    seed: int = 0
+    special: bool = False  # infinities and NaN in columns that are read
 
     def arguments(self) -> Arguments:
-        """Of one call; NaN in columns that may not be read."""
-        generator = torch.Generator().manual_seed(self.seed)
-        B = len(self.starts)
-
-        def rows(heads: int, n: int, B: int = B) -> Tensor:
-            x = torch.randn(B, n, heads, self.D, generator=generator).to(self.dtype)
-            return x.transpose(1, 2).to(DEVICE)  # (B, heads, n, D) strided as a model's
-
-        q, k, v = rows(self.heads, self.W), rows(self.kv_heads, self.W), rows(self.kv_heads, self.W)
-        for b, length in enumerate(self.lengths):
-            for x in (q, k, v):
-                x[b, :, length:] = torch.nan
-        caches = [rows(self.kv_heads, self.C, self.cache_batch or B) for _ in range(2)]
-        return {
-            "q": q, "k": k, "v": v,
+        tensors = self.window()
+        if self.special:
+            for x in tensors[:3]:  # of a pair, one element in head 0, both in head 1
+                for column, value in enumerate((INF, -INF, NAN)):
+                    x[:, 0, column, [column, -1]] = value
+                x[:, 1, 0] = INF
+        return dict(zip(TENSORS, tensors, strict=True)) | self.where() | {
             "cos_sin_cache": angles(self.max_pos, self.D, self.cos_sin_dtype),
-            "k_cache": caches[0], "v_cache": caches[1],
-            "window_start": ints(*self.starts),
-            "window_length": ints(*self.lengths),
-            "position_offset": None if self.offsets is None else ints(*self.offsets),
-            "cache_batch_idx": None if self.cache_rows is None else ints(*self.cache_rows),
+            "position_offset": ints_or_none(self.offsets),
         }  # fmt: skip
 
     def in_precision(self, dtype: torch.dtype, cos_sin: str = "same") -> Arguments:
         table = torch.float32 if cos_sin == "float32" else dtype
         return replace(self, dtype=dtype, cos_sin_dtype=table).arguments()
 
+    def check(self) -> None:
+        compare(self.arguments())
+
 
 def compare(arguments: Arguments) -> Results:
     """As the contract does, and what is outside the window stays in the caches."""
     before = {n: x.clone() for n, x in arguments.items() if isinstance(x, Tensor)}
-    found = _, k_cache, v_cache = CASE.compare_floats(arguments)
-    q, k_exact, v_exact = exactly(rope_write_kv, arguments)
-    assert not q.isnan().any()
-    assert torch.equal(v_cache.double(), v_exact)  # values are copied
+    found = q, k_cache, v_cache = CASE.compare_floats(arguments)
+    _, k_exact, v_exact = exactly(rope_write_kv, arguments)
+    assert not q.isnan().any() or arguments["q"].isinf().any()
+    assert v_cache.double().allclose(v_exact, rtol=0, atol=0, equal_nan=True)  # copied
     untouched = k_exact == before["k_cache"].double()
     assert torch.equal(k_cache[untouched], before["k_cache"][untouched])
     for name, was in before.items():  # the inputs are only read
@@ -115,57 +98,11 @@ CASES = {
     ),
     "no_cache_row_written": Case(lengths=(0, 0, 0), cache_rows=(1, 1, 0), cache_batch=2),
     **{f"head_dim_{d}": Case(D=d) for d in (16, 80, 96, 128, 256)},
+    "special": Case(special=True),
+    "special_cache_rows": Case(
+        special=True, cache_rows=(2, 0, 1), cache_batch=3, offsets=(0, 7, 42)
+    ),
 }
-
-
-def check_special(case: Case) -> None:
-    """±inf and NaN in columns that are written: what the definition makes of them, and the columns,
-    heads and cache positions beside them as without them."""
-    clean, arguments = case.arguments(), case.arguments()
-    special = []
-    for name in "qkv":  # head 0, columns 0 to 2: one element of a pair; head 1, column 0: both
-        x = arguments[name]
-        for column, value in enumerate((torch.inf, -torch.inf, torch.nan)):
-            x[:, 0, column, [column, -1]] = value
-        x[:, 1, 0] = torch.inf
-        special.append(torch.zeros(x.shape[:3], dtype=torch.bool, device=DEVICE))
-        special[-1][:, 0, :3] = special[-1][:, 1, 0] = True
-    for i in (1, 2):  # where the cache holds those columns
-        inside, special[i] = special[i], special[i].new_zeros(clean["k_cache"].shape[:3])
-        for b, start in enumerate(case.starts):
-            row = case.cache_rows[b] if case.cache_rows else b
-            special[i][row, :, start : start + case.W] = inside[b]
-    every = zip(
-        CASE.compare_floats(arguments), exactly(rope_write_kv, arguments), special,
-        by_kernel(rope_write_kv, clean), strict=True,
-    )  # fmt: skip
-    for result, exact, at, without in every:
-        for special_value in (exact.isnan(), exact.isposinf(), exact.isneginf()):
-            assert special_value[at].any() and not special_value[~at].any()
-        assert torch.equal(result[~at], without[~at])
-
-
-SPECIAL_CASES = {
-    "halves": Case(),
-    "cache_rows": Case(cache_rows=(2, 0, 1), cache_batch=3, offsets=(0, 7, 42)),
-}
-
-
-SPECIAL_CHECKS = {name: partial(check_special, case) for name, case in SPECIAL_CASES.items()}
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, *LOW_PRECISION], ids=str)
-@pytest.mark.parametrize("name", SPECIAL_CASES)
-def test_infinities_and_nan_stay_in_their_columns(name: str, dtype: torch.dtype) -> None:
-    check_special(replace(SPECIAL_CASES[name], dtype=dtype))
-
-
-def test_definition_multiplies_complex_numbers() -> None:
-    x, table = torch.randn(10, 64, dtype=torch.float64), angles(10, 64, torch.float64).cpu()
-    cos, sin = table.chunk(2, -1)
-    pairs = torch.view_as_complex(x.unflatten(-1, (2, -1)).mT.contiguous())
-    turned = torch.view_as_real(pairs * torch.complex(cos, sin))
-    assert torch.allclose(rotate(x, cos, sin), turned.mT.flatten(-2), atol=1e-14)
 
 
 def test_definition_with_cache_rows_is_a_loop_over_rows() -> None:
@@ -200,44 +137,14 @@ def test_definition_matches_transformers() -> None:
 
 @st.composite
 def cases(draw: st.DrawFn) -> Case:
-    B, kv_heads = draw(st.integers(1, 3)), draw(st.integers(1, 2))
-    C = draw(st.integers(1, 60))
-    W = draw(st.integers(1, min(C, 40)))
-    lengths = tuple(draw(st.integers(0, W)) for _ in range(B))
-    cache_rows = cache_batch = None
-    if draw(st.booleans()):  # distinct where there is a window, anything elsewhere
-        written = sum(n > 0 for n in lengths)
-        cache_batch = draw(st.integers(max(written, 1), 5))
-        free = iter(draw(st.permutations(range(cache_batch))))
-        any_row = st.integers(0, cache_batch - 1)
-        cache_rows = tuple(next(free) if n else draw(any_row) for n in lengths)
+    window = draw_window(draw, max_batch=3, max_C=60, max_W=40)
+    offsets = st.none() | st.tuples(*[st.integers(0, window["C"])] * len(window["starts"]))
     return Case(
-        heads=kv_heads * draw(st.sampled_from([1, 2, 7])),
-        kv_heads=kv_heads,
-        W=W,
-        C=C,
+        **window,
         D=draw(st.sampled_from([16, 64, 80])),
-        starts=tuple(draw(st.integers(0, C - n)) for n in lengths),
-        lengths=lengths,
-        offsets=draw(st.none() | st.tuples(*[st.integers(0, C)] * B)),
-        cache_rows=cache_rows,
-        cache_batch=cache_batch,
+        offsets=draw(offsets),
         max_pos=draw(st.integers(1, 80)),
-        seed=draw(st.integers(0, 2**31)),
     )
-
-
-@settings(max_examples=15, deadline=None)
-@given(cases())
-def test_any_geometry(case: Case) -> None:
-    compare(case.arguments())
-
-
-@pytest.mark.slow
-@settings(max_examples=300, deadline=None)
-@given(cases())
-def test_any_geometry_at_length(case: Case) -> None:
-    compare(case.arguments())
 
 
 CASE = OpCase(
@@ -246,36 +153,20 @@ CASE = OpCase(
     own_compare=compare,
     calls={name: case.arguments for name, case in CASES.items()},
     quick=("left_padding", "cache_rows"),
-    strided=("q", "k", "v", "cos_sin_cache", "k_cache", "v_cache"),
+    any_check=cases().map(lambda case: case.check),
+    examples=(15, 300),
+    strided=(*TENSORS, "cos_sin_cache"),
     separate=("q",),
     low_calls={
         f"{name}_{cos_sin}_table": partial(CASES[name].in_precision, cos_sin=cos_sin)
-        for name in ("left_padding", "gqa_7") for cos_sin in ("float32", "same")
+        for name in ("left_padding", "gqa_7", "special", "special_cache_rows")
+        for cos_sin in ("float32", "same")
     },
-    good=CASES["start_middle_end"].arguments,
+    good=Case(cache_rows=(2, 0, 1), cache_batch=3, offsets=(0, 7, 42)).arguments,
     refused=[
-        ({"q": torch.zeros(3, 4, 8, 64).double()}, "q has dtype float64"),
-        ({"q": torch.zeros(3, 3, 8, 64)}, "q has 3 heads: accepted is a multiple"),
-        ({"k": torch.zeros(3, 2, 7, 64)}, r"k has shape \(3, 2, 7, 64\)"),
-        ({"v": torch.zeros(3, 2, 8, 128)[..., ::2]}, "v has stride 2"),
+        ({"k": lambda t: t[:, :, :7]}, r"k has shape \(3, 2, 7, 64\)"),
         ({"cos_sin_cache": torch.zeros(50, 32)}, "cos_sin_cache has shape"),
-        ({"cos_sin_cache": torch.zeros(50, 64).half()}, "cos_sin_cache has dtype"),
-        ({"k_cache": torch.zeros(3, 2, 50, 64).half()}, "k_cache has dtype float16"),
-        ({"v_cache": torch.zeros(3, 2, 49, 64)}, "v_cache has shape"),
-        ({"v_cache": torch.zeros(3, 2, 50, 64)}, "v_cache has strides"),
-        ({"window_start": torch.zeros(3)}, "window_start has dtype float32"),
-        ({"window_length": ints(1)}, "window_length has shape"),
-        ({"window_start": ints(*range(6))[::2]}, r"window_start has strides \(2,\)"),
-        ({"cache_batch_idx": ints(0, 1)}, r"cache_batch_idx has shape \(2,\)"),
-        ({"cache_batch_idx": ints(0, 1, 2).long()}, "cache_batch_idx has dtype int64"),
-        ({"k_cache": torch.zeros(4, 2, 50, 64)}, r"k_cache has shape \(4, 2, 50, 64\)"),
-        ({"cache_batch_idx": ints(0, 1, 2), "v_cache": torch.zeros(4, 2, 50, 64)},
-         r"v_cache has shape \(4, 2, 50, 64\): accepted is \(3, 2, 50, 64\)"),
-        ({"cache_batch_idx": ints(0, 1, 2), "k_cache": torch.zeros(0, 2, 50, 64),
-          "v_cache": torch.zeros(0, 2, 50, 64)}, "k_cache has 0 batch rows"),
-        ({"position_offset": ints(1, 2, 3).to("meta")}, "position_offset is on meta"),
-        ({"q": torch.zeros(3, 4, 51, 64), "k": torch.zeros(3, 2, 51, 64),
-          "v": torch.zeros(3, 2, 51, 64)}, "q has 51 columns: accepted is at most k_cache's 50"),
+        *WINDOW_REFUSED,
     ],
     mistakes=mistakes_of(
         ("start_middle_end", "_rope_write_kv_kernel", [("column < tl.m", "column <= tl.m")]),
@@ -287,11 +178,11 @@ CASE = OpCase(
         ("gqa_7", "_rotate_halves", [
             ("a * cos - b * sin", "a * cos + b * sin"), ("out_ptr + HALF", "out_ptr"),
         ]),
-        (SPECIAL_CHECKS["halves"], "_rotate_halves", [
+        ("special", "_rotate_halves", [
             ("(a * cos", "(tl.where(a == a, a, 0) * cos"),
             ("b * cos + a", "b * cos + tl.minimum(a, 1e30)"),
         ]),
-        (SPECIAL_CHECKS["cache_rows"], "_rotate_halves", [  # a column that spoils its tile
+        ("special_cache_rows", "_rotate_halves", [  # a column that spoils its tile
             ("a * cos - b * sin", "a * cos - b * sin + 0 * tl.sum(a, 0)"),
         ]),
     ),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -49,12 +51,10 @@ class Batch:
     """Rows like this one, stepped by the op."""
 
     def __init__(self, row: Row, count: int = 1) -> None:
+        names = [f.name for f in fields(UnmaskSpec) if hasattr(row, f.name)]
         self.spec = UnmaskSpec(
-            prompt_length=row.prompt_length, block_length=row.block_length,
-            max_block_length=row.max_block_length, schedule=row.schedule, cache=row.cache,
-            prefix_window=row.prefix_window, min_prefix=row.min_prefix, rule=row.rule,
-            rule_value=row.value, steps=row.steps, refresh_commit=row.refresh_commit,
-            mask_id=MASK, eos_ids=(EOS,), stop_at_eos=row.stop_at_eos, full_every=row.full_every,
+            **{name: getattr(row, name) for name in names}, rule_value=row.value, mask_id=MASK,
+            eos_ids=(EOS,),
         )  # fmt: skip
         self.canvas = torch.tensor([row.canvas] * count)
         leftpad = torch.tensor([row.leftpad] * count)
@@ -109,26 +109,11 @@ def test_every_step_equals_the_method(row, data):
     assert (batch.canvas != MASK).all()
 
 
-@settings(max_examples=300, deadline=None)
-@given(
-    confidences=st.lists(CONFIDENCE, min_size=1, max_size=12),
-    rule=st.sampled_from(["threshold", "factor", "frechet"]),
-    data=st.data(),
-)
-def test_rule_alone(confidences, rule, data):
-    value, gen = data.draw(RULE_VALUES[rule]), len(confidences)
-    batch = Batch(Row(1, gen, gen, cache="none", rule=rule, value=value))
-    batch.step(torch.full((1, gen), 7), torch.tensor([confidences]))
-    assert batch.commit[0].nonzero().flatten().tolist() == choose(confidences, rule, value)
-
-
-def test_frechet_commits_the_largest_rank_that_passes():
+def test_counts_of_frechet_and_factor():
     # 0.9 alone: 0.9 - 0 - 0.1 = 0.8; with 0.75: 1.65 - 1 - 0.25 = 0.4; with 0.5: 2.15 - 2.5 < 0.
     assert choose([0.5, 0.9, 0.75], "frechet", 0.25) == [1, 2]
     assert choose([0.5, 0.9, 0.75], "frechet", 0.5) == [1]
-
-
-def test_factor_takes_all_when_only_the_last_rank_fails():
+    # Where only the last rank fails, factor takes all.
     assert choose([0.9, 0.9, 0.1], "factor", 1.0) == [0, 1, 2]
     assert choose([0.9, 0.1, 0.1], "factor", 1.0) == [0]
 
