@@ -14,17 +14,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from tests import golden
 
-# LLaDA's weight names and Llama's, written out: a second opinion on the runtime's patterns.
-LLAMA_NAMES = {
-    "model.transformer.blocks.": "model.layers.", "attn_out.": "self_attn.o_proj.",
-    "q_proj.": "self_attn.q_proj.", "k_proj.": "self_attn.k_proj.", "v_proj.": "self_attn.v_proj.",
-    "ff_proj.": "mlp.gate_proj.", "up_proj.": "mlp.up_proj.", "attn_norm.": "input_layernorm.",
-    "ff_norm.": "post_attention_layernorm.", "model.transformer.wte.": "model.embed_tokens.",
-    "model.transformer.ln_f.": "model.norm.", "model.transformer.ff_out.": "lm_head.",
-    "ff_out.": "mlp.down_proj.",
-}  # fmt: skip
 CHAT_TEMPLATE = "{% for m in messages %}w2 {{ m['content'] }} w3{% endfor %}"
-GOLDEN_IDS = load_file(golden.DATA / "llada" / "forward.safetensors")["input_ids"][None]
+FORWARDS = {f: load_file(golden.DATA / f / "forward.safetensors") for f in golden.FAMILIES}
 
 
 def parts(family: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -32,16 +23,6 @@ def parts(family: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     folder = golden.DATA / family
     config = json.loads((folder / "config.json").read_text())
     return config, load_file(folder / "model.safetensors")
-
-
-def to_llama_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """LLaDA's weights under Llama's names."""
-    renamed = {}
-    for name, weight in weights.items():
-        for old, new in LLAMA_NAMES.items():
-            name = name.replace(old, new)
-        renamed[name] = weight
-    return renamed
 
 
 def write(
@@ -75,10 +56,17 @@ def write_changed(
     return write(folder, config, own if weights is None else weights, shards)
 
 
-def logits(model: PreTrainedModel, ids: Tensor = GOLDEN_IDS) -> Tensor:
-    """(L, V) logits of one row of ids."""
-    with torch.no_grad():
-        return model(ids).logits[0]
+@torch.no_grad()
+def logits(model: PreTrainedModel) -> Tensor:
+    """(L, V) logits of the golden forward's ids."""
+    return model(FORWARDS["llada"]["input_ids"][None]).logits[0]
+
+
+@torch.no_grad()
+def error_of(model: PreTrainedModel, family: str) -> float:
+    """The largest difference of a model's logits from the published ones."""
+    found = model(FORWARDS[family]["input_ids"][None]).logits[0]
+    return float((found - FORWARDS[family]["logits"]).abs().max())
 
 
 def write_chat_model(folder: Path) -> Path:
@@ -119,7 +107,9 @@ def write_dream_tokenizer(folder: Path) -> None:
     (folder / "vocab.json").write_text(json.dumps(vocab))
     (folder / "merges.txt").write_text("#version: 0.2\na b\n")
     settings = {
-        "tokenizer_class": "DreamTokenizer",
+        "tokenizer_class": "DreamTokenizer", "chat_template": CHAT_TEMPLATE,
         "auto_map": {"AutoTokenizer": ["tokenization_dream.DreamTokenizer", None]},
-    }
+        "added_tokens_decoder": {"4": {"content": "<|mask|>", "special": True}},
+        "mask_token": "<|mask|>",
+    }  # fmt: skip
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))

@@ -4,14 +4,17 @@ helpers for tests of decoding."""
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 import dsb_runtime as dsb
@@ -52,11 +55,17 @@ def settings(case: dict[str, Any]) -> dict[str, Any]:
 CASES = [(family, i) for family in FAMILIES for i in range(len(cases(family)))]
 
 
-def shortest(family: str, method: str, count: int) -> list[int]:
-    """The `count` cases of a method with the fewest forwards (the interpreter is slow)."""
+def shortest(family: str, method: str) -> tuple[str, int]:
+    """The case of a method with the fewest forwards (the interpreter is slow)."""
     ours = [i for i, case in enumerate(cases(family)) if case["method"] == method]
     length = {i: (cases(family)[i]["nfe"] or 99, len(cases(family)[i]["sequence"])) for i in ours}
-    return sorted(ours, key=length.__getitem__)[:count]
+    return family, min(ours, key=length.__getitem__)
+
+
+def one_of_each(family: str) -> list[dict[str, Any]]:
+    """The first case of every method and rule."""
+    first = {(case["method"], case["rule"]): case for case in reversed(cases(family))}
+    return list(first.values())
 
 
 Generate = Callable[..., dsb.GenerationOutput]  # (input_ids, config or settings)
@@ -87,10 +96,8 @@ def prompts(count: int, seed: int = 0) -> list[Tensor]:
 
 def left_pad(rows: list[Tensor]) -> tuple[Tensor, Tensor]:
     """Prompts side by side, (B, P), and their attention mask."""
-    width = max(len(row) for row in rows)
-    ids = torch.stack([torch.cat([row.new_ones(width - len(row)), row]) for row in rows])
-    lengths = torch.tensor([len(row) for row in rows])
-    return ids, (torch.arange(width) >= width - lengths[:, None]).long()
+    pad = functools.partial(pad_sequence, batch_first=True, padding_side="left")
+    return pad(rows, padding_value=1), pad([torch.ones_like(row) for row in rows])
 
 
 def check_batch(
@@ -109,19 +116,51 @@ def check_batch(
     return batch
 
 
+@torch.no_grad()
+def one_by_one(
+    family: str, prompt: Sequence[int], length: int, confidence: str = "probability"
+) -> list[int]:
+    """A response from one block without a cache, by transformers' own forward: each step commits
+    the best candidate of all."""
+    network, mask = model(family), model(family).dsb.mask_id
+    ids = torch.tensor([*prompt, *[mask] * length])
+    while (masked := (ids == mask).nonzero()[:, 0]).numel():
+        p = network(ids[None]).logits[0].double().softmax(-1)
+        p = p[masked - int(network.dsb.family.shift)]
+        allowed = p.clone()
+        allowed[:, mask] = 0
+        best, token = allowed.topk(2)
+        score = {
+            "probability": best[:, 0],
+            "margin": best[:, 0] - best[:, 1],
+            "entropy": p.xlogy(p).sum(-1),
+        }[confidence]
+        chosen = score.argmax()
+        ids[masked[chosen]] = token[chosen, 0]
+    return ids[len(prompt) :].tolist()
+
+
+@contextlib.contextmanager
+def refusal(*said: str, kind: type[Exception] = ValueError) -> Iterator[None]:
+    """What runs inside raises `kind` with a message of one line that holds every one of `said`."""
+    with pytest.raises(kind) as caught:
+        yield
+    message = str(caught.value)
+    assert "\n" not in message
+    for part in said:
+        assert part in message
+
+
 BIAS = {"llada": 16.0, "dream": 9.0}  # EOS then ends some answers early, not all at once
 
 
 @contextlib.contextmanager
 def biased_to_eos(family: str) -> Iterator[PreTrainedModel]:
     """The golden model with its LM head moved towards EOS, so that answers end early."""
-    biased = model(family)
-    original, head = biased.lm_head, torch.nn.Linear(64, 512, bias=True)
-    with torch.no_grad():
-        head.weight.copy_(original.weight)
-        head.bias.zero_()
-        head.bias[biased.dsb.eos_ids[0]] = BIAS[family]
-    biased.lm_head = head
+    biased, original = model(family), model(family).lm_head
+    biased.lm_head = copy.deepcopy(original)
+    biased.lm_head.bias = torch.nn.Parameter(torch.zeros(512))
+    biased.lm_head.bias.data[biased.dsb.eos_ids[0]] = BIAS[family]
     try:
         yield biased
     finally:

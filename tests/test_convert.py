@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import functools
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 import dsb_runtime as dsb
 from dsb_runtime.cli.main import main
@@ -22,6 +19,7 @@ from tests.checkpoints import (
     write_chat_model,
     write_dream_tokenizer,
 )
+from tests.commands import python, refused
 
 # Prints the largest difference from the golden logits, as the named class and as the Auto class.
 PLAIN = """
@@ -41,8 +39,11 @@ assert not {"dsb_runtime", "dsb_kernels"} & {module.split(".")[0] for module in 
 """
 
 
-@pytest.mark.parametrize("family", golden.FAMILIES)
-def test_plain_transformers_loads_the_copy(tmp_path, family):
+@pytest.mark.parametrize(
+    ("family", "name", "text", "tokens"),
+    [("llada", "LlamaForCausalLM", "w5 w6", "5 6"), ("dream", "Qwen2ForCausalLM", "abb", "3 2")],
+)
+def test_plain_transformers_loads_the_copy(tmp_path, family, name, text, tokens):
     source, target = tmp_path / "source", tmp_path / "target"
     if family == "llada":
         write_chat_model(source)
@@ -56,42 +57,23 @@ def test_plain_transformers_loads_the_copy(tmp_path, family):
     settings = json.loads((target / "tokenizer_config.json").read_text())
     assert "auto_map" not in settings and settings["tokenizer_class"] != "DreamTokenizer"
 
-    name = {"llada": "LlamaForCausalLM", "dream": "Qwen2ForCausalLM"}[family]
-    text = {"llada": "w5 w6", "dream": "abb"}[family]
     reference = golden.DATA / family / "forward.safetensors"
-    done = subprocess.run(
-        [sys.executable, "-c", PLAIN, target, reference, name, text],
-        capture_output=True, text=True, cwd=tmp_path,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    done = python("-c", PLAIN, target, reference, name, text, cwd=tmp_path, env={"PYTHONPATH": ""})
     named, auto, ids = done.stdout.splitlines()
     assert float(named) < 1e-4 and float(auto) < 1e-4
-    assert ids == {"llada": "5 6", "dream": "3 2"}[family]
+    assert ids == tokens
 
     model = dsb.load_model(target, device="cpu")
     assert model.dsb == golden.model(family).dsb
     golden.check_trajectory(functools.partial(dsb.generate, model), family, 0)
-    if family == "llada":
-        assert dsb.load_tokenizer(target).chat_template == CHAT_TEMPLATE
-
-
-def test_the_command_says_what_it_does(tmp_path, capsys):
-    assert main(["convert", str(golden.DATA / "llada"), str(tmp_path / "copy")]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 3
-    assert lines[0].startswith("reading") and "no tokenizer in the source" in lines[1]
-    assert lines[2].startswith("LlamaForCausalLM (llada), 0.00 GB")
-    weights = load_file(tmp_path / "copy" / "model.safetensors")
-    assert all(name.startswith(("model.", "lm_head.")) for name in weights)
+    assert dsb.load_tokenizer(target).chat_template == CHAT_TEMPLATE
 
 
 def test_the_command_takes_what_the_config_does_not_say(tmp_path, capsys):
     source = write_changed(tmp_path / "source", "dream", mask_token_id=..., model_type="qwen2")
     arguments = ["convert", str(source), str(tmp_path / "copy")]
-    assert main(arguments) == 2
-    assert "model_type='qwen2'" in capsys.readouterr().err
-    assert main([*arguments, "--family", "dream"]) == 2
-    assert "mask_token_id" in capsys.readouterr().err
+    refused(capsys, *arguments, said="model_type='qwen2'", quiet=False)
+    refused(capsys, *arguments, "--family", "dream", said="mask_token_id", quiet=False)
     more = ["--family", "dream", "--mask-id", "511", "--dtype", "bfloat16"]
     assert main(arguments + more) == 0
     model = dsb.load_model(tmp_path / "copy", device="cpu")
@@ -99,17 +81,17 @@ def test_the_command_takes_what_the_config_does_not_say(tmp_path, capsys):
 
 
 def test_nothing_is_overwritten(tmp_path, capsys):
+    """An empty folder is taken, and a source that has no tokenizer."""
     source, target = str(golden.DATA / "llada"), tmp_path / "copy"
     target.mkdir()
     kept = target / "mine.txt"
     kept.write_text("mine")
-    assert main(["convert", source, str(target)]) == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1 and "expected a new or an empty folder" in error
+    for taken in (target, kept):
+        refused(capsys, "convert", source, taken, said="expected a new or an empty folder")
     assert [p.name for p in target.iterdir()] == ["mine.txt"]
-    assert main(["convert", source, str(kept)]) == 2
     kept.unlink()
-    assert main(["convert", source, str(target)]) == 0, "an empty folder is taken"
+    assert main(["convert", source, str(target)]) == 0
+    assert "no tokenizer in the source" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -130,7 +112,5 @@ def test_what_can_fail_early_fails_first(tmp_path, capsys, place, options, said)
     if options == ("broken tokenizer",):
         (source / "tokenizer.json").write_text("{")
         options = ()
-    assert main(["convert", str(source), str(tmp_path / place), *options]) == 2
-    error = capsys.readouterr().err
-    assert said in error and error.count("\n") == 1
+    refused(capsys, "convert", source, tmp_path / place, *options, said=said, quiet=False)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "source"]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 import gc
 import pickle
-import threading
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -23,19 +23,21 @@ from tests.golden import biased_to_eos, left_pad, prompts
 from tests.mutations import kernels
 from tests.recorded import Recorder
 
-SHORT = [(f, golden.shortest(f, "dsb_cache_greedy", 1)[0]) for f in golden.FAMILIES]
+SHORT = [golden.shortest(family, "dsb_cache_greedy") for family in golden.FAMILIES]
 SHAPE = {"gen_length": 24, "block_length": 8}
 
 
-def recording_engine(family: str) -> dsb.Engine:
-    return dsb.Engine(golden.model(family), capture=Recorder())
+def engine_of(family: str = "llada", captured: bool = False) -> dsb.Engine:
+    """A new engine, whose steps are recorded and replayed where `captured`."""
+    how = {"capture": Recorder()} if captured else {"graphs": False}
+    return dsb.Engine(golden.model(family), **how)
 
 
 def check_equal(
     engine: dsb.Engine, ids: torch.Tensor, model: PreTrainedModel | None = None
 ) -> dsb.GenerationOutput:
     """An engine decodes what another one decodes that is new and captures nothing."""
-    fresh = dsb.Engine(model or golden.model("llada"), graphs=False)
+    fresh = dsb.Engine(model or engine.model, graphs=False)
     out, expected = (e.generate(ids, **SHAPE) for e in (engine, fresh))
     assert torch.equal(out.sequences, expected.sequences)
     assert out.tokens_per_forward == expected.tokens_per_forward
@@ -46,7 +48,7 @@ def check_equal(
 
 
 def check_captured(family: str, index: int) -> Recorder:
-    engine = recording_engine(family)
+    engine = engine_of(family, captured=True)
     recorder = engine.loop.capture
     out = golden.check_trajectory(engine.generate, family, index)
     # Again, now from recordings alone.
@@ -74,7 +76,7 @@ def test_captured_trajectory_by_kernel(family, index):
 @pytest.mark.parametrize("cache", ["none", "dual", "dsb"])
 @pytest.mark.parametrize("rule", [{"threshold": 0.6}, {"steps": 12}])
 def test_captured_batch_rows_equal_single_runs(family, cache, rule):
-    engine, alone = recording_engine(family), dsb.Engine(golden.model(family), graphs=False)
+    engine, alone = engine_of(family, captured=True), engine_of(family)
     golden.check_batch(engine.generate, alone.generate, prompts(3), cache=cache, **SHAPE, **rule)
 
 
@@ -89,7 +91,7 @@ def test_a_batch_by_kernel(family, policy):
     expected = dsb.generate(golden.model(family), ids, attention_mask=mask, **settings)
     kinds: list[tuple[str, int]] = []
     with kernels():
-        out = dsb.Engine(golden.model(family), graphs=False).generate(
+        out = engine_of(family).generate(
             ids, attention_mask=mask, on_step=lambda e: kinds.append((e.kind, len(e.rows))),
             **settings,
         )  # fmt: skip
@@ -99,21 +101,24 @@ def test_a_batch_by_kernel(family, policy):
 
 @pytest.mark.parametrize("family", golden.FAMILIES)
 def test_captured_steps_serve_other_prompts_and_lengths(family):
-    """A prompt is padded to the next multiple, so that steps recorded for one serve another."""
-    engine = recording_engine(family)
+    """A prompt is padded to the next multiple, so that steps recorded for one serve another. A
+    longer one makes the memory grow, and drops the steps that point into the old one."""
+    engine = engine_of(family, captured=True)
     for prompt in prompts(4):
-        check_equal(engine, prompt[None], golden.model(family))
+        check_equal(engine, prompt[None])
     assert len(engine.loop.sessions) == 1
+    for prompt in (torch.arange(2, 102), prompts(1)[0]):
+        check_equal(engine, prompt[None])
 
 
 @pytest.mark.parametrize("family", golden.FAMILIES)
-@pytest.mark.parametrize("options", [{}, {"top_p": 0.9}])
+@pytest.mark.parametrize("options", [{}, {"top_p": 0.9, "top_k": 40}])
 def test_the_same_seed_gives_the_same_tokens_captured_or_not(family, options):
     if options and family == "llada":
         options = {"threshold": 0.5}
     ids, mask = left_pad(prompts(3))
     runs = []
-    for engine in (recording_engine(family), dsb.Engine(golden.model(family), graphs=False)):
+    for engine in (engine_of(family, captured=True), engine_of(family)):
         for seed in (1, 2):
             out = engine.generate(
                 ids, attention_mask=mask, temperature=1.0,
@@ -139,7 +144,7 @@ def watch_launches(engine: dsb.Engine, monkeypatch: pytest.MonkeyPatch) -> list[
 def test_a_step_is_launched_before_its_predecessor_is_known(monkeypatch):
     """With one token a step what comes next is certain: the host is one step behind but for
     refreshes, and no step is wasted."""
-    engine, speculate, guesses = recording_engine("llada"), loop.speculate, []
+    engine, speculate, guesses = engine_of(captured=True), loop.speculate, []
     launched = watch_launches(engine, monkeypatch)
     monkeypatch.setattr(loop, "speculate", lambda *a: guesses.append(speculate(*a)) or guesses[-1])
     out = engine.generate(prompts(1)[0][None], gen_length=24, block_length=8, steps=24)
@@ -154,7 +159,7 @@ def test_a_wrong_guess_changes_nothing(monkeypatch):
         missed = table[0].next_kind != shape.kind  # the step under way is such a guess
         return None if missed or not session.captured else StepShape(StepKind.WINDOW, 1, 32, 8)
 
-    engine = recording_engine("llada")
+    engine = engine_of(captured=True)
     launched = watch_launches(engine, monkeypatch)
     monkeypatch.setattr(loop, "speculate", guess)
     forwards = sum(check_equal(engine, prompt[None]).nfe for prompt in prompts(3))
@@ -172,7 +177,7 @@ def test_no_step_can_be_wrong(data):
     leftpad = (mask.shape[1] - mask.sum(-1)).int()
     policy = data.draw(st.sampled_from(["full", "response"]))
     config = dsb.DecodingConfig(threshold=0.5, refresh_policy=policy, **SHAPE)
-    engine = dsb.Engine(golden.model(family), graphs=False)
+    engine = engine_of(family)
     with torch.no_grad():
         session = engine.loop.session(config, ids, leftpad, 0)
         length = session.state.canvas.shape[1]
@@ -197,44 +202,30 @@ def test_no_step_can_be_wrong(data):
 
 
 def test_memory_is_reused_and_grows():
-    engine = dsb.Engine(golden.model("llada"), graphs=False)
-    small, large = prompts(4)[1][None], prompts(4)[3][None]
+    """What is reserved is rows times positions, not the largest of each."""
+    engine = engine_of()
+    small, large = prompts(2)[1][None], torch.arange(2, 202)[None]
 
     def run(ids: torch.Tensor) -> int:
         check_equal(engine, ids)
         return engine.loop.storage.data_ptr()
 
-    first = run(small)
+    assert run(small) == run(small), "the same memory serves the next call"
     size = len(engine.loop.storage)
-    assert run(small) == first, "the same memory serves the next call"
-    run(large)
+    engine.generate(torch.full((8, 4), 7), **SHAPE)
     assert len(engine.loop.storage) > size
     grown = engine.loop.storage.data_ptr()
-    assert run(small) == run(small.repeat(2, 1)[:1]) == grown, "a smaller call leaves it as it is"
+    assert run(large) == grown, "a long row fits where a batch did"
+    assert run(small) == grown, "a smaller call leaves it as it is"
     engine.release()
     assert engine.loop.storage is None and run(small)
 
 
-def test_a_batch_and_a_long_row_share_memory():
-    """Rows times positions is what is reserved, not the largest of each."""
-    engine = dsb.Engine(golden.model("llada"), graphs=False)
-    engine.generate(torch.full((8, 4), 7), **SHAPE)
-    size = len(engine.loop.storage)
-    check_equal(engine, torch.arange(2, 202)[None])
-    assert len(engine.loop.storage) == size
-
-
 def test_captured_steps_are_kept_for_a_few_settings_only():
-    engine = recording_engine("llada")
+    engine = engine_of(captured=True)
     for threshold in range(loop.SESSIONS + 3):
         engine.generate(prompts(1)[0][None], threshold=threshold / 20, **SHAPE)
     assert len(engine.loop.sessions) == loop.SESSIONS
-
-
-def test_growth_drops_steps_that_point_into_the_old_memory():
-    engine = recording_engine("llada")
-    for prompt in (prompts(1)[0], torch.arange(2, 102), prompts(1)[0]):
-        check_equal(engine, prompt[None])
 
 
 def test_changed_weights_are_noticed():
@@ -272,7 +263,7 @@ def test_calls_inside_and_outside_of_inference_mode(captured, modes):
     engine = dsb.Engine(model, capture=Recorder() if captured else None)
     for mode in modes[1:]:
         with torch.inference_mode(mode):
-            check_equal(engine, prompts(1)[0][None])
+            check_equal(engine, prompts(1)[0][None], golden.model("llada"))
     assert modes[0] or not any(p.is_inference() for p in model.parameters())
 
 
@@ -284,7 +275,7 @@ def test_calls_inside_and_outside_of_inference_mode(captured, modes):
 def test_an_interrupt_leaves_the_next_call_correct(captured, where, when):
     """Ctrl-C in the middle of a forward, also while it is being recorded, or in `on_step`."""
     model, prompt = golden.model("llada"), prompts(1)[0][None]
-    engine, calls = dsb.Engine(model, capture=Recorder() if captured else None), []
+    engine, calls = engine_of(captured=captured), []
 
     def interrupt(*args: object) -> None:
         calls.append(1)
@@ -308,33 +299,30 @@ def test_threads_do_not_mix():
     wrong: list[int] = []
 
     def work(i: int) -> None:
-        engine = dsb.Engine(model, graphs=False) if i % 2 else None
+        run = engine_of().generate if i % 2 else golden.generate_of("llada")
         for _ in range(4):
-            run = engine.generate if engine else lambda ids, **s: dsb.generate(model, ids, **s)
             if not torch.equal(run(rows[i][None], **SHAPE).sequences, expected[i]):
                 wrong.append(i)
 
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(work, range(4)))  # which raises what a thread raised
     assert not wrong
 
 
 def test_a_call_inside_a_call():
-    model, prompt = golden.model("llada"), prompts(2)
-    inner, plain = [], dsb.generate(model, prompt[1][None], **SHAPE).sequences
+    model, (outer, inner) = golden.model("llada"), (row[None] for row in prompts(2))
+    expected = [dsb.generate(model, ids, **SHAPE).sequences for ids in (outer, inner)]
+    found: list[torch.Tensor] = []
 
     def again(event: dsb.StepEvent) -> None:
-        inner.append(dsb.generate(model, prompt[1][None], **SHAPE).sequences)
+        found.append(dsb.generate(model, inner, **SHAPE).sequences)
 
-    outer = dsb.generate(model, prompt[0][None], on_step=again, **SHAPE)
-    assert torch.equal(outer.sequences, dsb.generate(model, prompt[0][None], **SHAPE).sequences)
-    assert all(torch.equal(i, plain) for i in inner) and len(inner) == outer.nfe
+    out = dsb.generate(model, outer, on_step=again, **SHAPE)
+    assert torch.equal(out.sequences, expected[0]) and len(found) == out.nfe
+    assert all(torch.equal(sequences, expected[1]) for sequences in found)
     engine = dsb.Engine(model)
     with pytest.raises(RuntimeError, match="on_step"):
-        engine.generate(prompt[0][None], on_step=lambda e: engine.generate(prompt[1][None]))
+        engine.generate(outer, on_step=lambda e: engine.generate(inner))
 
 
 def test_a_model_with_an_engine_can_be_copied_pickled_and_freed():

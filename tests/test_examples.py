@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import ast
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+from tests.commands import ROOT, python
+
 EXAMPLES = ROOT / "examples"
 
 # What the output says, as regular expressions.
@@ -27,26 +24,10 @@ EXPECTED = {
 }  # fmt: skip
 
 
-def run(*arguments: str) -> str:
-    environment = {
-        **os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1",
-    }  # fmt: skip
-    environment.pop("TRITON_INTERPRET", None)
-    result = subprocess.run(
-        [sys.executable, *arguments], capture_output=True, text=True, env=environment, timeout=300
-    )
-    assert result.returncode == 0, result.stderr
-    return result.stdout
-
-
-def test_every_example_is_listed():
-    assert sorted(EXPECTED) == sorted(path.name for path in EXAMPLES.glob("*.py"))
-
-
-@pytest.mark.parametrize("name", sorted(EXPECTED))
+@pytest.mark.parametrize("name", [path.name for path in EXAMPLES.glob("*.py")])
 def test_example(name):
     """It prints what it is about, is short, and says how to run it."""
-    output = run(str(EXAMPLES / name))
+    output = python(EXAMPLES / name).stdout
     for pattern in EXPECTED[name]:
         assert re.search(pattern, output), output
     text = (EXAMPLES / name).read_text(encoding="utf-8")
@@ -64,4 +45,4 @@ def test_readme_code_runs_with_the_embedded_model(tmp_path):
     )
     script = tmp_path / "readme.py"
     script.write_text(code, encoding="utf-8")
-    assert re.search(r"\d+ forwards for \d+ tokens", run(str(script)))
+    assert re.search(r"\d+ forwards for \d+ tokens", python(script).stdout)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -12,7 +12,7 @@ import pytest
 from dsb_runtime.files import write_json
 
 
-def test_a_file_is_replaced_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_is_replaced_whole(tmp_path, monkeypatch):
     path = tmp_path / "kept.json"
     write_json(path, {"rounds": 1})
     assert json.loads(path.read_text()) == {"rounds": 1}
@@ -28,9 +28,7 @@ def test_a_file_is_replaced_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert json.loads(path.read_text()) == {"rounds": 1}
 
 
-def test_links_and_folders_that_take_no_other_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_links_and_folders_that_take_no_other_file(tmp_path, monkeypatch):
     target, link = tmp_path / "target.json", tmp_path / "link.json"
     link.symlink_to(target)
     write_json(link, [1])
@@ -41,12 +39,11 @@ def test_links_and_folders_that_take_no_other_file(
     assert json.loads(target.read_text()) == [3]
 
 
-def test_a_pipe_is_written_to(tmp_path: Path) -> None:
-    pipe, read = tmp_path / "pipe", []
+def test_a_pipe_is_written_to(tmp_path):
+    pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
-    reader = threading.Thread(target=lambda: read.append(pipe.read_text()))
-    reader.start()
-    write_json(pipe, [2])
-    reader.join(10)
-    assert [json.loads(text) for text in read] == [[2]]
+    with ThreadPoolExecutor() as pool:
+        read = pool.submit(pipe.read_text)
+        write_json(pipe, [2])
+        assert json.loads(read.result(10)) == [2]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["pipe"]

@@ -12,6 +12,7 @@ from dsb_runtime.demo import MODEL_DIR
 from dsb_runtime.demo.problems import heldout
 from dsb_runtime.demo.tokenizer import chat_text
 from dsb_runtime.doors.likelihood import Scored, are_greedy, log_likelihoods
+from tests.golden import refusal
 
 lm_eval = pytest.importorskip("lm_eval", reason="needs the extra: pip install .[eval]")
 
@@ -68,14 +69,9 @@ def test_every_setting_is_covered_above():
 @pytest.mark.parametrize(
     ("text", "error", "message"),
     [
-        ("treshold=0.9", TypeError, "treshold=0.9: no such argument .* threshold"),
-        ("threshold=1.5", ValueError, r"threshold=1.5: expected a number in \[0, 1\]"),
-        ("threshold=high", TypeError, r"threshold='high': expected a number"),
-        ("block_length=abc", TypeError, "block_length='abc': expected an int"),
-        ("gen_length=64.5", TypeError, "gen_length=64.5: expected an int"),
-        ("schedule=fast", ValueError, "schedule='fast': expected one of dsb, naive"),
-        ("stop_at_eos=1", TypeError, "stop_at_eos=1: expected True or False"),
-        ("threshold=0.9,factor=1.0", ValueError, "at most one of threshold, factor"),
+        ("treshold=0.9", TypeError, "treshold=0.9: no such argument"),
+        ("threshold=1.5", ValueError, "threshold=1.5: expected a number in [0, 1]"),
+        ("threshold=high", TypeError, "threshold='high': expected a number"),
         ("mc_num=0", ValueError, "mc_num=0: expected an int >= 1"),
         ("seed=-1", ValueError, "seed=-1: expected an int from 0"),
         ("check_greedy=1", TypeError, "check_greedy=1: expected True or False"),
@@ -85,27 +81,26 @@ def test_every_setting_is_covered_above():
     ],
 )
 def test_an_error_of_an_argument_is_one_line(text, error, message):
-    with pytest.raises(error, match=message) as caught:
+    with refusal(message, kind=error):
         make(text, batch_size=4 if text else "auto")
-    assert "\n" not in str(caught.value)
 
 
 def test_what_a_request_asks_for(lm):
     """Fields of one configuration, for `generation_kwargs` beside gen_length=64."""
 
-    def read(name: str, **asked: Any) -> Any:
-        return getattr(lm.decoding_config(asked), name)
-
-    assert read("gen_length") == 64 and read("block_length") == 16
-    assert read("gen_length", max_gen_toks=10) == 10 and read("block_length", max_gen_toks=10) == 2
-    assert read("gen_length", max_gen_toks=500) == 64
-    assert read("gen_length", max_new_tokens=7) == 7
-    assert read("threshold") == 0.9 and read("threshold", threshold=0.5) == 0.5
-    assert read("threshold", steps=8) is None and read("steps", steps=8) == 8
-    assert read("temperature", temperature=0.7, do_sample=True) == 0.7
-    assert read("temperature", temperature=0.7, do_sample=False) == 0
-    assert read("top_p", temperature=0.7, top_p=0.9) == 0.9
-    assert read("top_p", temperature=0.0, top_p=0.9) is None
+    for asked, expected in (
+        ({}, {"gen_length": 64, "block_length": 16, "threshold": 0.9}),
+        ({"max_gen_toks": 10}, {"gen_length": 10, "block_length": 2}),
+        ({"max_gen_toks": 500}, {"gen_length": 64}),
+        ({"max_new_tokens": 7}, {"gen_length": 7}),
+        ({"threshold": 0.5}, {"threshold": 0.5}),
+        ({"steps": 8}, {"threshold": None, "steps": 8}),
+        ({"temperature": 0.7, "do_sample": True}, {"temperature": 0.7}),
+        ({"temperature": 0.7, "do_sample": False}, {"temperature": 0}),
+        ({"temperature": 0.7, "top_p": 0.9}, {"top_p": 0.9}),
+        ({"temperature": 0.0, "top_p": 0.9}, {"top_p": None}),
+    ):
+        assert vars(lm.decoding_config(asked)).items() >= expected.items()
     with pytest.raises(ValueError, match="max_gen_toks=0: expected an int >= 1"):
         lm.decoding_config({"max_gen_toks": 0})
     # A named block shrinks with a short request.
@@ -126,13 +121,12 @@ def test_what_means_nothing_is_said_once(lm, caplog):
 
 
 def test_answers_are_those_of_generate_one_by_one(lm):
-    model, tokenizer = dsb.load_model(MODEL_DIR, device="cpu"), dsb.load_tokenizer(MODEL_DIR)
     expected, tokens, forwards = [], 0, 0
     for prompt in PROMPTS:
-        ids = tokenizer(prompt, add_special_tokens=False, return_tensors="pt").input_ids
-        out = dsb.generate(model, ids, gen_length=64, block_length=16, stop_at_eos=True)
+        ids = lm.tokenizer(prompt, add_special_tokens=False, return_tensors="pt").input_ids
+        out = dsb.generate(lm.model, ids, gen_length=64, block_length=16, stop_at_eos=True)
         tokens, forwards = tokens + out.row_tokens[0], forwards + out.nfe
-        text = tokenizer.decode(out.sequences[0, ids.shape[1] :], skip_special_tokens=True)
+        text = lm.tokenizer.decode(out.sequences[0, ids.shape[1] :], skip_special_tokens=True)
         expected.append(text)
     fresh = make("gen_length=64")
     assert answers(fresh) == expected
@@ -222,11 +216,8 @@ def test_a_prompt_keeps_the_bos_that_it_has(monkeypatch):
 
 
 def test_loglikelihood(lm):
-    pairs = [
-        (PROMPTS[0], " " + PROBLEMS[0].response),
-        (PROMPTS[4], " Monday 1 + 1 = 3."),
-        ("", "Mia"),
-    ]
+    pairs = [(PROMPTS[0], " " + PROBLEMS[0].response), (PROMPTS[4], " Monday 1 + 1 = 3."),
+             ("", "Mia")]  # fmt: skip
     found = lm.loglikelihood(requests("loglikelihood", pairs), disable_tqdm=True)
     items = [
         Scored(

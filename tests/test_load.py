@@ -7,12 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from transformers import LlamaForCausalLM, Qwen2ForCausalLM, Qwen2Tokenizer
+from transformers import LlamaForCausalLM, Qwen2ForCausalLM
 
 import dsb_runtime as dsb
 from tests import golden
-from tests.checkpoints import GOLDEN_IDS, logits, parts, to_llama_names, write, write_changed
+from tests.checkpoints import error_of, logits, parts, write, write_changed
 
 # The published files of LLaDA-8B-Instruct and Dream-v0-Instruct-7B, which the tests shrink.
 LLADA_8B, DREAM_7B, DREAM_GENERATION = (
@@ -27,8 +26,6 @@ PUBLISHED = {
     "dream-windows-named": (DREAM_7B, {"torch_dtype": "float32", "sliding_window": 131072}),
 }
 IDS = ("mask_token_id", "eos_token_id", "pad_token_id", "bos_token_id")
-
-
 PROMPT = torch.tensor([[5, 6, 7]])
 HEAD = "model.transformer.ff_out.weight"
 
@@ -50,14 +47,7 @@ def test_published_configs_are_accepted(tmp_path, name):
                       for k, v in DREAM_GENERATION.items()}  # fmt: skip
         (tmp_path / "generation_config.json").write_text(json.dumps(generation))
     model = load(write(tmp_path, config, weights))
-    reference = load_file(golden.DATA / family / "forward.safetensors")
-    found = logits(model, reference["input_ids"][None])
-    assert (found - reference["logits"]).abs().max() < 1e-4
-    assert model.dsb.mask_id == small["mask_token_id"]
-    assert model.dsb.eos_ids == (small["eos_token_id"],)
-    expected = dsb.generate(golden.model(family), PROMPT, gen_length=8, block_length=4)
-    got = dsb.generate(model, PROMPT, gen_length=8, block_length=4)
-    assert got.sequences.tolist() == expected.sequences.tolist()
+    assert error_of(model, family) < 1e-4 and model.dsb == golden.model(family).dsb
 
 
 @pytest.mark.parametrize(
@@ -70,10 +60,6 @@ def test_what_is_returned(family, model_class, prefix):
     assert model.config.is_causal is False and model.config._attn_implementation == "dsb"
     assert (model.dsb.family.name, model.dsb.mask_id, model.dsb.eos_ids) == (family, 511, (1,))
     assert model.dsb.family.prefix_window == prefix
-    changed = GOLDEN_IDS.clone()
-    changed[0, -1] = (changed[0, -1] + 1) % 500
-    difference = logits(model)[0] - logits(model, changed)[0]
-    assert difference.abs().max() > 1e-3, "attention is bidirectional"
 
 
 @pytest.mark.parametrize("family", golden.FAMILIES)
@@ -101,8 +87,7 @@ def test_dtypes(tmp_path, asked, stored, expected):
     model = load(write_changed(tmp_path, weights=weights, torch_dtype=said), dtype=asked)
     assert {p.dtype for p in model.parameters()} == {expected}
     assert torch.equal(model.lm_head.weight, weights[HEAD].to(expected))
-    out = dsb.generate(model, PROMPT, gen_length=8, block_length=4)
-    assert not (out.sequences == 511).any()
+    dsb.generate(model, PROMPT, gen_length=8, block_length=4)
 
 
 def grouped(weights: dict[str, torch.Tensor], repeat: bool) -> dict[str, torch.Tensor]:
@@ -121,8 +106,6 @@ def test_grouped_heads_equal_the_same_heads_written_out(tmp_path):
     wide = load(write_changed(tmp_path / "b", weights=grouped(weights, True)))
     assert narrow.model.layers[0].self_attn.k_proj.weight.shape == (32, 64)
     assert (logits(narrow) - logits(wide)).abs().max() < 1e-5
-    pair = [dsb.generate(m, PROMPT, gen_length=16, block_length=8) for m in (narrow, wide)]
-    assert pair[0].sequences.tolist() == pair[1].sequences.tolist()
 
 
 @pytest.mark.parametrize("head", ["absent", "a copy of the embeddings"])
@@ -154,7 +137,7 @@ def test_llama_fields_grouped_heads_tied_embeddings_and_a_named_mask(tmp_path, n
     del weights[HEAD]
     expected = load(write_changed(tmp_path / "a", weights=weights, n_kv_heads=2, weight_tying=True))
     if names == "llama":
-        weights = to_llama_names(weights)
+        weights = {k: w for k, w in expected.state_dict().items() if k != "lm_head.weight"}
         assert "model.layers.2.mlp.down_proj.weight" in weights
     folder = write(tmp_path / "b", ILLADA, weights, shards=2)
     with pytest.raises(ValueError, match=r"mask_id=None.*no mask_token_id"):
@@ -210,30 +193,6 @@ def test_eos_ids_from_both_files(tmp_path, config_eos, generation_eos, expected)
         (tmp_path / "generation_config.json").write_text(
             json.dumps({"eos_token_id": generation_eos, "max_new_tokens": 48})
         )
-    model = load(tmp_path)
-    assert model.dsb.eos_ids == expected
-    assert load(tmp_path, eos_ids=[7]).dsb.eos_ids == (7,)
-    assert load(tmp_path, mask_id=9).dsb.mask_id == 9
-
-
-def test_dreams_tokenizer_loads_without_its_remote_code(tmp_path):
-    """Published as `vocab.json` and `merges.txt` with a class that lives in the repository."""
-    letters = [chr(c) for c in range(33, 127)] + ["Ġ", "he", "ll"]
-    (tmp_path / "vocab.json").write_text(json.dumps({t: i for i, t in enumerate(letters)}))
-    (tmp_path / "merges.txt").write_text("#version: 0.2\nh e\nl l\n")
-    special = {"content": "<|mask|>", "lstrip": False, "normalized": False, "rstrip": False,
-               "single_word": False, "special": True}  # fmt: skip
-    (tmp_path / "tokenizer_config.json").write_text(
-        json.dumps({
-            "tokenizer_class": "DreamTokenizer", "mask_token": "<|mask|>",
-            "auto_map": {"AutoTokenizer": ["tokenization_dream.DreamTokenizer", None]},
-            "added_tokens_decoder": {"100": special}, "eos_token": "<|mask|>",
-            "pad_token": "<|mask|>", "unk_token": "<|mask|>",
-            "chat_template": "{{ messages[0]['content'] }}",
-        })
-    )  # fmt: skip
-    tokenizer = dsb.load_tokenizer(tmp_path)
-    assert isinstance(tokenizer, Qwen2Tokenizer)
-    ids = tokenizer("hello<|mask|>").input_ids
-    assert tokenizer.convert_ids_to_tokens(ids) == ["he", "ll", "o", "<|mask|>"]
-    assert tokenizer.decode(ids) == "hello<|mask|>" and tokenizer.chat_template
+    assert load(tmp_path).dsb.eos_ids == expected
+    named = load(tmp_path, eos_ids=[7], mask_id=9)
+    assert (named.dsb.eos_ids, named.dsb.mask_id) == ((7,), 9)

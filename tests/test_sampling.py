@@ -13,7 +13,7 @@ from torch import Tensor
 import dsb_runtime as dsb
 from dsb_kernels.noise import gumbel_noise, uniform
 from dsb_kernels.score import CONFIDENCES
-from dsb_runtime.engine.sampling import cut_top_k, cut_top_p, propose, sample_nucleus
+from dsb_runtime.engine.sampling import cut_top_k, propose, sample_nucleus
 from dsb_runtime.families import LLADA, DiffusionInfo
 from tests import golden
 
@@ -112,7 +112,8 @@ def test_dreams_confidence_is_of_the_distribution_after_temperature_and_cuts(
 @pytest.mark.parametrize("temperature", [0.0, 0.7])
 @pytest.mark.parametrize("kind", CONFIDENCES)
 def test_lladas_confidence_is_of_the_distribution_before_temperature(kind, temperature):
-    """The mask token is the most likely of every second candidate, and no part of a margin."""
+    """The mask token is the most likely of every second candidate, where it is not proposed and no
+    part of a margin."""
     logits = random_logits(40)
     logits[::2, MASK] = 9.0
     token, confidence = llada_proposals(logits, temperature, seed=2, confidence=kind)
@@ -124,43 +125,20 @@ def test_lladas_confidence_is_of_the_distribution_before_temperature(kind, tempe
         "entropy": (p * p.log()).sum(-1),
     }
     torch.testing.assert_close(confidence.double(), expected[kind], atol=1e-6, rtol=0)
+    assert (token != MASK).all()
+    if temperature == 0:
+        assert torch.equal(token, p[:, :MASK].argmax(-1))
 
 
 @pytest.mark.parametrize("family", golden.FAMILIES)
 def test_the_confidence_decides_which_candidate_is_committed(family):
-    """With one block, no cache and one commit a step, a decode is a loop of a few lines."""
-    model = golden.model(family)
-    orders = {}
+    orders = []
     for kind in CONFIDENCES:
         shape = {"gen_length": 16, "block_length": 16, "steps": 16}
-        out = dsb.generate(model, PROMPT, cache="none", confidence=kind, **shape)
-        orders[kind] = out.sequences[0, PROMPT.shape[1] :].tolist()
-        assert orders[kind] == decode_plainly(model, kind)
-    assert len({tuple(order) for order in orders.values()}) > 1
-
-
-@torch.no_grad()
-def decode_plainly(model: Any, kind: str) -> list[int]:
-    """Commit the best candidate of all 16 until none is left."""
-    mask, prompt = model.dsb.mask_id, PROMPT.shape[1]
-    canvas = torch.cat([PROMPT, torch.full((1, 16), mask)], -1)
-    bidirectional = torch.ones(1, 1, canvas.shape[1], canvas.shape[1], dtype=torch.bool)
-    while (masked := (canvas[0] == mask).nonzero()[:, 0]).numel():
-        logits = model(canvas, attention_mask=bidirectional).logits[0]
-        if model.dsb.family.shift:
-            logits = torch.cat([logits[:1], logits[:-1]])
-        p = logits.double().softmax(-1)
-        allowed = p.clone()
-        allowed[:, mask] = 0
-        best, token = allowed.topk(2)
-        c = {
-            "probability": best[:, 0],
-            "margin": best[:, 0] - best[:, 1],
-            "entropy": p.xlogy(p).sum(-1),
-        }[kind]
-        chosen = masked[c[masked].argmax()]
-        canvas[0, chosen] = token[chosen, 0]
-    return canvas[0, prompt:].tolist()
+        out = dsb.generate(golden.model(family), PROMPT, cache="none", confidence=kind, **shape)
+        orders.append(out.sequences[0, PROMPT.shape[1] :].tolist())
+        assert orders[-1] == golden.one_by_one(family, PROMPT[0].tolist(), 16, kind)
+    assert orders[1:] != orders[:1] * 2, "confidences must differ, or this shows nothing"
 
 
 @pytest.mark.parametrize(("top_p", "top_k"), CUTS)
@@ -169,15 +147,10 @@ def test_dream_samples_what_the_cuts_leave(top_p, top_k):
     row = random_logits(1, seed=3)
     config = settings(temperature=0.8, top_p=top_p, top_k=top_k)
     token, _ = sample_nucleus(row.repeat(20000, 1), MASK, config, **noise(2, 20000))
-    expected = torch.tensor(published_row(row[0].tolist(), 0.8, top_p, top_k))
-    expected[MASK] = 0
-    check_counts(token, expected / expected.sum())
-
-
-def check_counts(token: Tensor, probability: Tensor) -> None:
-    """Draws agree with a distribution: nothing impossible, chi-square within five sigma."""
-    counts = torch.bincount(token, minlength=len(probability)).double()
-    expected = probability.double() * len(token)
+    probability = torch.tensor(published_row(row[0].tolist(), 0.8, top_p, top_k)).double()
+    probability[MASK] = 0
+    expected = probability / probability.sum() * len(token)
+    counts = torch.bincount(token, minlength=len(expected))
     assert (counts[expected == 0] == 0).all()
     often = expected > 5
     chi = ((counts - expected)[often] ** 2 / expected[often]).sum().item()
@@ -185,36 +158,13 @@ def check_counts(token: Tensor, probability: Tensor) -> None:
     assert chi < freedom + 5 * math.sqrt(2 * freedom)
 
 
-def kept(x: Tensor) -> int:
-    return int((x > torch.finfo(x.dtype).min).sum())
-
-
-def test_top_p_keeps_the_token_that_crosses_and_always_one():
-    row = torch.tensor([[0.5, 0.25, 0.125, 0.125]]).log()
-    counts = {0.01: 1, 0.49: 1, 0.51: 2, 0.74: 2, 0.76: 3, 0.87: 3, 0.88: 4}
-    assert {p: kept(cut_top_p(row, p)) for p in counts} == counts
-
-
 def test_top_k_keeps_ties_and_all_when_larger_than_the_vocabulary():
     row, counts = torch.tensor([[3.0, 1.0, 2.0, 2.0]]), {1: 1, 2: 3, 3: 3, 4: 4, 99: 4}
-    assert {k: kept(cut_top_k(row, k)) for k in counts} == counts
+    lowest = torch.finfo(row.dtype).min
+    assert {k: int((cut_top_k(row, k) > lowest).sum()) for k in counts} == counts
 
 
 # --- LLaDA: Gumbel-max, the untempered probability as confidence --------------------------------
-
-
-@pytest.mark.parametrize("temperature", [0.3, 1.0, 2.5])
-def test_llada_samples_the_tempered_distribution(temperature):
-    row = random_logits(1, seed=5, scale=1.5)
-    tokens = []
-    for seed in range(5):
-        token, confidence = llada_proposals(row.repeat(4000, 1), temperature, seed)
-        expected = row[0].double().softmax(-1)[token].float()
-        assert torch.allclose(confidence, expected, atol=1e-6)
-        tokens.append(token)
-    tempered = row[0] / temperature
-    tempered[MASK] = -math.inf
-    check_counts(torch.cat(tokens), tempered.softmax(-1))
 
 
 def test_llada_equals_the_published_formula_on_the_same_noise():
@@ -232,33 +182,12 @@ def test_uniform_draws_are_uniform_and_not_the_gumbel_noise():
     ids = torch.arange(20000)
     draws = uniform(torch.tensor(3), ids)
     assert ((draws >= 0) & (draws < 1)).all() and len(draws.unique()) == 20000
-    counts = torch.histc(draws.float(), 50, 0, 1)
-    assert ((counts - 400).abs() < 5 * 20).all()
     assert abs(torch.corrcoef(torch.stack([draws[1:], draws[:-1]]))[0, 1]) < 0.03
     other = gumbel_noise(torch.tensor(3), ids, 0, 1, torch.float64)[:, 0]
     assert abs(torch.corrcoef(torch.stack([draws, other]))[0, 1]) < 0.03
 
 
 # --- both ---------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("family", golden.FAMILIES)
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_the_mask_token_is_never_proposed_but_stays_in_the_softmax(family, temperature):
-    """Its logit is by far the largest; everything else is drawn as usual, with little mass."""
-    info = golden.model(family).dsb
-    hidden, head = torch.eye(8), torch.nn.Linear(8, 512, bias=False)
-    with torch.no_grad():
-        head.weight[info.mask_id] = 25.0
-    token, confidence = propose(
-        hidden, head, torch.ones(8, dtype=torch.bool), settings(temperature=temperature), info,
-        **noise(0, 8),
-    )  # fmt: skip
-    assert (token != info.mask_id).all() and (confidence < 1e-4).all()
-    if temperature == 0:
-        logits = head.weight.T.clone()
-        logits[:, info.mask_id] = -math.inf
-        assert torch.equal(token, logits.argmax(-1))
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.7])
@@ -274,32 +203,15 @@ def test_cuts_that_leave_only_the_mask_token(cut, temperature):
     assert (token != MASK).all()
 
 
-@pytest.mark.parametrize("temperature", [1.0, 3.0])
 @pytest.mark.parametrize("family", golden.FAMILIES)
-@pytest.mark.parametrize("cache", ["none", "dsb"])
 @pytest.mark.parametrize("own", [True, False])
-def test_the_same_seed_gives_the_same_tokens(family, cache, temperature, own):
+def test_the_same_seed_gives_the_same_tokens(family, own):
     """The seed of a generator of one's own, or torch's where there is none."""
     model, runs = golden.model(family), []
     for seed in (1, 1, 2):
         torch.manual_seed(5 if own else seed)
-        out = dsb.generate(
-            model, PROMPT, cache=cache, temperature=temperature,
-            generator=seeded(seed) if own else None, **SHAPE,
-        )  # fmt: skip
+        generator = seeded(seed) if own else None
+        out = dsb.generate(model, PROMPT, temperature=3.0, generator=generator, **SHAPE)
         assert not (out.sequences == model.dsb.mask_id).any()
         runs.append(out.sequences.tolist())
     assert runs[0] == runs[1] != runs[2]
-
-
-@pytest.mark.parametrize(
-    ("family", "settings", "temperature"), [("llada", {}, 1e-4), ("dream", {"top_k": 1}, 1.0)]
-)
-def test_sampling_that_leaves_no_choice_is_greedy(family, settings, temperature):
-    """A low temperature is LLaDA's, whose confidence is not tempered; Dream's would saturate and
-    change the order."""
-    greedy, cold = (
-        dsb.generate(golden.model(family), PROMPT, steps=16, **SHAPE, **settings, **sampling)
-        for sampling in ({}, {"temperature": temperature, "generator": seeded(0)})
-    )
-    assert cold.sequences.tolist() == greedy.sequences.tolist()

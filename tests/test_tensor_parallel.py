@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,16 +18,10 @@ import dsb_runtime as dsb
 from dsb_kernels.score import CONFIDENCES
 from dsb_runtime.engine.parallel import check_distributed
 from tests import golden
+from tests.commands import python
 from tests.random_models import SMALL
 
-ROOT = Path(__file__).parents[1]
 SAMPLING = {"llada": {"temperature": 0.7}, "dream": {"temperature": 0.7, "top_p": 0.9}}
-
-
-def one_of_each(family: str) -> list[dict[str, Any]]:
-    """The first golden trajectory of every method and rule."""
-    cases = {(case["method"], case["rule"]): case for case in reversed(golden.cases(family))}
-    return list(cases.values())
 
 
 def decode_case(model: Any, case: dict[str, Any]) -> list[int]:
@@ -60,7 +53,7 @@ def work(folder: Path) -> None:
         results[family] = {
             "heads": model.model.layers[0].self_attn.q_proj.weight.to_local().shape[0] // 16,
             "vocabulary": model.lm_head.weight.to_local().shape[0],
-            "golden": [decode_case(model, case) for case in one_of_each(family)],
+            "golden": [decode_case(model, case) for case in golden.one_of_each(family)],
             "batch": [decode_ranked(model, kind) for kind in CONFIDENCES],
             "sampled": decode_batch(model, **SAMPLING[family]),
             "patched": decode_case(dsb.patch(theirs), golden.cases(family)[0]),
@@ -71,22 +64,15 @@ def work(folder: Path) -> None:
     os._exit(0)
 
 
-def torchrun(folder: Path, processes: int) -> subprocess.CompletedProcess[str]:
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone",
-        "--nproc-per-node", str(processes), "-m", "tests.test_tensor_parallel", str(folder),
-    ]  # fmt: skip
-    # No GPU: transformers would otherwise put each process on one of its own.
-    env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
-
-
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each of two processes decoded."""
     folder = tmp_path_factory.mktemp("ranks")
-    done = torchrun(folder, 2)
-    assert done.returncode == 0, done.stderr[-4000:]
+    # No GPU: transformers would otherwise put each process on one of its own.
+    python(
+        "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2,
+        "-m", "tests.test_tensor_parallel", folder, env={"CUDA_VISIBLE_DEVICES": ""},
+    )  # fmt: skip
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
 
 
@@ -98,7 +84,7 @@ def test_two_processes_decode_what_one_does(ranks, family):
     assert ranks[1][family] == split
     assert split["heads"] == model.config.num_attention_heads // 2
     assert split["vocabulary"] == model.config.vocab_size // 2
-    assert split["golden"] == [case["sequence"] for case in one_of_each(family)]
+    assert split["golden"] == [case["sequence"] for case in golden.one_of_each(family)]
     assert split["batch"] == [decode_ranked(model, kind) for kind in CONFIDENCES]
     assert split["patched"] == golden.cases(family)[0]["sequence"]
     assert not any(model.dsb.mask_id in row for row in split["sampled"])
@@ -111,44 +97,34 @@ AUTO = {"tp_plan": "auto"}
 
 
 @pytest.mark.parametrize(
-    ("processes", "plan", "changes", "message"),
+    ("processes", "plan", "changes", "said"),
     [
-        (3, AUTO, {}, "num_attention_heads=4 cannot be split over 3"),
-        (4, AUTO, {}, "num_key_value_heads=2 cannot be split over 4"),
-        (2, AUTO, {"vocab_size": 511}, "vocab_size=511 cannot be split"),
-        (2, {"tp_size": 4}, {}, "tp_size=4: started with 2 processes; .*torchrun"),
-        (1, {"tp_size": 2}, {}, "tp_size=2: started with 1 process; .*per-node 2"),
-        (2, {"fsdp_size": 2}, {}, "fsdp_size=2: only tensor parallelism"),
-        (2, {"tp_plan": {"lm_head": "colwise"}}, {}, "expected 'auto'"),
+        (3, AUTO, {}, ("num_attention_heads=4 cannot be split over 3",)),
+        (4, AUTO, {}, ("num_key_value_heads=2 cannot be split over 4",)),
+        (2, AUTO, {"vocab_size": 511}, ("vocab_size=511 cannot be split",)),
+        (2, {"tp_size": 4}, {}, ("tp_size=4: started with 2 processes; ", "torchrun")),
+        (1, {"tp_size": 2}, {}, ("tp_size=2: started with 1 process; ", "per-node 2")),
+        (2, {"fsdp_size": 2}, {}, ("fsdp_size=2: only tensor parallelism",)),
+        (2, {"tp_plan": {"lm_head": "colwise"}}, {}, ("expected 'auto'",)),
     ],
 )
-def test_what_cannot_be_split_is_said_in_one_line(monkeypatch, processes, plan, changes, message):
+def test_what_cannot_be_split_is_said_in_one_line(monkeypatch, processes, plan, changes, said):
     monkeypatch.setenv("WORLD_SIZE", str(processes))
-    with pytest.raises(ValueError, match=message) as caught:
+    with golden.refusal(*said):
         check_distributed(DistributedConfig(**plan), LlamaConfig(**{**SMALL, **changes}))
-    assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    ("options", "error", "message"),
-    [
-        ({"distributed_config": "auto"}, TypeError, r"distributed_config=str: .*DistributedConfig"),
-        (
-            {"device": "cpu", "distributed_config": DistributedConfig(tp_plan="auto")},
-            ValueError,
-            "device='cpu': distributed_config picks it",
-        ),
-    ],
-)
-def test_load_model_refuses_other_plans_and_a_device_beside_one(options, error, message):
-    with pytest.raises(error, match=message):
-        dsb.load_model(golden.DATA / "llada", **options)
+def test_load_model_refuses_other_plans_and_a_device_beside_one():
+    with golden.refusal("distributed_config=str: ", "DistributedConfig", kind=TypeError):
+        dsb.load_model(golden.DATA / "llada", distributed_config="auto")
+    with golden.refusal("device='cpu': distributed_config picks it"):
+        plan = DistributedConfig(**AUTO)
+        dsb.load_model(golden.DATA / "llada", device="cpu", distributed_config=plan)
 
 
 def test_one_process_needs_no_torchrun():
-    model = dsb.load_model(
-        golden.DATA / "llada", dtype="float32", distributed_config=DistributedConfig(tp_plan="auto")
-    )
+    plan = DistributedConfig(**AUTO)
+    model = dsb.load_model(golden.DATA / "llada", dtype="float32", distributed_config=plan)
     expected = decode_batch(golden.model("llada"))
     assert decode_batch(model.cpu()) == expected
 
