@@ -218,11 +218,11 @@ def show(record: dict[str, Any], plot: Path | None) -> None:
     )  # fmt: skip
     Console().print(table)
     if plot is not None:
-        title = (
+        draw_runs(
+            record["batches"], LIMITS, {"tokens_per_second": record["model"]},
             f"{record['model']}, {record['machine']['device']}: prompt {record['prompt_length']}, "
-            f"gen {settings['gen_length']}"
-        )
-        draw_runs(record["batches"], LIMITS, {"tokens_per_second": record["model"]}, title, plot)
+            f"gen {settings['gen_length']}", plot,
+        )  # fmt: skip
 
 
 def run(
@@ -244,7 +244,6 @@ def run(
         "settings": asdict(config),
         "seed": seed,
     }
-    record = about
     for figures in measure(model, prompts, config, batches, rounds=args.rounds, seed=seed):
         record = {**about, **figures}
         if args.json:  # written after each round, so that an interrupt loses one round only

@@ -75,9 +75,7 @@ def sweep_values(rule: Rule) -> tuple[float, ...]:
 def build_settings(gen_length: int, block_length: int, quick: bool) -> list[Setting]:
     """The settings of the report: one token a step, every schedule with every cache at threshold
     0.9, each rule's sweep, and refreshes that leave the prompt's K/V as they are."""
-    shape: dict[str, Any] = {
-        "gen_length": gen_length, "block_length": block_length, "stop_at_eos": True,
-    }  # fmt: skip
+    shape = {"gen_length": gen_length, "block_length": block_length, "stop_at_eos": True}
     schedules: dict[str, dict[str, Any]] = {
         "naive": {"schedule": "naive"},
         "DSB const": {"schedule": "dsb", "max_block_length": block_length},
@@ -109,12 +107,12 @@ def build_settings(gen_length: int, block_length: int, quick: bool) -> list[Sett
             for value in sweep_values(rule)
         ]
     small = min(SMALL_BLOCK, block_length)
-    policies: list[dict[str, Any]] = [{}]
-    policies += [{"refresh_policy": "response", "full_refresh_every": n} for n in FULL_EVERY]
-    for policy in policies:
-        settings = {"steps": gen_length, "block_length": small, **policy}
-        rule_words = f"1 token, block {small}"
-        lines.append(setting("refreshes", rule_words, None, "DSB greedy", "dsb", **settings))
+    for every in (None, *FULL_EVERY):
+        lines.append(setting(
+            "refreshes", f"1 token, block {small}", None, "DSB greedy", "dsb", steps=gen_length,
+            block_length=small, refresh_policy="response" if every else "full",
+            full_refresh_every=every,
+        ))  # fmt: skip
     return lines
 
 
@@ -150,19 +148,13 @@ def encode_batches(
     tokenizer: PreTrainedTokenizerBase, problems: list[Problem], size: int, device: torch.device
 ) -> list[tuple[list[Problem], torch.Tensor, torch.Tensor]]:
     """Batches of problems and their left-padded prompts, by length so that padding is short."""
-    texts = {
-        p: tokenizer.apply_chat_template(
-            [{"role": "user", "content": p.prompt}], add_generation_prompt=True, tokenize=False
-        )
-        for p in problems
-    }
-    order = sorted(problems, key=lambda p: len(texts[p]))
+    order = sorted(problems, key=lambda p: len(p.prompt))
     batches = []
     for first in range(0, len(order), size):
         part = order[first : first + size]
-        encoded = tokenizer(
-            [texts[p] for p in part],
-            add_special_tokens=False, padding=True, padding_side="left", return_tensors="pt",
+        encoded: Any = tokenizer.apply_chat_template(
+            [[{"role": "user", "content": p.prompt}] for p in part], add_generation_prompt=True,
+            padding=True, return_tensors="pt", tokenizer_kwargs={"padding_side": "left"},
         ).to(device)  # fmt: skip
         batches.append((part, encoded.input_ids, encoded.attention_mask))
     return batches

@@ -24,6 +24,7 @@ from transformers import (
 from dsb_kernels.rules import RULES
 from dsb_runtime.demo import MODEL_DIR
 from dsb_runtime.families import DREAM, LLADA, DiffusionInfo, Family, check_model
+from dsb_runtime.models.load import pick_device
 
 DTYPES = ("float32", "bfloat16", "float16")
 POSITIONS = 32768  # how many positions a model has at most
@@ -140,17 +141,13 @@ def load_preset(args: argparse.Namespace) -> PreTrainedModel:
     """
     if args.model != str(MODEL_DIR):
         raise ValueError("--preset and --model: expected one of the two")
-    device = args.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    check_device(device)
-    on_cpu = torch.device(device).type == "cpu"
-    name = args.dtype if args.dtype != "auto" else "float32" if on_cpu else "bfloat16"
+    device = pick_device(args.device)
+    default = "float32" if device.type == "cpu" else "bfloat16"
+    name = default if args.dtype == "auto" else args.dtype
     if name not in DTYPES:
         raise ValueError(f"--dtype {name}: expected one of auto, {', '.join(DTYPES)}")
     if all(getattr(args, rule.setting) is None for rule in RULES.values()):
-        gen_length = args.gen_length or 256
-        args.steps = max(1, round(gen_length / TOKENS_PER_FORWARD))
+        args.steps = max(1, round((args.gen_length or 256) / TOKENS_PER_FORWARD))
     return random_model(PRESETS[args.preset], getattr(torch, name), device, args.seed or 0)
 
 

@@ -18,11 +18,12 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
 from torch import Tensor
-from torch.profiler import ProfilerActivity, record_function
+from torch.profiler import record_function
 from transformers import PreTrainedModel
 
 from dsb_runtime.config import DecodingConfig
@@ -40,7 +41,6 @@ NOTE = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `dsb profile` itself."""
     group = parser.add_argument_group("profile")
     add_preset(group)
     group.add_argument("--profile-steps", type=int, default=16, metavar="N",
@@ -59,10 +59,8 @@ def ranges(device: torch.device) -> Phase:
 
     @contextlib.contextmanager
     def phase(name: str) -> Iterator[None]:
-        with contextlib.ExitStack() as stack:
-            if device.type == "cuda":
-                stack.enter_context(torch.cuda.nvtx.range(PREFIX + name))
-            stack.enter_context(record_function(PREFIX + name))
+        nvtx: Any = torch.cuda.nvtx.range if device.type == "cuda" else contextlib.nullcontext
+        with nvtx(PREFIX + name), record_function(PREFIX + name):
             yield
 
     return phase
@@ -158,15 +156,10 @@ def profile_steps(
     device = model.device
     # A replay enters no phase. A capture enters each once, but its time means nothing.
     phase = no_phase if graphs else ranges(device)
-    current = Bracket(device)
-    engine = Engine(
-        model, graphs=graphs, capture=capture, phase=phase,
-        observer=lambda kind: current.step(kind),
-    )  # fmt: skip
+    engine = Engine(model, graphs=graphs, capture=capture, phase=phase)
 
     def decode(bracket: Bracket) -> GenerationOutput:
-        nonlocal current
-        current = bracket
+        engine.loop.observer = bracket.step
         generator = torch.Generator(device).manual_seed(seed)
         try:
             return engine.generate(input_ids, config, generator=generator)
@@ -182,10 +175,7 @@ def profile_steps(
         )
     trace = None
     if trace_file is not None:
-        activities = [ProfilerActivity.CPU]
-        if device.type == "cuda":
-            activities.append(ProfilerActivity.CUDA)
-        trace = torch.profiler.profile(activities=activities)
+        trace = torch.profiler.profile()
         trace.prepare_trace()  # here, since the first step's time must not include the set-up
     bracket = Bracket(device, first, count, trace)
     out = decode(bracket)
@@ -219,14 +209,9 @@ def nsight_lines(
 
 def without_torch(command: Sequence[str]) -> list[str]:
     """A command line without `--torch TRACE.json`."""
-    others: list[str] = []
-    words = iter(command)
-    for word in words:
-        if word == "--torch":
-            next(words, None)
-        elif not word.startswith("--torch="):
-            others.append(word)
-    return others
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--torch", nargs="?")
+    return parser.parse_known_args(command)[1]
 
 
 def describe(profiled: Profiled, asked: int, graphs: bool) -> str:
@@ -247,12 +232,7 @@ def run(
     config: DecodingConfig,
     command: Sequence[str],
 ) -> int:
-    """Profile, print torch's tables if `--torch` names a file, and print the lines for Nsight.
-
-    Args:
-        args: with the fields of `add_arguments`, and `seed`.
-        command: the command line of this run.
-    """
+    """Profile, print torch's tables if `--torch` names a file, and print the lines for Nsight."""
     profiled = profile_steps(
         model, input_ids, config, count=args.profile_steps, first=args.warmup, graphs=args.graphs,
         trace_file=args.torch, seed=args.seed or 0,

@@ -147,13 +147,11 @@ def capture_calls(runs: Sequence[Callable[[], object]]) -> torch.cuda.CUDAGraph:
 
 def event_seconds(run: Callable[[], object]) -> float:
     """GPU seconds of what `run` submits, while the GPU spins."""
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    marks = Marks(torch.device("cuda"))
     torch.cuda._sleep(SPIN)
-    start.record()
+    start = marks.now()
     run()
-    end.record()
-    end.synchronize()
-    return 1e-3 * start.elapsed_time(end)
+    return marks.seconds([(start, marks.now())])[0]
 
 
 def _graph_seconds(
