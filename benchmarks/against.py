@@ -65,34 +65,23 @@ class Checkout:
         )  # fmt: skip
         self.send(json.dumps(job))
 
-    def send(self, line: str) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.write(line + "\n")
-        self.process.stdin.flush()
+    def send(self, line: object) -> None:
+        print(line, file=self.process.stdin, flush=True)
 
     def run(self, batch: int) -> dict[str, Any]:
         """Decode one batch. Returns seconds, forwards and a digest of the tokens."""
-        self.send(str(batch))
-        assert self.process.stdout is not None
+        self.send(batch)
         line = self.process.stdout.readline()
         if not line:
             raise SystemExit("decode: a checkout's process ended; its error stands above")
         return json.loads(line)
-
-    def end(self) -> None:
-        self.process.communicate()
 
 
 def compare(
     args: argparse.Namespace, model: PreTrainedModel, prompts: Tensor, settings: dict[str, Any],
     batches: list[int],
 ) -> dict[str, Any]:  # fmt: skip
-    """Time both checkouts on the same weights and prompts, and print and return the ratios.
-
-    Raises:
-        SystemExit: they differ in the number of forwards, or in float32 in the tokens.
-    """
-    comparisons = []
+    """Time both checkouts on the same weights and prompts, and print and return the ratios."""
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         job = {
@@ -103,11 +92,10 @@ def compare(
         }  # fmt: skip
         checkouts = {"ours": Checkout(HERE, job), "other": Checkout(args.against, job)}
         try:
-            for batch in batches:
-                comparisons.append(compare_batch(checkouts, batch, args))
+            comparisons = [compare_batch(checkouts, batch, args) for batch in batches]
         finally:
             for checkout in checkouts.values():
-                checkout.end()
+                checkout.process.communicate()
     return {"against": str(args.against), "comparisons": comparisons}
 
 

@@ -3,14 +3,14 @@
     python -m benchmarks.decode --preset 60m --device cpu --json decode.json --plot decode.png
     python -m benchmarks.decode --preset llada-8b --device cuda --dtype bfloat16 --batch 1 8 32
 
-It builds a random model of published shapes on the device and decodes with it in this package and
-in the loop of `eager.py`, which runs the prompts of a batch one after another.
+A random model of published shapes decodes in this package and in the loop of `eager.py`, which runs
+the prompts of a batch one after another.
 
 In float32 the logits are scaled so that the threshold rule commits about `--tokens-per-forward`.
 Unless both loops commit the same tokens at the same forwards, nothing is timed. In 16 bits rounding
-flips near ties. There our run decodes in gen / tokens-per-forward steps and is recorded, and the
-eager loop follows it: each forward starts from the recorded canvas and window, and the share of
-decisions on which both agree there is printed.
+flips near ties. There our run decodes in gen / tokens-per-forward steps, and the eager loop follows
+it: each forward starts from the recorded canvas and window, and the share of decisions on which
+both agree there is printed.
 
 The linear layers of the same forwards are timed alone, in turn with both loops. One variant
 multiplies what follows the last layer's K and V with the scored positions, as our steps do; the
@@ -43,7 +43,7 @@ from benchmarks import against, describe_benchmark
 from benchmarks.decode_report import draw, median_ms, print_runs, step_figures
 from benchmarks.eager import EagerOutput, eager_generate
 from benchmarks.profiled import gpu_busy_seconds, phase_times
-from benchmarks.roofline import KINDS, Ceilings, positive
+from benchmarks.roofline import KINDS, Ceilings, check_tokens_per_forward, positive
 from benchmarks.step_cost import total_cost
 from benchmarks.trajectory import Agreement, EagerClock, Trajectory, agreement
 from dsb_runtime.cli.main import OneLineParser
@@ -126,21 +126,14 @@ class Case:
 
     def eager(self, clock: EagerClock | None = None) -> list[EagerOutput]:
         """Decode one prompt after another, along our run where rounding may flip a decision."""
-        names = ("gen_length", "block_length", "max_block_length", "threshold", "steps")
-        settings = {name: self.settings.get(name) for name in names}
+        settings = {k: v for k, v in self.settings.items() if k not in ("schedule", "cache")}
         outputs = []
-        for row in range(len(self.prompt)):
+        for row, prompt in enumerate(self.prompt):
             if clock is not None:
                 clock.restart()
+            follow = None if self.exact else self.record.rows[row]
             outputs.append(
-                eager_generate(
-                    self.model,
-                    self.prompt[row : row + 1],
-                    prefix_window=self.settings["prefix_window"],
-                    follow=None if self.exact else self.record.rows[row],
-                    on_step=clock,
-                    **settings,
-                )
+                eager_generate(self.model, prompt[None], follow=follow, on_step=clock, **settings)
             )
         return outputs
 
@@ -173,15 +166,11 @@ def measure(
     watched, free, shares = list[tuple[str, float]](), list[tuple[str, float]](), []
     eager = EagerClock(device)
 
-    def floor_of(all_positions: bool) -> None:
-        for work in works:
-            floor.run(work.num_tokens, work.num_tokens if all_positions else work.scored)
-
     runs: dict[str, Callable[[], object]] = {
         "ours": case.ours,
         "eager": lambda: case.eager(eager),
-        "floor": lambda: floor_of(False),
-        "floor_all_positions": lambda: floor_of(True),
+        "floor": lambda: [floor.run(w.num_tokens, w.scored) for w in works],
+        "floor_all_positions": lambda: [floor.run(w.num_tokens, w.num_tokens) for w in works],
     }
     if case.agreed is None:
         del runs["eager"]
@@ -202,10 +191,9 @@ def measure(
         return statistics.median(x / y for x, y in zip(seconds[a], seconds[b], strict=True))
 
     medians = {name: statistics.median(values) for name, values in seconds.items()}
-    tokens = sum(case.out.row_tokens)
+    tokens, agreed = sum(case.out.row_tokens), case.agreed
     steps = step_figures(record, watched, preset, ceilings)
     flops = sum(total_cost(preset, size).flops for size in record.sizes)
-    agreed = case.agreed
     widths = [work.widest for work in works if work.kind == "window"]
     return {
         "batch": len(case.prompt),
@@ -271,19 +259,11 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def settings_of(args: argparse.Namespace, preset: Preset) -> dict[str, Any]:
-    """The settings of the decoding.
-
-    Raises:
-        ValueError: an argument is not accepted or contradicts another.
-    """
+    """The settings of the decoding. Raise ValueError for an argument that is not accepted."""
     check_device(args.device)
     if args.device == "cpu" and args.no_graphs:
         raise ValueError("--no-graphs: a CPU has none; expected it with --device cuda")
-    if args.tokens_per_forward > args.block:
-        raise ValueError(
-            f"--tokens-per-forward {args.tokens_per_forward:g}: expected at most --block, "
-            f"{args.block}"
-        )
+    check_tokens_per_forward(args)
     if args.prompt + args.gen > POSITIONS:
         raise ValueError(
             f"--prompt {args.prompt}: expected at most {POSITIONS - args.gen} before {args.gen} "

@@ -68,8 +68,7 @@ def decode(model: str, small: bool, *options: str) -> list[str]:
 
 
 def pytest(tests: Sequence[str], *options: str) -> list[str]:
-    command = [sys.executable, "-m", "pytest", *tests, "-q", "--tb=short", "-o", "addopts="]
-    return [*command, *options]
+    return [sys.executable, "-m", "pytest", *tests, "-q", "--tb=short", "-o", "addopts=", *options]
 
 
 def parts(small: bool, folder: Path) -> dict[str, Part]:
@@ -87,9 +86,7 @@ def parts(small: bool, folder: Path) -> dict[str, Part]:
 
     goldens = ["tests/test_cuda.py"]
     if small:
-        goldens = [
-            f"tests/test_golden.py::test_trajectory[{each}-0]" for each in ("llada", "dream")
-        ]
+        goldens = [f"tests/test_golden.py::test_trajectory[{f}-0]" for f in ("llada", "dream")]
     sanitizer = shutil.which("compute-sanitizer")
     families = "tests/test_cuda.py::test_batches_seeds_and_policies_are_the_same_with_graphs"
     measured = ["--measured", str(folder / "decode_64.json")]
@@ -148,23 +145,20 @@ def run_part(name: str, part: Part, folder: Path, seconds: float) -> dict[str, A
     """Run the commands of a part side by side for at most `seconds`, and say how it went."""
     for old in folder.glob(f"{name}.*"):
         old.unlink()
-    began = time.monotonic()
-    processes: list[subprocess.Popen[bytes]] = []
-    logs: list[Path] = []
-    several, limit = len(part.commands) > 1, min(part.limit, seconds)
+    began, limit = time.monotonic(), min(part.limit, seconds)
+    processes: dict[Path, subprocess.Popen[bytes]] = {}  # by log
     status, why = "ran", ""
     try:
         for index, command in enumerate(part.commands):
-            stem = f"{name}.{index}" if several else name
-            line = [str(folder / f"{stem}.json") if w == "{json}" else w for w in command]
-            logs.append(folder / f"{stem}.log")
-            with logs[-1].open("wb") as log:
-                processes.append(subprocess.Popen(
-                    line, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
-                ))  # fmt: skip
-        for process in processes:
+            path = folder / (f"{name}.{index}.log" if len(part.commands) > 1 else f"{name}.log")
+            line = [str(path.with_suffix(".json")) if w == "{json}" else w for w in command]
+            with path.open("wb") as log:
+                processes[path] = subprocess.Popen(
+                    line, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+                )
+        for process in processes.values():
             process.wait(max(limit - (time.monotonic() - began), 0.1))
-        for process, path in zip(processes, logs, strict=True):
+        for path, process in processes.items():
             if process.returncode and status == "ran":
                 status, why = "failed", f"exit code {process.returncode}: {last_line(path)}"
     except subprocess.TimeoutExpired:
@@ -172,10 +166,10 @@ def run_part(name: str, part: Part, folder: Path, seconds: float) -> dict[str, A
         status = "failed" if limit == part.limit else "out of time"
         why = f"stopped after {limit:.0f} s"
     finally:
-        for process in processes:
+        for process in processes.values():
             end(process)
     if "pytest" in part.commands[0]:
-        counts = count_tests(logs[0])
+        counts = count_tests(folder / f"{name}.log")
         ended = status == "ran" or counts["failed"] > 0
         if status == "ran" and not counts["passed"]:
             status, why, ended = "failed", "no test ran", False
@@ -185,8 +179,8 @@ def run_part(name: str, part: Part, folder: Path, seconds: float) -> dict[str, A
 
 def last_line(log: Path) -> str:
     """The last line that a command printed."""
-    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    return lines[-1][:200] if lines else "it printed nothing"
+    text = log.read_text(errors="replace").strip() or "it printed nothing"
+    return text.splitlines()[-1][:200]
 
 
 def count_tests(log: Path) -> dict[str, int]:
@@ -213,14 +207,11 @@ def value_of(line: Any, path: str) -> Any:
 def figure_of(target: dict[str, Any], lines: list[Any], applies: bool) -> float | None:
     """The figure of a target. Small runs have other shapes, so that shapes in `where` are ignored
     there."""
-    where = {
-        path: expected for path, expected in target.get("where", {}).items()
-        if applies or not path.startswith(("shape", "batch"))
-    }  # fmt: skip
-    values = [
-        value_of(line, target["value"]) for line in lines
-        if all(value_of(line, path) == expected for path, expected in where.items())
-    ]  # fmt: skip
+    where = target.get("where", {})
+    if not applies:
+        where = {k: v for k, v in where.items() if not k.startswith(("shape", "batch"))}
+    meant = [line for line in lines if all(value_of(line, k) == v for k, v in where.items())]
+    values = [value_of(line, target["value"]) for line in meant]
     numbers = [float(value) for value in values if value is not None]
     if not numbers:
         return None
@@ -311,16 +302,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     names = [] if args.report else [n for n in every if args.only is None or n in args.only]
     if args.resume and args.only is None:
         done = {name: part["status"] for name, part in state["parts"].items()}
-        waiting = [n for n in names if done.get(n, "not run") == "not run"]
-        names = waiting + [n for n in names if done.get(n) == "out of time"]
+        names = [n for wanted in ("not run", "out of time") for n in names
+                 if done.get(n, "not run") == wanted]  # fmt: skip
     for name in names:
         left = args.budget - (time.monotonic() - began)
         if left <= LEAST:
             state["parts"].setdefault(name, {"status": "not run", "why": "no time was left"})
         else:
             print(f"gpu_hour: {name}: {every[name].about}", flush=True)
-            stopped = {"status": "out of time", "why": "the command ended in it"}
-            state["parts"][name] = stopped  # the file says this if the process is killed
+            # The file says this if the process is killed.
+            state["parts"][name] = {"status": "out of time", "why": "the command ended in it"}
             file.write_text(json.dumps(state, indent=1))
             state["parts"][name] = run_part(name, every[name], folder, left)
             print(f"gpu_hour: {name}: {state['parts'][name]}", flush=True)

@@ -128,10 +128,7 @@ def step_sizes(
 
 def read_measured(path: Path, batch: int | None) -> dict[str, Any]:
     """The run of that batch in a file that `benchmarks/decode.py` wrote, with the file's settings.
-
-    Raises:
-        ValueError: not such a file, or no run of that batch.
-    """
+    Raise ValueError where it is not such a file or has no run of that batch."""
     record = read_json(path, "--measured")
     try:
         runs = {run["batch"]: run for run in record["runs"]}
@@ -140,23 +137,16 @@ def read_measured(path: Path, batch: int | None) -> dict[str, Any]:
         run = runs[batch] if batch is not None else next(iter(runs.values()))
         device = record["machine"]["device"]
         measured = {**record["settings"], **record["ceilings"], "device": device, **run}
-        missing = [
-            name for name in ("window_step_ms", "refresh_step_ms", "window_width")
-            if measured.get(name) is None
-        ]  # fmt: skip
     except (KeyError, TypeError, AttributeError, StopIteration) as error:
         raise ValueError(f"--measured {path}: expected the JSON of benchmarks/decode.py") from error
-    if missing:
-        raise ValueError(f"--measured {path} has no {missing[0]}: expected that of decode.py")
+    for name in ("window_step_ms", "refresh_step_ms", "window_width"):
+        if measured.get(name) is None:
+            raise ValueError(f"--measured {path} has no {name}: expected that of decode.py")
     return measured
 
 
 def find_ceilings(args: argparse.Namespace, measured: dict[str, Any] | None) -> Ceilings:
-    """The ceilings of the command line, else those of the data sheet, else the measured ones.
-
-    Raises:
-        ValueError: none, or one of a pair, or a data sheet's for another dtype.
-    """
+    """The ceilings of the command line, else those of the data sheet, else the measured ones."""
     if (args.bandwidth is None) != (args.tflops is None):
         alone = "--bandwidth" if args.tflops is None else "--tflops"
         raise ValueError(f"{alone} alone: expected --bandwidth and --tflops together")
@@ -170,17 +160,14 @@ def find_ceilings(args: argparse.Namespace, measured: dict[str, Any] | None) -> 
             )
         return GPUS[args.gpu]
     if measured is not None:
-        gb_per_s, tflops = measured["copy_gb_per_s"], measured["matmul_tflops"]
-        return Ceilings(gb_per_s, tflops, f"measured on {measured['device']}")
+        source = f"measured on {measured['device']}"
+        return Ceilings(measured["copy_gb_per_s"], measured["matmul_tflops"], source)
     raise ValueError("no ceilings: expected --gpu, --bandwidth and --tflops, or --measured")
 
 
 def settle(args: argparse.Namespace) -> dict[str, Any] | None:
-    """Fill in the shape from the measurement or the defaults; returns the measurement.
-
-    Raises:
-        ValueError: an argument that contradicts another or the measurement.
-    """
+    """Fill in the shape from the measurement or the defaults; returns the measurement. Raise
+    ValueError for an argument that contradicts another or the measurement."""
     measured = None if args.measured is None else read_measured(args.measured, args.batch)
     for name, default in SHAPE_DEFAULTS.items():
         value, flag = getattr(args, name), "--" + name.replace("_", "-")
@@ -198,12 +185,17 @@ def settle(args: argparse.Namespace) -> dict[str, Any] | None:
         raise ValueError(f"--block {args.block}: expected at most --gen, {args.gen}")
     if args.width is not None and args.width > length:
         raise ValueError(f"--width {args.width}: expected at most --prompt + --gen, {length}")
+    check_tokens_per_forward(args)
+    return measured
+
+
+def check_tokens_per_forward(args: argparse.Namespace) -> None:
+    """Raise ValueError unless a block has so many tokens."""
     if args.tokens_per_forward > args.block:
         raise ValueError(
             f"--tokens-per-forward {args.tokens_per_forward:g}: expected at most --block, "
             f"{args.block}"
         )
-    return measured
 
 
 def phase_table(step: Budget, measured: dict[str, Any] | None) -> Table:
@@ -330,8 +322,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if measured is not None:
         whole_ms = mean_ms(*(measured[f"{kind}_step_ms"] for kind in KINDS))
         result["measured"] = {
-            "window_step_ms": measured["window_step_ms"],
-            "refresh_step_ms": measured["refresh_step_ms"],
+            **{f"{kind}_step_ms": measured[f"{kind}_step_ms"] for kind in KINDS},
             "step_ms": whole_ms, "tokens_per_second": tokens / whole_ms * 1e3,
             "share_of_floor": step_ms / whole_ms,
         }  # fmt: skip
