@@ -21,6 +21,7 @@ from dsb_runtime.measure.trace import Trace
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("prompt", help="the prompt, or - to read it from standard input")
     output = parser.add_argument_group("output")
     output.add_argument("--raw", action="store_true", help="do not apply the chat template")
     output.add_argument("--live", action="store_true", help="show the canvas while it fills")

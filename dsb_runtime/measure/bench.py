@@ -43,8 +43,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_preset(group)
     group.add_argument("--batch", type=int, nargs="+", default=list(BATCHES), metavar="N",
                        help=f"batch sizes (default: {' '.join(map(str, BATCHES))})")  # fmt: skip
-    group.add_argument("--prompt-length", type=int, default=128,
-                       help="random tokens a prompt (default: 128)")  # fmt: skip
     group.add_argument("--rounds", type=int, default=5,
                        help="timed rounds after one that warms up (default: 5)")  # fmt: skip
     add_output(parser.add_argument_group("output"))
@@ -71,8 +69,11 @@ def one_round(
         generator = torch.Generator(device).manual_seed(seed)
         return engine.generate(input_ids, config, generator=generator, on_step=watch)
 
-    def watch() -> StepRecorder:
-        return StepRecorder(engine.model, input_ids.shape[1], config.gen_length)
+    def watched() -> list[StepWork]:
+        engine.take()
+        recorder = StepRecorder(engine.model, input_ids.shape[1], config.gen_length)
+        decode(recorder)
+        return recorder.steps
 
     # On a GPU, this batch's captured steps may have been freed since the last round.
     warm = device.type == "cuda"
@@ -80,16 +81,14 @@ def one_round(
         decode()
     out, seconds = timed(decode, device)
     if warm:
-        decode(watch())
-    engine.take()
-    recorder = watch()
-    decode(recorder)
+        watched()
+    steps = watched()
     step_seconds = [took for _, took in engine.take()]
     linear_seconds = [
         timed(functools.partial(limit.run, step.num_tokens, step.scored), device)[1]
-        for step in recorder.steps
+        for step in steps
     ]
-    return Round(out, seconds, recorder.steps, step_seconds, linear_seconds)
+    return Round(out, seconds, steps, step_seconds, linear_seconds)
 
 
 def summarize_steps(
@@ -159,13 +158,8 @@ def measure(
     seed: int,
 ) -> Iterator[dict[str, Any]]:
     """Run every batch size in each round, so that a drift of the machine meets all of them, and
-    yield after each round the figures so far.
-
-    Args:
-        prompts: (max(batches), P); a batch takes the first of them.
-        rounds: how many rounds count; one more runs before them to warm up.
-        seed: of the random numbers at temperature > 0.
-    """
+    yield after each round the figures so far. A batch takes the first of the prompts (B, P); one
+    round more runs before those that count, to warm up."""
     engine = TimedEngine(model)
     limit = LinearLayers(model, max(batches) * (prompts.shape[1] + config.gen_length))
     bandwidth = copy_bandwidth(model.device) if model.device.type == "cuda" else None
@@ -195,10 +189,8 @@ def show(record: dict[str, Any], plot: Path | None) -> None:
                "reached"]  # fmt: skip
     lines = []
     for batch in record["batches"]:
-        head = [
-            str(batch["batch"]), f"{batch['tokens_per_second']:.1f}",
-            f"{batch['tokens_per_forward']:.2f}",
-        ]  # fmt: skip
+        head = [str(batch["batch"]), f"{batch['tokens_per_second']:.1f}"]
+        head.append(f"{batch['tokens_per_forward']:.2f}")
         for kind, step in batch["steps"].items():
             cells = [
                 kind, f"{step['rows']:g}", f"{step['ms']:.2f}", f"{step['linear_ms']:.2f}",
@@ -209,7 +201,7 @@ def show(record: dict[str, Any], plot: Path | None) -> None:
             lines.append([*head, *cells])
             head = ["", "", ""]
     table = table_of(
-        columns + ["weights\nms", "reached"] * on_gpu, lines, left=columns.index("step"),
+        columns + ["weights\nms", "reached"] * on_gpu, lines, left=[columns.index("step")],
         title=f"{record['model']} on {record['machine']['device']}, {record['dtype']}: prompt "
         f"{record['prompt_length']}, gen {settings['gen_length']}, block "
         f"{settings['block_length']}, medians of {record['rounds']} rounds",

@@ -155,8 +155,8 @@ def encode_batches(
         encoded: Any = tokenizer.apply_chat_template(
             [[{"role": "user", "content": p.prompt}] for p in part], add_generation_prompt=True,
             padding=True, return_tensors="pt", tokenizer_kwargs={"padding_side": "left"},
-        ).to(device)  # fmt: skip
-        batches.append((part, encoded.input_ids, encoded.attention_mask))
+        )  # fmt: skip
+        batches.append((part, encoded.input_ids.to(device), encoded.attention_mask.to(device)))
     return batches
 
 

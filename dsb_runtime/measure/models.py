@@ -124,21 +124,20 @@ def random_prompts(
 
 
 def add_preset(parser: Any) -> None:
+    """The options for a model without a checkpoint and for random prompts, which no EOS ends."""
+    parser.set_defaults(stop_at_eos=False)
     parser.add_argument(
         "--preset", choices=PRESETS,
         help="instead of a checkpoint: random weights at published shapes; without a selection "
         f"rule it commits {TOKENS_PER_FORWARD:g} tokens a step",
     )  # fmt: skip
+    parser.add_argument("--prompt-length", type=int, default=128,
+                        help="random tokens a prompt (default: 128)")  # fmt: skip
 
 
 def load_preset(args: argparse.Namespace) -> PreTrainedModel:
-    """The random model that `--preset` names, at `--device` and `--dtype`.
-
-    Where no rule was named, `args.steps` is set so that a step commits TOKENS_PER_FORWARD.
-
-    Raises:
-        ValueError: the device is not there, the dtype is not known, or a checkpoint is named too.
-    """
+    """The random model that `--preset` names, at `--device` and `--dtype`. Where no rule was named,
+    `args.steps` is set so that a step commits TOKENS_PER_FORWARD."""
     if args.model != str(MODEL_DIR):
         raise ValueError("--preset and --model: expected one of the two")
     device = pick_device(args.device)

@@ -43,6 +43,7 @@ NOTE = (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("profile")
     add_preset(group)
+    group.add_argument("--batch", type=int, default=1, metavar="B", help="default: 1")
     group.add_argument("--profile-steps", type=int, default=16, metavar="N",
                        help="steps to profile (default: 16)")  # fmt: skip
     group.add_argument("--warmup", type=int, default=1, metavar="W",
@@ -67,13 +68,8 @@ def ranges(device: torch.device) -> Phase:
 
 
 class Bracket:
-    """Counts a decoding's steps, puts each into a range, and runs the profilers for `count` steps
-    from step `first` on.
-
-    Args:
-        device: where the model is.
-        trace: torch's profiler after its `prepare_trace`.
-    """
+    """Counts a decoding's steps, puts each into a range, and runs the profilers (`trace` is torch's
+    after its `prepare_trace`) for `count` steps from step `first` on."""
 
     def __init__(
         self,
@@ -141,14 +137,9 @@ def profile_steps(
     trace_file: Path | None = None,
     seed: int = 0,
 ) -> Profiled:
-    """Decode twice and profile steps `first` to `first + count - 1` of the second decoding, or
-    fewer if it ends before.
-
-    Args:
-        input_ids: (B, P) prompts on the model's device.
-        graphs: replay captured steps, which `capture` or else CUDA graphs record.
-        trace_file: where to write torch's trace; None leaves torch's profiler out.
-        seed: of the random numbers at temperature > 0, the same for both decodings.
+    """Decode prompts (B, P) twice and profile steps `first` to `first + count - 1` of the second
+    decoding, or fewer if it ends before. With `graphs`, `capture` or else CUDA graphs record the
+    steps. torch's profiler is left out where there is no `trace_file`.
 
     Raises:
         ValueError: the decoding ends before step `first`, or `graphs` is set without a GPU.
@@ -187,11 +178,8 @@ def profile_steps(
 def nsight_lines(
     command: Sequence[str], profiled: Profiled, layers: int, graphs: bool
 ) -> list[tuple[str, str]]:
-    """(what it shows, command line) for each of Nsight's tools on the same run.
-
-    Args:
-        command: this run's command without `--torch`: CUDA's tracing has one client at a time.
-    """
+    """(what it shows, command line) for each of Nsight's tools on the same run. `command` comes
+    without `--torch`: CUDA's tracing has one client at a time."""
     index = profiled.kinds.index("window") if "window" in profiled.kinds else 0
     step = f"{profiled.kinds[index]} step {profiled.first + index}"
     inner = f"layer {layers // 2}: attention"

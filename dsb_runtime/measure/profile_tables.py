@@ -11,7 +11,7 @@ import json
 import re
 from bisect import bisect_right
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,11 +60,7 @@ def read_trace(path: Path) -> list[Event]:
 
 
 def gpu_work(events: list[Event]) -> list[Event]:
-    """Kernels and copies.
-
-    Raises:
-        ValueError: there is none.
-    """
+    """Kernels and copies. Raise ValueError where there is none."""
     work = [event for event in events if event.get("cat") in GPU_WORK]
     if not work:
         raise ValueError("trace: it holds no kernel; expected a GPU whose tracing is permitted")
@@ -180,18 +176,14 @@ def phase_table(events: list[Event], on_gpu: bool) -> Table:
         for phase in of_kind.phases:
             labels.setdefault(phase.name, phase.calls // of_kind.steps)
 
-    def line(label: str, ranges: str, time: Callable[[KindOfStep], float]) -> list[str]:
-        cells = [label, ranges]
-        for k in kinds.values():
-            cells += [f"{time(k) / k.steps / 1e3:.3f}", f"{time(k) / k.us:.1%}" if k.us else ""]
-        return cells
-
-    def of(label: str) -> Callable[[KindOfStep], float]:
-        return lambda k: sum(p.us for p in k.phases if p.name == label)
-
-    lines = [line(label, str(ranges), of(label)) for label, ranges in labels.items()]
-    lines.append(line(OUTSIDE, "", lambda k: k.us - sum(p.us for p in k.phases)))
-    lines.append(line(WHOLE, "1", lambda k: k.us))
+    lines = [[label, str(ranges)] for label, ranges in labels.items()]
+    lines += [[OUTSIDE, ""], [WHOLE, "1"]]
+    for k in kinds.values():
+        times = {phase.name: phase.us for phase in k.phases}
+        times |= {OUTSIDE: k.us - sum(times.values()), WHOLE: k.us}
+        for line in lines:
+            us = times.get(line[0], 0.0)
+            line += [f"{us / k.steps / 1e3:.3f}", f"{us / k.us:.1%}" if k.us else ""]
     return table_of(
         columns, lines, title="Phases, layers summed: ms in a step",
         caption="GPU time of what was launched in the phase" if on_gpu else "time on the host",

@@ -82,9 +82,6 @@ class Marks:
         return [1e-3 * start.elapsed_time(end) for start, end in pairs]
 
 
-# --- one call ---------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Call:
     """A function with inputs of its own. `restore` undoes what `run` changes in them."""
@@ -94,6 +91,12 @@ class Call:
 
 
 Make = Callable[[], Call]  # makes a call with inputs of its own each time
+
+
+def restore(calls: Sequence[Call]) -> None:
+    for call in calls:
+        if call.restore is not None:
+            call.restore()
 
 
 @dataclass(frozen=True)
@@ -115,14 +118,9 @@ def _other_data() -> torch.Tensor:
 
 
 def plan(one: float, touched: int, l2: int, *, restored: bool) -> tuple[int, int, int]:
-    """The number of calls in the cold and the warm graph, and of input sets for the cold one.
-
-    Args:
-        one: roughly the seconds of a call.
-        touched: bytes that a call reads and writes.
-        l2: bytes of the L2.
-        restored: whether a call changes its inputs, so that each needs a set of its own.
-    """
+    """The number of calls in the cold and the warm graph, and of input sets for the cold one, where
+    a call takes about `one` seconds and reads and writes `touched` bytes. Calls that have to be
+    `restored` change their inputs, so that each needs a set of its own."""
     least, most = CALLS
     calls = min(most, max(least, math.ceil(SPAN / one)))
     if restored:  # all warm sets together must fit
@@ -160,9 +158,7 @@ def _graph_seconds(
     """Median GPU seconds of one call, from replays of a graph of `calls` calls."""
     graph, times = capture_calls([sets[i % len(sets)].run for i in range(calls)]), []
     for _ in range(repeats):
-        for call in sets:
-            if call.restore is not None:
-                call.restore()
+        restore(sets)
         if cold:
             _other_data().sum()
         times.append(event_seconds(graph.replay) / calls)
@@ -176,8 +172,7 @@ def time_call(make: Make, touched: int, device: torch.device) -> Timing:
     if device.type != "cuda":
         seconds = []
         for _ in range(REPEATS + 1):
-            if sets[0].restore is not None:
-                sets[0].restore()
+            restore(sets)
             seconds.append(timed(sets[0].run, device)[1])
         median = statistics.median(seconds[1:])
         return Timing(median, median)
@@ -187,9 +182,6 @@ def time_call(make: Make, touched: int, device: torch.device) -> Timing:
     cold = _graph_seconds(sets, cold_calls, cold=True)
     warm = _graph_seconds(sets[:warm_calls] if restored else sets[:1], warm_calls)
     return Timing(cold, warm)
-
-
-# --- ceilings ---------------------------------------------------------------------------------
 
 
 def best_seconds(run: Callable[[], object], device: torch.device) -> float:
