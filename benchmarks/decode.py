@@ -20,8 +20,7 @@ watched runs, in which the host looks at each step before it launches the next, 
 which a speculative launch may be wasted. `--phases` times the phases of steps in a run of its own.
 
 A GPU is idle while no kernel runs, the gaps between kernels included; "between steps" is the part
-in which it waits for the host. `--no-eager` leaves the eager loop out, which is slow for a large
-batch. `--against DIR` compares this checkout with another one instead (`against.py`).
+in which it waits for the host. `--against DIR` compares this checkout with another one instead.
 """
 
 from __future__ import annotations
@@ -96,11 +95,7 @@ def peak_memory(device: torch.device) -> int:
 
 class Case:
     """One batch of prompts. The constructor decodes it with both loops and checks one against the
-    other; without `compare` it decodes it with ours alone.
-
-    Raises:
-        SystemExit: the runs to be timed would not do the same work.
-    """
+    other (without `compare`, with ours alone), and exits if they would not do the same work."""
 
     def __init__(
         self, engine: dsb.Engine, prompt: Tensor, settings: dict[str, Any], compare: bool = True
@@ -212,7 +207,7 @@ def measure(
         "seconds": medians,
         "tokens_per_second": tokens / medians["ours"],
         "eager_tokens_per_second": None if agreed is None else tokens / medians["eager"],
-        "share_of_products_limit": flops / ceilings.flops / medians["ours"],
+        "share_of_products_limit": 1e-12 * flops / ceilings.tflops / medians["ours"],
         **{f"{a}_over_{b}": ratio(a, b) for a, b in RATIOS},
         "steps": steps,
         **{f"{kind}_step_ms": steps.get(kind, {}).get("ms") for kind in KINDS},
@@ -264,11 +259,9 @@ def settings_of(args: argparse.Namespace, preset: Preset) -> dict[str, Any]:
     if args.device == "cpu" and args.no_graphs:
         raise ValueError("--no-graphs: a CPU has none; expected it with --device cuda")
     check_tokens_per_forward(args)
-    if args.prompt + args.gen > POSITIONS:
-        raise ValueError(
-            f"--prompt {args.prompt}: expected at most {POSITIONS - args.gen} before {args.gen} "
-            "response positions"
-        )
+    most, room = POSITIONS - args.gen, f"before {args.gen} response positions"
+    if args.prompt > most:
+        raise ValueError(f"--prompt {args.prompt}: expected at most {most} {room}")
     check_arguments(args)
     if args.against is not None:
         against.check(args)
@@ -322,8 +315,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     ceilings = Ceilings(gb_per_s, tflops, "this run")
     result["ceilings"] = {"copy_gb_per_s": gb_per_s, "matmul_tflops": tflops}
     result["eager"] = "the prompts of a batch one after another"
-    result["runs"] = []
-    cases = []
+    result["runs"], cases = [], []
     for batch in batches:
         cases.append(Case(engine, prompts[:batch], settings, compare=not args.no_eager))
         result["runs"].append(measure(cases[-1], engine, ceilings, preset, args.rounds))

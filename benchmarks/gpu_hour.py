@@ -126,9 +126,6 @@ def parts(small: bool, folder: Path) -> dict[str, Part]:
     }  # fmt: skip
 
 
-# --- running ----------------------------------------------------------------------------------
-
-
 def files_of(folder: Path, name: str) -> list[Path]:
     """The JSON files of a part, one for each command."""
     return sorted(folder.glob(f"{name}.[0-9].json")) or [folder / f"{name}.json"]
@@ -192,15 +189,10 @@ def count_tests(log: Path) -> dict[str, int]:
     return counts
 
 
-# --- report -----------------------------------------------------------------------------------
-
-
 def value_of(line: Any, path: str) -> Any:
     """The value at a path with dots; None where there is none."""
     for key in path.split("."):
-        if not isinstance(line, dict) or key not in line:
-            return None
-        line = line[key]
+        line = line.get(key) if isinstance(line, dict) else None
     return line
 
 
@@ -221,15 +213,14 @@ def figure_of(target: dict[str, Any], lines: list[Any], applies: bool) -> float 
 
 
 def show(value: float, unit: str) -> str:
-    if unit == "share":
-        return f"{value:.1%}"
-    return f"{value:.4g} {unit}".strip()
+    return f"{value:.1%}" if unit == "share" else f"{value:.4g} {unit}".strip()
 
 
 def report(folder: Path, state: dict[str, Any]) -> str:
     """The table of all figures beside their targets, in Markdown, and what did not run."""
     machines: dict[str, None] = {}
-    table_lines = [("figure", "target", "measured", "reached"), ("---",) * 4]
+    on_gpu = not state["small"]
+    table = ["| figure | target | measured | reached |", "| --- | --- | --- | --- |"]
     for target in read_toml("targets.toml")["target"]:
         lines: list[Any] = []
         for file in files_of(folder, target["part"]):
@@ -239,32 +230,27 @@ def report(folder: Path, state: dict[str, Any]) -> str:
                 if "machine" in record:
                     versions = (f"{k} {v}" for k, v in record["versions"].items() if v is not None)
                     machines[f"{record['machine']['device']}; {', '.join(versions)}"] = None
-        unit, on_gpu = target.get("unit", ""), not state["small"]
-        bound = next((key for key in ("at_least", "at_most") if key in target), None)
-        limit = target.get(bound or "")
-        if "H200" in target and any("H200" in machine for machine in machines):
-            limit = target["H200"]
-        value = figure_of(target, lines, on_gpu)
-        reached = ""
-        if value is not None and bound is not None:
-            right = value >= limit if bound == "at_least" else value <= limit
-            reached = "-" if not on_gpu else "yes" if right else "NO"
+        unit, value = target.get("unit", ""), figure_of(target, lines, on_gpu)
         part = state["parts"].get(target["part"], {"status": "not run", "why": ""})
-        limit_text = "" if bound is None else f"{bound.replace('_', ' ')} {show(limit, unit)}"
         measured = f"{part['status']} {part['why']}" if value is None else show(value, unit)
-        table_lines.append((target["figure"], limit_text, measured.replace("|", "/"), reached))
-    table = "\n".join(f"| {' | '.join(cells)} |" for cells in table_lines)
+        limit_text = reached = ""
+        for bound in {"at_least", "at_most"} & target.keys():
+            limit = target[bound]
+            if "H200" in target and any("H200" in machine for machine in machines):
+                limit = target["H200"]
+            limit_text = f"{bound.replace('_', ' ')} {show(limit, unit)}"
+            if value is not None:
+                right = value >= limit if bound == "at_least" else value <= limit
+                reached = "-" if not on_gpu else "yes" if right else "NO"
+        cells = (target["figure"], limit_text, measured.replace("|", "/"), reached)
+        table.append(f"| {' | '.join(cells)} |")
     others = [
         f"- {name}: {part['status']} {part['why']}"
         for name, part in state["parts"].items() if part["status"] != "ran"
     ]  # fmt: skip
     head = "\n".join(machines) or "nothing was measured"
-    if state["small"]:
-        head += "\nSmall shapes: the targets do not apply."
-    return "\n\n".join(filter(None, (head, table, "\n".join(others))))
-
-
-# --- command ----------------------------------------------------------------------------------
+    head += "" if on_gpu else "\nSmall shapes: the targets do not apply."
+    return "\n\n".join(filter(None, (head, "\n".join(table), "\n".join(others))))
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -275,9 +261,8 @@ def build_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     add = parser.add_argument
     add("--budget", type=float, default=540, metavar="SECONDS", help="for all of it (540)")
-    add(
-        "--folder", type=Path, default=FOLDER, metavar="DIR", help="of the results (build/gpu_hour)"
-    )
+    folder = FOLDER.relative_to(ROOT)
+    add("--folder", type=Path, default=FOLDER, metavar="DIR", help=f"of the results ({folder})")
     add("--only", nargs="+", metavar="PART", help="these parts")
     add("--continue", dest="resume", action="store_true", help="the parts that have not run")
     add("--report", action="store_true", help="run nothing: print the table")

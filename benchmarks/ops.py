@@ -154,7 +154,9 @@ def lm_head_confidence_case(model: str, candidates: int) -> Case:
     )  # fmt: skip
 
 
-def window_attention_case(model: str, batch: int, width: int, positions: int) -> Case:
+def window_attention_case(
+    model: str, batch: int, width: int, positions: int, splits: int | None = None
+) -> Case:
     """The window's keys and values are in the cache already, every stored position is visible and
     the cache is full, so that every contender computes the same thing from the same tensors."""
     H, H_kv = MODELS[model]
@@ -177,7 +179,7 @@ def window_attention_case(model: str, batch: int, width: int, positions: int) ->
         others["flash"] = flash
     options = {
         "window_start": each((positions - width) // 2), "window_length": each(width),
-        "cache_seqlens": seqlens,
+        "cache_seqlens": seqlens, "num_splits": splits,
     }  # fmt: skip
     return Case(
         window_attention, (q, None, None, k, v), options, others,
@@ -217,10 +219,7 @@ def window_linear_case(layer: str, num_tokens: int) -> Case:
 
     def matmul() -> Tensor:
         y = linear(x, weight, bias)
-        if not gated:
-            return y
-        gate, up = y.chunk(2, -1)
-        return silu(gate) * up
+        return silu(y[:, :F]) * y[:, F:] if gated else y
 
     moved = weights * E + weights * has_bias + num_tokens * (E + F)
     return Case(
@@ -380,9 +379,6 @@ BENCHMARKS = {
 }  # fmt: skip
 
 
-# --- pytest-benchmark -------------------------------------------------------------------------
-
-
 def words(value: Any) -> str:
     return " ".join(map(str, value.values())) if isinstance(value, dict) else str(value)
 
@@ -421,9 +417,6 @@ def test_op(benchmark: Any, op: str, shape: Shape, contender: str) -> None:
     benchmark.pedantic(replay, setup=call.restore, rounds=15, warmup_rounds=2)
 
 
-# --- command ----------------------------------------------------------------------------------
-
-
 def measure(
     name: str, write: Callable[[dict[str, Any]], None], *, check_only: bool, definitions: bool
 ) -> bool:
@@ -431,11 +424,9 @@ def measure(
     right = True
     for shape in BENCHMARKS[name].shapes:
         make = functools.partial(BENCHMARKS[name].case, **shape)
-        contenders = ["op"]
-        if not check_only:
-            contenders += [*make().others, *(DEFINITIONS if definitions else ())]
+        others = [] if check_only else [*make().others, *(DEFINITIONS if definitions else ())]
         cold: dict[str, float] = {}
-        for contender in contenders:
+        for contender in ("op", *others):
             line: dict[str, Any] = {"op": name, "shape": shape, "contender": contender}
             try:
                 line["error"] = check(make(), contender)

@@ -37,11 +37,8 @@ def phase_times(
     what is launched outside the phases: on the GPU, or on the host of a CPU.
 
     They are measured in a decoding of its own that launches kernel by kernel, since a replayed
-    graph has no phases; a CPU's times are longer than unprofiled ones.
-
-    Args:
-        kinds: the kinds of the decoding's steps.
-    """
+    graph has no phases; a CPU's times are longer than unprofiled ones. `kinds` are those of the
+    decoding's steps."""
     config = dsb.DecodingConfig(**settings)
     first = min(1, len(kinds) - 1)  # a call's first step also allocates the call's tensors
     with tempfile.TemporaryDirectory() as folder:

@@ -14,6 +14,7 @@ faster than its floor by what the activations take, and by no more.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -53,14 +54,6 @@ class Ceilings:
     tflops: float  # dense
     source: str
 
-    @property
-    def bandwidth(self) -> float:
-        return self.gb_per_s * 1e9
-
-    @property
-    def flops(self) -> float:
-        return self.tflops * 1e12
-
 
 # Memory bandwidth and dense bfloat16 (half of the sheets' figure, which is with sparsity).
 GPUS = {
@@ -84,27 +77,22 @@ class Budget:
 
 def budget(preset: Preset, kind: str, size: StepSize, ceilings: Ceilings) -> Budget:
     """Cost and floor of every phase of a step."""
-    phases = {}
+    bandwidth, flops, phases = ceilings.gb_per_s * 1e9, ceilings.tflops * 1e12, {}
     for name, costs in step_cost(preset, size).items():
-        seconds = [cost.seconds(ceilings.bandwidth, ceilings.flops) for cost in costs]
+        seconds = [cost.seconds(bandwidth, flops) for cost in costs]
         middle = (len(costs) - 1) // 2  # not the last layer, which is cheaper
-        by_flops = costs[middle].flops / ceilings.flops == seconds[middle]
         phases[name] = {
             **asdict(total(costs)),
             "bytes": total(costs).bytes,
             "floor_us": sum(seconds) * 1e6,
             "one_layer_us": seconds[middle] * 1e6 if name in LAYER_PHASES else None,
-            "limit": "FLOPs" if by_flops else "bytes",
+            "limit": "FLOPs" if costs[middle].flops / flops == seconds[middle] else "bytes",
         }
-    whole = total_cost(preset, size)
+    whole, floor_us = total_cost(preset, size), sum(phase["floor_us"] for phase in phases.values())
     return Budget(
-        kind,
-        size,
-        phases,
-        floor_ms=sum(phase["floor_us"] for phase in phases.values()) * 1e-3,
-        weights_ms=whole.weights / ceilings.bandwidth * 1e3,
-        products_ms=whole.flops / ceilings.flops * 1e3,
-    )
+        kind, size, phases, floor_ms=floor_us * 1e-3, weights_ms=whole.weights / bandwidth * 1e3,
+        products_ms=whole.flops / flops * 1e3,
+    )  # fmt: skip
 
 
 def refresh_share(block: int, tokens_per_forward: float) -> float:
@@ -202,27 +190,24 @@ def phase_table(step: Budget, measured: dict[str, Any] | None) -> Table:
     """Phases down, cost and floor across, the measurement beside where there is one."""
     columns = ["phase", "weights MB", "K/V MB", "activations MB", "GFLOP", "floor µs",
                "limited by", "one layer µs"]  # fmt: skip
-    times = None
+    times: dict[str, float] = {}
     if measured is not None:
         times = measured.get("phase_us", {}).get(step.kind, {})
         columns += ["measured µs", "floor / measured"]
 
-    def line(name: str, cost: dict[str, Any], limit: str, one: str, us: float | None) -> list[str]:
-        cells = [f"{cost[kind] / 1e6:.1f}" for kind in ("weights", "cache", "activations")]
-        cells += [f"{cost['flops'] / 1e9:.1f}", f"{cost['floor_us']:.1f}", limit, one]
-        if times is not None:
+    def line(name: str, cost: dict[str, Any], us: float | None) -> list[str]:
+        one = cost.get("one_layer_us")
+        cells = [name if one is None else f"layer: {name}"]
+        cells += [f"{cost[kind] / 1e6:.1f}" for kind in ("weights", "cache", "activations")]
+        cells += [f"{cost['flops'] / 1e9:.1f}", f"{cost['floor_us']:.1f}", cost.get("limit", "")]
+        cells.append("" if one is None else f"{one:.2f}")
+        if measured is not None:
             cells += ["", ""] if us is None else [f"{us:.1f}", f"{cost['floor_us'] / us:.0%}"]
-        return [name, *cells]
+        return cells
 
-    lines, size = [], step.size
-    for name, phase in step.phases.items():
-        one = phase["one_layer_us"]
-        lines.append(line(
-            name if one is None else f"layer: {name}", phase, phase["limit"],
-            "" if one is None else f"{one:.2f}", (times or {}).get(name),
-        ))  # fmt: skip
-    caption = None
-    if times and OUTSIDE in times:
+    size, caption = step.size, None
+    lines = [line(name, phase, times.get(name)) for name, phase in step.phases.items()]
+    if OUTSIDE in times:
         lines.append(["outside of phases", *[""] * 7, f"{times[OUTSIDE]:.1f}", ""])
         caption = "phases: of steps launched kernel by kernel; mlp with its norm; sum: timed"
     table = table_of(
@@ -234,22 +219,19 @@ def phase_table(step: Budget, measured: dict[str, Any] | None) -> Table:
     kinds = ("weights", "cache", "activations", "flops", "floor_us")
     sums = {kind: sum(phase[kind] for phase in step.phases.values()) for kind in kinds}
     whole = None if measured is None else 1e3 * measured[f"{step.kind}_step_ms"]
-    table.add_row(*line("sum", sums, "", "", whole), style="bold")
+    table.add_row(*line("sum", sums, whole), style="bold")
     return table
 
 
-def positive(kind: type, low: float = 0) -> Any:
-    """A parser of numbers above `low`."""
+def positive(kind: type) -> Any:
+    """A parser of numbers above 0."""
 
     def parse(text: str) -> Any:
+        with contextlib.suppress(ValueError):
+            if 0 < kind(text) < math.inf:
+                return kind(text)
         accepted = "an int" if kind is int else "a number"
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not (value > low and math.isfinite(value)):
-            raise argparse.ArgumentTypeError(f"{text!r}: expected {accepted} above {low:g}")
-        return value
+        raise argparse.ArgumentTypeError(f"{text!r}: expected {accepted} above 0")
 
     return parse
 
