@@ -22,14 +22,12 @@ from dsb_runtime.measure.trace import Trace
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("prompt", help="the prompt, or - to read it from standard input")
-    output = parser.add_argument_group("output")
-    output.add_argument("--raw", action="store_true", help="do not apply the chat template")
-    output.add_argument("--live", action="store_true", help="show the canvas while it fills")
-    output.add_argument(
-        "--frame-seconds", type=float, default=0.1, help="pause between frames (default: 0.1)"
-    )
-    output.add_argument("--trace", type=Path, metavar="FILE.png", help="draw position × forward")
-    output.add_argument("--json", action="store_true", help="print one JSON object")
+    add = parser.add_argument_group("output").add_argument
+    add("--raw", action="store_true", help="do not apply the chat template")
+    add("--live", action="store_true", help="show the canvas while it fills")
+    add("--frame-seconds", type=float, default=0.1, help="pause between frames (default: 0.1)")
+    add("--trace", type=Path, metavar="FILE.png", help="draw position × forward")
+    add("--json", action="store_true", help="print one JSON object")
 
 
 def check_arguments(args: argparse.Namespace) -> None:

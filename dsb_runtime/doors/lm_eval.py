@@ -188,8 +188,6 @@ class DSBLM(TemplateLM):
             self.warned.add(key)
             logger.warning(message)
 
-    # --- text and tokens ----------------------------------------------------------------------
-
     @property
     def eot_token_id(self) -> int:
         for token in (self.tokenizer.eos_token_id, *self.info.eos_ids):
@@ -232,8 +230,6 @@ class DSBLM(TemplateLM):
         if len(ids) > longest:
             self.warn("cut", f"prompts of more than {longest} tokens lose their beginning")
         return ids[-longest:]
-
-    # --- requests -----------------------------------------------------------------------------
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """The answers in the order of the requests; requests with equal settings share batches."""
@@ -345,8 +341,6 @@ class DSBLM(TemplateLM):
 
     def bar(self, total: int, name: str, disable: bool) -> tqdm:
         return tqdm(total=total, desc=name, disable=disable or self._rank != 0)
-
-    # --- results and processes ----------------------------------------------------------------
 
     def add_up(self) -> dict[str, float]:
         """The sum of the measurements of all processes, {} where none has decoded. The seconds are

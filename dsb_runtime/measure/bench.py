@@ -41,10 +41,10 @@ LIMITS = {"linear_ms": "linear layers alone", "weights_ms": "weights at copy ban
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("measurement")
     add_preset(group)
-    group.add_argument("--batch", type=int, nargs="+", default=list(BATCHES), metavar="N",
-                       help=f"batch sizes (default: {' '.join(map(str, BATCHES))})")  # fmt: skip
-    group.add_argument("--rounds", type=int, default=5,
-                       help="timed rounds after one that warms up (default: 5)")  # fmt: skip
+    add = group.add_argument
+    add("--batch", type=int, nargs="+", default=list(BATCHES), metavar="N",
+        help=f"batch sizes (default: {' '.join(map(str, BATCHES))})")  # fmt: skip
+    add("--rounds", type=int, default=5, help="timed rounds after one that warms up (default: 5)")
     add_output(parser.add_argument_group("output"))
 
 

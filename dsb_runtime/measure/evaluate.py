@@ -40,13 +40,9 @@ WORDS = ("sweep", "rule", "value", "schedule", "cache")  # fields of a setting i
 
 @dataclass(frozen=True)
 class Setting:
-    """One line of the report: a decoding, and the words for it.
+    """One line of the report: a decoding, and the words for it."""
 
-    `sweep` says what the line belongs to: "baseline" (one token a step), "schedules" (every
-    schedule with every cache at one threshold), "rules" or "refreshes".
-    """
-
-    sweep: str
+    sweep: str  # what the line belongs to: "baseline", "schedules", "rules" or "refreshes"
     rule: str
     value: float | None  # of the rule's setting; None where `rule` says it in words
     schedule: str

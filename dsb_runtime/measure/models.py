@@ -11,15 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
-from transformers import (
-    AutoModelForCausalLM,
-    LlamaConfig,
-    PretrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    Qwen2Config,
-)
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from dsb_kernels.rules import RULES
 from dsb_runtime.demo import MODEL_DIR
@@ -64,8 +58,8 @@ PRESETS = {
 
 def config_of(preset: Preset) -> PretrainedConfig:
     """The transformers config of a preset, with the bidirectional attention "dsb"."""
-    kind: Any = Qwen2Config if preset.family is DREAM else LlamaConfig
-    config = kind(
+    name = "Qwen2Config" if preset.family is DREAM else "LlamaConfig"
+    config = getattr(transformers, name)(
         vocab_size=preset.vocab,
         hidden_size=preset.hidden,
         intermediate_size=preset.mlp,
@@ -90,7 +84,8 @@ def random_model(
     8B model in bfloat16 never takes more than its 16 GB."""
     torch.manual_seed(seed)
     with torch.device(device):
-        model = AutoModelForCausalLM.from_config(config_of(preset), dtype=dtype).eval()
+        config = config_of(preset)
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
     # The weights have unit gain. With the usual small ones every mask would look alike, and all
     # positions of a window would be committed at once, or none.
     for name, weight in model.model.named_parameters():
@@ -126,13 +121,13 @@ def random_prompts(
 def add_preset(parser: Any) -> None:
     """The options for a model without a checkpoint and for random prompts, which no EOS ends."""
     parser.set_defaults(stop_at_eos=False)
-    parser.add_argument(
+    add = parser.add_argument
+    add("--prompt-length", type=int, default=128, help="random tokens a prompt (default: 128)")
+    add(
         "--preset", choices=PRESETS,
         help="instead of a checkpoint: random weights at published shapes; without a selection "
         f"rule it commits {TOKENS_PER_FORWARD:g} tokens a step",
     )  # fmt: skip
-    parser.add_argument("--prompt-length", type=int, default=128,
-                        help="random tokens a prompt (default: 128)")  # fmt: skip
 
 
 def load_preset(args: argparse.Namespace) -> PreTrainedModel:

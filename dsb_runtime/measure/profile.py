@@ -2,11 +2,8 @@
 
 A whole decoding runs first: it compiles, captures and counts. Then the same decoding runs again.
 CUDA's profiler, for which Nsight waits, is started and stopped around the chosen steps of it, and
-so is torch's profiler where `--torch` names a file.
-
-The host enters a phase's range while it launches the phase's kernels. A replayed CUDA graph
-launches them all at once, so that graphs are off by default. With `--graphs` only whole steps have
-ranges.
+so is torch's profiler where `--torch` names a file. The host enters a phase's range while it
+launches the phase's kernels, but a replayed CUDA graph launches them all at once.
 """
 
 from __future__ import annotations
@@ -43,16 +40,16 @@ NOTE = (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("profile")
     add_preset(group)
-    group.add_argument("--batch", type=int, default=1, metavar="B", help="default: 1")
-    group.add_argument("--profile-steps", type=int, default=16, metavar="N",
-                       help="steps to profile (default: 16)")  # fmt: skip
-    group.add_argument("--warmup", type=int, default=1, metavar="W",
-                       help="steps of their decoding before them (default: 1); a whole decoding "
-                       "runs before that")  # fmt: skip
-    group.add_argument("--graphs", action=argparse.BooleanOptionalAction, default=False,
-                       help="replay CUDA graphs: only whole steps have ranges")  # fmt: skip
-    group.add_argument("--torch", type=Path, metavar="TRACE.json",
-                       help="without Nsight: write torch's trace, print its tables")  # fmt: skip
+    add = group.add_argument
+    add("--batch", type=int, default=1, metavar="B", help="default: 1")
+    add("--profile-steps", type=int, default=16, metavar="N", help="steps to profile (default: 16)")
+    add("--warmup", type=int, default=1, metavar="W",
+        help="steps of their decoding before them (default: 1); a whole decoding runs before "
+        "that")  # fmt: skip
+    add("--graphs", action=argparse.BooleanOptionalAction, default=False,
+        help="replay CUDA graphs: only whole steps have ranges")  # fmt: skip
+    add("--torch", type=Path, metavar="TRACE.json",
+        help="without Nsight: write torch's trace, print its tables")  # fmt: skip
 
 
 def ranges(device: torch.device) -> Phase:

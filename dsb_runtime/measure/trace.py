@@ -43,10 +43,8 @@ class Trace:
         if not self.kinds:
             raise ValueError("trace: nothing was recorded; pass it as on_step to generate")
         steps, prompt = len(self.kinds), self.prompt_length
-        figure = Figure(
-            figsize=(min(4 + self.gen_length / 14, 16), min(2.4 + steps / 5, 12)),
-            layout="constrained",
-        )
+        inches = (min(4 + self.gen_length / 14, 16), min(2.4 + steps / 5, 12))
+        figure = Figure(figsize=inches, layout="constrained")
         axes = figure.subplots()
         for step, (start, end, prefix) in enumerate(self.windows):
             if self.kinds[step] == "refresh":
