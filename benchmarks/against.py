@@ -63,14 +63,11 @@ class Checkout:
             env={**os.environ, "PYTHONPATH": str(root.absolute())},
             stdin=subprocess.PIPE, stdout=subprocess.PIPE,
         )  # fmt: skip
-        self.send(json.dumps(job))
-
-    def send(self, line: object) -> None:
-        print(line, file=self.process.stdin, flush=True)
+        print(json.dumps(job), file=self.process.stdin, flush=True)
 
     def run(self, batch: int) -> dict[str, Any]:
         """Decode one batch. Returns seconds, forwards and a digest of the tokens."""
-        self.send(batch)
+        print(batch, file=self.process.stdin, flush=True)
         line = self.process.stdout.readline()
         if not line:
             raise SystemExit("decode: a checkout's process ended; its error stands above")

@@ -3,24 +3,20 @@
     python -m benchmarks.decode --preset 60m --device cpu --json decode.json --plot decode.png
     python -m benchmarks.decode --preset llada-8b --device cuda --dtype bfloat16 --batch 1 8 32
 
-A random model of published shapes decodes in this package and in the loop of `eager.py`, which runs
-the prompts of a batch one after another.
-
-In float32 the logits are scaled so that the threshold rule commits about `--tokens-per-forward`.
-Unless both loops commit the same tokens at the same forwards, nothing is timed. In 16 bits rounding
-flips near ties. There our run decodes in gen / tokens-per-forward steps, and the eager loop follows
-it: each forward starts from the recorded canvas and window, and the share of decisions on which
-both agree there is printed.
+A random model of published shapes decodes in this package and in the loop of `eager.py`. In float32
+the logits are scaled so that the threshold rule commits about `--tokens-per-forward`. Unless both
+loops commit the same tokens at the same forwards, nothing is timed. In 16 bits rounding flips near
+ties. There our run decodes in gen / tokens-per-forward steps, and the eager loop follows it: each
+forward starts from the recorded canvas and window, and the share of decisions on which both agree
+there is printed.
 
 The linear layers of the same forwards are timed alone, in turn with both loops. One variant
 multiplies what follows the last layer's K and V with the scored positions, as our steps do; the
 other multiplies everything with all positions of a forward, as published loops do. A ratio is the
 median of each round's ratio, so that a drift of the machine cancels. Single steps are timed in
 watched runs, in which the host looks at each step before it launches the next, and in free runs, in
-which a speculative launch may be wasted. `--phases` times the phases of steps in a run of its own.
-
-A GPU is idle while no kernel runs, the gaps between kernels included; "between steps" is the part
-in which it waits for the host. `--against DIR` compares this checkout with another one instead.
+which a speculative launch may be wasted. A GPU is idle while no kernel runs, the gaps between
+kernels included; "between steps" is the part in which it waits for the host.
 """
 
 from __future__ import annotations
@@ -42,22 +38,13 @@ from benchmarks import against, describe_benchmark
 from benchmarks.decode_report import draw, median_ms, print_runs, step_figures
 from benchmarks.eager import EagerOutput, eager_generate
 from benchmarks.profiled import gpu_busy_seconds, phase_times
-from benchmarks.roofline import KINDS, Ceilings, check_tokens_per_forward, positive
+from benchmarks.roofline import KINDS, Ceilings, check_most, positive
 from benchmarks.step_cost import total_cost
 from benchmarks.trajectory import Agreement, EagerClock, Trajectory, agreement
 from dsb_runtime.cli.main import OneLineParser
 from dsb_runtime.files import write_json
+from dsb_runtime.measure import models
 from dsb_runtime.measure.command import check_arguments
-from dsb_runtime.measure.models import (
-    DTYPES,
-    POSITIONS,
-    PRESETS,
-    TOKENS_PER_FORWARD,
-    Preset,
-    check_device,
-    random_model,
-    random_prompts,
-)
 from dsb_runtime.measure.steps import LinearLayers, TimedEngine
 from dsb_runtime.measure.timing import copy_bandwidth, matmul_speed, timed
 
@@ -134,14 +121,14 @@ class Case:
 
     def check(self, eager: list[EagerOutput]) -> Agreement:
         """The decisions on which both loops agree; in float32 they must agree on all."""
-        for row, other in enumerate(eager):
-            steps = self.record.rows[row]
-            if self.exact and not torch.equal(self.out.sequences[row], other.sequences[0]):
-                raise SystemExit("decode: the loops return different tokens: nothing is timed")
-            if self.exact and [step.commits for step in steps] != other.commits:
-                raise SystemExit("decode: the loops commit differently: nothing is timed")
+        sequences = torch.cat([other.sequences for other in eager])
+        if self.exact and not torch.equal(self.out.sequences, sequences):
+            raise SystemExit("decode: the loops return different tokens: nothing is timed")
         steps = [step for row in range(len(eager)) for step in self.record.rows[row]]
-        return agreement(steps, [commits for other in eager for commits in other.commits])
+        commits = [commits for other in eager for commits in other.commits]
+        if self.exact and [step.commits for step in steps] != commits:
+            raise SystemExit("decode: the loops commit differently: nothing is timed")
+        return agreement(steps, commits)
 
 
 def watched_times(case: Case, engine: TimedEngine) -> list[tuple[str, float]]:
@@ -152,7 +139,7 @@ def watched_times(case: Case, engine: TimedEngine) -> list[tuple[str, float]]:
 
 
 def measure(
-    case: Case, engine: TimedEngine, ceilings: Ceilings, preset: Preset, rounds: int
+    case: Case, engine: TimedEngine, ceilings: Ceilings, preset: models.Preset, rounds: int
 ) -> dict[str, Any]:
     """Time the runs of one batch and return all its figures."""
     device, record = case.model.device, case.record
@@ -230,9 +217,9 @@ def idle_share(case: Case, run: dict[str, Any]) -> float | None:
 def build_parser() -> argparse.ArgumentParser:
     parser = OneLineParser(prog="decode", description=(__doc__ or "").split("\n")[0])
     add, above = parser.add_argument, positive(int)
-    add("--preset", choices=PRESETS, default="60m", help="model shapes (60m)")
+    add("--preset", choices=models.PRESETS, default="60m", help="model shapes (60m)")
     add("--device", choices=["cpu", "cuda"], default="cpu")
-    add("--dtype", choices=DTYPES, help="bfloat16 on cuda, float32 on cpu")
+    add("--dtype", choices=models.DTYPES, help="bfloat16 on cuda, float32 on cpu")
     add("--batch", type=above, nargs="+", default=[1], metavar="N", help="one run for each")
     add("--prompt", type=above, default=512, help="prompt tokens (512)")
     add("--gen", type=above, default=128, help="response positions (128)")
@@ -240,8 +227,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--max-block", type=above, help="maximal block length; unbounded without it")
     add("--prefix-window", type=int, help="positions before the window; the family's without it")
     add("--threshold", type=float, default=0.9, help="of the rule in float32 (0.9)")
-    add("--tokens-per-forward", type=positive(float), default=TOKENS_PER_FORWARD,
-        help=f"how many a step should commit ({TOKENS_PER_FORWARD:g})")  # fmt: skip
+    add("--tokens-per-forward", type=positive(float), default=models.TOKENS_PER_FORWARD,
+        help=f"how many a step should commit ({models.TOKENS_PER_FORWARD:g})")  # fmt: skip
     add("--rounds", type=above, default=7, help="timed rounds (7)")
     add("--no-graphs", action="store_true", help="launch every kernel instead of CUDA graphs")
     add("--no-eager", action="store_true", help="do not compare with the eager loop")
@@ -253,13 +240,13 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def settings_of(args: argparse.Namespace, preset: Preset) -> dict[str, Any]:
+def settings_of(args: argparse.Namespace, preset: models.Preset) -> dict[str, Any]:
     """The settings of the decoding. Raise ValueError for an argument that is not accepted."""
-    check_device(args.device)
+    models.check_device(args.device)
     if args.device == "cpu" and args.no_graphs:
         raise ValueError("--no-graphs: a CPU has none; expected it with --device cuda")
-    check_tokens_per_forward(args)
-    most, room = POSITIONS - args.gen, f"before {args.gen} response positions"
+    check_most("--tokens-per-forward", args.tokens_per_forward, "--block", args.block)
+    most, room = models.POSITIONS - args.gen, f"before {args.gen} response positions"
     if args.prompt > most:
         raise ValueError(f"--prompt {args.prompt}: expected at most {most} {room}")
     check_arguments(args)
@@ -281,16 +268,16 @@ def settings_of(args: argparse.Namespace, preset: Preset) -> dict[str, Any]:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = build_parser()
     args = parser.parse_args(argv)
-    preset = PRESETS[args.preset]
+    preset = models.PRESETS[args.preset]
     try:
         settings = settings_of(args, preset)
     except (ValueError, TypeError) as error:
         parser.error(str(error))
     dtype, device = getattr(torch, args.dtype), torch.device(args.device)
-    model = random_model(preset, dtype, device, args.seed)
+    model = models.random_model(preset, dtype, device, args.seed)
     engine = TimedEngine(model, graphs=False if args.no_graphs else None)
     batches = list(dict.fromkeys(args.batch))
-    prompts = random_prompts(model, None, max(batches), args.prompt, args.seed)
+    prompts = models.random_prompts(model, None, max(batches), args.prompt, args.seed)
     if dtype == torch.float32:
         scale_head(engine, prompts[:1], settings, args.tokens_per_forward)
     result: dict[str, Any] = {

@@ -4,13 +4,11 @@
     python -m benchmarks.gpu_hour --continue            # the parts that have not run
     python -m benchmarks.gpu_hour --report              # what the folder holds, beside the targets
 
-Each part runs commands of this repository in processes of their own, under a time limit. They write
-their JSON as they go, and their output stands in a log beside it, so that a part that fails or
-hangs loses its own figures only. The parts run in the order of `--help`: correctness comes first,
-which also compiles the kernels side by side, then come the most valuable figures. `targets.toml`
-has the targets. `--small` runs everything at small shapes on a CPU, where the targets do not apply.
-
-The command needs the packages of `pip install ".[test]"`.
+Each part runs commands of this repository in processes of their own, under a time limit. Each
+writes its JSON as it goes, with a log beside it, so that a part that fails or hangs loses its own
+figures only. The parts run in the order of `--help`: correctness, which also compiles the kernels
+side by side, then the most valuable figures. `targets.toml` has the targets, which do not apply to
+`--small`. The command needs the packages of `pip install ".[test]"`.
 """
 
 from __future__ import annotations
@@ -74,12 +72,13 @@ def pytest(tests: Sequence[str], *options: str) -> list[str]:
 def parts(small: bool, folder: Path) -> dict[str, Part]:
     """All parts by name, the most valuable first."""
     workers = [] if small else ["-n", str(min(8, os.cpu_count() or 1))]
+    rounds = ["--rounds", "1" if small else "3"]
 
     def bounded(width: int, *options: str) -> list[list[str]]:
         """Windows of `width` positions: a block of 32 that does not grow, and the prefix."""
         block, prefix = (8, width // 4 - 8) if small else (32, width - 32)
         limits = ["--max-block", str(block), "--prefix-window", str(prefix)]
-        return [decode("llada-8b", small, *limits, "--rounds", "1" if small else "3", *options)]
+        return [decode("llada-8b", small, *limits, *rounds, *options)]
 
     def ops(group: str) -> list[list[str]]:
         return [module("ops", "--op", *OPS[group])]
@@ -100,8 +99,7 @@ def parts(small: bool, folder: Path) -> dict[str, Part]:
                           bounded(64, "--phases")),
         "decode_32": Part("windows of 32", 60, bounded(32, "--no-eager")),
         "decode_128": Part("windows of 128", 60, bounded(128, "--no-eager")),
-        "greedy": Part("a block that grows", 90,
-                       [decode("llada-8b", small, "--rounds", "1" if small else "3")]),
+        "greedy": Part("a block that grows", 90, [decode("llada-8b", small, *rounds)]),
         "prompt_1000": Part("windows of 64 after a prompt of 1000", 60,
                             bounded(64, "--no-eager", "--prompt", "20" if small else "1000")),
         "roofline": Part("the phases of decode_64 beside their floors", 30,
@@ -116,8 +114,7 @@ def parts(small: bool, folder: Path) -> dict[str, Part]:
         "batches": Part("LLaDA-8B, batch 8 and 32", 180, [
             decode("llada-8b", small, "--batch", *(("2", "3") if small else ("8", "32")),
                    "--no-eager", "--rounds", "1")]),
-        "dream": Part("Dream-7B beside the eager loop", 120,
-                      [decode("dream-7b", small, "--rounds", "1" if small else "3")]),
+        "dream": Part("Dream-7B beside the eager loop", 120, [decode("dream-7b", small, *rounds)]),
         "sweep": Part("launch configurations at other sizes", 240, [module("sweep", *other_sizes)]),
         **({} if sanitizer is None else {
             tool: Part(f"compute-sanitizer --tool {tool} on one test of each family", 300,

@@ -4,8 +4,7 @@
     python -m pytest benchmarks/ops.py -k window_attention
 
 `BENCHMARKS` lists the shapes of each op, those of the targets first, and the function that makes a
-`Case` of a shape: the op's arguments, what else computes the same from them, and the bytes that a
-call has to move. `op_case.py` checks a case and times it.
+`Case` of a shape, which `op_case.py` checks and times.
 
 On a GPU the figures are microseconds with a cold and a warm L2, the share of the copy bandwidth
 that the needed bytes amount to in the cold time, and TFLOP/s. On a CPU the shapes are small, "op"

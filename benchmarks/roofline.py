@@ -168,22 +168,16 @@ def settle(args: argparse.Namespace) -> dict[str, Any] | None:
         args.width = round(measured["window_width"])
     if args.preset not in PRESETS:
         raise ValueError(f"--preset {args.preset}: expected one of {', '.join(PRESETS)}")
-    length = args.prompt + args.gen
-    if args.block > args.gen:
-        raise ValueError(f"--block {args.block}: expected at most --gen, {args.gen}")
-    if args.width is not None and args.width > length:
-        raise ValueError(f"--width {args.width}: expected at most --prompt + --gen, {length}")
-    check_tokens_per_forward(args)
+    check_most("--block", args.block, "--gen", args.gen)
+    check_most("--width", args.width or 0, "--prompt + --gen", args.prompt + args.gen)
+    check_most("--tokens-per-forward", args.tokens_per_forward, "--block", args.block)
     return measured
 
 
-def check_tokens_per_forward(args: argparse.Namespace) -> None:
-    """Raise ValueError unless a block has so many tokens."""
-    if args.tokens_per_forward > args.block:
-        raise ValueError(
-            f"--tokens-per-forward {args.tokens_per_forward:g}: expected at most --block, "
-            f"{args.block}"
-        )
+def check_most(name: str, value: float, bound: str, most: int) -> None:
+    """Raise ValueError if `value` is more than the value of the options that `bound` names."""
+    if value > most:
+        raise ValueError(f"{name} {value:g}: expected at most {bound}, {most}")
 
 
 def phase_table(step: Budget, measured: dict[str, Any] | None) -> Table:
