@@ -56,11 +56,9 @@ RATIOS = (
 
 @torch.no_grad()
 def scale_head(engine: dsb.Engine, prompt: Tensor, settings: dict[str, Any], target: float) -> None:
-    """Scale the logits until about `target` tokens commit per forward.
-
-    A random model is never sure; sharper logits stand in for a trained one's confidence. The final
-    norm's gain is scaled, since the LM head may be the embedding as well.
-    """
+    """Scale the logits until about `target` tokens commit per forward. A random model is never
+    sure; sharper logits stand in for a trained one's confidence. The final norm's gain is scaled,
+    since the LM head may be the embedding as well."""
     gain = engine.model.model.norm.weight
     low, high, original = 8.0, 512.0, gain.clone()
     for _ in range(8):
@@ -147,7 +145,6 @@ def measure(
     floor = LinearLayers(case.model, max(work.num_tokens for work in works))
     watched, free, shares = list[tuple[str, float]](), list[tuple[str, float]](), []
     eager = EagerClock(device)
-
     runs: dict[str, Callable[[], object]] = {
         "ours": case.ours,
         "eager": lambda: case.eager(eager),

@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.table import Table
 
-from benchmarks.roofline import KINDS, Ceilings, budget
+from benchmarks.roofline import KINDS, Budget, Ceilings, budget
 from benchmarks.trajectory import Trajectory
 from dsb_runtime.measure.command import table_of, wide_console
 from dsb_runtime.measure.models import Preset
@@ -30,8 +30,9 @@ def median_ms(times: Sequence[tuple[str, float]], kind: str) -> float | None:
     return 1e3 * statistics.median(seconds) if seconds else None
 
 
-def summarize(seconds: list[float], budgets: list[Any], widths: list[int]) -> dict[str, Any]:
-    """Figures of similar steps: their time, their bytes and FLOPs, and the limits of these."""
+def summarize(steps: list[tuple[float, Budget, int]]) -> dict[str, Any]:
+    """Figures of similar steps, given their seconds, budgets and widths."""
+    seconds, budgets, widths = zip(*steps, strict=True)
     time, phases = sum(seconds), [phase for b in budgets for phase in b.phases.values()]
     figures = {
         "steps": len(seconds),
@@ -54,30 +55,20 @@ def step_figures(
     """The figures of steps by kind, and of window steps also by width. They are medians over the
     rounds of each forward, then over forwards. A call's first step also allocates the call's
     tensors, so that it is left out where there are other steps of its kind."""
-    kinds, widths = record.kinds, [step.widest for step in record.steps]
-    count = len(kinds)
+    kinds, count = record.kinds, len(record.kinds)
     if [kind for kind, _ in times] != kinds * (len(times) // max(count, 1)):
         raise RuntimeError("timed runs took other steps than the recorded one: nothing is reported")
-    seconds = [statistics.median(s for _, s in times[i::count]) for i in range(count)]
-    budgets = [
-        budget(preset, kind, size, ceilings)
-        for kind, size in zip(kinds, record.sizes, strict=True)
-    ]  # fmt: skip
-
-    def figures(steps: list[int]) -> dict[str, Any]:
-        return summarize(
-            [seconds[i] for i in steps], [budgets[i] for i in steps], [widths[i] for i in steps]
-        )
-
-    by_kind: dict[str, dict[str, Any]] = {}
-    for kind in KINDS:
-        steps = [i for i in range(count) if kinds[i] == kind]
-        if steps:
-            by_kind[kind] = figures([i for i in steps if i > 0] or steps)
-        if steps and kind == "window":
-            steps.sort(key=lambda i: widths[i])
-            classes = itertools.groupby(steps, lambda i: width_class(widths[i]))
-            by_kind[kind]["by_width"] = {name: figures(list(each)) for name, each in classes}
+    steps: dict[str, list[tuple[float, Budget, int]]] = {kind: [] for kind in KINDS}
+    for i, (kind, size, work) in enumerate(zip(kinds, record.sizes, record.steps, strict=True)):
+        seconds = statistics.median(s for _, s in times[i::count])
+        steps[kind].append((seconds, budget(preset, kind, size, ceilings), work.widest))
+    if kinds.count(kinds[0]) > 1:
+        del steps[kinds[0]][0]
+    by_kind = {kind: summarize(of_kind) for kind, of_kind in steps.items() if of_kind}
+    if "window" in by_kind:
+        widest = sorted(steps["window"], key=lambda step: step[2])
+        classes = itertools.groupby(widest, lambda step: width_class(step[2]))
+        by_kind["window"]["by_width"] = {name: summarize(list(each)) for name, each in classes}
     return by_kind
 
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 import functools
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -416,11 +416,8 @@ def test_op(benchmark: Any, op: str, shape: Shape, contender: str) -> None:
     benchmark.pedantic(replay, setup=call.restore, rounds=15, warmup_rounds=2)
 
 
-def measure(
-    name: str, write: Callable[[dict[str, Any]], None], *, check_only: bool, definitions: bool
-) -> bool:
-    """Measure every shape and contender of an op; returns whether the op was always right."""
-    right = True
+def measure(name: str, *, check_only: bool, definitions: bool) -> Iterator[dict[str, Any]]:
+    """The figures of every shape and contender of an op."""
     for shape in BENCHMARKS[name].shapes:
         make = functools.partial(BENCHMARKS[name].case, **shape)
         others = [] if check_only else [*make().others, *(DEFINITIONS if definitions else ())]
@@ -434,17 +431,14 @@ def measure(
                     cold[contender] = line["cold_us"]
             except Exception as error:  # a contender may not take this shape
                 line["failed"] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
-            if contender == "op":
-                right &= line.get("error", math.inf) <= 1
-            elif contender in cold and "op" in cold:
-                line["over_op"] = round(line["cold_us"] / cold["op"], 3)
-            write(line)
+            if contender != "op" and {contender, "op"} <= cold.keys():
+                line["over_op"] = round(cold[contender] / cold["op"], 3)
+            yield line
         rivals = {other: us for other, us in cold.items() if other not in ("op", *DEFINITIONS)}
         if rivals and "op" in cold:
             best = min(rivals, key=rivals.__getitem__)
-            write({"op": name, "shape": shape, "contender": "best of the others", "best": best,
-                   "over_op": round(rivals[best] / cold["op"], 3)})  # fmt: skip
-    return right
+            yield {"op": name, "shape": shape, "contender": "best of the others", "best": best,
+                   "over_op": round(rivals[best] / cold["op"], 3)}  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -460,19 +454,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_arguments(args)
     except ValueError as error:
         parser.error(str(error))
-    record = {**describe_benchmark("ops", argv, device()), "lines": []}
-
-    def write(line: dict[str, Any]) -> None:
-        record["lines"].append(line)
-        print(" ".join(f"{key}={value}" for key, value in line.items()), flush=True)
-        if args.json:
-            write_json(args.json, record)
-
-    right = [
-        measure(name, write, check_only=args.check, definitions=args.definitions)
-        for name in args.op or BENCHMARKS
-    ]
-    return 0 if all(right) else 1
+    record, right = {**describe_benchmark("ops", argv, device()), "lines": []}, True
+    for name in args.op or BENCHMARKS:
+        for line in measure(name, check_only=args.check, definitions=args.definitions):
+            right &= line["contender"] != "op" or line.get("error", math.inf) <= 1
+            record["lines"].append(line)
+            print(" ".join(f"{key}={value}" for key, value in line.items()), flush=True)
+            if args.json:
+                write_json(args.json, record)
+    return int(not right)
 
 
 if __name__ == "__main__":

@@ -268,11 +268,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         preset, args.batch, args.prompt, args.gen, args.block, args.width, ITEMSIZE[args.dtype]
     )
     steps = {kind: budget(preset, kind, sizes[kind], ceilings) for kind in KINDS}
-
-    def mean_ms(window: float, refresh: float) -> float:
-        return (1 - share) * window + share * refresh
-
-    step_ms = mean_ms(*(steps[kind].floor_ms for kind in KINDS))
+    shares = {"window": 1 - share, "refresh": share}
+    step_ms = sum(part * steps[kind].floor_ms for kind, part in shares.items())
     tokens = args.batch * args.tokens_per_forward
     result = {
         "preset": args.preset, "dtype": args.dtype, "prompt": args.prompt, "gen": args.gen,
@@ -296,7 +293,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
     lines = [("floor", step_ms)]
     if measured is not None:
-        whole_ms = mean_ms(*(measured[f"{kind}_step_ms"] for kind in KINDS))
+        whole_ms = sum(part * measured[f"{kind}_step_ms"] for kind, part in shares.items())
         result["measured"] = {
             **{f"{kind}_step_ms": measured[f"{kind}_step_ms"] for kind in KINDS},
             "step_ms": whole_ms, "tokens_per_second": tokens / whole_ms * 1e3,

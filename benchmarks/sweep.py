@@ -80,16 +80,16 @@ def two_times(make: Callable[[], Case]) -> dict[str, Any]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = OneLineParser(prog="sweep", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--size", type=int, nargs="+", help="these sizes of sweep.toml only")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="written after every line")
-    args = parser.parse_args(argv)
     items = read_toml("sweep.toml")["sweep"]
     sizes = sorted({item["size"] for item in items})
+    parser = OneLineParser(prog="sweep", description=(__doc__ or "").split("\n")[0])
+    add = parser.add_argument
+    add("--size", type=int, nargs="+", choices=sizes, metavar="N",
+        help="these sizes of sweep.toml only")  # fmt: skip
+    add("--json", type=Path, metavar="FILE", help="written after every line")
+    args = parser.parse_args(argv)
     try:
         check_arguments(args)
-        if args.size and not set(args.size) <= set(sizes):
-            raise ValueError(f"--size {args.size}: expected some of {sizes}")
     except ValueError as error:
         parser.error(str(error))
     record = {**describe_benchmark("sweep", argv, device()), "lines": []}

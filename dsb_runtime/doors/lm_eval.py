@@ -12,6 +12,7 @@ harness's own command.
 from __future__ import annotations
 
 import inspect
+import itertools
 import json
 import logging
 import os
@@ -46,12 +47,10 @@ LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_token
 
 
 def request_settings(own: Mapping[str, Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of a request whose `generation_kwargs` are `kwargs`, for `defaults_for`.
-
-    `own` are those of `--model_args`. The request's temperature, `top_p` and `top_k` hold where it
-    asks for sampling; any other setting in it (`--gen_kwargs threshold=0.8`) overrides the
-    model's. A number of tokens makes the canvas shorter, never longer than the model's.
-    """
+    """The settings of a request whose `generation_kwargs` are `kwargs`, for `defaults_for`. `own`
+    are those of `--model_args`. The request's temperature, `top_p` and `top_k` hold where it asks
+    for sampling; any other setting in it (`--gen_kwargs threshold=0.8`) overrides the model's. A
+    number of tokens makes the canvas shorter, never longer than the model's."""
     kwargs = {name: value for name, value in kwargs.items() if value is not None}
     left = set(settings())
     if not (kwargs.get("do_sample", True) and kwargs.get("temperature", 0) > 0):
@@ -308,19 +307,16 @@ class DSBLM(TemplateLM):
     ) -> list[float]:
         """Log-likelihoods of whole texts, which are cut into pieces of the model's length; each
         token is scored in one piece."""
-        items, owner = [], []
-        for i, request in enumerate(requests):
+        pieces: list[list[Scored]] = []
+        for request in requests:
             ids = self.tok_encode(request.args[0], add_special_tokens=False)
             windows = get_rolling_token_windows(
                 ids, self.prefix_token_id, max_seq_len=self.max_length - 1, context_len=1
             )
-            for window in windows:
-                items.append(self.scored(*make_disjoint_window(window)))
-                owner.append(i)
-        scores = self.score(items, "loglikelihood_rolling", disable_tqdm)
-        totals = [0.0] * len(requests)
-        for i, score in zip(owner, scores, strict=True):
-            totals[i] += score
+            pieces.append([self.scored(*make_disjoint_window(window)) for window in windows])
+        items = list(itertools.chain(*pieces))
+        scores = iter(self.score(items, "loglikelihood_rolling", disable_tqdm))
+        totals = [sum(itertools.islice(scores, len(of_text)), 0.0) for of_text in pieces]
         for request, total in zip(requests, totals, strict=True):
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
         return totals

@@ -94,11 +94,9 @@ def one_round(
 def summarize_steps(
     rounds: list[Round], kind: str, weights_seconds: float | None
 ) -> dict[str, Any] | None:
-    """Medians over all steps of a kind; None where there was none.
-
-    A call's first step also allocates the call's tensors, so that it is left out where there are
-    other steps. The key "rows" stands for the positions of a step.
-    """
+    """Medians over all steps of a kind; None where there was none. A call's first step also
+    allocates the call's tensors, so that it is left out where there are other steps. The key "rows"
+    stands for the positions of a step."""
     steps = [
         (index, *step)
         for r in rounds

@@ -35,7 +35,6 @@ SWEEPS: dict[str, tuple[float, ...]] = {
 }
 FULL_EVERY = (4, 99)  # with response refreshes, one refresh in so many is full
 SMALL_BLOCK = 4  # so small a block makes many refreshes
-WORDS = ("sweep", "rule", "value", "schedule", "cache")  # fields of a setting in the report
 
 
 @dataclass(frozen=True)
@@ -79,13 +78,14 @@ def build_settings(gen_length: int, block_length: int, quick: bool) -> list[Sett
     }
 
     def setting(
-        sweep: str, rule: str, value: float | None, schedule: str, cache: str, **settings: Any
-    ) -> Setting:
+        sweep: str, rule: str, value: float | None = None, schedule: str = "DSB greedy",
+        cache: str = "dsb", **settings: Any,
+    ) -> Setting:  # fmt: skip
         config = DecodingConfig(**{**shape, **schedules[schedule], "cache": cache, **settings})
         name = cache if config.refresh_policy == "full" else f"{cache}/{config.full_every}"
         return Setting(sweep, rule, value, schedule, name, config)
 
-    lines = [setting("baseline", "one token a step", None, "DSB greedy", "none", steps=gen_length)]
+    lines = [setting("baseline", "one token a step", cache="none", steps=gen_length)]
     lines += [
         setting("schedules", "threshold", THRESHOLD, schedule, cache, threshold=THRESHOLD)
         for schedule in schedules
@@ -104,11 +104,10 @@ def build_settings(gen_length: int, block_length: int, quick: bool) -> list[Sett
         ]
     small = min(SMALL_BLOCK, block_length)
     for every in (None, *FULL_EVERY):
-        lines.append(setting(
-            "refreshes", f"1 token, block {small}", None, "DSB greedy", "dsb", steps=gen_length,
-            block_length=small, refresh_policy="response" if every else "full",
-            full_refresh_every=every,
-        ))  # fmt: skip
+        settings: dict[str, Any] = {"steps": gen_length, "block_length": small}
+        if every is not None:
+            settings |= {"refresh_policy": "response", "full_refresh_every": every}
+        lines.append(setting("refreshes", f"1 token, block {small}", **settings))
     return lines
 
 
@@ -132,7 +131,7 @@ def score(
         tokens += sum(out.row_tokens)
         count += len(problems)
     seconds = time.perf_counter() - began
-    words = {name: getattr(setting, name) for name in WORDS}
+    words = {name: value for name, value in vars(setting).items() if name != "config"}
     return words | {
         "problems": count, "exact": exact / count, "forwards": forwards / count,
         "tokens": tokens / count, "tokens_per_forward": tokens / forwards,

@@ -13,23 +13,18 @@ from typing import Any
 import torch
 
 
-def describe_machine(device: torch.device) -> dict[str, Any]:
-    """Names of the device and the CPU, cores, threads and operating system."""
+def describe_run(command: str, device: torch.device) -> dict[str, Any]:
+    """The fields at the head of every file of results."""
     info = Path("/proc/cpuinfo")
     names = re.findall(r"model name\s*: (.+)", info.read_text()) if info.is_file() else []
     name = next(iter(names), platform.processor() or platform.machine())
-    gpu = device.type == "cuda"
-    return {
-        "device": torch.cuda.get_device_name(device) if gpu else name,
+    machine = {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else name,
         "cpu": name,
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "system": platform.system(),
     }
-
-
-def describe_run(command: str, device: torch.device) -> dict[str, Any]:
-    """The fields at the head of every file of results."""
     versions: dict[str, str | None] = {"python": platform.python_version()}
     # torch itself names its build (+cu130), which its CUDA wheels' metadata leaves out.
     versions["torch"] = str(torch.__version__)
@@ -41,6 +36,6 @@ def describe_run(command: str, device: torch.device) -> dict[str, Any]:
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": command,
-        "machine": describe_machine(device),
+        "machine": machine,
         "versions": versions,
     }

@@ -68,11 +68,9 @@ def gpu_work(events: list[Event]) -> list[Event]:
 
 
 def own_times(events: list[Event]) -> Iterator[tuple[str, int, float]]:
-    """(name, calls, µs), whose sums are each operator's calls, and its time without the time of
-    the operators that it calls.
-
-    An operator that calls another of the same name counts as one call together with that one.
-    """
+    """(name, calls, µs), whose sums are each operator's calls, and its time without the time of the
+    operators that it calls. An operator that calls another of the same name counts as one call
+    together with that one."""
     callers: dict[Any, list[Event]] = defaultdict(list)  # by thread
     ops = [event for event in events if event.get("cat") == "cpu_op"]
     # A caller comes before what it calls, also where both start in the same instant.

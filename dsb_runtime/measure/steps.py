@@ -75,11 +75,8 @@ class StepRecorder:
 
 class LinearLayers:
     """The linear layers of steps of at most `most_tokens`, with nothing between them, which are a
-    step's limit.
-
-    What follows the last layer's keys and values is needed at the scored positions alone, so that
-    those weights are multiplied with the scored positions alone.
-    """
+    step's limit. What follows the last layer's keys and values is needed at the scored positions
+    alone, so that those weights are multiplied with the scored positions alone."""
 
     def __init__(self, model: PreTrainedModel, most_tokens: int) -> None:
         self.full: list[Tensor] = []  # weights that are multiplied with all positions of a step

@@ -196,11 +196,9 @@ def best_seconds(run: Callable[[], object], device: torch.device) -> float:
 
 @functools.cache
 def copy_bandwidth(device: torch.device) -> float:
-    """Bytes per second, read plus written, of a large copy on the device.
-
-    A GPU's copy is not captured: in a graph CUDA copies in another way, at some sizes in twice the
-    time (pytorch issue 191284).
-    """
+    """Bytes per second, read plus written, of a large copy on the device. A GPU's copy is not
+    captured: in a graph CUDA copies in another way, at some sizes in twice the time (pytorch issue
+    191284)."""
     size = COPY_BYTES[device.type]
     if device.type == "cuda":
         size = min(size, torch.cuda.mem_get_info(device)[0] // 4)
