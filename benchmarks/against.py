@@ -48,10 +48,9 @@ def check(args: argparse.Namespace) -> None:
     """Raise ValueError unless `--against` names a checkout and goes with the other options."""
     if not (args.against / "dsb_runtime" / "__init__.py").is_file():
         raise ValueError(f"--against {args.against}: expected a checkout with dsb_runtime in it")
-    for name in ("plot", "phases", "no_eager"):
-        if getattr(args, name):
-            option = "--" + name.replace("_", "-")
-            raise ValueError(f"--against and {option}: expected one of the two")
+    for option in ("plot", "phases", "no-eager"):
+        if getattr(args, option.replace("-", "_")):
+            raise ValueError(f"--against and --{option}: expected one of the two")
 
 
 class Checkout:

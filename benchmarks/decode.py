@@ -70,14 +70,6 @@ def scale_head(engine: dsb.Engine, prompt: Tensor, settings: dict[str, Any], tar
         low, high = (scale, high) if reached < target else (low, scale)
 
 
-def peak_memory(device: torch.device) -> int:
-    """The most bytes that were allocated on the GPU since its counter was reset; on a CPU, those of
-    the whole process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
 class Case:
     """One batch of prompts. The constructor decodes it with both loops and checks one against the
     other (without `compare`, with ours alone), and exits if they would not do the same work."""
@@ -92,7 +84,10 @@ class Case:
         if model.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(model.device)
         self.out = self.ours(self.record)
-        self.peak = peak_memory(model.device)
+        if model.device.type == "cuda":
+            self.peak = torch.cuda.max_memory_allocated(model.device)
+        else:  # that of the whole process
+            self.peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         # The timed run is not watched, and its steps may be wider. In 16 bits that may round
         # differently and flip a near tie, but it must not change the number of forwards.
         free = self.ours()
@@ -211,35 +206,10 @@ def idle_share(case: Case, run: dict[str, Any]) -> float | None:
     return None if busy is None else 1 - busy / run["seconds"]["ours"]
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = OneLineParser(prog="decode", description=(__doc__ or "").split("\n")[0])
-    add, above = parser.add_argument, positive(int)
-    add("--preset", choices=models.PRESETS, default="60m", help="model shapes (60m)")
-    add("--device", choices=["cpu", "cuda"], default="cpu")
-    add("--dtype", choices=models.DTYPES, help="bfloat16 on cuda, float32 on cpu")
-    add("--batch", type=above, nargs="+", default=[1], metavar="N", help="one run for each")
-    add("--prompt", type=above, default=512, help="prompt tokens (512)")
-    add("--gen", type=above, default=128, help="response positions (128)")
-    add("--block", type=above, default=32, help="block length (32)")
-    add("--max-block", type=above, help="maximal block length; unbounded without it")
-    add("--prefix-window", type=int, help="positions before the window; the family's without it")
-    add("--threshold", type=float, default=0.9, help="of the rule in float32 (0.9)")
-    add("--tokens-per-forward", type=positive(float), default=models.TOKENS_PER_FORWARD,
-        help=f"how many a step should commit ({models.TOKENS_PER_FORWARD:g})")  # fmt: skip
-    add("--rounds", type=above, default=7, help="timed rounds (7)")
-    add("--no-graphs", action="store_true", help="launch every kernel instead of CUDA graphs")
-    add("--no-eager", action="store_true", help="do not compare with the eager loop")
-    add("--phases", action="store_true", help="time the phases of steps as well, for roofline")
-    add("--against", type=Path, metavar="DIR", help="compare with this other checkout instead")
-    add("--seed", type=int, default=0)
-    add("--json", type=Path, metavar="FILE", help="write the figures here")
-    add("--plot", type=Path, metavar="FILE.png", help="draw them")
-    return parser
-
-
 def settings_of(args: argparse.Namespace, preset: models.Preset) -> dict[str, Any]:
     """The settings of the decoding. Raise ValueError for an argument that is not accepted."""
-    models.check_device(args.device)
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--device {args.device}: no CUDA device here; expected cpu")
     if args.device == "cpu" and args.no_graphs:
         raise ValueError("--no-graphs: a CPU has none; expected it with --device cuda")
     check_most("--tokens-per-forward", args.tokens_per_forward, "--block", args.block)
@@ -263,7 +233,28 @@ def settings_of(args: argparse.Namespace, preset: models.Preset) -> dict[str, An
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = build_parser()
+    parser = OneLineParser(prog="decode", description=(__doc__ or "").split("\n")[0])
+    add, above = parser.add_argument, positive(int)
+    add("--preset", choices=models.PRESETS, default="60m", help="model shapes (60m)")
+    add("--device", choices=["cpu", "cuda"], default="cpu")
+    add("--dtype", choices=models.DTYPES, help="bfloat16 on cuda, float32 on cpu")
+    add("--batch", type=above, nargs="+", default=[1], metavar="N", help="one run for each")
+    add("--prompt", type=above, default=512, help="prompt tokens (512)")
+    add("--gen", type=above, default=128, help="response positions (128)")
+    add("--block", type=above, default=32, help="block length (32)")
+    add("--max-block", type=above, help="maximal block length; unbounded without it")
+    add("--prefix-window", type=int, help="positions before the window; the family's without it")
+    add("--threshold", type=float, default=0.9, help="of the rule in float32 (0.9)")
+    add("--tokens-per-forward", type=positive(float), default=models.TOKENS_PER_FORWARD,
+        help=f"how many a step should commit ({models.TOKENS_PER_FORWARD:g})")  # fmt: skip
+    add("--rounds", type=above, default=7, help="timed rounds (7)")
+    add("--no-graphs", action="store_true", help="launch every kernel instead of CUDA graphs")
+    add("--no-eager", action="store_true", help="do not compare with the eager loop")
+    add("--phases", action="store_true", help="time the phases of steps as well, for roofline")
+    add("--against", type=Path, metavar="DIR", help="compare with this other checkout instead")
+    add("--seed", type=int, default=0)
+    add("--json", type=Path, metavar="FILE", help="write the figures here")
+    add("--plot", type=Path, metavar="FILE.png", help="draw them")
     args = parser.parse_args(argv)
     preset = models.PRESETS[args.preset]
     try:

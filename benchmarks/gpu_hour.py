@@ -88,7 +88,6 @@ def parts(small: bool, folder: Path) -> dict[str, Part]:
         goldens = [f"tests/test_golden.py::test_trajectory[{f}-0]" for f in ("llada", "dream")]
     sanitizer = shutil.which("compute-sanitizer")
     families = "tests/test_cuda.py::test_batches_seeds_and_policies_are_the_same_with_graphs"
-    measured = ["--measured", str(folder / "decode_64.json")]
     other_sizes = ["--size", "32", "128", "896", "1024"]
     return {
         "check": Part("each op against its definition in float64", 150,
@@ -103,7 +102,7 @@ def parts(small: bool, folder: Path) -> dict[str, Part]:
         "prompt_1000": Part("windows of 64 after a prompt of 1000", 60,
                             bounded(64, "--no-eager", "--prompt", "20" if small else "1000")),
         "roofline": Part("the phases of decode_64 beside their floors", 30,
-                         [module("roofline", *measured)]),
+                         [module("roofline", "--measured", str(folder / "decode_64.json"))]),
         "sweep_64": Part("launch configurations at 64 positions", 120,
                          [module("sweep", "--size", "64")]),
         "scoring": Part("LM head, token_confidence", 120, ops("scoring")),
@@ -128,13 +127,6 @@ def files_of(folder: Path, name: str) -> list[Path]:
     return sorted(folder.glob(f"{name}.[0-9].json")) or [folder / f"{name}.json"]
 
 
-def end(process: subprocess.Popen[bytes]) -> None:
-    """Kill a part's process and every process that it has started."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-
-
 def run_part(name: str, part: Part, folder: Path, seconds: float) -> dict[str, Any]:
     """Run the commands of a part side by side for at most `seconds`, and say how it went."""
     for old in folder.glob(f"{name}.*"):
@@ -154,14 +146,19 @@ def run_part(name: str, part: Part, folder: Path, seconds: float) -> dict[str, A
             process.wait(max(limit - (time.monotonic() - began), 0.1))
         for path, process in processes.items():
             if process.returncode and status == "ran":
-                status, why = "failed", f"exit code {process.returncode}: {last_line(path)}"
+                said = path.read_text(errors="replace").strip() or "it printed nothing"
+                last = said.splitlines()[-1][:200]
+                status, why = "failed", f"exit code {process.returncode}: {last}"
     except subprocess.TimeoutExpired:
         # A part that had its own whole limit would not end in another call either.
         status = "failed" if limit == part.limit else "out of time"
         why = f"stopped after {limit:.0f} s"
     finally:
         for process in processes.values():
-            end(process)
+            # A part's process leads the group of every process that it has started.
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
     if "pytest" in part.commands[0]:
         counts = count_tests(folder / f"{name}.log")
         ended = status == "ran" or counts["failed"] > 0
@@ -169,12 +166,6 @@ def run_part(name: str, part: Part, folder: Path, seconds: float) -> dict[str, A
             status, why, ended = "failed", "no test ran", False
         (folder / f"{name}.json").write_text(json.dumps({"lines": [counts] * ended}))
     return {"status": status, "why": why, "seconds": round(time.monotonic() - began, 1)}
-
-
-def last_line(log: Path) -> str:
-    """The last line that a command printed."""
-    text = log.read_text(errors="replace").strip() or "it printed nothing"
-    return text.splitlines()[-1][:200]
 
 
 def count_tests(log: Path) -> dict[str, int]:
@@ -250,7 +241,8 @@ def report(folder: Path, state: dict[str, Any]) -> str:
     return "\n\n".join(filter(None, (head, "\n".join(table), "\n".join(others))))
 
 
-def build_parser() -> argparse.ArgumentParser:
+def main(argv: Sequence[str] | None = None) -> int:
+    began = time.monotonic()
     listed = "\n".join(f"  {name:12} {part.about}" for name, part in parts(False, FOLDER).items())
     parser = argparse.ArgumentParser(
         prog="gpu_hour", description=(__doc__ or "").split("\n")[0],
@@ -264,11 +256,6 @@ def build_parser() -> argparse.ArgumentParser:
     add("--continue", dest="resume", action="store_true", help="the parts that have not run")
     add("--report", action="store_true", help="run nothing: print the table")
     add("--small", action="store_true", help="small shapes on a CPU")
-    return parser
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    began, parser = time.monotonic(), build_parser()
     args = parser.parse_args(argv)
     folder = args.folder.absolute()
     every, file = parts(args.small, folder), folder / "parts.json"

@@ -52,7 +52,7 @@ from dsb_kernels.token_confidence import token_confidence
 from dsb_runtime.cli.main import OneLineParser
 from dsb_runtime.files import write_json
 from dsb_runtime.measure.command import check_arguments
-from dsb_runtime.measure.timing import capture_calls, synchronize
+from dsb_runtime.measure.timing import capture_calls, timed
 
 try:
     from flash_attn import flash_attn_with_kvcache
@@ -407,12 +407,7 @@ def test_op(benchmark: Any, op: str, shape: Shape, contender: str) -> None:
         benchmark.pedantic(call.run, setup=call.restore, rounds=5, warmup_rounds=1)
         return
     benchmark.extra_info.update(time_contender(make, contender))
-    graph = capture_calls([call.run])
-
-    def replay() -> None:
-        graph.replay()
-        synchronize(device())
-
+    replay = functools.partial(timed, capture_calls([call.run]).replay, device())
     benchmark.pedantic(replay, setup=call.restore, rounds=15, warmup_rounds=2)
 
 

@@ -230,7 +230,7 @@ def positive(kind: type) -> Any:
     return parse
 
 
-def build_parser() -> argparse.ArgumentParser:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = OneLineParser(prog="roofline", description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--preset", choices=PRESETS, help="which model's shapes")
@@ -247,11 +247,6 @@ def build_parser() -> argparse.ArgumentParser:
     add("--refresh-share", type=positive(float), help="of forwards (one a --block commits)")
     add("--measured", type=Path, help="JSON of benchmarks/decode.py, to stand beside")
     add("--json", type=Path, help="write the figures here")
-    return parser
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    parser = build_parser()
     args = parser.parse_args(argv)
     try:
         measured = settle(args)

@@ -28,11 +28,6 @@ from dsb_runtime.measure.command import check_arguments
 SPLITS = (2, 3, 4, 5, 6)  # of window_attention, at 128 positions of LLaDA
 
 
-def words(config: Config) -> str:
-    blocks = " ".join(f"{name}={value}" for name, value in config.blocks.items())
-    return f"{blocks} warps={config.num_warps} stages={config.num_stages}"
-
-
 def using(key: str, size: int, config: Config) -> Any:
     """A context in which the table's configuration of an op for a size is another one."""
     entry = (key, architecture_of(device()))
@@ -49,9 +44,11 @@ def sweep_one(item: dict[str, Any]) -> Iterator[dict[str, Any]]:
     configs = [Config({k: v for k, v in c.items() if k.isupper()}, c["num_warps"], c["num_stages"])
                for c in item["configs"]]  # fmt: skip
     for config in (now, *configs):
+        blocks = " ".join(f"{name}={value}" for name, value in config.blocks.items())
+        words = f"{blocks} warps={config.num_warps} stages={config.num_stages}"
         with using(key, size, config):
             yield two_times(functools.partial(benchmark.case, **shape)) | {
-                "key": key, "size": size, "shape": shape, "configuration": words(config),
+                "key": key, "size": size, "shape": shape, "configuration": words,
                 "current": config is now,
             }  # fmt: skip
 

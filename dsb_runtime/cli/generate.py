@@ -67,10 +67,8 @@ def run(
         generator = torch.Generator(model.device).manual_seed(args.seed)
 
     trace = Trace(prompt, config.gen_length) if args.trace else None
-    live = None
-    if args.live:
-        mask_id = check_model(model).mask_id
-        live = LiveCanvas(tokenizer, prompt, mask_id, frame_seconds=args.frame_seconds)
+    mask_id = check_model(model).mask_id
+    live = LiveCanvas(tokenizer, prompt, mask_id, args.frame_seconds) if args.live else None
     watchers = [w for w in (trace, live) if w is not None]
 
     def on_step(event: StepEvent) -> None:

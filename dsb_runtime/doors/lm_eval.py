@@ -238,9 +238,8 @@ class DSBLM(TemplateLM):
         for i, request in enumerate(requests):
             if source[i] == i:
                 groups[json.dumps(request.args[1], sort_keys=True)].append(i)
-        total = sum(map(len, groups.values()))
         began = time.perf_counter()
-        with self.bar(total, "generate_until", disable_tqdm) as bar:
+        with self.bar(sum(map(len, groups.values())), "generate_until", disable_tqdm) as bar:
             for members in groups.values():
                 for i, answer in self.answer_group(requests, members):
                     answers[i] = answer

@@ -103,12 +103,10 @@ def build_settings(gen_length: int, block_length: int, quick: bool) -> list[Sett
             for value in sweep_values(rule)
         ]
     small = min(SMALL_BLOCK, block_length)
-    for every in (None, *FULL_EVERY):
-        settings: dict[str, Any] = {"steps": gen_length, "block_length": small}
-        if every is not None:
-            settings |= {"refresh_policy": "response", "full_refresh_every": every}
-        lines.append(setting("refreshes", f"1 token, block {small}", **settings))
-    return lines
+    policies: list[dict[str, Any]] = [{}]
+    policies += [{"refresh_policy": "response", "full_refresh_every": n} for n in FULL_EVERY]
+    shape |= {"steps": gen_length, "block_length": small}
+    return lines + [setting("refreshes", f"1 token, block {small}", **each) for each in policies]
 
 
 def score(

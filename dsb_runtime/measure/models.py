@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor
-from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dsb_kernels.rules import RULES
 from dsb_runtime.demo import MODEL_DIR
@@ -56,8 +56,12 @@ PRESETS = {
 }
 
 
-def config_of(preset: Preset) -> PretrainedConfig:
-    """The transformers config of a preset, with the bidirectional attention "dsb"."""
+@torch.no_grad()
+def random_model(
+    preset: Preset, dtype: torch.dtype, device: str | torch.device, seed: int = 0
+) -> PreTrainedModel:
+    """A bidirectional model with random weights. It is built on the device in `dtype`, so that an
+    8B model in bfloat16 never takes more than its 16 GB."""
     name = "Qwen2Config" if preset.family is DREAM else "LlamaConfig"
     config = getattr(transformers, name)(
         vocab_size=preset.vocab,
@@ -73,18 +77,8 @@ def config_of(preset: Preset) -> PretrainedConfig:
         attn_implementation="dsb",
     )
     config.is_causal = False
-    return config
-
-
-@torch.no_grad()
-def random_model(
-    preset: Preset, dtype: torch.dtype, device: str | torch.device, seed: int = 0
-) -> PreTrainedModel:
-    """A bidirectional model with random weights. It is built on the device in `dtype`, so that an
-    8B model in bfloat16 never takes more than its 16 GB."""
     torch.manual_seed(seed)
     with torch.device(device):
-        config = config_of(preset)
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
     # The weights have unit gain. With the usual small ones every mask would look alike, and all
     # positions of a window would be committed at once, or none.
@@ -143,9 +137,3 @@ def load_preset(args: argparse.Namespace) -> PreTrainedModel:
     if all(getattr(args, rule.setting) is None for rule in RULES.values()):
         args.steps = max(1, round((args.gen_length or 256) / TOKENS_PER_FORWARD))
     return random_model(PRESETS[args.preset], getattr(torch, name), device, args.seed or 0)
-
-
-def check_device(device: str) -> None:
-    """Raise ValueError where `--device` names a GPU and there is none."""
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"--device {device}: no CUDA device here; expected cpu")

@@ -7,12 +7,9 @@ from __future__ import annotations
 
 from collections import defaultdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dsb_runtime.files import check_writable
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 STEP_COLORS = {"window": "#5b8cc9", "response": "#7fb069", "refresh": "#e0a63a"}
 LIMIT_STYLES: tuple[dict[str, Any], ...] = ({"color": "black"}, {"color": "#b02a2a", "ls": ":"})
@@ -70,7 +67,17 @@ def draw_runs(
     several = len(runs) > 1
     figure = Figure(figsize=(11 if several else 6.5, 4.5), layout="constrained")
     axes = figure.subplots(1, 1 + several, squeeze=False)[0]
-    draw_steps(axes[0], runs, limits)
+    kinds = [kind for kind in STEP_COLORS if any(kind in run["steps"] for run in runs)]
+    width = 0.76 / len(kinds)
+    for place, run in enumerate(runs):
+        for kind, step in run["steps"].items():
+            x = place + (kinds.index(kind) - 0.5 * (len(kinds) - 1)) * width
+            axes[0].bar(x, step["ms"], 0.95 * width, color=STEP_COLORS[kind], label=kind)
+            for style, (key, label) in zip(LIMIT_STYLES, limits.items(), strict=False):
+                if step[key] is not None:
+                    edges = (x - 0.5 * width, x + 0.5 * width)
+                    axes[0].hlines(step[key], *edges, lw=2, label=label, **style)
+    axes[0].set(ylabel="ms per step", title="time per step against its limit")
     places = range(len(runs))  # batches stand at equal distances, whatever their size
     for key, label in rates.items() if several else ():
         values = [run[key] for run in runs]
@@ -91,18 +98,3 @@ def draw_runs(
         each.legend(once.values(), once.keys(), fontsize=8, loc="upper left")
     figure.suptitle(title, fontsize=10)
     figure.savefig(path, dpi=120)
-
-
-def draw_steps(axes: Axes, runs: list[dict[str, Any]], limits: dict[str, str]) -> None:
-    """Draw bars of ms per step, and on each bar the limits that the step cannot go below."""
-    kinds = [kind for kind in STEP_COLORS if any(kind in run["steps"] for run in runs)]
-    width = 0.76 / len(kinds)
-    for place, run in enumerate(runs):
-        for kind, step in run["steps"].items():
-            x = place + (kinds.index(kind) - 0.5 * (len(kinds) - 1)) * width
-            axes.bar(x, step["ms"], 0.95 * width, color=STEP_COLORS[kind], label=kind)
-            for style, (key, label) in zip(LIMIT_STYLES, limits.items(), strict=False):
-                if step[key] is not None:
-                    edges = (x - 0.5 * width, x + 0.5 * width)
-                    axes.hlines(step[key], *edges, lw=2, label=label, **style)
-    axes.set(ylabel="ms per step", title="time per step against its limit")
