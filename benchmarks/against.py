@@ -48,10 +48,9 @@ def check(args: argparse.Namespace) -> None:
     """Raise ValueError unless `--against` names a checkout and goes with the other options."""
     if not (args.against / "dsb_runtime" / "__init__.py").is_file():
         raise ValueError(f"--against {args.against}: expected a checkout with dsb_runtime in it")
-    for name in ("plot", "phases", "no_eager"):
-        if getattr(args, name):
-            option = "--" + name.replace("_", "-")
-            raise ValueError(f"--against and {option}: expected one of the two")
+    for option in ("plot", "phases", "no-eager"):
+        if getattr(args, option.replace("-", "_")):
+            raise ValueError(f"--against and --{option}: expected one of the two")
 
 
 class Checkout:
@@ -63,36 +62,22 @@ class Checkout:
             env={**os.environ, "PYTHONPATH": str(root.absolute())},
             stdin=subprocess.PIPE, stdout=subprocess.PIPE,
         )  # fmt: skip
-        self.send(json.dumps(job))
-
-    def send(self, line: str) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.write(line + "\n")
-        self.process.stdin.flush()
+        print(json.dumps(job), file=self.process.stdin, flush=True)
 
     def run(self, batch: int) -> dict[str, Any]:
         """Decode one batch. Returns seconds, forwards and a digest of the tokens."""
-        self.send(str(batch))
-        assert self.process.stdout is not None
+        print(batch, file=self.process.stdin, flush=True)
         line = self.process.stdout.readline()
         if not line:
             raise SystemExit("decode: a checkout's process ended; its error stands above")
         return json.loads(line)
-
-    def end(self) -> None:
-        self.process.communicate()
 
 
 def compare(
     args: argparse.Namespace, model: PreTrainedModel, prompts: Tensor, settings: dict[str, Any],
     batches: list[int],
 ) -> dict[str, Any]:  # fmt: skip
-    """Time both checkouts on the same weights and prompts, and print and return the ratios.
-
-    Raises:
-        SystemExit: they differ in the number of forwards, or in float32 in the tokens.
-    """
-    comparisons = []
+    """Time both checkouts on the same weights and prompts, and print and return the ratios."""
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         job = {
@@ -103,11 +88,10 @@ def compare(
         }  # fmt: skip
         checkouts = {"ours": Checkout(HERE, job), "other": Checkout(args.against, job)}
         try:
-            for batch in batches:
-                comparisons.append(compare_batch(checkouts, batch, args))
+            comparisons = [compare_batch(checkouts, batch, args) for batch in batches]
         finally:
             for checkout in checkouts.values():
-                checkout.end()
+                checkout.process.communicate()
     return {"against": str(args.against), "comparisons": comparisons}
 
 

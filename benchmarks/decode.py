@@ -3,25 +3,20 @@
     python -m benchmarks.decode --preset 60m --device cpu --json decode.json --plot decode.png
     python -m benchmarks.decode --preset llada-8b --device cuda --dtype bfloat16 --batch 1 8 32
 
-It builds a random model of published shapes on the device and decodes with it in this package and
-in the loop of `eager.py`, which runs the prompts of a batch one after another.
-
-In float32 the logits are scaled so that the threshold rule commits about `--tokens-per-forward`.
-Unless both loops commit the same tokens at the same forwards, nothing is timed. In 16 bits rounding
-flips near ties. There our run decodes in gen / tokens-per-forward steps and is recorded, and the
-eager loop follows it: each forward starts from the recorded canvas and window, and the share of
-decisions on which both agree there is printed.
+A random model of published shapes decodes in this package and in the loop of `eager.py`. In float32
+the logits are scaled so that the threshold rule commits about `--tokens-per-forward`. Unless both
+loops commit the same tokens at the same forwards, nothing is timed. In 16 bits rounding flips near
+ties. There our run decodes in gen / tokens-per-forward steps, and the eager loop follows it: each
+forward starts from the recorded canvas and window, and the share of decisions on which both agree
+there is printed.
 
 The linear layers of the same forwards are timed alone, in turn with both loops. One variant
 multiplies what follows the last layer's K and V with the scored positions, as our steps do; the
 other multiplies everything with all positions of a forward, as published loops do. A ratio is the
 median of each round's ratio, so that a drift of the machine cancels. Single steps are timed in
 watched runs, in which the host looks at each step before it launches the next, and in free runs, in
-which a speculative launch may be wasted. `--phases` times the phases of steps in a run of its own.
-
-A GPU is idle while no kernel runs, the gaps between kernels included; "between steps" is the part
-in which it waits for the host. `--no-eager` leaves the eager loop out, which is slow for a large
-batch. `--against DIR` compares this checkout with another one instead (`against.py`).
+which a speculative launch may be wasted. A GPU is idle while no kernel runs, the gaps between
+kernels included; "between steps" is the part in which it waits for the host.
 """
 
 from __future__ import annotations
@@ -43,22 +38,13 @@ from benchmarks import against, describe_benchmark
 from benchmarks.decode_report import draw, median_ms, print_runs, step_figures
 from benchmarks.eager import EagerOutput, eager_generate
 from benchmarks.profiled import gpu_busy_seconds, phase_times
-from benchmarks.roofline import KINDS, Ceilings, positive
+from benchmarks.roofline import KINDS, Ceilings, check_most, positive
 from benchmarks.step_cost import total_cost
 from benchmarks.trajectory import Agreement, EagerClock, Trajectory, agreement
 from dsb_runtime.cli.main import OneLineParser
 from dsb_runtime.files import write_json
+from dsb_runtime.measure import models
 from dsb_runtime.measure.command import check_arguments
-from dsb_runtime.measure.models import (
-    DTYPES,
-    POSITIONS,
-    PRESETS,
-    TOKENS_PER_FORWARD,
-    Preset,
-    check_device,
-    random_model,
-    random_prompts,
-)
 from dsb_runtime.measure.steps import LinearLayers, TimedEngine
 from dsb_runtime.measure.timing import copy_bandwidth, matmul_speed, timed
 
@@ -70,11 +56,9 @@ RATIOS = (
 
 @torch.no_grad()
 def scale_head(engine: dsb.Engine, prompt: Tensor, settings: dict[str, Any], target: float) -> None:
-    """Scale the logits until about `target` tokens commit per forward.
-
-    A random model is never sure; sharper logits stand in for a trained one's confidence. The final
-    norm's gain is scaled, since the LM head may be the embedding as well.
-    """
+    """Scale the logits until about `target` tokens commit per forward. A random model is never
+    sure; sharper logits stand in for a trained one's confidence. The final norm's gain is scaled,
+    since the LM head may be the embedding as well."""
     gain = engine.model.model.norm.weight
     low, high, original = 8.0, 512.0, gain.clone()
     for _ in range(8):
@@ -86,21 +70,9 @@ def scale_head(engine: dsb.Engine, prompt: Tensor, settings: dict[str, Any], tar
         low, high = (scale, high) if reached < target else (low, scale)
 
 
-def peak_memory(device: torch.device) -> int:
-    """The most bytes that were allocated on the GPU since its counter was reset; on a CPU, those of
-    the whole process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
 class Case:
     """One batch of prompts. The constructor decodes it with both loops and checks one against the
-    other; without `compare` it decodes it with ours alone.
-
-    Raises:
-        SystemExit: the runs to be timed would not do the same work.
-    """
+    other (without `compare`, with ours alone), and exits if they would not do the same work."""
 
     def __init__(
         self, engine: dsb.Engine, prompt: Tensor, settings: dict[str, Any], compare: bool = True
@@ -112,7 +84,10 @@ class Case:
         if model.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(model.device)
         self.out = self.ours(self.record)
-        self.peak = peak_memory(model.device)
+        if model.device.type == "cuda":
+            self.peak = torch.cuda.max_memory_allocated(model.device)
+        else:  # that of the whole process
+            self.peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         # The timed run is not watched, and its steps may be wider. In 16 bits that may round
         # differently and flip a near tie, but it must not change the number of forwards.
         free = self.ours()
@@ -126,34 +101,27 @@ class Case:
 
     def eager(self, clock: EagerClock | None = None) -> list[EagerOutput]:
         """Decode one prompt after another, along our run where rounding may flip a decision."""
-        names = ("gen_length", "block_length", "max_block_length", "threshold", "steps")
-        settings = {name: self.settings.get(name) for name in names}
+        settings = {k: v for k, v in self.settings.items() if k not in ("schedule", "cache")}
         outputs = []
-        for row in range(len(self.prompt)):
+        for row, prompt in enumerate(self.prompt):
             if clock is not None:
                 clock.restart()
+            follow = None if self.exact else self.record.rows[row]
             outputs.append(
-                eager_generate(
-                    self.model,
-                    self.prompt[row : row + 1],
-                    prefix_window=self.settings["prefix_window"],
-                    follow=None if self.exact else self.record.rows[row],
-                    on_step=clock,
-                    **settings,
-                )
+                eager_generate(self.model, prompt[None], follow=follow, on_step=clock, **settings)
             )
         return outputs
 
     def check(self, eager: list[EagerOutput]) -> Agreement:
         """The decisions on which both loops agree; in float32 they must agree on all."""
-        for row, other in enumerate(eager):
-            steps = self.record.rows[row]
-            if self.exact and not torch.equal(self.out.sequences[row], other.sequences[0]):
-                raise SystemExit("decode: the loops return different tokens: nothing is timed")
-            if self.exact and [step.commits for step in steps] != other.commits:
-                raise SystemExit("decode: the loops commit differently: nothing is timed")
+        sequences = torch.cat([other.sequences for other in eager])
+        if self.exact and not torch.equal(self.out.sequences, sequences):
+            raise SystemExit("decode: the loops return different tokens: nothing is timed")
         steps = [step for row in range(len(eager)) for step in self.record.rows[row]]
-        return agreement(steps, [commits for other in eager for commits in other.commits])
+        commits = [commits for other in eager for commits in other.commits]
+        if self.exact and [step.commits for step in steps] != commits:
+            raise SystemExit("decode: the loops commit differently: nothing is timed")
+        return agreement(steps, commits)
 
 
 def watched_times(case: Case, engine: TimedEngine) -> list[tuple[str, float]]:
@@ -164,7 +132,7 @@ def watched_times(case: Case, engine: TimedEngine) -> list[tuple[str, float]]:
 
 
 def measure(
-    case: Case, engine: TimedEngine, ceilings: Ceilings, preset: Preset, rounds: int
+    case: Case, engine: TimedEngine, ceilings: Ceilings, preset: models.Preset, rounds: int
 ) -> dict[str, Any]:
     """Time the runs of one batch and return all its figures."""
     device, record = case.model.device, case.record
@@ -172,16 +140,11 @@ def measure(
     floor = LinearLayers(case.model, max(work.num_tokens for work in works))
     watched, free, shares = list[tuple[str, float]](), list[tuple[str, float]](), []
     eager = EagerClock(device)
-
-    def floor_of(all_positions: bool) -> None:
-        for work in works:
-            floor.run(work.num_tokens, work.num_tokens if all_positions else work.scored)
-
     runs: dict[str, Callable[[], object]] = {
         "ours": case.ours,
         "eager": lambda: case.eager(eager),
-        "floor": lambda: floor_of(False),
-        "floor_all_positions": lambda: floor_of(True),
+        "floor": lambda: [floor.run(w.num_tokens, w.scored) for w in works],
+        "floor_all_positions": lambda: [floor.run(w.num_tokens, w.num_tokens) for w in works],
     }
     if case.agreed is None:
         del runs["eager"]
@@ -202,10 +165,9 @@ def measure(
         return statistics.median(x / y for x, y in zip(seconds[a], seconds[b], strict=True))
 
     medians = {name: statistics.median(values) for name, values in seconds.items()}
-    tokens = sum(case.out.row_tokens)
+    tokens, agreed = sum(case.out.row_tokens), case.agreed
     steps = step_figures(record, watched, preset, ceilings)
     flops = sum(total_cost(preset, size).flops for size in record.sizes)
-    agreed = case.agreed
     widths = [work.widest for work in works if work.kind == "window"]
     return {
         "batch": len(case.prompt),
@@ -224,7 +186,7 @@ def measure(
         "seconds": medians,
         "tokens_per_second": tokens / medians["ours"],
         "eager_tokens_per_second": None if agreed is None else tokens / medians["eager"],
-        "share_of_products_limit": flops / ceilings.flops / medians["ours"],
+        "share_of_products_limit": 1e-12 * flops / ceilings.tflops / medians["ours"],
         **{f"{a}_over_{b}": ratio(a, b) for a, b in RATIOS},
         "steps": steps,
         **{f"{kind}_step_ms": steps.get(kind, {}).get("ms") for kind in KINDS},
@@ -244,51 +206,16 @@ def idle_share(case: Case, run: dict[str, Any]) -> float | None:
     return None if busy is None else 1 - busy / run["seconds"]["ours"]
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = OneLineParser(prog="decode", description=(__doc__ or "").split("\n")[0])
-    add, above = parser.add_argument, positive(int)
-    add("--preset", choices=PRESETS, default="60m", help="model shapes (60m)")
-    add("--device", choices=["cpu", "cuda"], default="cpu")
-    add("--dtype", choices=DTYPES, help="bfloat16 on cuda, float32 on cpu")
-    add("--batch", type=above, nargs="+", default=[1], metavar="N", help="one run for each")
-    add("--prompt", type=above, default=512, help="prompt tokens (512)")
-    add("--gen", type=above, default=128, help="response positions (128)")
-    add("--block", type=above, default=32, help="block length (32)")
-    add("--max-block", type=above, help="maximal block length; unbounded without it")
-    add("--prefix-window", type=int, help="positions before the window; the family's without it")
-    add("--threshold", type=float, default=0.9, help="of the rule in float32 (0.9)")
-    add("--tokens-per-forward", type=positive(float), default=TOKENS_PER_FORWARD,
-        help=f"how many a step should commit ({TOKENS_PER_FORWARD:g})")  # fmt: skip
-    add("--rounds", type=above, default=7, help="timed rounds (7)")
-    add("--no-graphs", action="store_true", help="launch every kernel instead of CUDA graphs")
-    add("--no-eager", action="store_true", help="do not compare with the eager loop")
-    add("--phases", action="store_true", help="time the phases of steps as well, for roofline")
-    add("--against", type=Path, metavar="DIR", help="compare with this other checkout instead")
-    add("--seed", type=int, default=0)
-    add("--json", type=Path, metavar="FILE", help="write the figures here")
-    add("--plot", type=Path, metavar="FILE.png", help="draw them")
-    return parser
-
-
-def settings_of(args: argparse.Namespace, preset: Preset) -> dict[str, Any]:
-    """The settings of the decoding.
-
-    Raises:
-        ValueError: an argument is not accepted or contradicts another.
-    """
-    check_device(args.device)
+def settings_of(args: argparse.Namespace, preset: models.Preset) -> dict[str, Any]:
+    """The settings of the decoding. Raise ValueError for an argument that is not accepted."""
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--device {args.device}: no CUDA device here; expected cpu")
     if args.device == "cpu" and args.no_graphs:
         raise ValueError("--no-graphs: a CPU has none; expected it with --device cuda")
-    if args.tokens_per_forward > args.block:
-        raise ValueError(
-            f"--tokens-per-forward {args.tokens_per_forward:g}: expected at most --block, "
-            f"{args.block}"
-        )
-    if args.prompt + args.gen > POSITIONS:
-        raise ValueError(
-            f"--prompt {args.prompt}: expected at most {POSITIONS - args.gen} before {args.gen} "
-            "response positions"
-        )
+    check_most("--tokens-per-forward", args.tokens_per_forward, "--block", args.block)
+    most, room = models.POSITIONS - args.gen, f"before {args.gen} response positions"
+    if args.prompt > most:
+        raise ValueError(f"--prompt {args.prompt}: expected at most {most} {room}")
     check_arguments(args)
     if args.against is not None:
         against.check(args)
@@ -306,18 +233,39 @@ def settings_of(args: argparse.Namespace, preset: Preset) -> dict[str, Any]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = build_parser()
+    parser = OneLineParser(prog="decode", description=(__doc__ or "").split("\n")[0])
+    add, above = parser.add_argument, positive(int)
+    add("--preset", choices=models.PRESETS, default="60m", help="model shapes (60m)")
+    add("--device", choices=["cpu", "cuda"], default="cpu")
+    add("--dtype", choices=models.DTYPES, help="bfloat16 on cuda, float32 on cpu")
+    add("--batch", type=above, nargs="+", default=[1], metavar="N", help="one run for each")
+    add("--prompt", type=above, default=512, help="prompt tokens (512)")
+    add("--gen", type=above, default=128, help="response positions (128)")
+    add("--block", type=above, default=32, help="block length (32)")
+    add("--max-block", type=above, help="maximal block length; unbounded without it")
+    add("--prefix-window", type=int, help="positions before the window; the family's without it")
+    add("--threshold", type=float, default=0.9, help="of the rule in float32 (0.9)")
+    add("--tokens-per-forward", type=positive(float), default=models.TOKENS_PER_FORWARD,
+        help=f"how many a step should commit ({models.TOKENS_PER_FORWARD:g})")  # fmt: skip
+    add("--rounds", type=above, default=7, help="timed rounds (7)")
+    add("--no-graphs", action="store_true", help="launch every kernel instead of CUDA graphs")
+    add("--no-eager", action="store_true", help="do not compare with the eager loop")
+    add("--phases", action="store_true", help="time the phases of steps as well, for roofline")
+    add("--against", type=Path, metavar="DIR", help="compare with this other checkout instead")
+    add("--seed", type=int, default=0)
+    add("--json", type=Path, metavar="FILE", help="write the figures here")
+    add("--plot", type=Path, metavar="FILE.png", help="draw them")
     args = parser.parse_args(argv)
-    preset = PRESETS[args.preset]
+    preset = models.PRESETS[args.preset]
     try:
         settings = settings_of(args, preset)
     except (ValueError, TypeError) as error:
         parser.error(str(error))
     dtype, device = getattr(torch, args.dtype), torch.device(args.device)
-    model = random_model(preset, dtype, device, args.seed)
+    model = models.random_model(preset, dtype, device, args.seed)
     engine = TimedEngine(model, graphs=False if args.no_graphs else None)
     batches = list(dict.fromkeys(args.batch))
-    prompts = random_prompts(model, None, max(batches), args.prompt, args.seed)
+    prompts = models.random_prompts(model, None, max(batches), args.prompt, args.seed)
     if dtype == torch.float32:
         scale_head(engine, prompts[:1], settings, args.tokens_per_forward)
     result: dict[str, Any] = {
@@ -342,8 +290,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     ceilings = Ceilings(gb_per_s, tflops, "this run")
     result["ceilings"] = {"copy_gb_per_s": gb_per_s, "matmul_tflops": tflops}
     result["eager"] = "the prompts of a batch one after another"
-    result["runs"] = []
-    cases = []
+    result["runs"], cases = [], []
     for batch in batches:
         cases.append(Case(engine, prompts[:batch], settings, compare=not args.no_eager))
         result["runs"].append(measure(cases[-1], engine, ceilings, preset, args.rounds))

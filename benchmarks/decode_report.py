@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 from rich.table import Table
 
-from benchmarks.roofline import KINDS, Ceilings, budget
+from benchmarks.roofline import KINDS, Budget, Ceilings, budget
 from benchmarks.trajectory import Trajectory
 from dsb_runtime.measure.command import table_of, wide_console
 from dsb_runtime.measure.models import Preset
@@ -29,28 +30,23 @@ def median_ms(times: Sequence[tuple[str, float]], kind: str) -> float | None:
     return 1e3 * statistics.median(seconds) if seconds else None
 
 
-def summarize(seconds: list[float], budgets: list[Any], widths: list[int]) -> dict[str, Any]:
-    """Figures of similar steps: their time, their bytes and FLOPs, and the limits of these."""
-    time = sum(seconds)
-
-    def share(milliseconds: list[float]) -> float:
-        return 1e-3 * sum(milliseconds) / time
-
-    moved = sum(phase["bytes"] for b in budgets for phase in b.phases.values())
-    flops = sum(phase["flops"] for b in budgets for phase in b.phases.values())
-    return {
+def summarize(steps: list[tuple[float, Budget, int]]) -> dict[str, Any]:
+    """Figures of similar steps, given their seconds, budgets and widths."""
+    seconds, budgets, widths = zip(*steps, strict=True)
+    time, phases = sum(seconds), [phase for b in budgets for phase in b.phases.values()]
+    figures = {
         "steps": len(seconds),
         "width": statistics.mean(widths),
         "ms": 1e3 * statistics.median(seconds),
-        "gb_per_s": 1e-9 * moved / time,
-        "tflops": 1e-12 * flops / time,
-        "floor_ms": statistics.median(b.floor_ms for b in budgets),
-        "weights_ms": statistics.median(b.weights_ms for b in budgets),
-        "products_ms": statistics.median(b.products_ms for b in budgets),
-        "share_of_floor": share([b.floor_ms for b in budgets]),
-        "share_of_weights_limit": share([b.weights_ms for b in budgets]),
-        "share_of_products_limit": share([b.products_ms for b in budgets]),
+        "gb_per_s": 1e-9 * sum(phase["bytes"] for phase in phases) / time,
+        "tflops": 1e-12 * sum(phase["flops"] for phase in phases) / time,
     }
+    for limit in ("floor", "weights", "products"):
+        ms = [getattr(b, f"{limit}_ms") for b in budgets]
+        figures[f"{limit}_ms"] = statistics.median(ms)
+        name = "floor" if limit == "floor" else f"{limit}_limit"
+        figures[f"share_of_{name}"] = 1e-3 * sum(ms) / time
+    return figures
 
 
 def step_figures(
@@ -58,38 +54,21 @@ def step_figures(
 ) -> dict[str, dict[str, Any]]:
     """The figures of steps by kind, and of window steps also by width. They are medians over the
     rounds of each forward, then over forwards. A call's first step also allocates the call's
-    tensors, so that it is left out where there are other steps of its kind.
-
-    Raises:
-        RuntimeError: the timed runs took other steps than the recorded run.
-    """
-    kinds, widths = record.kinds, [step.widest for step in record.steps]
-    count = len(kinds)
+    tensors, so that it is left out where there are other steps of its kind."""
+    kinds, count = record.kinds, len(record.kinds)
     if [kind for kind, _ in times] != kinds * (len(times) // max(count, 1)):
         raise RuntimeError("timed runs took other steps than the recorded one: nothing is reported")
-    seconds = [statistics.median(s for _, s in times[i::count]) for i in range(count)]
-    budgets = [
-        budget(preset, kind, size, ceilings)
-        for kind, size in zip(kinds, record.sizes, strict=True)
-    ]  # fmt: skip
-
-    def figures(steps: list[int]) -> dict[str, Any]:
-        return summarize(
-            [seconds[i] for i in steps], [budgets[i] for i in steps], [widths[i] for i in steps]
-        )
-
-    by_kind: dict[str, dict[str, Any]] = {}
-    for kind in KINDS:
-        steps = [i for i in range(count) if kinds[i] == kind]
-        steps = [i for i in steps if i > 0] or steps
-        if steps:
-            by_kind[kind] = figures(steps)
+    steps: dict[str, list[tuple[float, Budget, int]]] = {kind: [] for kind in KINDS}
+    for i, (kind, size, work) in enumerate(zip(kinds, record.sizes, record.steps, strict=True)):
+        seconds = statistics.median(s for _, s in times[i::count])
+        steps[kind].append((seconds, budget(preset, kind, size, ceilings), work.widest))
+    if kinds.count(kinds[0]) > 1:
+        del steps[kinds[0]][0]
+    by_kind = {kind: summarize(of_kind) for kind, of_kind in steps.items() if of_kind}
     if "window" in by_kind:
-        classes: dict[str, list[int]] = {}
-        for i in sorted(range(count), key=lambda i: widths[i]):
-            if kinds[i] == "window":
-                classes.setdefault(width_class(widths[i]), []).append(i)
-        by_kind["window"]["by_width"] = {name: figures(steps) for name, steps in classes.items()}
+        widest = sorted(steps["window"], key=lambda step: step[2])
+        classes = itertools.groupby(widest, lambda step: width_class(step[2]))
+        by_kind["window"]["by_width"] = {name: summarize(list(each)) for name, each in classes}
     return by_kind
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention, silu
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import PreTrainedModel
 
 from benchmarks.trajectory import RowStep
@@ -45,18 +45,13 @@ class EagerModel:
 
     def __init__(self, model: PreTrainedModel, length: int) -> None:
         self.model = model
-        self.heads = model.config.num_attention_heads
-        self.kv_heads = model.config.num_key_value_heads
+        self.repeat = model.config.num_attention_heads // model.config.num_key_value_heads
         self.dim = model.model.layers[0].self_attn.head_dim
         position = torch.arange(length, device=model.device)[None]
-        weight = model.lm_head.weight
-        cos, sin = model.model.rotary_emb(weight.new_zeros(1), position)
+        cos, sin = model.model.rotary_emb(model.lm_head.weight.new_zeros(1), position)
         self.cos, self.sin = cos[0], sin[0]
         self.keys: list[Tensor | None] = [None] * len(model.model.layers)
         self.values: list[Tensor | None] = [None] * len(model.model.layers)
-
-    def split(self, x: Tensor, heads: int) -> Tensor:
-        return x.view(1, x.shape[1], heads, self.dim).transpose(1, 2)
 
     def forward(self, ids: Tensor, first: int, *, full: bool) -> Tensor:
         """Logits (1, N, V) of canvas positions [first, first + N)."""
@@ -65,27 +60,19 @@ class EagerModel:
         for i, layer in enumerate(self.model.model.layers):
             x = layer.input_layernorm(hidden)
             attn = layer.self_attn
-            q = self.split(attn.q_proj(x), self.heads)
-            k = self.split(attn.k_proj(x), self.kv_heads)
-            v = self.split(attn.v_proj(x), self.kv_heads)
-            if full:
-                self.keys[i], self.values[i] = k, v
-            else:
-                self.keys[i] = self.keys[i].clone()
-                self.values[i] = self.values[i].clone()
-                self.keys[i][:, :, first:last] = k
-                self.values[i][:, :, first:last] = v
+            q, k, v = (
+                projection(x).unflatten(-1, (-1, self.dim)).transpose(1, 2)
+                for projection in (attn.q_proj, attn.k_proj, attn.v_proj)
+            )
+            if not full:
+                k = self.keys[i].slice_scatter(k, 2, first, last)
+                v = self.values[i].slice_scatter(v, 2, first, last)
+            self.keys[i], self.values[i] = k, v
             q = rotate(q, self.cos[first:last], self.sin[first:last])
-            key = rotate(self.keys[i], self.cos, self.sin)
-            repeat = self.heads // self.kv_heads
-            key = key.repeat_interleave(repeat, dim=1)
-            value = self.values[i].repeat_interleave(repeat, dim=1)
-            out = scaled_dot_product_attention(q, key, value)
-            out = out.transpose(1, 2).reshape(1, ids.shape[1], -1)
-            hidden = hidden + attn.o_proj(out)
-            x = layer.post_attention_layernorm(hidden)
-            mlp = layer.mlp
-            hidden = hidden + mlp.down_proj(silu(mlp.gate_proj(x)) * mlp.up_proj(x))
+            key = rotate(k, self.cos, self.sin).repeat_interleave(self.repeat, dim=1)
+            out = scaled_dot_product_attention(q, key, v.repeat_interleave(self.repeat, dim=1))
+            hidden = hidden + attn.o_proj(out.transpose(1, 2).flatten(2))
+            hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
         return self.model.lm_head(self.model.model.norm(hidden))
 
 
@@ -104,8 +91,8 @@ def eager_generate(
     *,
     gen_length: int,
     block_length: int,
-    max_block_length: int | None,
     prefix_window: int,
+    max_block_length: int | None = None,
     threshold: float | None = None,
     steps: int | None = None,
     follow: Sequence[RowStep] | None = None,
@@ -114,8 +101,6 @@ def eager_generate(
     """Decode one prompt (1, P) with the DSB schedule and DSB Cache; the host makes each decision.
 
     Args:
-        model: its `.dsb` has the family, which says whether logits are shifted and what a refresh
-            commits.
         threshold, steps: one of the two is the selection rule.
         follow: a recorded trajectory. Each forward then starts from its canvas and window, and
             the loop's own decisions are returned but not carried out.
@@ -163,18 +148,16 @@ def eager_generate(
         if follow is None:
             for position, token_id in commits.items():
                 x[0, position] = token_id
-            count = len(commits)
         else:
-            x[0] = follow[step].canvas
-            count = len(follow[step].commits)
-        committed, since, step = committed + count, since + count, step + 1
+            x[0], commits = follow[step].canvas, follow[step].commits
+        committed, since, step = committed + len(commits), since + len(commits), step + 1
         masked = (x[0] == mask_id).nonzero()
         new_start = masked[0].item() if len(masked) else length
         prefix = min(max(new_start - start, prefix_window), new_start)
         start, end = new_start, min(prompt + block_length + committed, length)
         if max_block_length is not None:
             end = min(end, start + max_block_length)
-        was, refresh = refresh, since >= block_length
         if on_step is not None:
-            on_step("refresh" if was else "window")
+            on_step("refresh" if refresh else "window")
+        refresh = since >= block_length
     return out

@@ -4,13 +4,11 @@
     python -m benchmarks.gpu_hour --continue            # the parts that have not run
     python -m benchmarks.gpu_hour --report              # what the folder holds, beside the targets
 
-Each part runs commands of this repository in processes of their own, under a time limit. They write
-their JSON as they go, and their output stands in a log beside it, so that a part that fails or
-hangs loses its own figures only. The parts run in the order of `--help`: correctness comes first,
-which also compiles the kernels side by side, then come the most valuable figures. `targets.toml`
-has the targets. `--small` runs everything at small shapes on a CPU, where the targets do not apply.
-
-The command needs the packages of `pip install ".[test]"`.
+Each part runs commands of this repository in processes of their own, under a time limit. Each
+writes its JSON as it goes, with a log beside it, so that a part that fails or hangs loses its own
+figures only. The parts run in the order of `--help`: correctness, which also compiles the kernels
+side by side, then the most valuable figures. `targets.toml` has the targets, which do not apply to
+`--small`. The command needs the packages of `pip install ".[test]"`.
 """
 
 from __future__ import annotations
@@ -68,31 +66,28 @@ def decode(model: str, small: bool, *options: str) -> list[str]:
 
 
 def pytest(tests: Sequence[str], *options: str) -> list[str]:
-    command = [sys.executable, "-m", "pytest", *tests, "-q", "--tb=short", "-o", "addopts="]
-    return [*command, *options]
+    return [sys.executable, "-m", "pytest", *tests, "-q", "--tb=short", "-o", "addopts=", *options]
 
 
 def parts(small: bool, folder: Path) -> dict[str, Part]:
     """All parts by name, the most valuable first."""
     workers = [] if small else ["-n", str(min(8, os.cpu_count() or 1))]
+    rounds = ["--rounds", "1" if small else "3"]
 
     def bounded(width: int, *options: str) -> list[list[str]]:
         """Windows of `width` positions: a block of 32 that does not grow, and the prefix."""
         block, prefix = (8, width // 4 - 8) if small else (32, width - 32)
         limits = ["--max-block", str(block), "--prefix-window", str(prefix)]
-        return [decode("llada-8b", small, *limits, "--rounds", "1" if small else "3", *options)]
+        return [decode("llada-8b", small, *limits, *rounds, *options)]
 
     def ops(group: str) -> list[list[str]]:
         return [module("ops", "--op", *OPS[group])]
 
     goldens = ["tests/test_cuda.py"]
     if small:
-        goldens = [
-            f"tests/test_golden.py::test_trajectory[{each}-0]" for each in ("llada", "dream")
-        ]
+        goldens = [f"tests/test_golden.py::test_trajectory[{f}-0]" for f in ("llada", "dream")]
     sanitizer = shutil.which("compute-sanitizer")
     families = "tests/test_cuda.py::test_batches_seeds_and_policies_are_the_same_with_graphs"
-    measured = ["--measured", str(folder / "decode_64.json")]
     other_sizes = ["--size", "32", "128", "896", "1024"]
     return {
         "check": Part("each op against its definition in float64", 150,
@@ -103,12 +98,11 @@ def parts(small: bool, folder: Path) -> dict[str, Part]:
                           bounded(64, "--phases")),
         "decode_32": Part("windows of 32", 60, bounded(32, "--no-eager")),
         "decode_128": Part("windows of 128", 60, bounded(128, "--no-eager")),
-        "greedy": Part("a block that grows", 90,
-                       [decode("llada-8b", small, "--rounds", "1" if small else "3")]),
+        "greedy": Part("a block that grows", 90, [decode("llada-8b", small, *rounds)]),
         "prompt_1000": Part("windows of 64 after a prompt of 1000", 60,
                             bounded(64, "--no-eager", "--prompt", "20" if small else "1000")),
         "roofline": Part("the phases of decode_64 beside their floors", 30,
-                         [module("roofline", *measured)]),
+                         [module("roofline", "--measured", str(folder / "decode_64.json"))]),
         "sweep_64": Part("launch configurations at 64 positions", 120,
                          [module("sweep", "--size", "64")]),
         "scoring": Part("LM head, token_confidence", 120, ops("scoring")),
@@ -119,8 +113,7 @@ def parts(small: bool, folder: Path) -> dict[str, Part]:
         "batches": Part("LLaDA-8B, batch 8 and 32", 180, [
             decode("llada-8b", small, "--batch", *(("2", "3") if small else ("8", "32")),
                    "--no-eager", "--rounds", "1")]),
-        "dream": Part("Dream-7B beside the eager loop", 120,
-                      [decode("dream-7b", small, "--rounds", "1" if small else "3")]),
+        "dream": Part("Dream-7B beside the eager loop", 120, [decode("dream-7b", small, *rounds)]),
         "sweep": Part("launch configurations at other sizes", 240, [module("sweep", *other_sizes)]),
         **({} if sanitizer is None else {
             tool: Part(f"compute-sanitizer --tool {tool} on one test of each family", 300,
@@ -129,64 +122,50 @@ def parts(small: bool, folder: Path) -> dict[str, Part]:
     }  # fmt: skip
 
 
-# --- running ----------------------------------------------------------------------------------
-
-
 def files_of(folder: Path, name: str) -> list[Path]:
     """The JSON files of a part, one for each command."""
     return sorted(folder.glob(f"{name}.[0-9].json")) or [folder / f"{name}.json"]
-
-
-def end(process: subprocess.Popen[bytes]) -> None:
-    """Kill a part's process and every process that it has started."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
 
 
 def run_part(name: str, part: Part, folder: Path, seconds: float) -> dict[str, Any]:
     """Run the commands of a part side by side for at most `seconds`, and say how it went."""
     for old in folder.glob(f"{name}.*"):
         old.unlink()
-    began = time.monotonic()
-    processes: list[subprocess.Popen[bytes]] = []
-    logs: list[Path] = []
-    several, limit = len(part.commands) > 1, min(part.limit, seconds)
+    began, limit = time.monotonic(), min(part.limit, seconds)
+    processes: dict[Path, subprocess.Popen[bytes]] = {}  # by log
     status, why = "ran", ""
     try:
         for index, command in enumerate(part.commands):
-            stem = f"{name}.{index}" if several else name
-            line = [str(folder / f"{stem}.json") if w == "{json}" else w for w in command]
-            logs.append(folder / f"{stem}.log")
-            with logs[-1].open("wb") as log:
-                processes.append(subprocess.Popen(
-                    line, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
-                ))  # fmt: skip
-        for process in processes:
+            path = folder / (f"{name}.{index}.log" if len(part.commands) > 1 else f"{name}.log")
+            line = [str(path.with_suffix(".json")) if w == "{json}" else w for w in command]
+            with path.open("wb") as log:
+                processes[path] = subprocess.Popen(
+                    line, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+                )
+        for process in processes.values():
             process.wait(max(limit - (time.monotonic() - began), 0.1))
-        for process, path in zip(processes, logs, strict=True):
+        for path, process in processes.items():
             if process.returncode and status == "ran":
-                status, why = "failed", f"exit code {process.returncode}: {last_line(path)}"
+                said = path.read_text(errors="replace").strip() or "it printed nothing"
+                last = said.splitlines()[-1][:200]
+                status, why = "failed", f"exit code {process.returncode}: {last}"
     except subprocess.TimeoutExpired:
         # A part that had its own whole limit would not end in another call either.
         status = "failed" if limit == part.limit else "out of time"
         why = f"stopped after {limit:.0f} s"
     finally:
-        for process in processes:
-            end(process)
+        for process in processes.values():
+            # A part's process leads the group of every process that it has started.
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
     if "pytest" in part.commands[0]:
-        counts = count_tests(logs[0])
+        counts = count_tests(folder / f"{name}.log")
         ended = status == "ran" or counts["failed"] > 0
         if status == "ran" and not counts["passed"]:
             status, why, ended = "failed", "no test ran", False
         (folder / f"{name}.json").write_text(json.dumps({"lines": [counts] * ended}))
     return {"status": status, "why": why, "seconds": round(time.monotonic() - began, 1)}
-
-
-def last_line(log: Path) -> str:
-    """The last line that a command printed."""
-    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    return lines[-1][:200] if lines else "it printed nothing"
 
 
 def count_tests(log: Path) -> dict[str, int]:
@@ -198,29 +177,21 @@ def count_tests(log: Path) -> dict[str, int]:
     return counts
 
 
-# --- report -----------------------------------------------------------------------------------
-
-
 def value_of(line: Any, path: str) -> Any:
     """The value at a path with dots; None where there is none."""
     for key in path.split("."):
-        if not isinstance(line, dict) or key not in line:
-            return None
-        line = line[key]
+        line = line.get(key) if isinstance(line, dict) else None
     return line
 
 
 def figure_of(target: dict[str, Any], lines: list[Any], applies: bool) -> float | None:
     """The figure of a target. Small runs have other shapes, so that shapes in `where` are ignored
     there."""
-    where = {
-        path: expected for path, expected in target.get("where", {}).items()
-        if applies or not path.startswith(("shape", "batch"))
-    }  # fmt: skip
-    values = [
-        value_of(line, target["value"]) for line in lines
-        if all(value_of(line, path) == expected for path, expected in where.items())
-    ]  # fmt: skip
+    where = target.get("where", {})
+    if not applies:
+        where = {k: v for k, v in where.items() if not k.startswith(("shape", "batch"))}
+    meant = [line for line in lines if all(value_of(line, k) == v for k, v in where.items())]
+    values = [value_of(line, target["value"]) for line in meant]
     numbers = [float(value) for value in values if value is not None]
     if not numbers:
         return None
@@ -230,15 +201,14 @@ def figure_of(target: dict[str, Any], lines: list[Any], applies: bool) -> float 
 
 
 def show(value: float, unit: str) -> str:
-    if unit == "share":
-        return f"{value:.1%}"
-    return f"{value:.4g} {unit}".strip()
+    return f"{value:.1%}" if unit == "share" else f"{value:.4g} {unit}".strip()
 
 
 def report(folder: Path, state: dict[str, Any]) -> str:
     """The table of all figures beside their targets, in Markdown, and what did not run."""
     machines: dict[str, None] = {}
-    table_lines = [("figure", "target", "measured", "reached"), ("---",) * 4]
+    on_gpu = not state["small"]
+    table = ["| figure | target | measured | reached |", "| --- | --- | --- | --- |"]
     for target in read_toml("targets.toml")["target"]:
         lines: list[Any] = []
         for file in files_of(folder, target["part"]):
@@ -248,35 +218,31 @@ def report(folder: Path, state: dict[str, Any]) -> str:
                 if "machine" in record:
                     versions = (f"{k} {v}" for k, v in record["versions"].items() if v is not None)
                     machines[f"{record['machine']['device']}; {', '.join(versions)}"] = None
-        unit, on_gpu = target.get("unit", ""), not state["small"]
-        bound = next((key for key in ("at_least", "at_most") if key in target), None)
-        limit = target.get(bound or "")
-        if "H200" in target and any("H200" in machine for machine in machines):
-            limit = target["H200"]
-        value = figure_of(target, lines, on_gpu)
-        reached = ""
-        if value is not None and bound is not None:
-            right = value >= limit if bound == "at_least" else value <= limit
-            reached = "-" if not on_gpu else "yes" if right else "NO"
+        unit, value = target.get("unit", ""), figure_of(target, lines, on_gpu)
         part = state["parts"].get(target["part"], {"status": "not run", "why": ""})
-        limit_text = "" if bound is None else f"{bound.replace('_', ' ')} {show(limit, unit)}"
         measured = f"{part['status']} {part['why']}" if value is None else show(value, unit)
-        table_lines.append((target["figure"], limit_text, measured.replace("|", "/"), reached))
-    table = "\n".join(f"| {' | '.join(cells)} |" for cells in table_lines)
+        limit_text = reached = ""
+        for bound in {"at_least", "at_most"} & target.keys():
+            limit = target[bound]
+            if "H200" in target and any("H200" in machine for machine in machines):
+                limit = target["H200"]
+            limit_text = f"{bound.replace('_', ' ')} {show(limit, unit)}"
+            if value is not None:
+                right = value >= limit if bound == "at_least" else value <= limit
+                reached = "-" if not on_gpu else "yes" if right else "NO"
+        cells = (target["figure"], limit_text, measured.replace("|", "/"), reached)
+        table.append(f"| {' | '.join(cells)} |")
     others = [
         f"- {name}: {part['status']} {part['why']}"
         for name, part in state["parts"].items() if part["status"] != "ran"
     ]  # fmt: skip
     head = "\n".join(machines) or "nothing was measured"
-    if state["small"]:
-        head += "\nSmall shapes: the targets do not apply."
-    return "\n\n".join(filter(None, (head, table, "\n".join(others))))
+    head += "" if on_gpu else "\nSmall shapes: the targets do not apply."
+    return "\n\n".join(filter(None, (head, "\n".join(table), "\n".join(others))))
 
 
-# --- command ----------------------------------------------------------------------------------
-
-
-def build_parser() -> argparse.ArgumentParser:
+def main(argv: Sequence[str] | None = None) -> int:
+    began = time.monotonic()
     listed = "\n".join(f"  {name:12} {part.about}" for name, part in parts(False, FOLDER).items())
     parser = argparse.ArgumentParser(
         prog="gpu_hour", description=(__doc__ or "").split("\n")[0],
@@ -284,18 +250,12 @@ def build_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     add = parser.add_argument
     add("--budget", type=float, default=540, metavar="SECONDS", help="for all of it (540)")
-    add(
-        "--folder", type=Path, default=FOLDER, metavar="DIR", help="of the results (build/gpu_hour)"
-    )
+    folder = FOLDER.relative_to(ROOT)
+    add("--folder", type=Path, default=FOLDER, metavar="DIR", help=f"of the results ({folder})")
     add("--only", nargs="+", metavar="PART", help="these parts")
     add("--continue", dest="resume", action="store_true", help="the parts that have not run")
     add("--report", action="store_true", help="run nothing: print the table")
     add("--small", action="store_true", help="small shapes on a CPU")
-    return parser
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    began, parser = time.monotonic(), build_parser()
     args = parser.parse_args(argv)
     folder = args.folder.absolute()
     every, file = parts(args.small, folder), folder / "parts.json"
@@ -311,16 +271,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     names = [] if args.report else [n for n in every if args.only is None or n in args.only]
     if args.resume and args.only is None:
         done = {name: part["status"] for name, part in state["parts"].items()}
-        waiting = [n for n in names if done.get(n, "not run") == "not run"]
-        names = waiting + [n for n in names if done.get(n) == "out of time"]
+        names = [n for wanted in ("not run", "out of time") for n in names
+                 if done.get(n, "not run") == wanted]  # fmt: skip
     for name in names:
         left = args.budget - (time.monotonic() - began)
         if left <= LEAST:
             state["parts"].setdefault(name, {"status": "not run", "why": "no time was left"})
         else:
             print(f"gpu_hour: {name}: {every[name].about}", flush=True)
-            stopped = {"status": "out of time", "why": "the command ended in it"}
-            state["parts"][name] = stopped  # the file says this if the process is killed
+            # The file says this if the process is killed.
+            state["parts"][name] = {"status": "out of time", "why": "the command ended in it"}
             file.write_text(json.dumps(state, indent=1))
             state["parts"][name] = run_part(name, every[name], folder, left)
             print(f"gpu_hour: {name}: {state['parts'][name]}", flush=True)

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from dsb_runtime.measure.timing import Call, copy_bandwidth, time_call
 
@@ -94,8 +94,7 @@ def poison() -> None:
 
 def relative_error(result: Tensor, exact: Tensor) -> float:
     """||result - exact|| / ||exact||; infinite where anything is not a number."""
-    norm = exact.norm().item() or 1.0
-    value = (result.double() - exact).norm().item() / norm
+    value = (result.double() - exact).norm().item() / (exact.norm().item() or 1.0)
     return math.inf if math.isnan(value) else value
 
 
@@ -110,12 +109,10 @@ def by_definition(case: Case, change: Callable[[Tensor], Tensor], count: int) ->
     more than the op does), then the arguments that it wrote."""
     copies: dict[int, Tensor] = {}
 
-    def copy(value: Any) -> Any:
-        if not isinstance(value, Tensor):
-            return value
-        return copies.setdefault(id(value), change(value))
+    def copy(tensor: Tensor) -> Tensor:
+        return copies.setdefault(id(tensor), change(tensor))
 
-    args, options = tree_map(copy, (case.args, case.options))
+    args, options = tree_map_only(Tensor, copy, (case.args, case.options))
     result = case.op.definition(*args, **options)
     return [*tensors_of(result)[:count], *(copies[id(tensor)] for tensor in case.written)]
 
@@ -151,11 +148,10 @@ def time_contender(make: Callable[[], Case], contender: str) -> dict[str, float]
     """The figures of a contender at the shape of the cases that `make` makes."""
     case = make()
     times = time_call(lambda: make().call(contender), case.bytes, device())
-    bandwidth = copy_bandwidth(device())
     figures = {
         "cold_us": round(1e6 * times.cold, 2),
         "warm_us": round(1e6 * times.warm, 2),
-        "bandwidth_share": round(case.bytes / times.cold / bandwidth, 4),
+        "bandwidth_share": round(case.bytes / times.cold / copy_bandwidth(device()), 4),
     }
     if case.flops:
         figures["tflops"] = round(1e-12 * case.flops / times.cold, 3)

@@ -4,8 +4,7 @@
     python -m pytest benchmarks/ops.py -k window_attention
 
 `BENCHMARKS` lists the shapes of each op, those of the targets first, and the function that makes a
-`Case` of a shape: the op's arguments, what else computes the same from them, and the bytes that a
-call has to move. `op_case.py` checks a case and times it.
+`Case` of a shape, which `op_case.py` checks and times.
 
 On a GPU the figures are microseconds with a cold and a warm L2, the share of the copy bandwidth
 that the needed bytes amount to in the cold time, and TFLOP/s. On a CPU the shapes are small, "op"
@@ -17,7 +16,7 @@ from __future__ import annotations
 import functools
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,7 +52,7 @@ from dsb_kernels.token_confidence import token_confidence
 from dsb_runtime.cli.main import OneLineParser
 from dsb_runtime.files import write_json
 from dsb_runtime.measure.command import check_arguments
-from dsb_runtime.measure.timing import capture_calls, synchronize
+from dsb_runtime.measure.timing import capture_calls, timed
 
 try:
     from flash_attn import flash_attn_with_kvcache
@@ -154,7 +153,9 @@ def lm_head_confidence_case(model: str, candidates: int) -> Case:
     )  # fmt: skip
 
 
-def window_attention_case(model: str, batch: int, width: int, positions: int) -> Case:
+def window_attention_case(
+    model: str, batch: int, width: int, positions: int, splits: int | None = None
+) -> Case:
     """The window's keys and values are in the cache already, every stored position is visible and
     the cache is full, so that every contender computes the same thing from the same tensors."""
     H, H_kv = MODELS[model]
@@ -177,7 +178,7 @@ def window_attention_case(model: str, batch: int, width: int, positions: int) ->
         others["flash"] = flash
     options = {
         "window_start": each((positions - width) // 2), "window_length": each(width),
-        "cache_seqlens": seqlens,
+        "cache_seqlens": seqlens, "num_splits": splits,
     }  # fmt: skip
     return Case(
         window_attention, (q, None, None, k, v), options, others,
@@ -217,10 +218,7 @@ def window_linear_case(layer: str, num_tokens: int) -> Case:
 
     def matmul() -> Tensor:
         y = linear(x, weight, bias)
-        if not gated:
-            return y
-        gate, up = y.chunk(2, -1)
-        return silu(gate) * up
+        return silu(y[:, :F]) * y[:, F:] if gated else y
 
     moved = weights * E + weights * has_bias + num_tokens * (E + F)
     return Case(
@@ -380,9 +378,6 @@ BENCHMARKS = {
 }  # fmt: skip
 
 
-# --- pytest-benchmark -------------------------------------------------------------------------
-
-
 def words(value: Any) -> str:
     return " ".join(map(str, value.values())) if isinstance(value, dict) else str(value)
 
@@ -412,30 +407,17 @@ def test_op(benchmark: Any, op: str, shape: Shape, contender: str) -> None:
         benchmark.pedantic(call.run, setup=call.restore, rounds=5, warmup_rounds=1)
         return
     benchmark.extra_info.update(time_contender(make, contender))
-    graph = capture_calls([call.run])
-
-    def replay() -> None:
-        graph.replay()
-        synchronize(device())
-
+    replay = functools.partial(timed, capture_calls([call.run]).replay, device())
     benchmark.pedantic(replay, setup=call.restore, rounds=15, warmup_rounds=2)
 
 
-# --- command ----------------------------------------------------------------------------------
-
-
-def measure(
-    name: str, write: Callable[[dict[str, Any]], None], *, check_only: bool, definitions: bool
-) -> bool:
-    """Measure every shape and contender of an op; returns whether the op was always right."""
-    right = True
+def measure(name: str, *, check_only: bool, definitions: bool) -> Iterator[dict[str, Any]]:
+    """The figures of every shape and contender of an op."""
     for shape in BENCHMARKS[name].shapes:
         make = functools.partial(BENCHMARKS[name].case, **shape)
-        contenders = ["op"]
-        if not check_only:
-            contenders += [*make().others, *(DEFINITIONS if definitions else ())]
+        others = [] if check_only else [*make().others, *(DEFINITIONS if definitions else ())]
         cold: dict[str, float] = {}
-        for contender in contenders:
+        for contender in ("op", *others):
             line: dict[str, Any] = {"op": name, "shape": shape, "contender": contender}
             try:
                 line["error"] = check(make(), contender)
@@ -444,17 +426,14 @@ def measure(
                     cold[contender] = line["cold_us"]
             except Exception as error:  # a contender may not take this shape
                 line["failed"] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
-            if contender == "op":
-                right &= line.get("error", math.inf) <= 1
-            elif contender in cold and "op" in cold:
-                line["over_op"] = round(line["cold_us"] / cold["op"], 3)
-            write(line)
+            if contender != "op" and {contender, "op"} <= cold.keys():
+                line["over_op"] = round(cold[contender] / cold["op"], 3)
+            yield line
         rivals = {other: us for other, us in cold.items() if other not in ("op", *DEFINITIONS)}
         if rivals and "op" in cold:
             best = min(rivals, key=rivals.__getitem__)
-            write({"op": name, "shape": shape, "contender": "best of the others", "best": best,
-                   "over_op": round(rivals[best] / cold["op"], 3)})  # fmt: skip
-    return right
+            yield {"op": name, "shape": shape, "contender": "best of the others", "best": best,
+                   "over_op": round(rivals[best] / cold["op"], 3)}  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -470,19 +449,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_arguments(args)
     except ValueError as error:
         parser.error(str(error))
-    record = {**describe_benchmark("ops", argv, device()), "lines": []}
-
-    def write(line: dict[str, Any]) -> None:
-        record["lines"].append(line)
-        print(" ".join(f"{key}={value}" for key, value in line.items()), flush=True)
-        if args.json:
-            write_json(args.json, record)
-
-    right = [
-        measure(name, write, check_only=args.check, definitions=args.definitions)
-        for name in args.op or BENCHMARKS
-    ]
-    return 0 if all(right) else 1
+    record, right = {**describe_benchmark("ops", argv, device()), "lines": []}, True
+    for name in args.op or BENCHMARKS:
+        for line in measure(name, check_only=args.check, definitions=args.definitions):
+            right &= line["contender"] != "op" or line.get("error", math.inf) <= 1
+            record["lines"].append(line)
+            print(" ".join(f"{key}={value}" for key, value in line.items()), flush=True)
+            if args.json:
+                write_json(args.json, record)
+    return int(not right)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import PreTrainedModel
 
 import dsb_runtime as dsb
-from benchmarks.step_cost import OUTSIDE, PHASES
+from benchmarks.step_cost import OUTSIDE
 from dsb_runtime.measure.profile import profile_steps
 from dsb_runtime.measure.profile_tables import Event, by_kind, gpu_work, read_trace
 from dsb_runtime.measure.timing import timed
@@ -25,8 +25,7 @@ MOST_STEPS = 40  # no more steps are profiled at once, since traces are large
 def profiled_count(kinds: list[str]) -> int:
     """How many steps after the first to profile: up to the next refresh where it is near, so that
     the trace shows both kinds."""
-    refreshes = [i for i, kind in enumerate(kinds) if i > 0 and kind == "refresh"]
-    last = refreshes[0] if refreshes else len(kinds) - 1
+    last = kinds.index("refresh", 1) if "refresh" in kinds[1:] else len(kinds) - 1
     return max(1, min(max(last, 8), MOST_STEPS, len(kinds) - 1))
 
 
@@ -34,14 +33,9 @@ def phase_times(
     model: PreTrainedModel, prompts: Tensor, settings: dict[str, Any], kinds: list[str]
 ) -> dict[str, dict[str, float]]:
     """Microseconds of each phase (`step_cost.PHASES`, layers summed) in a step of each kind, and of
-    what is launched outside the phases: on the GPU, or on the host of a CPU.
-
-    They are measured in a decoding of its own that launches kernel by kernel, since a replayed
-    graph has no phases; a CPU's times are longer than unprofiled ones.
-
-    Args:
-        kinds: the kinds of the decoding's steps.
-    """
+    what is launched outside the phases: on the GPU, or on the host of a CPU. They are measured in a
+    decoding of its own that launches kernel by kernel, since a replayed graph has no phases; a
+    CPU's times are longer than unprofiled ones. `kinds` are those of the decoding's steps."""
     config = dsb.DecodingConfig(**settings)
     first = min(1, len(kinds) - 1)  # a call's first step also allocates the call's tensors
     with tempfile.TemporaryDirectory() as folder:
@@ -53,9 +47,6 @@ def phase_times(
     phase_us: dict[str, dict[str, float]] = {}
     for kind, of in steps.items():
         times = {phase.name.removeprefix("layer: "): phase.us / of.steps for phase in of.phases}
-        unknown = sorted(set(times) - set(PHASES))
-        if unknown:
-            raise RuntimeError(f"phase {unknown[0]!r} of a step: the budget knows {PHASES}")
         phase_us[kind] = {**times, OUTSIDE: of.us / of.steps - sum(times.values())}
     return phase_us
 
@@ -70,11 +61,9 @@ def busy_seconds(events: list[Event]) -> float:
 
 
 def gpu_busy_seconds(run: Callable[[], object], device: torch.device) -> float | None:
-    """How long the GPU runs a kernel or a copy during a call; None on a CPU.
-
-    The profiler sees each kernel of a replayed graph. It makes the gaps between kernels longer, not
-    the kernels: the idle time is what is left of the time of a call that is not profiled.
-    """
+    """How long the GPU runs a kernel or a copy during a call; None on a CPU. The profiler sees each
+    kernel of a replayed graph. It makes the gaps between kernels longer, not the kernels: the idle
+    time is what is left of the time of a call that is not profiled."""
     if device.type != "cuda":
         return None
     with tempfile.TemporaryDirectory() as folder:

@@ -14,6 +14,7 @@ faster than its floor by what the activations take, and by no more.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -53,14 +54,6 @@ class Ceilings:
     tflops: float  # dense
     source: str
 
-    @property
-    def bandwidth(self) -> float:
-        return self.gb_per_s * 1e9
-
-    @property
-    def flops(self) -> float:
-        return self.tflops * 1e12
-
 
 # Memory bandwidth and dense bfloat16 (half of the sheets' figure, which is with sparsity).
 GPUS = {
@@ -84,27 +77,22 @@ class Budget:
 
 def budget(preset: Preset, kind: str, size: StepSize, ceilings: Ceilings) -> Budget:
     """Cost and floor of every phase of a step."""
-    phases = {}
+    bandwidth, flops, phases = ceilings.gb_per_s * 1e9, ceilings.tflops * 1e12, {}
     for name, costs in step_cost(preset, size).items():
-        seconds = [cost.seconds(ceilings.bandwidth, ceilings.flops) for cost in costs]
+        seconds = [cost.seconds(bandwidth, flops) for cost in costs]
         middle = (len(costs) - 1) // 2  # not the last layer, which is cheaper
-        by_flops = costs[middle].flops / ceilings.flops == seconds[middle]
         phases[name] = {
             **asdict(total(costs)),
             "bytes": total(costs).bytes,
             "floor_us": sum(seconds) * 1e6,
             "one_layer_us": seconds[middle] * 1e6 if name in LAYER_PHASES else None,
-            "limit": "FLOPs" if by_flops else "bytes",
+            "limit": "FLOPs" if costs[middle].flops / flops == seconds[middle] else "bytes",
         }
-    whole = total_cost(preset, size)
+    whole, floor_us = total_cost(preset, size), sum(phase["floor_us"] for phase in phases.values())
     return Budget(
-        kind,
-        size,
-        phases,
-        floor_ms=sum(phase["floor_us"] for phase in phases.values()) * 1e-3,
-        weights_ms=whole.weights / ceilings.bandwidth * 1e3,
-        products_ms=whole.flops / ceilings.flops * 1e3,
-    )
+        kind, size, phases, floor_ms=floor_us * 1e-3, weights_ms=whole.weights / bandwidth * 1e3,
+        products_ms=whole.flops / flops * 1e3,
+    )  # fmt: skip
 
 
 def refresh_share(block: int, tokens_per_forward: float) -> float:
@@ -128,10 +116,7 @@ def step_sizes(
 
 def read_measured(path: Path, batch: int | None) -> dict[str, Any]:
     """The run of that batch in a file that `benchmarks/decode.py` wrote, with the file's settings.
-
-    Raises:
-        ValueError: not such a file, or no run of that batch.
-    """
+    Raise ValueError where it is not such a file or has no run of that batch."""
     record = read_json(path, "--measured")
     try:
         runs = {run["batch"]: run for run in record["runs"]}
@@ -140,23 +125,16 @@ def read_measured(path: Path, batch: int | None) -> dict[str, Any]:
         run = runs[batch] if batch is not None else next(iter(runs.values()))
         device = record["machine"]["device"]
         measured = {**record["settings"], **record["ceilings"], "device": device, **run}
-        missing = [
-            name for name in ("window_step_ms", "refresh_step_ms", "window_width")
-            if measured.get(name) is None
-        ]  # fmt: skip
     except (KeyError, TypeError, AttributeError, StopIteration) as error:
         raise ValueError(f"--measured {path}: expected the JSON of benchmarks/decode.py") from error
-    if missing:
-        raise ValueError(f"--measured {path} has no {missing[0]}: expected that of decode.py")
+    for name in ("window_step_ms", "refresh_step_ms", "window_width"):
+        if measured.get(name) is None:
+            raise ValueError(f"--measured {path} has no {name}: expected that of decode.py")
     return measured
 
 
 def find_ceilings(args: argparse.Namespace, measured: dict[str, Any] | None) -> Ceilings:
-    """The ceilings of the command line, else those of the data sheet, else the measured ones.
-
-    Raises:
-        ValueError: none, or one of a pair, or a data sheet's for another dtype.
-    """
+    """The ceilings of the command line, else those of the data sheet, else the measured ones."""
     if (args.bandwidth is None) != (args.tflops is None):
         alone = "--bandwidth" if args.tflops is None else "--tflops"
         raise ValueError(f"{alone} alone: expected --bandwidth and --tflops together")
@@ -170,17 +148,14 @@ def find_ceilings(args: argparse.Namespace, measured: dict[str, Any] | None) -> 
             )
         return GPUS[args.gpu]
     if measured is not None:
-        gb_per_s, tflops = measured["copy_gb_per_s"], measured["matmul_tflops"]
-        return Ceilings(gb_per_s, tflops, f"measured on {measured['device']}")
+        source = f"measured on {measured['device']}"
+        return Ceilings(measured["copy_gb_per_s"], measured["matmul_tflops"], source)
     raise ValueError("no ceilings: expected --gpu, --bandwidth and --tflops, or --measured")
 
 
 def settle(args: argparse.Namespace) -> dict[str, Any] | None:
-    """Fill in the shape from the measurement or the defaults; returns the measurement.
-
-    Raises:
-        ValueError: an argument that contradicts another or the measurement.
-    """
+    """Fill in the shape from the measurement or the defaults; returns the measurement. Raise
+    ValueError for an argument that contradicts another or the measurement."""
     measured = None if args.measured is None else read_measured(args.measured, args.batch)
     for name, default in SHAPE_DEFAULTS.items():
         value, flag = getattr(args, name), "--" + name.replace("_", "-")
@@ -193,44 +168,40 @@ def settle(args: argparse.Namespace) -> dict[str, Any] | None:
         args.width = round(measured["window_width"])
     if args.preset not in PRESETS:
         raise ValueError(f"--preset {args.preset}: expected one of {', '.join(PRESETS)}")
-    length = args.prompt + args.gen
-    if args.block > args.gen:
-        raise ValueError(f"--block {args.block}: expected at most --gen, {args.gen}")
-    if args.width is not None and args.width > length:
-        raise ValueError(f"--width {args.width}: expected at most --prompt + --gen, {length}")
-    if args.tokens_per_forward > args.block:
-        raise ValueError(
-            f"--tokens-per-forward {args.tokens_per_forward:g}: expected at most --block, "
-            f"{args.block}"
-        )
+    check_most("--block", args.block, "--gen", args.gen)
+    check_most("--width", args.width or 0, "--prompt + --gen", args.prompt + args.gen)
+    check_most("--tokens-per-forward", args.tokens_per_forward, "--block", args.block)
     return measured
+
+
+def check_most(name: str, value: float, bound: str, most: int) -> None:
+    """Raise ValueError if `value` is more than the value of the options that `bound` names."""
+    if value > most:
+        raise ValueError(f"{name} {value:g}: expected at most {bound}, {most}")
 
 
 def phase_table(step: Budget, measured: dict[str, Any] | None) -> Table:
     """Phases down, cost and floor across, the measurement beside where there is one."""
     columns = ["phase", "weights MB", "K/V MB", "activations MB", "GFLOP", "floor µs",
                "limited by", "one layer µs"]  # fmt: skip
-    times = None
+    times: dict[str, float] = {}
     if measured is not None:
         times = measured.get("phase_us", {}).get(step.kind, {})
         columns += ["measured µs", "floor / measured"]
 
-    def line(name: str, cost: dict[str, Any], limit: str, one: str, us: float | None) -> list[str]:
-        cells = [f"{cost[kind] / 1e6:.1f}" for kind in ("weights", "cache", "activations")]
-        cells += [f"{cost['flops'] / 1e9:.1f}", f"{cost['floor_us']:.1f}", limit, one]
-        if times is not None:
+    def line(name: str, cost: dict[str, Any], us: float | None) -> list[str]:
+        one = cost.get("one_layer_us")
+        cells = [name if one is None else f"layer: {name}"]
+        cells += [f"{cost[kind] / 1e6:.1f}" for kind in ("weights", "cache", "activations")]
+        cells += [f"{cost['flops'] / 1e9:.1f}", f"{cost['floor_us']:.1f}", cost.get("limit", "")]
+        cells.append("" if one is None else f"{one:.2f}")
+        if measured is not None:
             cells += ["", ""] if us is None else [f"{us:.1f}", f"{cost['floor_us'] / us:.0%}"]
-        return [name, *cells]
+        return cells
 
-    lines, size = [], step.size
-    for name, phase in step.phases.items():
-        one = phase["one_layer_us"]
-        lines.append(line(
-            name if one is None else f"layer: {name}", phase, phase["limit"],
-            "" if one is None else f"{one:.2f}", (times or {}).get(name),
-        ))  # fmt: skip
-    caption = None
-    if times and OUTSIDE in times:
+    size, caption = step.size, None
+    lines = [line(name, phase, times.get(name)) for name, phase in step.phases.items()]
+    if OUTSIDE in times:
         lines.append(["outside of phases", *[""] * 7, f"{times[OUTSIDE]:.1f}", ""])
         caption = "phases: of steps launched kernel by kernel; mlp with its norm; sum: timed"
     table = table_of(
@@ -242,27 +213,24 @@ def phase_table(step: Budget, measured: dict[str, Any] | None) -> Table:
     kinds = ("weights", "cache", "activations", "flops", "floor_us")
     sums = {kind: sum(phase[kind] for phase in step.phases.values()) for kind in kinds}
     whole = None if measured is None else 1e3 * measured[f"{step.kind}_step_ms"]
-    table.add_row(*line("sum", sums, "", "", whole), style="bold")
+    table.add_row(*line("sum", sums, whole), style="bold")
     return table
 
 
-def positive(kind: type, low: float = 0) -> Any:
-    """A parser of numbers above `low`."""
+def positive(kind: type) -> Any:
+    """A parser of numbers above 0."""
 
     def parse(text: str) -> Any:
+        with contextlib.suppress(ValueError):
+            if 0 < kind(text) < math.inf:
+                return kind(text)
         accepted = "an int" if kind is int else "a number"
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not (value > low and math.isfinite(value)):
-            raise argparse.ArgumentTypeError(f"{text!r}: expected {accepted} above {low:g}")
-        return value
+        raise argparse.ArgumentTypeError(f"{text!r}: expected {accepted} above 0")
 
     return parse
 
 
-def build_parser() -> argparse.ArgumentParser:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = OneLineParser(prog="roofline", description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--preset", choices=PRESETS, help="which model's shapes")
@@ -279,11 +247,6 @@ def build_parser() -> argparse.ArgumentParser:
     add("--refresh-share", type=positive(float), help="of forwards (one a --block commits)")
     add("--measured", type=Path, help="JSON of benchmarks/decode.py, to stand beside")
     add("--json", type=Path, help="write the figures here")
-    return parser
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    parser = build_parser()
     args = parser.parse_args(argv)
     try:
         measured = settle(args)
@@ -300,11 +263,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         preset, args.batch, args.prompt, args.gen, args.block, args.width, ITEMSIZE[args.dtype]
     )
     steps = {kind: budget(preset, kind, sizes[kind], ceilings) for kind in KINDS}
-
-    def mean_ms(window: float, refresh: float) -> float:
-        return (1 - share) * window + share * refresh
-
-    step_ms = mean_ms(*(steps[kind].floor_ms for kind in KINDS))
+    shares = {"window": 1 - share, "refresh": share}
+    step_ms = sum(part * steps[kind].floor_ms for kind, part in shares.items())
     tokens = args.batch * args.tokens_per_forward
     result = {
         "preset": args.preset, "dtype": args.dtype, "prompt": args.prompt, "gen": args.gen,
@@ -328,10 +288,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
     lines = [("floor", step_ms)]
     if measured is not None:
-        whole_ms = mean_ms(*(measured[f"{kind}_step_ms"] for kind in KINDS))
+        whole_ms = sum(part * measured[f"{kind}_step_ms"] for kind, part in shares.items())
         result["measured"] = {
-            "window_step_ms": measured["window_step_ms"],
-            "refresh_step_ms": measured["refresh_step_ms"],
+            **{f"{kind}_step_ms": measured[f"{kind}_step_ms"] for kind in KINDS},
             "step_ms": whole_ms, "tokens_per_second": tokens / whole_ms * 1e3,
             "share_of_floor": step_ms / whole_ms,
         }  # fmt: skip

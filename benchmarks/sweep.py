@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import itertools
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -28,11 +28,6 @@ from dsb_runtime.measure.command import check_arguments
 SPLITS = (2, 3, 4, 5, 6)  # of window_attention, at 128 positions of LLaDA
 
 
-def words(config: Config) -> str:
-    blocks = " ".join(f"{name}={value}" for name, value in config.blocks.items())
-    return f"{blocks} warps={config.num_warps} stages={config.num_stages}"
-
-
 def using(key: str, size: int, config: Config) -> Any:
     """A context in which the table's configuration of an op for a size is another one."""
     entry = (key, architecture_of(device()))
@@ -40,40 +35,34 @@ def using(key: str, size: int, config: Config) -> Any:
     return mock.patch.dict(table, {min(most for most in table if most >= size): config})
 
 
-def sweep_one(item: dict[str, Any], write: Callable[[dict[str, Any]], None]) -> None:
+def sweep_one(item: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Time the table's configuration and every other one of an entry of `sweep.toml`."""
     benchmark = ops.BENCHMARKS[item["op"]]
     shape = item["shape"] if on_gpu() else benchmark.shapes[0]
     key, size = item["key"], item["size"]
     now = _configs.configuration(key, size, architecture_of(device()))
-    configs = [
-        Config({k: v for k, v in c.items() if k.startswith(("BLOCK", "COL", "PROG", "SPLIT"))},
-               c["num_warps"], c["num_stages"])
-        for c in item["configs"]
-    ]  # fmt: skip
+    configs = [Config({k: v for k, v in c.items() if k.isupper()}, c["num_warps"], c["num_stages"])
+               for c in item["configs"]]  # fmt: skip
     for config in (now, *configs):
+        blocks = " ".join(f"{name}={value}" for name, value in config.blocks.items())
+        words = f"{blocks} warps={config.num_warps} stages={config.num_stages}"
         with using(key, size, config):
-            write(two_times(functools.partial(benchmark.case, **shape)) | {
-                "key": key, "size": size, "shape": shape, "configuration": words(config),
+            yield two_times(functools.partial(benchmark.case, **shape)) | {
+                "key": key, "size": size, "shape": shape, "configuration": words,
                 "current": config is now,
-            })  # fmt: skip
+            }  # fmt: skip
 
 
-def sweep_splits(write: Callable[[dict[str, Any]], None]) -> None:
+def sweep_splits() -> Iterator[dict[str, Any]]:
     """Time window_attention with the `num_splits` that it chooses (None), then with fixed ones."""
     width, lengths = (128, (1280, 4096)) if on_gpu() else (8, (96,))
     for positions, splits in itertools.product(lengths, (None, *SPLITS)):
         shape = {"model": "LLaDA-8B", "batch": 1, "width": width, "positions": positions}
-
-        def make(shape: dict[str, Any] = shape, splits: int | None = splits) -> Case:
-            case = ops.BENCHMARKS["window_attention"].case(**shape)
-            case.options["num_splits"] = splits
-            return case
-
-        write(two_times(make) | {
+        make = functools.partial(ops.BENCHMARKS["window_attention"].case, **shape, splits=splits)
+        yield two_times(make) | {
             "key": "window_attention splits", "size": width, "shape": shape,
             "configuration": f"num_splits={splits}", "current": splits is None,
-        })  # fmt: skip
+        }  # fmt: skip
 
 
 def two_times(make: Callable[[], Case]) -> dict[str, Any]:
@@ -88,32 +77,28 @@ def two_times(make: Callable[[], Case]) -> dict[str, Any]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = OneLineParser(prog="sweep", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--size", type=int, nargs="+", help="these sizes of sweep.toml only")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="written after every line")
-    args = parser.parse_args(argv)
     items = read_toml("sweep.toml")["sweep"]
     sizes = sorted({item["size"] for item in items})
+    parser = OneLineParser(prog="sweep", description=(__doc__ or "").split("\n")[0])
+    add = parser.add_argument
+    add("--size", type=int, nargs="+", choices=sizes, metavar="N",
+        help="these sizes of sweep.toml only")  # fmt: skip
+    add("--json", type=Path, metavar="FILE", help="written after every line")
+    args = parser.parse_args(argv)
     try:
         check_arguments(args)
-        if args.size and not set(args.size) <= set(sizes):
-            raise ValueError(f"--size {args.size}: expected some of {sizes}")
     except ValueError as error:
         parser.error(str(error))
     record = {**describe_benchmark("sweep", argv, device()), "lines": []}
-
-    def write(line: dict[str, Any]) -> None:
+    sweeps = [sweep_one(item) for item in items if item["size"] in (args.size or sizes)]
+    if 128 in (args.size or sizes):
+        sweeps.append(sweep_splits())
+    for line in itertools.chain(*sweeps):
         record["lines"].append(line)
         print(line["key"], line["size"], line["configuration"], "*" if line["current"] else "",
               line.get("us", line.get("failed")), flush=True)  # fmt: skip
         if args.json:
             write_json(args.json, record)
-
-    for item in items:
-        if not args.size or item["size"] in args.size:
-            sweep_one(item, write)
-    if not args.size or 128 in args.size:
-        sweep_splits(write)
     return int(any("failed" in line for line in record["lines"] if line["current"]))
 
 

@@ -77,12 +77,12 @@ class Agreement:
 
 def agreement(steps: Sequence[RowStep], commits: Sequence[dict[int, int]]) -> Agreement:
     """Compare what forwards decided with what another loop decided in their place."""
-    positions = both = 0
+    decisions = positions = both = 0
     for step, theirs in zip(steps, commits, strict=True):
-        shared = step.commits.keys() & theirs.keys()
-        positions += len(shared)
-        both += sum(step.commits[position] == theirs[position] for position in shared)
-    return Agreement(sum(len(step.commits) for step in steps), positions, both)
+        decisions += len(step.commits)
+        positions += len(step.commits.keys() & theirs.keys())
+        both += len(step.commits.items() & theirs.items())
+    return Agreement(decisions, positions, both)
 
 
 class EagerClock:

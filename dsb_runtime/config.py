@@ -62,12 +62,10 @@ def check_bool(name: str, value: Any) -> None:
 
 @dataclass(frozen=True)
 class Setting:
-    """What every door needs to know of one setting.
-
-    A bound (`low`, `high`) is a number, or the name of another setting whose value is the bound.
-    `unset` says in help and docs what happens if the setting is not named. `doors` has the
-    setting's name at each door that uses a different one.
-    """
+    """What every door needs to know of one setting. A bound (`low`, `high`) is a number, or the
+    name of another setting whose value is the bound. `unset` says in help and docs what happens if
+    the setting is not named. `doors` has the setting's name at each door that uses a different
+    one."""
 
     default: Any
     help: str

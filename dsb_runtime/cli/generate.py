@@ -21,14 +21,13 @@ from dsb_runtime.measure.trace import Trace
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    output = parser.add_argument_group("output")
-    output.add_argument("--raw", action="store_true", help="do not apply the chat template")
-    output.add_argument("--live", action="store_true", help="show the canvas while it fills")
-    output.add_argument(
-        "--frame-seconds", type=float, default=0.1, help="pause between frames (default: 0.1)"
-    )
-    output.add_argument("--trace", type=Path, metavar="FILE.png", help="draw position × forward")
-    output.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("prompt", help="the prompt, or - to read it from standard input")
+    add = parser.add_argument_group("output").add_argument
+    add("--raw", action="store_true", help="do not apply the chat template")
+    add("--live", action="store_true", help="show the canvas while it fills")
+    add("--frame-seconds", type=float, default=0.1, help="pause between frames (default: 0.1)")
+    add("--trace", type=Path, metavar="FILE.png", help="draw position × forward")
+    add("--json", action="store_true", help="print one JSON object")
 
 
 def check_arguments(args: argparse.Namespace) -> None:
@@ -68,10 +67,8 @@ def run(
         generator = torch.Generator(model.device).manual_seed(args.seed)
 
     trace = Trace(prompt, config.gen_length) if args.trace else None
-    live = None
-    if args.live:
-        mask_id = check_model(model).mask_id
-        live = LiveCanvas(tokenizer, prompt, mask_id, frame_seconds=args.frame_seconds)
+    mask_id = check_model(model).mask_id
+    live = LiveCanvas(tokenizer, prompt, mask_id, args.frame_seconds) if args.live else None
     watchers = [w for w in (trace, live) if w is not None]
 
     def on_step(event: StepEvent) -> None:

@@ -51,22 +51,18 @@ def canvas_text(
 
 
 class LiveCanvas:
-    """An `on_step` callback that redraws row 0 after every forward.
-
-    `spent` is the time that drawing and waiting took, which tokens/s leave out.
-    """
+    """An `on_step` callback that redraws row 0 after every forward. `spent` is the time that
+    drawing and waiting took, which tokens/s leave out."""
 
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerBase,
         prompt_length: int,
         mask_id: int,
-        leftpad: int = 0,
         frame_seconds: float = 0.1,
         console: Console | None = None,
     ) -> None:
-        self.tokenizer, self.prompt_length = tokenizer, prompt_length
-        self.mask_id, self.leftpad = mask_id, leftpad
+        self.tokenizer, self.prompt_length, self.mask_id = tokenizer, prompt_length, mask_id
         self.frame_seconds, self.spent = frame_seconds, 0.0
         self.live = Live(console=console, auto_refresh=False)
 
@@ -86,7 +82,7 @@ class LiveCanvas:
             f"forward {event.index + 1}  {event.kind:<7}  {int(event.commit.sum())} committed",
             "bold",
         )
-        canvas = canvas_text(self.tokenizer, event, self.prompt_length, self.mask_id, self.leftpad)
+        canvas = canvas_text(self.tokenizer, event, self.prompt_length, self.mask_id)
         self.live.update(Group(canvas, Text(), status, legend), refresh=True)
         time.sleep(self.frame_seconds)
         self.spent += time.perf_counter() - began

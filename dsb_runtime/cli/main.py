@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from dsb_runtime.cli import generate
@@ -82,33 +82,6 @@ def named_settings(args: argparse.Namespace, model: PreTrainedModel) -> Decoding
     return defaults_for(model, **{k: v for k, v in named.items() if v is not None})
 
 
-def add_generate(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("prompt", help="the prompt, or - to read it from standard input")
-    add_settings(parser)
-    generate.add_arguments(parser)
-
-
-def add_bench(parser: argparse.ArgumentParser) -> None:
-    add_settings(parser)
-    bench.add_arguments(parser)
-    parser.set_defaults(stop_at_eos=False)
-
-
-def add_profile(parser: argparse.ArgumentParser) -> None:
-    add_settings(parser)
-    prompts = parser.add_argument_group("prompts")
-    prompts.add_argument("--batch", type=int, default=1, metavar="B", help="default: 1")
-    prompts.add_argument("--prompt-length", type=int, default=128,
-                         help="random tokens a prompt (default: 128)")  # fmt: skip
-    profile.add_arguments(parser)
-    parser.set_defaults(stop_at_eos=False)
-
-
-def add_eval(parser: argparse.ArgumentParser) -> None:
-    add_model(parser)
-    evaluate.add_arguments(parser)
-
-
 def add_convert(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="SRC", help="checkpoint folder or hub id")
     parser.add_argument("target", metavar="DST", help="a new or an empty folder")
@@ -122,33 +95,33 @@ def build_parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", required=True)
 
-    def command(name: str, add: Callable, run: Callable, help: str, **how: Any) -> None:
+    def command(name: str, help: str, run: Callable, *add: Callable, **how: Any) -> None:
         subparser = commands.add_parser(name, help=help, **how)
-        add(subparser)
+        for each in add:
+            each(subparser)
         subparser.set_defaults(run=run)
 
-    command("generate", add_generate, run_generate, "answer a prompt", epilog=COUNTING)
-    command("bench", add_bench, run_bench, "time per step against its limit, tokens/s by batch",
-            epilog=f"{COUNTING} {NO_EOS}")  # fmt: skip
-    # An abbreviation of --torch would stay in the command line that is printed for Nsight.
-    command("profile", add_profile, run_profile, "some steps under Nsight or torch's profiler",
-            epilog=profile.NOTE, allow_abbrev=False)  # fmt: skip
-    command("eval", add_eval, run_eval, "the embedded model on held-out problems, all settings",
+    command("generate", "answer a prompt", run_generate, add_settings, generate.add_arguments,
             epilog=COUNTING)  # fmt: skip
-    command("convert", add_convert, run_convert, "write a checkpoint for plain transformers")
+    command("bench", "time per step against its limit, tokens/s by batch", run_bench,
+            add_settings, bench.add_arguments, epilog=f"{COUNTING} {NO_EOS}")  # fmt: skip
+    # An abbreviation of --torch would stay in the command line that is printed for Nsight.
+    command("profile", "some steps under Nsight or torch's profiler", run_profile, add_settings,
+            profile.add_arguments, epilog=profile.NOTE, allow_abbrev=False)  # fmt: skip
+    command("eval", "the embedded model on held-out problems, all settings", run_eval,
+            add_model, evaluate.add_arguments, epilog=COUNTING)  # fmt: skip
+    command("convert", "write a checkpoint for plain transformers", run_convert, add_convert)
     return parser
 
 
-def load(args: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load(args: argparse.Namespace) -> tuple[PreTrainedModel, Any]:
+    """A checkpoint or, with `--preset`, a random model, which has no tokenizer."""
+    if getattr(args, "preset", None):
+        return load_preset(args), None
     model = load_model(
         args.model, dtype=args.dtype, device=args.device, family=args.family, mask_id=args.mask_id
     )
     return model, load_tokenizer(args.model)
-
-
-def load_measured(args: argparse.Namespace) -> tuple[PreTrainedModel, Any]:
-    """A checkpoint or, with `--preset`, a random model, which has no tokenizer."""
-    return (load_preset(args), None) if args.preset else load(args)
 
 
 def run_generate(args: argparse.Namespace) -> int:
@@ -161,13 +134,13 @@ def run_bench(args: argparse.Namespace) -> int:
     check_arguments(args)
     if args.source is not None:
         return show_again(args, bench.show)
-    model, tokenizer = load_measured(args)
+    model, tokenizer = load(args)
     return bench.run(args, model, tokenizer, named_settings(args, model), args.command_line)
 
 
 def run_profile(args: argparse.Namespace) -> int:
     check_arguments(args)
-    model, tokenizer = load_measured(args)
+    model, tokenizer = load(args)
     config, seed = named_settings(args, model), args.seed or 0
     prompts = random_prompts(model, tokenizer, args.batch, args.prompt_length, seed)
     return profile.run(args, model, prompts, config, args.process)

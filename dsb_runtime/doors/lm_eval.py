@@ -11,6 +11,8 @@ harness's own command.
 
 from __future__ import annotations
 
+import inspect
+import itertools
 import json
 import logging
 import os
@@ -40,28 +42,23 @@ from dsb_runtime.families import check_model
 from dsb_runtime.models.load import load_model, load_tokenizer
 
 logger = logging.getLogger("lm_eval.dsb")  # shown as the harness shows its own
-ARGUMENTS = (
-    "pretrained", "tokenizer", "dtype", "device", "family", "mask_id", "revision", "batch_size",
-    "mc_num", "seed", "check_greedy", "max_length",
-)  # fmt: skip
 # Names under which a request may say how many tokens its answer has at most.
 LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 
 
 def request_settings(own: Mapping[str, Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of a request whose `generation_kwargs` are `kwargs`, for `defaults_for`.
-
-    `own` are those of `--model_args`. The request's temperature, `top_p` and `top_k` hold where it
-    asks for sampling; any other setting in it (`--gen_kwargs threshold=0.8`) overrides the
-    model's. A number of tokens makes the canvas shorter, never longer than the model's.
-    """
+    """The settings of a request whose `generation_kwargs` are `kwargs`, for `defaults_for`. `own`
+    are those of `--model_args`. The request's temperature, `top_p` and `top_k` hold where it asks
+    for sampling; any other setting in it (`--gen_kwargs threshold=0.8`) overrides the model's. A
+    number of tokens makes the canvas shorter, never longer than the model's."""
     kwargs = {name: value for name, value in kwargs.items() if value is not None}
+    left = set(settings())
     if not (kwargs.get("do_sample", True) and kwargs.get("temperature", 0) > 0):
-        kwargs = {k: v for k, v in kwargs.items() if k not in ("temperature", "top_p", "top_k")}
-    override = {k: v for k, v in kwargs.items() if k in settings()}
-    merged = {**own, **override}
+        left -= {"temperature", "top_p", "top_k"}
+    override = {k: v for k, v in kwargs.items() if k in left}
     if set(rule_names()) & set(override):  # the request's rule replaces the model's
-        merged = {k: v for k, v in merged.items() if k not in rule_names() or k in override}
+        own = {k: v for k, v in own.items() if k not in rule_names()}
+    merged = {**own, **override}
     length = next((kwargs[name] for name in LENGTHS if name in kwargs), None)
     if length is not None:
         check_int("max_gen_toks", length, 1)
@@ -72,11 +69,8 @@ def request_settings(own: Mapping[str, Any], kwargs: Mapping[str, Any]) -> dict[
 
 
 def first_copies(requests: Sequence[Instance]) -> list[int]:
-    """For every request, the index of the request whose answer it takes.
-
-    That is its own index unless it is a copy: the harness repeats a process's last request until
-    all processes have equally many.
-    """
+    """For every request, the index of the request whose answer it takes. That is its own unless it
+    is a copy: the harness repeats a process's last request until all have equally many."""
     source: list[int] = []
     seen: dict[int, list[int]] = defaultdict(list)
     for i, request in enumerate(requests):
@@ -95,10 +89,8 @@ def cut_at_stop(text: str, stops: Iterable[str]) -> str:
 def answer_text(
     tokenizer: PreTrainedTokenizerBase, ids: list[int], eos_ids: Iterable[int], stops: Sequence[str]
 ) -> str:
-    """A response's text, up to its first EOS and the first stop string.
-
-    A stop string that is a special token ends the response as an EOS does.
-    """
+    """A response's text, up to its first EOS and the first stop string. A stop string that is a
+    special token ends the response as an EOS does."""
     special = set(tokenizer.all_special_ids)
     ends = {tokenizer.convert_tokens_to_ids(stop) for stop in stops} & special | set(eos_ids)
     end = next((i for i, token in enumerate(ids) if token in ends), len(ids))
@@ -147,9 +139,9 @@ class DSBLM(TemplateLM):
     ) -> None:
         super().__init__()
         for name in sorted(set(named) - set(settings())):
+            known = ", ".join((*list(inspect.signature(DSBLM).parameters)[:-1], *settings()))
             raise TypeError(
-                f"{name}={named[name]!r}: no such argument of model dsb; expected "
-                f"{', '.join((*ARGUMENTS, *settings()))}"
+                f"{name}={named[name]!r}: no such argument of model dsb; expected {known}"
             )
         digits = isinstance(batch_size, str) and batch_size.isdigit()  # what the harness passes
         self.batch_size: Any = int(batch_size) if digits else batch_size
@@ -173,10 +165,9 @@ class DSBLM(TemplateLM):
         self.info = check_model(self.model)
         self.tokenizer = load_tokenizer(tokenizer or pretrained, None if tokenizer else revision)
         self.pretrained, self._device = pretrained, self.model.device
-        self.max_length = self.model.config.max_position_embeddings
-        if max_length is not None:
-            check_int("max_length", max_length, 2, self.max_length, " (the model's)")
-            self.max_length = max_length
+        most = self.model.config.max_position_embeddings
+        self.max_length = most if max_length is None else max_length
+        check_int("max_length", self.max_length, 2, most, " (the model's)")
         self.generator = torch.Generator(self._device).manual_seed(seed + self._rank)
         self.totals = dict.fromkeys(("answers", "tokens", "forwards", "seconds"), 0.0)
         self.measured: dict[str, float] = {}
@@ -196,14 +187,12 @@ class DSBLM(TemplateLM):
             self.warned.add(key)
             logger.warning(message)
 
-    # --- text and tokens ----------------------------------------------------------------------
-
     @property
     def eot_token_id(self) -> int:
-        ids = [self.tokenizer.eos_token_id, *self.info.eos_ids]
-        if ids == [None]:
-            raise ValueError(f"{self.pretrained}: neither model nor tokenizer names an EOS token")
-        return next(i for i in ids if i is not None)
+        for token in (self.tokenizer.eos_token_id, *self.info.eos_ids):
+            if token is not None:
+                return token
+        raise ValueError(f"{self.pretrained}: neither model nor tokenizer names an EOS token")
 
     @property
     def prefix_token_id(self) -> int:
@@ -219,10 +208,8 @@ class DSBLM(TemplateLM):
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
         if not self.tokenizer.chat_template:
-            raise ValueError(
-                f"{self.pretrained}: the tokenizer has no chat template; run without "
-                "--apply_chat_template"
-            )
+            lacks = "the tokenizer has no chat template; run without --apply_chat_template"
+            raise ValueError(f"{self.pretrained}: {lacks}")
         return self.tokenizer.apply_chat_template(  # type: ignore[return-value]  # a str
             chat_history, tokenize=False, add_generation_prompt=add_generation_prompt,
             continue_final_message=not add_generation_prompt,
@@ -243,8 +230,6 @@ class DSBLM(TemplateLM):
             self.warn("cut", f"prompts of more than {longest} tokens lose their beginning")
         return ids[-longest:]
 
-    # --- requests -----------------------------------------------------------------------------
-
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """The answers in the order of the requests; requests with equal settings share batches."""
         answers: list[str] = [""] * len(requests)
@@ -253,9 +238,8 @@ class DSBLM(TemplateLM):
         for i, request in enumerate(requests):
             if source[i] == i:
                 groups[json.dumps(request.args[1], sort_keys=True)].append(i)
-        total = sum(map(len, groups.values()))
         began = time.perf_counter()
-        with self.bar(total, "generate_until", disable_tqdm) as bar:
+        with self.bar(sum(map(len, groups.values())), "generate_until", disable_tqdm) as bar:
             for members in groups.values():
                 for i, answer in self.answer_group(requests, members):
                     answers[i] = answer
@@ -275,12 +259,9 @@ class DSBLM(TemplateLM):
         config = self.decoding_config(kwargs)
         stops = kwargs.get("until") or []
         stops = [stops] if isinstance(stops, str) else stops
-        longest = self.max_length - config.gen_length
+        longest, room = self.max_length - config.gen_length, f"{self.max_length} positions"
         if longest < 1:
-            raise ValueError(
-                f"gen_length={config.gen_length}: no room for a prompt in {self.max_length} "
-                "positions"
-            )
+            raise ValueError(f"gen_length={config.gen_length}: no room for a prompt in {room}")
         prompts = {}
         for i in members:
             ids = self.tok_encode(requests[i].args[0]) or [self.prefix_token_id]
@@ -325,29 +306,25 @@ class DSBLM(TemplateLM):
     ) -> list[float]:
         """Log-likelihoods of whole texts, which are cut into pieces of the model's length; each
         token is scored in one piece."""
-        items, owner = [], []
-        for i, request in enumerate(requests):
+        pieces: list[list[Scored]] = []
+        for request in requests:
             ids = self.tok_encode(request.args[0], add_special_tokens=False)
             windows = get_rolling_token_windows(
                 ids, self.prefix_token_id, max_seq_len=self.max_length - 1, context_len=1
             )
-            for window in windows:
-                items.append(self.scored(*make_disjoint_window(window)))
-                owner.append(i)
-        scores = self.score(items, "loglikelihood_rolling", disable_tqdm)
-        totals = [0.0] * len(requests)
-        for i, score in zip(owner, scores, strict=True):
-            totals[i] += score
+            pieces.append([self.scored(*make_disjoint_window(window)) for window in windows])
+        items = list(itertools.chain(*pieces))
+        scores = iter(self.score(items, "loglikelihood_rolling", disable_tqdm))
+        totals = [sum(itertools.islice(scores, len(of_text)), 0.0) for of_text in pieces]
         for request, total in zip(requests, totals, strict=True):
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
         return totals
 
     def scored(self, prompt: list[int], text: list[int]) -> Scored:
         """A prompt and the text after it; a prompt that is too long loses its beginning."""
-        if not 1 <= len(text) < self.max_length:
-            raise ValueError(
-                f"a continuation of {len(text)} tokens: expected 1 to {self.max_length - 1}"
-            )
+        most = self.max_length - 1
+        if not 1 <= len(text) <= most:
+            raise ValueError(f"a continuation of {len(text)} tokens: expected 1 to {most}")
         return Scored(tuple(self.cut_prompt(prompt, self.max_length - len(text))), tuple(text))
 
     def score(self, items: list[Scored], name: str, disable_tqdm: bool) -> list[float]:
@@ -359,8 +336,6 @@ class DSBLM(TemplateLM):
 
     def bar(self, total: int, name: str, disable: bool) -> tqdm:
         return tqdm(total=total, desc=name, disable=disable or self._rank != 0)
-
-    # --- results and processes ----------------------------------------------------------------
 
     def add_up(self) -> dict[str, float]:
         """The sum of the measurements of all processes, {} where none has decoded. The seconds are

@@ -41,12 +41,10 @@ LIMITS = {"linear_ms": "linear layers alone", "weights_ms": "weights at copy ban
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("measurement")
     add_preset(group)
-    group.add_argument("--batch", type=int, nargs="+", default=list(BATCHES), metavar="N",
-                       help=f"batch sizes (default: {' '.join(map(str, BATCHES))})")  # fmt: skip
-    group.add_argument("--prompt-length", type=int, default=128,
-                       help="random tokens a prompt (default: 128)")  # fmt: skip
-    group.add_argument("--rounds", type=int, default=5,
-                       help="timed rounds after one that warms up (default: 5)")  # fmt: skip
+    add = group.add_argument
+    add("--batch", type=int, nargs="+", default=list(BATCHES), metavar="N",
+        help=f"batch sizes (default: {' '.join(map(str, BATCHES))})")  # fmt: skip
+    add("--rounds", type=int, default=5, help="timed rounds after one that warms up (default: 5)")
     add_output(parser.add_argument_group("output"))
 
 
@@ -71,8 +69,11 @@ def one_round(
         generator = torch.Generator(device).manual_seed(seed)
         return engine.generate(input_ids, config, generator=generator, on_step=watch)
 
-    def watch() -> StepRecorder:
-        return StepRecorder(engine.model, input_ids.shape[1], config.gen_length)
+    def watched() -> list[StepWork]:
+        engine.take()
+        recorder = StepRecorder(engine.model, input_ids.shape[1], config.gen_length)
+        decode(recorder)
+        return recorder.steps
 
     # On a GPU, this batch's captured steps may have been freed since the last round.
     warm = device.type == "cuda"
@@ -80,26 +81,22 @@ def one_round(
         decode()
     out, seconds = timed(decode, device)
     if warm:
-        decode(watch())
-    engine.take()
-    recorder = watch()
-    decode(recorder)
+        watched()
+    steps = watched()
     step_seconds = [took for _, took in engine.take()]
     linear_seconds = [
         timed(functools.partial(limit.run, step.num_tokens, step.scored), device)[1]
-        for step in recorder.steps
+        for step in steps
     ]
-    return Round(out, seconds, recorder.steps, step_seconds, linear_seconds)
+    return Round(out, seconds, steps, step_seconds, linear_seconds)
 
 
 def summarize_steps(
     rounds: list[Round], kind: str, weights_seconds: float | None
 ) -> dict[str, Any] | None:
-    """Medians over all steps of a kind; None where there was none.
-
-    A call's first step also allocates the call's tensors, so that it is left out where there are
-    other steps. The key "rows" stands for the positions of a step.
-    """
+    """Medians over all steps of a kind; None where there was none. A call's first step also
+    allocates the call's tensors, so that it is left out where there are other steps. The key "rows"
+    stands for the positions of a step."""
     steps = [
         (index, *step)
         for r in rounds
@@ -159,13 +156,8 @@ def measure(
     seed: int,
 ) -> Iterator[dict[str, Any]]:
     """Run every batch size in each round, so that a drift of the machine meets all of them, and
-    yield after each round the figures so far.
-
-    Args:
-        prompts: (max(batches), P); a batch takes the first of them.
-        rounds: how many rounds count; one more runs before them to warm up.
-        seed: of the random numbers at temperature > 0.
-    """
+    yield after each round the figures so far. A batch takes the first of the prompts (B, P); one
+    round more runs before those that count, to warm up."""
     engine = TimedEngine(model)
     limit = LinearLayers(model, max(batches) * (prompts.shape[1] + config.gen_length))
     bandwidth = copy_bandwidth(model.device) if model.device.type == "cuda" else None
@@ -195,10 +187,8 @@ def show(record: dict[str, Any], plot: Path | None) -> None:
                "reached"]  # fmt: skip
     lines = []
     for batch in record["batches"]:
-        head = [
-            str(batch["batch"]), f"{batch['tokens_per_second']:.1f}",
-            f"{batch['tokens_per_forward']:.2f}",
-        ]  # fmt: skip
+        head = [str(batch["batch"]), f"{batch['tokens_per_second']:.1f}"]
+        head.append(f"{batch['tokens_per_forward']:.2f}")
         for kind, step in batch["steps"].items():
             cells = [
                 kind, f"{step['rows']:g}", f"{step['ms']:.2f}", f"{step['linear_ms']:.2f}",
@@ -209,7 +199,7 @@ def show(record: dict[str, Any], plot: Path | None) -> None:
             lines.append([*head, *cells])
             head = ["", "", ""]
     table = table_of(
-        columns + ["weights\nms", "reached"] * on_gpu, lines, left=columns.index("step"),
+        columns + ["weights\nms", "reached"] * on_gpu, lines, left=[columns.index("step")],
         title=f"{record['model']} on {record['machine']['device']}, {record['dtype']}: prompt "
         f"{record['prompt_length']}, gen {settings['gen_length']}, block "
         f"{settings['block_length']}, medians of {record['rounds']} rounds",
@@ -218,11 +208,11 @@ def show(record: dict[str, Any], plot: Path | None) -> None:
     )  # fmt: skip
     Console().print(table)
     if plot is not None:
-        title = (
+        draw_runs(
+            record["batches"], LIMITS, {"tokens_per_second": record["model"]},
             f"{record['model']}, {record['machine']['device']}: prompt {record['prompt_length']}, "
-            f"gen {settings['gen_length']}"
-        )
-        draw_runs(record["batches"], LIMITS, {"tokens_per_second": record["model"]}, title, plot)
+            f"gen {settings['gen_length']}", plot,
+        )  # fmt: skip
 
 
 def run(
@@ -244,7 +234,6 @@ def run(
         "settings": asdict(config),
         "seed": seed,
     }
-    record = about
     for figures in measure(model, prompts, config, batches, rounds=args.rounds, seed=seed):
         record = {**about, **figures}
         if args.json:  # written after each round, so that an interrupt loses one round only

@@ -53,21 +53,19 @@ def show_again(args: argparse.Namespace, show: Callable[[Any, Path | None], None
     try:
         show(record, args.plot)
     except (KeyError, TypeError, ValueError, IndexError) as error:
-        raise ValueError(
-            f"--from {args.source}: expected what dsb {args.command} --json writes"
-        ) from error
+        writer = f"dsb {args.command} --json"
+        raise ValueError(f"--from {args.source}: expected what {writer} writes") from error
     return 0
 
 
 def table_of(
-    columns: Sequence[str], lines: Iterable[Sequence[str]], *, left: int | Sequence[int] = 0,
+    columns: Sequence[str], lines: Iterable[Sequence[str]], *, left: Sequence[int] = (0,),
     no_wrap: bool = False, **how: Any,
 ) -> Table:  # fmt: skip
     """A table whose columns are aligned to the right, except those whose index is in `left`."""
     table = Table(**how)
-    words = (left,) if isinstance(left, int) else left
     for index, name in enumerate(columns):
-        justify: Any = "left" if index in words else "right"
+        justify: Any = "left" if index in left else "right"
         table.add_column(name, justify=justify, overflow="fold", no_wrap=no_wrap)
     for line in lines:
         table.add_row(*line)

@@ -35,18 +35,13 @@ SWEEPS: dict[str, tuple[float, ...]] = {
 }
 FULL_EVERY = (4, 99)  # with response refreshes, one refresh in so many is full
 SMALL_BLOCK = 4  # so small a block makes many refreshes
-WORDS = ("sweep", "rule", "value", "schedule", "cache")  # fields of a setting in the report
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One line of the report: a decoding, and the words for it.
+    """One line of the report: a decoding, and the words for it."""
 
-    `sweep` says what the line belongs to: "baseline" (one token a step), "schedules" (every
-    schedule with every cache at one threshold), "rules" or "refreshes".
-    """
-
-    sweep: str
+    sweep: str  # what the line belongs to: "baseline", "schedules", "rules" or "refreshes"
     rule: str
     value: float | None  # of the rule's setting; None where `rule` says it in words
     schedule: str
@@ -75,9 +70,7 @@ def sweep_values(rule: Rule) -> tuple[float, ...]:
 def build_settings(gen_length: int, block_length: int, quick: bool) -> list[Setting]:
     """The settings of the report: one token a step, every schedule with every cache at threshold
     0.9, each rule's sweep, and refreshes that leave the prompt's K/V as they are."""
-    shape: dict[str, Any] = {
-        "gen_length": gen_length, "block_length": block_length, "stop_at_eos": True,
-    }  # fmt: skip
+    shape = {"gen_length": gen_length, "block_length": block_length, "stop_at_eos": True}
     schedules: dict[str, dict[str, Any]] = {
         "naive": {"schedule": "naive"},
         "DSB const": {"schedule": "dsb", "max_block_length": block_length},
@@ -85,13 +78,14 @@ def build_settings(gen_length: int, block_length: int, quick: bool) -> list[Sett
     }
 
     def setting(
-        sweep: str, rule: str, value: float | None, schedule: str, cache: str, **settings: Any
-    ) -> Setting:
+        sweep: str, rule: str, value: float | None = None, schedule: str = "DSB greedy",
+        cache: str = "dsb", **settings: Any,
+    ) -> Setting:  # fmt: skip
         config = DecodingConfig(**{**shape, **schedules[schedule], "cache": cache, **settings})
         name = cache if config.refresh_policy == "full" else f"{cache}/{config.full_every}"
         return Setting(sweep, rule, value, schedule, name, config)
 
-    lines = [setting("baseline", "one token a step", None, "DSB greedy", "none", steps=gen_length)]
+    lines = [setting("baseline", "one token a step", cache="none", steps=gen_length)]
     lines += [
         setting("schedules", "threshold", THRESHOLD, schedule, cache, threshold=THRESHOLD)
         for schedule in schedules
@@ -111,11 +105,8 @@ def build_settings(gen_length: int, block_length: int, quick: bool) -> list[Sett
     small = min(SMALL_BLOCK, block_length)
     policies: list[dict[str, Any]] = [{}]
     policies += [{"refresh_policy": "response", "full_refresh_every": n} for n in FULL_EVERY]
-    for policy in policies:
-        settings = {"steps": gen_length, "block_length": small, **policy}
-        rule_words = f"1 token, block {small}"
-        lines.append(setting("refreshes", rule_words, None, "DSB greedy", "dsb", **settings))
-    return lines
+    shape |= {"steps": gen_length, "block_length": small}
+    return lines + [setting("refreshes", f"1 token, block {small}", **each) for each in policies]
 
 
 def score(
@@ -138,7 +129,7 @@ def score(
         tokens += sum(out.row_tokens)
         count += len(problems)
     seconds = time.perf_counter() - began
-    words = {name: getattr(setting, name) for name in WORDS}
+    words = {name: value for name, value in vars(setting).items() if name != "config"}
     return words | {
         "problems": count, "exact": exact / count, "forwards": forwards / count,
         "tokens": tokens / count, "tokens_per_forward": tokens / forwards,
@@ -150,21 +141,15 @@ def encode_batches(
     tokenizer: PreTrainedTokenizerBase, problems: list[Problem], size: int, device: torch.device
 ) -> list[tuple[list[Problem], torch.Tensor, torch.Tensor]]:
     """Batches of problems and their left-padded prompts, by length so that padding is short."""
-    texts = {
-        p: tokenizer.apply_chat_template(
-            [{"role": "user", "content": p.prompt}], add_generation_prompt=True, tokenize=False
-        )
-        for p in problems
-    }
-    order = sorted(problems, key=lambda p: len(texts[p]))
+    order = sorted(problems, key=lambda p: len(p.prompt))
     batches = []
     for first in range(0, len(order), size):
         part = order[first : first + size]
-        encoded = tokenizer(
-            [texts[p] for p in part],
-            add_special_tokens=False, padding=True, padding_side="left", return_tensors="pt",
-        ).to(device)  # fmt: skip
-        batches.append((part, encoded.input_ids, encoded.attention_mask))
+        encoded: Any = tokenizer.apply_chat_template(
+            [[{"role": "user", "content": p.prompt}] for p in part], add_generation_prompt=True,
+            padding=True, return_tensors="pt", tokenizer_kwargs={"padding_side": "left"},
+        )  # fmt: skip
+        batches.append((part, encoded.input_ids.to(device), encoded.attention_mask.to(device)))
     return batches
 
 

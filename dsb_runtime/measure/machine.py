@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
@@ -12,25 +13,18 @@ from typing import Any
 import torch
 
 
-def describe_machine(device: torch.device) -> dict[str, Any]:
-    """Names of the device and the CPU, cores, threads and operating system."""
-    name = platform.processor() or platform.machine()
+def describe_run(command: str, device: torch.device) -> dict[str, Any]:
+    """The fields at the head of every file of results."""
     info = Path("/proc/cpuinfo")
-    if info.is_file():
-        lines = (line.partition(":") for line in info.read_text().splitlines())
-        name = next((v.strip() for k, _, v in lines if k.strip() == "model name"), name)
-    gpu = device.type == "cuda"
-    return {
-        "device": torch.cuda.get_device_name(device) if gpu else name,
+    names = re.findall(r"model name\s*: (.+)", info.read_text()) if info.is_file() else []
+    name = next(iter(names), platform.processor() or platform.machine())
+    machine = {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else name,
         "cpu": name,
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "system": platform.system(),
     }
-
-
-def describe_versions() -> dict[str, str | None]:
-    """Versions of Python and of the packages that decide what was measured."""
     versions: dict[str, str | None] = {"python": platform.python_version()}
     # torch itself names its build (+cu130), which its CUDA wheels' metadata leaves out.
     versions["torch"] = str(torch.__version__)
@@ -39,14 +33,9 @@ def describe_versions() -> dict[str, str | None]:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:  # Triton has no build here, or this is a checkout
             versions[name] = None
-    return versions
-
-
-def describe_run(command: str, device: torch.device) -> dict[str, Any]:
-    """The fields at the head of every file of results."""
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": command,
-        "machine": describe_machine(device),
-        "versions": describe_versions(),
+        "machine": machine,
+        "versions": versions,
     }

@@ -11,19 +11,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
-from transformers import (
-    AutoModelForCausalLM,
-    LlamaConfig,
-    PretrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    Qwen2Config,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dsb_kernels.rules import RULES
 from dsb_runtime.demo import MODEL_DIR
 from dsb_runtime.families import DREAM, LLADA, DiffusionInfo, Family, check_model
+from dsb_runtime.models.load import pick_device
 
 DTYPES = ("float32", "bfloat16", "float16")
 POSITIONS = 32768  # how many positions a model has at most
@@ -61,10 +56,14 @@ PRESETS = {
 }
 
 
-def config_of(preset: Preset) -> PretrainedConfig:
-    """The transformers config of a preset, with the bidirectional attention "dsb"."""
-    kind: Any = Qwen2Config if preset.family is DREAM else LlamaConfig
-    config = kind(
+@torch.no_grad()
+def random_model(
+    preset: Preset, dtype: torch.dtype, device: str | torch.device, seed: int = 0
+) -> PreTrainedModel:
+    """A bidirectional model with random weights. It is built on the device in `dtype`, so that an
+    8B model in bfloat16 never takes more than its 16 GB."""
+    name = "Qwen2Config" if preset.family is DREAM else "LlamaConfig"
+    config = getattr(transformers, name)(
         vocab_size=preset.vocab,
         hidden_size=preset.hidden,
         intermediate_size=preset.mlp,
@@ -78,18 +77,9 @@ def config_of(preset: Preset) -> PretrainedConfig:
         attn_implementation="dsb",
     )
     config.is_causal = False
-    return config
-
-
-@torch.no_grad()
-def random_model(
-    preset: Preset, dtype: torch.dtype, device: str | torch.device, seed: int = 0
-) -> PreTrainedModel:
-    """A bidirectional model with random weights. It is built on the device in `dtype`, so that an
-    8B model in bfloat16 never takes more than its 16 GB."""
     torch.manual_seed(seed)
     with torch.device(device):
-        model = AutoModelForCausalLM.from_config(config_of(preset), dtype=dtype).eval()
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
     # The weights have unit gain. With the usual small ones every mask would look alike, and all
     # positions of a window would be committed at once, or none.
     for name, weight in model.model.named_parameters():
@@ -123,7 +113,11 @@ def random_prompts(
 
 
 def add_preset(parser: Any) -> None:
-    parser.add_argument(
+    """The options for a model without a checkpoint and for random prompts, which no EOS ends."""
+    parser.set_defaults(stop_at_eos=False)
+    add = parser.add_argument
+    add("--prompt-length", type=int, default=128, help="random tokens a prompt (default: 128)")
+    add(
         "--preset", choices=PRESETS,
         help="instead of a checkpoint: random weights at published shapes; without a selection "
         f"rule it commits {TOKENS_PER_FORWARD:g} tokens a step",
@@ -131,30 +125,15 @@ def add_preset(parser: Any) -> None:
 
 
 def load_preset(args: argparse.Namespace) -> PreTrainedModel:
-    """The random model that `--preset` names, at `--device` and `--dtype`.
-
-    Where no rule was named, `args.steps` is set so that a step commits TOKENS_PER_FORWARD.
-
-    Raises:
-        ValueError: the device is not there, the dtype is not known, or a checkpoint is named too.
-    """
+    """The random model that `--preset` names, at `--device` and `--dtype`. Where no rule was named,
+    `args.steps` is set so that a step commits TOKENS_PER_FORWARD."""
     if args.model != str(MODEL_DIR):
         raise ValueError("--preset and --model: expected one of the two")
-    device = args.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    check_device(device)
-    on_cpu = torch.device(device).type == "cpu"
-    name = args.dtype if args.dtype != "auto" else "float32" if on_cpu else "bfloat16"
+    device = pick_device(args.device)
+    default = "float32" if device.type == "cpu" else "bfloat16"
+    name = default if args.dtype == "auto" else args.dtype
     if name not in DTYPES:
         raise ValueError(f"--dtype {name}: expected one of auto, {', '.join(DTYPES)}")
     if all(getattr(args, rule.setting) is None for rule in RULES.values()):
-        gen_length = args.gen_length or 256
-        args.steps = max(1, round(gen_length / TOKENS_PER_FORWARD))
+        args.steps = max(1, round((args.gen_length or 256) / TOKENS_PER_FORWARD))
     return random_model(PRESETS[args.preset], getattr(torch, name), device, args.seed or 0)
-
-
-def check_device(device: str) -> None:
-    """Raise ValueError where `--device` names a GPU and there is none."""
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"--device {device}: no CUDA device here; expected cpu")

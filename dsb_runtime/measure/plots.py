@@ -7,12 +7,9 @@ from __future__ import annotations
 
 from collections import defaultdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dsb_runtime.files import check_writable
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 STEP_COLORS = {"window": "#5b8cc9", "response": "#7fb069", "refresh": "#e0a63a"}
 LIMIT_STYLES: tuple[dict[str, Any], ...] = ({"color": "black"}, {"color": "#b02a2a", "ls": ":"})
@@ -63,19 +60,24 @@ def draw_runs(
     title: str,
     path: Path,
 ) -> None:
-    """Draw the time per step against its limits, and for several batches tokens/s. The figures are
-    those of `dsb bench` or `benchmarks/decode.py`.
-
-    Args:
-        limits: the key of a step's limit in ms -> its label.
-        rates: the key of a run's tokens/s -> its label.
-    """
+    """Draw the time per step against its limits, and for several batches tokens/s. `limits` and
+    `rates` label the keys of a step's limits in ms and of a run's tokens/s."""
     from matplotlib.figure import Figure
 
     several = len(runs) > 1
     figure = Figure(figsize=(11 if several else 6.5, 4.5), layout="constrained")
     axes = figure.subplots(1, 1 + several, squeeze=False)[0]
-    draw_steps(axes[0], runs, limits)
+    kinds = [kind for kind in STEP_COLORS if any(kind in run["steps"] for run in runs)]
+    width = 0.76 / len(kinds)
+    for place, run in enumerate(runs):
+        for kind, step in run["steps"].items():
+            x = place + (kinds.index(kind) - 0.5 * (len(kinds) - 1)) * width
+            axes[0].bar(x, step["ms"], 0.95 * width, color=STEP_COLORS[kind], label=kind)
+            for style, (key, label) in zip(LIMIT_STYLES, limits.items(), strict=False):
+                if step[key] is not None:
+                    edges = (x - 0.5 * width, x + 0.5 * width)
+                    axes[0].hlines(step[key], *edges, lw=2, label=label, **style)
+    axes[0].set(ylabel="ms per step", title="time per step against its limit")
     places = range(len(runs))  # batches stand at equal distances, whatever their size
     for key, label in rates.items() if several else ():
         values = [run[key] for run in runs]
@@ -91,30 +93,8 @@ def draw_runs(
     for each in axes:
         each.set(xlabel="batch", xticks=places, xticklabels=[run["batch"] for run in runs])
         each.grid(axis="y", alpha=0.3)
-        each.legend(fontsize=8, loc="upper left")
+        handles, labels = each.get_legend_handles_labels()
+        once = dict(zip(labels, handles, strict=True))
+        each.legend(once.values(), once.keys(), fontsize=8, loc="upper left")
     figure.suptitle(title, fontsize=10)
     figure.savefig(path, dpi=120)
-
-
-def draw_steps(axes: Axes, runs: list[dict[str, Any]], limits: dict[str, str]) -> None:
-    """Draw bars of ms per step, and on each bar the limits that the step cannot go below."""
-    kinds = [kind for kind in STEP_COLORS if any(kind in run["steps"] for run in runs)]
-    width = 0.76 / len(kinds)
-    labels: set[str] = set()
-
-    def once(label: str) -> str:
-        """The label at its first use; later a label that matplotlib leaves out of the legend."""
-        if label in labels:
-            return f"_{label}"
-        labels.add(label)
-        return label
-
-    for place, run in enumerate(runs):
-        for kind, step in run["steps"].items():
-            x = place + (kinds.index(kind) - 0.5 * (len(kinds) - 1)) * width
-            axes.bar(x, step["ms"], 0.95 * width, color=STEP_COLORS[kind], label=once(kind))
-            for style, (key, label) in zip(LIMIT_STYLES, limits.items(), strict=False):
-                if step[key] is not None:
-                    edges = (x - 0.5 * width, x + 0.5 * width)
-                    axes.hlines(step[key], *edges, lw=2, label=once(label), **style)
-    axes.set(ylabel="ms per step", title="time per step against its limit")

@@ -2,11 +2,8 @@
 
 A whole decoding runs first: it compiles, captures and counts. Then the same decoding runs again.
 CUDA's profiler, for which Nsight waits, is started and stopped around the chosen steps of it, and
-so is torch's profiler where `--torch` names a file.
-
-The host enters a phase's range while it launches the phase's kernels. A replayed CUDA graph
-launches them all at once, so that graphs are off by default. With `--graphs` only whole steps have
-ranges.
+so is torch's profiler where `--torch` names a file. The host enters a phase's range while it
+launches the phase's kernels, but a replayed CUDA graph launches them all at once.
 """
 
 from __future__ import annotations
@@ -18,11 +15,12 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
 from torch import Tensor
-from torch.profiler import ProfilerActivity, record_function
+from torch.profiler import record_function
 from transformers import PreTrainedModel
 
 from dsb_runtime.config import DecodingConfig
@@ -40,18 +38,18 @@ NOTE = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `dsb profile` itself."""
     group = parser.add_argument_group("profile")
     add_preset(group)
-    group.add_argument("--profile-steps", type=int, default=16, metavar="N",
-                       help="steps to profile (default: 16)")  # fmt: skip
-    group.add_argument("--warmup", type=int, default=1, metavar="W",
-                       help="steps of their decoding before them (default: 1); a whole decoding "
-                       "runs before that")  # fmt: skip
-    group.add_argument("--graphs", action=argparse.BooleanOptionalAction, default=False,
-                       help="replay CUDA graphs: only whole steps have ranges")  # fmt: skip
-    group.add_argument("--torch", type=Path, metavar="TRACE.json",
-                       help="without Nsight: write torch's trace, print its tables")  # fmt: skip
+    add = group.add_argument
+    add("--batch", type=int, default=1, metavar="B", help="default: 1")
+    add("--profile-steps", type=int, default=16, metavar="N", help="steps to profile (default: 16)")
+    add("--warmup", type=int, default=1, metavar="W",
+        help="steps of their decoding before them (default: 1); a whole decoding runs before "
+        "that")  # fmt: skip
+    add("--graphs", action=argparse.BooleanOptionalAction, default=False,
+        help="replay CUDA graphs: only whole steps have ranges")  # fmt: skip
+    add("--torch", type=Path, metavar="TRACE.json",
+        help="without Nsight: write torch's trace, print its tables")  # fmt: skip
 
 
 def ranges(device: torch.device) -> Phase:
@@ -59,23 +57,16 @@ def ranges(device: torch.device) -> Phase:
 
     @contextlib.contextmanager
     def phase(name: str) -> Iterator[None]:
-        with contextlib.ExitStack() as stack:
-            if device.type == "cuda":
-                stack.enter_context(torch.cuda.nvtx.range(PREFIX + name))
-            stack.enter_context(record_function(PREFIX + name))
+        nvtx: Any = torch.cuda.nvtx.range if device.type == "cuda" else contextlib.nullcontext
+        with nvtx(PREFIX + name), record_function(PREFIX + name):
             yield
 
     return phase
 
 
 class Bracket:
-    """Counts a decoding's steps, puts each into a range, and runs the profilers for `count` steps
-    from step `first` on.
-
-    Args:
-        device: where the model is.
-        trace: torch's profiler after its `prepare_trace`.
-    """
+    """Counts a decoding's steps, puts each into a range, and runs the profilers (`trace` is torch's
+    after its `prepare_trace`) for `count` steps from step `first` on."""
 
     def __init__(
         self,
@@ -143,14 +134,9 @@ def profile_steps(
     trace_file: Path | None = None,
     seed: int = 0,
 ) -> Profiled:
-    """Decode twice and profile steps `first` to `first + count - 1` of the second decoding, or
-    fewer if it ends before.
-
-    Args:
-        input_ids: (B, P) prompts on the model's device.
-        graphs: replay captured steps, which `capture` or else CUDA graphs record.
-        trace_file: where to write torch's trace; None leaves torch's profiler out.
-        seed: of the random numbers at temperature > 0, the same for both decodings.
+    """Decode prompts (B, P) twice and profile steps `first` to `first + count - 1` of the second
+    decoding, or fewer if it ends before. With `graphs`, `capture` or else CUDA graphs record the
+    steps. torch's profiler is left out where there is no `trace_file`.
 
     Raises:
         ValueError: the decoding ends before step `first`, or `graphs` is set without a GPU.
@@ -158,15 +144,10 @@ def profile_steps(
     device = model.device
     # A replay enters no phase. A capture enters each once, but its time means nothing.
     phase = no_phase if graphs else ranges(device)
-    current = Bracket(device)
-    engine = Engine(
-        model, graphs=graphs, capture=capture, phase=phase,
-        observer=lambda kind: current.step(kind),
-    )  # fmt: skip
+    engine = Engine(model, graphs=graphs, capture=capture, phase=phase)
 
     def decode(bracket: Bracket) -> GenerationOutput:
-        nonlocal current
-        current = bracket
+        engine.loop.observer = bracket.step
         generator = torch.Generator(device).manual_seed(seed)
         try:
             return engine.generate(input_ids, config, generator=generator)
@@ -182,10 +163,7 @@ def profile_steps(
         )
     trace = None
     if trace_file is not None:
-        activities = [ProfilerActivity.CPU]
-        if device.type == "cuda":
-            activities.append(ProfilerActivity.CUDA)
-        trace = torch.profiler.profile(activities=activities)
+        trace = torch.profiler.profile()
         trace.prepare_trace()  # here, since the first step's time must not include the set-up
     bracket = Bracket(device, first, count, trace)
     out = decode(bracket)
@@ -197,11 +175,8 @@ def profile_steps(
 def nsight_lines(
     command: Sequence[str], profiled: Profiled, layers: int, graphs: bool
 ) -> list[tuple[str, str]]:
-    """(what it shows, command line) for each of Nsight's tools on the same run.
-
-    Args:
-        command: this run's command without `--torch`: CUDA's tracing has one client at a time.
-    """
+    """(what it shows, command line) for each of Nsight's tools on the same run. `command` comes
+    without `--torch`: CUDA's tracing has one client at a time."""
     index = profiled.kinds.index("window") if "window" in profiled.kinds else 0
     step = f"{profiled.kinds[index]} step {profiled.first + index}"
     inner = f"layer {layers // 2}: attention"
@@ -219,14 +194,9 @@ def nsight_lines(
 
 def without_torch(command: Sequence[str]) -> list[str]:
     """A command line without `--torch TRACE.json`."""
-    others: list[str] = []
-    words = iter(command)
-    for word in words:
-        if word == "--torch":
-            next(words, None)
-        elif not word.startswith("--torch="):
-            others.append(word)
-    return others
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--torch", nargs="?")
+    return parser.parse_known_args(command)[1]
 
 
 def describe(profiled: Profiled, asked: int, graphs: bool) -> str:
@@ -247,12 +217,7 @@ def run(
     config: DecodingConfig,
     command: Sequence[str],
 ) -> int:
-    """Profile, print torch's tables if `--torch` names a file, and print the lines for Nsight.
-
-    Args:
-        args: with the fields of `add_arguments`, and `seed`.
-        command: the command line of this run.
-    """
+    """Profile, print torch's tables if `--torch` names a file, and print the lines for Nsight."""
     profiled = profile_steps(
         model, input_ids, config, count=args.profile_steps, first=args.warmup, graphs=args.graphs,
         trace_file=args.torch, seed=args.seed or 0,

@@ -11,7 +11,7 @@ import json
 import re
 from bisect import bisect_right
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,27 +39,18 @@ class Total:
     us: float
 
 
-@dataclass(frozen=True)
-class Range:
-    """A range on the host, in µs."""
-
-    name: str
-    start: float
-    end: float
-
-
 class Ranges:
-    """Ranges that do not overlap; `at` finds the one in which a time lies."""
+    """Ranges on the host that do not overlap."""
 
-    def __init__(self, ranges: Iterable[Range]) -> None:
-        self.all = sorted(ranges, key=lambda r: r.start)
-        self.starts = [r.start for r in self.all]
+    def __init__(self, events: Iterable[Event]) -> None:
+        self.all = sorted(events, key=lambda event: event["ts"])
 
-    def at(self, time: float) -> Range | None:
-        index = bisect_right(self.starts, time) - 1
-        if index < 0 or time > self.all[index].end:
-            return None
-        return self.all[index]
+    def at(self, time: float) -> str:
+        """The short name of the range in which a time lies, or ""."""
+        index = bisect_right(self.all, time, key=lambda event: event["ts"]) - 1
+        if index < 0 or time > self.all[index]["ts"] + self.all[index]["dur"]:
+            return ""
+        return short_name(self.all[index])
 
 
 def read_trace(path: Path) -> list[Event]:
@@ -69,11 +60,7 @@ def read_trace(path: Path) -> list[Event]:
 
 
 def gpu_work(events: list[Event]) -> list[Event]:
-    """Kernels and copies.
-
-    Raises:
-        ValueError: there is none.
-    """
+    """Kernels and copies. Raise ValueError where there is none."""
     work = [event for event in events if event.get("cat") in GPU_WORK]
     if not work:
         raise ValueError("trace: it holds no kernel; expected a GPU whose tracing is permitted")
@@ -81,28 +68,21 @@ def gpu_work(events: list[Event]) -> list[Event]:
 
 
 def own_times(events: list[Event]) -> Iterator[tuple[str, int, float]]:
-    """(name, calls, µs) of each operator call, without the time of the operators that it calls.
-
-    An operator that calls another of the same name counts as one call together with that one.
-    """
-    threads: dict[Any, list[Event]] = defaultdict(list)
-    for event in events:
-        if event.get("cat") == "cpu_op":
-            threads[event["tid"]].append(event)
-    for ops in threads.values():
-        # A caller comes before what it calls, also where both start in the same instant.
-        ops.sort(key=lambda op: (op["ts"], -op["dur"]))
-        own = [op["dur"] for op in ops]
-        calls = [1] * len(ops)
-        callers: list[int] = []
-        for index, op in enumerate(ops):
-            while callers and op["ts"] >= ops[callers[-1]]["ts"] + ops[callers[-1]]["dur"]:
-                callers.pop()
-            if callers:
-                own[callers[-1]] -= op["dur"]
-                calls[index] = int(op["name"] != ops[callers[-1]]["name"])
-            callers.append(index)
-        yield from zip((op["name"] for op in ops), calls, own, strict=True)
+    """(name, calls, µs), whose sums are each operator's calls, and its time without the time of the
+    operators that it calls. An operator that calls another of the same name counts as one call
+    together with that one."""
+    callers: dict[Any, list[Event]] = defaultdict(list)  # by thread
+    ops = [event for event in events if event.get("cat") == "cpu_op"]
+    # A caller comes before what it calls, also where both start in the same instant.
+    for op in sorted(ops, key=lambda op: (op["ts"], -op["dur"])):
+        stack, calls = callers[op["tid"]], 1
+        while stack and op["ts"] >= stack[-1]["ts"] + stack[-1]["dur"]:
+            stack.pop()
+        if stack:
+            yield stack[-1]["name"], 0, -op["dur"]
+            calls = int(op["name"] != stack[-1]["name"])
+        stack.append(op)
+        yield op["name"], calls, op["dur"]
 
 
 def totals(events: list[Event], on_gpu: bool) -> list[Total]:
@@ -135,12 +115,11 @@ def longest_table(events: list[Event], on_gpu: bool, count: int = 10) -> Table:
 def launched_work(events: list[Event]) -> list[tuple[float, float]]:
     """(when the host launched it, µs on the GPU) for each kernel and copy."""
     launched = {
-        event["args"]["correlation"]: event["ts"]
-        for event in events
-        if event.get("cat") in LAUNCHES and "correlation" in event.get("args", {})
-    }
-    work = ((launched.get(w["args"].get("correlation")), w["dur"]) for w in gpu_work(events))
-    return [(time, took) for time, took in work if time is not None]
+        event.get("args", {}).get("correlation"): event["ts"]
+        for event in events if event.get("cat") in LAUNCHES
+    }  # fmt: skip
+    work = ((w["args"].get("correlation"), w["dur"]) for w in gpu_work(events))
+    return [(launched[of], took) for of, took in work if of is not None and of in launched]
 
 
 @dataclass(frozen=True)
@@ -155,47 +134,35 @@ class KindOfStep:
 def by_kind(events: list[Event], on_gpu: bool) -> dict[str, KindOfStep]:
     """Time of each phase, by the kind of step."""
     named = [
-        Range(event["name"], event["ts"], event["ts"] + event["dur"])
-        for event in events
+        event for event in events
         if event.get("cat") == "user_annotation" and event["name"].startswith(PREFIX)
-    ]
-    steps = Ranges(r for r in named if STEP.fullmatch(r.name))
-    phases = Ranges(r for r in named if not STEP.fullmatch(r.name))
+    ]  # fmt: skip
+    steps = Ranges(event for event in named if STEP.fullmatch(event["name"]))
+    phases = Ranges(event for event in named if not STEP.fullmatch(event["name"]))
     launched = launched_work(events) if on_gpu else None
 
     def work(ranges: Ranges) -> list[tuple[float, float]]:
         """(when it was launched, µs) for each kernel of a GPU; on a CPU for each range."""
-        return [(r.start, r.end - r.start) for r in ranges.all] if launched is None else launched
+        return [(r["ts"], r["dur"]) for r in ranges.all] if launched is None else launched
 
-    counts = Counter(kind_of(step) for step in steps.all)
-    whole: dict[str, float] = defaultdict(float)
-    for time, took in work(steps):
-        if (step := steps.at(time)) is not None:
-            whole[kind_of(step)] += took
-    calls: dict[tuple[str, str], int] = Counter()
     us: dict[tuple[str, str], float] = defaultdict(float)
-    for phase in phases.all:
-        if (step := steps.at(phase.start)) is not None:
-            calls[kind_of(step), label_of(phase)] += 1
+    for time, took in work(steps):
+        us[steps.at(time), WHOLE] += took
     for time, took in work(phases):
-        step, inside = steps.at(time), phases.at(time)
-        if step is not None and inside is not None:
-            us[kind_of(step), label_of(inside)] += took
+        us[steps.at(time), phases.at(time)] += took
+    calls = Counter((steps.at(phase["ts"]), short_name(phase)) for phase in phases.all)
     return {
-        kind: KindOfStep(count, whole[kind], [
+        kind: KindOfStep(count, us[kind, WHOLE], [
             Total(label, n, us[kind, label]) for (of, label), n in calls.items() if of == kind
         ])
-        for kind, count in counts.items()
+        for kind, count in Counter(map(short_name, steps.all)).items()
     }  # fmt: skip
 
 
-def kind_of(step: Range) -> str:
-    return step.name.removeprefix(PREFIX).split()[0]
-
-
-def label_of(phase: Range) -> str:
-    """The name of a phase without the layer's number."""
-    return LAYER.sub("layer: ", phase.name.removeprefix(PREFIX))
+def short_name(event: Event) -> str:
+    """The kind of a step, or the name of a phase without the layer's number."""
+    step = STEP.fullmatch(event["name"])
+    return step[1] if step else LAYER.sub("layer: ", event["name"].removeprefix(PREFIX))
 
 
 def phase_table(events: list[Event], on_gpu: bool) -> Table:
@@ -207,18 +174,14 @@ def phase_table(events: list[Event], on_gpu: bool) -> Table:
         for phase in of_kind.phases:
             labels.setdefault(phase.name, phase.calls // of_kind.steps)
 
-    def line(label: str, ranges: str, time: Callable[[KindOfStep], float]) -> list[str]:
-        cells = [label, ranges]
-        for k in kinds.values():
-            cells += [f"{time(k) / k.steps / 1e3:.3f}", f"{time(k) / k.us:.1%}" if k.us else ""]
-        return cells
-
-    def of(label: str) -> Callable[[KindOfStep], float]:
-        return lambda k: sum(p.us for p in k.phases if p.name == label)
-
-    lines = [line(label, str(ranges), of(label)) for label, ranges in labels.items()]
-    lines.append(line(OUTSIDE, "", lambda k: k.us - sum(p.us for p in k.phases)))
-    lines.append(line(WHOLE, "1", lambda k: k.us))
+    lines = [[label, str(ranges)] for label, ranges in labels.items()]
+    lines += [[OUTSIDE, ""], [WHOLE, "1"]]
+    for k in kinds.values():
+        times = {phase.name: phase.us for phase in k.phases}
+        times |= {OUTSIDE: k.us - sum(times.values()), WHOLE: k.us}
+        for line in lines:
+            us = times.get(line[0], 0.0)
+            line += [f"{us / k.steps / 1e3:.3f}", f"{us / k.us:.1%}" if k.us else ""]
     return table_of(
         columns, lines, title="Phases, layers summed: ms in a step",
         caption="GPU time of what was launched in the phase" if on_gpu else "time on the host",

@@ -36,9 +36,8 @@ class TimedEngine(Engine):
     def take(self) -> list[tuple[str, float]]:
         """The kind and the seconds of each step that was launched since the last call of this."""
         launches, self.launches = self.launches, []
-        pairs = [(start, end) for _, start, end in launches]
-        kinds = (kind for kind, _, _ in launches)
-        return list(zip(kinds, self.marks.seconds(pairs), strict=True))
+        seconds = self.marks.seconds([(start, end) for _, start, end in launches])
+        return [(kind, took) for (kind, _, _), took in zip(launches, seconds, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -53,12 +52,7 @@ class StepWork:
 
 
 class StepRecorder:
-    """An `on_step` callback that notes the work of every forward.
-
-    Args:
-        model: the model that decodes.
-        prompt_length, gen_length: positions of the prompt and of the response.
-    """
+    """An `on_step` callback that notes the work of every forward."""
 
     def __init__(self, model: PreTrainedModel, prompt_length: int, gen_length: int) -> None:
         # Where a token is predicted from the position before it, a forward of the response needs
@@ -80,15 +74,9 @@ class StepRecorder:
 
 
 class LinearLayers:
-    """The linear layers of a model's steps, with nothing between them, which are a step's limit.
-
-    What follows the last layer's keys and values is needed at the scored positions alone, so that
-    those weights are multiplied with the scored positions alone.
-
-    Args:
-        model: a decoder of Llama's modules.
-        most_tokens: the positions of the largest step.
-    """
+    """The linear layers of steps of at most `most_tokens`, with nothing between them, which are a
+    step's limit. What follows the last layer's keys and values is needed at the scored positions
+    alone, so that those weights are multiplied with the scored positions alone."""
 
     def __init__(self, model: PreTrainedModel, most_tokens: int) -> None:
         self.full: list[Tensor] = []  # weights that are multiplied with all positions of a step

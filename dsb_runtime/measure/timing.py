@@ -82,9 +82,6 @@ class Marks:
         return [1e-3 * start.elapsed_time(end) for start, end in pairs]
 
 
-# --- one call ---------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Call:
     """A function with inputs of its own. `restore` undoes what `run` changes in them."""
@@ -94,6 +91,12 @@ class Call:
 
 
 Make = Callable[[], Call]  # makes a call with inputs of its own each time
+
+
+def restore(calls: Sequence[Call]) -> None:
+    for call in calls:
+        if call.restore is not None:
+            call.restore()
 
 
 @dataclass(frozen=True)
@@ -115,14 +118,9 @@ def _other_data() -> torch.Tensor:
 
 
 def plan(one: float, touched: int, l2: int, *, restored: bool) -> tuple[int, int, int]:
-    """The number of calls in the cold and the warm graph, and of input sets for the cold one.
-
-    Args:
-        one: roughly the seconds of a call.
-        touched: bytes that a call reads and writes.
-        l2: bytes of the L2.
-        restored: whether a call changes its inputs, so that each needs a set of its own.
-    """
+    """The number of calls in the cold and the warm graph, and of input sets for the cold one, where
+    a call takes about `one` seconds and reads and writes `touched` bytes. Calls that have to be
+    `restored` change their inputs, so that each needs a set of its own."""
     least, most = CALLS
     calls = min(most, max(least, math.ceil(SPAN / one)))
     if restored:  # all warm sets together must fit
@@ -147,13 +145,11 @@ def capture_calls(runs: Sequence[Callable[[], object]]) -> torch.cuda.CUDAGraph:
 
 def event_seconds(run: Callable[[], object]) -> float:
     """GPU seconds of what `run` submits, while the GPU spins."""
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    marks = Marks(torch.device("cuda"))
     torch.cuda._sleep(SPIN)
-    start.record()
+    start = marks.now()
     run()
-    end.record()
-    end.synchronize()
-    return 1e-3 * start.elapsed_time(end)
+    return marks.seconds([(start, marks.now())])[0]
 
 
 def _graph_seconds(
@@ -162,9 +158,7 @@ def _graph_seconds(
     """Median GPU seconds of one call, from replays of a graph of `calls` calls."""
     graph, times = capture_calls([sets[i % len(sets)].run for i in range(calls)]), []
     for _ in range(repeats):
-        for call in sets:
-            if call.restore is not None:
-                call.restore()
+        restore(sets)
         if cold:
             _other_data().sum()
         times.append(event_seconds(graph.replay) / calls)
@@ -178,8 +172,7 @@ def time_call(make: Make, touched: int, device: torch.device) -> Timing:
     if device.type != "cuda":
         seconds = []
         for _ in range(REPEATS + 1):
-            if sets[0].restore is not None:
-                sets[0].restore()
+            restore(sets)
             seconds.append(timed(sets[0].run, device)[1])
         median = statistics.median(seconds[1:])
         return Timing(median, median)
@@ -189,9 +182,6 @@ def time_call(make: Make, touched: int, device: torch.device) -> Timing:
     cold = _graph_seconds(sets, cold_calls, cold=True)
     warm = _graph_seconds(sets[:warm_calls] if restored else sets[:1], warm_calls)
     return Timing(cold, warm)
-
-
-# --- ceilings ---------------------------------------------------------------------------------
 
 
 def best_seconds(run: Callable[[], object], device: torch.device) -> float:
@@ -206,11 +196,9 @@ def best_seconds(run: Callable[[], object], device: torch.device) -> float:
 
 @functools.cache
 def copy_bandwidth(device: torch.device) -> float:
-    """Bytes per second, read plus written, of a large copy on the device.
-
-    A GPU's copy is not captured: in a graph CUDA copies in another way, at some sizes in twice the
-    time (pytorch issue 191284).
-    """
+    """Bytes per second, read plus written, of a large copy on the device. A GPU's copy is not
+    captured: in a graph CUDA copies in another way, at some sizes in twice the time (pytorch issue
+    191284)."""
     size = COPY_BYTES[device.type]
     if device.type == "cuda":
         size = min(size, torch.cuda.mem_get_info(device)[0] // 4)

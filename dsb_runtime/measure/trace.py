@@ -43,10 +43,8 @@ class Trace:
         if not self.kinds:
             raise ValueError("trace: nothing was recorded; pass it as on_step to generate")
         steps, prompt = len(self.kinds), self.prompt_length
-        figure = Figure(
-            figsize=(min(4 + self.gen_length / 14, 16), min(2.4 + steps / 5, 12)),
-            layout="constrained",
-        )
+        inches = (min(4 + self.gen_length / 14, 16), min(2.4 + steps / 5, 12))
+        figure = Figure(figsize=inches, layout="constrained")
         axes = figure.subplots()
         for step, (start, end, prefix) in enumerate(self.windows):
             if self.kinds[step] == "refresh":
@@ -56,26 +54,16 @@ class Trace:
             else:
                 axes.barh(step, prefix, left=start - prefix - prompt, height=1, color=PREFIX_COLOR)
             axes.barh(step, end - start, left=start - prompt, height=1, color=BLOCK_COLOR)
-        above = [step - 0.5 for step in range(steps)]
-        below = [step + 0.5 for step in range(steps)]
-        for edge in (0, 1):
-            edges = [w[edge] - prompt for w in self.windows]
-            axes.vlines(edges, above, below, color="#b07d00")
-        points = [
-            (p - prompt + 0.5, step, c)
-            for step, commits in enumerate(self.commits)
-            for p, c in commits
-        ]
-        x, y, confidence = zip(*points, strict=True)
+            edges = (start - prompt, end - prompt)
+            axes.vlines(edges, step - 0.5, step + 0.5, color="#b07d00")
+        each = [(p, step, c) for step, commits in enumerate(self.commits) for p, c in commits]
+        positions, y, confidence = zip(*each, strict=True)
+        x = [position - prompt + 0.5 for position in positions]
         dots = axes.scatter(x, y, c=confidence, cmap="viridis", vmin=0, vmax=1, s=16, zorder=3)
         figure.colorbar(dots, ax=axes, label="confidence at commit", pad=0.01)
         low = min([0, *(s - p - prompt for s, _, p in self.windows)])
-        axes.set(
-            xlim=(low, self.gen_length),
-            ylim=(steps - 0.5, -0.5),
-            xlabel="response position",
-            ylabel="forward pass",
-        )
+        axes.set(xlim=(low, self.gen_length), ylim=(steps - 0.5, -0.5))
+        axes.set(xlabel="response position", ylabel="forward pass")
         axes.set_title(title or self.legend(), fontsize=9)
         axes.yaxis.set_major_locator(MaxNLocator(integer=True))
         figure.savefig(path, dpi=120)

@@ -32,19 +32,16 @@ def first_line(error: Exception) -> str:
 
 
 def find_folder(source: str | Path, revision: str | None = None, **hub: Any) -> Path:
-    """A local checkpoint folder, or the local copy of a hub repository.
-
-    `hub` takes further arguments of the download (token, cache_dir, ...).
-    """
+    """A local checkpoint folder, or the local copy of a hub repository. `hub` takes further
+    arguments of the download (token, cache_dir, ...)."""
+    accepted = "expected a checkpoint folder or a hub id (owner/name)"
     if not isinstance(source, (str, Path)) or not str(source):
-        raise TypeError(f"model={source!r}: expected a checkpoint folder or a hub id (owner/name)")
+        raise TypeError(f"model={source!r}: {accepted}")
     path, name = Path(source), str(source)
     if path.is_dir():
         return path
     if name.startswith((".", "/", "~")) or name.count("/") != 1 or path.exists():
-        raise FileNotFoundError(
-            f"model={name!r}: expected a checkpoint folder or a hub id (owner/name)"
-        )
+        raise FileNotFoundError(f"model={name!r}: {accepted}")
     from huggingface_hub import snapshot_download
 
     try:
@@ -114,9 +111,8 @@ def read_shapes(files: list[Path]) -> dict[str, list[int]]:
 def rename(name: str, mapping: dict[str, str]) -> str:
     """The weight's name in transformers' model."""
     for pattern, replacement in mapping.items():
-        name, hits = re.subn(pattern, replacement, name)
-        if hits:
-            break
+        if re.search(pattern, name):
+            return re.sub(pattern, replacement, name)
     return name
 
 
@@ -135,10 +131,9 @@ def check_weights(
     optional = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
     missing = sorted(set(expected) - set(present) - optional)
     unexpected = sorted(present[k] for k in set(present) - set(expected))
-    if missing:
-        raise ValueError(f"missing weight {missing[0]} ({len(missing)} missing in all)")
-    if unexpected:
-        raise ValueError(f"unexpected weight {unexpected[0]} ({len(unexpected)} unexpected in all)")
+    for what, names in (("missing", missing), ("unexpected", unexpected)):
+        if names:
+            raise ValueError(f"{what} weight {names[0]} ({len(names)} {what} in all)")
     for target, name in present.items():
         if shapes[name] != expected[target]:
             raise ValueError(f"weight {name} has shape {shapes[name]}, expected {expected[target]}")
@@ -280,9 +275,7 @@ def read_model(
     **arguments: Any,
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """The model with every weight checked, `model.dsb` attached, and transformers' loading report.
-
-    `from_pretrained` is transformers' own; `arguments` are passed on to it.
-    """
+    `from_pretrained` is transformers' own; `arguments` are passed on to it."""
     shapes = read_shapes(weight_files(folder))
     patterns = info.family.key_mapping
     published = any(re.search(p, name) for p in patterns for name in shapes)
@@ -329,6 +322,5 @@ def load_tokenizer(source: str | Path, revision: str | None = None) -> PreTraine
             return transformers.Qwen2Tokenizer.from_pretrained(folder)
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # tokenizers raise bare Exception for a damaged file
-        raise ValueError(
-            f"{folder}: no tokenizer that can be read ({first_line(error)})"
-        ) from error
+        said = first_line(error)
+        raise ValueError(f"{folder}: no tokenizer that can be read ({said})") from error
