@@ -38,19 +38,11 @@ from tools.compile_report.cases import collect_cases
 SM_COUNT = 132  # of an H100
 
 
-class Driver:
-    """What a launch asks of a GPU's driver."""
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", 90, 32)
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-
+DRIVER = SimpleNamespace(  # what a launch asks of a GPU's driver
+    get_current_target=lambda: GPUTarget("cuda", 90, 32),
+    get_current_device=lambda: 0,
+    get_current_stream=lambda device: 0,
+)
 OPERATORS = {
     Tensor.contiguous: torch.ops.aten.contiguous,
     Tensor.copy_: torch.ops.aten.copy_,
@@ -83,25 +75,21 @@ class Bindings(TorchFunctionMode):
     @staticmethod
     def view(x: Tensor, index: tuple) -> tuple[Tensor, list[Tensor | None]]:
         """What is left to index by tensors, and those tensors by dimension."""
-        left = sum(i is not None and i is not Ellipsis for i in index)
+        if any(i is Ellipsis for i in index):
+            at = [i is Ellipsis for i in index].index(True)
+            named = sum(i is not None for i in index) - 1
+            index = (*index[:at], *[slice(None)] * (x.ndim - named), *index[at + 1 :])
         indices: list[Tensor | None] = []
         for i in index:
             dim = len(indices)
-            if i is None:
-                x = x.unsqueeze(dim)
-                indices.append(None)
-                continue
-            if i is Ellipsis:
-                indices += [None] * (x.ndim - dim - left)
-                continue
-            left -= 1
             if isinstance(i, int):
                 x = x.select(dim, i)
+                continue
+            if i is None:
+                x = x.unsqueeze(dim)
             elif isinstance(i, slice):
                 x = torch.ops.aten.slice(x, dim, i.start, i.stop, i.step or 1)
-                indices.append(None)
-            else:
-                indices.append(i)
+            indices.append(i if isinstance(i, Tensor) else None)
         return x, indices if any(i is not None for i in indices) else []
 
 
@@ -186,14 +174,6 @@ class Launcher:
         return launch
 
 
-class Event:
-    """A CUDA event that has always happened."""
-
-    def record(self, stream: Any) -> None: ...
-
-    def synchronize(self) -> None: ...
-
-
 def cuda(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="cuda")
 
@@ -203,7 +183,7 @@ def h100() -> Iterator[None]:
     """Triton and torch find an H100. Its kernels cannot be launched."""
     properties = SimpleNamespace(multi_processor_count=SM_COUNT)
     with (
-        mock.patch.object(triton.runtime.driver, "_active", Driver()),
+        mock.patch.object(triton.runtime.driver, "_active", DRIVER),
         mock.patch.object(torch.cuda, "get_device_properties", lambda device: properties),
     ):
         yield
@@ -237,7 +217,7 @@ def fake_cuda() -> Iterator[FakeCuda]:
         bound_launches(),
         mock.patch.object(torch.cuda, "device", device),
         mock.patch.object(torch.cuda, "current_stream", lambda device=None: None),
-        mock.patch.object(torch.cuda, "Event", Event),
+        mock.patch.object(torch.cuda, "Event", mock.Mock),
         mock.patch.object(triton.knobs.runtime, "jit_cache_hook", fake.hook),
         torch.no_grad(),
         FakeTensorMode(),

@@ -10,16 +10,15 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import itertools
 import re
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 from unittest import mock
 
 import torch
-from functorch.compile import aot_function, make_boxed_func
+from functorch.compile import aot_function
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -40,15 +39,11 @@ BF16, FP32, INT32, INT64, BOOL = (
 )  # fmt: skip
 
 
-@dataclass
-class Call:
-    op: Callable[..., Any]
-    kernels: list[str]
-    arguments: dict[str, Any]
+Call = tuple[Callable[..., Any], list[str], dict[str, Any]]  # an op, its kernels, its arguments
 
 
 def call(op: Callable[..., Any], kernels: str, **arguments: Any) -> Call:
-    return Call(op, kernels.split(), arguments)
+    return op, kernels.split(), arguments
 
 
 def scoring_calls() -> Iterator[Call]:
@@ -113,7 +108,8 @@ def schedule_calls() -> Iterator[Call]:
             "token": cuda(B, K), "confidence": cuda(B, K, dtype=FP32),
             "active": cuda(B, dtype=BOOL),
         }  # fmt: skip
-        for rule, rows in itertools.product(RULES, (None, cuda(B, dtype=INT32))):
+        some = (None, cuda(B, dtype=INT32)) * 2
+        for rule, rows in zip(RULES, some if B > 1 else reversed(some), strict=True):
             yield call(unmask_and_slide, "_unmask_kernel", canvas=canvas, **state, **record,
                        **scored, rows=rows,
                        spec=replace(LLADA, prompt_length=L // 3, **rule))  # fmt: skip
@@ -166,9 +162,9 @@ def compiled() -> None:
         bound_launches(),
         FakeTensorMode(),
     ):
-        for c in calls():
-            c.op(**c.arguments)
-            assert launched == c.kernels, (c, launched)
+        for op, kernels, arguments in calls():
+            op(**arguments)
+            assert launched == kernels, (op, arguments, launched)
             launched.clear()
 
 
@@ -183,28 +179,24 @@ class TracedError(Exception):
 
 
 def traced() -> None:
-    """What torch.compile sees of an op are its kernels."""
+    """What torch.compile sees of an op are its kernels, which one call for each of them shows."""
     graphs: list[Any] = []
 
-    def keep(graph: Any, _: Any) -> Callable:
+    def keep(graph: Any, _: Any) -> None:
         graphs.append(graph)
-
-        def stop(*args: Any) -> None:
-            raise TracedError
-
-        return make_boxed_func(stop)
+        raise TracedError
 
     with h100():
         with FakeTensorMode():
-            listed = calls()
-        for c in listed:
-            tensors = {n: v for n, v in c.arguments.items() if isinstance(v, Tensor)}
-            others = {n: v for n, v in c.arguments.items() if not isinstance(v, Tensor)}
+            listed = {(op, *kernels): arguments for op, kernels, arguments in calls()}
+        for (op, *kernels), arguments in listed.items():
+            tensors = {n: v for n, v in arguments.items() if isinstance(v, Tensor)}
+            others = {n: v for n, v in arguments.items() if n not in tensors}
             with contextlib.suppress(TracedError):
-                aot_function(functools.partial(c.op, **others), fw_compiler=keep)(**tensors)
+                aot_function(functools.partial(op, **others), fw_compiler=keep)(**tensors)
             names = [str(n.target) for n in graphs.pop().graph.nodes if n.op == "call_function"]
             launches = sum("triton_kernel_wrapper" in name for name in names)
-            assert launches == len(c.kernels), (c, names)
+            assert launches == len(kernels), (op, arguments, names)
 
 
 if __name__ == "__main__":

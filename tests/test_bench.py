@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import shlex
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -16,14 +16,11 @@ import dsb_runtime as dsb
 from dsb_runtime.cli import main as cli
 from dsb_runtime.demo import MODEL_DIR
 from dsb_runtime.engine.engine import GenerationOutput
-from dsb_runtime.measure.bench import Round, measure, show, summarize, summarize_steps
+from dsb_runtime.measure.bench import Round, measure, summarize, summarize_steps
 from dsb_runtime.measure.models import PRESETS, random_model, random_prompts
 from dsb_runtime.measure.steps import LinearLayers, StepRecorder, StepWork
 
 SMALL = ["--device", "cpu", "--prompt-length", "12", "--gen-length", "24", "--block-length", "8"]
-STEP_KEYS = {
-    "steps", "rows", "scored", "ms", "linear_ms", "linear_share", "weights_ms", "weights_share",
-}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -49,14 +46,13 @@ def measured(tmp_path_factory) -> tuple[dict[str, Any], Path, list[str]]:
 
 def test_the_record_says_what_was_measured_where(measured):
     record, _, argv = measured
-    assert record["model"] == "embedded model" and record["dtype"] == "float32"
+    assert (record["model"], record["dtype"]) == ("embedded model", "float32")
     assert shlex.split(record["command"]) == ["dsb", *argv]
     assert record["settings"] == vars(
         dsb.DecodingConfig(gen_length=24, block_length=8, steps=12, stop_at_eos=False)
     )
     assert (record["prompt_length"], record["rounds"], record["seed"]) == (12, 2, 0)
     assert record["versions"]["torch"] == torch.__version__
-    assert record["machine"]["threads"] == torch.get_num_threads()
     assert record["machine"]["device"] and record["date"].endswith("+00:00")
     assert record["copy_bandwidth"] is None, "no GPU, no second limit"
 
@@ -73,9 +69,7 @@ def test_tokens_and_forwards_are_those_of_generate(measured, model, tokenizer):
         assert batch["tokens_per_second"] == batch["tokens"] / batch["seconds"] > 0
         assert set(batch["steps"]) == {"window", "refresh"}
         for step in batch["steps"].values():
-            assert set(step) == STEP_KEYS
             assert min(step[key] for key in ("ms", "linear_ms", "linear_share")) > 0
-            assert step["weights_ms"] is None
         refresh = batch["steps"]["refresh"]
         assert refresh["rows"] == 36 * batch["batch"] > batch["steps"]["window"]["rows"]
         # Each of two rounds has 12 steps, the first of which is left out.
@@ -163,13 +157,10 @@ def test_prompts_have_no_special_ids(model, tokenizer):
 # --- figures ----------------------------------------------------------------------------------
 
 
-def work(kind: str, num_tokens: int, scored: int) -> StepWork:
-    return StepWork(kind, 1, num_tokens, scored, num_tokens)
-
-
 def one_round_by_hand() -> Round:
     out = GenerationOutput(torch.zeros(1, 8), 3, [1, 2, 1], [3], [4])
-    steps = [work("refresh", 8, 4), work("window", 4, 4), work("window", 4, 2)]
+    works = (("refresh", 8, 4), ("window", 4, 4), ("window", 4, 2))
+    steps = [StepWork(kind, 1, tokens, scored, tokens) for kind, tokens, scored in works]
     return Round(out, 0.5, steps, [0.9, 0.2, 0.4], [0.3, 0.1, 0.1])
 
 
@@ -183,59 +174,33 @@ def test_medians_by_hand():
     )  # fmt: skip
     # The first step of a call counts where a call has no other of its kind.
     assert summarize_steps([one_round_by_hand()], "refresh", None)["ms"] == 900
-    longer = one_round_by_hand()
-    longer.steps.append(work("refresh", 8, 4))
-    longer.step_seconds.append(0.5)
-    longer.linear_seconds.append(0.3)
+    one = one_round_by_hand()
+    longer = Round(one.out, 0.5, [*one.steps, one.steps[0]], [0.9, 0.2, 0.4, 0.5], [0.3] * 4)
     refresh = summarize_steps([longer], "refresh", None)
     assert (refresh["steps"], refresh["ms"], refresh["weights_ms"]) == (1, 500, None)
     ends, never = (dsb.DecodingConfig(8, 4, stop_at_eos=stop) for stop in (True, False))
     whole = summarize([one_round_by_hand()], ends, None)
     assert (whole["tokens_per_second"], whole["tokens_per_forward"]) == (8, 4 / 3)
     assert summarize([one_round_by_hand()], never, None)["tokens"] == 8, "an EOS ends no row"
-    without = Round(one_round_by_hand().out, 0.5, one_round_by_hand().steps[:1], [0.9], [0.3])
-    assert set(summarize([without], never, None)["steps"]) == {"refresh"}
 
 
 def test_the_picture_is_drawn_from_the_record(measured, tmp_path, capsys):
     record, picture, _ = measured
-    first = picture.read_bytes()
-    assert first.startswith(b"\x89PNG")
     path, again = tmp_path / "path.json", tmp_path / "again.png"
     path.write_text(json.dumps(record))
     assert cli.main(["bench", "--from", str(path), "--plot", str(again)]) == 0
-    assert again.read_bytes() == first
+    assert again.read_bytes() == picture.read_bytes()
     assert "embedded model" in capsys.readouterr().out
-
-    def changed(*path: str | int, value: object) -> bytes:
-        other: Any = copy.deepcopy(record)
-        at = other
-        for key in path[:-1]:
-            at = at[key]
-        at[path[-1]] = value
-        show(other, again)
-        return again.read_bytes()
-
-    pictures = [
-        first,
-        changed("batches", 0, "steps", "window", "ms", value=7.0),
-        changed("batches", 0, "steps", "window", "linear_ms", value=0.5),
-        changed("batches", 0, "steps", "window", "weights_ms", value=0.5),
-        changed("batches", 1, "tokens_per_second", value=1.0),
-    ]
-    assert len(set(pictures)) == len(pictures)
+    path.write_text(json.dumps({**record, "batches": record["batches"][:1]}))
+    assert cli.main(["bench", "--from", str(path), "--plot", str(again)]) == 0
+    assert again.read_bytes() != picture.read_bytes()
 
 
 def test_an_interrupt_leaves_the_rounds_before_it(tmp_path, capsys, monkeypatch):
-    path, rounds = tmp_path / "bench.json", []
-
-    def one_round(*args: Any) -> Round:
-        rounds.append(one_round_by_hand())
-        if len(rounds) == 4:  # the one that warms up, two that count
-            raise KeyboardInterrupt
-        return rounds[-1]
-
-    monkeypatch.setattr("dsb_runtime.measure.bench.one_round", one_round)
+    path = tmp_path / "bench.json"
+    # The one that warms up, and two that count.
+    rounds = mock.Mock(side_effect=[*(one_round_by_hand() for _ in range(3)), KeyboardInterrupt])
+    monkeypatch.setattr("dsb_runtime.measure.bench.one_round", rounds)
     argv = ["bench", *SMALL, "--batch", "1", "--rounds", "9", "--json", str(path)]
     assert cli.main(argv) == 130
     assert capsys.readouterr().err.endswith("dsb: interrupted\n")

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import threading
-from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -40,9 +40,6 @@ class Graph:
 
 class Captured:
     """`torch.cuda.CUDAGraph`, which its replay keeps alive."""
-
-    pool: Any = None
-    stream: str = ""
 
     def replay(self) -> None: ...
 
@@ -116,12 +113,8 @@ def test_one_thread_captures_at_a_time():
 def test_a_capture_that_fails_leaves_the_stream_and_the_next_capture_alone(cannot_end):
     graphs = CudaGraphs()
     Graph.cannot_end = cannot_end
-
-    def fail() -> None:
-        raise KeyboardInterrupt
-
     with pytest.raises(RuntimeError if cannot_end else KeyboardInterrupt):
-        graphs(fail)
+        graphs(mock.Mock(side_effect=KeyboardInterrupt))
     assert GPU.stream == "default"
     Graph.cannot_end = False
     graphs(lambda: None)
@@ -129,35 +122,24 @@ def test_a_capture_that_fails_leaves_the_stream_and_the_next_capture_alone(canno
 
 def test_a_host_copy_waits_for_the_stream_of_its_own_device(monkeypatch):
     """The current device may be another one."""
-    recorded: list[str] = []
-    event = SimpleNamespace(record=recorded.append, synchronize=lambda: recorded.append("waited"))
+    event = mock.Mock()
     monkeypatch.setattr(torch.cuda, "Event", lambda: event)
-    empty = torch.empty
+    empty, copy_ = torch.empty, torch.Tensor.copy_
     monkeypatch.setattr(torch, "empty", lambda *a, pin_memory, **options: empty(*a, **options))
-    values = torch.arange(3)
-    source = SimpleNamespace(
-        is_cuda=True, device="cuda:1", shape=values.shape, dtype=values.dtype, values=values
-    )
-    copy_ = torch.Tensor.copy_
     monkeypatch.setattr(torch.Tensor, "copy_", lambda self, x, non_blocking: copy_(self, x.values))
+    values = torch.arange(3)
+    source = mock.Mock(is_cuda=True, device="cuda:1", shape=(3,), dtype=values.dtype, values=values)
     assert torch.equal(HostCopy(source).wait(), values)
-    assert recorded == ["of cuda:1", "waited"]
+    assert event.mock_calls == [mock.call.record("of cuda:1"), mock.call.synchronize()]
 
 
 def test_a_call_on_another_stream_waits_for_the_last_call(monkeypatch):
-    class Stream:
-        def __init__(self) -> None:
-            self.waited: list[Stream] = []
-
-        def wait_stream(self, other: Stream) -> None:
-            self.waited.append(other)
-
-    devices: list[torch.device] = []
-    monkeypatch.setattr(torch.cuda, "device", lambda d: devices.append(d) or nullcontext())
+    device = mock.MagicMock()
+    monkeypatch.setattr(torch.cuda, "device", device)
     engine = SimpleNamespace(device=torch.device("cuda:1"), stream=None)
-    last = Stream()
-    for stream in (last, last, Stream()):
-        GPU.stream = stream
+    last, other = mock.Mock(), mock.Mock()
+    for GPU.stream in (last, last, other):
         with Engine.on_device(engine):
-            assert stream.waited == ([] if stream is last else [last])
-    assert devices == [engine.device] * 3
+            assert other.wait_stream.call_args_list == [mock.call(last)] * (GPU.stream is other)
+    last.wait_stream.assert_not_called()
+    assert device.call_args_list == [mock.call(engine.device)] * 3

@@ -19,8 +19,7 @@ WRITTEN = ("--json", "--plot")
 SHARED = [
     *((command, "--seed -1", "--seed=-1: expected an int")
       for command in ("bench", "profile", "eval", "decode")),
-    *((command, "--batch 0", "--batch=0: expected an int >= 1")
-      for command in ("bench", "profile", "eval")),
+    *((command, "--batch 0", "--batch=0: expected an int >= 1") for command in ("profile", "eval")),
     *((command, "--prompt-length 0", "--prompt-length=0") for command in ("bench", "profile")),
     *((command, f"{option} /nowhere/at/all.json", f"{option} /nowhere/at/all.json: no such folder")
       for command in ("bench", "eval", "decode") for option in WRITTEN),
@@ -34,18 +33,14 @@ SHARED = [
       for command in ("bench", "eval")),
     *((command, "--model /no/such/folder", "expected a checkpoint folder or a hub id")
       for command in ("bench", "profile")),
-    *((command, "--preset gpt", "argument --preset: invalid choice: 'gpt'")
-      for command in ("bench", "decode", "roofline")),
     *((command, "--tokens-per-forward 40", "--tokens-per-forward 40: expected at most --block, 32")
       for command in ("decode", H100)),
 ]  # fmt: skip
 OWN = [
     ("bench --batch 2 0", "--batch=0: expected an int >= 1"),
-    ("bench --batch two", "argument --batch: invalid int value: 'two'"),
     ("bench --prompt-length 500 --gen-length 64", "needs 564 positions"),
     ("bench --rounds 0", "--rounds=0"),
     ("bench --gen-length 8 --block-length 9", "block_length=9"),
-    ("bench --threshold 0.5 --steps 4", "expected at most one of"),
     ("bench --top-p 0.5", "top_p=0.5: llada samples"),
     ("bench --json /proc/a.json", "--json /proc/a.json: No such file or directory; expected"),
     ("bench --from /", "--from /: Is a directory; expected a file"),
@@ -56,7 +51,6 @@ OWN = [
     ("profile --prompt-length 12 --gen-length 24 --block-length 8 --steps 24 --warmup 24",
      "--warmup 24: the decoding has 24 steps; expected at most 23"),
     ("profile --graphs", "the model is not on a CUDA device"),
-    ("profile --torch /nowhere/at/all.json", "--torch /nowhere/at/all.json: no such folder"),
     ("profile --torch trace.txt", "--torch trace.txt: expected a file ending in .json"),
     ("profile --tor trace.json", "unrecognized arguments: --tor"),
     ("eval --problems 0 --model /asked/before/it/is/read", "--problems=0"),
@@ -64,9 +58,6 @@ OWN = [
     ("eval --from setup.py", "--from setup.py: expected a JSON file"),
     ("decode --batch 0", "argument --batch: '0': expected an int above 0"),
     ("decode --block 200", "block_length=200: expected an int from 1 to 128"),
-    ("decode --max-block 8", "max_block_length=8: expected an int >= 32"),
-    ("decode --threshold 2", "threshold=2.0: expected a number in [0, 1]"),
-    ("decode --prefix-window -1", "prefix_window=-1: expected an int >= 0"),
     ("decode --no-graphs", "--no-graphs: a CPU has none; expected it with --device cuda"),
     ("decode --prompt 40000", "--prompt 40000: expected at most 32640 before 128"),
     ("decode --against /nope", "--against /nope: expected a checkout with dsb_runtime in it"),
@@ -75,7 +66,6 @@ OWN = [
                  marks=NO_GPU),
     ("roofline --preset tiny", "no ceilings: expected --gpu, --bandwidth and --tflops, or --meas"),
     ("roofline --gpu h100", "--preset None: expected one of llada-8b"),
-    ("roofline --preset tiny --gpu a100", "argument --gpu: invalid choice: 'a100'"),
     (f"{H100} --prompt 0", "--prompt: '0': expected an int above 0"),
     (f"{H100} --batch 1.5", "--batch: '1.5': expected an int above 0"),
     ("roofline --preset tiny --bandwidth nan --tflops 1", "'nan': expected a number above 0"),

@@ -4,7 +4,12 @@ The interpreter's loads and stores are counted with the production launch geomet
 nothing is run once and multiplied. One candidate of `token_confidence` stands for all; of
 `lm_head_confidence` one share of the vocabulary and an eighth of the hidden size, since shares have
 only the hidden states in common; of the linear ops two tiles of features, or 256 input features; of
-attention one KV head. `python -m pytest -s tests/test_traffic.py -m slow` prints a table.
+attention one KV head.
+
+`must` counts each input that matters once, and each output once. `touched` counts distinct bytes
+that are read or written at all, which memory has to move. `asked` counts the bytes of all loads of
+the large inputs; what exceeds `touched` comes from the caches. `partials` counts the bytes of
+partial results (states, splits), which are written once and read once.
 
 Up to 32 tokens, all that the linear ops move is within 1.1 of what must move. From 64 tokens on,
 the partial sums of the output projection are more than that; they are at most 8.4 MB at a time,
@@ -14,11 +19,14 @@ docs/tuning.md.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -30,29 +38,90 @@ from dsb_kernels.attention_kernel import choose_splits, tile_of
 from dsb_kernels.commit import initial_rows, unmask_and_slide
 from dsb_kernels.rope_kv import rope_write_kv
 from dsb_kernels.token_confidence import launch_of, token_confidence
-from tests.mutations import DEVICE
-from tests.traffic import L2_BYTES, Moved, counted
+from tests.mutations import DEVICE, kernels
 from tools.compile_report.cases.commit import LLADA as SPEC
 
 pytestmark = pytest.mark.skipif(DEVICE.type == "cuda", reason="counts in the interpreter")
 HALF = torch.float16
 zeros = torch.zeros
+L2_BYTES = 50e6  # of an H100
+
+
+@dataclass
+class Traffic:
+    """Addresses that each load and store had, with repetitions, and the bytes of an element."""
+
+    loads: list[tuple[np.ndarray, int]] = field(default_factory=list)
+    stores: list[tuple[np.ndarray, int]] = field(default_factory=list)
+
+    def asked(self, *tensors: Tensor) -> int:
+        """Bytes of loads and stores in the tensors' memory."""
+        accesses = self.loads + self.stores
+        return sum(self._inside(t, a).size * n for t in tensors for a, n in accesses)
+
+    def touched(self, *tensors: Tensor) -> int:
+        """Distinct bytes loaded plus distinct bytes stored in the tensors' memory."""
+        total = 0
+        for tensor, accesses in itertools.product(tensors, (self.loads, self.stores)):
+            inside = [self._inside(tensor, a) for a, _ in accesses]
+            total += np.unique(np.concatenate(inside)).size * tensor.element_size() if inside else 0
+        return total
+
+    def asked_elsewhere(self, *tensors: Tensor) -> int:
+        """Bytes in none of the tensors' memory: partial results."""
+        return sum(a.size * n for a, n in self.loads + self.stores) - self.asked(*tensors)
+
+    @staticmethod
+    def _inside(tensor: Tensor, addresses: np.ndarray) -> np.ndarray:
+        steps = zip(tensor.shape, tensor.stride(), strict=True)
+        assert sum((n - 1) * step for n, step in steps) == tensor.numel() - 1  # dense
+        low = tensor.data_ptr()
+        return addresses[(addresses >= low) & (addresses < low + tensor.nbytes)]
+
+
+@contextlib.contextmanager
+def counted() -> Iterator[Traffic]:
+    """Run kernels in the interpreter and record what they load and store."""
+    from triton.runtime.interpreter import interpreter_builder
+
+    builder, traffic = type(interpreter_builder), Traffic()
+    load, store = builder.create_masked_load, builder.create_masked_store
+
+    def addresses(ptrs, mask):
+        size = max(ptrs.get_element_ty().primitive_bitwidth // 8, 1)
+        return np.atleast_1d(ptrs.data[mask.data]).ravel(), size
+
+    def recorded_load(self, ptrs, mask, *rest):
+        traffic.loads.append(addresses(ptrs, mask))
+        return load(self, ptrs, mask, *rest)
+
+    def recorded_store(self, ptrs, value, mask, *rest):
+        traffic.stores.append(addresses(ptrs, mask))
+        return store(self, ptrs, value, mask, *rest)
+
+    builder.create_masked_load, builder.create_masked_store = recorded_load, recorded_store
+    try:
+        with kernels():
+            yield traffic
+    finally:
+        builder.create_masked_load, builder.create_masked_store = load, store
 
 
 def ints(*values: int) -> Tensor:
     return torch.tensor(values, dtype=torch.int32)
 
 
-def table(quick: set[tuple], *axes: Iterable[Any]) -> list:
-    """Every combination; all but those that are named are slow tests."""
-    slow = pytest.mark.slow
-    return [pytest.param(*x, marks=() if x in quick else slow) for x in itertools.product(*axes)]
+def table(quick: list[tuple], others: dict[Any, tuple[int, ...]]) -> list:
+    """Quick cases, and slow ones: those of one model or layer with several sizes each. What runs in
+    the interpreter repeats itself where neither the configuration nor what is ragged changes."""
+    slow = [(name, size) for name, sizes in others.items() for size in sizes]
+    return quick + [pytest.param(*each, marks=pytest.mark.slow) for each in slow]
 
 
-def check(moved: Moved) -> None:
-    print(moved.line())
-    assert moved.touched <= 1.1 * moved.must
-    assert moved.asked + moved.partials <= 1.1 * moved.must
+def check(*, must: int, touched: int, asked: int, partials: int = 0) -> None:
+    """The bytes of one call."""
+    assert touched <= 1.1 * must
+    assert asked + partials <= 1.1 * must
 
 
 # --- scoring ----------------------------------------------------------------------------------
@@ -63,7 +132,10 @@ HIDDEN = {"LLaDA-8B": 4096, "iLLaDA-8B": 4096, "Dream-7B": 3584}
 
 @pytest.mark.parametrize(
     ("model", "candidates"),
-    table({("LLaDA-8B", 32), ("LLaDA-8B", 1024)}, VOCABULARIES, (32, 64, 256, 1024)),
+    table(
+        [("LLaDA-8B", 32), ("LLaDA-8B", 1024)],
+        {"LLaDA-8B": (256,), "iLLaDA-8B": (64, 1024), "Dream-7B": (32, 256)},
+    ),
 )
 def test_token_confidence_reads_logits_once(model, candidates, monkeypatch):
     """One candidate, in the launch configuration of all."""
@@ -77,14 +149,12 @@ def test_token_confidence_reads_logits_once(model, candidates, monkeypatch):
     outputs = traffic.touched(token, c)
     partials = traffic.asked_elsewhere(logits, token, c)
     assert partials == 2 * 6 * 4 * launch.grid[1] - 4 * launch.grid[1]  # one plane is not read
-    moved = Moved(
-        name=f"token_confidence {model} {candidates} candidates",
-        must=candidates * (V * 2 + 8 + 4),
-        touched=candidates * (traffic.touched(logits) + outputs + partials),
-        asked=candidates * (traffic.asked(logits) + outputs),
-        partials=candidates * partials,
+    check(
+        must=V * 2 + 8 + 4,
+        touched=traffic.touched(logits) + outputs + partials,
+        asked=traffic.asked(logits) + outputs,
+        partials=partials,
     )
-    check(moved)
 
 
 def test_ineligible_candidates_are_not_read():
@@ -95,7 +165,11 @@ def test_ineligible_candidates_are_not_read():
 
 
 @pytest.mark.parametrize(
-    ("model", "candidates"), table({("LLaDA-8B", 32)}, VOCABULARIES, (16, 32, 64, 128))
+    ("model", "candidates"),
+    table(
+        [("LLaDA-8B", 32)],
+        {"LLaDA-8B": (16, 64, 128), "iLLaDA-8B": (32, 128), "Dream-7B": (16, 128)},
+    ),
 )
 def test_lm_head_reads_every_weight_once(model, candidates, monkeypatch):
     """One program's share of the vocabulary; there are as many as its launch has."""
@@ -113,37 +187,36 @@ def test_lm_head_reads_every_weight_once(model, candidates, monkeypatch):
     shares, slices = V / launch.share, E // columns  # the last share may be smaller
     partials = round(shares * partials)
     small = hidden.nbytes * slices + traffic.touched(token, c) + partials
-    moved = Moved(
-        name=f"lm_head_confidence {model} {candidates} candidates",
+    check(
         must=V * E * 2 + small - partials,
         touched=round(shares * traffic.touched(weight)) * slices + small,
         asked=round(shares * traffic.asked(weight)) * slices,
         partials=partials,
     )
-    check(moved)
 
 
 # --- linear ops -------------------------------------------------------------------------------
 
-LINEARS = [  # model, name, output and input features, gated
-    ("LLaDA-8B", "qkv", 12288, 4096, False), ("LLaDA-8B", "gate_up", 12288, 4096, True),
-    ("iLLaDA-8B", "qkv", 6144, 4096, False), ("iLLaDA-8B", "gate_up", 12288, 4096, True),
-    ("Dream-7B", "qkv", 4608, 3584, False), ("Dream-7B", "gate_up", 18944, 3584, True),
-]  # fmt: skip
-ADDED = [
-    ("LLaDA-8B", "out", 4096, 4096), ("LLaDA-8B", "down", 4096, 12288),
-    ("Dream-7B", "out", 3584, 3584), ("Dream-7B", "down", 3584, 18944),
-]  # fmt: skip
+# Output and input features of layers, and whether they are gated.
+QKV = (12288, 4096, False)  # of LLaDA-8B
+ILLADA_QKV, DREAM_QKV = (6144, 4096, False), (4608, 3584, False)
+GATE_UP, DREAM_GATE_UP = (12288, 4096, True), (18944, 3584, True)  # iLLaDA-8B's is LLaDA-8B's
+OUT, DOWN = (4096, 4096), (4096, 12288)
+DREAM_OUT, DREAM_DOWN = (3584, 3584), (3584, 18944)
 COLUMNS = 256  # input features that are run
-TOKENS = (16, 32, 64, 128)
 
 
 @pytest.mark.parametrize(
-    ("layer", "tokens"), table({(x, 32) for x in LINEARS[:2]}, LINEARS, TOKENS)
+    ("layer", "tokens"),
+    table(
+        [(QKV, 32), (GATE_UP, 32)],
+        dict.fromkeys((QKV, GATE_UP), (16, 64, 128))
+        | dict.fromkeys((ILLADA_QKV, DREAM_QKV, DREAM_GATE_UP), (32, 128)),
+    ),
 )
 def test_window_linear_reads_every_weight_once(layer, tokens):
     """Two of the tiles of features."""
-    model, name, F, E, gated = layer
+    F, E, gated = layer
     launch = linear.linear_launch(tokens, F, HALF, "sm_90", gated=gated)
     share = 2 * launch.blocks["BLOCK_V"] / F
     assert 1 / share * 2 == launch.grid[0]  # nothing ragged: every tile is like these
@@ -155,19 +228,23 @@ def test_window_linear_reads_every_weight_once(layer, tokens):
     assert traffic.touched(x) == x.nbytes < L2_BYTES / 2  # once from memory
     assert traffic.asked(out) == out.nbytes  # every element written, once
     touched = traffic.touched(weight) * parts + traffic.touched(out)
-    moved = Moved(
-        name=f"window_linear {model} {name} {tokens} tokens",
+    check(
         must=round((weight.nbytes * parts + out.nbytes) / share) + x.nbytes * parts,
         touched=round(touched / share) + x.nbytes * parts,
         asked=round(traffic.asked(weight) * parts / share),
     )
-    check(moved)
 
 
-@pytest.mark.parametrize(("layer", "tokens"), table({(ADDED[2], 32)}, ADDED, TOKENS))
+@pytest.mark.parametrize(
+    ("layer", "tokens"),
+    table(
+        [(DREAM_OUT, 32)],
+        {DREAM_OUT: (16, 64, 128)} | dict.fromkeys((DREAM_DOWN, OUT, DOWN), (32, 128)),
+    ),
+)
 def test_linear_add_norm_reads_every_weight_once(layer, tokens):
     """All output features, with the splits of the whole."""
-    model, name, F, E = layer
+    F, E = layer
     launch = linear.split_launch(tokens, E, F, HALF, "sm_90")
     splits = launch.grid[1]
     assert splits * launch.share == E
@@ -180,32 +257,28 @@ def test_linear_add_norm_reads_every_weight_once(layer, tokens):
     partials = traffic.asked_elsewhere(x, weight, residual, gain, out)
     assert partials == 2 * splits * tokens * F * 4
     assert traffic.asked(residual) == 2 * residual.nbytes and traffic.asked(out) == out.nbytes
-    moved = Moved(
-        name=f"linear_add_norm {model} {name} {tokens} tokens",
+    if tokens > 32:  # the partial sums stay in the L2 cache
+        assert partials / 2 < 10e6 < L2_BYTES / 4
+        partials = 0
+    check(
         must=(weight.nbytes + x.nbytes) * parts + 3 * residual.nbytes + gain.nbytes,
         touched=traffic.touched(weight, x) * parts + traffic.touched(residual, gain, out),
         asked=traffic.asked(weight) * parts,
         partials=partials,
     )
-    if tokens > 32:  # the partial sums stay in the L2 cache
-        assert moved.partials / 2 < 10e6 < L2_BYTES / 4
-        moved.partials = 0
-    check(moved)
 
 
 # --- window_attention -----------------------------------------------------------------------------
 
 SMS = 132  # of an H100
-LLADA = ("LLaDA-8B", 1, 32)  # name, query heads of a KV head, KV heads
-MODELS = [LLADA, ("iLLaDA-8B", 4, 8), ("Dream-7B", 7, 4)]
-CAPACITIES = (4096, 16384)
-QUICK = {(LLADA, W, 4096) for W in (32, 64, 128)}
+LLADA, ILLADA, DREAM = (1, 32), (4, 8), (7, 4)  # query heads of a KV head, KV heads
 
 
 def attention_traffic(
-    name: str, group: int, kv_heads: int, W: int, C: int, in_cache: bool = True
-) -> tuple[Moved, int]:
-    """What all KV heads move at batch 1, and the programs before they are split."""
+    group: int, kv_heads: int, W: int, C: int = 4096, in_cache: bool = True
+) -> tuple[float, int]:
+    """What all KV heads move at batch 1 if the partial results leave the L2 cache, as a share of
+    what must move; and the programs before they are split."""
     D, stored, start = 128, C - 100, C // 2 + 7
     q = zeros(1, group, W, D, dtype=HALF)
     kc, vc = zeros(2, 1, 1, C, D, dtype=HALF)
@@ -219,26 +292,25 @@ def attention_traffic(
     named = (q, kc, vc, kw, vw, out)
     keys_and_values = 2 * stored * D * 2
     # A tile of queries asks for K/V once, whatever the splits; up to 128 queries are one tile.
-    asked = traffic.asked(kc, vc, kw, vw)
-    assert asked <= 1.1 * keys_and_values * tiles
-    moved = Moved(
-        name=f"window_attention {name} W={W} C={C} {splits} splits",
-        must=(keys_and_values + 2 * group * W * D * 2) * kv_heads,
-        touched=traffic.touched(*named) * kv_heads,
-        asked=asked * kv_heads,
-        partials=traffic.asked_elsewhere(*named, *where.values()) * kv_heads,
-    )
-    print(moved.line())
-    assert moved.touched <= 1.1 * moved.must
+    assert traffic.asked(kc, vc, kw, vw) <= 1.1 * keys_and_values * tiles
+    must, touched = keys_and_values + 2 * group * W * D * 2, traffic.touched(*named)
+    assert touched <= 1.1 * must
     # The partial results of a launch stay within the L2 cache until they are combined.
-    assert moved.partials / 2 < L2_BYTES / 2
-    return moved, kv_heads * tiles
+    partials = traffic.asked_elsewhere(*named, *where.values())
+    assert partials * kv_heads / 2 < L2_BYTES / 2
+    assert (partials > 0) == (splits > 1)
+    return (touched + partials) / must, kv_heads * tiles
 
 
-@pytest.mark.parametrize("in_cache", [False, True], ids=["fresh", "in_cache"])
-def test_attention_reads_keys_and_values_once(in_cache):
-    for shape in (("small", 1, 32, 32, 1024), ("small", 7, 4, 32, 1024)):
-        attention_traffic(*shape, in_cache=in_cache)
+@pytest.mark.parametrize("heads", [LLADA, DREAM])
+def test_attention_reads_the_windows_own_keys_and_values_once(heads):
+    attention_traffic(*heads, 32, 1024, in_cache=False)
+
+
+@pytest.mark.slow
+def test_a_longer_cache_is_read_once():
+    """The splits are those of any other length: the partial results are a smaller share."""
+    attention_traffic(*LLADA, 64, 16384)
 
 
 def test_listed_blocks_are_all_that_is_read():
@@ -252,16 +324,18 @@ def test_listed_blocks_are_all_that_is_read():
 
 
 @pytest.mark.parametrize(
-    ("model", "W", "C"),
-    table(QUICK, MODELS, (32, 64, 128), CAPACITIES) + table(set(), [LLADA], [256], CAPACITIES),
+    ("heads", "W"),
+    table(
+        [(LLADA, 32), (LLADA, 64), (LLADA, 128)],
+        {LLADA: (256,)} | dict.fromkeys((ILLADA, DREAM), (32, 64, 128)),
+    ),
 )
-def test_with_its_partial_results_attention_moves_a_tenth_more_at_most(model, W, C):
+def test_with_its_partial_results_attention_moves_a_tenth_more_at_most(heads, W):
     """More only where splits for a tenth of K and V at 4096 positions would idle the SMs."""
-    moved, programs = attention_traffic(*model, W, C)
-    allowed = max(1, 4096 // (10 * model[1] * W))
-    usual = model is LLADA and W <= 128
-    assert moved.partials > 0 or not usual
-    assert moved.all_to_memory <= 1.1 or (programs * allowed < 0.65 * SMS and not usual)
+    share, programs = attention_traffic(*heads, W)
+    allowed = max(1, 4096 // (10 * heads[0] * W))
+    usual = heads == LLADA and W <= 128
+    assert share <= 1.1 or (programs * allowed < 0.65 * SMS and not usual)
 
 
 # --- rope_write_kv --------------------------------------------------------------------------------
