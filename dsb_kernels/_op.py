@@ -123,7 +123,8 @@ def op(
             results are the same.
         mutates_args: the parameters that the op writes in place.
 
-    The returned function has the attributes `op` (what torch registered) and `definition`.
+    The returned function has the attributes `op` (what torch registered), `definition`, and
+    `without_checks` (see `unchecked`).
     """
     name = definition.__name__.removesuffix("_reference")
     hints = typing.get_type_hints(definition)
@@ -154,13 +155,13 @@ def op(
         except TypeError as error:
             raise TypeError(str(error).replace(".__new__()", "()")) from None
 
-    unchecked: Callable[..., Any] = definition
+    plain: Callable[..., Any] = definition
 
     def implementation(*args: Any, **kwargs: Any) -> Any:
         a: Any = Arguments(*args, **kwargs)
         if coded:
             a = a._replace(**{n: kind.decode(getattr(a, n)) for n, kind in coded.items()})
-        result = launch(a) if use_triton(a[0]) else unchecked(**a._asdict())
+        result = launch(a) if use_triton(a[0]) else plain(**a._asdict())
         return tuple(result) if named else result
 
     implementation.__name__ = name
@@ -168,8 +169,11 @@ def op(
     registered = _register(name, implementation, mutates_args)
 
     def call(*args: P.args, **kwargs: P.kwargs) -> Any:
-        a = bind(args, kwargs)
-        check(a)
+        check(bind(args, kwargs))
+        return without_checks(*args, **kwargs)
+
+    def without_checks(*args: P.args, **kwargs: P.kwargs) -> Any:
+        a: Any = Arguments(*args, **kwargs)
         # Torch's dispatch takes 70 us, so the definition is called directly where it would run
         # anyway. The compiler gets the registered op, since it can trace that one's dispatch.
         if not torch.compiler.is_compiling() and not use_triton(a[0]):
@@ -182,7 +186,14 @@ def op(
     functools.update_wrapper(call, definition)
     call.__name__ = call.__qualname__ = name
     call.op, call.definition = registered, definition  # type: ignore[attr-defined]
+    call.without_checks = without_checks  # type: ignore[attr-defined]
     return call
+
+
+def unchecked(op: Callable[P, R]) -> Callable[P, R]:
+    """The same op without the checks of its arguments, which take 50 us for the ops of a layer.
+    The engine uses it, since it makes the arguments itself."""
+    return op.without_checks  # type: ignore[attr-defined]
 
 
 def _torch_signature(definition: Callable, hints: dict[str, Any]) -> inspect.Signature:

@@ -20,7 +20,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from dsb_kernels._check import check_between, check_tensor, check_window
 from dsb_kernels._op import op
 from dsb_kernels.attention_kernel import MAX_SPLITS, launch
-from dsb_kernels.rope_kv import bitwise_where
+from dsb_kernels.rope_kv import bit_mask, bits_of
 
 # --- definition -------------------------------------------------------------------------------
 
@@ -119,7 +119,8 @@ def window_attention_reference(
         answered = answered & mask.any(-1, keepdim=True)
     grouped = bool(H_kv != H)  # while torch.compile traces, H_kv != H is a symbol and no bool
     out = scaled_dot_product_attention(q, k, v, mask, scale=softmax_scale, enable_gqa=grouped)
-    out = bitwise_where(answered, out).transpose(1, 2).contiguous().transpose(1, 2)
+    bits_of(out).bitwise_and_(bit_mask(answered, out))  # 0 where a query gets no answer
+    out = out.transpose(1, 2).contiguous().transpose(1, 2)
     if not return_lse:
         return out, q.new_empty(0, dtype=torch.float32)
     scale = 1 / math.sqrt(q.shape[-1]) if softmax_scale is None else softmax_scale

@@ -21,13 +21,15 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from dsb_kernels.attention import window_attention
+from dsb_kernels import attention, rope_kv
+from dsb_kernels._op import unchecked
 from dsb_kernels.place import Layout
-from dsb_kernels.rope_kv import rope_write_kv
 from dsb_runtime.engine.attention import dsb_attention
 from dsb_runtime.engine.cache import KVCache
 from dsb_runtime.engine.layers import fingerprint, layers_of, norm_of
 
+rope_write_kv = unchecked(rope_kv.rope_write_kv)
+window_attention = unchecked(attention.window_attention)
 Phase = Callable[[str], AbstractContextManager[None]]
 
 
@@ -85,7 +87,7 @@ class Backbone:
         x: Tensor | None = None  # the norm of `hidden`, or None if it has yet to be computed
         for i, (layer, norm) in enumerate(zip(self.layers, self.norms, strict=True)):
             keys, values = cache.keys[i], cache.values[i]
-            if rows is None:
+            if rows is None and b < cache.batch:
                 keys, values = keys[:b], values[:b]
             with self.phase(f"layer {i}: norm"):
                 x = layer.input_norm(hidden) if x is None else x

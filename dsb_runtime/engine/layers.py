@@ -19,9 +19,12 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.functional import rms_norm
 
-from dsb_kernels.linear import linear_add_norm, window_linear
+from dsb_kernels import linear as linear_ops
+from dsb_kernels._op import unchecked
 from dsb_runtime.engine.packing import packed_linear
 
+window_linear = unchecked(linear_ops.window_linear)
+linear_add_norm = unchecked(linear_ops.linear_add_norm)
 # F.rms_norm computes what these modules do, from their `weight` and `variance_epsilon`.
 RMS_NORMS = ("LlamaRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm", "MistralRMSNorm")
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
