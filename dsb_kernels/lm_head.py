@@ -33,7 +33,7 @@ from dsb_kernels.score import (
     store_state,
     weigh,
 )
-from dsb_kernels.token_confidence import token_confidence_reference
+from dsb_kernels.token_confidence import score_in_place
 
 # --- definition -------------------------------------------------------------------------------
 
@@ -66,9 +66,11 @@ def lm_head_confidence_reference(
     Raises:
         TypeError, ValueError: an argument has the wrong dtype, shape, device, stride or value.
     """
-    return token_confidence_reference(
-        linear(hidden, weight, bias), eligible=eligible, banned=banned, temperature=temperature,
-        seed=seed, noise_ids=noise_ids, confidence=confidence,
+    logits = linear(hidden, weight, bias)
+    return score_in_place(
+        logits if logits.dtype == torch.float64 else logits.float(), eligible=eligible,
+        banned=banned, temperature=temperature, seed=seed, noise_ids=noise_ids,
+        confidence=confidence,
     )  # fmt: skip
 
 

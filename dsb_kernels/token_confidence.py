@@ -9,12 +9,12 @@ Shapes: V vocabulary entries, N candidates.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from dsb_kernels._check import FLOATS, check_tensor
 from dsb_kernels._configs import Launch, architecture_of, configuration
@@ -72,10 +72,28 @@ def token_confidence_reference(
     Raises:
         TypeError, ValueError: an argument has the wrong dtype, shape, device, stride or value.
     """
-    x = logits if logits.dtype == torch.float64 else logits.float()
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    return score_in_place(
+        logits.to(dtype, copy=True), eligible=eligible, banned=banned, temperature=temperature,
+        seed=seed, noise_ids=noise_ids, confidence=confidence,
+    )  # fmt: skip
+
+
+def score_in_place(
+    x: Tensor,
+    *,
+    eligible: Tensor | None,
+    banned: Sequence[int],
+    temperature: float,
+    seed: Tensor | None,
+    noise_ids: Tensor | None,
+    confidence: str,
+) -> tuple[Tensor, Tensor]:
+    """What `token_confidence_reference` returns for the logits `x`, float32 or float64, which are
+    overwritten: a copy of 32 x 32,000 logits takes a CPU up to 1 ms, most of it for new memory."""
     token = first_argmax(sampling_scores(x, temperature, seed, noise_ids), banned)
     # The largest finite number replaces +inf, for which softmax would give NaN.
-    p = x.clamp(max=torch.finfo(x.dtype).max).softmax(-1)
+    p = x.clamp_(max=torch.finfo(x.dtype).max).softmax(-1)
     c = confidence_of(p, token, banned, confidence)
     token = torch.where(c.isnan(), -1, token)
     if eligible is not None:
@@ -87,20 +105,24 @@ def token_confidence_reference(
 def first_argmax(x: Tensor, banned: Sequence[int] = ()) -> Tensor:
     """The argmax over the last dimension without the banned indices, the lowest index among equals.
 
-    It first finds the best block of 256 numbers, since a CPU compares many numbers at once for
-    `amax` but one at a time for `argmax`. For 126,464 logits this takes a third of the time, the
-    copy included.
+    It looks at the views between banned indices. In each it first finds the best block of 256
+    numbers, since a CPU compares many numbers at once for `amax` but one at a time for `argmax`.
     """
-    size = 256
-    allowed = pad(x, (0, -x.shape[-1] % size), value=-torch.inf)
-    for b in banned:
-        allowed[..., b] = -torch.inf
-    blocks = allowed.unflatten(-1, (-1, size))
-    block = blocks.amax(-1).argmax(-1, keepdim=True)
-    inside = blocks.take_along_dim(block[..., None], -2)[..., 0, :].argmax(-1, keepdim=True)
-    index = block * size + inside
-    nothing = allowed.gather(-1, index) == -torch.inf
-    return torch.where(nothing, first_allowed(banned), index)[..., 0]
+    size, best = 256, []
+    for before, end in itertools.pairwise([-1, *sorted(set(banned)), x.shape[-1]]):
+        first, blocks = before + 1, (end - before - 1) // size
+        tail = first + blocks * size
+        if blocks > 0:
+            part = x[..., first:tail].unflatten(-1, (blocks, size))
+            block = part.amax(-1).argmax(-1, keepdim=True)
+            inside = part.take_along_dim(block[..., None], -2)[..., 0, :].argmax(-1, keepdim=True)
+            best.append(first + block * size + inside)
+        if tail < end:
+            best.append(tail + x[..., tail:end].argmax(-1, keepdim=True))
+    index = torch.cat(best, -1)
+    value, which = x.gather(-1, index).max(-1, keepdim=True)
+    nothing = value == -torch.inf
+    return torch.where(nothing, first_allowed(banned), index.gather(-1, which))[..., 0]
 
 
 # --- kernel -----------------------------------------------------------------------------------
