@@ -193,7 +193,8 @@ def _check(a: Any) -> None:
         like_q("v_window", a.v_window, shape=(B, H_kv, W, D))
     _check_pair(name, "kv_num_blocks", a.kv_num_blocks, "kv_indices", a.kv_indices)
     if a.kv_num_blocks is not None:
-        lists = (B,) if a.kv_num_blocks.ndim == 1 else (B, H_kv)
+        per_head = isinstance(a.kv_num_blocks, Tensor) and a.kv_num_blocks.ndim > 1
+        lists = (B, H_kv) if per_head else (B,)
         for field, shape in (("kv_num_blocks", lists), ("kv_indices", (*lists, "N"))):
             check_tensor(
                 name, field, getattr(a, field), dtype=torch.int32, shape=shape, device=a.q.device,

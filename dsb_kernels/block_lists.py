@@ -12,6 +12,7 @@ positions at or after `cache_seqlens`, and positions of the window.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -39,12 +40,12 @@ def _blocks(capacity: int, block_size: int, like: Tensor) -> Tensor:
 def _check_rows(**tensors: Tensor | None) -> None:
     """Check arguments that have one number for each row, (B,) int32. The first is never None."""
     first: Any = next(iter(tensors.values()))
+    check = functools.partial(check_tensor, "block lists", dtype=torch.int32)
     for name, tensor in tensors.items():
-        if tensor is not None:
-            check_tensor(
-                "block lists", name, tensor, dtype=torch.int32,
-                shape=("B",) if tensor is first else first.shape, device=first.device,
-            )  # fmt: skip
+        if tensor is first:
+            check(name, tensor, shape=("B",))
+        elif tensor is not None:
+            check(name, tensor, shape=first.shape, device=first.device)
 
 
 def blocks_all(cache_seqlens: Tensor, capacity: int, block_size: int = 64) -> BlockLists:
@@ -129,10 +130,10 @@ def blocks_top_k(
     Raises:
         TypeError, ValueError: an argument has the wrong dtype, shape, device or value.
     """
+    check_tensor("block lists", "scores", scores, dtype=(*FLOATS, torch.float64), shape=("...",))
     if scores.ndim not in (2, 3):
         shape = tuple(scores.shape)
         raise ValueError(f"block lists: scores has shape {shape}: accepted is (B, N), (B, H_kv, N)")
-    check_tensor("block lists", "scores", scores, dtype=(*FLOATS, torch.float64), shape=("...",))
     if k < 0:
         raise ValueError(f"block lists: k={k}: accepted is at least 0")
     allowed = scores > -torch.inf  # NaN is not

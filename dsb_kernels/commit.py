@@ -15,6 +15,7 @@ and the first k candidates of each.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -280,23 +281,18 @@ def _check(a: Any) -> None:
     name = "unmask_and_slide"
     check_tensor(name, "canvas", a.canvas, dtype=torch.int64, shape=("B", "L"), unit_stride=True)
     B, L = a.canvas.shape
-    K = a.position.shape[-1] if isinstance(a.position, Tensor) else 0
+    check = functools.partial(check_tensor, name, device=a.canvas.device, contiguous=True)
+    check("table", a.table, dtype=torch.int32, shape=(B, NUM_COLUMNS))
+    check("position", a.position, dtype=torch.int32, shape=(B, "K"))
+    K = a.position.shape[1]
+    check("commit", a.commit, dtype=torch.bool, shape=(B, K))
+    check("candidate_confidence", a.candidate_confidence, dtype=torch.float32, shape=(B, K))
+    if a.rows is not None:
+        check("rows", a.rows, dtype=torch.int32, shape=("b",))
     b = B if a.rows is None else len(a.rows)
-    expected: list[tuple[str, torch.dtype, tuple[int | str, ...]]] = [
-        ("table", torch.int32, (B, NUM_COLUMNS)),
-        ("position", torch.int32, (B, "K")),
-        ("commit", torch.bool, (B, K)),
-        ("candidate_confidence", torch.float32, (B, K)),
-        *([] if a.rows is None else [("rows", torch.int32, ("b",))]),
-        ("token", torch.int64, (b, "k")),
-        ("confidence", torch.float32, (b, a.token.shape[-1])),
-        ("active", torch.bool, (b,)),
-    ]
-    for field, dtype, shape in expected:
-        check_tensor(
-            name, field, getattr(a, field), dtype=dtype, shape=shape, device=a.canvas.device,
-            contiguous=True,
-        )  # fmt: skip
+    check("token", a.token, dtype=torch.int64, shape=(b, "k"))
+    check("confidence", a.confidence, dtype=torch.float32, shape=a.token.shape)
+    check("active", a.active, dtype=torch.bool, shape=(b,))
     if K < 1:
         raise ValueError(f"{name}: position has no candidates: accepted is K >= 1")
     if not 1 <= a.token.shape[1] <= K:

@@ -324,8 +324,9 @@ def _check(a: Any) -> None:
 
 
 def _check_partial(a: Any) -> None:
-    name, size = "lm_head_partial", len(a.weight)
+    name = "lm_head_partial"
     check_matmul(name, a)
+    size = len(a.weight)
     V = size if a.vocab_end is None else a.vocab_end - a.vocab_start
     if a.vocab_start < 0:
         raise ValueError(f"{name}: vocab_start={a.vocab_start}: accepted is at least 0")

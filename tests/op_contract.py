@@ -321,12 +321,12 @@ class OpContract:
             n: x.to(DEVICE) if isinstance(x, Tensor) and x.device.type == "cpu" else x
             for n, x in bad.items()
         }
-        error = TypeError if "has dtype" in words else ValueError
+        error = TypeError if "has dtype" in words or " is list" in words else ValueError
         with pytest.raises(error, match=f"{self.case.op.__name__}: .*{words}"):
             self.case.op(**good | bad)
 
     def test_tensors_of_a_wrong_kind_are_named(self):
-        """Another dtype or number of dimensions, a last stride of 2, another device, a list. The
+        """A list, another dtype or number of dimensions, a last stride of 2, another device. The
         dtype and the device of the first tensor are those of the others."""
         good = self.case.good()
         first = next(iter(tensors_of(good)))
@@ -334,11 +334,12 @@ class OpContract:
             dtype = torch.int32 if t.dtype == torch.int64 else torch.int64
             if t.is_floating_point():
                 dtype = torch.float64 if name == first else torch.float16
-            shape = t.flatten()[0] if name == first else t[None]
-            faults = [("has dtype .*", t.to(dtype)), ("has shape .*", shape)]
+            shape = t.flatten()[0] if t.ndim else t[None]
+            faults = [("is list", [t]), ("has dtype .*", t.to(dtype)), ("has shape .*", shape)]
             if t.ndim:
                 faults += [("has strides? .*", t.repeat_interleave(2, -1)[..., ::2])]
-            faults += [("is list", [t])] if name == first else [("is on meta", t.to("meta"))]
+            if name != first:
+                faults += [("has shape .*", t[None]), ("is on meta", t.to("meta"))]
             for words, wrong in faults:
                 error = TypeError if words in ("has dtype .*", "is list") else ValueError
                 with pytest.raises(error, match=f"^{self.case.op.__name__}: {name} {words}: "):

@@ -85,16 +85,18 @@ def test_lists_compile_without_a_graph_break() -> None:
     ("call", "message"),
     [
         (lambda: blocks_all(torch.zeros(2), 300), "cache_seqlens has dtype float32"),
+        (lambda: blocks_all([1, 2], 300), "cache_seqlens is list"),
         (lambda: blocks_all(ints(1), 0), "capacity=0: accepted is at least 1"),
         (lambda: blocks_all(ints(1), 9, 0), "block_size=0: accepted is at least 1"),
         (lambda: blocks_left_padding(ints(1), ints(1, 2), 9), "cache_leftpad has shape"),
         (lambda: blocks_near_window(ints(1), ints(1), ints(9), 9, -1), "num_after=-1: accepted is"),
         (lambda: blocks_top_k(torch.zeros(3), 1), r"scores has shape \(3,\)"),
+        (lambda: blocks_top_k([0.5], 1), "scores is list"),
         (lambda: blocks_top_k(torch.zeros(1, 3), -1), "k=-1: accepted is at least 0"),
         (lambda: blocks_top_k(torch.zeros(1, 3).int(), 1), "scores has dtype int32"),
     ],
 )
 def test_bad_input_is_named(call, message: str) -> None:
-    error = TypeError if "dtype" in message else ValueError
+    error = TypeError if "dtype" in message or " is list" in message else ValueError
     with pytest.raises(error, match=f"block lists: {message}"):
         call()

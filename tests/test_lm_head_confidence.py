@@ -228,11 +228,13 @@ def test_opcheck_of_shards(backend, monkeypatch):
         ({"vocab_end": 10}, "vocab_end=10 with vocab_start=0: accepted are 1 to 9"),
         ({"vocab_start": 9, "vocab_end": 9}, "vocab_end=9 with vocab_start=9: accepted are 10 to"),
         ({"temperature": 0.5}, "seed=None"),
+        ({"weight": torch.tensor(1.0)}, r"weight has shape \(\): accepted is \(V, 4\)"),
     ],
 )
 def test_bad_shards(options, words):
+    good = {"hidden": torch.zeros(2, 4), "weight": torch.zeros(9, 4)}
     with pytest.raises(ValueError, match=f"lm_head_partial: .*{words}"):
-        lm_head_partial(torch.zeros(2, 4), torch.zeros(9, 4), **options)
+        lm_head_partial(**good | options)
 
 
 @pytest.mark.parametrize(

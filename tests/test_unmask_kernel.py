@@ -214,6 +214,7 @@ CASE = OpCase(
         ({"token": lambda t: t.repeat(1, 2)}, r"confidence has shape \(3, 8\)"),
         ({"rows": lambda t: ints(0, 1)}, r"token has shape \(3, 8\)"),
         ({"table": lambda t: t[:, 1:].clone()}, r"table has shape \(3, 13\)"),
+        ({"position": lambda t: t[0, 0]}, r"position has shape \(\): accepted is \(3, K\)"),
         ({"commit": lambda t: t[:2]}, "commit has shape"),
         ({"spec": lambda s: replace(s, prompt_length=30)}, "spec.prompt_length=30"),
     ],

@@ -241,6 +241,8 @@ CASE = OpCase(
         ({"k_window": None}, "k_window=None: v_window is not None"),
         ({"v_window": lambda t: t[:, :, :7]}, r"v_window has shape \(3, 2, 7, 64\)"),
         ({"kv_num_blocks": None}, "kv_num_blocks=None: kv_indices"),
+        ({"kv_num_blocks": [1, 1, 1]}, "kv_num_blocks is list"),
+        ({"kv_indices": [[0]]}, "kv_indices is list"),
         ({"kv_block_size": 48}, "kv_block_size=48: accepted is a power of 2"),
         ({"softmax_scale": INF}, "softmax_scale=inf"),
         ({"num_splits": 0}, "num_splits=0"),
