@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
+
+from dsb_runtime.engine.parallel import is_tensor_parallel
 
 
 @dataclass(frozen=True)
@@ -37,11 +38,10 @@ class CacheShape:
 def cache_shape_of(model: PreTrainedModel) -> CacheShape:
     embedding: Any = model.get_input_embeddings()
     attn = model.model.layers[0].self_attn
-    heads, weight = model.config.num_key_value_heads, getattr(attn.k_proj, "weight", None)
-    if isinstance(weight, DTensor):
-        heads = weight.to_local().shape[0] // attn.head_dim
+    heads, weight = model.config.num_key_value_heads, embedding.weight
+    if is_tensor_parallel(model):
+        heads = attn.k_proj.weight.to_local().shape[0] // attn.head_dim
     layers = model.config.num_hidden_layers
-    weight = embedding.weight
     return CacheShape(layers, heads, attn.head_dim, weight.dtype, weight.device)
 
 

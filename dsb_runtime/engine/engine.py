@@ -24,7 +24,7 @@ from dsb_runtime.engine.check import check_inputs
 from dsb_runtime.engine.forward import Phase, no_phase
 from dsb_runtime.engine.graphs import Capture, CudaGraphs
 from dsb_runtime.engine.loop import Loop, StepDone
-from dsb_runtime.engine.parallel import agree, is_sharded
+from dsb_runtime.engine.parallel import agree, is_tensor_parallel
 from dsb_runtime.families import check_model
 
 ENGINE = "_dsb_engine"  # where a model keeps the engine that `generate` made for it
@@ -192,7 +192,7 @@ class Engine:
             source = "cpu" if generator is None else generator.device
             seed = torch.randint(2**62, (), dtype=torch.int64, generator=generator, device=source)
             seed = seed.to(input_ids.device)
-            if is_sharded(self.model.lm_head):
+            if is_tensor_parallel(self.model):
                 agree(self.model.lm_head, seed)
             state.seed.copy_(seed)
         commits: list[int] = []

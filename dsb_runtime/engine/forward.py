@@ -39,7 +39,8 @@ def no_phase(name: str) -> AbstractContextManager[None]:
 
 
 class Backbone:
-    """The layers of one model for canvases of up to `length` positions.
+    """The layers of one model for canvases of up to `length` positions. `engine.called` serves
+    models whose modules cannot be taken apart.
 
     Args:
         model: a decoder whose modules are Llama's.
@@ -48,12 +49,12 @@ class Backbone:
     """
 
     def __init__(self, model: PreTrainedModel, length: int, phase: Phase = no_phase) -> None:
-        self.embed, self.phase = model.model.embed_tokens, phase
+        self.embed, self.phase, self.max_length = model.model.embed_tokens, phase, length
         self.layers = layers_of(model.model)
         # The norm that follows each layer is the input norm of the next one, or the final norm.
         self.norms = [layer.input_norm for layer in self.layers[1:]] + [norm_of(model.model.norm)]
         self.cos_sin = self.rotary_table(model, length)
-        self.fingerprint = fingerprint(model)
+        self.lm_head, self.fingerprint = model.lm_head, fingerprint(model)
 
     @staticmethod
     def rotary_table(model: PreTrainedModel, length: int) -> Tensor:
