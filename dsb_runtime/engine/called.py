@@ -88,9 +88,10 @@ class CalledModel:
         self.model, self.phase, self.max_length = model, phase, sys.maxsize
         self.fingerprint = fingerprint(model)
         self.lm_head = model.lm_head if wrapping(model) is None else None
-        parameters = inspect.signature(type(model.model).forward).parameters
-        # transformers 5.24 renames this argument.
-        self.cache_argument = "cache" if "cache" in parameters else "past_key_values"
+        # transformers 5.24 renames this argument. A subclass may have hidden its name.
+        classes = [c for c in type(model.model).__mro__ if "forward" in vars(c)]
+        named = any("cache" in inspect.signature(c.forward).parameters for c in classes)
+        self.cache_argument = "cache" if named else "past_key_values"
 
     def __call__(self, layout: Layout, cache: KVCache, *, full: bool, padded: bool) -> Tensor:
         """The hidden states (b * k, E) or logits (b * k, V) of the tokens that predict the

@@ -166,7 +166,7 @@ class Engine:
         with self.lock:
             self.thread = threading.get_ident()
             try:
-                with self.on_device():
+                with self.on_device(), as_published(self.model, self.device):
                     return self.decode(config, input_ids, leftpad, generator, on_step)
             finally:
                 self.thread = None
@@ -237,6 +237,24 @@ def config_of(
     if config is not None and settings:
         raise TypeError(f"config and {sorted(settings)[0]}: expected settings in one of the two")
     return defaults_for(model, **settings) if config is None else config
+
+
+@contextlib.contextmanager
+def as_published(model: PreTrainedModel, device: torch.device) -> Iterator[None]:
+    """Inside, the model computes what it was trained to, whatever the caller has set: it is in eval
+    mode, and autocast, the default dtype and the default device are torch's own."""
+    training = [module for module in model.modules() if module.training]
+    dtype = torch.get_default_dtype()
+    try:
+        for module in training:
+            module.training = False
+        torch.set_default_dtype(torch.float32)
+        with torch.autocast(device.type, enabled=False), torch.device("cpu"):
+            yield
+    finally:
+        torch.set_default_dtype(dtype)
+        for module in training:
+            module.training = True
 
 
 class EngineSlot:

@@ -93,7 +93,7 @@ def can_pack(layer: Module) -> bool:
     o_proj, gate, up, down = linears[3:]
     biases = {linear.bias is None for linear in linears[:3]}
     return (
-        wrapping(mlp) is None
+        wrapping(mlp) is wrapping(mlp.act_fn) is None
         and len({(p.weight.dtype, p.weight.device) for p in linears}) == 1
         and len(biases) == 1
         and all(linear.bias is None for linear in (o_proj, gate, up, down))
