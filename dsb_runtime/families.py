@@ -50,6 +50,39 @@ class DiffusionInfo:
     eos_ids: tuple[int, ...]
 
 
+# Classes that hold a model and compute what it computes, and the attribute that has the model.
+HOLDERS = {
+    "OptimizedModule": "_orig_mod", "DistributedDataParallel": "module", "DataParallel": "module",
+}  # fmt: skip
+
+
+def unwrap(model: Any) -> Any:
+    """The transformers model inside torch.compile's, DDP's or PEFT's object, or `model` itself.
+
+    Raises:
+        TypeError: decoding with the model alone would differ from what the object around it does.
+    """
+    while True:
+        names = [c.__name__ for c in type(model).__mro__]
+        holder = next((name for name in names if name in HOLDERS), None)
+        if "FullyShardedDataParallel" in names:
+            raise TypeError(
+                "model=FullyShardedDataParallel: its weights are flat shards; expected a model of "
+                "torch.distributed.fsdp.fully_shard"
+            )
+        if holder is not None:
+            model = getattr(model, HOLDERS[holder])
+        elif "PeftModel" in names:
+            if model.active_peft_config.is_prompt_learning:
+                raise TypeError(
+                    f"model={names[0]}: its adapter ({model.active_peft_config.peft_type.value}) "
+                    "adds prompt tokens; expected one that changes layers, as LoRA"
+                )
+            model = model.get_base_model()
+        else:
+            return model
+
+
 def check_model(model: Any) -> DiffusionInfo:
     """Return the model's family, mask id and EOS ids.
 

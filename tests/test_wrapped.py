@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -180,6 +181,53 @@ def test_a_change_after_the_first_call_is_seen(model: PreTrainedModel, change: s
     else:
         inner.rotary_emb.inv_freq.mul_(3)
     assert decode_alone(model) == whole_canvas(model, PROMPT, 4, 8) != plain
+
+
+# --- objects around a model -------------------------------------------------------------------
+
+
+def test_an_object_that_holds_the_model_decodes_as_the_model(
+    model: PreTrainedModel, tmp_path: Path
+) -> None:
+    expected = dsb.generate(model, PROMPT, **SHAPE).sequences
+    torch.distributed.init_process_group(
+        "gloo", store=torch.distributed.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1
+    )
+    try:
+        holders = [torch.compile(model), nn.DataParallel(model)]
+        holders.append(nn.parallel.DistributedDataParallel(torch.compile(model)))
+    finally:
+        torch.distributed.destroy_process_group()
+    for holder in holders:
+        assert torch.equal(dsb.generate(holder, PROMPT, **SHAPE).sequences, expected)
+        assert torch.equal(dsb.Engine(holder).generate(PROMPT, **SHAPE).sequences, expected)
+        assert dsb.patch(holder) is holder and dsb.unpatch(holder) is holder
+
+
+@pytest.mark.parametrize(
+    "targets", [["q_proj", "v_proj"], ["lm_head"], ["embed_tokens", "up_proj"]]
+)
+def test_lora_of_peft(model: PreTrainedModel, targets: list[str]) -> None:
+    """Not merged, switched off, switched on again, and merged."""
+    peft = pytest.importorskip("peft")
+    plain = decode_alone(model)
+    torch.manual_seed(0)
+    config = peft.LoraConfig(target_modules=targets, init_lora_weights=False, lora_alpha=64)
+    adapted = peft.get_peft_model(model, config)
+    expected = whole_canvas(model, PROMPT, 4, 8)
+    assert decode_alone(adapted) == expected != plain
+    with adapted.disable_adapter():
+        assert decode_alone(adapted) == plain
+    assert decode_alone(adapted) == expected
+    merged = adapted.merge_and_unload()
+    assert decode_alone(merged) == expected
+
+
+def test_an_adapter_of_prompt_tokens_is_refused(model: PreTrainedModel) -> None:
+    peft = pytest.importorskip("peft")
+    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    with golden.refusal("model=PeftModelForCausalLM", "PROMPT_TUNING", kind=TypeError):
+        dsb.generate(peft.get_peft_model(model, config), PROMPT, **SHAPE)
 
 
 def test_the_slower_way_is_named_once(model: PreTrainedModel, caplog: Any) -> None:

@@ -89,8 +89,8 @@ class CalledModel:
         self.fingerprint = fingerprint(model)
         self.lm_head = model.lm_head if wrapping(model) is None else None
         # transformers 5.24 renames this argument. A subclass may have hidden its name.
-        classes = [c for c in type(model.model).__mro__ if "forward" in vars(c)]
-        named = any("cache" in inspect.signature(c.forward).parameters for c in classes)
+        forwards = [vars(c)["forward"] for c in type(model.model).__mro__ if "forward" in vars(c)]
+        named = any("cache" in inspect.signature(forward).parameters for forward in forwards)
         self.cache_argument = "cache" if named else "past_key_values"
 
     def __call__(self, layout: Layout, cache: KVCache, *, full: bool, padded: bool) -> Tensor:
