@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 import dsb_runtime as dsb
 from tests import golden
+from tests.recorded import Recorder
 
 SHAPE = {"gen_length": 16, "block_length": 8}
 PROMPT = torch.tensor([[5, 6, 7]])
@@ -164,6 +165,20 @@ def test_an_adapter_in_place_of_a_linear_layer_is_called(
     plain = decode_alone(model)
     model.set_submodule(place, LoraLinear(model.get_submodule(place)))
     assert decode_alone(model) == whole_canvas(model, PROMPT, 4, 8) != plain
+
+
+def test_steps_that_call_modules_are_not_captured(model: PreTrainedModel) -> None:
+    """A replay would not see that an adapter was switched off."""
+    on = [True]
+    steer = shift_output(1.5)
+    hook = lambda *call: steer(*call) if on[0] else None  # noqa: E731
+    for place in ("lm_head", "model.norm", "model.layers.1.mlp.up_proj", "model.layers.1"):
+        model.get_submodule(place).register_forward_hook(hook)
+        engine = dsb.Engine(model, capture=Recorder())
+        for on[0] in (True, False):
+            expected = dsb.generate(model, PROMPT, **SHAPE).sequences
+            assert torch.equal(engine.generate(PROMPT, **SHAPE).sequences, expected)
+        model.get_submodule(place)._forward_hooks.clear()
 
 
 @pytest.mark.parametrize("change", ["norm", "final norm", "embedding", "rotary"])

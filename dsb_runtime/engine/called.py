@@ -86,7 +86,7 @@ class CalledModel:
 
     def __init__(self, model: PreTrainedModel, phase: Phase = no_phase) -> None:
         self.model, self.phase, self.max_length = model, phase, sys.maxsize
-        self.fingerprint = fingerprint(model)
+        self.fingerprint, self.replayable = fingerprint(model), False
         self.lm_head = model.lm_head if wrapping(model) is None else None
         # transformers 5.24 renames this argument. A subclass may have hidden its name.
         forwards = [vars(c)["forward"] for c in type(model.model).__mro__ if "forward" in vars(c)]

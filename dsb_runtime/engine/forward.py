@@ -26,7 +26,15 @@ from dsb_kernels._op import unchecked
 from dsb_kernels.place import Layout
 from dsb_runtime.engine.attention import dsb_attention
 from dsb_runtime.engine.cache import KVCache
-from dsb_runtime.engine.layers import fingerprint, layers_of, norm_of
+from dsb_runtime.engine.layers import (
+    PackedLayer,
+    fingerprint,
+    is_plain_linear,
+    layers_of,
+    norm_of,
+    wrapping,
+)
+from dsb_runtime.engine.parallel import is_tensor_parallel
 
 rope_write_kv = unchecked(rope_kv.rope_write_kv)
 window_attention = unchecked(attention.window_attention)
@@ -55,6 +63,12 @@ class Backbone:
         self.norms = [layer.input_norm for layer in self.layers[1:]] + [norm_of(model.model.norm)]
         self.cos_sin = self.rotary_table(model, length)
         self.lm_head, self.fingerprint = model.lm_head, fingerprint(model)
+        # A replay of a captured step calls no module: what a hook or an adapter decides anew in
+        # each call would be lost. The modules of tensor parallelism decide nothing.
+        called = (model.model.embed_tokens, model.model.norm)
+        plain = all(wrapping(m) is None for m in called) and is_plain_linear(model.lm_head)
+        packed = all(isinstance(layer, PackedLayer) for layer in self.layers)
+        self.replayable = (plain and packed) or is_tensor_parallel(model)
 
     @staticmethod
     def rotary_table(model: PreTrainedModel, length: int) -> Tensor:

@@ -212,7 +212,8 @@ class Loop:
         if session is None:
             cache = KVCache.over(storage, shape, batch, length, num_layers)
             step = Step(backbone, info, cache, state, spec, config, padded)
-            session = Session(step, captured=self.capture is not None)
+            captured = self.capture is not None and backbone.replayable
+            session = Session(step, captured)
         else:
             for buffer, value in zip(session.state, state, strict=True):
                 buffer.copy_(value)
@@ -238,7 +239,7 @@ class Loop:
                 else:
                     session.step(shape)
                 launched = Launched(shape, HostCopy(session.state.table))
-            if self.capture is not None and replay is None:
+            if self.capture is not None and session.captured and replay is None:
                 # The run above was a step of the decoding, and has compiled all kernels. The
                 # capture records the same launches without running them.
                 session.replays[shape] = self.capture(lambda: session.step(shape))
