@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, pipeline
 
 import dsb_runtime as dsb
+from dsb_runtime.demo import MODEL_DIR
 from tests import golden
 from tests.recorded import Recorder
 
@@ -253,6 +254,53 @@ def test_the_slower_way_is_named_once(model: PreTrainedModel, caplog: Any) -> No
     for _ in range(2):
         dsb.generate(model, PROMPT, **SHAPE)
     assert caplog.text.count("model.model.layers[1] has a forward hook") == 1
+
+
+# --- transformers' own doors ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", golden.FAMILIES)
+def test_plain_generate_never_decodes_token_by_token(family: str) -> None:
+    model = golden.model(family)
+    expected = dsb.generate(model, PROMPT, **SHAPE).sequences
+    auto = AutoModelForCausalLM.from_pretrained(golden.DATA / family, dtype="float32")
+    assert torch.equal(auto.generate(PROMPT, max_new_tokens=16, block_length=8), expected)
+    causal = type(model)(model.config)
+    prepare = causal.prepare_inputs_for_generation
+    for refusing in (model, copy.deepcopy(model), dsb.patch(causal)):
+        with golden.refusal("custom_generate=dsb_runtime.custom_generate", kind=TypeError):
+            refusing.generate(PROMPT, max_new_tokens=16)
+    assert dsb.unpatch(causal).prepare_inputs_for_generation == prepare
+
+
+def test_a_pipeline_decodes_as_generate_does() -> None:
+    auto = AutoModelForCausalLM.from_pretrained(MODEL_DIR)
+    tokenizer = AutoTokenizer.from_pretrained(MODEL_DIR)
+    pipe = pipeline("text-generation", model=auto, tokenizer=tokenizer)
+    chat = [{"role": "user", "content": "3 + 4 = ?"}]
+    answer = pipe(chat, max_new_tokens=16, do_sample=False)[0]["generated_text"][-1]["content"]
+    ids = tokenizer.apply_chat_template(
+        chat, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )["input_ids"]
+    out = dsb.generate(auto, ids, gen_length=16).sequences[0, ids.shape[1] :]
+    assert answer == tokenizer.decode(out, skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("way", ["load_model", "auto", "patch"])
+def test_labels_are_compared_with_the_logits_that_predict_them(way: str) -> None:
+    """The masked positions' own loss, where a causal model's would be 12.600."""
+    model = copy.deepcopy(golden.model("llada"))
+    if way == "auto":
+        model = AutoModelForCausalLM.from_pretrained(golden.DATA / "llada", dtype="float32")
+    elif way == "patch":
+        causal = type(model)(model.config)
+        causal.load_state_dict(model.state_dict())
+        model = dsb.patch(causal)
+    ids = torch.tensor([[5, 6, 7, 8, 9, 10]])
+    hidden = torch.tensor([[False, False, False, True, True, False]])
+    labels = ids.masked_fill(~hidden, -100)
+    loss = model(ids.masked_fill(hidden, model.dsb.mask_id), labels=labels).loss
+    assert loss.item() == pytest.approx(15.850, abs=5e-4)
 
 
 # --- the caller's modes -----------------------------------------------------------------------

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from dsb_runtime.engine.engine import ENGINE, generate
 from dsb_runtime.engine.layers import layers_of
 from dsb_runtime.families import FAMILIES, DiffusionInfo, unwrap
-from dsb_runtime.models.load import special_id
+from dsb_runtime.models.load import diffusion_attributes, special_id
 
 # Each model class and the family that its logits follow. Where that is None, the caller has to
 # name a family. All these classes have Llama's modules.
@@ -97,7 +97,8 @@ def patch(
     before = config._attn_implementation
     model.set_attn_implementation("dsb")
     layers_of(model.model)  # q, k, v and gate, up into one storage each
-    set_attribute(model, "dsb", DiffusionInfo(FAMILIES[name], mask, ends), replaced)
+    for attribute, value in diffusion_attributes(DiffusionInfo(FAMILIES[name], mask, ends)).items():
+        set_attribute(model, attribute, value, replaced)
     set_attribute(model, "dsb_generate", functools.partial(generate, model), replaced)
     set_attribute(model, "_dsb_replaced", (before, replaced), replaced)
     return given

@@ -266,6 +266,29 @@ def diffusion_info(
     return DiffusionInfo(family, mask, ends)
 
 
+def prepare_inputs_for_generation(
+    input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs: Any
+) -> dict[str, Any]:
+    """What transformers' own decoding calls before each token.
+
+    Raises:
+        TypeError: always, since such a decoding is left to right, which the model is not.
+    """
+    raise TypeError(
+        "generate(): it decodes token by token, as a causal model; expected "
+        "generate(..., custom_generate=dsb_runtime.custom_generate)"
+    )
+
+
+def diffusion_attributes(info: DiffusionInfo) -> dict[str, Any]:
+    """The attributes that make a causal model of transformers a diffusion model."""
+    # The loss compares each label with the logits that predict it: those of the position before
+    # for a family that shifts, as for a causal model, and otherwise those of its own position.
+    loss = "ForCausalLM" if info.family.shift else "ForMaskedLM"
+    prepare = prepare_inputs_for_generation
+    return {"dsb": info, "loss_type": loss, "prepare_inputs_for_generation": prepare}
+
+
 def read_model(
     model_class: type[PreTrainedModel],
     from_pretrained: Callable[..., tuple[PreTrainedModel, dict[str, Any]]],
@@ -299,7 +322,7 @@ def read_model(
             f"{folder}: config.json ties the embeddings, but the checkpoint's output weights "
             "differ from them"
         )
-    vars(model)["dsb"] = info
+    vars(model).update(diffusion_attributes(info))
     # A copy that is saved gets the names that the model has now, and its config names the family.
     vars(model)["_weight_conversions"] = None
     model.config.mask_token_id, model.config.dsb_family = info.mask_id, info.family.name
