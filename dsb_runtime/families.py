@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from transformers import LlamaConfig, PretrainedConfig, Qwen2Config
 
 RawConfig = Mapping[str, Any]
@@ -81,6 +82,14 @@ def unwrap(model: Any) -> Any:
             model = model.get_base_model()
         else:
             return model
+
+
+def device_of(model: Any) -> torch.device:
+    """The device on which the model's embedding runs, and so where its inputs belong. accelerate's
+    hooks may keep the weight itself elsewhere (on the CPU, on the disk) between two calls."""
+    embedding = model.get_input_embeddings()
+    placed = getattr(getattr(embedding, "_hf_hook", None), "execution_device", None)
+    return embedding.weight.device if placed is None else torch.device(placed)
 
 
 def check_model(model: Any) -> DiffusionInfo:

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from dsb_runtime.engine.parallel import is_tensor_parallel
+from dsb_runtime.families import device_of
 
 
 @dataclass(frozen=True)
@@ -36,13 +37,14 @@ class CacheShape:
 
 
 def cache_shape_of(model: PreTrainedModel) -> CacheShape:
-    embedding: Any = model.get_input_embeddings()
     attn = model.model.layers[0].self_attn
-    heads, weight = model.config.num_key_value_heads, embedding.weight
+    heads = model.config.num_key_value_heads
     if is_tensor_parallel(model):
         heads = attn.k_proj.weight.to_local().shape[0] // attn.head_dim
     layers = model.config.num_hidden_layers
-    return CacheShape(layers, heads, attn.head_dim, weight.dtype, weight.device)
+    embedding: Any = model.get_input_embeddings()
+    dtype = embedding.weight.dtype
+    return CacheShape(layers, heads, attn.head_dim, dtype, device_of(model))
 
 
 def allocate(shape: CacheShape, batch: int, length: int) -> Tensor:

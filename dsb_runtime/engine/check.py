@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dsb_runtime.config import DecodingConfig
-from dsb_runtime.families import DiffusionInfo, check_model
+from dsb_runtime.families import DiffusionInfo, check_model, device_of
 
 
 def check_inputs(
@@ -52,7 +52,7 @@ def check_prompt(model: Any, input_ids: Any, config: DecodingConfig) -> None:
             f"input_ids has shape {tuple(input_ids.shape)}: an empty prompt; "
             "expected at least one row and one token"
         )
-    device = model.get_input_embeddings().weight.device
+    device = device_of(model)
     if input_ids.device != device:
         raise ValueError(f"input_ids is on {input_ids.device}: expected the model's {device}")
     vocab = model.config.vocab_size

@@ -25,7 +25,7 @@ from dsb_runtime.engine.forward import Phase, no_phase
 from dsb_runtime.engine.graphs import Capture, CudaGraphs
 from dsb_runtime.engine.loop import Loop, StepDone
 from dsb_runtime.engine.parallel import agree, is_tensor_parallel
-from dsb_runtime.families import check_model, unwrap
+from dsb_runtime.families import check_model, device_of, unwrap
 
 ENGINE = "_dsb_engine"  # where a model keeps the engine that `generate` made for it
 PROMPT_MULTIPLE = 64  # where steps are captured, prompts are left-padded to a multiple of this
@@ -276,10 +276,6 @@ class EngineSlot:
 
     def __getstate__(self) -> dict[str, Any]:
         return {}
-
-
-def device_of(model: PreTrainedModel) -> torch.device:
-    return cast(torch.nn.Embedding, model.get_input_embeddings()).weight.device
 
 
 def engine_of(model: PreTrainedModel) -> Engine:
