@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import pytest
 import torch
 from torch import Tensor, nn
@@ -239,6 +240,26 @@ def test_lora_of_peft(model: PreTrainedModel, targets: list[str]) -> None:
     assert decode_alone(merged) == expected
 
 
+def test_a_model_quantised_by_torch(model: PreTrainedModel) -> None:
+    """Its layers choose one scale for all tokens of a call: other tokens change the result."""
+    quantised = torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
+    assert decode_alone(quantised) == whole_canvas(quantised, PROMPT, 4, 8)
+
+
+@pytest.mark.parametrize("where", ["cpu", "disk"])
+def test_a_model_that_accelerate_offloads(where: str, tmp_path: Path) -> None:
+    expected = dsb.generate(golden.model("llada"), PROMPT, **SHAPE).sequences
+    if where == "cpu":
+        model = accelerate.cpu_offload(copy.deepcopy(golden.model("llada")), torch.device("cpu"))
+    else:
+        parts = ("embed_tokens", "layers.0", "layers.2", "norm", "rotary_emb")
+        device_map = {"lm_head": "cpu", "model.layers.1": "disk"}
+        device_map |= {f"model.{part}": "cpu" for part in parts}
+        model = dsb.load_model(golden.DATA / "llada", dtype="float32", device_map=device_map)
+    assert any(p.is_meta for p in model.parameters())
+    assert torch.equal(dsb.generate(model, PROMPT, **SHAPE).sequences, expected)
+
+
 def test_an_adapter_of_prompt_tokens_is_refused(model: PreTrainedModel) -> None:
     peft = pytest.importorskip("peft")
     config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
@@ -253,7 +274,7 @@ def test_the_slower_way_is_named_once(model: PreTrainedModel, caplog: Any) -> No
     model.model.layers[1].register_forward_hook(lambda *_: None)
     for _ in range(2):
         dsb.generate(model, PROMPT, **SHAPE)
-    assert caplog.text.count("model.model.layers[1] has a forward hook") == 1
+    assert caplog.text.count("model.layers.1 has a forward hook") == 1
 
 
 # --- transformers' own doors ------------------------------------------------------------------

@@ -10,8 +10,8 @@ is slower: it runs no kernel of ours but the one that writes K and V.
 from __future__ import annotations
 
 import inspect
+import re
 import sys
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -23,25 +23,27 @@ from dsb_kernels.rope_kv import rope_write_kv
 from dsb_runtime.engine.cache import KVCache
 from dsb_runtime.engine.forward import Phase, no_phase
 from dsb_runtime.engine.layers import fingerprint, wrapping
+from dsb_runtime.engine.parallel import is_tensor_parallel
+
+# Packages whose modules compute each token by itself, as a linear layer does.
+TOKEN_BY_TOKEN = ("peft.", "bitsandbytes.")
 
 
-def containers(model: Any) -> Iterator[tuple[str, Any]]:
-    """The modules of a decoder that `engine.forward` never calls, and their names."""
-    yield "model", model
-    yield "model.model", model.model
-    yield "model.model.rotary_emb", model.model.rotary_emb
-    for i, layer in enumerate(model.model.layers):
-        yield f"model.model.layers[{i}]", layer
-        yield f"model.model.layers[{i}].self_attn", layer.self_attn
+def wrapped_module(model: Any) -> str | None:
+    """The name of the first module whose wrapping `engine.forward` might lose, and what is wrapped
+    around it; None if there is none.
 
-
-def wrapped_container(model: PreTrainedModel) -> str | None:
-    """The first module whose wrapping `engine.forward` would lose, and what is wrapped around it;
-    None if there is none."""
-    for name, module in containers(model):
+    `engine.forward` runs a layer's parts by themselves, and the last layer and the LM head for some
+    tokens only. So it keeps the hooks of tensor parallelism, and the modules of `TOKEN_BY_TOKEN`.
+    """
+    inner = r"layers\.\d+|layers\.\d+\.self_attn|rotary_emb"
+    containers = re.compile(rf"(model(\.({inner}))?)?")
+    for name, module in model.named_modules():
         what = wrapping(module)
-        if what is not None:
-            return f"{name} {what}"
+        if what is None or type(module).__module__.startswith(TOKEN_BY_TOKEN):
+            continue
+        if not is_tensor_parallel(model) or containers.fullmatch(name):
+            return f"{name or 'model'} {what}"
     return None
 
 
@@ -78,24 +80,23 @@ class WindowCache(Cache):
 
 
 class CalledModel:
-    """A model that is called as a whole. It takes the place of a `Backbone`.
+    """A model that is called as a whole. It takes the place of a `Backbone`; its results are
+    logits."""
 
-    If something is wrapped around the model itself, its logits are the result, and `lm_head` is
-    None. Otherwise the result is its hidden states.
-    """
+    lm_head = None
+    max_length = sys.maxsize
+    replayable = False  # a replay of a captured step would call no hook
 
     def __init__(self, model: PreTrainedModel, phase: Phase = no_phase) -> None:
-        self.model, self.phase, self.max_length = model, phase, sys.maxsize
-        self.fingerprint, self.replayable = fingerprint(model), False
-        self.lm_head = model.lm_head if wrapping(model) is None else None
+        self.model, self.phase, self.fingerprint = model, phase, fingerprint(model)
         # transformers 5.24 renames this argument. A subclass may have hidden its name.
         forwards = [vars(c)["forward"] for c in type(model.model).__mro__ if "forward" in vars(c)]
         named = any("cache" in inspect.signature(forward).parameters for forward in forwards)
         self.cache_argument = "cache" if named else "past_key_values"
 
     def __call__(self, layout: Layout, cache: KVCache, *, full: bool, padded: bool) -> Tensor:
-        """The hidden states (b * k, E) or logits (b * k, V) of the tokens that predict the
-        candidates. The arguments are those of a `Backbone`."""
+        """The logits (b * k, V) of the tokens that predict the candidates. The arguments are those
+        of a `Backbone`."""
         b, width = layout.input_ids.shape
         rows = layout.rows if b < cache.batch and not cache.scratch else None
         length = cache.keys[0].shape[2]
@@ -110,9 +111,7 @@ class CalledModel:
             "use_cache": True,
         }
         with self.phase("model"):
-            if self.lm_head is not None:
-                hidden = self.model.model(**inputs)[0]
-                return hidden.flatten(0, 1).index_select(0, layout.source_index)
-            if b == 1:  # the model computes no other logits than these
+            # With one row, a plain head computes no other logits than these.
+            if b == 1 and wrapping(self.model.lm_head) is None:
                 return self.model(**inputs, logits_to_keep=layout.source_index)[0][0]
             return self.model(**inputs)[0].flatten(0, 1).index_select(0, layout.source_index)

@@ -2,10 +2,9 @@
 
 `PackedLayer` serves plain linear layers. One op computes q, k and v, another gate and up with their
 SiLU, and the op that projects back to the hidden size also adds the residual and computes the next
-norm. A model whose linear layers, MLPs or norms are anything else (DTensors of tensor parallelism,
-quantised or adapted layers, hooks on them) runs module by module in `ModuleLayer`. In both classes,
-`finish` and `mlp` return the residual and its next norm, or None if that norm has yet to be
-computed. `wrapping` says what is not plain.
+norm. A model whose linear layers are others (DTensors of tensor parallelism, quantised or adapted
+ones) runs module by module in `ModuleLayer`. In both classes, `finish` and `mlp` return the
+residual and its next norm, or None if that norm has yet to be computed.
 
 Shapes: b rows of W tokens each, N = b * W, E hidden size, H query heads, H_kv KV heads, D head
 dimension. In the last layer `finish` and `mlp` get fewer tokens (`engine.forward`).

@@ -31,7 +31,7 @@ from dsb_runtime.engine.cache import (
     is_out_of_memory,
     step_message,
 )
-from dsb_runtime.engine.called import CalledModel, wrapped_container
+from dsb_runtime.engine.called import CalledModel, wrapped_module
 from dsb_runtime.engine.forward import Backbone, Phase, no_phase
 from dsb_runtime.engine.graphs import Capture, HostCopy, row_class, width_class
 from dsb_runtime.engine.layers import fingerprint
@@ -183,7 +183,7 @@ class Loop:
         return self.backbone, self.storage
 
     def new_backbone(self, length: int) -> Backbone | CalledModel:
-        wrapped = wrapped_container(self.model)
+        wrapped = wrapped_module(self.model)
         if wrapped is None:
             return Backbone(self.model, length, self.phase)
         logger.warning_once(
