@@ -5,11 +5,11 @@ and Dream with its Auto classes.
 """
 
 from dsb_runtime.config import DecodingConfig
+from dsb_runtime.doors import auto
 from dsb_runtime.doors.hf_generate import custom_generate
 from dsb_runtime.doors.patch import patch, unpatch
 from dsb_runtime.engine import attention
 from dsb_runtime.engine.engine import Engine, GenerationOutput, StepEvent, generate
-from dsb_runtime.models import auto
 from dsb_runtime.models.load import load_model, load_tokenizer
 
 __all__ = [

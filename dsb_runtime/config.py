@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from numbers import Integral, Real
 from typing import Any, TypeVar
 
 from dsb_kernels.rows import CACHES, REFRESH_COMMITS, SCHEDULES
@@ -17,6 +18,7 @@ from dsb_kernels.rules import RULES, Rule
 from dsb_kernels.score import CONFIDENCES
 
 DEFAULT_FULL_EVERY = 4
+MAX_INT = 2**31 - 1  # a row's state on the device is int32
 
 DEFAULT_RULE = next(rule for rule in RULES.values() if rule.default is not None)
 
@@ -30,10 +32,14 @@ T = TypeVar("T")
 
 
 def check_int(name: str, value: Any, low: int, high: int | None = None, why: str = "") -> None:
-    """Raise unless `value` is an int in [low, high]; the message names what is accepted."""
+    """Raise unless `value` is an int in [low, high] (numpy's are ints too); the message names what
+    is accepted. Without `high` the bound is `MAX_INT`, which is named only where it matters."""
     accepted = f"an int >= {low}" if high is None else f"an int from {low} to {high}"
-    if isinstance(value, bool) or not isinstance(value, int):
+    if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name}={value!r}: expected {accepted}")
+    value = int(value)
+    if value > MAX_INT and high is None:
+        raise ValueError(f"{name}={value!r}: expected an int from {low} to {MAX_INT}")
     if value < low or (high is not None and value > high):
         raise ValueError(f"{name}={value!r}: expected {accepted}{why}")
 
@@ -41,10 +47,11 @@ def check_int(name: str, value: Any, low: int, high: int | None = None, why: str
 def check_real(name: str, value: Any, low: float, high: float, *, open_low: bool = False) -> None:
     """Raise unless `value` is a finite number in [low, high] (or (low, high])."""
     accepted = f"a number in {'(' if open_low else '['}{low:g}, {high:g}]"
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name}={value!r}: expected {accepted}")
-    below = value <= low if open_low else value < low
-    if below or value > high or not math.isfinite(value):
+    number: Any = value
+    below = number <= low if open_low else number < low
+    if below or number > high or not math.isfinite(number):
         raise ValueError(f"{name}={value!r}: expected {accepted}")
 
 
@@ -207,7 +214,10 @@ class DecodingConfig:
 
     def __post_init__(self) -> None:
         for name, entry in settings().items():
-            entry.check(name, getattr(self, name), self)
+            value = getattr(self, name)
+            entry.check(name, value, self)
+            if value is not None and entry.kind in (int, float):  # a number of numpy, for instance
+                object.__setattr__(self, name, entry.kind(value))
         names = rule_names()
         named = [f"{n}={getattr(self, n)!r}" for n in names if getattr(self, n) is not None]
         if len(named) > 1:

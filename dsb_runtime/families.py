@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from transformers import LlamaConfig, PretrainedConfig, Qwen2Config
 
 RawConfig = Mapping[str, Any]
@@ -48,6 +49,47 @@ class DiffusionInfo:
     family: Family
     mask_id: int
     eos_ids: tuple[int, ...]
+
+
+# Classes that hold a model and compute what it computes, and the attribute that has the model.
+HOLDERS = {
+    "OptimizedModule": "_orig_mod", "DistributedDataParallel": "module", "DataParallel": "module",
+}  # fmt: skip
+
+
+def unwrap(model: Any) -> Any:
+    """The transformers model inside torch.compile's, DDP's or PEFT's object, or `model` itself.
+
+    Raises:
+        TypeError: decoding with the model alone would differ from what the object around it does.
+    """
+    while True:
+        names = [c.__name__ for c in type(model).__mro__]
+        holder = next((name for name in names if name in HOLDERS), None)
+        if "FullyShardedDataParallel" in names:
+            raise TypeError(
+                "model=FullyShardedDataParallel: its weights are flat shards; expected a model of "
+                "torch.distributed.fsdp.fully_shard"
+            )
+        if holder is not None:
+            model = getattr(model, HOLDERS[holder])
+        elif "PeftModel" in names:
+            if model.active_peft_config.is_prompt_learning:
+                raise TypeError(
+                    f"model={names[0]}: its adapter ({model.active_peft_config.peft_type.value}) "
+                    "adds prompt tokens; expected one that changes layers, as LoRA"
+                )
+            model = model.get_base_model()
+        else:
+            return model
+
+
+def device_of(model: Any) -> torch.device:
+    """The device on which the model's embedding runs, and so where its inputs belong. accelerate's
+    hooks may keep the weight itself elsewhere (on the CPU, on the disk) between two calls."""
+    embedding = model.get_input_embeddings()
+    placed = getattr(getattr(embedding, "_hf_hook", None), "execution_device", None)
+    return embedding.weight.device if placed is None else torch.device(placed)
 
 
 def check_model(model: Any) -> DiffusionInfo:

@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import PreTrainedModel
@@ -49,6 +50,9 @@ def refused(
 
 WRONG_VALUES = [
     ({"gen_length": 0}, "gen_length=0: expected an int >= 1"),
+    ({"gen_length": 10**20}, f"gen_length={10**20}: expected an int from 1 to 2147483647"),
+    ({"max_block_length": 2**63 - 1}, "expected an int from 8 to 2147483647"),
+    ({"full_refresh_every": 2**31, "refresh_policy": "response"}, "an int from 2 to 2147483647"),
     ({"block_length": 0}, "block_length=0: expected an int from 1 to 16"),
     ({"block_length": 17}, "block_length=17: expected an int from 1 to 16 (at most gen_length)"),
     ({"max_block_length": 7}, "max_block_length=7: expected an int >= 8 (at least block_length)"),
@@ -96,8 +100,16 @@ def test_values_of_settings(settings, said):
         dsb.DecodingConfig(**{**SHAPE, **settings})
 
 
+def test_numbers_of_numpy_are_numbers():
+    config = dsb.DecodingConfig(
+        gen_length=np.int64(16), block_length=np.uint8(8), factor=np.float32(1)
+    )
+    assert config == dsb.DecodingConfig(gen_length=16, block_length=8, factor=1.0)
+    assert (type(config.gen_length), type(config.factor)) == (int, float)
+
+
 @pytest.mark.parametrize("name", [*INTS, *REALS, "stop_at_eos"])
-@pytest.mark.parametrize("value", [True, 8.0, "8", [8], 1j])
+@pytest.mark.parametrize("value", [True, 8.0, "8", [8], 1j, np.float64(8)])
 def test_types_of_settings(name, value):
     right = {"stop_at_eos": (bool,), **dict.fromkeys(REALS, (float,))}.get(name, ())
     if isinstance(value, right) and not (name in REALS and isinstance(value, bool)):
@@ -140,7 +152,9 @@ def test_settings_that_depend_on_the_model():
 # --- prompts ----------------------------------------------------------------------------------
 
 WRONG_PROMPTS = [
-    ([[5, 6]], TypeError, ("input_ids=list: expected an integer tensor",)),
+    ([[5, 6]], TypeError, ("input_ids=list: expected an integer tensor", "torch.tensor([ids])")),
+    ({"input_ids": PROMPT}, TypeError, ("input_ids=dict: expected", "inputs['input_ids']")),
+    (PROMPT[0], ValueError, ("input_ids has shape (4,)", "input_ids[None]")),
     (None, TypeError, ("input_ids=NoneType",)),
     (PROMPT.float(), TypeError, ("torch.float32", "expected torch.int64 or int32")),
     (PROMPT.bool(), TypeError, ("torch.bool",)),

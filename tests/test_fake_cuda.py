@@ -21,7 +21,7 @@ import dsb_runtime as dsb
 from dsb_kernels import score
 from dsb_kernels.linear import MAX_TOKENS
 from dsb_kernels.rows import Column, StepKind
-from dsb_runtime.engine import layers
+from dsb_runtime.engine import layers, sampling
 from dsb_runtime.engine.graphs import HostCopy
 from dsb_runtime.engine.loop import Session
 from dsb_runtime.engine.step import StepShape
@@ -42,6 +42,8 @@ def gpu(monkeypatch) -> Iterator[FakeCuda]:
     monkeypatch.delenv("DSB_BACKEND", raising=False)
     for family in golden.FAMILIES:
         golden.model(family)  # read before anything is fake
+    # The type of a fake Parameter is FakeTensor, so that no head would be plain.
+    monkeypatch.setattr(sampling, "is_plain_linear", lambda module: True)
     with fake_cuda() as fake:
         yield fake
 

@@ -12,8 +12,8 @@ from transformers import PreTrainedModel
 
 from dsb_runtime.engine.engine import ENGINE, generate
 from dsb_runtime.engine.layers import layers_of
-from dsb_runtime.families import FAMILIES, DiffusionInfo
-from dsb_runtime.models.load import special_id
+from dsb_runtime.families import FAMILIES, DiffusionInfo, unwrap
+from dsb_runtime.models.load import diffusion_attributes, special_id
 
 # Each model class and the family that its logits follow. Where that is None, the caller has to
 # name a family. All these classes have Llama's modules.
@@ -73,11 +73,12 @@ def patch(
         TypeError: a model that cannot be patched; the message says why, and what is supported.
         ValueError: an argument that is not accepted.
     """
+    given, model = model, unwrap(model)
     why = refusal(model)
     if why is not None:
         raise TypeError(f"patch: {why}; supported are {', '.join(SUPPORTED)} with full attention")
     if hasattr(model, "_dsb_replaced"):
-        return model
+        return given
     kind = supported_class(model)
     name = family or SUPPORTED[str(kind)]
     if name not in FAMILIES:
@@ -96,16 +97,18 @@ def patch(
     before = config._attn_implementation
     model.set_attn_implementation("dsb")
     layers_of(model.model)  # q, k, v and gate, up into one storage each
-    set_attribute(model, "dsb", DiffusionInfo(FAMILIES[name], mask, ends), replaced)
+    for attribute, value in diffusion_attributes(DiffusionInfo(FAMILIES[name], mask, ends)).items():
+        set_attribute(model, attribute, value, replaced)
     set_attribute(model, "dsb_generate", functools.partial(generate, model), replaced)
     set_attribute(model, "_dsb_replaced", (before, replaced), replaced)
-    return model
+    return given
 
 
 def unpatch(model: PreTrainedModel) -> PreTrainedModel:
     """Put back every attribute that `patch` set; a model that is not patched stays as it is."""
+    given, model = model, unwrap(model)
     if not hasattr(model, "_dsb_replaced"):
-        return model
+        return given
     before, replaced = vars(model)["_dsb_replaced"]
     vars(model).pop(ENGINE, None)
     model.set_attn_implementation(before)
@@ -114,4 +117,4 @@ def unpatch(model: PreTrainedModel) -> PreTrainedModel:
             delattr(target, name)
         else:
             setattr(target, name, value)
-    return model
+    return given

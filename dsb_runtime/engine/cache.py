@@ -12,8 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
+
+from dsb_runtime.engine.parallel import is_tensor_parallel
+from dsb_runtime.families import device_of
 
 
 @dataclass(frozen=True)
@@ -35,14 +37,14 @@ class CacheShape:
 
 
 def cache_shape_of(model: PreTrainedModel) -> CacheShape:
-    embedding: Any = model.get_input_embeddings()
     attn = model.model.layers[0].self_attn
-    heads, weight = model.config.num_key_value_heads, getattr(attn.k_proj, "weight", None)
-    if isinstance(weight, DTensor):
-        heads = weight.to_local().shape[0] // attn.head_dim
+    heads = model.config.num_key_value_heads
+    if is_tensor_parallel(model):
+        heads = attn.k_proj.weight.to_local().shape[0] // attn.head_dim
     layers = model.config.num_hidden_layers
-    weight = embedding.weight
-    return CacheShape(layers, heads, attn.head_dim, weight.dtype, weight.device)
+    embedding: Any = model.get_input_embeddings()
+    dtype = embedding.weight.dtype
+    return CacheShape(layers, heads, attn.head_dim, dtype, device_of(model))
 
 
 def allocate(shape: CacheShape, batch: int, length: int) -> Tensor:

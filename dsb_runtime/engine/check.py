@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from dsb_runtime.config import DecodingConfig
-from dsb_runtime.families import DiffusionInfo, check_model
+from dsb_runtime.families import DiffusionInfo, check_model, device_of
 
 
 def check_inputs(
@@ -33,17 +34,25 @@ def check_prompt(model: Any, input_ids: Any, config: DecodingConfig) -> None:
     """Check that prompts are (B, P) integers of the vocabulary on the model's device, that they are
     not empty, and that the model has enough positions for prompt and response."""
     if not isinstance(input_ids, Tensor):
-        raise TypeError(f"input_ids={type(input_ids).__name__}: expected an integer tensor (B, P)")
+        hint = ""
+        if isinstance(input_ids, Mapping):
+            hint = ", which is inputs['input_ids']; attention_mask is an argument of its own"
+        elif isinstance(input_ids, list):
+            hint = ", as torch.tensor([ids])"
+        raise TypeError(
+            f"input_ids={type(input_ids).__name__}: expected an integer tensor (B, P){hint}"
+        )
     if input_ids.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"input_ids has dtype {input_ids.dtype}: expected torch.int64 or int32")
     if input_ids.ndim != 2:
-        raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}: expected (B, P)")
+        hint = ", as input_ids[None]" if input_ids.ndim == 1 else ""
+        raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}: expected (B, P){hint}")
     if 0 in input_ids.shape:
         raise ValueError(
             f"input_ids has shape {tuple(input_ids.shape)}: an empty prompt; "
             "expected at least one row and one token"
         )
-    device = model.get_input_embeddings().weight.device
+    device = device_of(model)
     if input_ids.device != device:
         raise ValueError(f"input_ids is on {input_ids.device}: expected the model's {device}")
     vocab = model.config.vocab_size

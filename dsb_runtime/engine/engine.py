@@ -24,8 +24,8 @@ from dsb_runtime.engine.check import check_inputs
 from dsb_runtime.engine.forward import Phase, no_phase
 from dsb_runtime.engine.graphs import Capture, CudaGraphs
 from dsb_runtime.engine.loop import Loop, StepDone
-from dsb_runtime.engine.parallel import agree, is_sharded
-from dsb_runtime.families import check_model
+from dsb_runtime.engine.parallel import agree, is_tensor_parallel
+from dsb_runtime.families import check_model, device_of, unwrap
 
 ENGINE = "_dsb_engine"  # where a model keeps the engine that `generate` made for it
 PROMPT_MULTIPLE = 64  # where steps are captured, prompts are left-padded to a multiple of this
@@ -44,8 +44,10 @@ class GenerationOutput:
 
 @dataclass
 class StepEvent:
-    """One step, after its commit. `on_step` is called with it. The next step writes into the
-    canvas: copy it if you need it after the call."""
+    """One step, after its commit. `on_step` is called with it. Its tensors are copies, which the
+    caller may keep and change. A confidence is the number by which candidates were ranked: for
+    Dream, whose published code ranks so, it follows temperature, top_p and top_k; for LLaDA it does
+    not."""
 
     index: int  # how many steps came before this one
     kind: str  # "refresh" (every position), "response" (without the prompt) or "window"
@@ -95,6 +97,7 @@ class Engine:
         phase: Phase = no_phase,
         observer: Phase = no_phase,
     ) -> None:
+        model = unwrap(model)
         check_model(model)
         self.model, self.device = model, device_of(model)
         on_gpu = self.device.type == "cuda"
@@ -110,8 +113,16 @@ class Engine:
         self.stream: torch.cuda.Stream | None = None  # the stream of the last call
 
     def release(self) -> None:
-        """Give back the cache and every captured step; the next call makes them anew."""
-        self.loop.release()
+        """Give back the cache and every captured step; the next call makes them anew. If another
+        thread is inside a call, this waits for its end.
+
+        Raises:
+            RuntimeError: an `on_step` of this engine calls it.
+        """
+        if self.in_call():
+            raise RuntimeError("Engine.release: called by its own on_step; expected a later call")
+        with self.lock:
+            self.loop.release()
 
     def in_call(self) -> bool:
         """Whether this thread is inside a call (another one waits for its turn)."""
@@ -166,7 +177,7 @@ class Engine:
         with self.lock:
             self.thread = threading.get_ident()
             try:
-                with self.on_device():
+                with self.on_device(), as_published(self.model, self.device):
                     return self.decode(config, input_ids, leftpad, generator, on_step)
             finally:
                 self.thread = None
@@ -192,7 +203,7 @@ class Engine:
             source = "cpu" if generator is None else generator.device
             seed = torch.randint(2**62, (), dtype=torch.int64, generator=generator, device=source)
             seed = seed.to(input_ids.device)
-            if is_sharded(self.model.lm_head):
+            if is_tensor_parallel(self.model):
                 agree(self.model.lm_head, seed)
             state.seed.copy_(seed)
         commits: list[int] = []
@@ -209,7 +220,7 @@ class Engine:
                 event = StepEvent(
                     index=len(commits) - 1, kind=done.shape.kind.label, rows=done.rows,
                     before=[(row.start, row.end, row.prefix) for row in before],
-                    canvas=state.canvas, position=position, commit=state.commit.clone(),
+                    canvas=state.canvas.clone(), position=position, commit=state.commit.clone(),
                     confidence=state.confidence.clone(), table=done.after,
                 )  # fmt: skip
                 on_step(event)
@@ -239,6 +250,24 @@ def config_of(
     return defaults_for(model, **settings) if config is None else config
 
 
+@contextlib.contextmanager
+def as_published(model: PreTrainedModel, device: torch.device) -> Iterator[None]:
+    """Inside, the model computes what it was trained to, whatever the caller has set: it is in eval
+    mode, and autocast, the default dtype and the default device are torch's own."""
+    training = [module for module in model.modules() if module.training]
+    dtype = torch.get_default_dtype()
+    try:
+        for module in training:
+            module.training = False
+        torch.set_default_dtype(torch.float32)
+        with torch.autocast(device.type, enabled=False), torch.device("cpu"):
+            yield
+    finally:
+        torch.set_default_dtype(dtype)
+        for module in training:
+            module.training = True
+
+
 class EngineSlot:
     """The place where a model keeps its engine. If a model is copied or unpickled, the new model's
     slot is empty: an engine belongs to one model, and its locks and GPU memory cannot be copied."""
@@ -249,13 +278,10 @@ class EngineSlot:
         return {}
 
 
-def device_of(model: PreTrainedModel) -> torch.device:
-    return cast(torch.nn.Embedding, model.get_input_embeddings()).weight.device
-
-
 def engine_of(model: PreTrainedModel) -> Engine:
     """Return the engine that `generate` keeps with a model from its first call on. Inside a call of
     that engine (in `on_step`), return a new engine."""
+    model = unwrap(model)
     check_model(model)
     slot = vars(model).setdefault(ENGINE, EngineSlot())
     if slot.engine is None or slot.engine.device != device_of(model):
@@ -277,7 +303,8 @@ def generate(
     """Decode `gen_length` positions after each prompt with DSB and DSB Cache (arXiv 2602.05992).
 
     Args:
-        model: from `load_model` or `patch`.
+        model: from `load_model` or `patch`, or what torch.compile, DDP or PEFT made of it. Modules
+            that something is wrapped around (hooks, adapters, quantised layers) are called.
         input_ids: (B, P) int64 or int32 on the model's device, left-padded where lengths differ.
         config: the settings. Instead of a config, settings may be named as keyword arguments; then
             `defaults_for` supplies the others.

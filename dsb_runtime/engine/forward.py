@@ -26,7 +26,15 @@ from dsb_kernels._op import unchecked
 from dsb_kernels.place import Layout
 from dsb_runtime.engine.attention import dsb_attention
 from dsb_runtime.engine.cache import KVCache
-from dsb_runtime.engine.layers import fingerprint, layers_of, norm_of
+from dsb_runtime.engine.layers import (
+    PackedLayer,
+    fingerprint,
+    is_plain_linear,
+    layers_of,
+    norm_of,
+    wrapping,
+)
+from dsb_runtime.engine.parallel import is_tensor_parallel
 
 rope_write_kv = unchecked(rope_kv.rope_write_kv)
 window_attention = unchecked(attention.window_attention)
@@ -39,7 +47,8 @@ def no_phase(name: str) -> AbstractContextManager[None]:
 
 
 class Backbone:
-    """The layers of one model for canvases of up to `length` positions.
+    """The layers of one model for canvases of up to `length` positions. `engine.called` serves
+    models whose modules cannot be taken apart.
 
     Args:
         model: a decoder whose modules are Llama's.
@@ -48,12 +57,18 @@ class Backbone:
     """
 
     def __init__(self, model: PreTrainedModel, length: int, phase: Phase = no_phase) -> None:
-        self.embed, self.phase = model.model.embed_tokens, phase
+        self.embed, self.phase, self.max_length = model.model.embed_tokens, phase, length
         self.layers = layers_of(model.model)
         # The norm that follows each layer is the input norm of the next one, or the final norm.
         self.norms = [layer.input_norm for layer in self.layers[1:]] + [norm_of(model.model.norm)]
         self.cos_sin = self.rotary_table(model, length)
-        self.fingerprint = fingerprint(model)
+        self.lm_head, self.fingerprint = model.lm_head, fingerprint(model)
+        # A replay of a captured step calls no module: what a hook or an adapter decides anew in
+        # each call would be lost. The modules of tensor parallelism decide nothing.
+        called = (model.model.embed_tokens, model.model.norm)
+        plain = all(wrapping(m) is None for m in called) and is_plain_linear(model.lm_head)
+        packed = all(isinstance(layer, PackedLayer) for layer in self.layers)
+        self.replayable = (plain and packed) or is_tensor_parallel(model)
 
     @staticmethod
     def rotary_table(model: PreTrainedModel, length: int) -> Tensor:

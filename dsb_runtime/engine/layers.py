@@ -2,9 +2,9 @@
 
 `PackedLayer` serves plain linear layers. One op computes q, k and v, another gate and up with their
 SiLU, and the op that projects back to the hidden size also adds the residual and computes the next
-norm. A model whose layers are anything else (DTensors of tensor parallelism, quantised or adapted
-linear layers, hooks) runs module by module in `ModuleLayer`. In both classes, `finish` and `mlp`
-return the residual and its next norm, or None if that norm has yet to be computed.
+norm. A model whose linear layers are others (DTensors of tensor parallelism, quantised or adapted
+ones) runs module by module in `ModuleLayer`. In both classes, `finish` and `mlp` return the
+residual and its next norm, or None if that norm has yet to be computed.
 
 Shapes: b rows of W tokens each, N = b * W, E hidden size, H query heads, H_kv KV heads, D head
 dimension. In the last layer `finish` and `mlp` get fewer tokens (`engine.forward`).
@@ -18,6 +18,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.functional import rms_norm
+from torch.nn.modules import module as all_modules
 
 from dsb_kernels import linear as linear_ops
 from dsb_kernels._op import unchecked
@@ -29,6 +30,7 @@ linear_add_norm = unchecked(linear_ops.linear_add_norm)
 RMS_NORMS = ("LlamaRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm", "MistralRMSNorm")
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
+KNOWN = ("torch.nn.", "transformers.", "dsb_runtime.")  # where a plain module's forward is written
 
 Module = Any  # a module of transformers, of whose attributes nn.Module says nothing
 Norm = Callable[[Tensor], Tensor]
@@ -53,14 +55,31 @@ def norm_of(module: Module) -> Norm:
     return RmsNorm(module.weight.data, module.variance_epsilon)
 
 
+def wrapping(module: nn.Module) -> str | None:
+    """What is wrapped around a module, in words. None means that calling the module does only what
+    the forward of a class of torch, transformers or this package does."""
+    if module._forward_hooks or module._forward_pre_hooks:
+        return "has a forward hook"
+    if all_modules._global_forward_hooks or all_modules._global_forward_pre_hooks:
+        return "runs under a hook of all modules"
+    if "forward" in module.__dict__:
+        return "has a forward of its own"
+    if not module.__class__.forward.__module__.startswith(KNOWN):
+        return f"is a {module.__class__.__name__}"
+    return None
+
+
 def is_plain(module: nn.Module) -> bool:
-    """Whether calling a module does only what the forward of its class does, and its parameters are
-    ordinary contiguous tensors of floating point."""
-    replaced = "forward" in vars(module)
-    return not (module._forward_hooks or module._forward_pre_hooks or replaced) and all(
+    """Whether nothing is wrapped around a module, and its parameters are ordinary contiguous
+    tensors of floating point."""
+    return wrapping(module) is None and all(
         type(p) is nn.Parameter and p.is_floating_point() and p.is_contiguous()
         for p in module.parameters()
     )
+
+
+def is_plain_linear(module: nn.Module) -> bool:
+    return type(module) is nn.Linear and is_plain(module)
 
 
 def can_pack(layer: Module) -> bool:
@@ -68,12 +87,12 @@ def can_pack(layer: Module) -> bool:
     attn, mlp = layer.self_attn, layer.mlp
     linears: list[Module] = [getattr(attn, name, None) for name in PROJECTIONS]
     linears += [getattr(mlp, name, None) for name in MLP]
-    if any(type(linear) is not nn.Linear for linear in linears):
+    if not all(isinstance(m, nn.Module) and is_plain_linear(m) for m in linears):
         return False
     o_proj, gate, up, down = linears[3:]
     biases = {linear.bias is None for linear in linears[:3]}
     return (
-        all(is_plain(m) for m in (layer, attn, mlp, *linears))
+        wrapping(mlp) is wrapping(mlp.act_fn) is None
         and len({(p.weight.dtype, p.weight.device) for p in linears}) == 1
         and len(biases) == 1
         and all(linear.bias is None for linear in (o_proj, gate, up, down))
@@ -163,9 +182,11 @@ def layers_of(model: Module) -> list[PackedLayer | ModuleLayer]:
     return [ModuleLayer(layer) for layer in model.layers]
 
 
-def fingerprint(model: Module) -> list[int]:
-    """A list that stays equal while the model's weights stay at their addresses, its LM head stays
-    the same module, and the same layers can be packed. A backbone and captured steps rely on
-    that."""
+def fingerprint(model: Module) -> list[Any]:
+    """A list that stays equal while the model has the same modules, wrapped in the same way, and
+    its weights and buffers stay at their addresses. A buffer must not be written to either, since
+    rotary frequencies are read once. A backbone and captured steps rely on that."""
+    modules = [(id(m), m.__class__, wrapping(m)) for m in model.modules()]
     weights = [getattr(p, "_local_tensor", p).data_ptr() for p in model.parameters()]
-    return [*weights, id(model.lm_head), *(can_pack(layer) for layer in model.model.layers)]
+    buffers = [(b.data_ptr(), 0 if b.is_inference() else b._version) for b in model.buffers()]
+    return [*modules, *weights, *buffers]

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
 from dsb_kernels.rows import Row, StepKind, read_rows
 from dsb_runtime.config import DecodingConfig
@@ -30,12 +31,14 @@ from dsb_runtime.engine.cache import (
     is_out_of_memory,
     step_message,
 )
+from dsb_runtime.engine.called import CalledModel, wrapped_module
 from dsb_runtime.engine.forward import Backbone, Phase, no_phase
 from dsb_runtime.engine.graphs import Capture, HostCopy, row_class, width_class
 from dsb_runtime.engine.layers import fingerprint
 from dsb_runtime.engine.step import DecodeState, Step, StepShape, new_state, spec_of
 from dsb_runtime.families import check_model
 
+logger = logging.get_logger(__name__)
 SESSIONS = 8  # how many sessions, of different shapes or settings, a loop keeps
 SPECULATION_WINDOW = 8  # how many recent steps predict the most tokens that a row may commit
 
@@ -155,11 +158,13 @@ class Loop:
         """Give back the cache and every captured step; the next call makes them anew."""
         self.sessions: OrderedDict[Any, Session] = OrderedDict()
         self.storage: Tensor | None = None  # the memory of the K/V cache
-        self.backbone: Backbone | None = None
+        self.backbone: Backbone | CalledModel | None = None
 
     # --- buffers ------------------------------------------------------------------------------
 
-    def reserve(self, batch: int, length: int, shape: CacheShape) -> tuple[Backbone, Tensor]:
+    def reserve(
+        self, batch: int, length: int, shape: CacheShape
+    ) -> tuple[Backbone | CalledModel, Tensor]:
         """Make buffers for `batch` rows of `length` positions, unless the present ones suffice.
 
         Raises:
@@ -172,10 +177,19 @@ class Loop:
             self.sessions.clear()  # captured steps point into the old cache
             self.storage = None
             self.storage = allocate(shape, batch, length)
-        if self.backbone is None or len(self.backbone.cos_sin) < length:
+        if self.backbone is None or self.backbone.max_length < length:
             self.sessions.clear()
-            self.backbone = Backbone(self.model, length, self.phase)
+            self.backbone = self.new_backbone(length)
         return self.backbone, self.storage
+
+    def new_backbone(self, length: int) -> Backbone | CalledModel:
+        wrapped = wrapped_module(self.model)
+        if wrapped is None:
+            return Backbone(self.model, length, self.phase)
+        logger.warning_once(
+            f"{wrapped}: every step calls the model's own forward, which is slower than ours"
+        )
+        return CalledModel(self.model, self.phase)
 
     def session(
         self, config: DecodingConfig, input_ids: Tensor, leftpad: Tensor, pad: int
@@ -197,8 +211,9 @@ class Loop:
         session = self.sessions.pop(key, None)
         if session is None:
             cache = KVCache.over(storage, shape, batch, length, num_layers)
-            step = Step(backbone, self.model.lm_head, info, cache, state, spec, config, padded)
-            session = Session(step, captured=self.capture is not None)
+            step = Step(backbone, info, cache, state, spec, config, padded)
+            captured = self.capture is not None and backbone.replayable
+            session = Session(step, captured)
         else:
             for buffer, value in zip(session.state, state, strict=True):
                 buffer.copy_(value)
@@ -224,7 +239,7 @@ class Loop:
                 else:
                     session.step(shape)
                 launched = Launched(shape, HostCopy(session.state.table))
-            if self.capture is not None and replay is None:
+            if self.capture is not None and session.captured and replay is None:
                 # The run above was a step of the decoding, and has compiled all kernels. The
                 # capture records the same launches without running them.
                 session.replays[shape] = self.capture(lambda: session.step(shape))

@@ -16,8 +16,9 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.distributed import DistributedConfig
 
 from dsb_kernels.lm_head import lm_head_partial
@@ -60,9 +61,16 @@ def check_distributed(plan: DistributedConfig, config: PretrainedConfig) -> int:
     return size
 
 
-def is_sharded(lm_head: torch.nn.Linear) -> bool:
-    """Whether each process has only a shard of the vocabulary."""
-    return isinstance(lm_head.weight, DTensor)
+def is_sharded(lm_head: torch.nn.Module) -> bool:
+    """Whether each process computes only a shard of the vocabulary. A module of FSDP gathers its
+    weight when it is called."""
+    weight = getattr(lm_head, "weight", None)
+    return isinstance(weight, DTensor) and not isinstance(lm_head, FSDPModule)
+
+
+def is_tensor_parallel(model: PreTrainedModel) -> bool:
+    """Whether each process computes a share of the model, for the same canvas."""
+    return is_sharded(model.lm_head) and not isinstance(model, FSDPModule)
 
 
 def local(weight: Tensor) -> Tensor:
@@ -71,14 +79,14 @@ def local(weight: Tensor) -> Tensor:
     return weight.to_local()
 
 
-def group_of(lm_head: torch.nn.Linear) -> dist.ProcessGroup:
+def group_of(lm_head: torch.nn.Module) -> dist.ProcessGroup:
     assert isinstance(lm_head.weight, DTensor)
     return lm_head.weight.device_mesh.get_group()
 
 
 def score_sharded(
     hidden: Tensor,
-    lm_head: torch.nn.Linear,
+    lm_head: torch.nn.Module,
     *,
     eligible: Tensor,
     banned: Sequence[int],
@@ -97,6 +105,7 @@ def score_sharded(
         (N,) int64 and (N,) float32, the same in every process.
     """
     group = group_of(lm_head)
+    assert isinstance(lm_head, torch.nn.Linear)
     weight = local(lm_head.weight)
     bias = None if lm_head.bias is None else local(lm_head.bias)
     state = lm_head_partial(
@@ -108,6 +117,6 @@ def score_sharded(
     return combine_partials(states, eligible=eligible, banned=banned, confidence=confidence)
 
 
-def agree(lm_head: torch.nn.Linear, seed: Tensor) -> None:
+def agree(lm_head: torch.nn.Module, seed: Tensor) -> None:
     """Overwrite the seed with the first process's: each process has its own random generator."""
     dist.broadcast(seed, group=group_of(lm_head), group_src=0)

@@ -9,18 +9,18 @@ candidate's noise id (`dsb_kernels.noise`), never on earlier draws.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
+from typing import Any
 
 import torch
-from torch import Tensor
-from torch.nn.functional import linear, pad
+from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from dsb_kernels.lm_head import lm_head_confidence
 from dsb_kernels.noise import uniform
 from dsb_kernels.score import confidence_of
-from dsb_kernels.token_confidence import first_argmax
+from dsb_kernels.token_confidence import first_argmax, token_confidence
 from dsb_runtime.config import DecodingConfig
+from dsb_runtime.engine.layers import is_plain_linear
 from dsb_runtime.engine.parallel import is_sharded, score_sharded
 from dsb_runtime.families import DiffusionInfo
 
@@ -77,8 +77,8 @@ def sample_nucleus(
 
 
 def propose(
-    hidden: Tensor,
-    lm_head: torch.nn.Linear,
+    scored: Tensor,
+    lm_head: nn.Module | None,
     eligible: Tensor,
     config: DecodingConfig,
     info: DiffusionInfo,
@@ -88,8 +88,9 @@ def propose(
     """The proposed token and its confidence for every candidate. It is never the mask token.
 
     Args:
-        hidden: (N, E), the candidates' hidden states after the final norm.
-        lm_head: the model's output layer.
+        scored: (N, E), the candidates' hidden states after the final norm.
+        lm_head: the model's output layer. It is called, unless it is a plain linear layer. None
+            means that `scored` has logits, (N, V).
         eligible: (N,) bool. Results for which it is False are not used.
         config: how to sample, and which confidence to compute.
         seed, noise_ids: () int64 and (N,) int64, which determine the noise at temperature > 0.
@@ -97,18 +98,19 @@ def propose(
     Returns:
         (N,) int64 and (N,) float32. NaN logits give a NaN confidence.
     """
-    sharded = is_sharded(lm_head)
     cuts = config.top_p is not None or config.top_k is not None
-    if not cuts and (config.temperature == 0 or not info.family.nucleus):
-        score: Callable[..., tuple[Tensor, Tensor]] = (
-            functools.partial(score_sharded, hidden, lm_head)
-            if sharded
-            else functools.partial(lm_head_confidence, hidden, lm_head.weight, lm_head.bias)
-        )
-        return score(
-            eligible=eligible, banned=(info.mask_id,), temperature=config.temperature, seed=seed,
-            noise_ids=noise_ids, confidence=config.confidence,
-        )  # fmt: skip
-    # A sharded head's own forward gathers the vocabulary, which the cuts need as a whole.
-    logits = lm_head(hidden) if sharded else linear(hidden, lm_head.weight, lm_head.bias)
-    return sample_nucleus(logits, info.mask_id, config, seed, noise_ids)
+    if cuts or (config.temperature > 0 and info.family.nucleus):
+        # A sharded head's own forward gathers the vocabulary, which the cuts need as a whole.
+        logits = scored if lm_head is None else lm_head(scored)
+        return sample_nucleus(logits, info.mask_id, config, seed, noise_ids)
+    how: dict[str, Any] = {
+        "eligible": eligible, "banned": (info.mask_id,), "temperature": config.temperature,
+        "seed": seed, "noise_ids": noise_ids, "confidence": config.confidence,
+    }  # fmt: skip
+    if lm_head is None:
+        return token_confidence(scored, **how)
+    if is_sharded(lm_head):
+        return score_sharded(scored, lm_head, **how)
+    if isinstance(lm_head, nn.Linear) and is_plain_linear(lm_head):
+        return lm_head_confidence(scored, lm_head.weight, lm_head.bias, **how)
+    return token_confidence(lm_head(scored), **how)

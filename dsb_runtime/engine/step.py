@@ -20,6 +20,7 @@ from dsb_kernels.place import Layout, place_rows
 from dsb_kernels.rows import StepKind, UnmaskSpec
 from dsb_runtime.config import DecodingConfig
 from dsb_runtime.engine.cache import KVCache
+from dsb_runtime.engine.called import CalledModel
 from dsb_runtime.engine.forward import Backbone
 from dsb_runtime.engine.sampling import propose
 from dsb_runtime.families import DiffusionInfo
@@ -96,8 +97,7 @@ class Step:
 
     def __init__(
         self,
-        backbone: Backbone,
-        lm_head: torch.nn.Linear,
+        backbone: Backbone | CalledModel,
         info: DiffusionInfo,
         cache: KVCache,
         state: DecodeState,
@@ -105,7 +105,7 @@ class Step:
         config: DecodingConfig,
         padded: bool,
     ) -> None:
-        self.backbone, self.lm_head, self.info, self.cache = backbone, lm_head, info, cache
+        self.backbone, self.info, self.cache = backbone, info, cache
         self.state, self.spec, self.config, self.padded = state, spec, config, padded
 
     @property
@@ -129,12 +129,12 @@ class Step:
         state, phase = self.state, self.backbone.phase
         with phase("place"):
             layout = self.layout(shape)
-        hidden = self.backbone(
+        scored = self.backbone(
             layout, self.cache, full=shape.kind == StepKind.REFRESH, padded=self.padded
         )
         with phase("score"):
             token, confidence = propose(
-                hidden, self.lm_head, layout.eligible, self.config, self.info,
+                scored, self.backbone.lm_head, layout.eligible, self.config, self.info,
                 *((state.seed, layout.noise_ids) if self.config.temperature > 0 else ()),
             )  # fmt: skip
         with phase("unmask"):

@@ -200,6 +200,8 @@ def load_model(
     eos_ids: tuple[int, ...] | list[int] | None = None,
     revision: str | None = None,
     distributed_config: DistributedConfig | None = None,
+    device_map: str | dict[str, Any] | None = None,
+    quantization_config: Any = None,
 ) -> PreTrainedModel:
     """Load a LLaDA- or Dream-format checkpoint as a bidirectional Llama or Qwen2.
 
@@ -212,6 +214,9 @@ def load_model(
         revision: branch, tag or commit of a hub repository.
         distributed_config: transformers' `DistributedConfig`. With `tp_plan="auto"` it splits the
             model over the processes that `torchrun` started, each on its own device.
+        device_map: as transformers takes it, for a model that does not fit one device. Its modules
+            then run where accelerate places them, which is slower (`docs/models.md`).
+        quantization_config: as transformers takes it.
 
     Returns:
         `LlamaForCausalLM` or `Qwen2ForCausalLM` in eval mode with the attention implementation
@@ -222,8 +227,12 @@ def load_model(
         ValueError: a config field is not supported, a weight is wrong, a file is damaged, or an
             argument is not accepted.
     """
-    if distributed_config is not None and device != "auto":
-        raise ValueError(f"device={device!r}: distributed_config picks it; expected 'auto'")
+    placing = {"distributed_config": distributed_config, "device_map": device_map}
+    placed = [name for name, value in placing.items() if value is not None]
+    if placed and device != "auto":
+        raise ValueError(f"device={device!r}: {placed[0]} picks it; expected 'auto'")
+    if len(placed) > 1:
+        raise ValueError("distributed_config and device_map: expected one of the two")
     device, dtype = pick_device(device), pick_dtype(dtype)
     folder = find_folder(source, revision)
     raw = read_config(folder)
@@ -236,8 +245,9 @@ def load_model(
     model, _ = read_model(
         model_class, model_class.from_pretrained, folder, config, info, dtype=dtype,
         attn_implementation="dsb", distributed_config=distributed_config if split else None,
+        device_map=device_map, quantization_config=quantization_config,
     )  # fmt: skip
-    if not split:
+    if not split and device_map is None and quantization_config is None:
         torch.nn.Module.to(model, device)
     return model.eval()
 
@@ -264,6 +274,29 @@ def diffusion_info(
     if mask in ends:
         raise ValueError(f"mask_id={mask}: it is also an EOS id; expected different ids")
     return DiffusionInfo(family, mask, ends)
+
+
+def prepare_inputs_for_generation(
+    input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs: Any
+) -> dict[str, Any]:
+    """What transformers' own decoding calls before each token.
+
+    Raises:
+        TypeError: always, since such a decoding is left to right, which the model is not.
+    """
+    raise TypeError(
+        "generate(): it decodes token by token, as a causal model; expected "
+        "generate(..., custom_generate=dsb_runtime.custom_generate)"
+    )
+
+
+def diffusion_attributes(info: DiffusionInfo) -> dict[str, Any]:
+    """The attributes that make a causal model of transformers a diffusion model."""
+    # The loss compares each label with the logits that predict it: those of the position before
+    # for a family that shifts, as for a causal model, and otherwise those of its own position.
+    loss = "ForCausalLM" if info.family.shift else "ForMaskedLM"
+    prepare = prepare_inputs_for_generation
+    return {"dsb": info, "loss_type": loss, "prepare_inputs_for_generation": prepare}
 
 
 def read_model(
@@ -299,7 +332,7 @@ def read_model(
             f"{folder}: config.json ties the embeddings, but the checkpoint's output weights "
             "differ from them"
         )
-    vars(model)["dsb"] = info
+    vars(model).update(diffusion_attributes(info))
     # A copy that is saved gets the names that the model has now, and its config names the family.
     vars(model)["_weight_conversions"] = None
     model.config.mask_token_id, model.config.dsb_family = info.mask_id, info.family.name

@@ -25,8 +25,15 @@ from transformers import (
     Qwen2Tokenizer,
 )
 
+from dsb_runtime.doors import hf_generate
 from dsb_runtime.families import DREAM, LLADA, DiffusionInfo, Family, supported_config
-from dsb_runtime.models.load import diffusion_info, find_folder, read_config, read_model
+from dsb_runtime.models.load import (
+    diffusion_attributes,
+    diffusion_info,
+    find_folder,
+    read_config,
+    read_model,
+)
 
 # Fields of a published config that are neither the network's nor remote code's.
 KEPT = ("mask_token_id", "eos_token_id", "bos_token_id", "dtype", "torch_dtype", "dsb_family")
@@ -58,7 +65,15 @@ class DiffusionModel(PreTrainedModel):
         if config.mask_token_id is not None:
             ends = [] if config.eos_token_id is None else config.eos_token_id
             ends = tuple(ends) if isinstance(ends, (list, tuple)) else (ends,)
-            self.dsb = DiffusionInfo(config.family, config.mask_token_id, ends)
+            info = DiffusionInfo(config.family, config.mask_token_id, ends)
+            vars(self).update(diffusion_attributes(info))
+
+    def generate(self, *args: Any, custom_generate: Any = None, **kwargs: Any) -> Any:
+        """transformers' `generate`, which decodes by `dsb_runtime.custom_generate` unless another
+        function is named."""
+        parent: Any = super()
+        recipe = hf_generate.custom_generate if custom_generate is None else custom_generate
+        return parent.generate(*args, custom_generate=recipe, **kwargs)
 
     @classmethod
     def from_pretrained(  # type: ignore[override]  # `pretrained_model_name_or_path` is long
