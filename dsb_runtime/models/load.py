@@ -277,9 +277,12 @@ def diffusion_info(
 
 
 def prepare_inputs_for_generation(
-    input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs: Any
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+    inputs_embeds: torch.Tensor | None = None,
+    **kwargs: Any,
 ) -> dict[str, Any]:
-    """What transformers' own decoding calls before each token.
+    """What transformers' own decoding calls before each token. It reads the signature, too.
 
     Raises:
         TypeError: always, since such a decoding is left to right, which the model is not.
