@@ -103,6 +103,7 @@ def op(
     check: Callable[[Any], None],
     finish: Callable[[Any, Any], Any] | None = None,
     mutates_args: Sequence[str] = (),
+    fake: Callable[[Any], Any] | None = None,
 ) -> Callable[P, R]:
     """The public function of an op, `dsb::<name of the definition without _reference>`.
 
@@ -122,6 +123,9 @@ def op(
         finish: takes `a` and the op's result, and returns the public result. None where these
             results are the same.
         mutates_args: the parameters that the op writes in place.
+        fake: needed where the definition reads a tensor's values, which cannot be traced. It takes
+            `a` and returns an empty tensor of the result's shape. `torch.compile` then traces one
+            call of the definition, `dsb::<name>_definition`.
 
     The returned function has the attributes `op` (what torch registered), `definition`, and
     `without_checks` (see `unchecked`).
@@ -157,15 +161,25 @@ def op(
 
     plain: Callable[..., Any] = definition
 
+    def by_position(*args: Any) -> Any:
+        return plain(**Arguments(*args)._asdict())
+
+    traced: Callable[..., Any] = by_position
+    by_position.__signature__ = signature = _torch_signature(definition, schema)  # type: ignore[attr-defined]
+    if fake is not None:
+        traced = _custom_op(
+            f"{name}_definition", by_position, lambda *a: fake(Arguments(*a)), mutates_args
+        )
+
     def implementation(*args: Any, **kwargs: Any) -> Any:
         a: Any = Arguments(*args, **kwargs)
         if coded:
             a = a._replace(**{n: kind.decode(getattr(a, n)) for n, kind in coded.items()})
-        result = launch(a) if use_triton(a[0]) else plain(**a._asdict())
+        result = launch(a) if use_triton(a[0]) else traced(*a)
         return tuple(result) if named else result
 
     implementation.__name__ = name
-    implementation.__signature__ = _torch_signature(definition, schema)  # type: ignore[attr-defined]
+    implementation.__signature__ = signature  # type: ignore[attr-defined]
     registered = _register(name, implementation, mutates_args)
 
     def call(*args: P.args, **kwargs: P.kwargs) -> Any:
@@ -216,11 +230,15 @@ def _torch_signature(definition: Callable, hints: dict[str, Any]) -> inspect.Sig
 
 
 def _register(name: str, fn: Callable, mutates_args: Sequence[str]) -> Callable:
-    qualified = f"dsb::{name}"
     if triton is not None:
-        return torch.library.triton_op(qualified, fn, mutates_args=tuple(mutates_args))
-    custom = torch.library.custom_op(qualified, fn, mutates_args=tuple(mutates_args))
-    custom.register_fake(fn)
+        return torch.library.triton_op(f"dsb::{name}", fn, mutates_args=tuple(mutates_args))
+    return _custom_op(name, fn, fn, mutates_args)
+
+
+def _custom_op(name: str, fn: Callable, fake: Callable, mutates_args: Sequence[str]) -> Callable:
+    """Register an op that the compiler does not look into. `fake` computes its shapes."""
+    custom = torch.library.custom_op(f"dsb::{name}", fn, mutates_args=tuple(mutates_args))
+    custom.register_fake(fake)
     return custom
 
 

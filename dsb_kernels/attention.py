@@ -20,9 +20,25 @@ from torch.nn.functional import scaled_dot_product_attention
 from dsb_kernels._check import check_between, check_tensor, check_window
 from dsb_kernels._op import op
 from dsb_kernels.attention_kernel import MAX_SPLITS, launch
-from dsb_kernels.rope_kv import bit_mask, bits_of
 
 # --- definition -------------------------------------------------------------------------------
+
+
+BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def bits_of(x: Tensor) -> Tensor:
+    """A view of floating-point numbers as integers of the same width."""
+    return x.view(BITS[x.dtype.itemsize])
+
+
+def bit_mask(condition: Tensor, x: Tensor) -> Tensor:
+    """Integers as wide as the numbers of `x`, with all bits 1 where the condition is True, else 0.
+
+    `bits & mask` selects as `torch.where` does. But a CPU computes `torch.where` one number at a
+    time, and bitwise operations on many at once: 544 rows of 8 heads take 80 us instead of 230.
+    """
+    return -condition.to(BITS[x.dtype.itemsize])
 
 
 def window_attention_reference(
