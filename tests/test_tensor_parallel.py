@@ -1,7 +1,8 @@
-"""Two processes that share a model get the tokens of one. This file is also what they run."""
+"""Processes that share a model get the tokens of one. This file is also what they run."""
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import sys
@@ -11,6 +12,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.distributed import DistributedConfig
 
@@ -41,6 +44,28 @@ def decode_ranked(model: Any, confidence: str) -> list[list[int]]:
     return decode_batch(model, threshold=None, steps=8, confidence=confidence)
 
 
+def decode_fully_sharded() -> list[list[int]]:
+    """FSDP2 shards every layer and the model. Each process decodes two prompts of its own, which
+    take another number of forwards, before and after a step of training."""
+    model = dsb.load_model(golden.DATA / "llada", dtype="float32")
+    for module in (*model.model.layers, model):
+        fully_shard(module, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+    return decode_between_steps(model, dist.get_rank())
+
+
+def decode_between_steps(model: Any, rank: int) -> list[list[int]]:
+    prompt, gen_length = torch.tensor([[5 + rank, 6, 7]]), 8 * (1 + rank)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    decoded = []
+    for _ in range(2):
+        out = dsb.generate(model, prompt, gen_length=gen_length, block_length=8, steps=gen_length)
+        decoded.append([out.nfe, *out.sequences[0].tolist()])
+        model(torch.tensor([[5, 6, 511, 8]])).logits.float().logsumexp(-1).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return decoded
+
+
 def work(folder: Path) -> None:
     """What each process does: decode, and write down what came out."""
     torch.set_num_threads(1)
@@ -58,6 +83,7 @@ def work(folder: Path) -> None:
             "sampled": decode_batch(model, **SAMPLING[family]),
             "patched": decode_case(dsb.patch(theirs), golden.cases(family)[0]),
         }
+    results["fully sharded"] = decode_fully_sharded()
     (folder / f"rank{dist.get_rank()}.json").write_text(json.dumps(results))
     dist.barrier()
     # Ending the process group aborts one process in ten or so (torch 2.11, gloo, busy cores).
@@ -88,6 +114,13 @@ def test_two_processes_decode_what_one_does(ranks, family):
     assert split["batch"] == [decode_ranked(model, kind) for kind in CONFIDENCES]
     assert split["patched"] == golden.cases(family)[0]["sequence"]
     assert not any(model.dsb.mask_id in row for row in split["sampled"])
+
+
+def test_fully_sharded_models_decode_between_training_steps(ranks):
+    for rank in range(2):
+        expected = decode_between_steps(copy.deepcopy(golden.model("llada")), rank)
+        assert ranks[rank]["fully sharded"] == expected
+        assert expected[0] != expected[1]
 
 
 # --- what cannot be split ------------------------------------------------------------------------

@@ -366,3 +366,29 @@ def test_the_callers_modes_change_no_token(
             warnings.simplefilter("error")
             assert torch.equal(call().sequences.cpu(), expected)
         torch.set_default_device(None)
+
+
+@pytest.mark.parametrize(
+    ("part", "dtype", "said"),
+    [
+        ("lm_head", torch.bfloat16, "lm_head.weight is torch.bfloat16 in a model of torch.float32"),
+        (
+            "model.layers.1.mlp",
+            torch.float16,
+            "model.layers.1.mlp.gate_proj.weight is torch.float1",
+        ),
+        ("model.norm", torch.float64, "model.norm.weight is torch.float64 in a model of"),
+        ("", torch.float64, "the model is torch.float64: expected float32, float16 or bfloat16"),
+    ],
+)
+def test_weights_of_several_dtypes_are_refused(
+    model: PreTrainedModel, part: str, dtype: torch.dtype, said: str
+) -> None:
+    model.get_submodule(part).to(dtype)
+    with golden.refusal(said, kind=TypeError):
+        dsb.generate(model, PROMPT, **SHAPE)
+
+
+def test_a_norm_of_a_narrower_dtype_is_computed_in_the_models(model: PreTrainedModel) -> None:
+    model.model.norm.bfloat16()
+    assert decode_alone(model) == whole_canvas(model, PROMPT, 4, 8)

@@ -23,7 +23,11 @@ from dsb_kernels.rope_kv import rope_write_kv
 from dsb_runtime.engine.cache import KVCache
 from dsb_runtime.engine.forward import Phase, no_phase
 from dsb_runtime.engine.layers import fingerprint, wrapping
-from dsb_runtime.engine.parallel import is_tensor_parallel
+from dsb_runtime.engine.parallel import (
+    any_process_decodes,
+    is_fully_sharded,
+    is_tensor_parallel,
+)
 
 # Packages whose modules compute each token by itself, as a linear layer does.
 TOKEN_BY_TOKEN = ("peft.", "bitsandbytes.")
@@ -89,6 +93,7 @@ class CalledModel:
 
     def __init__(self, model: PreTrainedModel, phase: Phase = no_phase) -> None:
         self.model, self.phase, self.fingerprint = model, phase, fingerprint(model)
+        self.fully_sharded = is_fully_sharded(model)
         # transformers 5.24 renames this argument. A subclass may have hidden its name.
         forwards = [vars(c)["forward"] for c in type(model.model).__mro__ if "forward" in vars(c)]
         named = any("cache" in inspect.signature(forward).parameters for forward in forwards)
@@ -110,8 +115,17 @@ class CalledModel:
             self.cache_argument: WindowCache(cache, layout, rows),
             "use_cache": True,
         }
+        if self.fully_sharded:
+            any_process_decodes(True, layout.start.device)
         with self.phase("model"):
             # With one row, a plain head computes no other logits than these.
             if b == 1 and wrapping(self.model.lm_head) is None:
                 return self.model(**inputs, logits_to_keep=layout.source_index)[0][0]
             return self.model(**inputs)[0].flatten(0, 1).index_select(0, layout.source_index)
+
+    def join_others(self) -> None:
+        """Take part in the forwards of the processes that still decode, which gather the weights
+        from every process. Does nothing where FSDP2 does not shard the model."""
+        token = torch.zeros(1, 1, dtype=torch.int64, device=self.model.device)
+        while self.fully_sharded and any_process_decodes(False, token.device):
+            self.model(token, use_cache=False)

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.functional import rms_norm
 from torch.nn.modules import module as all_modules
@@ -180,6 +181,28 @@ def layers_of(model: Module) -> list[PackedLayer | ModuleLayer]:
     if all(can_pack(layer) for layer in model.layers):
         return [PackedLayer(layer) for layer in model.layers]
     return [ModuleLayer(layer) for layer in model.layers]
+
+
+def check_dtypes(model: Module) -> None:
+    """Raise TypeError unless plain modules have weights of one dtype that the ops know.
+
+    A norm of a narrower dtype than the model's is fine: torch computes it in the wider one.
+    """
+    dtype = model.dtype
+    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        raise TypeError(f"the model is {dtype}: expected float32, float16 or bfloat16")
+    for path, module in model.named_modules():
+        norm = type(module).__name__ in RMS_NORMS
+        linear = path.rsplit(".", 1)[-1] in (*PROJECTIONS, *MLP, "lm_head")
+        if not is_plain(module) or not (norm or (linear and type(module) is nn.Linear)):
+            continue
+        for name, weight in module.named_parameters():
+            wide = torch.promote_types(weight.dtype, dtype) if norm else weight.dtype
+            if wide != dtype:
+                raise TypeError(
+                    f"{path}.{name} is {weight.dtype} in a model of {dtype}: "
+                    f"expected one dtype, as model.to({dtype}) gives"
+                )
 
 
 def fingerprint(model: Module) -> list[Any]:

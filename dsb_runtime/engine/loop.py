@@ -287,3 +287,5 @@ class Loop:
                 )
             steps += 1
             each(StepDone(done.shape, before, table))
+        if isinstance(session.step.backbone, CalledModel):
+            session.step.backbone.join_others()

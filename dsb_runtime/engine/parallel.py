@@ -73,6 +73,19 @@ def is_tensor_parallel(model: PreTrainedModel) -> bool:
     return is_sharded(model.lm_head) and not isinstance(model, FSDPModule)
 
 
+def is_fully_sharded(model: PreTrainedModel) -> bool:
+    """Whether FSDP2 keeps a shard of the weights in each process. Then a module gathers its weight
+    when every process calls it."""
+    return any(isinstance(module, FSDPModule) for module in model.modules())
+
+
+def any_process_decodes(decodes: bool, device: torch.device) -> bool:
+    """Whether some process, this one included, has a forward to run. All must ask together."""
+    flag = torch.tensor(int(decodes), device=device)
+    dist.all_reduce(flag, dist.ReduceOp.MAX)
+    return bool(flag)
+
+
 def local(weight: Tensor) -> Tensor:
     """This process's shard of a weight."""
     assert isinstance(weight, DTensor)
