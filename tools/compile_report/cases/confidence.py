@@ -28,14 +28,25 @@ HEAD = [
 
 
 def cases() -> list[CompileCase]:
-    """Every variant of confidence, greedy and sampled, at every shape class."""
+    """Every variant of confidence, greedy and sampled, at every shape class on sm_90. On the other
+    architectures the probability alone: the other confidences have its tiles."""
     # Triton turns arguments equal to 1 into constants, which makes another program to compile.
     parts = ((32, ()), (512, ()), (1, ("num_candidates", "parts", "first_allowed")))
     return [
         *(logits_case(*variant) for variant in LOGITS),
-        *(head_case(a, *variant) for a, variant in itertools.product(ARCHITECTURES, HEAD)),
+        *(
+            head_case(architecture, *variant)
+            for architecture, variant in itertools.product(ARCHITECTURES, HEAD)
+            if architecture in compiled_for(*variant)
+        ),
         *(combine_case(c, *part) for c, part in itertools.product(CONFIDENCES, parts)),
     ]
+
+
+def compiled_for(n: int, confidence: str, sample: bool, dtype: str) -> tuple[str, ...]:
+    """The architectures for which a variant is compiled."""
+    usual = confidence == "probability" and dtype != "fp16"
+    return ARCHITECTURES if usual else ("sm_90",)
 
 
 def words(candidates: int, confidence: str, sample: bool, dtype: str) -> str:
@@ -54,6 +65,7 @@ def logits_case(candidates: int, confidence: str, sample: bool, dtype: str) -> C
         token_confidence._token_confidence_kernel, launch, constexprs, f"*{dtype}",
         types=TYPES,
         odd=("num_candidates",),
+        architectures=compiled_for(candidates, confidence, sample, dtype),
         expects_wide_loads=True,
         scalar_load_bytes=17 if sample else 1,
         # The loop scores 32 logits a thread, and a third of it runs only for a new best token.
@@ -89,4 +101,5 @@ def combine_case(confidence: str, parts: int, ones: tuple[str, ...]) -> CompileC
         Config({}, combine_warps(parts)), constexprs | dict.fromkeys(ones, 1), "*fp32",
         types={"eligible_ptr": "*i1", "token_ptr": "*i64"},
         odd=combine_kernel.arg_names,
+        architectures=compiled_for(1, confidence, False, "fp32"),
     )  # fmt: skip
