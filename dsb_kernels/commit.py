@@ -1,7 +1,7 @@
 """unmask_and_slide: the last operation of a decoding step (DSB, arXiv 2602.05992).
 
 For each batch row that takes part in the step:
-    1. select   candidates by the rule (threshold, factor, frechet, quota)
+    1. select   candidates by the rule (`dsb_kernels.rules`)
     2. commit   the tokens of the selected candidates
     3. slide    the block [start, end) to the first mask that remains
     4. plan     what the row needs next: a window step, a refresh, or nothing
@@ -64,6 +64,15 @@ def tokens_due(
     steps = max(spec.steps, 1)
     planned = (step + 1) * (masks // steps) + torch.minimum(step + 1, masks % steps)
     return torch.where(step + 1 >= steps, masks, planned) - committed
+
+
+def rule_value(num_masks: Tensor, size: Tensor, spec: UnmaskSpec) -> float | Tensor:
+    """The value of the rule. With `progress` (arXiv 2601.17917) the threshold falls with the share
+    of the block that is masked: (B, 1), from (B,) masks in blocks of (B,) positions."""
+    if spec.progress == 0.0:
+        return spec.rule_value
+    share = num_masks.double() / size.clamp(min=1)
+    return (spec.rule_value * (1.0 - spec.progress * (1.0 - share)))[:, None]
 
 
 def commit_tokens(canvas: Tensor, position: Tensor, token: Tensor, commit: Tensor) -> None:
@@ -199,7 +208,8 @@ def unmask_and_slide_reference(
     failed = (valid & confidence.isnan()).any(-1)
     valid = valid & ~failed[:, None]
     due = tokens_due(old[Column.STEP], old[Column.START], old[Column.COMMITTED], L, spec)
-    chosen = select(confidence, valid, due, spec.rule, spec.rule_value)
+    value = rule_value(valid.sum(-1), old[Column.END] - old[Column.START], spec)
+    chosen = select(confidence, valid, due, spec.rule, value)
     if spec.refresh_commit == "first":
         first = valid & (valid.cumsum(-1) == 1)
         chosen = torch.where(was_refresh[:, None], first, chosen)

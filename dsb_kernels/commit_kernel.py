@@ -47,7 +47,7 @@ def _rank_candidates(
     RULE: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_J: tl.constexpr,
 ):  # fmt: skip
     """Each candidate's rank, which is 1 for the largest confidence, and the sum of the confidences
-    that rank before it (frechet only). It is compared with BLOCK_J candidates at a time."""
+    that rank before it (frechet and eb only). It is compared with BLOCK_J candidates at a time."""
     rank = tl.full((BLOCK_K,), 1, tl.int32)
     total_before = tl.zeros((BLOCK_K,), tl.float64)
     for base in range(0, K, BLOCK_J):
@@ -58,15 +58,18 @@ def _rank_candidates(
         precedes = (cj > c[:, None]) | ((cj == c[:, None]) & (j[None, :] < k[:, None]))
         precedes = precedes & valid[None, :]
         rank += tl.sum(precedes.to(tl.int32), 1)
-        if RULE == "frechet":  # float64, so that the order of adding does not matter
+        if (
+            RULE == "frechet" or RULE == "eb"
+        ):  # float64, so that the order of adding does not matter
             total_before += tl.sum(tl.where(precedes, cj.to(tl.float64), 0.0), 1)
     return rank, total_before
 
 
 @jit
 def _commit_count(
-    c, rank, total_before, valid, m, K, due, RULE: tl.constexpr, RULE_VALUE: tl.constexpr
-):
+    c, rank, total_before, valid, m, K, due, block_size, RULE: tl.constexpr,
+    RULE_VALUE: tl.constexpr, PROGRESS: tl.constexpr,
+):  # fmt: skip
     """How many of the best-ranked candidates the rule commits. The caller raises that to 1; the
     ranks themselves end at m.
 
@@ -76,6 +79,9 @@ def _commit_count(
     # Triton 3.6 rounds a literal to float32 before it meets a float64 tensor.
     value = tl.full(c.shape, RULE_VALUE, tl.float64)
     if RULE == "threshold":
+        if PROGRESS > 0:
+            share = m.to(tl.float64) / tl.maximum(block_size, 1).to(tl.float64)
+            value *= 1.0 - tl.full(c.shape, PROGRESS, tl.float64) * (1.0 - share)
         count = tl.sum((c >= value).to(tl.int32), 0)
     elif RULE == "quota":
         count = due
@@ -86,6 +92,10 @@ def _commit_count(
     elif RULE == "frechet":
         bound = total_before - (rank - 1).to(tl.float64) - (1.0 - c)
         count = tl.sum((valid & (bound > value)).to(tl.int32), 0)
+    elif RULE == "entropy":
+        count = tl.sum((c >= -value).to(tl.int32), 0)
+    elif RULE == "eb":
+        count = tl.sum((valid & (total_before - c >= -value)).to(tl.int32), 0)
     else:
         tl.static_assert(False, "no branch of _commit_count for this rule")
     return count
@@ -207,6 +217,7 @@ def _unmask_kernel(
     stride_cb, L, K, num_rows, num_scored, prompt, size, max_size, prefix_window, min_prefix, steps,
     mask_id, full_every,
     SCHEDULE: tl.constexpr, CACHE: tl.constexpr, RULE: tl.constexpr, RULE_VALUE: tl.constexpr,
+    PROGRESS: tl.constexpr,
     REFRESH_FIRST: tl.constexpr, EOS_IDS: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
@@ -246,7 +257,9 @@ def _unmask_kernel(
     if RULE == "quota":
         due = _tokens_due(old_step, old_start, old_committed, L, prompt, size, steps, SCHEDULE)
     m = tl.sum(valid.to(tl.int32), 0)
-    count = _commit_count(c, rank, total_before + c, valid, m, K, due, RULE, RULE_VALUE)
+    count = _commit_count(
+        c, rank, total_before + c, valid, m, K, due, old_end - old_start, RULE, RULE_VALUE, PROGRESS
+    )
     commit = valid & (rank <= tl.maximum(count, 1))
     if REFRESH_FIRST:
         first = tl.min(tl.where(valid, k, K), 0)
@@ -331,6 +344,7 @@ def constants(K: int, num_rows: int, spec: UnmaskSpec) -> dict[str, object]:
         "CACHE": spec.cache,
         "RULE": spec.rule,
         "RULE_VALUE": float(spec.rule_value),  # a runtime float would be rounded to float32
+        "PROGRESS": float(spec.progress),
         "REFRESH_FIRST": spec.refresh_commit == "first",
         "EOS_IDS": spec.eos_ids if spec.stop_at_eos else (),
         "BLOCK_K": triton.next_power_of_2(K),

@@ -16,7 +16,9 @@ positions further right need not wait for a hard one.
 **Rule.** The candidates are sorted by confidence, the largest first. A rule commits the first few
 of them, and at least one: "threshold" commits all whose confidence reaches a value, "quota" a
 number that was fixed in advance, "factor" (Fast-dLLM) and "frechet" (arXiv 2606.02955) as many as
-their bound on the joint choice allows.
+their bound on the joint choice allows. For "entropy" and "eb" (arXiv 2505.24857) a confidence is
+the negative entropy of the proposal: the one commits all entropies up to a value, the other as many
+as the sum of the entropies before them allows.
 
 **Cache policy.** "none" computes every position in every forward. "dual" (Fast-dLLM) does so only
 at a *refresh*, and between refreshes computes the positions from the block's start at the last
@@ -66,8 +68,12 @@ def choose(confidences: list[float], rule: str, value: float, due: int = 0) -> l
         for n in range(1, len(c) + 1):
             if sum(c[:n]) - (n - 1) - (1 - c[n - 1]) > value:
                 count = n
+    elif rule == "entropy":
+        count = sum(-x <= value for x in c)
+    elif rule == "eb":
+        count = sum(-sum(c[:n]) <= value for n in range(len(c)))
     else:
-        raise ValueError(f"rule={rule!r}: expected threshold, quota, factor or frechet")
+        raise ValueError(f"rule={rule!r}: expected one of those above")
     return sorted(order[: min(max(count, 1), len(c))])
 
 
@@ -94,6 +100,7 @@ class Row:
     min_prefix: int = 0  # cache="dual": 1 if the block's first token is predicted before the block
     stop_at_eos: bool = False
     full_every: int = 1  # of so many refreshes, the first computes the prompt as well
+    progress: float = 0.0  # threshold: how far it falls as the block fills
     leftpad: int = 0  # how many padding positions there are, at the left of the prompt
 
     canvas: list[int] = field(init=False)
@@ -171,7 +178,9 @@ class Row:
             chosen = [0]
         else:
             due = self.due() if self.rule == "quota" else 0
-            chosen = choose(confidences, self.rule, self.value, due)
+            masked = len(candidates) / (self.end - self.start)  # as a share of the block
+            value = self.value * (1 - self.progress * (1 - masked)) if self.progress else self.value
+            chosen = choose(confidences, self.rule, value, due)
         for i in chosen:
             self.canvas[candidates[i]] = tokens[i]
         self.committed += len(chosen)

@@ -109,6 +109,7 @@ class UnmaskSpec:
     eos_ids: tuple[int, ...]
     stop_at_eos: bool
     full_every: int = 1  # of so many refreshes, the first computes the prompt as well
+    progress: float = 0.0  # threshold: how far it falls as the block fills, as a share of it
 
     def __post_init__(self) -> None:
         check_choice("UnmaskSpec", "schedule", self.schedule, SCHEDULES)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,22 +25,25 @@ class Rule:
         c: (B, K) float64, the confidences in descending order, -inf past the last candidate.
         rank: (K,) int64, the numbers 1 to K.
         m: (B,) int64, how many candidates each row has.
-        value: the value of the setting, 0.0 where `kind` is int.
+        value: the value of the setting, 0.0 where `kind` is int; (B, 1) where it differs by row.
         due: (B,) int64, how many tokens the plan of a quota asks for in this step.
     """
 
     name: str
     setting: str  # the field of DecodingConfig
     help: str  # what the setting does, a phrase for the command line and the docs
-    count: Callable[[Tensor, Tensor, Tensor, float, Tensor], Tensor]
+    count: Callable[[Tensor, Tensor, Tensor, Any, Tensor], Tensor]
     low: float
     high: float | None  # None stands for gen_length
     open_low: bool = False  # whether `low` itself is refused
     kind: type[int] | type[float] = float  # int where the setting is a number of steps
     default: float | None = None  # only one rule has a default: it decides where none is named
+    confidences: tuple[str, ...] = ("probability", "margin")  # what may rank, by default the first
 
 
-def count_threshold(c: Tensor, rank: Tensor, m: Tensor, value: float, due: Tensor) -> Tensor:
+def count_threshold(
+    c: Tensor, rank: Tensor, m: Tensor, value: float | Tensor, due: Tensor
+) -> Tensor:
     return (c >= value).sum(-1)
 
 
@@ -61,6 +65,17 @@ def count_frechet(c: Tensor, rank: Tensor, m: Tensor, value: float, due: Tensor)
     return ((bound > value) & (rank <= m[:, None])).sum(-1)
 
 
+def count_entropy(c: Tensor, rank: Tensor, m: Tensor, value: float, due: Tensor) -> Tensor:
+    """Count the entropies of at most `value` nats. A confidence is the negative entropy here."""
+    return (c >= -value).sum(-1)
+
+
+def count_eb(c: Tensor, rank: Tensor, m: Tensor, value: float, due: Tensor) -> Tensor:
+    """Count the ranks before which the entropies sum to at most `value` nats (2505.24857)."""
+    before = c.cumsum(-1) - c  # the negative sum
+    return ((before >= -value) & (rank <= m[:, None])).sum(-1)
+
+
 def count_quota(c: Tensor, rank: Tensor, m: Tensor, value: float, due: Tensor) -> Tensor:
     return due
 
@@ -78,17 +93,27 @@ RULES: dict[str, Rule] = {
         ),
         Rule(
             "frechet", "frechet", "commit while the Fréchet bound of the joint probability exceeds "
-            "this (arXiv 2606.02955)", count_frechet, -1.0, 1.0,
+            "this (arXiv 2606.02955)", count_frechet, -1.0, 1.0, confidences=("probability",),
+        ),
+        Rule(
+            "entropy", "entropy", "commit every token whose entropy is at most this, in nats",
+            count_entropy, 0.0, 1e6, confidences=("entropy",),
+        ),
+        Rule(
+            "eb", "eb", "commit while the entropies of the better ones sum to at most this, in "
+            "nats (arXiv 2505.24857)", count_eb, 0.0, 1e6, confidences=("entropy",),
         ),
         Rule(
             "quota", "steps", "decode in this many steps, fixed up front",
-            count_quota, 1, None, kind=int,
+            count_quota, 1, None, kind=int, confidences=("probability", "margin", "entropy"),
         ),
     )
 }  # fmt: skip
 
 
-def select(confidence: Tensor, valid: Tensor, due: Tensor, rule: str, value: float) -> Tensor:
+def select(
+    confidence: Tensor, valid: Tensor, due: Tensor, rule: str, value: float | Tensor
+) -> Tensor:
     """Which candidates the rule commits: (B, K) bool. Of equal confidences the one at the lower
     position ranks first.
 

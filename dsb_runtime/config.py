@@ -144,7 +144,7 @@ def with_rule_settings(cls: type[T]) -> type[T]:
 @with_rule_settings
 class DecodingConfig:
     """How to decode. At most one of the rules' settings (`threshold`, `factor`, `frechet`,
-    `steps`) may be named; with none of them the rule is threshold 0.9.
+    `entropy`, `eb`, `steps`) may be named; with none of them the rule is threshold 0.9.
 
     The rules listed here are known to type checkers and editors; `with_rule_settings` adds the
     others.
@@ -182,10 +182,17 @@ class DecodingConfig:
     threshold: float | None = rule_setting(RULES["threshold"])
     factor: float | None = rule_setting(RULES["factor"])
     frechet: float | None = rule_setting(RULES["frechet"])
+    entropy: float | None = rule_setting(RULES["entropy"])
+    eb: float | None = rule_setting(RULES["eb"])
     steps: int | None = rule_setting(RULES["quota"])
+    progress: float | None = setting(
+        None, "lower the threshold as the block fills: by this share of it once no mask is left "
+        "(arXiv 2601.17917)", kind=float, low=0.0, high=1.0, open_low=True, unset="off",
+    )  # fmt: skip
     confidence: str = setting(
-        "probability", "what ranks candidates: the token's probability, its margin over the "
+        None, "what ranks candidates: the token's probability, its margin over the "
         "second, or the negative entropy", kind=str, group=SAMPLING, choices=CONFIDENCES,
+        unset="the rule's own: entropy for entropy and eb, else probability",
     )  # fmt: skip
     temperature: float = setting(0.0, "0 is greedy", kind=float, group=SAMPLING, low=0.0, high=1e6)
     top_p: float | None = setting(
@@ -224,6 +231,8 @@ class DecodingConfig:
             raise ValueError(f"{', '.join(named)}: expected at most one of {', '.join(names)}")
         if not named:
             object.__setattr__(self, DEFAULT_RULE.setting, DEFAULT_RULE.default)
+        if self.confidence is None:
+            object.__setattr__(self, "confidence", RULES[self.rule].confidences[0])
         for name, wrong, why in self._conflicts():
             if wrong:
                 raise ValueError(f"{name}={getattr(self, name)!r}: {why}")
@@ -231,12 +240,13 @@ class DecodingConfig:
     def _conflicts(self) -> list[tuple[str, bool, str]]:
         """For each setting that another may rule out: its name, whether it does, and the reason."""
         naive, full = self.schedule == "naive", self.refresh_policy == "full"
+        fitting = RULES[self.rule].confidences
         return [
-            ("confidence", self.confidence == "entropy" and self.rule != "quota",
-             f"a negative entropy is no probability, which {self.rule} needs; expected steps "
-             "with it"),
-            ("frechet", self.confidence == "margin" and self.rule == "frechet",
-             "it bounds a product of probabilities; expected confidence='probability'"),
+            ("confidence", self.confidence not in fitting,
+             f"the rule of {RULES[self.rule].setting} is not defined for it; "
+             f"expected {' or '.join(map(repr, fitting))}"),
+            ("progress", self.progress is not None and self.rule != "threshold",
+             f"it lowers a threshold; expected None with {RULES[self.rule].setting}"),
             ("max_block_length", naive and self.max_block_length is not None,
              "only schedule='dsb' resizes its block; expected None with schedule='naive'"),
             ("steps", naive and (self.steps or 0) % self.num_blocks > 0,

@@ -84,13 +84,17 @@ WRONG_VALUES = [
     ({"threshold": 0.9, "factor": 1.0, "frechet": 0.2, "steps": 4},
      "threshold=0.9, factor=1.0, frechet=0.2, steps=4: expected at most one of threshold"),
     ({"confidence": "logit"}, "confidence='logit': expected one of probability, margin, entropy"),
-    ({"confidence": "entropy"}, "confidence='entropy': a negative entropy is no probability, which"
-     " threshold needs; expected steps"),
-    ({"confidence": "entropy", "factor": 1.0}, "which factor needs; expected steps"),
-    ({"confidence": "margin", "frechet": 0.2}, "expected confidence='probability'"),
+    ({"confidence": "entropy"}, "confidence='entropy': the rule of threshold is not defined for it;"
+     " expected 'probability' or 'margin'"),
+    ({"confidence": "margin", "frechet": 0.2}, "expected 'probability'"),
+    ({"confidence": "probability", "eb": 0.2}, "expected 'entropy'"),
+    ({"progress": 0.5, "steps": 4}, "it lowers a threshold; expected None with steps"),
+    ({"progress": 0.0}, "progress=0.0: expected a number in (0, 1]"),
 ]  # fmt: skip
 INTS = ("gen_length", "block_length", "max_block_length", "prefix_window", "steps", "top_k")
-REALS = ("threshold", "factor", "frechet", "temperature", "top_p")
+REALS = (
+    "threshold", "factor", "frechet", "entropy", "eb", "progress", "temperature", "top_p",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize(("settings", "said"), WRONG_VALUES)
@@ -119,9 +123,11 @@ def test_types_of_settings(name, value):
 
 def test_the_default_threshold_gives_way_and_confidences_have_their_rules():
     assert dsb.DecodingConfig().threshold == 0.9
-    for rule in ({"factor": 1.0}, {"frechet": 0.2}, {"steps": 4}, {"threshold": 0.0}):
+    names = ("threshold", "factor", "frechet", "entropy", "eb", "steps")
+    for name, value in zip(names, (0.0, 1.0, 0.2, 0.5, 0.5, 4), strict=True):
+        rule = {name: value}
         config = vars(dsb.DecodingConfig(**rule))
-        names = ("threshold", "factor", "frechet", "steps")
+        assert config["confidence"] == ("entropy" if name in ("entropy", "eb") else "probability")
         assert {n: config[n] for n in names if config[n] is not None} == rule
     for rule in ({}, {"factor": 1.0}, {"steps": 8}):
         assert dsb.DecodingConfig(confidence="margin", **rule).confidence == "margin"

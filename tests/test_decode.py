@@ -17,7 +17,10 @@ from tests.golden import biased_to_eos, prompts
 
 SCHEDULES = [("naive", None), ("dsb", 8), ("dsb", None)]
 CACHES = ["none", "dual", "dsb"]
-RULES = [{"threshold": 0.6}, {"factor": 1.0}, {"frechet": 0.0}, {"steps": 12}]
+RULES = [
+    {"threshold": 0.6}, {"factor": 1.0}, {"frechet": 0.0}, {"steps": 12}, {"entropy": 2.0},
+    {"eb": 1.0}, {"threshold": 0.6, "progress": 0.5},
+]  # fmt: skip
 MATRIX = list(itertools.product(golden.FAMILIES, SCHEDULES, CACHES, RULES))
 
 

@@ -47,7 +47,7 @@ def test_the_embedded_model_solves_held_out_problems(model, tokenizer):
 def test_settings_cover_every_schedule_cache_and_rule():
     quick, whole = (build_settings(64, 16, quick=quick) for quick in (True, False))
     assert len({(s.schedule, s.cache) for s in quick if s.sweep == "schedules"}) == 9
-    assert {s.config.rule for s in whole} == {"threshold", "quota", "factor", "frechet"}
+    assert {s.config.rule for s in whole} == set(RULES)
     assert {s.config.full_every for s in whole} == {1, 4, 99}
     assert {s.config.cache for s in whole} == {"none", "dual", "dsb"}
     refreshes = [(s.rule, s.cache) for s in whole if s.sweep == "refreshes"]

@@ -48,10 +48,12 @@ def answers(lm: DSBLM, prompts: list[str] = PROMPTS, **asked: Any) -> list[str]:
 
 ARGUMENTS = [
     "gen_length=48,block_length=8,schedule=dsb,max_block_length=16,cache=dsb,prefix_window=6,"
-    "threshold=0.8,temperature=0.5,stop_at_eos=False,refresh_commit=first",
+    "threshold=0.8,progress=0.3,temperature=0.5,stop_at_eos=False,refresh_commit=first",
     "gen_length=48,block_length=8,factor=1.5,top_p=0.9,top_k=5,confidence=margin",
     "gen_length=48,block_length=8,frechet=0.25,refresh_policy=response,full_refresh_every=3",
     "gen_length=48,block_length=8,steps=12,schedule=naive,cache=dual",
+    "gen_length=48,block_length=8,entropy=0.4",
+    "gen_length=48,block_length=8,eb=0.4",
 ]
 
 

@@ -18,6 +18,8 @@ RULE_VALUES = {
     "threshold": st.sampled_from([0.0, 0.3, 0.5, 0.9, 1.0]),
     "factor": st.sampled_from([0.25, 1.0, 2.0, 8.0]),
     "frechet": st.sampled_from([-1.0, 0.0, 0.25, 0.9]),
+    "entropy": st.sampled_from([0.0, 0.5, 2.0]),
+    "eb": st.sampled_from([0.0, 0.5, 2.0, 9.0]),
     "quota": st.just(0.0),
 }
 # Few distinct values, exact in float32, so that ties and equalities with a bound occur.
@@ -44,6 +46,7 @@ def rows(draw) -> Row:
         refresh_commit=draw(st.sampled_from(["select", "first"])) if cache != "none" else "select",
         min_prefix=draw(st.integers(0, 1)) if cache == "dual" else 0,
         full_every=draw(st.integers(1, 3)) if cache != "none" else 1,
+        progress=draw(st.sampled_from([0.0, 0.25, 1.0])),
     )  # fmt: skip
 
 
@@ -82,6 +85,8 @@ def test_every_step_equals_the_method(row, data):
         assert num <= row.block_length, "candidates always fit block_length"
         tokens = data.draw(st.lists(st.integers(0, 3), min_size=num, max_size=num))
         confidences = data.draw(st.lists(CONFIDENCE, min_size=num, max_size=num))
+        if row.rule in ("entropy", "eb"):  # negative entropies
+            confidences = [-4 * c for c in confidences]
         canvas, unused = batch.canvas.clone(), batch.position.shape[1] - num
         confidence = torch.tensor([confidences + [2.0] * unused])
         batch.step(torch.tensor([tokens + [0] * unused]), confidence)
@@ -116,6 +121,20 @@ def test_counts_of_frechet_and_factor():
     # Where only the last rank fails, factor takes all.
     assert choose([0.9, 0.9, 0.1], "factor", 1.0) == [0, 1, 2]
     assert choose([0.9, 0.1, 0.1], "factor", 1.0) == [0]
+
+
+def test_counts_of_entropy_and_eb():
+    assert choose([-1.5, -0.25, -0.5], "entropy", 0.5) == [1, 2]
+    # Before the ranks 1, 2 and 3 the entropies sum to 0, 0.25 and 0.75.
+    assert choose([-1.5, -0.25, -0.5], "eb", 0.25) == [1, 2]
+    assert choose([-1.5, -0.25, -0.5], "eb", 0.75) == [0, 1, 2]
+
+
+def test_progress_lowers_the_threshold_as_the_block_fills():
+    row = Row(1, 4, 4, schedule="naive", cache="none", value=0.8, progress=0.5)
+    assert len(row.advance([5] * 4, [0.8, 0.7, 0.8, 0.7])) == 2  # 0.8 while all is masked
+    assert len(row.advance([5] * 2, [0.6, 0.5])) == 1  # 0.6 with half of the block masked
+    assert row.candidates() == [4]
 
 
 @pytest.mark.parametrize("steps", [1, 3, 5, 8, 16])

@@ -44,6 +44,7 @@ class Run:
     inactive: float = 0.1  # share of rows that sit a step out
     scored: float | None = None  # share of rows, and of candidates, that are scored
     full_every: int = 2
+    progress: float = 0.0
     seed: int = 0
 
     def spec(self) -> UnmaskSpec:
@@ -96,12 +97,17 @@ class Run:
             result |= zip(written(unmask_and_slide), CASE.compare(result), strict=True)
 
 
-VALUES = {"threshold": 0.75, "factor": 1.0, "frechet": 0.25, "quota": 0.0}
+VALUES = {
+    "threshold": 0.75, "factor": 1.0, "frechet": 0.25, "entropy": 0.5, "eb": 0.75, "quota": 0.0,
+}  # fmt: skip
+ENTROPIES = (-2.0, -0.75, -0.5, -0.25, -0.0)
 
 
 def run_of(rule: str, schedule: str, **settings: object) -> Run:
     steps = {"dsb": 12, "naive": 4}[schedule] if rule == "quota" else 0
     settings = {"steps": steps} | settings
+    if rule in ("entropy", "eb"):
+        settings = {"values": ENTROPIES} | settings
     return Run(rule=rule, rule_value=VALUES[rule], schedule=schedule, **settings)
 
 
@@ -151,6 +157,7 @@ CASES = {
     "some_rows_nan": Run(rows=4, scored=0.6, values=(0.5, 0.75, 0.9, NAN)),
     "padded": Run(prefix_window=50, leftpads=(5, 0, 4)),
     "no_prefix": Run(prefix_window=0, min_prefix=0),
+    "progress": Run(progress=0.5, rule_value=0.9, values=(0.9, 0.8, 0.7, 0.6), num_steps=6),
     "quota": run_of("quota", "dsb", num_steps=6, inactive=0.3),
     # 0.9 as a float32 is below 0.9: such a confidence does not pass.
     "compared_in_float64": Run(rule_value=0.9, values=(0.9, 0.90000004, 0.5), num_steps=3),

@@ -89,6 +89,7 @@ def spec_of(config: DecodingConfig, info: DiffusionInfo, prompt_length: int) -> 
         eos_ids=info.eos_ids,
         stop_at_eos=config.stop_at_eos,
         full_every=config.full_every,
+        progress=config.progress or 0.0,
     )
 
 

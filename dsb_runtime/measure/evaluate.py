@@ -32,6 +32,8 @@ SWEEPS: dict[str, tuple[float, ...]] = {
     "threshold": (0.2, 0.3, 0.4, 0.5, 0.7, 0.95, 0.99),
     "factor": (0.25, 1.0, 4.0, 8.0),
     "frechet": (-0.9, -0.5, 0.0, 0.25, 0.9),
+    "entropy": (0.1, 0.4, 1.0),
+    "eb": (0.1, 0.6, 2.0),
 }
 FULL_EVERY = (4, 99)  # with response refreshes, one refresh in so many is full
 SMALL_BLOCK = 4  # so small a block makes many refreshes

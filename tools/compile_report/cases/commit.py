@@ -23,6 +23,9 @@ VARIANTS: tuple[tuple[int, int, dict[str, object]], ...] = (
     (32, 1, {"cache": "none", "rule": "factor", "rule_value": 1.0, "stop_at_eos": False}),
     (32, 1, {"schedule": "naive", "cache": "dual", "refresh_commit": "first"}),
     (32, 1, {"schedule": "naive", "cache": "none", "rule": "quota", "stop_at_eos": False}),
+    (32, 1, {"rule": "entropy", "rule_value": 0.4}),
+    (32, 1, {"rule": "eb", "rule_value": 0.4}),
+    (32, 1, {"progress": 0.5}),
     (256, 1, {}),
     (256, 64, FRECHET),
     (64, 1, FRECHET),
@@ -41,6 +44,7 @@ def cases() -> list[CompileCase]:
 
 def case(K: int, rows: int, spec: UnmaskSpec) -> CompileCase:
     name = f"{spec.schedule} cache={spec.cache} {spec.rule} K={K}"
+    name += " progress" * (spec.progress > 0)
     name += " first" * (spec.refresh_commit == "first") + f" of {rows} rows" * (rows > 1)
     constexprs = constants(K, rows, spec) | ({"rows_ptr": None} if rows == 1 else {})
     return CompileCase(
