@@ -67,11 +67,12 @@ def sampling_scores(
     return x / temperature + noise
 
 
-def uniform(seed: Tensor, noise_ids: Tensor) -> Tensor:
-    """One float64 in [0, 1) for each noise id (N,), independent of its Gumbel noise."""
+def uniform(seed: Tensor, noise_ids: Tensor, stream: int = 1) -> Tensor:
+    """One float64 in [0, 1) for each noise id (N,), independent of its Gumbel noise and of the
+    numbers of other streams (from 1)."""
     low = 0xFFFFFFFF
-    zero, one = torch.zeros_like(noise_ids), torch.ones_like(noise_ids)
-    counter = (zero, noise_ids & low, (noise_ids >> 32) & low, one)
+    zero, last = torch.zeros_like(noise_ids), torch.full_like(noise_ids, stream)
+    counter = (zero, noise_ids & low, (noise_ids >> 32) & low, last)
     high, more, _, _ = philox4x32(counter, (seed & low, (seed >> 32) & low))
     return ((high << 21) | (more >> 11)).double() * 2.0**-53
 

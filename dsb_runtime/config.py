@@ -18,6 +18,7 @@ from dsb_kernels.rules import RULES, Rule
 from dsb_kernels.score import CONFIDENCES
 
 DEFAULT_FULL_EVERY = 4
+RANDOM = "random"  # the confidence that no op computes
 MAX_INT = 2**31 - 1  # a row's state on the device is int32
 
 DEFAULT_RULE = next(rule for rule in RULES.values() if rule.default is not None)
@@ -191,8 +192,14 @@ class DecodingConfig:
     )  # fmt: skip
     confidence: str = setting(
         None, "what ranks candidates: the token's probability, its margin over the "
-        "second, or the negative entropy", kind=str, group=SAMPLING, choices=CONFIDENCES,
+        "second, the negative entropy, or a random number", kind=str, group=SAMPLING,
+        choices=(*CONFIDENCES, RANDOM),
         unset="the rule's own: entropy for entropy and eb, else probability",
+    )  # fmt: skip
+    confidence_temperature: float | None = setting(
+        None, "draw the order of candidates: from the softmax of their confidences over this "
+        "temperature; with steps only", kind=float, group=SAMPLING, low=0.0, high=1e6,
+        open_low=True, unset="the order of the confidences", doors={"custom_generate": "alg_temp"},
     )  # fmt: skip
     temperature: float = setting(0.0, "0 is greedy", kind=float, group=SAMPLING, low=0.0, high=1e6)
     top_p: float | None = setting(
@@ -241,10 +248,18 @@ class DecodingConfig:
         """For each setting that another may rule out: its name, whether it does, and the reason."""
         naive, full = self.schedule == "naive", self.refresh_policy == "full"
         fitting = RULES[self.rule].confidences
+        if self.rule == "quota":  # the one rule that compares confidences with nothing
+            fitting = (*fitting, RANDOM)
         return [
             ("confidence", self.confidence not in fitting,
              f"the rule of {RULES[self.rule].setting} is not defined for it; "
              f"expected {' or '.join(map(repr, fitting))}"),
+            ("confidence_temperature",
+             self.confidence_temperature is not None and self.rule != "quota",
+             f"a drawn order does not fit {RULES[self.rule].setting}; expected steps with it"),
+            ("confidence_temperature",
+             self.confidence_temperature is not None and self.confidence == RANDOM,
+             "confidence='random' is a drawn order already; expected None"),
             ("progress", self.progress is not None and self.rule != "threshold",
              f"it lowers a threshold; expected None with {RULES[self.rule].setting}"),
             ("max_block_length", naive and self.max_block_length is not None,
@@ -261,6 +276,12 @@ class DecodingConfig:
             ("full_refresh_every", full and self.full_refresh_every is not None,
              "every refresh is full with refresh_policy='full'; expected None"),
         ]  # fmt: skip
+
+    @property
+    def draws(self) -> bool:
+        """Whether decoding needs random numbers."""
+        drawn_order = self.confidence == RANDOM or self.confidence_temperature is not None
+        return self.temperature > 0 or drawn_order
 
     @property
     def num_blocks(self) -> int:

@@ -83,17 +83,22 @@ WRONG_VALUES = [
     ({"threshold": 0.9, "factor": 1.0}, "threshold=0.9, factor=1.0: expected at most one of"),
     ({"threshold": 0.9, "factor": 1.0, "frechet": 0.2, "steps": 4},
      "threshold=0.9, factor=1.0, frechet=0.2, steps=4: expected at most one of threshold"),
-    ({"confidence": "logit"}, "confidence='logit': expected one of probability, margin, entropy"),
+    ({"confidence": "logit"}, "confidence='logit': expected one of probability, margin, entropy"
+     ", random"),
     ({"confidence": "entropy"}, "confidence='entropy': the rule of threshold is not defined for it;"
      " expected 'probability' or 'margin'"),
     ({"confidence": "margin", "frechet": 0.2}, "expected 'probability'"),
     ({"confidence": "probability", "eb": 0.2}, "expected 'entropy'"),
     ({"progress": 0.5, "steps": 4}, "it lowers a threshold; expected None with steps"),
+    ({"confidence": "random"}, "the rule of threshold is not defined for it"),
+    ({"confidence_temperature": 0.5}, "a drawn order does not fit threshold; expected steps"),
+    ({"confidence_temperature": 0.5, "confidence": "random", "steps": 4}, "a drawn order already"),
     ({"progress": 0.0}, "progress=0.0: expected a number in (0, 1]"),
 ]  # fmt: skip
 INTS = ("gen_length", "block_length", "max_block_length", "prefix_window", "steps", "top_k")
 REALS = (
     "threshold", "factor", "frechet", "entropy", "eb", "progress", "temperature", "top_p",
+    "confidence_temperature",
 )  # fmt: skip
 
 

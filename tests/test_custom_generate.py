@@ -107,6 +107,25 @@ def test_transformers_stumbles_over_a_string_as_cache():
 ENDING = prompts(1, seed=3)[0][None]  # whose answer ends early where EOS is likely
 
 
+def test_confidences_by_their_published_names():
+    model = golden.model("dream")
+    for named, ours in (
+        ({"alg": "topk_margin"}, {"confidence": "margin"}),
+        ({"alg": "entropy", "alg_temp": 0.2, "seed": 3}, {"confidence": "entropy"}),
+        ({"remasking": "random", "seed": 3}, {"confidence": "random"}),
+    ):
+        if "seed" in named:
+            ours["generator"] = torch.Generator().manual_seed(3)
+        if "alg_temp" in named:
+            ours["confidence_temperature"] = 0.2
+        expected = direct(model, steps=6, **ours).sequences
+        assert torch.equal(run(model, IDS, steps=6, **named), expected)
+    with golden.refusal("alg='origin': expected one of maskgit_plus, topk_margin, entropy"):
+        run(model, IDS, alg="origin")
+    with golden.refusal("remasking and confidence: expected one of the two"):
+        run(model, IDS, remasking="random", confidence="random", steps=6)
+
+
 def test_eos():
     width, asked = ENDING.shape[1], {"threshold": 0.5, "return_dict_in_generate": True}
     with biased_to_eos("llada") as model:

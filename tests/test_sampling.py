@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from typing import Any
@@ -13,7 +14,7 @@ from torch import Tensor
 import dsb_runtime as dsb
 from dsb_kernels.noise import gumbel_noise, uniform
 from dsb_kernels.score import CONFIDENCES
-from dsb_runtime.engine.sampling import cut_top_k, propose, sample_nucleus
+from dsb_runtime.engine.sampling import cut_top_k, order_confidence, propose, sample_nucleus
 from dsb_runtime.families import LLADA, DiffusionInfo
 from tests import golden
 
@@ -139,6 +140,51 @@ def test_the_confidence_decides_which_candidate_is_committed(family):
         orders.append(out.sequences[0, PROMPT.shape[1] :].tolist())
         assert orders[-1] == golden.one_by_one(family, PROMPT[0].tolist(), 16, kind)
     assert orders[1:] != orders[:1] * 2, "confidences must differ, or this shows nothing"
+
+
+def test_a_drawn_order_is_that_of_drawing_one_after_another():
+    """The first of four candidates, 20000 times, against the softmax of their confidences: a
+    chi-square. The second among those that remain, by the same law."""
+    config = settings(confidence_temperature=0.25)
+    confidence = torch.tensor([0.9, 0.7, 0.4, 0.1])
+    ids = torch.arange(20000)[:, None] * 4 + torch.arange(4)
+    number = order_confidence(
+        confidence.repeat(20000), config, torch.tensor(3), ids.flatten()
+    ).view(-1, 4)
+    p = (confidence.double() / 0.25).softmax(-1)
+    order = number.argsort(-1, descending=True)
+    first = order[:, 0].bincount(minlength=4)
+    assert ((first - 20000 * p) ** 2 / (20000 * p)).sum() < 16.3  # three degrees, 0.1%
+    second = order[order[:, 0] == 0, 1].bincount(minlength=4)[1:]
+    expected = len(order[order[:, 0] == 0]) * p[1:] / p[1:].sum()
+    assert ((second - expected) ** 2 / expected).sum() < 13.8  # two degrees
+
+
+@pytest.mark.parametrize("family", golden.FAMILIES)
+@pytest.mark.parametrize(
+    "how", [{"confidence": "random"}, {"confidence_temperature": 0.5, "confidence": "entropy"}]
+)
+def test_a_drawn_order_is_the_generators_and_no_batchs(family, how):
+    generate = functools.partial(
+        dsb.generate, golden.model(family), gen_length=16, block_length=8, steps=8,
+        stop_at_eos=False, **how,
+    )  # fmt: skip
+    order: list[list[int]] = []
+
+    def draw(prompt: Tensor, seed: int) -> Tensor:
+        order.append([])
+        picked = lambda e: order[-1].extend(e.position[0][e.commit[0]].tolist())  # noqa: E731
+        return generate(prompt, generator=seeded(seed), on_step=picked).sequences
+
+    one, again, _ = (draw(PROMPT, seed) for seed in (1, 1, 2))
+    assert torch.equal(one, again) and order[0] == order[1] != order[2]
+    assert torch.equal(draw(PROMPT.repeat(3, 1), 1)[0], one[0])
+
+
+def test_nan_stays_nan_in_a_drawn_order():
+    config = settings(confidence="random")
+    number = order_confidence(torch.tensor([0.5, math.nan]), config, **noise(1, 2))
+    assert number.isnan().tolist() == [False, True]
 
 
 @pytest.mark.parametrize(("top_p", "top_k"), CUTS)

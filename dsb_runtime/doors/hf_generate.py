@@ -54,6 +54,11 @@ CALL_ONLY = (
 )  # fmt: skip
 # Arguments of the model's forward that transformers passes on and DSB does not read.
 FORWARD_ONLY = ("cache", "past_key_values", "inputs_embeds", "position_ids")
+# The published loops' own names for a confidence: Dream's and LLaDA's.
+CONFIDENCE_NAMES = {
+    "alg": {"maskgit_plus": "probability", "topk_margin": "margin", "entropy": "entropy"},
+    "remasking": {"low_confidence": "probability", "random": "random"},
+}
 # What transformers itself builds from fields that are honoured here.
 OWN = (
     "TemperatureLogitsWarper", "TopKLogitsWarper", "TopPLogitsWarper", "MaxLengthCriteria",
@@ -143,6 +148,21 @@ def read_sampling(config: GenerationConfig, named: dict[str, Any]) -> dict[str, 
     return {"temperature": temperature, "top_p": top_p, "top_k": top_k}
 
 
+def read_confidence(named: dict[str, Any]) -> dict[str, Any]:
+    """The arguments with `confidence` in place of Dream's `alg` or LLaDA's `remasking`."""
+    named = dict(named)
+    for argument, names in CONFIDENCE_NAMES.items():
+        value = named.pop(argument, None)
+        if value is None:
+            continue
+        if value not in names:
+            raise ValueError(f"{argument}={value!r}: expected one of {', '.join(names)}")
+        if named.get("confidence") is not None:
+            raise ValueError(f"{argument} and confidence: expected one of the two")
+        named["confidence"] = names[value]
+    return named
+
+
 def model_with_eos(
     model: PreTrainedModel, config: GenerationConfig, named: int | list[int] | None
 ) -> PreTrainedModel:
@@ -176,7 +196,7 @@ def read_settings(
         call: transformers' local variables, which tell whether the caller named a length.
         named: settings by their names in this door, None where the caller does not name them.
     """
-    named = {**named, **read_sampling(config, named)}
+    named = {**read_confidence(named), **read_sampling(config, named)}
     ours: dict[str, Any] = {}
     for name, entry in settings().items():
         here = entry.doors.get(DOOR, name)
@@ -216,7 +236,8 @@ def custom_generate(
         named: any setting of `DecodingConfig` (this function's signature lists them), and what
             transformers passes to a model's forward. The setting `cache` is called `cache_policy`,
             since `cache` is transformers' own argument for a Cache object: transformers raises an
-            error for a policy under that name before it calls this function. A setting that is not
+            error for a policy under that name before it calls this function. Dream's `alg` and
+            `alg_temp` and LLaDA's `remasking` are accepted under these names. A setting that is not
             named, or is None, has the default of `dsb_runtime.generate`.
 
     Returns:
@@ -271,6 +292,7 @@ def signature_with(entries: dict[str, Setting]) -> inspect.Signature:
     plain = inspect.signature(custom_generate)
     *parameters, rest = plain.parameters.values()
     names = [entry.doors.get(DOOR, name) for name, entry in entries.items() if name != "gen_length"]
+    names += [*CONFIDENCE_NAMES]
     parameters += [
         inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in names
     ]

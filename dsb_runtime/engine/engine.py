@@ -198,7 +198,7 @@ class Engine:
         pad = 0 if watched or self.loop.capture is None else -prompt % PROMPT_MULTIPLE
         session = self.loop.session(config, input_ids, leftpad, pad)
         state, info = session.state, check_model(self.model)
-        if config.temperature > 0:
+        if config.draws:
             # A GPU's default generator refuses to draw while another thread captures a graph.
             source = "cpu" if generator is None else generator.device
             seed = torch.randint(2**62, (), dtype=torch.int64, generator=generator, device=source)

@@ -19,10 +19,15 @@ from dsb_kernels.lm_head import lm_head_confidence
 from dsb_kernels.noise import uniform
 from dsb_kernels.score import confidence_of
 from dsb_kernels.token_confidence import first_argmax, token_confidence
-from dsb_runtime.config import DecodingConfig
+from dsb_runtime.config import RANDOM, DecodingConfig
 from dsb_runtime.engine.layers import is_plain_linear
 from dsb_runtime.engine.parallel import is_sharded, score_sharded
 from dsb_runtime.families import DiffusionInfo
+
+
+def computed_confidence(config: DecodingConfig) -> str:
+    """The confidence that is computed from the logits, whatever then ranks the candidates."""
+    return "probability" if config.confidence == RANDOM else config.confidence
 
 
 def cut_top_p(logits: Tensor, top_p: float) -> Tensor:
@@ -73,7 +78,27 @@ def sample_nucleus(
         draw = uniform(seed, noise_ids)[:, None] * sums[:, -1:]
         token = torch.where(barred, token, torch.searchsorted(sums, draw, right=True))
     token = token[:, 0]
-    return token, confidence_of(probability, token, (mask_id,), config.confidence)
+    return token, confidence_of(probability, token, (mask_id,), computed_confidence(config))
+
+
+ORDER_STREAM = 2  # of the random numbers that draw an order; the cuts draw tokens from stream 1
+
+
+def order_confidence(
+    confidence: Tensor, config: DecodingConfig, seed: Tensor | None, noise_ids: Tensor | None
+) -> Tensor:
+    """The number that ranks each candidate, (N,) float32: its confidence, unless an order is drawn.
+
+    Candidates that are drawn one after another from the softmax of confidences / T (Dream's
+    alg_temp) have the order of confidence / T plus Gumbel noise. A NaN stays NaN.
+    """
+    if config.confidence != RANDOM and config.confidence_temperature is None:
+        return confidence
+    assert seed is not None and noise_ids is not None
+    number = uniform(seed, noise_ids, ORDER_STREAM) + 2.0**-54  # never 0
+    if config.confidence_temperature is not None:
+        number = confidence / config.confidence_temperature - (-number.log()).log()
+    return torch.where(confidence.isnan(), confidence, number).float()
 
 
 def propose(
@@ -93,24 +118,28 @@ def propose(
             means that `scored` has logits, (N, V).
         eligible: (N,) bool. Results for which it is False are not used.
         config: how to sample, and which confidence to compute.
-        seed, noise_ids: () int64 and (N,) int64, which determine the noise at temperature > 0.
+        seed, noise_ids: () int64 and (N,) int64, which determine what is drawn (`config.draws`).
 
     Returns:
-        (N,) int64 and (N,) float32. NaN logits give a NaN confidence.
+        (N,) int64 and (N,) float32, the number that ranks it. NaN logits give a NaN confidence.
     """
+    noisy = config.temperature > 0
     cuts = config.top_p is not None or config.top_k is not None
-    if cuts or (config.temperature > 0 and info.family.nucleus):
-        # A sharded head's own forward gathers the vocabulary, which the cuts need as a whole.
-        logits = scored if lm_head is None else lm_head(scored)
-        return sample_nucleus(logits, info.mask_id, config, seed, noise_ids)
     how: dict[str, Any] = {
         "eligible": eligible, "banned": (info.mask_id,), "temperature": config.temperature,
-        "seed": seed, "noise_ids": noise_ids, "confidence": config.confidence,
+        "seed": seed if noisy else None, "noise_ids": noise_ids if noisy else None,
+        "confidence": computed_confidence(config),
     }  # fmt: skip
-    if lm_head is None:
-        return token_confidence(scored, **how)
-    if is_sharded(lm_head):
-        return score_sharded(scored, lm_head, **how)
-    if isinstance(lm_head, nn.Linear) and is_plain_linear(lm_head):
-        return lm_head_confidence(scored, lm_head.weight, lm_head.bias, **how)
-    return token_confidence(lm_head(scored), **how)
+    if cuts or (noisy and info.family.nucleus):
+        # A sharded head's own forward gathers the vocabulary, which the cuts need as a whole.
+        logits = scored if lm_head is None else lm_head(scored)
+        token, confidence = sample_nucleus(logits, info.mask_id, config, seed, noise_ids)
+    elif lm_head is None:
+        token, confidence = token_confidence(scored, **how)
+    elif is_sharded(lm_head):
+        token, confidence = score_sharded(scored, lm_head, **how)
+    elif isinstance(lm_head, nn.Linear) and is_plain_linear(lm_head):
+        token, confidence = lm_head_confidence(scored, lm_head.weight, lm_head.bias, **how)
+    else:
+        token, confidence = token_confidence(lm_head(scored), **how)
+    return token, order_confidence(confidence, config, seed, noise_ids)

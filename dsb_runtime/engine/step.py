@@ -136,7 +136,7 @@ class Step:
         with phase("score"):
             token, confidence = propose(
                 scored, self.backbone.lm_head, layout.eligible, self.config, self.info,
-                *((state.seed, layout.noise_ids) if self.config.temperature > 0 else ()),
+                *((state.seed, layout.noise_ids) if self.config.draws else ()),
             )  # fmt: skip
         with phase("unmask"):
             capacity = shape.num_rows, shape.num_candidates
