@@ -240,6 +240,17 @@ def test_lora_of_peft(model: PreTrainedModel, targets: list[str]) -> None:
     assert decode_alone(merged) == expected
 
 
+def test_a_hook_on_a_module_of_peft_is_given_every_token(model: PreTrainedModel) -> None:
+    """It takes the mean over all tokens, where the engine's own last layer computes a few."""
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(target_modules=["down_proj"], init_lora_weights=False)
+    adapted = peft.get_peft_model(model, config)
+    plain = decode_alone(adapted)
+    hooked = model.model.layers[-1].mlp.down_proj
+    hooked.register_forward_hook(lambda module, args, out: out - 3 * out.mean(1, keepdim=True))
+    assert decode_alone(adapted) == whole_canvas(model, PROMPT, 4, 8) != plain
+
+
 def test_a_model_quantised_by_torch(model: PreTrainedModel) -> None:
     """Its layers choose one scale for all tokens of a call: other tokens change the result."""
     quantised = torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)

@@ -1,10 +1,11 @@
 """The forward of a step by calling the model's own modules, for models that are wrapped.
 
-`engine.forward` takes a decoder apart: it runs the parts of a layer as fused ops. What is wrapped
-around a module that it never calls (a hook, another `forward`, a subclass) would be lost. A model
-that has such a module runs here instead: the model itself is called with the window's tokens and a
-cache in transformers' format, so that every module of it is called as transformers calls it. That
-is slower: it runs no kernel of ours but the one that writes K and V.
+`engine.forward` takes a decoder apart: it runs the parts of a layer as fused ops, and the last of
+them for some tokens only. What is wrapped around a module (a hook, another `forward`, a subclass)
+could be lost there, or be given too few tokens. A model that has such a module runs here instead:
+the model itself is called with the window's tokens and a cache in transformers' format, so that
+every module of it is called as transformers calls it. That is slower: it runs no kernel of ours but
+the one that writes K and V.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from dsb_kernels.place import Layout
 from dsb_kernels.rope_kv import rope_write_kv
 from dsb_runtime.engine.cache import KVCache
 from dsb_runtime.engine.forward import Phase, no_phase
-from dsb_runtime.engine.layers import fingerprint, wrapping
+from dsb_runtime.engine.layers import KNOWN, fingerprint, wrapping
 from dsb_runtime.engine.parallel import (
     any_process_decodes,
     is_fully_sharded,
@@ -38,13 +39,13 @@ def wrapped_module(model: Any) -> str | None:
     around it; None if there is none.
 
     `engine.forward` runs a layer's parts by themselves, and the last layer and the LM head for some
-    tokens only. So it keeps the hooks of tensor parallelism, and the modules of `TOKEN_BY_TOKEN`.
+    tokens only. So it keeps the hooks of tensor parallelism, and the classes of `TOKEN_BY_TOKEN`.
     """
     inner = r"layers\.\d+|layers\.\d+\.self_attn|rotary_emb"
     containers = re.compile(rf"(model(\.({inner}))?)?")
     for name, module in model.named_modules():
-        what = wrapping(module)
-        if what is None or type(module).__module__.startswith(TOKEN_BY_TOKEN):
+        what = wrapping(module, KNOWN + TOKEN_BY_TOKEN)
+        if what is None:
             continue
         if not is_tensor_parallel(model) or containers.fullmatch(name):
             return f"{name or 'model'} {what}"

@@ -56,16 +56,16 @@ def norm_of(module: Module) -> Norm:
     return RmsNorm(module.weight.data, module.variance_epsilon)
 
 
-def wrapping(module: nn.Module) -> str | None:
+def wrapping(module: nn.Module, known: tuple[str, ...] = KNOWN) -> str | None:
     """What is wrapped around a module, in words. None means that calling the module does only what
-    the forward of a class of torch, transformers or this package does."""
+    the forward of a class in the packages `known` does."""
     if module._forward_hooks or module._forward_pre_hooks:
         return "has a forward hook"
     if all_modules._global_forward_hooks or all_modules._global_forward_pre_hooks:
         return "runs under a hook of all modules"
     if "forward" in module.__dict__:
         return "has a forward of its own"
-    if not module.__class__.forward.__module__.startswith(KNOWN):
+    if not module.__class__.forward.__module__.startswith(known):
         return f"is a {module.__class__.__name__}"
     return None
 

@@ -70,8 +70,13 @@ class Session:
     """The state of a batch of one shape and the steps over it."""
 
     step: Step
-    captured: bool  # whether steps are captured, for which capacities are rounded up
+    capture: Capture | None
     replays: dict[StepShape, Callable[[], None]] = field(default_factory=dict)
+
+    @property
+    def captured(self) -> bool:
+        """Whether steps are captured, for which capacities are rounded up."""
+        return self.capture is not None
 
     @property
     def state(self) -> DecodeState:
@@ -212,8 +217,7 @@ class Loop:
         if session is None:
             cache = KVCache.over(storage, shape, batch, length, num_layers)
             step = Step(backbone, info, cache, state, spec, config, padded)
-            captured = self.capture is not None and backbone.replayable
-            session = Session(step, captured)
+            session = Session(step, self.capture if backbone.replayable else None)
         else:
             for buffer, value in zip(session.state, state, strict=True):
                 buffer.copy_(value)
@@ -239,10 +243,10 @@ class Loop:
                 else:
                     session.step(shape)
                 launched = Launched(shape, HostCopy(session.state.table))
-            if self.capture is not None and session.captured and replay is None:
+            if session.capture is not None and replay is None:
                 # The run above was a step of the decoding, and has compiled all kernels. The
                 # capture records the same launches without running them.
-                session.replays[shape] = self.capture(lambda: session.step(shape))
+                session.replays[shape] = session.capture(lambda: session.step(shape))
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
