@@ -243,7 +243,7 @@ def linear_add_norm_case(layer: str, num_tokens: int) -> Case:
 def masked_canvas(batch: int, prompt: int, response: int, rule: str) -> tuple[Tensor, UnmaskSpec]:
     """A canvas with a masked response, and how it is decoded."""
     spec = UnmaskSpec(
-        prompt_length=prompt, block_length=BLOCK, max_block_length=BLOCK, schedule="dsb",
+        block_length=BLOCK, max_block_length=BLOCK, schedule="dsb",
         cache="dsb", prefix_window=24, min_prefix=0, rule=rule, rule_value=RULES[rule], steps=0,
         refresh_commit="select", mask_id=126336, eos_ids=(126081,), stop_at_eos=True,
     )  # fmt: skip
@@ -268,7 +268,6 @@ def place_rows_case(kind: str, batch: int, num_rows: int, prompt: int, response:
     width = BLOCK + PREFIX if kind == "window" else prompt + response
     options = {
         "kind": int(needed), "num_rows": num_rows, "width": width, "num_candidates": BLOCK,
-        "prompt_length": prompt,
     }  # fmt: skip
     # A call reads and writes the tokens; it reads each candidate's position, and writes its index,
     # noise id and flag.

@@ -48,22 +48,31 @@ def still_masked(canvas: Tensor, position: Tensor, end: Tensor, spec: UnmaskSpec
     return (position >= 0) & (position < end[:, None]) & is_masked
 
 
-def tokens_due(
-    step: Tensor, start: Tensor, committed: Tensor, length: int, spec: UnmaskSpec
-) -> Tensor:
+def masks_left(row: dict[Column, Tensor], spec: UnmaskSpec) -> Tensor:
+    """How many of the masks that a plan covers are left: all, or with naive those of the block."""
+    if spec.schedule == "naive":
+        return row[Column.NUM_CANDIDATES]
+    return row[Column.RESPONSE_END] - row[Column.RESPONSE_START] - row[Column.UNMASKED]
+
+
+def tokens_due(row: dict[Column, Tensor], spec: UnmaskSpec) -> Tensor:
     """How many tokens each row must commit in this step to meet its plan, (B,) int64.
 
     The plan spreads m masks over k steps; each of the first m mod k steps takes one more than the
     others. If earlier steps had too few candidates to meet the plan, this step makes up for it.
     """
-    if spec.schedule == "naive":
-        masks = (length - start).clamp(max=spec.block_length)
-        committed = committed - (start - spec.prompt_length)
-    else:
-        masks = torch.full_like(committed, length - spec.prompt_length)
-    steps = max(spec.steps, 1)
+    masks, step, steps = row[Column.PLANNED], row[Column.STEP], max(spec.steps, 1)
     planned = (step + 1) * (masks // steps) + torch.minimum(step + 1, masks % steps)
-    return torch.where(step + 1 >= steps, masks, planned) - committed
+    return torch.where(step + 1 >= steps, masks, planned) - (masks - masks_left(row, spec))
+
+
+def masks_of(canvas: Tensor, row: dict[Column, Tensor], spec: UnmaskSpec) -> tuple[Tensor, Tensor]:
+    """Which positions of the response are masked, (B, L) bool, and the first of them, which is the
+    response's end where no mask remains, (B,)."""
+    index = torch.arange(canvas.shape[1], device=canvas.device)
+    masked = (canvas == spec.mask_id) & (index >= row[Column.RESPONSE_START][:, None])
+    masked &= index < row[Column.RESPONSE_END][:, None]
+    return masked, torch.where(masked, index, row[Column.RESPONSE_END][:, None]).amin(-1)
 
 
 def rule_value(num_masks: Tensor, size: Tensor, spec: UnmaskSpec) -> float | Tensor:
@@ -82,17 +91,17 @@ def commit_tokens(canvas: Tensor, position: Tensor, token: Tensor, commit: Tenso
     canvas.copy_(pad(canvas, (0, 1)).scatter(1, index, token)[:, :L])
 
 
-def block_of(
-    first_masked: Tensor, committed: Tensor, length: int, spec: UnmaskSpec
-) -> tuple[Tensor, Tensor]:
-    """The block [start, end) of each row. It follows from the row's first masked position (L where
-    no mask remains) and from the number of tokens that the row has committed."""
-    prompt, size = spec.prompt_length, spec.block_length
+def block_of(row: dict[Column, Tensor], spec: UnmaskSpec) -> tuple[Tensor, Tensor]:
+    """The block [start, end) of each row. It follows from where the response stands, from the row's
+    first masked position (the response's end where no mask remains), which is given as START, and
+    from the number of response positions that are not masked."""
+    begin, stop = row[Column.RESPONSE_START], row[Column.RESPONSE_END]
+    first_masked, size = row[Column.START], spec.block_length
     if spec.schedule == "naive":
-        start = prompt + (first_masked - prompt) // size * size
-        start = torch.where(first_masked >= length, length, start)
-        return start, (start + size).clamp(max=length)
-    end = (prompt + size + committed).clamp(max=length)
+        start = begin + (first_masked - begin) // size * size
+        start = torch.where(first_masked >= stop, stop, start)
+        return start, (start + size).minimum(stop)
+    end = (begin + size + row[Column.UNMASKED]).minimum(stop)
     if spec.max_block_length is not None:
         end = end.minimum(first_masked + spec.max_block_length)
     return first_masked, end
@@ -137,19 +146,23 @@ def first_candidates(masked: Tensor, end: Tensor, num: int) -> Tensor:
     return torch.where(key < L, key, -1).int()
 
 
-def fill_after_eos(canvas: Tensor, first_masked: Tensor, moved: Tensor, spec: UnmaskSpec) -> Tensor:
-    """Find the rows that moved and whose first EOS has no mask before it. In these rows, write that
-    EOS over everything after it. Returns whether each row is one of them, (B,) bool."""
+def fill_after_eos(
+    canvas: Tensor, row: dict[Column, Tensor], first_masked: Tensor, moved: Tensor, spec: UnmaskSpec
+) -> Tensor:
+    """Find the rows that moved and whose response has its first EOS before its first mask. In these
+    rows, write that EOS over the rest of the response. Returns whether each row is one of them,
+    (B,) bool."""
     L = canvas.shape[1]
     index = torch.arange(L, device=canvas.device)
+    begin, stop = row[Column.RESPONSE_START], row[Column.RESPONSE_END]
     is_eos = torch.zeros_like(canvas, dtype=torch.bool)
     for eos_id in spec.eos_ids:
         is_eos |= canvas == eos_id
-    is_eos &= (index >= spec.prompt_length) & (index < first_masked[:, None])
+    is_eos &= (index >= begin[:, None]) & (index < first_masked[:, None])
     first_eos = torch.where(is_eos, index, L).amin(-1)
     stopped = moved & (first_eos < L)
     eos = canvas.gather(1, first_eos.clamp(max=L - 1)[:, None])
-    after = stopped[:, None] & (index > first_eos[:, None])
+    after = stopped[:, None] & (index > first_eos[:, None]) & (index < stop[:, None])
     canvas.copy_(torch.where(after, eos, canvas))
     return stopped
 
@@ -169,7 +182,8 @@ def unmask_and_slide_reference(
     """Commit the selected candidates of every active row and slide its block, in place.
 
     Args:
-        canvas: (B, L) int64, prompt and response; committed tokens are written into it.
+        canvas: (B, L) int64, prompt and response, and what may follow it; committed tokens are
+            written into it.
         table: (B, NUM_COLUMNS) int32, the row table (`dsb_kernels.rows.Column`), updated.
         position: (B, K) int32, the canvas positions of the candidates in ascending order, then -1.
             The op replaces them by those of the next step.
@@ -194,7 +208,7 @@ def unmask_and_slide_reference(
             have any stride between rows, the others are contiguous), or the spec does not fit the
             canvas.
     """
-    L, k = canvas.shape[1], token.shape[1]
+    k = token.shape[1]
     old = dict(zip(Column, table.long().unbind(1), strict=True))
     was_refresh = old[Column.NEXT_KIND] != StepKind.WINDOW
     token, confidence = (in_batch(x, rows, position) for x in (token, confidence))
@@ -207,7 +221,7 @@ def unmask_and_slide_reference(
     valid[:, k:] = False
     failed = (valid & confidence.isnan()).any(-1)
     valid = valid & ~failed[:, None]
-    due = tokens_due(old[Column.STEP], old[Column.START], old[Column.COMMITTED], L, spec)
+    due = tokens_due(old, spec)
     value = rule_value(valid.sum(-1), old[Column.END] - old[Column.START], spec)
     chosen = select(confidence, valid, due, spec.rule, value)
     if spec.refresh_commit == "first":
@@ -218,35 +232,34 @@ def unmask_and_slide_reference(
     commit.copy_(chosen)
     commit_tokens(canvas, position, token, chosen)
     new = chosen.sum(-1)
-    committed = old[Column.COMMITTED] + new
+    unmasked = old[Column.UNMASKED] + new
     since_refresh = old[Column.SINCE_REFRESH].masked_fill(was_refresh, 0) + new
     refreshes = old[Column.REFRESHES] + was_refresh
 
     # Slide.
     moved = takes_part & ~failed
-    index = torch.arange(L, device=canvas.device)
-    masked = (canvas == spec.mask_id) & (index >= spec.prompt_length)
-    first_masked = torch.where(masked, index, L).amin(-1)
-    start, end = block_of(first_masked, committed, L, spec)
-    step = old[Column.STEP] + 1
-    if spec.schedule == "naive":
-        step = step.masked_fill(start != old[Column.START], 0)
+    masked, first_masked = masks_of(canvas, old, spec)
+    start, end = block_of(old | {Column.START: first_masked, Column.UNMASKED: unmasked}, spec)
+    same_plan = (start == old[Column.START]) | (spec.schedule != "naive")
+    step = (old[Column.STEP] + 1).where(same_plan, 0)
 
     # Plan.
     refresh = (since_refresh >= spec.block_length) | (spec.cache == "none")
     prefix = next_prefix(old, start, refresh, spec)
-    done = first_masked >= L
+    done = first_masked >= old[Column.RESPONSE_END]
     if spec.stop_at_eos:
-        done = done | fill_after_eos(canvas, first_masked, moved, spec)
+        done = done | fill_after_eos(canvas, old, first_masked, moved, spec)
     next_kind = kind_of(refresh, refreshes, done, spec)
     next_position = first_candidates(masked & ~done[:, None], end, position.shape[1])
     position.copy_(torch.where(moved[:, None], next_position, position))
+    num_candidates = (next_position >= 0).sum(-1)
 
     after = old | {
         Column.NEXT_KIND: next_kind, Column.START: start, Column.END: end, Column.PREFIX: prefix,
-        Column.NUM_CANDIDATES: (next_position >= 0).sum(-1), Column.COMMITTED: committed,
+        Column.NUM_CANDIDATES: num_candidates, Column.UNMASKED: unmasked,
         Column.SINCE_REFRESH: since_refresh, Column.STEP: step, Column.REFRESHES: refreshes,
         Column.FORWARDS: old[Column.FORWARDS] + 1,
+        Column.PLANNED: torch.where(same_plan, old[Column.PLANNED], num_candidates),
     }  # fmt: skip
     after_table = torch.stack([after[column] for column in Column], dim=1).int()
     table.copy_(torch.where(moved[:, None], after_table, table))
@@ -259,28 +272,40 @@ def unmask_and_slide_reference(
 def initial_rows(canvas: Tensor, leftpad: Tensor, spec: UnmaskSpec) -> tuple[Tensor, Tensor]:
     """The row table and the candidates' positions before the first step, which is a refresh.
 
+    The response of a row begins at its first mask and ends behind its last one. Tokens that are
+    given between the two count as unmasked, as if they had been committed.
+
     Args:
-        canvas: (B, L) int64, prompt and response.
+        canvas: (B, L) int64, prompt and response, and what may follow it; every row has a mask.
         leftpad: (B,), how many padding positions stand before each prompt.
 
     Returns:
-        `table`, (B, NUM_COLUMNS) int32, and `position`, (B, K) int32 with K the smaller of
-        `block_length` and the response's length.
+        `table`, (B, NUM_COLUMNS) int32, and `position`, (B, K) int32 with K the most candidates
+        that a row may have.
     """
     B, L = canvas.shape
+    index = torch.arange(L, device=canvas.device)
     zeros = torch.zeros(B, dtype=torch.int64, device=canvas.device)
-    masked = canvas == spec.mask_id
-    masked &= torch.arange(L, device=canvas.device) >= spec.prompt_length
-    start, end = block_of(zeros + spec.prompt_length, zeros, L, spec)
-    num_candidates = min(spec.block_length, L - spec.prompt_length)
-    position = first_candidates(masked, end, num_candidates)
+    masked = (canvas == spec.mask_id) & (index >= leftpad[:, None])
+    masks = masked.sum(-1)
     values = dict.fromkeys(Column, zeros) | {
         Column.NEXT_KIND: zeros + int(StepKind.REFRESH),
-        Column.START: start,
-        Column.END: end,
-        Column.NUM_CANDIDATES: (position >= 0).sum(-1),
+        Column.START: torch.where(masked, index, L).amin(-1),
         Column.LEFTPAD: leftpad,
+        Column.RESPONSE_END: torch.where(masked, index, -1).amax(-1) + 1,
     }
+    values[Column.RESPONSE_START] = values[Column.START]
+    values[Column.UNMASKED] = values[Column.RESPONSE_END] - values[Column.START] - masks
+    values[Column.START], values[Column.END] = block_of(values, spec)
+    # The masks before the block's end are `block_length` at most, and as many more as there are
+    # given tokens behind it.
+    most = masks.minimum(spec.block_length + values[Column.UNMASKED])
+    if spec.schedule == "naive" or spec.max_block_length is not None:
+        most = most.clamp(max=spec.max_block_length or spec.block_length)
+    position = first_candidates(masked, values[Column.END], int(most.max()))
+    num_candidates = (position >= 0).sum(-1)
+    values[Column.NUM_CANDIDATES] = num_candidates
+    values[Column.PLANNED] = num_candidates if spec.schedule == "naive" else masks
     return torch.stack([values[column].int() for column in Column], dim=1), position
 
 
@@ -290,7 +315,7 @@ def initial_rows(canvas: Tensor, leftpad: Tensor, spec: UnmaskSpec) -> tuple[Ten
 def _check(a: Any) -> None:
     name = "unmask_and_slide"
     check_tensor(name, "canvas", a.canvas, dtype=torch.int64, shape=("B", "L"), unit_stride=True)
-    B, L = a.canvas.shape
+    B = len(a.canvas)
     check = functools.partial(check_tensor, name, device=a.canvas.device, contiguous=True)
     check("table", a.table, dtype=torch.int32, shape=(B, NUM_COLUMNS))
     check("position", a.position, dtype=torch.int32, shape=(B, "K"))
@@ -308,10 +333,6 @@ def _check(a: Any) -> None:
     if not 1 <= a.token.shape[1] <= K:
         raise ValueError(
             f"{name}: token has {a.token.shape[1]} candidates a row: accepted are 1 to {K}"
-        )
-    if a.spec.prompt_length > L:
-        raise ValueError(
-            f"{name}: spec.prompt_length={a.spec.prompt_length}: accepted are 0 to {L}"
         )
 
 

@@ -24,7 +24,7 @@ END = constant(Column.END)
 PREFIX = constant(Column.PREFIX)
 NUM_CANDIDATES = constant(Column.NUM_CANDIDATES)
 LEFTPAD = constant(Column.LEFTPAD)
-COMMITTED = constant(Column.COMMITTED)
+UNMASKED = constant(Column.UNMASKED)
 SINCE_REFRESH = constant(Column.SINCE_REFRESH)
 STEP = constant(Column.STEP)
 REFRESHES = constant(Column.REFRESHES)
@@ -32,6 +32,9 @@ FORWARDS = constant(Column.FORWARDS)
 TOOK_PART = constant(Column.TOOK_PART)
 NEW = constant(Column.NEW)
 FAILED = constant(Column.FAILED)
+RESPONSE_START = constant(Column.RESPONSE_START)
+RESPONSE_END = constant(Column.RESPONSE_END)
+PLANNED = constant(Column.PLANNED)
 
 
 @jit
@@ -102,51 +105,52 @@ def _commit_count(
 
 
 @jit
-def _tokens_due(step, start, committed, L, prompt, size, steps, SCHEDULE: tl.constexpr):
+def _tokens_due(table_ptr, begin, last, steps, SCHEDULE: tl.constexpr):
     """How many tokens the step must commit to meet the plan of the quota, which includes those that
     earlier steps could not commit."""
+    masks = tl.load(table_ptr + PLANNED)
     if SCHEDULE == "naive":
-        masks = tl.minimum(tl.maximum(L - start, 0), size)
-        committed = committed - (start - prompt)
+        masks_left = tl.load(table_ptr + NUM_CANDIDATES)
     else:
-        masks = L - prompt
+        masks_left = last - begin - tl.load(table_ptr + UNMASKED)
+    step = tl.load(table_ptr + STEP)
     planned = (step + 1) * (masks // steps) + tl.minimum(step + 1, masks % steps)
-    return tl.where(step + 1 >= steps, masks, planned) - committed
+    return tl.where(step + 1 >= steps, masks, planned) - (masks - masks_left)
 
 
 @jit
 def _first_mask_and_eos(
-    canvas_ptr, prompt, stop, L, mask_id, EOS_IDS: tl.constexpr, BLOCK_L: tl.constexpr
+    canvas_ptr, begin, stop, last, mask_id, EOS_IDS: tl.constexpr, BLOCK_L: tl.constexpr
 ):
-    """The response's first mask and its first EOS before `stop`; each is L where there is none."""
-    first_masked = L
-    first_eos = L
-    for base in range(prompt // BLOCK_L * BLOCK_L, stop, BLOCK_L):
+    """The first mask and the first EOS of the response [begin, last) before `stop`; each is `last`
+    where there is none."""
+    first_masked = last
+    first_eos = last
+    for base in range(begin // BLOCK_L * BLOCK_L, stop, BLOCK_L):
         index = base + tl.arange(0, BLOCK_L)
-        inside = (index >= prompt) & (index < stop)
+        inside = (index >= begin) & (index < stop)
         piece = tl.load(canvas_ptr + index, mask=inside, other=-1)
         masked = inside & (piece == mask_id)
-        first_masked = tl.minimum(first_masked, tl.min(tl.where(masked, index, L), 0))
+        first_masked = tl.minimum(first_masked, tl.min(tl.where(masked, index, last), 0))
         for i in tl.static_range(len(EOS_IDS)):
             eos = inside & (piece == EOS_IDS[i])
-            first_eos = tl.minimum(first_eos, tl.min(tl.where(eos, index, L), 0))
+            first_eos = tl.minimum(first_eos, tl.min(tl.where(eos, index, last), 0))
     return first_masked, first_eos
 
 
 @jit
-def _slide(
-    first_masked, old_start, old_step, committed, L, prompt, size, max_size, SCHEDULE: tl.constexpr
-):
-    """The new block [start, end), and the row's STEP column."""
+def _slide(first_masked, old_start, unmasked, begin, last, size, max_size, SCHEDULE: tl.constexpr):
+    """The new block [start, end), and whether the plan of a quota goes on."""
     if SCHEDULE == "naive":
-        start = tl.where(first_masked >= L, L, prompt + (first_masked - prompt) // size * size)
-        end = tl.minimum(start + size, L)
-        step = tl.where(start != old_start, 0, old_step + 1)
+        start = begin + (first_masked - begin) // size * size
+        start = tl.where(first_masked >= last, last, start)
+        end = tl.minimum(start + size, last)
+        same_plan = start == old_start
     else:
         start = first_masked
-        end = tl.minimum(tl.minimum(prompt + size + committed, L), first_masked + max_size)
-        step = old_step + 1
-    return start, end, step
+        end = tl.minimum(tl.minimum(begin + size + unmasked, last), first_masked + max_size)
+        same_plan = start == start
+    return start, end, same_plan
 
 
 @jit
@@ -171,7 +175,7 @@ def _plan(
 
 @jit
 def _list_candidates(
-    position_ptr, canvas_ptr, first_masked, stop, prompt, num, mask_id,
+    position_ptr, canvas_ptr, first_masked, stop, num, mask_id,
     BLOCK_K: tl.constexpr, BLOCK_L: tl.constexpr,
 ):  # fmt: skip
     """Write the first `num` masked positions before `stop` in ascending order, then -1. Returns how
@@ -179,7 +183,7 @@ def _list_candidates(
     num_candidates = 0
     for base in range(first_masked // BLOCK_L * BLOCK_L, stop, BLOCK_L):
         index = base + tl.arange(0, BLOCK_L)
-        inside = (index >= prompt) & (index < stop)
+        inside = (index >= first_masked) & (index < stop)
         masked = inside & (tl.load(canvas_ptr + index, mask=inside, other=-1) == mask_id)
         slot = num_candidates + tl.cumsum(masked.to(tl.int32), 0) - 1
         tl.store(position_ptr + slot, index, mask=masked & (slot < num))
@@ -190,12 +194,12 @@ def _list_candidates(
 
 
 @jit
-def _fill_after_eos(canvas_ptr, first_eos, stopped, L, BLOCK_L: tl.constexpr):
-    """If the row has `stopped`, write its first EOS over everything after that EOS."""
+def _fill_after_eos(canvas_ptr, first_eos, stopped, last, BLOCK_L: tl.constexpr):
+    """If the row has `stopped`, write its first EOS over the rest of the response."""
     eos = tl.load(canvas_ptr + first_eos, mask=stopped, other=0)
-    for base in range(tl.where(stopped, first_eos // BLOCK_L * BLOCK_L, L), L, BLOCK_L):
+    for base in range(tl.where(stopped, first_eos // BLOCK_L * BLOCK_L, last), last, BLOCK_L):
         index = base + tl.arange(0, BLOCK_L)
-        tl.store(canvas_ptr + index, eos, mask=(index > first_eos) & (index < L))
+        tl.store(canvas_ptr + index, eos, mask=(index > first_eos) & (index < last))
 
 
 @jit
@@ -214,8 +218,8 @@ def _scored_row(rows_ptr, b, num_rows, BLOCK_R: tl.constexpr):
 def _unmask_kernel(
     canvas_ptr, table_ptr, position_ptr, commit_ptr, candidate_confidence_ptr,
     token_ptr, confidence_ptr, active_ptr, rows_ptr,
-    stride_cb, L, K, num_rows, num_scored, prompt, size, max_size, prefix_window, min_prefix, steps,
-    mask_id, full_every,
+    stride_cb, K, num_rows, num_scored, size, max_size, prefix_window, min_prefix, steps, mask_id,
+    full_every,
     SCHEDULE: tl.constexpr, CACHE: tl.constexpr, RULE: tl.constexpr, RULE_VALUE: tl.constexpr,
     PROGRESS: tl.constexpr,
     REFRESH_FIRST: tl.constexpr, EOS_IDS: tl.constexpr,
@@ -250,12 +254,10 @@ def _unmask_kernel(
         BLOCK_J,
     )  # fmt: skip
     c = tl.where(valid, c, float("-inf")).to(tl.float64)
-    old_start = tl.load(table_ptr + START)
-    old_step = tl.load(table_ptr + STEP)
-    old_committed = tl.load(table_ptr + COMMITTED)
+    begin, last = tl.load(table_ptr + RESPONSE_START), tl.load(table_ptr + RESPONSE_END)
     due = 0
     if RULE == "quota":
-        due = _tokens_due(old_step, old_start, old_committed, L, prompt, size, steps, SCHEDULE)
+        due = _tokens_due(table_ptr, begin, last, steps, SCHEDULE)
     m = tl.sum(valid.to(tl.int32), 0)
     count = _commit_count(
         c, rank, total_before + c, valid, m, K, due, old_end - old_start, RULE, RULE_VALUE, PROGRESS
@@ -272,10 +274,10 @@ def _unmask_kernel(
     tl.store(commit_ptr + b * K + k, commit, mask=k < K)
     new = tl.sum(commit.to(tl.int32), 0)
     tl.debug_barrier()  # the canvas is read again, by other threads
-    committed = old_committed + new
+    unmasked = tl.load(table_ptr + UNMASKED) + new
     since_refresh = tl.where(was_refresh, 0, tl.load(table_ptr + SINCE_REFRESH)) + new
     refreshes = tl.load(table_ptr + REFRESHES) + was_refresh.to(tl.int32)
-    tl.store(table_ptr + COMMITTED, committed, mask=moved)
+    tl.store(table_ptr + UNMASKED, unmasked, mask=moved)
     tl.store(table_ptr + SINCE_REFRESH, since_refresh, mask=moved)
     tl.store(table_ptr + REFRESHES, refreshes, mask=moved)
     tl.store(table_ptr + FORWARDS, tl.load(table_ptr + FORWARDS) + 1, mask=moved)
@@ -284,13 +286,15 @@ def _unmask_kernel(
     tl.store(table_ptr + FAILED, 1, mask=failed)
 
     # Slide.
-    stop = tl.where(moved, L, 0)
+    stop = tl.where(moved, last, 0)
     first_masked, first_eos = _first_mask_and_eos(
-        canvas_ptr, prompt, stop, L, mask_id, EOS_IDS, BLOCK_L
+        canvas_ptr, begin, stop, last, mask_id, EOS_IDS, BLOCK_L
     )
-    start, end, step = _slide(
-        first_masked, old_start, old_step, committed, L, prompt, size, max_size, SCHEDULE
+    old_start = tl.load(table_ptr + START)
+    start, end, same_plan = _slide(
+        first_masked, old_start, unmasked, begin, last, size, max_size, SCHEDULE
     )
+    step = tl.where(same_plan, tl.load(table_ptr + STEP) + 1, 0)
     tl.store(table_ptr + START, start, mask=moved)
     tl.store(table_ptr + END, end, mask=moved)
     tl.store(table_ptr + STEP, step, mask=moved)
@@ -301,19 +305,20 @@ def _unmask_kernel(
         tl.load(table_ptr + LEFTPAD), size, prefix_window, min_prefix, CACHE,
     )  # fmt: skip
     stopped = moved & (first_eos < first_masked)
-    done = (first_masked >= L) | stopped
+    done = (first_masked >= last) | stopped
     next_kind = tl.where(refreshes % full_every != 0, RESPONSE, REFRESH)
     next_kind = tl.where(done, NOTHING, tl.where(refresh, next_kind, WINDOW))
     tl.store(table_ptr + PREFIX, prefix, mask=moved)
     tl.store(table_ptr + NEXT_KIND, next_kind, mask=moved)
     stop = tl.where(moved & (done == 0), end, 0)
     num_candidates = _list_candidates(
-        position_ptr, canvas_ptr, first_masked, stop, prompt, tl.where(moved, K, 0), mask_id,
-        BLOCK_K, BLOCK_L,
+        position_ptr, canvas_ptr, first_masked, stop, tl.where(moved, K, 0), mask_id, BLOCK_K,
+        BLOCK_L,
     )  # fmt: skip
     tl.store(table_ptr + NUM_CANDIDATES, num_candidates, mask=moved)
+    tl.store(table_ptr + PLANNED, num_candidates, mask=moved & (same_plan == 0))
     if len(EOS_IDS) > 0:
-        _fill_after_eos(canvas_ptr, first_eos, stopped, L, BLOCK_L)
+        _fill_after_eos(canvas_ptr, first_eos, stopped, last, BLOCK_L)
 
 
 def launch(a: Any) -> None:
@@ -324,9 +329,9 @@ def launch(a: Any) -> None:
     config = config_of(K)
     wrap_triton(_unmask_kernel)[(B,)](
         a.canvas, a.table, a.position, a.commit, a.candidate_confidence, a.token, a.confidence,
-        a.active, a.rows, a.canvas.stride(0), a.canvas.shape[1], K, *a.confidence.shape,
-        spec.prompt_length, spec.block_length, spec.max_block_length or a.canvas.shape[1],
-        spec.prefix_window, spec.min_prefix, max(spec.steps, 1), spec.mask_id, spec.full_every,
+        a.active, a.rows, a.canvas.stride(0), K, *a.confidence.shape, spec.block_length,
+        spec.max_block_length or a.canvas.shape[1], spec.prefix_window, spec.min_prefix,
+        max(spec.steps, 1), spec.mask_id, spec.full_every,
         **constants(K, len(a.confidence), spec),
         **launch_options(config.num_warps, config.num_stages),
     )  # fmt: skip

@@ -26,7 +26,12 @@ refresh to the block's end. "dsb" (DSB Cache, same paper as the schedule) comput
 block, since a commit changes the K/V of its neighbours most: the prefix has as many positions as
 the block has just moved by, and at least `prefix_window`. Both policies refresh once `block_length`
 tokens have been committed since the last refresh, those of the refresh included. Of every
-`full_every` refreshes the first computes the prompt as well; the others leave its K/V as they are.
+`full_every` refreshes the first computes every position; the others compute the response and leave
+the K/V of what is around it as they are.
+
+**Infilling.** The masks may stand anywhere. Then the response reaches from the first mask to the
+last: a token that is given between them counts as unmasked from the beginning, as if it had been
+committed, and what follows the last mask is context, as the prompt is.
 
     row = Row(prompt_length=2, gen_length=8, block_length=4)
     while not row.done:
@@ -99,26 +104,34 @@ class Row:
     refresh_commit: str = "select"  # "first": a refresh commits the first candidate alone
     min_prefix: int = 0  # cache="dual": 1 if the block's first token is predicted before the block
     stop_at_eos: bool = False
-    full_every: int = 1  # of so many refreshes, the first computes the prompt as well
+    full_every: int = 1  # of so many refreshes, the first computes what is around the response too
     progress: float = 0.0  # threshold: how far it falls as the block fills
     leftpad: int = 0  # how many padding positions there are, at the left of the prompt
+    given: dict[int, int] = field(default_factory=dict)  # tokens in the response, by position
+    suffix_length: int = 0  # how many positions follow the response
 
     canvas: list[int] = field(init=False)
     next_kind: str = "refresh"  # "refresh", "response", "window" or "nothing"
     start: int = field(init=False)
     end: int = field(init=False)
     prefix: int = 0  # how many positions before the block the next window has
-    committed: int = 0  # how many tokens have been committed
-    since_refresh: int = 0  # the same since the last refresh, the refresh itself included
+    unmasked: int = field(init=False)  # how many response positions are given or committed
+    planned: int = field(init=False)  # how many masks the plan of "quota" covers
+    since_refresh: int = 0  # tokens committed since the last refresh, the refresh itself included
     step: int = 0  # how many steps the row (dsb) or its block (naive) has had
     refreshes: int = 0  # how many refreshes the row has had, of either kind
 
     def __post_init__(self) -> None:
-        self.canvas = [1] * self.prompt_length + [MASK] * self.gen_length
+        response = range(self.prompt_length, self.length)
+        self.canvas = [1] * self.prompt_length + [self.given.get(i, MASK) for i in response]
+        self.canvas += [1] * self.suffix_length
+        self.unmasked = len(self.given)
         self.start, self.end = self.block()
+        self.planned = self.masks_left()
 
     @property
     def length(self) -> int:
+        """Where the response ends: a suffix may follow."""
         return self.prompt_length + self.gen_length
 
     @property
@@ -137,7 +150,7 @@ class Row:
             number = (first - self.prompt_length) // self.block_length
             start = self.prompt_length + number * self.block_length
             return start, min(start + self.block_length, self.length)
-        end = min(self.prompt_length + self.block_length + self.committed, self.length)
+        end = min(self.prompt_length + self.block_length + self.unmasked, self.length)
         if self.max_block_length is not None:
             end = min(end, first + self.max_block_length)
         return first, end
@@ -154,20 +167,22 @@ class Row:
         """
         if self.next_kind == "window":
             return self.start - self.prefix, self.end
-        first = self.prompt_length - int(shift) if self.next_kind == "response" else 0
-        return first, self.length
+        if self.next_kind == "response":
+            return max(self.prompt_length - int(shift), self.leftpad), self.length
+        return 0, len(self.canvas)
+
+    def masks_left(self) -> int:
+        """How many masks a plan that begins now covers: all, or with "naive" those of the block."""
+        return self.canvas.count(MASK) if self.schedule == "dsb" else len(self.candidates())
 
     def due(self) -> int:
         """How many tokens this step must commit to meet the plan: those that are planned up to and
         including this step, less those that have been committed. The plan spreads m masks over k
         steps; each of the first m mod k steps takes one more than the others."""
-        masks, committed = self.gen_length, self.committed
-        if self.schedule == "naive":  # the plan covers one block
-            masks = min(self.block_length, self.length - self.start)
-            committed -= self.start - self.prompt_length
+        committed = self.planned - self.masks_left()
         if self.step + 1 >= self.steps:
-            return masks - committed
-        each, more = divmod(masks, self.steps)
+            return self.planned - committed
+        each, more = divmod(self.planned, self.steps)
         return sum(each + (t < more) for t in range(self.step + 1)) - committed
 
     def advance(self, tokens: list[int], confidences: list[float]) -> list[int]:
@@ -183,19 +198,21 @@ class Row:
             chosen = choose(confidences, self.rule, value, due)
         for i in chosen:
             self.canvas[candidates[i]] = tokens[i]
-        self.committed += len(chosen)
+        self.unmasked += len(chosen)
         self.since_refresh = (0 if is_refresh else self.since_refresh) + len(chosen)
         self.refreshes += is_refresh
         self.slide(is_refresh)
         return [candidates[i] for i in chosen]
 
     def slide(self, was_refresh: bool) -> None:
-        """Move the block, and decide what the next forward computes. A row that stops at an EOS has
-        its whole rest filled with EOS."""
+        """Move the block, and decide what the next forward computes. In a row that stops at an EOS,
+        the rest of the response becomes EOS."""
         old_start = self.start
         self.start, self.end = self.block()
         distance = self.start - old_start
-        self.step = 0 if self.schedule == "naive" and distance else self.step + 1
+        self.step += 1
+        if self.schedule == "naive" and distance:  # each block has a plan of its own
+            self.step, self.planned = 0, self.masks_left()
 
         refresh = self.cache == "none" or self.since_refresh >= self.block_length
         if self.cache == "none":
@@ -212,6 +229,6 @@ class Row:
         first = self.first_masked()
         eos = [i for i in range(self.prompt_length, first) if self.canvas[i] == EOS]
         if self.stop_at_eos and eos:  # everything after an EOS becomes EOS
-            self.canvas[eos[0] + 1 :] = [EOS] * (self.length - eos[0] - 1)
+            self.canvas[eos[0] + 1 : self.length] = [EOS] * (self.length - eos[0] - 1)
         if first == self.length or (self.stop_at_eos and eos):
             self.next_kind = "nothing"

@@ -34,7 +34,7 @@ class Layout(NamedTuple):
     length: Tensor  # (b,) int32, how many positions the window has, 0 to W
     seqlens: Tensor  # (b,) int32, L for every row
     leftpad: Tensor  # (b,) int32, how many padding positions stand before the prompt
-    num_scored: Tensor  # (b,) int32, k where the row takes part, else 0
+    num_scored: Tensor  # (b,) int32, k (at most L - leftpad) where the row takes part, else 0
     active: Tensor  # (b,) bool, whether the row takes part
     input_ids: Tensor  # (b, W) int64, the window's tokens; past its length any token of the row
     source_index: Tensor  # (b * k,) int64, which of all b * W tokens predicts each candidate
@@ -54,25 +54,22 @@ def place_rows_reference(
     num_rows: int,
     width: int,
     num_candidates: int,
-    first: int = 0,
     shift: bool = False,
-    prompt_length: int = 0,
 ) -> Layout:
     """Place the rows of a step: those that need a step of this kind and fit its capacity.
 
     Args:
-        canvas: (B, L) int64, prompt and response.
+        canvas: (B, L) int64, prompt and response, and what may follow it.
         table: (B, NUM_COLUMNS) int32, the row table (`dsb_kernels.rows.Column`).
         position: (B, K) int32, the canvas positions of each row's candidates in ascending order,
             then -1.
         kind: the `StepKind` that a row must need to take part. A WINDOW step computes
-            `[start - prefix, end)`, a REFRESH or RESPONSE step `[first, L)`.
+            `[start - prefix, end)`, a REFRESH step every position, a RESPONSE step the response,
+            with the position before it if `shift` is set.
         num_rows, width, num_candidates: the capacity of b <= B rows, W <= L positions and k <= K
             candidates of each. A row that needs more positions or candidates does not take part. If
             more than b rows could take part, the first b do.
-        first: the first position that a REFRESH or RESPONSE step computes, 0 to L - 1.
         shift: whether position i is predicted by the token at position i - 1 (Dream).
-        prompt_length: P, the first response position.
 
     Returns:
         A `Layout`. If b = B, it has the rows in the batch's order. If b < B, the rows that take
@@ -83,12 +80,15 @@ def place_rows_reference(
             have any stride between rows, the others are contiguous), or a number is out of range.
     """
     B, L = canvas.shape
+    leftpad, response_start = table[:, Column.LEFTPAD], table[:, Column.RESPONSE_START]
     if kind == StepKind.WINDOW:
-        start = table[:, Column.START] - table[:, Column.PREFIX]
-        length = table[:, Column.END] - start
+        start, end = table[:, Column.START] - table[:, Column.PREFIX], table[:, Column.END]
+    elif kind == StepKind.RESPONSE:
+        start = torch.maximum(response_start - int(shift), leftpad)
+        end = table[:, Column.RESPONSE_END]
     else:
-        start = torch.full_like(table[:, Column.START], first)
-        length = L - start
+        start, end = torch.zeros_like(leftpad), torch.full_like(leftpad, L)
+    length = end - start
     active = (table[:, Column.NEXT_KIND] == kind) & (length <= width)
     active &= table[:, Column.NUM_CANDIDATES] <= num_candidates
 
@@ -97,19 +97,20 @@ def place_rows_reference(
         rows = active.logical_not().int().argsort(stable=True)[:num_rows]
         start, length, active = start[rows], length[rows], active[rows]
         table, position = table[rows], position[rows]
+        leftpad, response_start = leftpad[rows], response_start[rows]
     length = torch.where(active, length, 0)
     index = (start[:, None] + torch.arange(width, device=canvas.device)).clamp(max=L - 1)
     input_ids = canvas[rows[:, None], index]
 
     position = position[:, :num_candidates].long()
     eligible = active[:, None] & (position >= 0)
-    # Position 0 has no token before it, so that its own token predicts it if `shift` is set.
-    source = (position - int(shift)).clamp(min=0)
+    # A row's first position has no token before it: its own token predicts it if `shift` is set.
+    source = torch.maximum(position - int(shift), leftpad[:, None])
     in_window = (source - start[:, None]).clamp(0, width - 1)
     source_index = in_window + width * torch.arange(num_rows, device=canvas.device)[:, None]
     # A noise id is made of the batch row, of the number of steps that the row took part in and of
     # the response position. So other rows, padding, and steps that skip the row change no noise.
-    response_index = (position - prompt_length).clamp(min=0)
+    response_index = (position - response_start[:, None]).clamp(min=0)
     forwards = table[:, Column.FORWARDS].long()
     noise_ids = ((rows << 42) | (forwards << 21))[:, None] | response_index
     return Layout(
@@ -117,8 +118,8 @@ def place_rows_reference(
         start=start,
         length=length,
         seqlens=torch.full_like(start, L),
-        leftpad=table[:, Column.LEFTPAD].clone(),
-        num_scored=active.int() * num_candidates,
+        leftpad=leftpad.clone(),
+        num_scored=torch.where(active, (L - leftpad).clamp(max=num_candidates), 0),
         active=active,
         input_ids=input_ids,
         source_index=source_index.flatten(),
@@ -131,6 +132,7 @@ def place_rows_reference(
 
 
 WINDOW = constant(StepKind.WINDOW)
+RESPONSE = constant(StepKind.RESPONSE)
 COLUMNS = constant(NUM_COLUMNS)
 NEXT_KIND = constant(Column.NEXT_KIND)
 START = constant(Column.START)
@@ -139,6 +141,8 @@ PREFIX = constant(Column.PREFIX)
 NUM_CANDIDATES = constant(Column.NUM_CANDIDATES)
 LEFTPAD = constant(Column.LEFTPAD)
 FORWARDS = constant(Column.FORWARDS)
+RESPONSE_START = constant(Column.RESPONSE_START)
+RESPONSE_END = constant(Column.RESPONSE_END)
 
 
 @jit
@@ -146,7 +150,7 @@ def _place_rows_kernel(
     canvas_ptr, table_ptr, position_ptr,
     rows_ptr, start_ptr, length_ptr, seqlens_ptr, leftpad_ptr, num_scored_ptr, active_ptr,
     input_ids_ptr, source_index_ptr, eligible_ptr, noise_ids_ptr,
-    stride_cb, B, L, K, width, capacity, first, prompt,
+    stride_cb, B, L, K, width, capacity,
     KIND: tl.constexpr, SHIFT: tl.constexpr, ALL: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
@@ -165,9 +169,13 @@ def _place_rows_kernel(
         start = tl.load(row_ptrs + START, mask=inside, other=0)
         start -= tl.load(row_ptrs + PREFIX, mask=inside, other=0)
         length = tl.load(row_ptrs + END, mask=inside, other=0) - start
+    elif KIND == RESPONSE:
+        start = tl.load(row_ptrs + RESPONSE_START, mask=inside, other=0) - SHIFT
+        start = tl.maximum(start, tl.load(row_ptrs + LEFTPAD, mask=inside, other=0))
+        length = tl.load(row_ptrs + RESPONSE_END, mask=inside, other=0) - start
     else:
-        start = tl.full((BLOCK_B,), first, tl.int32)
-        length = L - start
+        start = tl.zeros((BLOCK_B,), tl.int32)
+        length = start + L
     next_kind = tl.load(row_ptrs + NEXT_KIND, mask=inside, other=-1)
     num_candidates = tl.load(row_ptrs + NUM_CANDIDATES, mask=inside, other=0)
     active = (next_kind == KIND) & (length <= width) & (num_candidates <= capacity)
@@ -193,20 +201,22 @@ def _place_rows_kernel(
         tl.store(start_ptr + r, start)
         tl.store(length_ptr + r, length)
         tl.store(seqlens_ptr + r, L)
-        tl.store(leftpad_ptr + r, tl.load(table_ptr + LEFTPAD))
-        tl.store(num_scored_ptr + r, takes_part * capacity)
+        leftpad = tl.load(table_ptr + LEFTPAD)
+        tl.store(leftpad_ptr + r, leftpad)
+        tl.store(num_scored_ptr + r, takes_part * tl.minimum(capacity, L - leftpad))
         tl.store(active_ptr + r, takes_part != 0)
         k = tl.arange(0, BLOCK_K)
         mask = k < capacity
         position = tl.load(position_ptr + row * K + k, mask=mask, other=-1)
-        source = tl.maximum(position - SHIFT, 0)
+        source = tl.maximum(position - SHIFT, leftpad)
         source = tl.minimum(tl.maximum(source - start, 0), width - 1).to(tl.int64)
         out = r.to(tl.int64) * capacity + k
         tl.store(source_index_ptr + out, source + r.to(tl.int64) * width, mask=mask)
         eligible = (position >= 0) & (k < takes_part * capacity)
         tl.store(eligible_ptr + out, eligible, mask=mask)
         noise_id = (row << 42) | (tl.load(table_ptr + FORWARDS).to(tl.int64) << 21)
-        noise_id = noise_id | tl.maximum(position - prompt, 0).to(tl.int64)
+        response_index = position - tl.load(table_ptr + RESPONSE_START)
+        noise_id = noise_id | tl.maximum(response_index, 0).to(tl.int64)
         tl.store(noise_ids_ptr + out, noise_id, mask=mask)
 
 
@@ -223,7 +233,7 @@ def _launch(a: Any) -> tuple[Tensor, ...]:
     layout = (*numbers, active, input_ids, source_index, eligible, noise_ids)
     wrap_triton(_place_rows_kernel)[(b, triton.cdiv(a.width, CONFIG.blocks["BLOCK_W"]))](
         a.canvas, a.table, a.position, *layout,
-        a.canvas.stride(0), B, L, a.position.shape[1], a.width, k, a.first, a.prompt_length,
+        a.canvas.stride(0), B, L, a.position.shape[1], a.width, k,
         KIND=a.kind, SHIFT=int(a.shift), ALL=b == B, BLOCK_B=triton.next_power_of_2(B),
         BLOCK_K=triton.next_power_of_2(k), **CONFIG.options(),
     )  # fmt: skip
@@ -243,8 +253,6 @@ def _check(a: Any) -> None:
     check_between(name, "num_rows", a.num_rows, 1, B)
     check_between(name, "width", a.width, 1, L)
     check_between(name, "num_candidates", a.num_candidates, 1, a.position.shape[1])
-    check_between(name, "first", a.first, 0, L - 1)
-    check_between(name, "prompt_length", a.prompt_length, 0, L)
 
 
 place_rows = op(place_rows_reference, launch=_launch, check=_check)

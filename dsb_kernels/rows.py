@@ -22,7 +22,7 @@ class StepKind(IntEnum):
 
     WINDOW = 0  # the window
     REFRESH = 1  # every position
-    RESPONSE = 2  # every position but the prompt's
+    RESPONSE = 2  # the response: from its first mask as the call began to its last
     NOTHING = 3  # the row is done
 
     @property
@@ -45,14 +45,17 @@ class Column(IntEnum):
     PREFIX = 3  # a window step computes [start - prefix, end)
     NUM_CANDIDATES = 4  # how many candidates the coming step has
     LEFTPAD = 5  # how many padding positions stand before the prompt; fixed during a call
-    COMMITTED = 6  # how many tokens have been committed
-    SINCE_REFRESH = 7  # the same since the last refresh, those of the refresh included
+    UNMASKED = 6  # how many response positions have a token: those committed, and those given
+    SINCE_REFRESH = 7  # how many tokens were committed since the last refresh, its own included
     STEP = 8  # how many steps the row has had; with schedule="naive", the current block
     REFRESHES = 9  # how many refreshes the row took part in, of either kind
     FORWARDS = 10  # how many steps the row took part in
     TOOK_PART = 11  # 1 if the row took part in the last step, else 0
     NEW = 12  # how many tokens the last step committed
     FAILED = 13  # 1 once a candidate's confidence was NaN: in that step the row commits nothing
+    RESPONSE_START = 14  # the response is [start, end); both are fixed during a call
+    RESPONSE_END = 15
+    PLANNED = 16  # how many masks the plan of a quota covers: all, or with naive the block's
 
 
 NUM_COLUMNS = len(Column)
@@ -68,7 +71,7 @@ class Row:
     prefix: int
     num_candidates: int
     leftpad: int
-    committed: int
+    unmasked: int
     since_refresh: int
     step: int
     refreshes: int
@@ -76,6 +79,9 @@ class Row:
     took_part: int
     new: int
     failed: int
+    response_start: int
+    response_end: int
+    planned: int
 
 
 _NAMES = [column.name.lower() for column in Column]
@@ -94,7 +100,6 @@ class UnmaskSpec:
         ValueError: a value is not accepted; the message names it and what is accepted.
     """
 
-    prompt_length: int  # P, the first response position: every prompt is left-padded to it
     block_length: int  # S_init in the paper
     max_block_length: int | None  # S_max in the paper; with None the block is unbounded ("greedy")
     schedule: str  # one of SCHEDULES
@@ -108,7 +113,7 @@ class UnmaskSpec:
     mask_id: int
     eos_ids: tuple[int, ...]
     stop_at_eos: bool
-    full_every: int = 1  # of so many refreshes, the first computes the prompt as well
+    full_every: int = 1  # of so many refreshes, the first computes what is around the response too
     progress: float = 0.0  # threshold: how far it falls as the block fills, as a share of it
 
     def __post_init__(self) -> None:
@@ -117,7 +122,7 @@ class UnmaskSpec:
         check_choice("UnmaskSpec", "rule", self.rule, tuple(RULES))
         check_choice("UnmaskSpec", "refresh_commit", self.refresh_commit, REFRESH_COMMITS)
         for name, low in (
-            ("prompt_length", 0), ("block_length", 1), ("full_every", 1),
+            ("block_length", 1), ("full_every", 1),
             ("steps", 1 if RULES[self.rule].kind is int else 0),
         ):  # fmt: skip
             if getattr(self, name) < low:

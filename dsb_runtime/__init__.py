@@ -9,7 +9,7 @@ from dsb_runtime.doors import auto
 from dsb_runtime.doors.hf_generate import custom_generate
 from dsb_runtime.doors.patch import patch, unpatch
 from dsb_runtime.engine import attention
-from dsb_runtime.engine.engine import Engine, GenerationOutput, StepEvent, generate
+from dsb_runtime.engine.engine import Engine, GenerationOutput, StepEvent, generate, infill
 from dsb_runtime.models.load import load_model, load_tokenizer
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "auto",
     "custom_generate",
     "generate",
+    "infill",
     "load_model",
     "load_tokenizer",
     "patch",

@@ -7,6 +7,7 @@ prompt has the same schedule and the same stop by each of them.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -43,3 +44,27 @@ def defaults_for(
     if model is not None:
         defaults["stop_at_eos"] = bool(check_model(model).eos_ids)
     return DecodingConfig(**{**defaults, **named, "gen_length": gen_length})
+
+
+def infill_defaults(
+    model: PreTrainedModel, longest: int, config: DecodingConfig | None, **named: Any
+) -> DecodingConfig:
+    """The settings of a call of `infill`, whose longest response has `longest` positions: `config`,
+    or the settings that the caller names, and the defaults of `defaults_for` but for `stop_at_eos`,
+    which is False.
+
+    A block may be longer than the response, which is then one block.
+
+    Raises:
+        TypeError, ValueError: `gen_length` is named, which the masks decide; or as `defaults_for`.
+    """
+    if config is not None:
+        return replace(config, gen_length=max(longest, config.block_length))
+    if "gen_length" in named:
+        raise TypeError(
+            f"gen_length={named['gen_length']!r}: infill fills the masks of input_ids; "
+            "expected no gen_length"
+        )
+    block = named.get("block_length") or 0
+    check_int("block_length", block, 0)
+    return defaults_for(model, max(longest, block), **{"stop_at_eos": False, **named})

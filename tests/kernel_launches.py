@@ -112,13 +112,12 @@ def schedule_calls() -> Iterator[Call]:
         for rule, rows in zip(RULES, some if B > 1 else reversed(some), strict=True):
             yield call(unmask_and_slide, "_unmask_kernel", canvas=canvas, **state, **record,
                        **scored, rows=rows,
-                       spec=replace(LLADA, prompt_length=L // 3, **rule))  # fmt: skip
+                       spec=replace(LLADA, **rule))  # fmt: skip
         for kind, shift in (
             (StepKind.WINDOW, True), (StepKind.REFRESH, False), (StepKind.RESPONSE, True),
         ):  # fmt: skip
             yield call(place_rows, "_place_rows_kernel", canvas=canvas, **state, kind=int(kind),
-                       num_rows=1, width=L, num_candidates=K, shift=shift,
-                       prompt_length=L // 3)  # fmt: skip
+                       num_rows=1, width=L, num_candidates=K, shift=shift)  # fmt: skip
         yield call(place_rows, "_place_rows_kernel", canvas=canvas, **state,
                    kind=int(StepKind.WINDOW), num_rows=B, width=1, num_candidates=1)  # fmt: skip
 

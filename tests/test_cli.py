@@ -74,6 +74,17 @@ def test_options_are_the_settings(chat, capsys, options, settings):
     assert found["committed_per_forward"] == out.tokens_per_forward
 
 
+@pytest.mark.parametrize("stop", [False, True])
+def test_a_suffix_follows_the_response(chat, capsys, stop):
+    options = ("--stop-at-eos",) if stop else ()
+    found = run_json(capsys, chat, *SHORT, "--suffix", "w40 w50", *options)
+    ids = torch.tensor([[*IDS[0], *[511] * 16, 40, 50]])
+    out = dsb.infill(golden.model("llada"), ids, block_length=8, stop_at_eos=stop)
+    assert found["response_ids"] == out.sequences[0, 5:21].tolist()
+    assert found["response_ids"] != direct().sequences[0, 5:].tolist()
+    assert found["tokens"] == out.row_tokens[0] and found["forwards"] == out.nfe
+
+
 def test_the_prompt(chat, capsys, monkeypatch):
     """Without the chat template, or from standard input."""
     found = run_json(capsys, chat, *SHORT, "--raw")["response_ids"]

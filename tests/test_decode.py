@@ -106,9 +106,14 @@ def test_stop_at_eos_in_a_batch(family):
 
 def test_counting_rule():
     response = torch.tensor([[5, 6, 1, 7], [1, 1, 1, 1], [5, 6, 7, 8], [5, 6, 7, 1]])
-    assert count_tokens(response, (1,)) == [3, 1, 4, 4]
-    assert count_tokens(response, (9, 7)) == [4, 4, 3, 3]
-    assert count_tokens(response, ()) == [4, 4, 4, 4]
+    every = torch.ones_like(response, dtype=torch.bool)
+    assert count_tokens(response, every, (1,)) == [3, 1, 4, 4]
+    assert count_tokens(response, every, (9, 7)) == [4, 4, 3, 3]
+    assert count_tokens(response, every, ()) == [4, 4, 4, 4]
+    some = torch.tensor(
+        [[False, True, False, True]] * 4
+    )  # the EOS before the first mask counts not
+    assert count_tokens(response, some, (1,)) == [1, 1, 2, 2]
 
 
 def test_the_prompt_may_be_int32_and_is_not_written_to():

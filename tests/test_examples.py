@@ -16,6 +16,8 @@ EXPECTED = {
     "generate.py": [r"Monday 12 \+ 7 = 19\. Tuesday 19 - 5 = 14\. Answer 14\.",
                     r"[2-9] forwards for \d+ tokens"],
     "stream.py": [r"forward  0 \(refresh\): .*__", r"\(window\): .*Answer 45 \.", r"\d+ forwards"],
+    "infill.py": [r"Monday 39 - 1 = 38\. Tuesday 38 / 2 = 19\. Answer 19\.",
+                  r"\d forwards for 13 masks"],
     "batch.py": [r"Answer 23\. \(\d+ tokens, \d+ forwards\)",
                  r"Answer 20\. \(\d+ tokens, \d+ forwards\)"],
     "transformers_generate.py": [r"Monday 8 \* 2 = 16\. Answer 16\.", r"\d+ forwards"],

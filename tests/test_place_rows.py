@@ -33,6 +33,7 @@ class Case:
     length: int = 40
     shift: bool = False
     prompt: int = 9
+    suffix: int = 0
     next_kinds: tuple[int, ...] = (WINDOW, REFRESH, WINDOW, RESPONSE, NOTHING, WINDOW)
     seed: int = 0
 
@@ -59,16 +60,16 @@ class Case:
             (Column.NUM_CANDIDATES, (position >= 0).sum(-1)),
             (Column.LEFTPAD, ints(0, min(3, self.prompt))),
             (Column.FORWARDS, ints(0, 1 << 20)),
+            (Column.RESPONSE_START, self.prompt),
+            (Column.RESPONSE_END, self.length - self.suffix),
         ):
             table[:, column] = value
         return canvas.to(DEVICE), table.int().to(DEVICE), position.int().to(DEVICE)
 
     def arguments(self) -> Arguments:
-        first = max(self.prompt - int(self.shift), 0) if self.kind == RESPONSE else 0
         return dict(zip(("canvas", "table", "position"), self.state(), strict=True)) | {
             "kind": self.kind, "num_rows": self.num_rows, "width": self.width,
-            "num_candidates": self.num_candidates, "first": first, "shift": self.shift,
-            "prompt_length": self.prompt,
+            "num_candidates": self.num_candidates, "shift": self.shift,
         }  # fmt: skip
 
 
@@ -77,19 +78,21 @@ def by_method(case: Case) -> list[dict[str, object]]:
     canvas, table, position = (x.cpu() for x in case.state())
     listed, capacity = [], case.num_candidates
     for b, row in enumerate(read_rows(table)):
-        method = Row(case.prompt, case.length - case.prompt, 1)
+        response = case.length - case.prompt - case.suffix
+        method = Row(case.prompt, response, 1, suffix_length=case.suffix, leftpad=row.leftpad)
         method.next_kind = StepKind(case.kind).label
         method.start, method.end, method.prefix = row.start, row.end, row.prefix
-        first, last = method.computed(case.shift and case.prompt > 0)
+        first, last = method.computed(case.shift)
         candidates = [i for i in position[b].tolist() if i >= 0]
         fits = last - first <= case.width and len(candidates) <= capacity
         active = row.next_kind == case.kind and fits
         candidates = (candidates + [-1] * capacity)[:capacity]
-        sources = [source(i, case.shift) - first for i in candidates]
+        sources = [max(source(i, case.shift), row.leftpad) - first for i in candidates]
         listed.append({
             "rows": b, "start": first, "length": last - first if active else 0,
             "seqlens": case.length, "leftpad": row.leftpad,
-            "num_scored": capacity if active else 0, "active": active,
+            "num_scored": min(capacity, case.length - row.leftpad) if active else 0,
+            "active": active,
             "input_ids": [
                 int(canvas[b, min(first + j, case.length - 1)]) for j in range(case.width)
             ],
@@ -122,6 +125,13 @@ CASES = {
     "refresh_of_some": Case(kind=REFRESH, width=40, num_candidates=8, num_rows=2, seed=3),
     "refresh_without_room": Case(kind=REFRESH, width=39),
     "response": Case(kind=RESPONSE, width=32, shift=True, num_candidates=8),
+    "response_before_a_suffix": Case(
+        kind=RESPONSE, width=30, num_candidates=8, suffix=4, next_kinds=(RESPONSE,)
+    ),
+    "no_token_before": Case(kind=REFRESH, width=40, num_candidates=8, prompt=0, shift=True, seed=2),
+    "more_candidates_than_positions": Case(
+        kind=REFRESH, length=6, width=6, num_candidates=6, prompt=3, next_kinds=(REFRESH,)
+    ),
     "tokens_in_pieces": Case(
         kind=REFRESH, batch=2, num_rows=2, length=2100, width=2100, prompt=2000
     ),
@@ -157,7 +167,8 @@ def cases(draw: st.DrawFn) -> Case:
         candidates=candidates,
         length=length,
         shift=draw(st.booleans()),
-        prompt=draw(st.integers(0, length - 1)),
+        prompt=(prompt := draw(st.integers(0, length - 1))),
+        suffix=draw(st.integers(0, length - 1 - prompt)),
         next_kinds=draw(st.tuples(*[st.sampled_from([*StepKind])] * batch)),
         seed=draw(st.integers(0, 2**31)),
     )
@@ -174,13 +185,11 @@ CASE = OpCase(
     strided=("canvas",),
     good=Case().arguments,
     refused=[
-        ({"table": lambda t: t[:, 1:]}, r"table has shape \(5, 13\)"),
+        ({"table": lambda t: t[:, 1:]}, r"table has shape \(5, 16\)"),
         ({"kind": lambda k: NOTHING}, "kind=.*: accepted are 0, 1, 2"),
         ({"num_rows": lambda n: 6}, "num_rows=6: accepted are 1 to 5"),
         ({"width": lambda n: 41}, "width=41: accepted are 1 to 40"),
         ({"num_candidates": lambda n: 0}, "num_candidates=0: accepted are 1 to 8"),
-        ({"first": lambda n: 40}, "first=40: accepted are 0 to 39"),
-        ({"prompt_length": lambda n: -1}, "prompt_length=-1: accepted are 0 to 40"),
     ],
     mistakes=mistakes_of(
         ("refresh", KERNEL, [("(length <= width)", "(length < width)")]),
@@ -188,6 +197,8 @@ CASE = OpCase(
         ("some_rows", KERNEL, [("active, before, behind", "active, behind, before")]),
         ("every_row", KERNEL, [("b < B\n", "b < B - 1\n")]),
         ("shifted", KERNEL, [("position - SHIFT", "position")]),
+        ("more_candidates_than_positions", KERNEL, [("(capacity, L - leftpad)", "(capacity, L)")]),
+        ("response_before_a_suffix", KERNEL, [("row_ptrs + RESPONSE_END", "row_ptrs + END")]),
         ("tokens_in_pieces", KERNEL, [("start + w, L - 1", "start + w, L - 2")]),
         ("window", KERNEL, [
             ("start -= tl.load", "start -= 0 * tl.load"),

@@ -38,6 +38,11 @@ def rows(draw) -> Row:
     steps = draw(st.integers(1, max(1, gen // blocks if schedule == "naive" else gen)))
     max_block = draw(st.none() | st.integers(block, gen + 4)) if schedule == "dsb" else None
     prompt = draw(st.integers(1, 6))
+    # Tokens that are given between the first mask and the last.
+    inside = st.integers(prompt + 1, prompt + gen - 2)
+    given = (
+        draw(st.dictionaries(inside, st.integers(0, 3))) if gen > 2 and draw(st.booleans()) else {}
+    )
     return Row(
         prompt_length=prompt, gen_length=gen, block_length=block, schedule=schedule, cache=cache,
         max_block_length=max_block,
@@ -47,6 +52,7 @@ def rows(draw) -> Row:
         min_prefix=draw(st.integers(0, 1)) if cache == "dual" else 0,
         full_every=draw(st.integers(1, 3)) if cache != "none" else 1,
         progress=draw(st.sampled_from([0.0, 0.25, 1.0])),
+        given=given, suffix_length=draw(st.integers(0, 3)),
     )  # fmt: skip
 
 
@@ -82,7 +88,7 @@ def test_every_step_equals_the_method(row, data):
         num = len(candidates)
         (before,) = read_rows(batch.table)
         assert batch.position[0, :num].tolist() == candidates and before.num_candidates == num
-        assert num <= row.block_length, "candidates always fit block_length"
+        assert num <= row.block_length + len(row.given)
         tokens = data.draw(st.lists(st.integers(0, 3), min_size=num, max_size=num))
         confidences = data.draw(st.lists(CONFIDENCE, min_size=num, max_size=num))
         if row.rule in ("entropy", "eb"):  # negative entropies
@@ -98,8 +104,9 @@ def test_every_step_equals_the_method(row, data):
         assert batch.canvas[0].tolist() == row.canvas
         (after,) = read_rows(batch.table)
         assert StepKind(after.next_kind).label == row.next_kind
-        for name in ("start", "end", "prefix", "committed", "since_refresh", "step", "refreshes"):
+        for name in ("start", "end", "prefix", "unmasked", "since_refresh", "step", "refreshes"):
             assert getattr(after, name) == getattr(row, name), name
+        assert row.done or after.planned == row.planned
         assert (after.took_part, after.new, after.failed) == (1, len(positions), 0)
         assert after.forwards == before.forwards + 1 and after.leftpad == row.leftpad
         # What must hold whatever the rule.
@@ -108,8 +115,8 @@ def test_every_step_equals_the_method(row, data):
         committed |= set(positions)
         assert positions, "every step commits"
         filled = canvas[0] != MASK
-        if row.done and EOS in row.canvas:  # what follows the EOS that ended the row is EOS
-            filled[row.canvas.index(EOS) :] = False
+        if row.done and EOS in row.canvas:  # the response after the EOS that ended the row is EOS
+            filled[row.canvas.index(EOS) : row.length] = False
         assert torch.equal(batch.canvas[0][filled], canvas[0][filled]), "commits are final"
     assert (batch.canvas != MASK).all()
 

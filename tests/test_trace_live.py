@@ -151,6 +151,16 @@ def test_every_position_has_the_style_of_its_state(tokenizer):
     assert seen == set(STYLES) == set(LEGEND)
 
 
+def test_a_suffix_is_drawn_as_the_prompt(tokenizer):
+    ids = torch.tensor([[5, 6, MASK, MASK, 7]])
+
+    def watch(event: dsb.StepEvent) -> None:
+        styles = [span.style for span in canvas_text(tokenizer, event, 2, MASK).spans]
+        assert styles[4] == STYLES["prompt"] != styles[2]
+
+    dsb.infill(golden.model("llada"), ids, on_step=watch, cache="none")
+
+
 def test_left_padding_is_not_drawn(tokenizer):
     padded = torch.cat([torch.ones(1, 3, dtype=torch.int64), PROMPT], dim=1)
     mask = torch.tensor([[0] * 3 + [1] * 5])

@@ -365,10 +365,9 @@ def test_rotary_writes_move_every_byte_once():
 def test_unmasking_reads_the_response_twice_at_most():
     """Once for the first mask and EOS, once, from the first mask on, for the candidates."""
     P, G, K, mask = 1000, 1024, 32, 99
-    spec = dataclasses.replace(
-        SPEC, prompt_length=P, block_length=K, max_block_length=K, mask_id=mask, eos_ids=(3,)
-    )
+    spec = dataclasses.replace(SPEC, block_length=K, max_block_length=K, mask_id=mask, eos_ids=(3,))
     canvas = torch.full((1, P + G), mask)
+    canvas[:, :P] = 1
     table, position = initial_rows(canvas, ints(0), spec)
     scored = {"token": torch.full((1, K), 5), "confidence": torch.full((1, K), 0.95)}
     with counted() as traffic:

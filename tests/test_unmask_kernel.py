@@ -31,6 +31,8 @@ class Run:
     rule_value: float = 0.75
     prompt_length: int = 5
     response: int = 24
+    given: float = 0.0  # share of response positions that are no masks from the beginning
+    suffix: int = 0
     block_length: int = 8
     rows: int = 3
     num_steps: int = 5
@@ -55,9 +57,13 @@ class Run:
     def arguments(self) -> Arguments:
         """What the first step is called with: a commit of every candidate."""
         generator = torch.Generator().manual_seed(self.seed)
-        shape = (self.rows, self.prompt_length + self.response)
-        canvas, spec = torch.randint(0, 50, shape, generator=generator).to(DEVICE), self.spec()
-        canvas[:, self.prompt_length :] = MASK
+        end = self.prompt_length + self.response
+        shape = (self.rows, end + self.suffix)
+        canvas, spec = torch.randint(0, 50, shape, generator=generator), self.spec()
+        masked = torch.rand(shape, generator=generator) >= self.given
+        masked[:, self.prompt_length] = True
+        masked[:, : self.prompt_length], masked[:, end:] = False, False
+        canvas = canvas.masked_fill(masked, MASK).to(DEVICE)
         leftpad = ints(*(self.leftpads * self.rows)[: self.rows])
         table, position = initial_rows(canvas, leftpad, spec)
         return {
@@ -155,6 +161,10 @@ CASES = {
     "one_row_of_many": Run(rows=9, scored=0.2, num_steps=6, cache="dual", schedule="naive"),
     "few_candidates": Run(rows=1, scored=0.4, inactive=0.0, leftpads=(0,), full_every=1),
     "some_rows_nan": Run(rows=4, scored=0.6, values=(0.5, 0.75, 0.9, NAN)),
+    "given": Run(rows=4, given=0.4, suffix=3, leftpads=(0, 1, 5, 2)),
+    "eos_before_a_suffix": Run(given=0.4, suffix=3, values=(0.9,), num_steps=3, seed=4),
+    "given_naive": replace(run_of("quota", "naive", num_steps=8), given=0.5, suffix=1),
+    "given_quota": replace(run_of("quota", "dsb", num_steps=6), given=0.3, suffix=5),
     "padded": Run(prefix_window=50, leftpads=(5, 0, 4)),
     "no_prefix": Run(prefix_window=0, min_prefix=0),
     "progress": Run(progress=0.5, rule_value=0.9, values=(0.9, 0.8, 0.7, 0.6), num_steps=6),
@@ -187,6 +197,8 @@ def runs(draw: st.DrawFn) -> Run:
         refresh_commit=draw(st.sampled_from(["select", "first"])),
         stop_at_eos=draw(st.booleans()),
         prompt_length=prompt,
+        given=draw(st.sampled_from([0.0, 0.2, 0.8])),
+        suffix=draw(st.integers(0, 4)),
         leftpads=draw(st.tuples(*[st.integers(0, prompt)] * 2)),
         rows=draw(st.integers(1, 2)),
         num_steps=draw(st.integers(1, 4 + blocks)),
@@ -206,7 +218,7 @@ def late_candidate() -> Arguments:
     return result
 
 
-LOOP = "prompt // BLOCK_L * BLOCK_L, stop"
+LOOP = "begin // BLOCK_L * BLOCK_L, stop"
 CASE = OpCase(
     op=unmask_and_slide,
     module=module,
@@ -220,10 +232,9 @@ CASE = OpCase(
         ({"token": lambda t: t[1:]}, r"token has shape \(2, 8\)"),
         ({"token": lambda t: t.repeat(1, 2)}, r"confidence has shape \(3, 8\)"),
         ({"rows": lambda t: ints(0, 1)}, r"token has shape \(3, 8\)"),
-        ({"table": lambda t: t[:, 1:].clone()}, r"table has shape \(3, 13\)"),
+        ({"table": lambda t: t[:, 1:].clone()}, r"table has shape \(3, 16\)"),
         ({"position": lambda t: t[0, 0]}, r"position has shape \(\): accepted is \(3, K\)"),
         ({"commit": lambda t: t[:2]}, "commit has shape"),
-        ({"spec": lambda s: replace(s, prompt_length=30)}, "spec.prompt_length=30"),
     ],
     mistakes=mistakes_of(
         (CASES["all_equal"].check, "_rank_candidates", [("j[None, :] < k[", "j[None, :] > k[")]),
@@ -234,12 +245,12 @@ CASE = OpCase(
         (CASES["to_the_end"].check, "_unmask_kernel", [
             ("refresh, 0, tl", "refresh, 1, tl"),
             ("RESPONSE, REFRESH", "REFRESH, RESPONSE"),
-            ("COMMITTED, committed", "COMMITTED, new"),
+            ("UNMASKED, unmasked", "UNMASKED, new"),
         ]),
-        (CASES["to_the_end"].check, "_slide", [("size + committed", "size")]),
+        (CASES["to_the_end"].check, "_slide", [("size + unmasked", "size")]),
         (CASES["to_the_end"].check, "_list_candidates", [("0) - 1\n", "0)\n")]),
         (replace(CASES["to_the_end"], stop_at_eos=True, num_steps=6).check, "_unmask_kernel", [
-            ("first_eos < first_masked", "first_eos < L"),
+            ("first_eos < first_masked", "first_eos < last"),
         ]),
         (CASES["some_rows"].check, "_scored_row", [
             ("is_mine, each, 0)", "is_mine, num_rows - 1 - each, 0)"),
@@ -248,8 +259,10 @@ CASE = OpCase(
             ("takes_part, num_scored", "takes_part, K"),
         ]),
         (CASES["padded"].check, "_plan", [("start - leftpad", "start")]),
-        (CASES["quota"].check, "_tokens_due", [(", masks, planned) - committed", ", masks, 1)")]),
+        (CASES["quota"].check, "_tokens_due", [("- (masks - masks_left)", "- masks_left")]),
         (CASES["canvas_in_pieces"].check, "_first_mask_and_eos", [(LOOP, LOOP + " - BLOCK_L")]),
+        (CASES["given_naive"].check, "_unmask_kernel", [("& (same_plan == 0)", "")]),
+        (CASES["eos_before_a_suffix"].check, "_fill_after_eos", [("< last)", "< last + 1)")]),
     ),
 )  # fmt: skip
 
@@ -265,7 +278,6 @@ class TestUnmaskAndSlide(OpContract):
         ({"schedule": "x"}, "schedule='x': accepted are"),
         ({"cache": "x"}, "cache='x': accepted are"),
         ({"refresh_commit": "x"}, "refresh_commit='x': accepted are"),
-        ({"prompt_length": -1}, "prompt_length=-1: accepted is at least 0"),
         ({"block_length": 0}, "block_length=0: accepted is at least 1"),
         ({"full_every": 0}, "full_every=0: accepted is at least 1"),
         ({"rule": "quota"}, "steps=0: accepted is at least 1"),

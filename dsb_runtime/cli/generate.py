@@ -1,4 +1,5 @@
-"""`dsb generate`: answer one prompt; options show the canvas, draw it or print JSON."""
+"""`dsb generate`: answer one prompt, or fill in what stands between it and a suffix; options show
+the canvas, draw it or print JSON."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ import json
 import sys
 import time
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -14,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dsb_runtime.cli.live import LiveCanvas
 from dsb_runtime.config import DecodingConfig, check_int, check_real
-from dsb_runtime.engine.engine import StepEvent, generate
+from dsb_runtime.engine.engine import StepEvent, generate, infill
 from dsb_runtime.families import check_model
 from dsb_runtime.measure.plots import check_picture
 from dsb_runtime.measure.trace import Trace
@@ -22,6 +24,10 @@ from dsb_runtime.measure.trace import Trace
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("prompt", help="the prompt, or - to read it from standard input")
+    parser.add_argument(
+        "--suffix", metavar="TEXT", help="what follows the response, which fills the gap of "
+        "gen_length tokens before it; an EOS then ends it only with --stop-at-eos",
+    )  # fmt: skip
     add = parser.add_argument_group("output").add_argument
     add("--raw", action="store_true", help="do not apply the chat template")
     add("--live", action="store_true", help="show the canvas while it fills")
@@ -61,13 +67,19 @@ def run(
     if not text.strip():
         raise ValueError("prompt: empty; expected some text")
     input_ids = encode(tokenizer, text, args.raw).to(model.device)
-    prompt = input_ids.shape[1]
+    prompt, mask_id, decode = input_ids.shape[1], check_model(model).mask_id, generate
+    if args.suffix is not None:
+        suffix = tokenizer(args.suffix, add_special_tokens=False).input_ids
+        if not suffix:
+            raise ValueError(f"--suffix={args.suffix!r}: no token; expected some text")
+        after = input_ids.new_tensor([[mask_id] * config.gen_length + suffix])
+        input_ids, decode = torch.cat([input_ids, after], dim=1), infill
+        config = replace(config, stop_at_eos=bool(args.stop_at_eos))
     generator = None
     if args.seed is not None:
         generator = torch.Generator(model.device).manual_seed(args.seed)
 
     trace = Trace(prompt, config.gen_length) if args.trace else None
-    mask_id = check_model(model).mask_id
     live = LiveCanvas(tokenizer, prompt, mask_id, args.frame_seconds) if args.live else None
     watchers = [w for w in (trace, live) if w is not None]
 
@@ -77,20 +89,21 @@ def run(
 
     with live or nullcontext():
         began = time.perf_counter()
-        out = generate(
+        out = decode(
             model, input_ids, config, generator=generator, on_step=on_step if watchers else None
         )
         seconds = time.perf_counter() - began - (live.spent if live else 0.0)
 
     tokens = out.row_tokens[0]
-    ids = out.sequences[0, prompt : prompt + tokens]
+    response = out.sequences[0, prompt : prompt + config.gen_length]
+    ids = response[:tokens]
     answer = str(tokenizer.decode(ids, skip_special_tokens=True)).strip()
     if args.json:
         print(json.dumps({
             "answer": answer, "tokens": tokens, "forwards": out.nfe,
             "tokens_per_forward": tokens / out.nfe, "tokens_per_second": tokens / seconds,
             "seconds": seconds, "committed_per_forward": out.tokens_per_forward,
-            "response_ids": out.sequences[0, prompt:].tolist(),
+            "response_ids": response.tolist(),
         }))  # fmt: skip
     else:
         print(answer)

@@ -17,7 +17,7 @@ STYLES = {
     "committed": "green", "mask": "grey50", "new": "bold black on bright_green",
 }  # fmt: skip
 LEGEND = {
-    "prompt": "prompt", "prefix": "prefix window", "active": "mask in the active block",
+    "prompt": "prompt or suffix", "prefix": "prefix window", "active": "mask in the active block",
     "mask": "mask beyond it", "new": "just committed", "committed": "committed",
 }  # fmt: skip
 MASK_GLYPH = "▢"
@@ -44,7 +44,8 @@ def canvas_text(
         elif prefix <= index < start:
             style = "prefix"
         else:
-            style = "prompt" if index < prompt_length else "committed"
+            given = index < prompt_length or index >= row.response_end
+            style = "prompt" if given else "committed"
         text.append(word.replace("Ġ", "").replace("▁", "") or " ", STYLES[style])
         text.append(" ")
     return text

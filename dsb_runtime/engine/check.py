@@ -1,4 +1,4 @@
-"""Checks of the arguments of `generate`, which run before the model does."""
+"""Checks of the arguments of `generate` and `infill`, which run before the model does."""
 
 from __future__ import annotations
 
@@ -15,24 +15,62 @@ from dsb_runtime.families import DiffusionInfo, check_model, device_of
 def check_inputs(
     model: Any, config: Any, input_ids: Any, attention_mask: Any, generator: Any
 ) -> Tensor:
-    """Check all arguments. Returns how many padding positions stand before each row's prompt, (B,)
-    int32.
+    """Check all arguments of `generate`. Returns how many padding positions stand before each row's
+    prompt, (B,) int32.
 
     Raises:
         TypeError, ValueError: the message names the argument, its value and what is accepted.
     """
     info = check_model(model)
     check_family_settings(info, config)
-    check_prompt(model, input_ids, config)
+    check_prompt(model, input_ids, config.gen_length)
     leftpad = check_attention_mask(input_ids, attention_mask)
     check_no_masks(input_ids, leftpad, info)
     check_generator(generator, input_ids.device)
     return leftpad
 
 
-def check_prompt(model: Any, input_ids: Any, config: DecodingConfig) -> None:
+def check_masks(model: Any, input_ids: Any, attention_mask: Any) -> tuple[Tensor, list[int]]:
+    """Check the masks that `infill` is to fill. Returns how many padding positions stand before
+    each row, (B,) int32, and how many positions each row's response has, from its first mask to its
+    last.
+
+    Raises:
+        TypeError, ValueError: the message names the argument, its value and what is accepted.
+    """
+    check_prompt(model, input_ids, 0)
+    leftpad = check_attention_mask(input_ids, attention_mask)
+    index = torch.arange(input_ids.shape[1], device=input_ids.device)
+    mask_id = check_model(model).mask_id
+    masked = (input_ids == mask_id) & (index >= leftpad[:, None])
+    missing = masked.any(-1).logical_not().nonzero()
+    if len(missing):
+        raise ValueError(
+            f"input_ids: row {int(missing[0])} has no mask id {mask_id}; expected one at least"
+        )
+    first = torch.where(masked, index, len(index)).amin(-1)
+    return leftpad, (torch.where(masked, index, -1).amax(-1) + 1 - first).tolist()
+
+
+def check_settings(model: Any, config: DecodingConfig, lengths: list[int], generator: Any) -> None:
+    """Check the settings of `infill` for responses of these lengths.
+
+    Raises:
+        TypeError, ValueError: the message names the argument, its value and what is accepted.
+    """
+    check_family_settings(check_model(model), config)
+    blocks = sorted({-(-length // config.block_length) for length in lengths})
+    if config.schedule == "naive" and config.rule == "quota" and len(blocks) > 1:
+        raise ValueError(
+            f"steps={config.steps}: schedule='naive' spreads steps evenly over a row's blocks, and "
+            f"there are rows of {blocks[0]} and of {blocks[-1]}; expected one row at a time"
+        )
+    check_generator(generator, device_of(model))
+
+
+def check_prompt(model: Any, input_ids: Any, gen_length: int) -> None:
     """Check that prompts are (B, P) integers of the vocabulary on the model's device, that they are
-    not empty, and that the model has enough positions for prompt and response."""
+    not empty, and that the model has enough positions for them and `gen_length` more."""
     if not isinstance(input_ids, Tensor):
         hint = ""
         if isinstance(input_ids, Mapping):
@@ -60,11 +98,12 @@ def check_prompt(model: Any, input_ids: Any, config: DecodingConfig) -> None:
         if not 0 <= extreme < vocab:
             raise ValueError(f"input_ids holds {extreme}: expected ids from 0 to {vocab - 1}")
     limit = model.config.max_position_embeddings
-    length = input_ids.shape[1] + config.gen_length
+    length = input_ids.shape[1] + gen_length
     if length > limit:
+        prompt = f"gen_length={gen_length} after a prompt of {input_ids.shape[1]} needs"
         raise ValueError(
-            f"gen_length={config.gen_length} after a prompt of {input_ids.shape[1]} needs {length} "
-            f"positions: expected at most the model's {limit}"
+            f"{prompt if gen_length else 'input_ids has'} {length} positions: expected at most the "
+            f"model's {limit}"
         )
 
 
@@ -110,14 +149,12 @@ def check_no_masks(input_ids: Tensor, leftpad: Tensor, info: DiffusionInfo) -> N
         row, column = (int(i) for i in hit.nonzero()[0])
         raise ValueError(
             f"input_ids[{row}, {column}]={info.mask_id}: the mask id inside a prompt; "
-            "expected prompt tokens only"
+            "expected prompt tokens only (dsb_runtime.infill fills masks anywhere)"
         )
 
 
 def check_family_settings(info: DiffusionInfo, config: DecodingConfig) -> None:
     """Check that the model's family accepts these settings."""
-    if not isinstance(config, DecodingConfig):
-        raise TypeError(f"config={config!r}: expected a DecodingConfig")
     family = info.family
     if family.shift and config.cache == "dsb" and config.prefix_window == 0:
         raise ValueError(

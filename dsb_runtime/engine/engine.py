@@ -1,4 +1,4 @@
-"""generate: one engine for every schedule, cache policy and selection rule.
+"""generate and infill: one engine for every schedule, cache policy and selection rule.
 
 An engine checks the arguments, lets threads and streams take turns, and makes the output. Its loop
 (`dsb_runtime.engine.loop`) launches one step (`dsb_runtime.engine.step`) after another.
@@ -19,8 +19,8 @@ from transformers import PreTrainedModel
 
 from dsb_kernels.rows import Row
 from dsb_runtime.config import DecodingConfig
-from dsb_runtime.defaults import defaults_for
-from dsb_runtime.engine.check import check_inputs
+from dsb_runtime.defaults import defaults_for, infill_defaults
+from dsb_runtime.engine.check import check_inputs, check_masks, check_settings
 from dsb_runtime.engine.forward import Phase, no_phase
 from dsb_runtime.engine.graphs import Capture, CudaGraphs
 from dsb_runtime.engine.loop import Loop, StepDone
@@ -33,13 +33,14 @@ PROMPT_MULTIPLE = 64  # where steps are captured, prompts are left-padded to a m
 
 @dataclass
 class GenerationOutput:
-    """What `generate` returns for B rows with P prompt and G response positions each."""
+    """What `generate` returns for B rows with P prompt and G response positions each, and `infill`
+    for B rows of L positions."""
 
-    sequences: Tensor  # (B, P + G) int64, with the left padding
+    sequences: Tensor  # (B, P + G) or (B, L) int64, with the left padding
     nfe: int  # how many forwards ran
     tokens_per_forward: list[int]  # how many tokens each forward committed, over all rows
     row_nfe: list[int]  # how many forwards each row took part in
-    row_tokens: list[int]  # how many response positions each row has, to its first EOS inclusive
+    row_tokens: list[int]  # how many masks of each row were filled, to its first EOS inclusive
 
 
 @dataclass
@@ -60,13 +61,13 @@ class StepEvent:
     table: list[Row]  # every batch row as it is now: its block, and what it needs next
 
 
-def count_tokens(response: Tensor, eos_ids: tuple[int, ...]) -> list[int]:
-    """How many positions each row of `response` (B, G) has up to and including its first EOS. It is
-    G for a row without an EOS."""
-    length = response.shape[1]
-    index = torch.arange(length, device=response.device)
-    eos = torch.isin(response, torch.tensor(eos_ids, device=response.device, dtype=torch.int64))
-    return (torch.where(eos, index, length - 1).amin(-1) + 1).tolist()
+def count_tokens(canvas: Tensor, masked: Tensor, eos_ids: tuple[int, ...]) -> list[int]:
+    """How many of the positions `masked` (B, L) bool each row of the canvas has up to and including
+    its response's first EOS. A row without an EOS has all of them."""
+    eos = torch.isin(canvas, torch.tensor(eos_ids, device=canvas.device, dtype=torch.int64))
+    eos &= masked.cumsum(-1) > 0  # an EOS of the prompt ends nothing
+    before = eos.cumsum(-1) - eos.int() == 0
+    return (masked & before).sum(-1).tolist()
 
 
 class Engine:
@@ -145,9 +146,6 @@ class Engine:
             self.stream = stream
             yield
 
-    # A caller may be in inference mode. Buffers made in that mode could not be written outside it.
-    @torch.inference_mode(False)
-    @torch.no_grad()
     def generate(
         self,
         input_ids: Tensor,
@@ -163,46 +161,101 @@ class Engine:
         Raises:
             RuntimeError: an `on_step` of this engine calls it.
         """
-        check_model(self.model)
-        config = config_of(self.model, config, settings)
+        return self.call(False, input_ids, config, attention_mask, generator, on_step, settings)
+
+    def infill(
+        self,
+        input_ids: Tensor,
+        config: DecodingConfig | None = None,
+        *,
+        attention_mask: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        on_step: Callable[[StepEvent], None] | None = None,
+        **settings: Any,
+    ) -> GenerationOutput:
+        """Fill masks as `dsb_runtime.infill` does, with this engine's model. Threads take turns.
+
+        Raises:
+            RuntimeError: an `on_step` of this engine calls it.
+        """
+        return self.call(True, input_ids, config, attention_mask, generator, on_step, settings)
+
+    # A caller may be in inference mode. Buffers made in that mode could not be written outside it.
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def call(
+        self,
+        fill: bool,
+        input_ids: Tensor,
+        config: DecodingConfig | None,
+        attention_mask: Tensor | None,
+        generator: torch.Generator | None,
+        on_step: Callable[[StepEvent], None] | None,
+        settings: dict[str, Any],
+    ) -> GenerationOutput:
+        """Check the arguments of `infill` (with `fill`) or of `generate`, and decode."""
+        info = check_model(self.model)
+        if fill:
+            check_config(config, settings)
+            leftpad, lengths = check_masks(self.model, input_ids, attention_mask)
+            config = infill_defaults(self.model, max(lengths), config, **settings)
+            check_settings(self.model, config, lengths, generator)
+        else:
+            config = config_of(self.model, config, settings)
+            leftpad = check_inputs(self.model, config, input_ids, attention_mask, generator)
         if on_step is not None and not callable(on_step):
             raise TypeError(
                 f"on_step={on_step!r}: expected a callable that takes a StepEvent, or None"
             )
-        leftpad = check_inputs(self.model, config, input_ids, attention_mask, generator)
         if self.in_call():
             raise RuntimeError(
-                "Engine.generate: called by its own on_step; expected another engine"
+                f"Engine.{'infill' if fill else 'generate'}: called by its own on_step; expected "
+                "another engine"
             )
+        canvas = input_ids.long()
+        if not fill:
+            response = canvas.new_full((len(canvas), config.gen_length), info.mask_id)
+            canvas = torch.cat([canvas, response], dim=1)
+        ends = not fill or config.stop_at_eos  # whether an EOS ends a response
         with self.lock:
             self.thread = threading.get_ident()
             try:
                 with self.on_device(), as_published(self.model, self.device):
-                    return self.decode(config, input_ids, leftpad, generator, on_step)
+                    return self.decode(config, canvas, leftpad, generator, on_step, ends)
             finally:
                 self.thread = None
 
     def decode(
         self,
         config: DecodingConfig,
-        input_ids: Tensor,
+        canvas: Tensor,
         leftpad: Tensor,
         generator: torch.Generator | None,
         on_step: Callable[[StepEvent], None] | None,
+        ends: bool,
     ) -> GenerationOutput:
-        """Decode. The arguments must have been checked."""
-        batch, prompt = input_ids.shape
+        """Fill the masks of a canvas (B, L). The arguments must have been checked."""
+        batch, length = canvas.shape
         watched = on_step is not None
         # A captured step serves every prompt up to the next multiple, so fewer graphs are captured.
         # A call with `on_step` adds no padding, since the caller sees the canvas.
+        prompt = length - config.gen_length
         pad = 0 if watched or self.loop.capture is None else -prompt % PROMPT_MULTIPLE
-        session = self.loop.session(config, input_ids, leftpad, pad)
+        session = self.loop.session(config, canvas, leftpad, pad)
         state, info = session.state, check_model(self.model)
+        index = torch.arange(length, device=canvas.device)
+        masked = (canvas == info.mask_id) & (index >= leftpad[:, None])
+
+        def filled() -> Tensor:
+            """The canvas as it is now. A step that ends a row at an EOS writes EOS over the rest of
+            its response: what was given there is put back."""
+            return torch.where(masked, state.canvas[:, pad:], canvas)
+
         if config.draws:
             # A GPU's default generator refuses to draw while another thread captures a graph.
             source = "cpu" if generator is None else generator.device
             seed = torch.randint(2**62, (), dtype=torch.int64, generator=generator, device=source)
-            seed = seed.to(input_ids.device)
+            seed = seed.to(canvas.device)
             if is_tensor_parallel(self.model):
                 agree(self.model.lm_head, seed)
             state.seed.copy_(seed)
@@ -220,20 +273,20 @@ class Engine:
                 event = StepEvent(
                     index=len(commits) - 1, kind=done.shape.kind.label, rows=done.rows,
                     before=[(row.start, row.end, row.prefix) for row in before],
-                    canvas=state.canvas.clone(), position=position, commit=state.commit.clone(),
+                    canvas=filled(), position=position, commit=state.commit.clone(),
                     confidence=state.confidence.clone(), table=done.after,
                 )  # fmt: skip
                 on_step(event)
                 position = state.position.clone()
 
         self.loop.run(session, each, speculative=not watched)
-        canvas = state.canvas[:, pad:].clone()
+        sequences = filled()
         return GenerationOutput(
-            sequences=canvas,
+            sequences=sequences,
             nfe=len(commits),
             tokens_per_forward=commits,
             row_nfe=row_nfe,
-            row_tokens=count_tokens(canvas[:, prompt:], info.eos_ids),
+            row_tokens=count_tokens(sequences, masked, info.eos_ids if ends else ()),
         )
 
 
@@ -245,9 +298,16 @@ def config_of(
     Raises:
         TypeError: both a config and settings are given.
     """
+    check_config(config, settings)
+    return defaults_for(model, **settings) if config is None else config
+
+
+def check_config(config: DecodingConfig | None, settings: dict[str, Any]) -> None:
+    """Raise TypeError if both a config and settings are given, or something else as a config."""
+    if not isinstance(config, DecodingConfig | None):
+        raise TypeError(f"config={config!r}: expected a DecodingConfig")
     if config is not None and settings:
         raise TypeError(f"config and {sorted(settings)[0]}: expected settings in one of the two")
-    return defaults_for(model, **settings) if config is None else config
 
 
 @contextlib.contextmanager
@@ -325,6 +385,42 @@ def generate(
         torch.OutOfMemoryError: the message names what did not fit, and a setting that should fit.
     """
     return engine_of(model).generate(
+        input_ids, config, attention_mask=attention_mask, generator=generator, on_step=on_step,
+        **settings,
+    )  # fmt: skip
+
+
+def infill(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    config: DecodingConfig | None = None,
+    *,
+    attention_mask: Tensor | None = None,
+    generator: torch.Generator | None = None,
+    on_step: Callable[[StepEvent], None] | None = None,
+    **settings: Any,
+) -> GenerationOutput:
+    """Fill the mask ids of `input_ids`, wherever they stand, and keep every other token.
+
+    A row's response begins at its first mask and ends behind its last one. It is decoded as by
+    `generate`: tokens that are given between the two count as committed already, and what follows
+    the response is context, which refreshes compute as they compute the prompt.
+
+    Args:
+        input_ids: (B, L) int64 or int32 on the model's device, left-padded where lengths differ.
+            Every row has at least one mask id, and rows may have them in different places.
+        config: the settings. The length of the longest response takes the place of `gen_length`.
+            Instead of a config, settings may be named as keyword arguments, except `gen_length`.
+        settings: as for `generate`, but `stop_at_eos` is False by default: an EOS is a token like
+            others, since something may follow it. With True, a row is finished once its response
+            has an EOS (given or committed) with no mask to its left, and its other masks become
+            EOS.
+        model, attention_mask, generator, on_step: as for `generate`, which raises the same errors.
+
+    Returns:
+        `GenerationOutput`, whose `sequences` are `input_ids` without masks.
+    """
+    return engine_of(model).infill(
         input_ids, config, attention_mask=attention_mask, generator=generator, on_step=on_step,
         **settings,
     )  # fmt: skip

@@ -125,7 +125,7 @@ def speculate(
         return None
     for row in rows:
         # The row must take part in `launched`, and have masks left after it.
-        masks_left = config.gen_length - row.committed
+        masks_left = row.response_end - row.response_start - row.unmasked
         if row.next_kind != launched.kind or masks_left <= most_new:
             return None
     if config.cache == "none":
@@ -196,15 +196,12 @@ class Loop:
         )
         return CalledModel(self.model, self.phase)
 
-    def session(
-        self, config: DecodingConfig, input_ids: Tensor, leftpad: Tensor, pad: int
-    ) -> Session:
+    def session(self, config: DecodingConfig, canvas: Tensor, leftpad: Tensor, pad: int) -> Session:
         """Return a session in the state before the first step, with `pad` more padding positions
-        before the prompts."""
-        batch, info = len(input_ids), check_model(self.model)
-        spec = spec_of(config, info, input_ids.shape[1] + pad)
-        response = input_ids.new_full((batch, config.gen_length), info.mask_id)
-        canvas = torch.cat([input_ids.new_zeros(batch, pad), input_ids, response], dim=1).long()
+        before the canvas (B, L)."""
+        info = check_model(self.model)
+        spec = spec_of(config, info)
+        canvas = torch.cat([canvas.new_zeros(len(canvas), pad), canvas], dim=1)
         state, shape = new_state(canvas, leftpad + pad, spec), cache_shape_of(self.model)
         num_layers = shape.layers
         if config.cache == "none":  # one buffer that all layers share
@@ -212,7 +209,7 @@ class Loop:
         padded = pad > 0 or bool((leftpad > 0).any())
         batch, length = canvas.shape
         backbone, storage = self.reserve(batch, length, shape)
-        key = (canvas.shape, spec, config, padded)
+        key = (canvas.shape, state.position.shape, spec, config, padded)
         session = self.sessions.pop(key, None)
         if session is None:
             cache = KVCache.over(storage, shape, batch, length, num_layers)

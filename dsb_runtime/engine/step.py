@@ -43,8 +43,7 @@ class DecodeState(NamedTuple):
 
 
 def new_state(canvas: Tensor, leftpad: Tensor, spec: UnmaskSpec) -> DecodeState:
-    """The state before the first step, which is a refresh. Steps will write into `canvas`, whose
-    response is all masks."""
+    """The state before the first step, which is a refresh. Steps will write into `canvas`."""
     table, position = initial_rows(canvas, leftpad, spec)
     return DecodeState(
         canvas=canvas,
@@ -66,7 +65,7 @@ class StepShape:
     num_candidates: int  # how many candidates of each row fit
 
 
-def spec_of(config: DecodingConfig, info: DiffusionInfo, prompt_length: int) -> UnmaskSpec:
+def spec_of(config: DecodingConfig, info: DiffusionInfo) -> UnmaskSpec:
     """The spec of a call, in which the family's defaults replace settings that are None."""
     family = info.family
     cached = config.cache != "none"
@@ -74,7 +73,6 @@ def spec_of(config: DecodingConfig, info: DiffusionInfo, prompt_length: int) -> 
     prefix = family.prefix_window if config.prefix_window is None else config.prefix_window
     naive = config.schedule == "naive"
     return UnmaskSpec(
-        prompt_length=prompt_length,
         block_length=config.block_length,
         max_block_length=config.max_block_length,
         schedule=config.schedule,
@@ -111,18 +109,18 @@ class Step:
 
     @property
     def response_width(self) -> int:
-        """How many positions a response step computes. If tokens are predicted from the position
-        before, the prompt's last position is one of them."""
-        return self.config.gen_length + int(self.info.family.shift)
+        """How many positions a response step computes at most. If tokens are predicted from the
+        position before, the one before the response is computed too."""
+        width = self.config.gen_length + int(self.info.family.shift)
+        return min(width, self.state.canvas.shape[1])
 
     def layout(self, shape: StepShape) -> Layout:
         """The rows that take part, and where their windows stand."""
-        state, length = self.state, self.state.canvas.shape[1]
+        state = self.state
         return place_rows(
             state.canvas, state.table, state.position, kind=shape.kind, num_rows=shape.num_rows,
             width=shape.width, num_candidates=shape.num_candidates,
-            first=length - self.response_width if shape.kind == StepKind.RESPONSE else 0,
-            shift=self.info.family.shift, prompt_length=self.spec.prompt_length,
+            shift=self.info.family.shift,
         )  # fmt: skip
 
     def __call__(self, shape: StepShape) -> None:

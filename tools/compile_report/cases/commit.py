@@ -9,7 +9,7 @@ from dsb_kernels.rows import UnmaskSpec
 from tools.compile_report.case import CompileCase
 
 LLADA = UnmaskSpec(
-    prompt_length=128, block_length=32, max_block_length=None, schedule="dsb", cache="dsb",
+    block_length=32, max_block_length=None, schedule="dsb", cache="dsb",
     prefix_window=24, min_prefix=0, rule="threshold", rule_value=0.9, steps=1,
     refresh_commit="select", mask_id=126336, eos_ids=(126081, 126348), stop_at_eos=True,
 )  # fmt: skip
