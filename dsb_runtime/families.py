@@ -13,7 +13,17 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, PretrainedConfig, Qwen2Config
 
-RawConfig = Mapping[str, Any]
+from dsb_runtime.fields import (
+    RawConfig,
+    check_shared,
+    flag,
+    head_sizes,
+    layers,
+    real,
+    shown,
+    size,
+    wrong,
+)
 
 
 @dataclass(frozen=True)
@@ -106,25 +116,6 @@ def check_model(model: Any) -> DiffusionInfo:
     return info
 
 
-def real(name: str, value: Any) -> float:
-    """Return `value` as a float. Raise ValueError unless it is a positive number."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
-        raise ValueError(f"config.json has {name}={value!r}: expected a number above 0")
-    return float(value)
-
-
-def size(raw: RawConfig, *names: str) -> int:
-    """Return the value of the first of `names` that the config has. Raise ValueError unless it is a
-    positive int."""
-    name = next((name for name in names if name in raw), None)
-    if name is None:
-        raise ValueError(f"config.json has no {' or '.join(names)}: expected an int above 0")
-    value = raw[name]
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"config.json has {name}={value!r}: expected an int above 0")
-    return value
-
-
 def rope_parameters(raw: RawConfig) -> dict[str, Any]:
     """Return plain RoPE as transformers 5 writes it, from `rope_parameters` or `rope_theta`.
 
@@ -134,15 +125,12 @@ def rope_parameters(raw: RawConfig) -> dict[str, Any]:
     plain = isinstance(rope, dict) and rope.get("rope_type", "default") == "default"
     if not plain or set(rope) - {"rope_type", "rope_theta"}:
         raise ValueError(
-            f"config.json has rope_parameters={rope!r}, not supported: "
+            f"config.json has rope_parameters={shown(rope)}, not supported: "
             "expected rope_type='default' and rope_theta only"
         )
     theta = real("rope_theta", rope.get("rope_theta", raw.get("rope_theta", 10000.0)))
     if raw.get("rope_theta", theta) != theta:
-        raise ValueError(
-            f"config.json has rope_theta={raw['rope_theta']!r} and {theta!r} in rope_parameters: "
-            "expected one value"
-        )
+        raise wrong("rope_theta", raw["rope_theta"], f"{theta!r}, as in rope_parameters")
     return {"rope_type": "default", "rope_theta": theta}
 
 
@@ -162,7 +150,7 @@ def shared_fields(raw: RawConfig) -> dict[str, Any]:
     return {
         "rms_norm_eps": real("rms_norm_eps", raw["rms_norm_eps"]),
         "rope_parameters": rope_parameters(raw),
-        "tie_word_embeddings": bool(raw.get("tie_word_embeddings", False)),
+        "tie_word_embeddings": flag(raw, "tie_word_embeddings"),
         **NO_IDS,
     }
 
@@ -171,20 +159,17 @@ def build_llada(raw: RawConfig) -> LlamaConfig:
     """Build the config from LLaDA's own field names (`d_model`, ...) or Llama's (`hidden_size`,
     ...)."""
     hidden = size(raw, "hidden_size", "d_model")
-    heads = size(raw, "num_attention_heads", "n_heads")
-    mlp = {"intermediate_size", "mlp_hidden_size"} & set(raw)
-    tied = {"tie_word_embeddings": raw["weight_tying"]} if "weight_tying" in raw else {}
+    mlp = [name for name in ("intermediate_size", "mlp_hidden_size") if name in raw]
+    tied = {"tie_word_embeddings": flag(raw, "weight_tying")} if "weight_tying" in raw else {}
     return LlamaConfig(
         vocab_size=size(raw, "embedding_size", "vocab_size"),
         hidden_size=hidden,
         intermediate_size=size(raw, *mlp) if mlp else size(raw, "mlp_ratio") * hidden,
-        num_hidden_layers=size(raw, "num_hidden_layers", "n_layers"),
-        num_attention_heads=heads,
-        num_key_value_heads=size({"n": heads, **raw}, "num_key_value_heads", "n_kv_heads", "n"),
-        head_dim=size({"n": hidden // heads, **raw}, "head_dim", "n"),
+        num_hidden_layers=layers(raw, "num_hidden_layers", "n_layers"),
         max_position_embeddings=size(raw, "max_position_embeddings", "max_sequence_length"),
         attention_bias=False,
         mlp_bias=False,
+        **head_sizes(raw, hidden),
         **shared_fields({**raw, **tied}),
     )
 
@@ -192,10 +177,12 @@ def build_llada(raw: RawConfig) -> LlamaConfig:
 def build_dream(raw: RawConfig) -> Qwen2Config:
     """Build the config from Dream's, which is Qwen2's with a mask id."""
     names = (
-        "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
-        "num_attention_heads", "num_key_value_heads", "max_position_embeddings",
+        "vocab_size", "hidden_size", "intermediate_size", "num_key_value_heads",
+        "max_position_embeddings",
     )  # fmt: skip
     sizes: dict[str, Any] = {name: size(raw, name) for name in names}
+    sizes["num_hidden_layers"] = layers(raw, "num_hidden_layers")
+    sizes |= head_sizes(raw, sizes["hidden_size"])
     return Qwen2Config(**sizes, **shared_fields(raw), use_sliding_window=False)
 
 
@@ -279,6 +266,9 @@ DREAM = Family(
 FAMILIES: dict[str, Family] = {family.name: family for family in (LLADA, DREAM)}
 
 
+DSB_FAMILY = "config.json has dsb_family"
+
+
 def find_family(raw: RawConfig, name: str | None = None) -> Family:
     """The family of a checkpoint's config: by `name`, by the `dsb_family` that `dsb convert`
     writes, or by its `model_type`.
@@ -286,19 +276,19 @@ def find_family(raw: RawConfig, name: str | None = None) -> Family:
     Raises:
         ValueError: `name` is not a family, or the config's `model_type` belongs to none.
     """
-    name = raw.get("dsb_family") if name is None else name
-    if name in FAMILIES:
+    what, name = ("family", name) if name is not None else (DSB_FAMILY, raw.get("dsb_family"))
+    if isinstance(name, str) and name in FAMILIES:
         return FAMILIES[name]
     if name is not None:
-        raise ValueError(f"family={name!r}: expected one of {', '.join(FAMILIES)}")
+        raise ValueError(f"{what}={shown(name)}: expected one of {', '.join(FAMILIES)}")
     model_type = raw.get("model_type")
     for family in FAMILIES.values():
         if model_type in family.model_types:
             return family
     known = ", ".join(t for f in FAMILIES.values() for t in f.model_types)
     raise ValueError(
-        f"config.json has model_type={model_type!r}: expected one of {known}, or name the family "
-        f"(family={' | '.join(map(repr, FAMILIES))}) for a checkpoint tuned from one of them"
+        f"config.json has model_type={shown(model_type)}: expected one of {known}, or name the "
+        f"family (family={' | '.join(map(repr, FAMILIES))}) for a checkpoint tuned from one of them"
     )
 
 
@@ -314,8 +304,11 @@ def supported_config(raw: RawConfig, family: Family) -> PretrainedConfig:
     for name, accepted in family.allowed.items():
         value = full.get(name)
         if not any(value is a or (type(value) is type(a) and value == a) for a in accepted):
-            what = f"{name}={value!r}" if name in present else f"no {name}, which means {value!r}"
+            absent = f"no {name}, which means {value!r}"
+            what = f"{name}={shown(value)}" if name in present else absent
             raise ValueError(
                 f"config.json has {what}, not supported for {family.name}: expected {accepted[0]!r}"
             )
-    return family.build_config(full)
+    config = family.build_config(full)
+    check_shared(present, config.vocab_size)
+    return config

@@ -27,13 +27,9 @@ from transformers import (
 
 from dsb_runtime.doors import hf_generate
 from dsb_runtime.families import DREAM, LLADA, DiffusionInfo, Family, supported_config
-from dsb_runtime.models.load import (
-    diffusion_attributes,
-    diffusion_info,
-    find_folder,
-    read_config,
-    read_model,
-)
+from dsb_runtime.fields import shown
+from dsb_runtime.models.folder import find_folder, read_config
+from dsb_runtime.models.load import diffusion_attributes, diffusion_info, read_model
 
 # Fields of a published config that are neither the network's nor remote code's.
 KEPT = ("mask_token_id", "eos_token_id", "bos_token_id", "dtype", "torch_dtype", "dsb_family")
@@ -50,6 +46,12 @@ class DiffusionConfig(PretrainedConfig):
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """Raises ValueError for a field that is missing, malformed or would change the result."""
+        family = config_dict.get("dsb_family")
+        if family not in (None, cls.family.name):
+            raise ValueError(
+                f"config.json has dsb_family={shown(family)}: expected {cls.family.name!r} for "
+                f"model_type={cls.model_type!r}"
+            )
         fields = supported_config(config_dict, cls.family).to_dict()
         for name in ("model_type", "transformers_version", "architectures", "_name_or_path"):
             fields.pop(name, None)
@@ -107,7 +109,7 @@ class DiffusionModel(PreTrainedModel):
         if config._attn_implementation is None:
             kwargs.setdefault("attn_implementation", "dsb")
         parent: Any = super().from_pretrained
-        model, report = read_model(cls, parent, folder, config, info, **kwargs)
+        model, report = read_model(cls, parent, folder, raw, config, info, **kwargs)
         return (model, report) if output_loading_info else model
 
 

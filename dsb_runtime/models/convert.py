@@ -19,7 +19,8 @@ import transformers
 from transformers import GenerationConfig, PreTrainedModel
 
 from dsb_runtime.families import check_model
-from dsb_runtime.models.load import find_folder, load_model, load_tokenizer, read_object
+from dsb_runtime.models.folder import find_folder, read_object
+from dsb_runtime.models.load import load_model, load_tokenizer
 
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
