@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, PretrainedConfig, Qwen2Config
 
+from dsb_runtime.elsewhere import check_runs_here
 from dsb_runtime.fields import (
     RawConfig,
     check_shared,
@@ -276,6 +277,7 @@ def find_family(raw: RawConfig, name: str | None = None) -> Family:
     Raises:
         ValueError: `name` is not a family, or the config's `model_type` belongs to none.
     """
+    check_runs_here(raw)
     what, name = ("family", name) if name is not None else (DSB_FAMILY, raw.get("dsb_family"))
     if isinstance(name, str) and name in FAMILIES:
         return FAMILIES[name]
@@ -299,6 +301,7 @@ def supported_config(raw: RawConfig, family: Family) -> PretrainedConfig:
         ValueError: a field is missing or malformed, or would change the result. The message names
             the field, its value and what is supported.
     """
+    check_runs_here(raw)
     present = {name: value for name, value in raw.items() if value is not None}
     full = {**family.defaults(present), **present}
     for name, accepted in family.allowed.items():

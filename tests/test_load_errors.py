@@ -142,10 +142,41 @@ def test_generation_configs(tmp_path, text, said):
 
 
 def test_families(tmp_path):
-    write_changed(tmp_path, model_type="gpt2")
-    refused(tmp_path, "model_type='gpt2'", "llada, Dream", "family=")
-    refused(tmp_path, "family='gpt2'", "llada, dream", family="gpt2")
+    write_changed(tmp_path, model_type="bert")
+    refused(tmp_path, "model_type='bert'", "llada, Dream", "family=")
+    refused(tmp_path, "family='bert'", "llada, dream", family="bert")
     refused(tmp_path, "hidden_size", family="dream")
+
+
+OTHER_MODELS = [  # (model_type, class, what the message says)
+    ("llada2_moe", "LLaDA2MoeModelLM", "block-causal", "SGLang"),
+    ("llada", "LLaDAMoEModelLM", "a mixture of experts", "dInfer"),
+    ("lladamoe", "LLaDAMoEModelLM", "a mixture of experts", "dInfer"),
+    ("sdar", "SDARForCausalLM", "block-causal", "JetEngine"),
+    ("sdar_moe", "SDARMoeForCausalLM", "block-causal", "LMDeploy"),
+    ("Fast_dLLM_Qwen", "Fast_dLLM_QwenForCausalLM", "block-causal", "Diffulex"),
+    ("llama", "StableDiffcoderForCausalLM", "block-causal", "Diffulex"),
+    ("nemotron_labs_diffusion", "NemotronLabsDiffusionModel", "block-causal", "its own code"),
+    ("nvrdiff", "DiffEncoderModel", "block after block", "its own code"),
+    ("diffusion_gemma", "DiffusionGemmaForBlockDiffusion", "uniform noise", "transformers"),
+    ("gpt2", "GPT2LMHeadModel", "learned positions", "inf_diffugpt.py"),
+]
+
+
+@pytest.mark.parametrize(("model_type", "architecture", "what", "where"), OTHER_MODELS)
+@pytest.mark.parametrize("family", [None, "llada"])
+def test_models_that_run_elsewhere(tmp_path, model_type, architecture, what, where, family):
+    """Whether or not a family is named, since the tokens would be wrong."""
+    config = {**parts("llada")[0], "model_type": model_type, "architectures": [architecture]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    refused(tmp_path, "config.json names", what, "not supported", where, family=family)
+
+
+def test_a_mixture_of_experts(tmp_path):
+    folder = write_changed(tmp_path, num_experts=64, architectures=None)
+    refused(folder, "num_experts=64: a mixture of experts")
+    with golden.refusal("num_experts=64: a mixture of experts"):
+        AutoModelForCausalLM.from_pretrained(folder)
 
 
 @pytest.mark.parametrize(
@@ -188,6 +219,20 @@ def test_weights_that_do_not_fit(tmp_path, case, shards):
     edit, said = WRONG_WEIGHTS[case]
     weights = {name: w for name, w in {**parts("llada")[1], **edit}.items() if w is not None}
     refused(write_changed(tmp_path, weights=weights, shards=shards), str(tmp_path), said)
+
+
+@pytest.mark.parametrize(
+    ("prefix", "said"),
+    [
+        ("module.", "DistributedDataParallel"), ("_orig_mod.", "torch.compile"),
+        ("base_model.model.", "PEFT"), ("module._orig_mod.", "DistributedDataParallel"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("family", golden.FAMILIES)
+def test_weights_saved_from_inside_of_a_wrapper(tmp_path, family, prefix, said):
+    weights = {f"{prefix}{name}": weight for name, weight in parts(family)[1].items()}
+    folder = write_changed(tmp_path, family, weights)
+    refused(folder, f"weight {prefix}", "saved from inside of", said, "save_pretrained")
 
 
 def test_dream_without_its_biases(tmp_path):
