@@ -157,7 +157,6 @@ OTHER_MODELS = [  # (model_type, class, what the message says)
     ("Fast_dLLM_Qwen", "Fast_dLLM_QwenForCausalLM", "block-causal", "Diffulex"),
     ("llama", "StableDiffcoderForCausalLM", "block-causal", "Diffulex"),
     ("nemotron_labs_diffusion", "NemotronLabsDiffusionModel", "block-causal", "its own code"),
-    ("nvrdiff", "DiffEncoderModel", "block after block", "its own code"),
     ("diffusion_gemma", "DiffusionGemmaForBlockDiffusion", "uniform noise", "transformers"),
     ("gpt2", "GPT2LMHeadModel", "learned positions", "inf_diffugpt.py"),
 ]

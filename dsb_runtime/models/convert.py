@@ -1,4 +1,4 @@
-"""convert: a LLaDA or Dream checkpoint as the Llama or Qwen2 that it is, for plain transformers.
+"""convert: a checkpoint as the Llama, Qwen2 or Qwen3 that it is, for plain transformers.
 
 The copy loads without this package and attends both ways (`is_causal` is false in its config);
 `dsb_family` and `mask_token_id` in the same config let `load_model` recognise it.
@@ -67,7 +67,7 @@ def convert(
     max_shard_size: str = "5GB",
     say: Callable[[str], object] = print,
 ) -> Path:
-    """Write `source` to `target` in Llama's or Qwen2's format, tokenizer included.
+    """Write `source` to `target` in Llama's, Qwen2's or Qwen3's format, tokenizer included.
 
     Args:
         source, dtype, family, mask_id, revision: as `load_model` takes them.

@@ -85,13 +85,14 @@ def load_model(
     device_map: str | dict[str, Any] | None = None,
     quantization_config: Any = None,
 ) -> PreTrainedModel:
-    """Load a LLaDA- or Dream-format checkpoint as a bidirectional Llama or Qwen2.
+    """Load a checkpoint of a diffusion language model as a bidirectional Llama, Qwen2 or Qwen3.
 
     Args:
         source: a local folder or a hub id, with safetensors in one file or in shards.
         dtype: "auto" takes the checkpoint's; float32, bfloat16 and float16 are accepted too.
         device: "auto" takes the GPU where there is one.
-        family: "llada" or "dream", where config.json's `model_type` does not say.
+        family: a name in `dsb_runtime.families.FAMILIES`, such as "llada" or "dream", where
+            config.json's `model_type` does not say.
         mask_id, eos_ids: override what the config says (iLLaDA's config names no mask id).
         revision: branch, tag or commit of a hub repository.
         distributed_config: transformers' `DistributedConfig`. With `tp_plan="auto"` it splits the
@@ -101,8 +102,8 @@ def load_model(
         quantization_config: as transformers takes it.
 
     Returns:
-        `LlamaForCausalLM` or `Qwen2ForCausalLM` in eval mode with the attention implementation
-        "dsb"; `model.dsb` has the family, the mask id and the EOS ids.
+        `LlamaForCausalLM`, `Qwen2ForCausalLM` or `Qwen3ForCausalLM` in eval mode with the attention
+        implementation "dsb"; `model.dsb` has the family, the mask id and the EOS ids.
 
     Raises:
         FileNotFoundError, OSError: there is no such folder, file or hub repository.
@@ -119,6 +120,8 @@ def load_model(
     folder = find_folder(source, revision)
     raw = read_config(folder)
     described = find_family(raw, family)
+    if family is None:
+        check_name(source, described)
     config = supported_config(raw, described)
     config.is_causal = False
     split = distributed_config is not None and check_distributed(distributed_config, config) > 1
@@ -134,6 +137,24 @@ def load_model(
     return model.eval()
 
 
+def mask_of_tokenizer(folder: Path) -> int | None:
+    """The id of the tokenizer's mask token. None if it has none, or the folder has no tokenizer."""
+    try:
+        return load_tokenizer(folder).mask_token_id  # type: ignore[return-value]  # an int or None
+    except ValueError:
+        return None
+
+
+def check_name(source: str | Path, family: Family) -> None:
+    """Raise ValueError for an A2D checkpoint whose name says BD3LM. Its config does not say so."""
+    if family.mask_of_tokenizer and "bd3lm" in Path(source).name.lower():
+        raise ValueError(
+            f"model={str(source)!r}: by its name a block diffusion model (BD3LM), which attends to "
+            "the blocks before it only; expected an MDLM, or load_model with the family named "
+            f"(family={family.name!r})"
+        )
+
+
 def diffusion_info(
     folder: Path,
     raw: dict[str, Any],
@@ -143,10 +164,13 @@ def diffusion_info(
     eos_ids: tuple[int, ...] | list[int] | None = None,
 ) -> DiffusionInfo:
     """The checkpoint's mask and EOS ids, or those that the caller named."""
-    mask = special_id(
-        "mask_id", raw.get("mask_token_id") if mask_id is None else mask_id, vocab_size,
-        "" if mask_id is not None else " (config.json has no mask_token_id: name it)",
-    )  # fmt: skip
+    hint = ""
+    if mask_id is None and (mask_id := raw.get("mask_token_id")) is None:
+        hint = " (config.json has no mask_token_id: name it)"
+        if family.mask_of_tokenizer:
+            mask_id = mask_of_tokenizer(folder)
+            hint = " (neither config.json nor the tokenizer has a mask token: name it)"
+    mask = special_id("mask_id", mask_id, vocab_size, hint)
     if eos_ids is None:
         ends = end_ids(folder, raw, family, vocab_size)
     elif isinstance(eos_ids, (tuple, list)):
