@@ -204,6 +204,11 @@ WRONG_WEIGHTS = {
     "extra": ({"extra": torch.ones(1)}, "unexpected weight extra"),
     "bias": ({BIAS: torch.ones(64)}, f"unexpected weight {BIAS}"),
     "shape": ({QUERY: torch.ones(64, 32)}, f"{QUERY} has shape [64, 32], expected [64, 64]"),
+    "int8": ({QUERY: torch.ones(64, 64).to(torch.int8)}, f"{QUERY} is stored as I8; expected F64"),
+    "fp8": (
+        {QUERY: torch.ones(64, 64).to(torch.float8_e4m3fn)},
+        f"weight {QUERY} is stored as F8_E4M3; expected F64, F32, BF16, F16",
+    ),
     "name": ({"a\nb": torch.ones(1)}, "weight 'a\\nb': expected a name that can be printed"),
     "both names": (
         {"model.norm.weight": torch.ones(64)},
@@ -270,6 +275,15 @@ def test_shards_that_do_not_fit_together(tmp_path):
 def test_a_damaged_index(tmp_path, index):
     (write_changed(tmp_path, shards=2) / "model.safetensors.index.json").write_text(index)
     refused(tmp_path, "model.safetensors.index.json")
+
+
+def test_an_adapter_beside_the_model(tmp_path):
+    """transformers would take it with PEFT, and pass over it without."""
+    (write_changed(tmp_path) / "adapter_config.json").write_text("{}")
+    said = "an adapter of PEFT (adapter_config.json) in the model's folder"
+    refused(tmp_path, said, "expected the adapter in a folder of its own")
+    with golden.refusal(said):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("metadata", [None, ..., 3, []])

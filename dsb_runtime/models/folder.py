@@ -79,7 +79,17 @@ def read_generation(folder: Path, raw: dict[str, Any]) -> GenerationConfig:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a checkpoint: one file, or the shards that its index names."""
+    """The safetensors files of a checkpoint: one file, or the shards that its index names.
+
+    Raises:
+        FileNotFoundError, ValueError: no such files, or others beside them. transformers would put
+            an adapter into the model if PEFT is installed, and otherwise pass over it.
+    """
+    if (folder / "adapter_config.json").is_file():
+        raise ValueError(
+            f"{folder}: an adapter of PEFT (adapter_config.json) in the model's folder; expected "
+            "the adapter in a folder of its own"
+        )
     index = folder / "model.safetensors.index.json"
     if (folder / "model.safetensors").is_file():
         return [folder / "model.safetensors"]
@@ -94,7 +104,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def shards_of(folder: Path, index: Path) -> list[Path]:
-    """The files that an index names. Each must be a safetensors file of the same folder."""
+    """The files that an index names, each a safetensors file of the same folder."""
     content = read_object(index)
     shards, metadata = content.get("weight_map"), content.get("metadata")
     if not isinstance(shards, dict) or not all(isinstance(n, str) for n in shards.values()):

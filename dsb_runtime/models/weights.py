@@ -16,6 +16,7 @@ Shapes = dict[str, list[int]]
 
 # Checkpoints of some versions store these buffers, which follow from the config.
 IGNORED = re.compile(r"rotary_emb\.inv_freq$")
+STORED = ("F64", "F32", "BF16", "F16")  # the dtypes of weights that no config has to explain
 LAYER = re.compile(r"model\.layers\.(\d+)\.")
 # What the names begin with in a file that was saved from inside of another object, and how to save
 # the model itself.
@@ -27,20 +28,30 @@ PREFIXES = {
 
 
 def read_shapes(files: list[Path]) -> Shapes:
-    """The name and shape of every tensor, for which only the files' headers are read."""
+    """The name and shape of every tensor, for which only the files' headers are read.
+
+    Raises:
+        ValueError: a file is damaged, or has a weight that is no number of floating point (which
+            transformers would convert), or a name that cannot be printed or was seen before.
+    """
     shapes: Shapes = {}
     for path in files:
         try:
             with safe_open(path, framework="pt") as handle:
-                here = {k: handle.get_slice(k).get_shape() for k in handle.keys()}  # noqa: SIM118 (a handle is no dict)
+                here = {k: handle.get_slice(k) for k in handle.keys()}  # noqa: SIM118 (a handle is no dict)
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{path}: not a whole safetensors file ({error})") from error
-        for name in here:
+        for name, weight in here.items():
             if not name.isprintable():
                 raise ValueError(f"{path}: weight {name!r}: expected a name that can be printed")
             if name in shapes:
                 raise ValueError(f"{path}: weight {name} is in an earlier shard as well")
-        shapes.update(here)
+            if weight.get_dtype() not in STORED:
+                raise ValueError(
+                    f"{path}: weight {name} is stored as {weight.get_dtype()}; expected "
+                    f"{', '.join(STORED)}, as a checkpoint has that is not quantised"
+                )
+            shapes[name] = weight.get_shape()
     return shapes
 
 
@@ -95,10 +106,11 @@ def check_sizes(shapes: Shapes, present: Mapping[str, str], config: PretrainedCo
         raise ValueError(
             f"config.json has {config.num_hidden_layers} layers, and the files have {layers}"
         )
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     rows = {
         "embed_tokens": config.vocab_size,
-        "layers.0.self_attn.q_proj": config.num_attention_heads * config.head_dim,
-        "layers.0.self_attn.k_proj": config.num_key_value_heads * config.head_dim,
+        "layers.0.self_attn.q_proj": config.num_attention_heads * head,
+        "layers.0.self_attn.k_proj": config.num_key_value_heads * head,
         "layers.0.mlp.gate_proj": config.intermediate_size,
     }
     expected = {f"model.{name}.weight": [n, config.hidden_size] for name, n in rows.items()}
