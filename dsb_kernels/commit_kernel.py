@@ -259,6 +259,7 @@ def _unmask_kernel(
     if RULE == "quota":
         due = _tokens_due(table_ptr, begin, last, steps, SCHEDULE)
     m = tl.sum(valid.to(tl.int32), 0)
+    old_start = tl.load(table_ptr + START)
     count = _commit_count(
         c, rank, total_before + c, valid, m, K, due, old_end - old_start, RULE, RULE_VALUE, PROGRESS
     )
@@ -290,7 +291,6 @@ def _unmask_kernel(
     first_masked, first_eos = _first_mask_and_eos(
         canvas_ptr, begin, stop, last, mask_id, EOS_IDS, BLOCK_L
     )
-    old_start = tl.load(table_ptr + START)
     start, end, same_plan = _slide(
         first_masked, old_start, unmasked, begin, last, size, max_size, SCHEDULE
     )

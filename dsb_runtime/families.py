@@ -1,31 +1,43 @@
-"""What distinguishes LLaDA and Dream: config fields, weight names, logits shift, defaults.
+"""What distinguishes the families: config fields, weight names, logits shift, defaults.
 
-LLaDA is `LlamaForCausalLM` and Dream is `Qwen2ForCausalLM`, both with bidirectional attention.
-A new family is one entry of FAMILIES.
+Each is a decoder of transformers with bidirectional attention: LLaDA is `LlamaForCausalLM`, Dream
+is `Qwen2ForCausalLM`. A new family is one entry of FAMILIES.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, PretrainedConfig, Qwen2Config
+from transformers import PretrainedConfig
 
-RawConfig = Mapping[str, Any]
+from dsb_runtime.elsewhere import check_runs_here
+from dsb_runtime.fields import RawConfig, check_shared, shown
+from dsb_runtime.networks import (
+    build_llama,
+    build_llama3,
+    build_qwen2,
+    build_qwen3,
+    diffencoder_defaults,
+    llada_defaults,
+    llama_defaults,
+)
 
 
 @dataclass(frozen=True)
 class Family:
     """One family of diffusion language models.
 
+    `model_types` are values of a config's `model_type`, or classes that its `architectures` name.
     `key_mapping` renames published weights to transformers' names, if a checkpoint has the
     published ones. `defaults` returns the values that the published code gives to fields that a
     config lacks. `allowed` lists config fields that change the result, and the only values that
     this package reproduces; None stands for a field that is absent. `shift` says that the logits of
     position i - 1 predict the token of position i. `turn_ends` maps the config's EOS to further ids
-    that end a turn.
+    that end a turn. `mask_of_tokenizer` says that the mask id is that of the tokenizer's mask
+    token, if the config names none.
     """
 
     name: str
@@ -40,6 +52,7 @@ class Family:
     refresh_commit: str
     nucleus: bool  # whether sampling accepts top_p and top_k
     turn_ends: Mapping[int, tuple[int, ...]]
+    mask_of_tokenizer: bool = False
 
 
 @dataclass(frozen=True)
@@ -106,99 +119,6 @@ def check_model(model: Any) -> DiffusionInfo:
     return info
 
 
-def real(name: str, value: Any) -> float:
-    """Return `value` as a float. Raise ValueError unless it is a positive number."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
-        raise ValueError(f"config.json has {name}={value!r}: expected a number above 0")
-    return float(value)
-
-
-def size(raw: RawConfig, *names: str) -> int:
-    """Return the value of the first of `names` that the config has. Raise ValueError unless it is a
-    positive int."""
-    name = next((name for name in names if name in raw), None)
-    if name is None:
-        raise ValueError(f"config.json has no {' or '.join(names)}: expected an int above 0")
-    value = raw[name]
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"config.json has {name}={value!r}: expected an int above 0")
-    return value
-
-
-def rope_parameters(raw: RawConfig) -> dict[str, Any]:
-    """Return plain RoPE as transformers 5 writes it, from `rope_parameters` or `rope_theta`.
-
-    Scaled and partial RoPE are refused: neither family was published with either.
-    """
-    rope = raw.get("rope_parameters", {})
-    plain = isinstance(rope, dict) and rope.get("rope_type", "default") == "default"
-    if not plain or set(rope) - {"rope_type", "rope_theta"}:
-        raise ValueError(
-            f"config.json has rope_parameters={rope!r}, not supported: "
-            "expected rope_type='default' and rope_theta only"
-        )
-    theta = real("rope_theta", rope.get("rope_theta", raw.get("rope_theta", 10000.0)))
-    if raw.get("rope_theta", theta) != theta:
-        raise ValueError(
-            f"config.json has rope_theta={raw['rope_theta']!r} and {theta!r} in rope_parameters: "
-            "expected one value"
-        )
-    return {"rope_type": "default", "rope_theta": theta}
-
-
-# `DiffusionInfo` has the special ids. Without these, transformers would fill in its own.
-NO_IDS: dict[str, Any] = {"pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
-
-LLAMA_DEFAULTS = {"rms_norm_eps": 1e-6}
-# LLaDA's configuration class gives absent fields these values, which come from GPT-2.
-LLADA_DEFAULTS = {
-    "activation_type": "swiglu", "block_type": "sequential", "layer_norm_type": "default",
-    "rope": False, "rms_norm_eps": 1e-5, "weight_tying": True,
-}  # fmt: skip
-
-
-def shared_fields(raw: RawConfig) -> dict[str, Any]:
-    """Build the fields that have the same names in the configs of both families."""
-    return {
-        "rms_norm_eps": real("rms_norm_eps", raw["rms_norm_eps"]),
-        "rope_parameters": rope_parameters(raw),
-        "tie_word_embeddings": bool(raw.get("tie_word_embeddings", False)),
-        **NO_IDS,
-    }
-
-
-def build_llada(raw: RawConfig) -> LlamaConfig:
-    """Build the config from LLaDA's own field names (`d_model`, ...) or Llama's (`hidden_size`,
-    ...)."""
-    hidden = size(raw, "hidden_size", "d_model")
-    heads = size(raw, "num_attention_heads", "n_heads")
-    mlp = {"intermediate_size", "mlp_hidden_size"} & set(raw)
-    tied = {"tie_word_embeddings": raw["weight_tying"]} if "weight_tying" in raw else {}
-    return LlamaConfig(
-        vocab_size=size(raw, "embedding_size", "vocab_size"),
-        hidden_size=hidden,
-        intermediate_size=size(raw, *mlp) if mlp else size(raw, "mlp_ratio") * hidden,
-        num_hidden_layers=size(raw, "num_hidden_layers", "n_layers"),
-        num_attention_heads=heads,
-        num_key_value_heads=size({"n": heads, **raw}, "num_key_value_heads", "n_kv_heads", "n"),
-        head_dim=size({"n": hidden // heads, **raw}, "head_dim", "n"),
-        max_position_embeddings=size(raw, "max_position_embeddings", "max_sequence_length"),
-        attention_bias=False,
-        mlp_bias=False,
-        **shared_fields({**raw, **tied}),
-    )
-
-
-def build_dream(raw: RawConfig) -> Qwen2Config:
-    """Build the config from Dream's, which is Qwen2's with a mask id."""
-    names = (
-        "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
-        "num_attention_heads", "num_key_value_heads", "max_position_embeddings",
-    )  # fmt: skip
-    sizes: dict[str, Any] = {name: size(raw, name) for name in names}
-    return Qwen2Config(**sizes, **shared_fields(raw), use_sliding_window=False)
-
-
 # Each module of a layer has a name in LLaDA and another one in Llama.
 LAYER_NAMES = {
     "q_proj": "self_attn.q_proj", "k_proj": "self_attn.k_proj", "v_proj": "self_attn.v_proj",
@@ -214,20 +134,11 @@ SHARED_ALLOWED: dict[str, tuple[Any, ...]] = {
 }
 
 
-def llada_defaults(raw: RawConfig) -> RawConfig:
-    """The published code's defaults of a config in LLaDA's names or in Llama's."""
-    return LLADA_DEFAULTS if "d_model" in raw else LLAMA_DEFAULTS
-
-
-def dream_defaults(raw: RawConfig) -> RawConfig:
-    return LLAMA_DEFAULTS
-
-
 LLADA = Family(
     name="llada",
     model_types=("llada",),
     model_class="LlamaForCausalLM",
-    build_config=build_llada,
+    build_config=build_llama,
     defaults=llada_defaults,
     key_mapping={
         r"^model\.transformer\.wte\.": "model.embed_tokens.",
@@ -265,8 +176,8 @@ DREAM = Family(
     name="dream",
     model_types=("Dream", "dream"),
     model_class="Qwen2ForCausalLM",
-    build_config=build_dream,
-    defaults=dream_defaults,
+    build_config=build_qwen2,
+    defaults=llama_defaults,
     key_mapping={},
     allowed={"use_sliding_window": (False, None), **SHARED_ALLOWED},
     shift=True,
@@ -276,7 +187,68 @@ DREAM = Family(
     turn_ends={151643: (151645,)},
 )
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (LLADA, DREAM)}
+# The A2D recipe of dllm makes a Llama, Qwen2 or Qwen3 bidirectional and trains it to fill masks,
+# each by the logits of its own position. It decodes as LLaDA does. Sources: docs/checkpoints.md.
+NO_BIAS = dict.fromkeys(("attention_bias", "mlp_bias"), (False, None))
+A2D_LLAMA = replace(
+    LLADA,
+    name="a2d-llama",
+    model_types=("a2d-llama",),
+    build_config=build_llama3,
+    defaults=llama_defaults,
+    key_mapping={},
+    allowed={**NO_BIAS, **{k: v for k, v in SHARED_ALLOWED.items() if k != "rope_scaling"}},
+    turn_ends={128001: (128009,)},
+    mask_of_tokenizer=True,
+)
+A2D_QWEN2 = replace(
+    A2D_LLAMA,
+    name="a2d-qwen2",
+    model_types=("a2d-qwen2",),
+    model_class="Qwen2ForCausalLM",
+    build_config=build_qwen2,
+    allowed=DREAM.allowed,
+    turn_ends=DREAM.turn_ends,
+)
+A2D_QWEN3 = replace(
+    A2D_QWEN2,
+    name="a2d-qwen3",
+    model_types=("a2d-qwen3",),
+    model_class="Qwen3ForCausalLM",
+    build_config=build_qwen3,
+    allowed={**NO_BIAS, **DREAM.allowed},
+)
+# A bidirectional Qwen3 under other names; with another `dlm_paradigm` it is block-causal.
+DIFFENCODER = replace(
+    A2D_QWEN3,
+    name="diffencoder",
+    model_types=("DiffEncoderModel",),
+    defaults=diffencoder_defaults,
+    key_mapping={r"^encoder\.": "model.", r"^diffusion_head\.": "lm_head."},
+    allowed={
+        **A2D_QWEN3.allowed, "dlm_paradigm": ("bidirectional",), "disable_qk_norm": (False, None),
+    },
+    mask_of_tokenizer=False,
+)  # fmt: skip
+# A bidirectional Llama 2 whose logits are shifted. As its model_type is Llama's, it must be named.
+DIFFULLAMA = replace(
+    DREAM,
+    name="diffullama",
+    model_types=(),
+    model_class="LlamaForCausalLM",
+    build_config=build_llama,
+    allowed={**NO_BIAS, **SHARED_ALLOWED},
+    turn_ends={},
+    mask_of_tokenizer=True,
+)
+
+FAMILIES: dict[str, Family] = {
+    family.name: family
+    for family in (LLADA, DREAM, A2D_LLAMA, A2D_QWEN2, A2D_QWEN3, DIFFENCODER, DIFFULLAMA)
+}
+
+
+DSB_FAMILY = "config.json has dsb_family"
 
 
 def find_family(raw: RawConfig, name: str | None = None) -> Family:
@@ -286,19 +258,21 @@ def find_family(raw: RawConfig, name: str | None = None) -> Family:
     Raises:
         ValueError: `name` is not a family, or the config's `model_type` belongs to none.
     """
-    name = raw.get("dsb_family") if name is None else name
-    if name in FAMILIES:
+    check_runs_here(raw)
+    what, name = ("family", name) if name is not None else (DSB_FAMILY, raw.get("dsb_family"))
+    if isinstance(name, str) and name in FAMILIES:
         return FAMILIES[name]
     if name is not None:
-        raise ValueError(f"family={name!r}: expected one of {', '.join(FAMILIES)}")
-    model_type = raw.get("model_type")
-    for family in FAMILIES.values():
-        if model_type in family.model_types:
-            return family
+        raise ValueError(f"{what}={shown(name)}: expected one of {', '.join(FAMILIES)}")
+    model_type, classes = raw.get("model_type"), raw.get("architectures")
+    for each in (model_type, *(classes if isinstance(classes, list) else [])):
+        for family in FAMILIES.values():
+            if each in family.model_types:
+                return family
     known = ", ".join(t for f in FAMILIES.values() for t in f.model_types)
     raise ValueError(
-        f"config.json has model_type={model_type!r}: expected one of {known}, or name the family "
-        f"(family={' | '.join(map(repr, FAMILIES))}) for a checkpoint tuned from one of them"
+        f"config.json has model_type={shown(model_type)}: expected one of {known}, or name the "
+        f"family (family={' | '.join(map(repr, FAMILIES))}) for a checkpoint tuned from one of them"
     )
 
 
@@ -309,13 +283,17 @@ def supported_config(raw: RawConfig, family: Family) -> PretrainedConfig:
         ValueError: a field is missing or malformed, or would change the result. The message names
             the field, its value and what is supported.
     """
+    check_runs_here(raw)
     present = {name: value for name, value in raw.items() if value is not None}
     full = {**family.defaults(present), **present}
     for name, accepted in family.allowed.items():
         value = full.get(name)
         if not any(value is a or (type(value) is type(a) and value == a) for a in accepted):
-            what = f"{name}={value!r}" if name in present else f"no {name}, which means {value!r}"
+            absent = f"no {name}, which means {value!r}"
+            what = f"{name}={shown(value)}" if name in present else absent
             raise ValueError(
                 f"config.json has {what}, not supported for {family.name}: expected {accepted[0]!r}"
             )
-    return family.build_config(full)
+    config = family.build_config(full)
+    check_shared(present, config.vocab_size)
+    return config

@@ -1,4 +1,4 @@
-"""Files of results: a check that a file can be written, and JSON that is never half written."""
+"""Files: JSON that is read with one line for an error and is never half written."""
 
 from __future__ import annotations
 
@@ -51,11 +51,14 @@ def write_json(path: Path, record: Any) -> None:
 
 
 def read_json(path: Path, name: str = "--from") -> Any:
-    """Read the JSON of a file that the argument `name` named. Raise ValueError if the file cannot
-    be read or is not JSON."""
+    """Read the JSON of a file, which the argument `name` named ("" for none). Raise ValueError if
+    the file cannot be read or is not JSON."""
+    where = f"{name} {path}".lstrip()
     try:
         return json.loads(path.read_text("utf-8"))
     except OSError as error:
-        raise ValueError(f"{name} {path}: {error.strerror}; expected a file") from error
-    except ValueError as error:  # the errors of JSON and of UTF-8 are ValueErrors
-        raise ValueError(f"{name} {path}: expected a JSON file ({error})") from error
+        raise ValueError(f"{where}: {error.strerror}; expected a file") from error
+    except RecursionError as error:
+        raise ValueError(f"{where}: expected a JSON file of fewer levels") from error
+    except ValueError as error:  # the errors of JSON, of UTF-8 and of long numbers are ValueErrors
+        raise ValueError(f"{where}: expected a JSON file ({error})") from error

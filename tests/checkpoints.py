@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from tests import golden
+from tests.random_models import random_model
 
 CHAT_TEMPLATE = "{% for m in messages %}w2 {{ m['content'] }} w3{% endfor %}"
 FORWARDS = {f: load_file(golden.DATA / f / "forward.safetensors") for f in golden.FAMILIES}
@@ -69,9 +70,8 @@ def error_of(model: PreTrainedModel, family: str) -> float:
     return float((found - FORWARDS[family]["logits"]).abs().max())
 
 
-def write_chat_model(folder: Path) -> Path:
-    """The golden LLaDA model with a word-level tokenizer (`w0` ... `w510`) and a chat template."""
-    write_changed(folder)
+def write_tokenizer(folder: Path) -> Path:
+    """A word-level tokenizer (`w0` ... `w510`) with a mask token, an EOS and a chat template."""
     words = {f"w{i}": i for i in range(511)} | {"<mask>": 511}
     words["<end>"] = words.pop("w1")  # id 1 is the EOS
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
@@ -81,6 +81,49 @@ def write_chat_model(folder: Path) -> Path:
         chat_template=CHAT_TEMPLATE,
     ).save_pretrained(folder)  # fmt: skip
     return folder
+
+
+def write_chat_model(folder: Path) -> Path:
+    """The golden LLaDA model with a tokenizer."""
+    return write_tokenizer(write_changed(folder))
+
+
+LLAMA3_ROPE = {
+    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}  # fmt: skip
+# A family, and what its config names besides the fields of transformers' model.
+ADAPTED: dict[str, dict[str, Any]] = {
+    "a2d-llama": {"model_type": "a2d-llama", "rope_scaling": LLAMA3_ROPE, "rope_theta": 500000.0},
+    "a2d-qwen2": {"model_type": "a2d-qwen2"},
+    "a2d-qwen3": {"model_type": "a2d-qwen3", "rope_theta": 1e6},
+    "diffencoder": {
+        "architectures": ["DiffEncoderModel"], "dlm_paradigm": "bidirectional", "model_type": "x",
+        "mask_token_id": 511, "block_size": 32,
+    },
+    "diffullama": {"model_type": "llama", "architectures": ["LlamaForCausalLM"]},
+}  # fmt: skip
+
+
+def write_adapted(folder: Path, family: str, **fields: Any) -> PreTrainedModel:
+    """A random model in the format of a family that was made from a causal one, with a tokenizer.
+    Returns the causal model of transformers that has the same weights."""
+    kind = {"diffencoder": "Qwen3", "diffullama": "Llama"}.get(family, family[4:].capitalize())
+    ours = {**ADAPTED[family], **fields}
+    rope = {"rope_type": "default", **ours.get("rope_scaling", {})}
+    rope["rope_theta"] = ours.get("rope_theta", 10000.0)
+    causal = random_model(kind, eos_token_id=1, rope_parameters=rope)
+    for name, weight in causal.named_parameters():
+        weight.data = torch.rand_like(weight) + 0.5 if "norm" in name else weight.data * 8
+    config = {**causal.config.to_dict(), "rope_parameters": None, **ours}
+    weights = dict(causal.state_dict())
+    if family == "diffencoder":
+        weights = {
+            name.replace("lm_head", "diffusion_head").replace("model.", "encoder."): weight
+            for name, weight in weights.items()
+        }
+    write_tokenizer(write(folder, config, weights))
+    return causal
 
 
 REMOTE = {  # as the published repositories have it

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import transformers
 
@@ -12,7 +14,7 @@ SMALL = {
 KINDS = {"Llama": {}, "Qwen2": {}, "Qwen3": {"head_dim": 16}, "Mistral": {"sliding_window": None}}
 
 
-def random_model(kind: str) -> transformers.PreTrainedModel:
+def random_model(kind: str, **fields: Any) -> transformers.PreTrainedModel:
     torch.manual_seed(0)
-    config = getattr(transformers, f"{kind}Config")(**SMALL, **KINDS[kind])
+    config = getattr(transformers, f"{kind}Config")(**{**SMALL, **KINDS[kind], **fields})
     return getattr(transformers, f"{kind}ForCausalLM")(config).eval()

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 import dsb_runtime as dsb
 from tests import golden
@@ -60,6 +61,11 @@ MEANINGS = {  # what an absent field means to the published class
     "layer_norm_type": "default",
 }  # fmt: skip
 LAYERS = {"llada": "n_layers", "dream": "num_hidden_layers"}
+HEADS = {"llada": "n_heads", "dream": "num_attention_heads"}
+SIZES = {
+    "llada": ("d_model", "embedding_size", "mlp_hidden_size", "n_heads", "max_sequence_length"),
+    "dream": ("hidden_size", "vocab_size", "intermediate_size", "num_attention_heads"),
+}
 ABOVE_0 = "expected an int above 0"
 # (family, fields of the config, what the message says)
 WRONG_CONFIGS = [
@@ -72,14 +78,38 @@ WRONG_CONFIGS = [
     *((f, {name: value}, (f"{name}={value!r}", ABOVE_0))
       for f, name in LAYERS.items() for value in ("many", 0, -1, 2.5, True)),
     *((f, {name: None}, (name, ABOVE_0)) for f, name in LAYERS.items()),
-    *(("llada", {name: value}, (f"{name}={value!r}", "above 0"))
+    *((f, {name: value}, (f"{name}={str(value)[:50]}", "expected an int up to"))
+      for f, names in SIZES.items() for name in names for value in (2**62, 10**400)),
+    *((f, {name: 10_001}, (f"{name}=10001", "expected an int up to 10000"))
+      for f, name in LAYERS.items()),
+    *((f, {name: 9_999}, ("9999 layers, and the files have 3",)) for f, name in LAYERS.items()),
+    *((f, {name: 2**30}, ("weight model.", str(2**30)))
+      for f, names in SIZES.items() for name in names[:3]),
+    *((f, dict.fromkeys(names[:3], 2**31 - 8), ("weight model.", str(2**31 - 8)))
+      for f, names in SIZES.items()),
+    *((f, {HEADS[f]: heads}, (f"{HEADS[f]}={heads}", said)) for f in HEADS for heads, said in
+      ((5, "expected a divisor of the hidden size, 64"), (10**6, "a divisor of the hidden size"),
+       (64, "heads of 1: RoPE rotates pairs; expected an even head_dim"))),
+    ("llada", {"n_kv_heads": 3}, ("n_kv_heads=3: expected a divisor of n_heads=4",)),
+    ("dream", {"num_key_value_heads": 8}, ("num_key_value_heads=8: expected a divisor of",)),
+    ("llada", {"head_dim": 3}, ("head_dim=3", "expected an even head_dim")),
+    *(("llada", {name: value}, (f"{name}={str(value)[:50]}", "above 0"))
       for name in ("rms_norm_eps", "rope_theta")
-      for value in ("1e-5", 0, -1.0, True, float("nan"))),
-    *(("llada", {"eos_token_id": eos}, ("eos_token_id=",))
-      for eos in (512, "</s>", [1, -1], 1.5, {"a": 1})),
-    ("llada", {"mask_token_id": 600}, ("mask_id=600",)),
+      for value in (0, -1.0, True, float("nan"), float("inf"), 10**400)),
+    *(("llada", {"eos_token_id": eos}, (f"eos_token_id={eos!r}: expected a token id, 0 to 511",))
+      for eos in (512, "</s>", [1, -1], 1.5, {"a": 1}, [[1]], 2**80)),
+    *(("llada", {"mask_token_id": mask}, (f"mask_token_id={mask!r}", "expected"))
+      for mask in (600, [[1]], "<mask>", 2**80)),
+    *(("llada", {name: value}, (f"{name}={value!r}: expected a token id",))
+      for name in ("bos_token_id", "pad_token_id") for value in ([[1]], "<s>", 2**80)),
+    *((f, {name: value}, (f"{name}={value!r}: expected the name of a torch dtype",))
+      for f, name in (("llada", "dtype"), ("dream", "torch_dtype"))
+      for value in ("nonsense", "int8", 3, ["float32"], {"a": 1})),
+    ("llada", {"weight_tying": [1]}, ("weight_tying=[1]: expected true or false",)),
+    ("dream", {"tie_word_embeddings": "no"}, ("tie_word_embeddings='no': expected true",)),
     ("llada", {"mask_token_id": None}, ("no mask_token_id",)),
-    ("llada", {"dsb_family": "other"}, ("family='other': expected one of llada, dream",)),
+    *(("llada", {"dsb_family": name}, (f"config.json has dsb_family={name!r}: expected",))
+      for name in ("other", ["llada"])),
     # transformers would leave the head untied with a warning; other loaders drop it.
     ("llada", {"weight_tying": True}, ("ties the embeddings",)),
     *(("llada", {name: size}, ("weight model.",)) for name, size in
@@ -89,19 +119,75 @@ WRONG_CONFIGS = [
 
 @pytest.mark.parametrize(("family", "fields", "said"), WRONG_CONFIGS)
 def test_configs(tmp_path, family, fields, said):
-    refused(write_changed(tmp_path, family, **fields), *said)
-
-
-def test_families(tmp_path):
-    write_changed(tmp_path, model_type="gpt2")
-    refused(tmp_path, "model_type='gpt2'", "llada, Dream", "family=")
-    refused(tmp_path, "family='gpt2'", "llada, dream", family="gpt2")
-    refused(tmp_path, "hidden_size", family="dream")
+    """Both doors refuse them with the same line."""
+    folder = write_changed(tmp_path, family, **fields)
+    refused(folder, *said)
+    with golden.refusal(*said):
+        AutoModelForCausalLM.from_pretrained(folder)
 
 
 @pytest.mark.parametrize(
     ("text", "said"),
-    [(b"{", "not valid JSON"), (b"[]", "found list"), (b"3", "found int"), (b"\xff\xfe", "valid")],
+    [
+        ('{"eos_token_id": [[1]]}', "generation_config.json has eos_token_id=[[1]]: expected"),
+        ('{"max_new_tokens": [1]}', "generation_config.json: no generation config of transformers"),
+        ('{"a": ' + "[" * 900 + "]" * 900 + "}", "generation_config.json: "),
+    ],
+)
+def test_generation_configs(tmp_path, text, said):
+    (write_changed(tmp_path) / "generation_config.json").write_text(text)
+    refused(tmp_path, said)
+    with golden.refusal(said):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def test_families(tmp_path):
+    write_changed(tmp_path, model_type="bert")
+    refused(tmp_path, "model_type='bert'", "llada, Dream", "family=")
+    refused(tmp_path, "family='bert'", "llada, dream", family="bert")
+    refused(tmp_path, "hidden_size", family="dream")
+
+
+OTHER_MODELS = [  # (model_type, class, what the message says)
+    ("llada2_moe", "LLaDA2MoeModelLM", "block-causal", "SGLang"),
+    ("llada", "LLaDAMoEModelLM", "a mixture of experts", "dInfer"),
+    ("lladamoe", "LLaDAMoEModelLM", "a mixture of experts", "dInfer"),
+    ("sdar", "SDARForCausalLM", "block-causal", "JetEngine"),
+    ("sdar_moe", "SDARMoeForCausalLM", "block-causal", "LMDeploy"),
+    ("Fast_dLLM_Qwen", "Fast_dLLM_QwenForCausalLM", "block-causal", "Diffulex"),
+    ("llama", "StableDiffcoderForCausalLM", "block-causal", "Diffulex"),
+    ("nemotron_labs_diffusion", "NemotronLabsDiffusionModel", "block-causal", "its own code"),
+    ("diffusion_gemma", "DiffusionGemmaForBlockDiffusion", "uniform noise", "transformers"),
+    ("gpt2", "GPT2LMHeadModel", "learned positions", "inf_diffugpt.py"),
+]
+
+
+@pytest.mark.parametrize(("model_type", "architecture", "what", "where"), OTHER_MODELS)
+@pytest.mark.parametrize("family", [None, "llada"])
+def test_models_that_run_elsewhere(tmp_path, model_type, architecture, what, where, family):
+    """Whether or not a family is named, since the tokens would be wrong."""
+    config = {**parts("llada")[0], "model_type": model_type, "architectures": [architecture]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    refused(tmp_path, "config.json names", what, "not supported", where, family=family)
+
+
+def test_a_mixture_of_experts(tmp_path):
+    folder = write_changed(tmp_path, num_experts=64, architectures=None)
+    refused(folder, "num_experts=64: a mixture of experts")
+    with golden.refusal("num_experts=64: a mixture of experts"):
+        AutoModelForCausalLM.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (b"{", "a JSON file"),
+        (b"[]", "found list"),
+        (b"3", "found int"),
+        (b"\xff\xfe", "codec"),
+        (b'{"a":' + b"[" * 100_000 + b"]" * 100_000 + b"}", "fewer levels"),
+        (b'{"a":' + b"9" * 5000 + b"}", "5000 digits"),
+    ],
 )
 @pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
 def test_damaged_json(tmp_path, text, said, name):
@@ -118,6 +204,12 @@ WRONG_WEIGHTS = {
     "extra": ({"extra": torch.ones(1)}, "unexpected weight extra"),
     "bias": ({BIAS: torch.ones(64)}, f"unexpected weight {BIAS}"),
     "shape": ({QUERY: torch.ones(64, 32)}, f"{QUERY} has shape [64, 32], expected [64, 64]"),
+    "int8": ({QUERY: torch.ones(64, 64).to(torch.int8)}, f"{QUERY} is stored as I8; expected F64"),
+    "fp8": (
+        {QUERY: torch.ones(64, 64).to(torch.float8_e4m3fn)},
+        f"weight {QUERY} is stored as F8_E4M3; expected F64, F32, BF16, F16",
+    ),
+    "name": ({"a\nb": torch.ones(1)}, "weight 'a\\nb': expected a name that can be printed"),
     "both names": (
         {"model.norm.weight": torch.ones(64)},
         "model.norm.weight and model.transformer.ln_f.weight are the same weight",
@@ -131,6 +223,20 @@ def test_weights_that_do_not_fit(tmp_path, case, shards):
     edit, said = WRONG_WEIGHTS[case]
     weights = {name: w for name, w in {**parts("llada")[1], **edit}.items() if w is not None}
     refused(write_changed(tmp_path, weights=weights, shards=shards), str(tmp_path), said)
+
+
+@pytest.mark.parametrize(
+    ("prefix", "said"),
+    [
+        ("module.", "DistributedDataParallel"), ("_orig_mod.", "torch.compile"),
+        ("base_model.model.", "PEFT"), ("module._orig_mod.", "DistributedDataParallel"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("family", golden.FAMILIES)
+def test_weights_saved_from_inside_of_a_wrapper(tmp_path, family, prefix, said):
+    weights = {f"{prefix}{name}": weight for name, weight in parts(family)[1].items()}
+    folder = write_changed(tmp_path, family, weights)
+    refused(folder, f"weight {prefix}", "saved from inside of", said, "save_pretrained")
 
 
 def test_dream_without_its_biases(tmp_path):
@@ -171,6 +277,47 @@ def test_a_damaged_index(tmp_path, index):
     refused(tmp_path, "model.safetensors.index.json")
 
 
+def test_an_adapter_beside_the_model(tmp_path):
+    """transformers would take it with PEFT, and pass over it without."""
+    (write_changed(tmp_path) / "adapter_config.json").write_text("{}")
+    said = "an adapter of PEFT (adapter_config.json) in the model's folder"
+    refused(tmp_path, said, "expected the adapter in a folder of its own")
+    with golden.refusal(said):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("metadata", [None, ..., 3, []])
+def test_an_index_without_metadata(tmp_path, metadata):
+    path = write_changed(tmp_path, shards=2) / "model.safetensors.index.json"
+    index = {"weight_map": json.loads(path.read_text())["weight_map"]}
+    path.write_text(json.dumps(index if metadata is ... else {**index, "metadata": metadata}))
+    shown = None if metadata is ... else metadata
+    refused(tmp_path, path.name, f"metadata={shown!r}: expected a JSON object")
+
+
+PICKLE = b"cos\nsystem\n(S'exit 1'\ntR."
+
+
+@pytest.mark.parametrize(
+    "name", ["a.bin", "a.safetensors.bin", "weights", "../a.safetensors", "/a"]
+)
+def test_a_shard_that_is_no_safetensors_file_of_the_folder(tmp_path, name):
+    """It is refused by its name: nothing opens it."""
+    folder = write_changed(tmp_path / "m", shards=2)
+    path = folder / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    index["weight_map"]["model.transformer.ln_f.weight"] = name
+    path.write_text(json.dumps(index))
+    if not name.startswith("/"):
+        (folder / name).write_bytes(PICKLE)
+    refused(folder, f"shard {name!r}: expected a .safetensors file of this folder")
+
+
+def test_a_pickle_named_safetensors_is_no_safetensors_file(tmp_path):
+    (write_changed(tmp_path) / "model.safetensors").write_bytes(PICKLE)
+    refused(tmp_path, "not a whole safetensors file")
+
+
 # --- where from, and arguments ----------------------------------------------------------------
 
 
@@ -183,9 +330,12 @@ def test_folders_that_are_no_model(tmp_path):
         refused(absent, absent, "expected a checkpoint folder or a hub id", kind=FileNotFoundError)
     for wrong in (None, 3, ""):
         refused(wrong, f"model={wrong!r}", kind=TypeError)
+    (tmp_path / "config.json").rename(tmp_path / "adapter_config.json")
+    refused(tmp_path, "an adapter of PEFT", "the model that it adapts", kind=FileNotFoundError)
+    (tmp_path / "adapter_config.json").rename(tmp_path / "config.json")
     # Pickled weights are never opened.
     for name in ("pytorch_model.bin", "model.pt", "consolidated.00.pth", "a.ckpt"):
-        (tmp_path / name).write_bytes(b"cos\nsystem\n(S'exit 1'\ntR.")
+        (tmp_path / name).write_bytes(PICKLE)
         refused(tmp_path, f"pickled ({name})", "expected model.safetensors")
         (tmp_path / name).unlink()
 

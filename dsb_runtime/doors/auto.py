@@ -1,4 +1,4 @@
-"""LLaDA and Dream in transformers' Auto classes, which then need no remote code.
+"""LLaDA, Dream and A2D models in transformers' Auto classes, which then need no remote code.
 
 Importing this file registers them. transformers then ignores a repository's own `auto_map`, as it
 prefers the class that a package has registered to code in a repository.
@@ -23,17 +23,24 @@ from transformers import (
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen2Tokenizer,
+    Qwen3Config,
+    Qwen3ForCausalLM,
 )
 
 from dsb_runtime.doors import hf_generate
-from dsb_runtime.families import DREAM, LLADA, DiffusionInfo, Family, supported_config
-from dsb_runtime.models.load import (
-    diffusion_attributes,
-    diffusion_info,
-    find_folder,
-    read_config,
-    read_model,
+from dsb_runtime.families import (
+    A2D_LLAMA,
+    A2D_QWEN2,
+    A2D_QWEN3,
+    DREAM,
+    LLADA,
+    DiffusionInfo,
+    Family,
+    supported_config,
 )
+from dsb_runtime.fields import shown
+from dsb_runtime.models.folder import find_folder, read_config
+from dsb_runtime.models.load import check_name, diffusion_attributes, diffusion_info, read_model
 
 # Fields of a published config that are neither the network's nor remote code's.
 KEPT = ("mask_token_id", "eos_token_id", "bos_token_id", "dtype", "torch_dtype", "dsb_family")
@@ -50,6 +57,12 @@ class DiffusionConfig(PretrainedConfig):
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """Raises ValueError for a field that is missing, malformed or would change the result."""
+        family = config_dict.get("dsb_family")
+        if family not in (None, cls.family.name):
+            raise ValueError(
+                f"config.json has dsb_family={shown(family)}: expected {cls.family.name!r} for "
+                f"model_type={cls.model_type!r}"
+            )
         fields = supported_config(config_dict, cls.family).to_dict()
         for name in ("model_type", "transformers_version", "architectures", "_name_or_path"):
             fields.pop(name, None)
@@ -98,6 +111,7 @@ class DiffusionModel(PreTrainedModel):
         folder = find_folder(source, revision, **hub) / (subfolder or "")
         raw = read_config(folder)
         config_class: Any = cls.config_class
+        check_name(source, config_class.family)
         if not isinstance(config, config_class):
             config = config_class.from_dict(dict(raw))
         info = diffusion_info(
@@ -107,7 +121,7 @@ class DiffusionModel(PreTrainedModel):
         if config._attn_implementation is None:
             kwargs.setdefault("attn_implementation", "dsb")
         parent: Any = super().from_pretrained
-        model, report = read_model(cls, parent, folder, config, info, **kwargs)
+        model, report = read_model(cls, parent, folder, raw, config, info, **kwargs)
         return (model, report) if output_loading_info else model
 
 
@@ -129,6 +143,33 @@ class DreamForCausalLM(DiffusionModel, Qwen2ForCausalLM):
     config_class = DreamConfig
 
 
+class A2dLlamaConfig(DiffusionConfig, LlamaConfig):
+    model_type = A2D_LLAMA.model_types[0]
+    family = A2D_LLAMA
+
+
+class A2dLlamaForCausalLM(DiffusionModel, LlamaForCausalLM):
+    config_class = A2dLlamaConfig
+
+
+class A2dQwen2Config(DiffusionConfig, Qwen2Config):
+    model_type = A2D_QWEN2.model_types[0]
+    family = A2D_QWEN2
+
+
+class A2dQwen2ForCausalLM(DiffusionModel, Qwen2ForCausalLM):
+    config_class = A2dQwen2Config
+
+
+class A2dQwen3Config(DiffusionConfig, Qwen3Config):
+    model_type = A2D_QWEN3.model_types[0]
+    family = A2D_QWEN3
+
+
+class A2dQwen3ForCausalLM(DiffusionModel, Qwen3ForCausalLM):
+    config_class = A2dQwen3Config
+
+
 class DreamTokenizer(Qwen2Tokenizer):
     """The published class of this name is Qwen2's."""
 
@@ -148,3 +189,6 @@ def register(
 
 register(LladaConfig, LladaForCausalLM, PreTrainedTokenizerFast)
 register(DreamConfig, DreamForCausalLM, DreamTokenizer)
+register(A2dLlamaConfig, A2dLlamaForCausalLM, PreTrainedTokenizerFast)
+register(A2dQwen2Config, A2dQwen2ForCausalLM, Qwen2Tokenizer)
+register(A2dQwen3Config, A2dQwen3ForCausalLM, Qwen2Tokenizer)

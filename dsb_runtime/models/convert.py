@@ -1,4 +1,4 @@
-"""convert: a LLaDA or Dream checkpoint as the Llama or Qwen2 that it is, for plain transformers.
+"""convert: a checkpoint as the Llama, Qwen2 or Qwen3 that it is, for plain transformers.
 
 The copy loads without this package and attends both ways (`is_causal` is false in its config);
 `dsb_family` and `mask_token_id` in the same config let `load_model` recognise it.
@@ -19,7 +19,8 @@ import transformers
 from transformers import GenerationConfig, PreTrainedModel
 
 from dsb_runtime.families import check_model
-from dsb_runtime.models.load import find_folder, load_model, load_tokenizer, read_object
+from dsb_runtime.models.folder import find_folder, read_object
+from dsb_runtime.models.load import load_model, load_tokenizer
 
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
@@ -66,7 +67,7 @@ def convert(
     max_shard_size: str = "5GB",
     say: Callable[[str], object] = print,
 ) -> Path:
-    """Write `source` to `target` in Llama's or Qwen2's format, tokenizer included.
+    """Write `source` to `target` in Llama's, Qwen2's or Qwen3's format, tokenizer included.
 
     Args:
         source, dtype, family, mask_id, revision: as `load_model` takes them.

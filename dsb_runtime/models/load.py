@@ -1,12 +1,10 @@
 """load_model: a published checkpoint as transformers' own model, without remote code.
 
-The files' headers are checked against the model's weights before anything is read, so that a
-weight that is missing, unexpected or of another shape is an error and never a random layer.
+`models.folder` finds the files, and `models.weights` checks their headers before a model is built.
 """
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -14,141 +12,34 @@ from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError, safe_open
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.distributed import DistributedConfig
 
 from dsb_runtime.engine.parallel import check_distributed
 from dsb_runtime.families import DiffusionInfo, Family, find_family, supported_config
-
-WANTED = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
-PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-# Checkpoints of some versions store these buffers, which follow from the config.
-IGNORED_WEIGHTS = re.compile(r"rotary_emb\.inv_freq$")
-
-
-def first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]
-
-
-def find_folder(source: str | Path, revision: str | None = None, **hub: Any) -> Path:
-    """A local checkpoint folder, or the local copy of a hub repository. `hub` takes further
-    arguments of the download (token, cache_dir, ...)."""
-    accepted = "expected a checkpoint folder or a hub id (owner/name)"
-    if not isinstance(source, (str, Path)) or not str(source):
-        raise TypeError(f"model={source!r}: {accepted}")
-    path, name = Path(source), str(source)
-    if path.is_dir():
-        return path
-    if name.startswith((".", "/", "~")) or name.count("/") != 1 or path.exists():
-        raise FileNotFoundError(f"model={name!r}: {accepted}")
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=WANTED, **hub))
-    except Exception as error:  # the hub client raises many types; all mean the same to a user
-        raise OSError(
-            f"model={name!r}: neither a folder nor a hub id that can be downloaded "
-            f"({type(error).__name__}: {first_line(error)})"
-        ) from error
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """The content of the checkpoint's config.json."""
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"{folder}: no config.json, so this is no model folder")
-    return read_object(folder / "config.json")
-
-
-def read_object(path: Path) -> dict[str, Any]:
-    """The object in a JSON file."""
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path}: not valid JSON ({error})") from error
-    if not isinstance(raw, dict):
-        raise ValueError(f"{path}: expected a JSON object, found {type(raw).__name__}")
-    return raw
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a checkpoint: one file, or the shards that its index names."""
-    index = folder / "model.safetensors.index.json"
-    if (folder / "model.safetensors").is_file():
-        return [folder / "model.safetensors"]
-    if index.is_file():
-        shards = read_object(index).get("weight_map")
-        if not isinstance(shards, dict) or not all(isinstance(n, str) for n in shards.values()):
-            raise ValueError(f"{index}: no weight_map of file names, so not a safetensors index")
-        names = sorted(set(shards.values()))
-        for name in names:
-            if not (folder / name).is_file():
-                raise FileNotFoundError(f"{folder}: shard {name} is named by the index but absent")
-        return [folder / name for name in names]
-    for pickled in sorted(path.name for pattern in PICKLED for path in folder.glob(pattern)):
-        raise ValueError(
-            f"{folder}: weights are pickled ({pickled}), which can run code when read; "
-            "expected model.safetensors"
-        )
-    raise FileNotFoundError(f"{folder}: no model.safetensors and no model.safetensors.index.json")
-
-
-def read_shapes(files: list[Path]) -> dict[str, list[int]]:
-    """The name and shape of every tensor, for which only the files' headers are read."""
-    shapes: dict[str, list[int]] = {}
-    for path in files:
-        try:
-            with safe_open(path, framework="pt") as handle:
-                here = {k: handle.get_slice(k).get_shape() for k in handle.keys()}  # noqa: SIM118 (a handle is no dict)
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{path}: not a whole safetensors file ({error})") from error
-        for name in sorted(set(here) & set(shapes)):
-            raise ValueError(f"{path}: weight {name} is in an earlier shard as well")
-        shapes.update(here)
-    return shapes
-
-
-def rename(name: str, mapping: dict[str, str]) -> str:
-    """The weight's name in transformers' model."""
-    for pattern, replacement in mapping.items():
-        if re.search(pattern, name):
-            return re.sub(pattern, replacement, name)
-    return name
-
-
-def check_weights(
-    shapes: dict[str, list[int]], mapping: dict[str, str], model: PreTrainedModel
-) -> None:
-    """Raise ValueError unless the checkpoint has exactly the model's weights."""
-    expected = {k: list(v.shape) for k, v in model.state_dict().items()}
-    present: dict[str, str] = {}  # a weight's name in the model -> its name in the checkpoint
-    for name in shapes:
-        target = rename(name, mapping)
-        if target in present:
-            raise ValueError(f"weights {present[target]} and {name} are the same weight")
-        if not IGNORED_WEIGHTS.search(name):
-            present[target] = name
-    optional = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
-    missing = sorted(set(expected) - set(present) - optional)
-    unexpected = sorted(present[k] for k in set(present) - set(expected))
-    for what, names in (("missing", missing), ("unexpected", unexpected)):
-        if names:
-            raise ValueError(f"{what} weight {names[0]} ({len(names)} {what} in all)")
-    for target, name in present.items():
-        if shapes[name] != expected[target]:
-            raise ValueError(f"weight {name} has shape {shapes[name]}, expected {expected[target]}")
+from dsb_runtime.fields import listed_ids, special_id
+from dsb_runtime.models.folder import (
+    find_folder,
+    first_line,
+    read_config,
+    read_generation,
+    read_object,
+    weight_files,
+)
+from dsb_runtime.models.weights import check_sizes, check_weights, published_names, read_shapes
 
 
 def end_ids(folder: Path, raw: dict[str, Any], family: Family, vocab_size: int) -> tuple[int, ...]:
     """The EOS ids of config and generation config, and the ids that end a turn beside them."""
-    ids: list[Any] = []
     generation = folder / "generation_config.json"
-    for source in (raw, read_object(generation) if generation.is_file() else {}):
-        value = source.get("eos_token_id")
-        ids += value if isinstance(value, list) else [value] if value is not None else []
-    for eos in list(ids):
-        special_id("eos_token_id", eos, vocab_size, " (or a list of them)")
-        ids += [i for i in family.turn_ends.get(eos, ()) if i < vocab_size]
+    ids: list[int] = []
+    for path, fields in (
+        (folder / "config.json", raw),
+        (generation, read_object(generation) if generation.is_file() else {}),
+    ):
+        name = f"{path.name} has eos_token_id"
+        for eos in listed_ids(name, fields.get("eos_token_id"), vocab_size):
+            ids += [eos, *(i for i in family.turn_ends.get(eos, ()) if i < vocab_size)]
     return tuple(dict.fromkeys(ids))
 
 
@@ -181,15 +72,6 @@ def pick_dtype(dtype: str | torch.dtype) -> str | torch.dtype:
     return picked
 
 
-def special_id(name: str, value: Any, vocab_size: int, hint: str = "") -> int:
-    """`value` where it is a token id; ValueError names the argument or field otherwise."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise ValueError(f"{name}={value!r}: expected a token id, 0 to {vocab_size - 1}{hint}")
-    if not 0 <= value < vocab_size:
-        raise ValueError(f"{name}={value}: outside the vocabulary, expected 0 to {vocab_size - 1}")
-    return value
-
-
 def load_model(
     source: str | Path,
     *,
@@ -203,13 +85,14 @@ def load_model(
     device_map: str | dict[str, Any] | None = None,
     quantization_config: Any = None,
 ) -> PreTrainedModel:
-    """Load a LLaDA- or Dream-format checkpoint as a bidirectional Llama or Qwen2.
+    """Load a checkpoint of a diffusion language model as a bidirectional Llama, Qwen2 or Qwen3.
 
     Args:
         source: a local folder or a hub id, with safetensors in one file or in shards.
         dtype: "auto" takes the checkpoint's; float32, bfloat16 and float16 are accepted too.
         device: "auto" takes the GPU where there is one.
-        family: "llada" or "dream", where config.json's `model_type` does not say.
+        family: a name in `dsb_runtime.families.FAMILIES`, such as "llada" or "dream", where
+            config.json's `model_type` does not say.
         mask_id, eos_ids: override what the config says (iLLaDA's config names no mask id).
         revision: branch, tag or commit of a hub repository.
         distributed_config: transformers' `DistributedConfig`. With `tp_plan="auto"` it splits the
@@ -219,8 +102,8 @@ def load_model(
         quantization_config: as transformers takes it.
 
     Returns:
-        `LlamaForCausalLM` or `Qwen2ForCausalLM` in eval mode with the attention implementation
-        "dsb"; `model.dsb` has the family, the mask id and the EOS ids.
+        `LlamaForCausalLM`, `Qwen2ForCausalLM` or `Qwen3ForCausalLM` in eval mode with the attention
+        implementation "dsb"; `model.dsb` has the family, the mask id and the EOS ids.
 
     Raises:
         FileNotFoundError, OSError: there is no such folder, file or hub repository.
@@ -237,19 +120,39 @@ def load_model(
     folder = find_folder(source, revision)
     raw = read_config(folder)
     described = find_family(raw, family)
+    if family is None:
+        check_name(source, described)
     config = supported_config(raw, described)
     config.is_causal = False
     split = distributed_config is not None and check_distributed(distributed_config, config) > 1
     info = diffusion_info(folder, raw, described, config.vocab_size, mask_id, eos_ids)
     model_class = getattr(transformers, described.model_class)
     model, _ = read_model(
-        model_class, model_class.from_pretrained, folder, config, info, dtype=dtype,
+        model_class, model_class.from_pretrained, folder, raw, config, info, dtype=dtype,
         attn_implementation="dsb", distributed_config=distributed_config if split else None,
         device_map=device_map, quantization_config=quantization_config,
     )  # fmt: skip
     if not split and device_map is None and quantization_config is None:
         torch.nn.Module.to(model, device)
     return model.eval()
+
+
+def mask_of_tokenizer(folder: Path) -> int | None:
+    """The id of the tokenizer's mask token. None if it has none, or the folder has no tokenizer."""
+    try:
+        return load_tokenizer(folder).mask_token_id  # type: ignore[return-value]  # an int or None
+    except ValueError:
+        return None
+
+
+def check_name(source: str | Path, family: Family) -> None:
+    """Raise ValueError for an A2D checkpoint whose name says BD3LM. Its config does not say so."""
+    if family.mask_of_tokenizer and "bd3lm" in Path(source).name.lower():
+        raise ValueError(
+            f"model={str(source)!r}: by its name a block diffusion model (BD3LM), which attends to "
+            "the blocks before it only; expected an MDLM, or load_model with the family named "
+            f"(family={family.name!r})"
+        )
 
 
 def diffusion_info(
@@ -261,10 +164,13 @@ def diffusion_info(
     eos_ids: tuple[int, ...] | list[int] | None = None,
 ) -> DiffusionInfo:
     """The checkpoint's mask and EOS ids, or those that the caller named."""
-    mask = special_id(
-        "mask_id", raw.get("mask_token_id") if mask_id is None else mask_id, vocab_size,
-        "" if mask_id is not None else " (config.json has no mask_token_id: name it)",
-    )  # fmt: skip
+    hint = ""
+    if mask_id is None and (mask_id := raw.get("mask_token_id")) is None:
+        hint = " (config.json has no mask_token_id: name it)"
+        if family.mask_of_tokenizer:
+            mask_id = mask_of_tokenizer(folder)
+            hint = " (neither config.json nor the tokenizer has a mask token: name it)"
+    mask = special_id("mask_id", mask_id, vocab_size, hint)
     if eos_ids is None:
         ends = end_ids(folder, raw, family, vocab_size)
     elif isinstance(eos_ids, (tuple, list)):
@@ -306,22 +212,28 @@ def read_model(
     model_class: type[PreTrainedModel],
     from_pretrained: Callable[..., tuple[PreTrainedModel, dict[str, Any]]],
     folder: Path,
+    raw: dict[str, Any],
     config: PretrainedConfig,
     info: DiffusionInfo,
     **arguments: Any,
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """The model with every weight checked, `model.dsb` attached, and transformers' loading report.
-    `from_pretrained` is transformers' own; `arguments` are passed on to it."""
+    `from_pretrained` is transformers' own; `arguments` are passed on to it. `raw` is the content of
+    config.json."""
     shapes = read_shapes(weight_files(folder))
     patterns = info.family.key_mapping
     published = any(re.search(p, name) for p in patterns for name in shapes)
     mapping = dict(patterns) if published else {}
-    with torch.device("meta"):
-        skeleton = model_class(config)
     try:
-        check_weights(shapes, mapping, skeleton)
+        present = published_names(shapes, mapping)
+        check_sizes(shapes, present, config)
+        with torch.device("meta"):
+            skeleton = model_class(config)
+        check_weights(shapes, present, skeleton)
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from None
+    if arguments.get("generation_config") is None:
+        arguments["generation_config"] = read_generation(folder, raw)
     model, report = from_pretrained(
         folder, config=config, key_mapping=mapping or None, use_safetensors=True,
         local_files_only=True, output_loading_info=True, **arguments,
