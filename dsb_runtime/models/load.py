@@ -31,24 +31,27 @@ def first_line(error: Exception) -> str:
     return str(error).strip().partition("\n")[0]
 
 
-def find_folder(source: str | Path, revision: str | None = None, **hub: Any) -> Path:
-    """A local checkpoint folder, or the local copy of a hub repository. `hub` takes further
-    arguments of the download (token, cache_dir, ...)."""
-    accepted = "expected a checkpoint folder or a hub id (owner/name)"
+def find_folder(
+    source: str | Path, revision: str | None = None, *, argument: str = "model", **hub: Any
+) -> Path:
+    """A local folder, or the local copy of a hub repository. `argument` is what named it, and
+    `hub` takes further arguments of the download (token, cache_dir, ...)."""
+    kind = "a checkpoint folder" if argument == "model" else "an adapter folder of PEFT"
+    accepted = f"expected {kind} or a hub id (owner/name)"
     if not isinstance(source, (str, Path)) or not str(source):
-        raise TypeError(f"model={source!r}: {accepted}")
+        raise TypeError(f"{argument}={source!r}: {accepted}")
     path, name = Path(source), str(source)
     if path.is_dir():
         return path
     if name.startswith((".", "/", "~")) or name.count("/") != 1 or path.exists():
-        raise FileNotFoundError(f"model={name!r}: {accepted}")
+        raise FileNotFoundError(f"{argument}={name!r}: {accepted}")
     from huggingface_hub import snapshot_download
 
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=WANTED, **hub))
     except Exception as error:  # the hub client raises many types; all mean the same to a user
         raise OSError(
-            f"model={name!r}: neither a folder nor a hub id that can be downloaded "
+            f"{argument}={name!r}: neither a folder nor a hub id that can be downloaded "
             f"({type(error).__name__}: {first_line(error)})"
         ) from error
 
@@ -202,6 +205,7 @@ def load_model(
     distributed_config: DistributedConfig | None = None,
     device_map: str | dict[str, Any] | None = None,
     quantization_config: Any = None,
+    adapter: str | Path | None = None,
 ) -> PreTrainedModel:
     """Load a LLaDA- or Dream-format checkpoint as a bidirectional Llama or Qwen2.
 
@@ -217,6 +221,8 @@ def load_model(
         device_map: as transformers takes it, for a model that does not fit one device. Its modules
             then run where accelerate places them, which is slower (`docs/models.md`).
         quantization_config: as transformers takes it.
+        adapter: a folder or a hub id with an adapter of PEFT (LoRA and others). It is put into the
+            model and not merged, which is slower (`docs/models.md`).
 
     Returns:
         `LlamaForCausalLM` or `Qwen2ForCausalLM` in eval mode with the attention implementation
@@ -233,9 +239,15 @@ def load_model(
         raise ValueError(f"device={device!r}: {placed[0]} picks it; expected 'auto'")
     if len(placed) > 1:
         raise ValueError("distributed_config and device_map: expected one of the two")
+    if adapter is not None and distributed_config is not None:
+        raise ValueError("distributed_config and adapter: expected one of the two")
     device, dtype = pick_device(device), pick_dtype(dtype)
     folder = find_folder(source, revision)
     raw = read_config(folder)
+    if adapter is not None:
+        from dsb_runtime.models.adapter import add_adapter, read_adapter  # it imports this module
+
+        adapting = read_adapter(adapter)
     described = find_family(raw, family)
     config = supported_config(raw, described)
     config.is_causal = False
@@ -249,6 +261,8 @@ def load_model(
     )  # fmt: skip
     if not split and device_map is None and quantization_config is None:
         torch.nn.Module.to(model, device)
+    if adapter is not None:
+        add_adapter(model, adapting)
     return model.eval()
 
 
