@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 import dsb_runtime as dsb
@@ -19,7 +20,8 @@ lm_eval = pytest.importorskip("lm_eval", reason="needs the extra: pip install .[
 from lm_eval.api.instance import Instance  # noqa: E402
 
 from dsb_runtime.config import settings  # noqa: E402
-from dsb_runtime.doors.lm_eval import DSBLM, answer_text, cut_at_stop  # noqa: E402
+from dsb_runtime.doors.lm_eval import DSBLM  # noqa: E402
+from dsb_runtime.doors.lm_eval_requests import answer_text, cut_at_stop  # noqa: E402
 
 PROBLEMS = [p for steps in (1, 2, 3) for p in heldout(3, steps=steps)]
 PROMPTS = [chat_text(problem.prompt) for problem in PROBLEMS]
@@ -79,12 +81,76 @@ def test_every_setting_is_covered_above():
         ("check_greedy=1", TypeError, "check_greedy=1: expected True or False"),
         ("max_length=100000", ValueError, "max_length=100000: expected an int from 2 to 512"),
         ("dtype=int7", ValueError, "dtype='int7': expected"),
-        ("", TypeError, "batch_size='auto': expected an int"),
+        ("trust_remote_code=yes", TypeError, "trust_remote_code='yes': expected True or False"),
+        ("peft=/nowhere", OSError, "adapter='/nowhere': expected an adapter folder of PEFT"),
+        ("delta=/nowhere", TypeError, "delta='/nowhere': no such argument"),
     ],
 )
 def test_an_error_of_an_argument_is_one_line(text, error, message):
     with refusal(message, kind=error):
-        make(text, batch_size=4 if text else "auto")
+        make(text)
+
+
+@pytest.mark.parametrize(
+    ("size", "most", "error", "message"),
+    [
+        ("many", None, ValueError, "batch_size='many': expected an int >= 1 or 'auto'"),
+        ("auto:4", None, ValueError, "batch_size='auto:4': expected an int >= 1 or 'auto'"),
+        ("9" * 5000, None, ValueError, "expected an int from 1 to 2147483647"),
+        (0, None, ValueError, "batch_size=0: expected an int >= 1"),
+        (4, 8, ValueError, "max_batch_size=8: expected it with batch_size='auto'"),
+        ("auto", 0, ValueError, "max_batch_size=0: expected an int >= 1"),
+    ],
+)
+def test_a_wrong_batch_size_is_one_line(size, most, error, message):
+    with refusal(message, kind=error):
+        make(batch_size=size, max_batch_size=most)
+
+
+def test_remote_code_is_passed_over(lm):
+    assert answers(make("gen_length=64,trust_remote_code=True"), PROMPTS[:1]) == answers(
+        lm, PROMPTS[:1]
+    )
+
+
+def test_a_batch_size_of_auto_is_halved_until_it_fits(lm, monkeypatch):
+    auto = make("mc_num=8,gen_length=64", batch_size="auto", max_batch_size=8)
+    expected, tried = answers(lm), []
+
+    def small(model: Any, ids: torch.Tensor, *args: Any, **how: Any) -> dsb.GenerationOutput:
+        tried.append(len(ids))
+        if len(ids) > 3:
+            raise torch.OutOfMemoryError("a window step")
+        return dsb.generate(model, ids, *args, **how)
+
+    monkeypatch.setattr("dsb_runtime.doors.lm_eval.generate", small)
+    assert answers(auto) == expected
+    assert tried[:7] == [8, 4, 2, 2, 2, 2, 1]
+    assert auto.batch_sizes == {0: 2} and lm.batch_sizes == {}
+    # A batch that was named is not made smaller, and one of 1 cannot be.
+    with pytest.raises(torch.OutOfMemoryError):
+        answers(make("gen_length=64", batch_size="4"))
+    pairs = [(PROMPTS[0], " " + PROBLEMS[0].response), ("", "Mia")]
+    asked = requests("loglikelihood", pairs)
+    for found, (total, greedy) in zip(
+        auto.loglikelihood(asked), lm.loglikelihood(asked), strict=True
+    ):
+        assert found == (pytest.approx(total, abs=1e-3), greedy)
+
+
+def test_an_adapter(lm, tmp_path):
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    config = peft.LoraConfig(target_modules=["up_proj"], init_lora_weights=False, lora_alpha=64)
+    adapted = peft.get_peft_model(dsb.load_model(MODEL_DIR, device="cpu"), config)
+    adapted.save_pretrained(tmp_path)
+    found = make(f"gen_length=64,peft={tmp_path}")
+    plain = answers(lm, PROMPTS[:2])
+    assert found.model.dsb == lm.model.dsb and answers(found, PROMPTS[:2]) != plain
+    found.model = adapted
+    assert answers(make(f"gen_length=64,peft={tmp_path}"), PROMPTS[:2]) == answers(
+        found, PROMPTS[:2]
+    )
 
 
 def test_what_a_request_asks_for(lm):
@@ -105,6 +171,9 @@ def test_what_a_request_asks_for(lm):
         assert vars(lm.decoding_config(asked)).items() >= expected.items()
     with pytest.raises(ValueError, match="max_gen_toks=0: expected an int >= 1"):
         lm.decoding_config({"max_gen_toks": 0})
+    for name, value in (("repetition_penalty", 1.2), ("num_beams", 4), ("stop_strings", ["a"])):
+        with refusal(f"generation_kwargs {name}={value!r}: model dsb cannot honour it; expected"):
+            lm.decoding_config({name: value})
     # A named block shrinks with a short request.
     config = make("block_length=32").decoding_config({"max_gen_toks": 8})
     assert (config.gen_length, config.block_length) == (8, 8)

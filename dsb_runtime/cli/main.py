@@ -31,6 +31,10 @@ NO_EOS = (
     "Random prompts have no answers that end: here an EOS ends no row unless --stop-at-eos is "
     "named."
 )
+# What wrong input raises. An ImportError names an extra that is not installed.
+ERRORS = (
+    ValueError, TypeError, OSError, ImportError, FloatingPointError, torch.OutOfMemoryError,
+)  # fmt: skip
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -53,6 +57,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         "--model", default=str(MODEL_DIR), metavar="DIR-OR-HUB-ID",
         help="checkpoint folder or hub id (default: the embedded model)",
     )  # fmt: skip
+    group.add_argument("--adapter", metavar="DIR", help="of PEFT, folder or hub id, for the model")
     add_format(group)
     group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")
 
@@ -119,8 +124,9 @@ def load(args: argparse.Namespace) -> tuple[PreTrainedModel, Any]:
     if getattr(args, "preset", None):
         return load_preset(args), None
     model = load_model(
-        args.model, dtype=args.dtype, device=args.device, family=args.family, mask_id=args.mask_id
-    )
+        args.model, dtype=args.dtype, device=args.device, family=args.family, mask_id=args.mask_id,
+        adapter=args.adapter,
+    )  # fmt: skip
     return model, load_tokenizer(args.model)
 
 
@@ -178,6 +184,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("dsb: interrupted", file=sys.stderr)
         return 130
-    except (ValueError, TypeError, OSError, FloatingPointError, torch.OutOfMemoryError) as error:
+    except ERRORS as error:
         print(f"dsb: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

@@ -18,9 +18,9 @@ import logging
 import os
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
-from typing import Any
+from typing import Any, TypeVar
 
 import lm_eval.models  # noqa: F401 - fills the harness's list, which takes no more once it has one
 import torch
@@ -32,69 +32,25 @@ from lm_eval.api.registry import register_model
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import Tensor
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase
 
-from dsb_runtime.config import DecodingConfig, check_bool, check_int, rule_names, settings
+from dsb_runtime.config import DecodingConfig, check_bool, check_int, settings
 from dsb_runtime.defaults import defaults_for
 from dsb_runtime.doors.likelihood import Scored, are_greedy, left_pad, log_likelihoods
+from dsb_runtime.doors.lm_eval_requests import (
+    answer_text,
+    check_request,
+    first_batch_size,
+    first_copies,
+    request_settings,
+)
+from dsb_runtime.engine.cache import is_out_of_memory
 from dsb_runtime.engine.engine import generate
 from dsb_runtime.families import check_model
 from dsb_runtime.models.load import load_model, load_tokenizer
 
 logger = logging.getLogger("lm_eval.dsb")  # shown as the harness shows its own
-# Names under which a request may say how many tokens its answer has at most.
-LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 
-
-def request_settings(own: Mapping[str, Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of a request whose `generation_kwargs` are `kwargs`, for `defaults_for`. `own`
-    are those of `--model_args`. The request's temperature, `top_p` and `top_k` hold where it asks
-    for sampling; any other setting in it (`--gen_kwargs threshold=0.8`) overrides the model's. A
-    number of tokens makes the canvas shorter, never longer than the model's."""
-    kwargs = {name: value for name, value in kwargs.items() if value is not None}
-    left = set(settings())
-    if not (kwargs.get("do_sample", True) and kwargs.get("temperature", 0) > 0):
-        left -= {"temperature", "top_p", "top_k"}
-    override = {k: v for k, v in kwargs.items() if k in left}
-    if set(rule_names()) & set(override):  # the request's rule replaces the model's
-        own = {k: v for k, v in own.items() if k not in rule_names()}
-    merged = {**own, **override}
-    length = next((kwargs[name] for name in LENGTHS if name in kwargs), None)
-    if length is not None:
-        check_int("max_gen_toks", length, 1)
-        merged["gen_length"] = min(merged.get("gen_length", length), length)
-        if isinstance(merged.get("block_length"), int):
-            merged["block_length"] = min(merged["block_length"], merged["gen_length"])
-    return merged
-
-
-def first_copies(requests: Sequence[Instance]) -> list[int]:
-    """For every request, the index of the request whose answer it takes. That is its own unless it
-    is a copy: the harness repeats a process's last request until all have equally many."""
-    source: list[int] = []
-    seen: dict[int, list[int]] = defaultdict(list)
-    for i, request in enumerate(requests):
-        same = seen[id(request)]
-        source.append(i if len(same) < request.repeats else same[0])
-        same.append(i)
-    return source
-
-
-def cut_at_stop(text: str, stops: Iterable[str]) -> str:
-    """The text before whichever stop string comes first."""
-    ends = [index for stop in stops if stop and (index := text.find(stop)) >= 0]
-    return text[: min(ends, default=None)]
-
-
-def answer_text(
-    tokenizer: PreTrainedTokenizerBase, ids: list[int], eos_ids: Iterable[int], stops: Sequence[str]
-) -> str:
-    """A response's text, up to its first EOS and the first stop string. A stop string that is a
-    special token ends the response as an EOS does."""
-    special = set(tokenizer.all_special_ids)
-    ends = {tokenizer.convert_tokens_to_ids(stop) for stop in stops} & special | set(eos_ids)
-    end = next((i for i, token in enumerate(ids) if token in ends), len(ids))
-    return cut_at_stop(str(tokenizer.decode(ids[:end], skip_special_tokens=True)), stops)
+T = TypeVar("T")
 
 
 @register_model("dsb")
@@ -104,9 +60,13 @@ class DSBLM(TemplateLM):
     Args:
         pretrained: folder or hub id.
         tokenizer: folder or hub id of the tokenizer, where it is not the checkpoint's.
+        peft: folder or hub id of an adapter, which is `load_model`'s `adapter`.
+        trust_remote_code: accepted as the harness passes it on; no code of a checkpoint ever runs.
         dtype, family, mask_id, revision: as `load_model` takes them.
         device: as `load_model` takes it; under `accelerate launch` each process has its own.
-        batch_size: prompts (or masked texts, for likelihoods) in one forward.
+        batch_size: prompts (or masked texts, for likelihoods) in one forward. "auto" begins with
+            `max_batch_size` and halves the batch whenever it does not fit into memory.
+        max_batch_size: of batch_size="auto", 64 by default.
         mc_num: how many masks are drawn for each log-likelihood.
         seed: of those masks, and of the random numbers at a temperature above 0.
         check_greedy: whether log-likelihoods come with `is_greedy`, for which every continuation is
@@ -125,12 +85,15 @@ class DSBLM(TemplateLM):
         pretrained: str,
         *,
         tokenizer: str | None = None,
+        peft: str | None = None,
+        trust_remote_code: bool = False,
         dtype: str = "auto",
         device: str | None = None,
         family: str | None = None,
         mask_id: int | None = None,
         revision: str | None = None,
         batch_size: int | str = 1,
+        max_batch_size: int | None = None,
         mc_num: int = 128,
         seed: int = 0,
         check_greedy: bool = True,
@@ -143,12 +106,12 @@ class DSBLM(TemplateLM):
             raise TypeError(
                 f"{name}={named[name]!r}: no such argument of model dsb; expected {known}"
             )
-        digits = isinstance(batch_size, str) and batch_size.isdigit()  # what the harness passes
-        self.batch_size: Any = int(batch_size) if digits else batch_size
-        check_int("batch_size", self.batch_size, 1)
+        self.auto = batch_size == "auto"
+        self.batch_size = first_batch_size(batch_size, max_batch_size)
         check_int("mc_num", mc_num, 1)
         check_int("seed", seed, 0, 2**31 - 1)
         check_bool("check_greedy", check_greedy)
+        check_bool("trust_remote_code", trust_remote_code)
         self.mc_num, self.seed, self.check_greedy = mc_num, seed, check_greedy
         self.settings = named
         defaults_for(None, **named)  # a wrong setting is refused before the weights are read
@@ -160,7 +123,7 @@ class DSBLM(TemplateLM):
             device = str(state.device)
         self.model = load_model(
             pretrained, dtype=dtype, device=device or "auto", family=family, mask_id=mask_id,
-            revision=revision,
+            revision=revision, adapter=peft,
         )  # fmt: skip
         self.info = check_model(self.model)
         self.tokenizer = load_tokenizer(tokenizer or pretrained, None if tokenizer else revision)
@@ -174,11 +137,15 @@ class DSBLM(TemplateLM):
         self.warned: set[str] = set()
 
     def decoding_config(self, kwargs: Mapping[str, Any]) -> DecodingConfig:
-        """The settings of a request whose `generation_kwargs` are `kwargs`."""
-        for name in sorted(set(kwargs) - set(settings()) - {*LENGTHS, "until", "do_sample"}):
-            if kwargs[name] is not None:
-                what = f"generation_kwargs {name}={kwargs[name]!r}"
-                self.warn(name, f"{what} means nothing to model dsb")
+        """The settings of a request whose `generation_kwargs` are `kwargs`.
+
+        Raises:
+            TypeError, ValueError: a value is not accepted, or asks for what would change the
+                answer and does not exist here, as a repetition penalty.
+        """
+        for name in check_request(kwargs):
+            what = f"generation_kwargs {name}={kwargs[name]!r}"
+            self.warn(name, f"{what} means nothing to model dsb")
         return defaults_for(self.model, **request_settings(self.settings, kwargs))
 
     def warn(self, key: str, message: str) -> None:
@@ -268,11 +235,32 @@ class DSBLM(TemplateLM):
             prompts[i] = self.cut_prompt(ids, longest)
         # The longest prompts come first, so that batches have little padding.
         members = sorted(members, key=lambda i: -len(prompts[i]))
-        for first in range(0, len(members), self.batch_size):
-            batch = members[first : first + self.batch_size]
-            responses = self.decode([prompts[i] for i in batch], config)
-            for i, ids in zip(batch, responses, strict=True):
+        while members:
+
+            def decode_first(count: int, waiting: list[int] = members) -> list[list[int]]:
+                return self.decode([prompts[i] for i in waiting[:count]], config)
+
+            responses = self.fitting(decode_first)
+            for i, ids in zip(members, responses, strict=False):
                 yield i, answer_text(self.tokenizer, ids, self.info.eos_ids, stops)
+            members = members[len(responses) :]
+
+    def fitting(self, run: Callable[[int], T]) -> T:
+        """`run(batch_size)`. With `--batch_size auto` the batch is halved until it fits."""
+        while True:
+            try:
+                return run(self.batch_size)
+            except RuntimeError as error:
+                if not (self.auto and is_out_of_memory(error) and self.batch_size > 1):
+                    raise
+                half = self.batch_size // 2
+                self.warn(f"batch {half}", f"a batch of {self.batch_size} does not fit: {half} now")
+            self.batch_size = half  # here, where the error holds no tensors any more
+
+    @property
+    def batch_sizes(self) -> dict[int, int]:
+        """What `--batch_size auto` has come to, which the harness writes beside the scores."""
+        return {0: self.batch_size} if self.auto else {}
 
     def decode(self, prompts: list[list[int]], config: DecodingConfig) -> list[list[int]]:
         """Response ids of one batch, each up to and including its first EOS."""
@@ -295,7 +283,7 @@ class DSBLM(TemplateLM):
         totals = self.score(items, "loglikelihood", disable_tqdm)
         greedy = [False] * len(items)
         if self.check_greedy:
-            greedy = are_greedy(self.model, items, batch_size=self.batch_size)
+            greedy = self.fitting(lambda n: are_greedy(self.model, items, batch_size=n))
         results = list(zip(totals, greedy, strict=True))
         for (texts, _, _), result in zip(requests, results, strict=True):
             self.cache_hook.add_partial("loglikelihood", texts, result)
@@ -328,11 +316,14 @@ class DSBLM(TemplateLM):
         return Scored(tuple(self.cut_prompt(prompt, self.max_length - len(text))), tuple(text))
 
     def score(self, items: list[Scored], name: str, disable_tqdm: bool) -> list[float]:
-        with self.bar(len(items), name, disable_tqdm) as bar:
-            return log_likelihoods(
-                self.model, items, samples=self.mc_num, seed=self.seed,
-                batch_size=self.batch_size, on_done=bar.update,
-            )  # fmt: skip
+        def run(batch_size: int) -> list[float]:
+            with self.bar(len(items), name, disable_tqdm) as bar:
+                return log_likelihoods(
+                    self.model, items, samples=self.mc_num, seed=self.seed, batch_size=batch_size,
+                    on_done=bar.update,
+                )  # fmt: skip
+
+        return self.fitting(run)
 
     def bar(self, total: int, name: str, disable: bool) -> tqdm:
         return tqdm(total=total, desc=name, disable=disable or self._rank != 0)

@@ -226,6 +226,8 @@ def run(
     batches, seed = list(dict.fromkeys(args.batch)), args.seed or 0
     prompts = random_prompts(model, tokenizer, max(batches), args.prompt_length, seed)
     name = "embedded model" if args.model == str(MODEL_DIR) else args.model
+    if args.adapter is not None:
+        name += f" with {args.adapter}"
     about = {
         "model": args.preset or name,
         "dtype": str(model.dtype).removeprefix("torch."),

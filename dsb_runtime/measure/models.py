@@ -129,6 +129,8 @@ def load_preset(args: argparse.Namespace) -> PreTrainedModel:
     `args.steps` is set so that a step commits TOKENS_PER_FORWARD."""
     if args.model != str(MODEL_DIR):
         raise ValueError("--preset and --model: expected one of the two")
+    if args.adapter is not None:
+        raise ValueError("--preset and --adapter: expected one of the two")
     device = pick_device(args.device)
     default = "float32" if device.type == "cpu" else "bfloat16"
     name = default if args.dtype == "auto" else args.dtype

@@ -21,24 +21,27 @@ def first_line(error: Exception) -> str:
     return str(error).strip().partition("\n")[0]
 
 
-def find_folder(source: str | Path, revision: str | None = None, **hub: Any) -> Path:
-    """A local checkpoint folder, or the local copy of a hub repository. `hub` takes further
-    arguments of the download (token, cache_dir, ...)."""
-    accepted = "expected a checkpoint folder or a hub id (owner/name)"
+def find_folder(
+    source: str | Path, revision: str | None = None, *, argument: str = "model", **hub: Any
+) -> Path:
+    """A local folder, or the local copy of a hub repository. `argument` is what named it, and
+    `hub` takes further arguments of the download (token, cache_dir, ...)."""
+    kind = "a checkpoint folder" if argument == "model" else "an adapter folder of PEFT"
+    accepted = f"expected {kind} or a hub id (owner/name)"
     if not isinstance(source, (str, Path)) or not str(source):
-        raise TypeError(f"model={source!r}: {accepted}")
+        raise TypeError(f"{argument}={source!r}: {accepted}")
     path, name = Path(source), str(source)
     if path.is_dir():
         return path
     if name.startswith((".", "/", "~")) or name.count("/") != 1 or path.exists():
-        raise FileNotFoundError(f"model={name!r}: {accepted}")
+        raise FileNotFoundError(f"{argument}={name!r}: {accepted}")
     from huggingface_hub import snapshot_download
 
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=WANTED, **hub))
     except Exception as error:  # the hub client raises many types; all mean the same to a user
         raise OSError(
-            f"model={name!r}: neither a folder nor a hub id that can be downloaded "
+            f"{argument}={name!r}: neither a folder nor a hub id that can be downloaded "
             f"({type(error).__name__}: {first_line(error)})"
         ) from error
 

@@ -18,6 +18,7 @@ from transformers.distributed import DistributedConfig
 from dsb_runtime.engine.parallel import check_distributed
 from dsb_runtime.families import DiffusionInfo, Family, find_family, supported_config
 from dsb_runtime.fields import listed_ids, special_id
+from dsb_runtime.models.adapter import add_adapter, read_adapter
 from dsb_runtime.models.folder import (
     find_folder,
     first_line,
@@ -84,6 +85,7 @@ def load_model(
     distributed_config: DistributedConfig | None = None,
     device_map: str | dict[str, Any] | None = None,
     quantization_config: Any = None,
+    adapter: str | Path | None = None,
 ) -> PreTrainedModel:
     """Load a checkpoint of a diffusion language model as a bidirectional Llama, Qwen2 or Qwen3.
 
@@ -100,6 +102,8 @@ def load_model(
         device_map: as transformers takes it, for a model that does not fit one device. Its modules
             then run where accelerate places them, which is slower (`docs/models.md`).
         quantization_config: as transformers takes it.
+        adapter: a folder or a hub id with an adapter of PEFT (LoRA and others). It is put into the
+            model and not merged, which is slower (`docs/models.md`).
 
     Returns:
         `LlamaForCausalLM`, `Qwen2ForCausalLM` or `Qwen3ForCausalLM` in eval mode with the attention
@@ -116,9 +120,12 @@ def load_model(
         raise ValueError(f"device={device!r}: {placed[0]} picks it; expected 'auto'")
     if len(placed) > 1:
         raise ValueError("distributed_config and device_map: expected one of the two")
+    if adapter is not None and distributed_config is not None:
+        raise ValueError("distributed_config and adapter: expected one of the two")
     device, dtype = pick_device(device), pick_dtype(dtype)
     folder = find_folder(source, revision)
     raw = read_config(folder)
+    adapting = None if adapter is None else read_adapter(adapter)
     described = find_family(raw, family)
     if family is None:
         check_name(source, described)
@@ -134,6 +141,8 @@ def load_model(
     )  # fmt: skip
     if not split and device_map is None and quantization_config is None:
         torch.nn.Module.to(model, device)
+    if adapting is not None:
+        add_adapter(model, adapting)
     return model.eval()
 
 

@@ -1,0 +1,106 @@
+"""What lm-evaluation-harness asks for: settings, a batch size, and where an answer ends."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from lm_eval.api.instance import Instance
+from transformers import PreTrainedTokenizerBase
+
+from dsb_runtime.config import check_int, rule_names, settings
+from dsb_runtime.doors.hf_generate import NEUTRAL
+
+# Names under which a request may say how many tokens its answer has at most.
+LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+LARGEST_BATCH = 64  # which --batch_size auto begins with, as in the harness's own model
+
+
+def check_request(kwargs: Mapping[str, Any]) -> list[str]:
+    """The names in a request's `generation_kwargs` that mean nothing here and change nothing.
+
+    Raises:
+        ValueError: one of them would change the answer and does not exist here, as a repetition
+            penalty.
+    """
+    for name in sorted(set(kwargs) & set(NEUTRAL)):
+        if kwargs[name] is not None and kwargs[name] != NEUTRAL[name]:
+            raise ValueError(
+                f"generation_kwargs {name}={kwargs[name]!r}: model dsb cannot honour it; "
+                f"expected {NEUTRAL[name]!r}"
+            )
+    known = {*settings(), *LENGTHS, "until", "do_sample"}
+    return sorted(name for name in set(kwargs) - known if kwargs[name] is not None)
+
+
+def request_settings(own: Mapping[str, Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a request whose `generation_kwargs` are `kwargs`, for `defaults_for`. `own`
+    are those of `--model_args`. The request's temperature, `top_p` and `top_k` hold where it asks
+    for sampling; any other setting in it (`--gen_kwargs threshold=0.8`) overrides the model's. A
+    number of tokens makes the canvas shorter, never longer than the model's."""
+    kwargs = {name: value for name, value in kwargs.items() if value is not None}
+    left = set(settings())
+    if not (kwargs.get("do_sample", True) and kwargs.get("temperature", 0) > 0):
+        left -= {"temperature", "top_p", "top_k"}
+    override = {k: v for k, v in kwargs.items() if k in left}
+    if set(rule_names()) & set(override):  # the request's rule replaces the model's
+        own = {k: v for k, v in own.items() if k not in rule_names()}
+    merged = {**own, **override}
+    length = next((kwargs[name] for name in LENGTHS if name in kwargs), None)
+    if length is not None:
+        check_int("max_gen_toks", length, 1)
+        merged["gen_length"] = min(merged.get("gen_length", length), length)
+        if isinstance(merged.get("block_length"), int):
+            merged["block_length"] = min(merged["block_length"], merged["gen_length"])
+    return merged
+
+
+def first_batch_size(batch_size: Any, max_batch_size: Any) -> int:
+    """The batch size to begin with. The harness passes numbers as text.
+
+    Raises:
+        TypeError, ValueError: one of the two is not accepted.
+    """
+    auto = batch_size == "auto"
+    if max_batch_size is not None and not auto:
+        raise ValueError(f"max_batch_size={max_batch_size!r}: expected it with batch_size='auto'")
+    if auto:
+        most = LARGEST_BATCH if max_batch_size is None else max_batch_size
+        check_int("max_batch_size", most, 1)
+        return int(most)
+    if isinstance(batch_size, str):
+        if not (batch_size.isascii() and batch_size.isdigit()):
+            raise ValueError(f"batch_size={batch_size!r}: expected an int >= 1 or 'auto'")
+        batch_size = int(batch_size[:20])  # more digits are too many in any case
+    check_int("batch_size", batch_size, 1)
+    return int(batch_size)
+
+
+def first_copies(requests: Sequence[Instance]) -> list[int]:
+    """For every request, the index of the request whose answer it takes. That is its own unless it
+    is a copy: the harness repeats a process's last request until all have equally many."""
+    source: list[int] = []
+    seen: dict[int, list[int]] = defaultdict(list)
+    for i, request in enumerate(requests):
+        same = seen[id(request)]
+        source.append(i if len(same) < request.repeats else same[0])
+        same.append(i)
+    return source
+
+
+def cut_at_stop(text: str, stops: Iterable[str]) -> str:
+    """The text before whichever stop string comes first."""
+    ends = [index for stop in stops if stop and (index := text.find(stop)) >= 0]
+    return text[: min(ends, default=None)]
+
+
+def answer_text(
+    tokenizer: PreTrainedTokenizerBase, ids: list[int], eos_ids: Iterable[int], stops: Sequence[str]
+) -> str:
+    """A response's text, up to its first EOS and the first stop string. A stop string that is a
+    special token ends the response as an EOS does."""
+    special = set(tokenizer.all_special_ids)
+    ends = {tokenizer.convert_tokens_to_ids(stop) for stop in stops} & special | set(eos_ids)
+    end = next((i for i, token in enumerate(ids) if token in ends), len(ids))
+    return cut_at_stop(str(tokenizer.decode(ids[:end], skip_special_tokens=True)), stops)
