@@ -45,7 +45,8 @@ def record(model: PreTrainedModel, kind: str, rows: int = 2) -> Recording:
     )
     ids = torch.arange(2, 18).repeat(rows, 1)
     with torch.no_grad():
-        session = engine.loop.session(config, ids, torch.tensor([3] + [0] * (rows - 1)).int(), 0)
+        canvas = torch.cat([ids, torch.full((rows, 24), model.dsb.mask_id)], 1)
+        session = engine.loop.session(config, canvas, torch.tensor([3] + [0] * (rows - 1)).int(), 0)
         with Recording() as recording:
             session.step(SHAPES[kind])
     return recording
