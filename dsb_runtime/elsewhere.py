@@ -19,7 +19,7 @@ ELSEWHERE = {
     "sdar": (f"a Qwen3 that {BY_BLOCKS}", "SGLang, LMDeploy or JetEngine"),
     "fast_dllm": (f"a Qwen2 that {BY_BLOCKS}", "its own code or Diffulex"),
     "stable_?diff_?coder": (f"a Llama that {BY_BLOCKS}", "its own code or Diffulex"),
-    "nemotron_?labs_?diffusion": (f"a Ministral that {BY_BLOCKS}", "its own code or dllm"),
+    "nemotron_?labs_?diffusion": (f"a Ministral that {BY_BLOCKS}", "its own code or FluxServe"),
     "diffusion_?gemma": ("a model of uniform noise, without a mask token", "transformers or vLLM"),
     "rnd1": ("a mixture of experts", "its own code"),
     "editflow": ("a model that inserts and deletes tokens", "dllm"),

@@ -73,7 +73,7 @@ def read_generation(folder: Path, raw: dict[str, Any]) -> GenerationConfig:
         generation = GenerationConfig.from_dict(fields)
         generation.to_dict()  # copies all fields, and so fails at a field that has too many levels
     except Exception as error:  # transformers raises many types for a wrong field
-        said = f"{type(error).__name__}: {first_line(error)}"
+        said = f"{type(error).__name__}: {first_line(error)[:200]}"
         raise ValueError(f"{path}: no generation config of transformers ({said})") from error
     return generation
 
