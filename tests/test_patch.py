@@ -103,6 +103,14 @@ def test_an_unknown_model_is_refused_with_the_reason():
         dsb.patch(transformers.MistralForCausalLM(sliding), family="llada", mask_id=511)
 
 
+def test_a_model_that_was_trained_otherwise_is_refused():
+    """Its class derives from Llama's."""
+    model = random_model("Llama")
+    model.__class__ = type("StableDiffcoderForCausalLM", (type(model),), {})
+    with golden.refusal("patch: the model is", "block-causal", "Diffulex runs it", kind=TypeError):
+        dsb.patch(model, mask_id=511)
+
+
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
