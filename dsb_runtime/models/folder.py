@@ -1,6 +1,6 @@
 """A checkpoint folder: where it is, its JSON files, and which files hold its weights.
 
-Nothing in a folder is trusted. Only JSON and safetensors are read, and a pickle is never opened.
+Nothing in a folder is trusted. Only JSON and safetensors are read, and nothing is unpickled.
 """
 
 from __future__ import annotations
