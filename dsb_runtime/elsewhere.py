@@ -8,6 +8,8 @@ its `model_type` or by a class that its config names.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
+from typing import Any
 
 from dsb_runtime.fields import RawConfig, shown
 
@@ -19,7 +21,7 @@ ELSEWHERE = {
     "sdar": (f"a Qwen3 that {BY_BLOCKS}", "SGLang, LMDeploy or JetEngine"),
     "fast_dllm": (f"a Qwen2 that {BY_BLOCKS}", "its own code or Diffulex"),
     "stable_?diff_?coder": (f"a Llama that {BY_BLOCKS}", "its own code or Diffulex"),
-    "nemotron_?labs_?diffusion": (f"a Ministral that {BY_BLOCKS}", "its own code or dllm"),
+    "nemotron_?labs_?diffusion": (f"a Ministral that {BY_BLOCKS}", "its own code or FluxServe"),
     "diffusion_?gemma": ("a model of uniform noise, without a mask token", "transformers or vLLM"),
     "rnd1": ("a mixture of experts", "its own code"),
     "editflow": ("a model that inserts and deletes tokens", "dllm"),
@@ -27,16 +29,21 @@ ELSEWHERE = {
 }
 
 
-def check_runs_here(raw: RawConfig) -> None:
-    """Raise ValueError if the config is that of a model in `ELSEWHERE`."""
-    classes = raw.get("architectures")
-    names = [raw.get("model_type"), *(classes if isinstance(classes, list) else [])]
+def runs_elsewhere(names: Iterable[Any]) -> str | None:
+    """What the first of these types and classes is that `ELSEWHERE` lists, and what runs it."""
     for name in names:
         for pattern, (what, where) in ELSEWHERE.items():
             if isinstance(name, str) and re.match(pattern, name, re.IGNORECASE):
-                raise ValueError(
-                    f"config.json names {shown(name)}, {what}: not supported; {where} runs it"
-                )
+                return f"{shown(name)}, {what}: not supported; {where} runs it"
+    return None
+
+
+def check_runs_here(raw: RawConfig) -> None:
+    """Raise ValueError if the config is that of a model in `ELSEWHERE`."""
+    classes = raw.get("architectures")
+    other = runs_elsewhere([raw.get("model_type"), *(classes if isinstance(classes, list) else [])])
+    if other is not None:
+        raise ValueError(f"config.json names {other}")
     if raw.get("num_experts") is not None:
         raise ValueError(
             f"config.json has num_experts={shown(raw['num_experts'])}: a mixture of experts, not "

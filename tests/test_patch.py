@@ -103,6 +103,27 @@ def test_an_unknown_model_is_refused_with_the_reason():
         dsb.patch(transformers.MistralForCausalLM(sliding), family="llada", mask_id=511)
 
 
+def test_a_model_that_was_trained_otherwise_is_refused():
+    """Its class derives from Llama's."""
+    model = random_model("Llama")
+    model.__class__ = type("StableDiffcoderForCausalLM", (type(model),), {})
+    with golden.refusal("patch: the model is", "block-causal", "Diffulex runs it", kind=TypeError):
+        dsb.patch(model, mask_id=511)
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"num_key_value_heads": 3}, "num_key_value_heads=3 does not divide num_attention_heads=4"),
+        ({"num_attention_heads": 64, "num_key_value_heads": 64}, "its heads have 1 dimensions"),
+    ],
+)
+def test_heads_that_nothing_serves_are_refused(fields, said):
+    model = random_model("Llama", **fields)
+    with golden.refusal("patch: ", said, kind=TypeError):
+        dsb.patch(model, mask_id=511)
+
+
 def test_a_patched_model_can_be_copied():
     model = dsb.patch(in_memory("llada"), mask_id=511)
     other = copy.deepcopy(model)

@@ -10,6 +10,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from dsb_runtime.elsewhere import runs_elsewhere
 from dsb_runtime.engine.engine import ENGINE, generate
 from dsb_runtime.engine.layers import layers_of
 from dsb_runtime.families import FAMILIES, DiffusionInfo, unwrap
@@ -34,6 +35,15 @@ def refusal(model: Any) -> str | None:
     """Why a model cannot be patched, None where it can."""
     if supported_class(model) is None:
         return f"{type(model).__name__} has other modules than theirs"
+    other = runs_elsewhere(c.__name__ for c in type(model).__mro__)
+    if other is not None:
+        return f"the model is {other}"
+    heads, groups = model.config.num_attention_heads, model.config.num_key_value_heads
+    dim = getattr(model.config, "head_dim", None) or model.config.hidden_size // heads
+    if heads % groups:
+        return f"config.num_key_value_heads={groups} does not divide num_attention_heads={heads}"
+    if dim % 2:
+        return f"its heads have {dim} dimensions, and RoPE rotates pairs"
     layer_types = getattr(model.config, "layer_types", None) or []
     if any(t != "full_attention" for t in layer_types):
         return "some of its layers attend to a sliding window"

@@ -1,6 +1,6 @@
 """A checkpoint folder: where it is, its JSON files, and which files hold its weights.
 
-Nothing in a folder is trusted. Only JSON and safetensors are read, and a pickle is never opened.
+Nothing in a folder is trusted. Only JSON and safetensors are read, and nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def read_generation(folder: Path, raw: dict[str, Any]) -> GenerationConfig:
         generation = GenerationConfig.from_dict(fields)
         generation.to_dict()  # copies all fields, and so fails at a field that has too many levels
     except Exception as error:  # transformers raises many types for a wrong field
-        said = f"{type(error).__name__}: {first_line(error)}"
+        said = f"{type(error).__name__}: {first_line(error)[:200]}"
         raise ValueError(f"{path}: no generation config of transformers ({said})") from error
     return generation
 
