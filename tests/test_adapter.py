@@ -168,7 +168,7 @@ def test_folders_that_are_none(tmp_path, monkeypatch):
     with golden.refusal(f"adapter='{tmp_path}'", "not a whole safetensors file"):
         load("llada", tmp_path)
     (tmp_path / CONFIG).write_text("{")
-    with golden.refusal(f"adapter='{tmp_path}'", "not valid JSON"):
+    with golden.refusal(f"adapter='{tmp_path}'", "expected a JSON file"):
         load("llada", tmp_path)
     (tmp_path / CONFIG).write_text(config)
     (tmp_path / WEIGHTS).rename(tmp_path / "adapter_model.bin")
