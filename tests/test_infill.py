@@ -183,5 +183,8 @@ def test_bad_input():
     mask = torch.tensor([[0, 1, 1]])
     with refusal("row 0 has no mask"):
         infill(torch.tensor([[511, 5, 6]]), attention_mask=mask)
+    blank = torch.tensor([[5, 511, 511, 6, 511, 8]])
     config = dsb.DecodingConfig(gen_length=64, block_length=32)
-    assert torch.equal(infill(ids[:1], config).sequences, infill(ids[:1]).sequences)
+    expected = infill(blank, block_length=4).sequences
+    assert torch.equal(infill(blank, config).sequences, expected)
+    assert torch.equal(infill(blank, block_length=2**31 - 1).sequences, expected)
