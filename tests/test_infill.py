@@ -16,6 +16,7 @@ import dsb_runtime as dsb
 from dsb_runtime.engine.engine import Engine
 from tests import golden
 from tests.golden import biased_to_eos, refusal
+from tests.mutations import kernels
 from tests.plain_loop import plain_loop
 
 MASK = {family: golden.model(family).dsb.mask_id for family in golden.FAMILIES}
@@ -138,6 +139,22 @@ def test_an_eos_is_a_token_unless_the_row_is_to_stop_there(family, schedule):
             assert torch.equal(short.sequences[0, ~masked], ids[~masked])
             ended += short.nfe < whole.nfe and short.row_tokens < whole.row_tokens
     assert ended, "at least one row must end early, or this shows nothing"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", golden.FAMILIES)
+def test_kernels_fill_the_same_tokens(family):
+    """One row has more candidates than the other one, behind its padding, has positions."""
+    rows = [blanks(family, 10, 1, share=0.9, suffix=1), blanks(family, 4, 2, suffix=1)]
+    ids, mask = golden.left_pad(rows)
+    infill = functools.partial(
+        dsb.infill, golden.model(family), ids, attention_mask=mask, block_length=10, steps=2,
+        refresh_policy="response",
+    )  # fmt: skip
+    expected = infill()
+    with kernels():
+        out = infill()
+    assert torch.equal(out.sequences, expected.sequences) and out.row_nfe == expected.row_nfe
 
 
 def test_captured_steps_serve_blanks_in_other_places():
