@@ -323,14 +323,14 @@ def _unmask_kernel(
 
 def launch(a: Any) -> None:
     """Launch the kernel on the arguments of `unmask_and_slide`."""
-    (B, K), spec = a.position.shape, a.spec
+    (B, K), L, spec = a.position.shape, a.canvas.shape[1], a.spec
     if B == 0:
         return
     config = config_of(K)
     wrap_triton(_unmask_kernel)[(B,)](
         a.canvas, a.table, a.position, a.commit, a.candidate_confidence, a.token, a.confidence,
         a.active, a.rows, a.canvas.stride(0), K, *a.confidence.shape, spec.block_length,
-        spec.max_block_length or a.canvas.shape[1], spec.prefix_window, spec.min_prefix,
+        min(spec.max_block_length or L, L), spec.prefix_window, spec.min_prefix,
         max(spec.steps, 1), spec.mask_id, spec.full_every,
         **constants(K, len(a.confidence), spec),
         **launch_options(config.num_warps, config.num_stages),

@@ -53,18 +53,21 @@ def infill_defaults(
     or the settings that the caller names, and the defaults of `defaults_for` but for `stop_at_eos`,
     which is False.
 
-    A block may be longer than the response, which is then one block.
+    A block that is longer than the longest response is cut to it, which changes nothing: the
+    response is then one block.
 
     Raises:
         TypeError, ValueError: `gen_length` is named, which the masks decide; or as `defaults_for`.
     """
     if config is not None:
-        return replace(config, gen_length=max(longest, config.block_length))
+        block = min(config.block_length, longest)
+        return replace(config, gen_length=longest, block_length=block)
     if "gen_length" in named:
         raise TypeError(
             f"gen_length={named['gen_length']!r}: infill fills the masks of input_ids; "
             "expected no gen_length"
         )
-    block = named.get("block_length") or 0
-    check_int("block_length", block, 0)
-    return defaults_for(model, max(longest, block), **{"stop_at_eos": False, **named})
+    if "block_length" in named:
+        check_int("block_length", named["block_length"], 1)
+        named["block_length"] = min(named["block_length"], longest)
+    return defaults_for(model, longest, **{"stop_at_eos": False, **named})

@@ -85,6 +85,12 @@ def test_a_suffix_follows_the_response(chat, capsys, stop):
     assert found["tokens"] == out.row_tokens[0] and found["forwards"] == out.nfe
 
 
+@pytest.mark.parametrize("suffix", ["", "  ", "w4 <mask>"])
+def test_a_suffix_is_text(chat, capsys, suffix):
+    options = (*SHORT, "--suffix", suffix)
+    refused(capsys, "generate", PROMPT, "--model", chat, *options, said="--suffix")
+
+
 def test_the_prompt(chat, capsys, monkeypatch):
     """Without the chat template, or from standard input."""
     found = run_json(capsys, chat, *SHORT, "--raw")["response_ids"]

@@ -191,7 +191,6 @@ def test_text_streamer(tmp_path):
 
 REFUSED: dict[str, Any] = {
     "num_beams": 2,
-    "num_return_sequences": 2,
     "repetition_penalty": 1.2,
     "no_repeat_ngram_size": 3,
     "min_new_tokens": 4,
@@ -199,7 +198,6 @@ REFUSED: dict[str, Any] = {
     "suppress_tokens": [5],
     "min_p": 0.1,
     "max_time": 1.0,
-    "output_scores": True,
     "prompt_lookup_num_tokens": 2,
     "cache_implementation": "static",
     "stopping_criteria": StoppingCriteriaList([MaxTimeCriteria(60.0)]),
@@ -225,9 +223,25 @@ ERRORS: list[tuple[dict[str, Any], str]] = [
 
 @pytest.mark.parametrize(("arguments", "said"), ERRORS)
 def test_errors_name_their_argument(arguments, said):
-    more = {"do_sample": True} if {"min_p", "num_return_sequences"} & set(arguments) else {}
+    more = {"do_sample": True} if "min_p" in arguments else {}
     with pytest.raises(ValueError, match=said):
         run(golden.model("llada"), IDS, **arguments, **more)
+
+
+def test_samples_and_what_was_recorded_of_them():
+    model, seed = golden.model("dream"), torch.Generator().manual_seed
+    how = {"block_length": 8, "temperature": 0.9}
+    expected = dsb.generate(
+        model, IDS, gen_length=16, num_return_sequences=3, record=True, generator=seed(2), **how
+    )
+    out = run(
+        model, IDS, max_new_tokens=16, num_return_sequences=3, do_sample=True, output_scores=True,
+        return_dict_in_generate=True, generator=seed(2), **how,
+    )  # fmt: skip
+    for name in ("sequences", "step_map", "logprobs"):
+        assert torch.equal(out[name], getattr(expected, name)), name
+    with pytest.raises(ValueError, match=r"output_scores.*return_dict_in_generate"):
+        run(model, IDS, output_scores=True)
 
 
 def test_a_streamer_of_two_prompts_is_ended():

@@ -11,7 +11,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import dsb_runtime as dsb
-from dsb_runtime.engine.engine import count_tokens
+from dsb_runtime.engine.engine import until_eos
 from tests import golden
 from tests.golden import biased_to_eos, prompts
 
@@ -107,13 +107,13 @@ def test_stop_at_eos_in_a_batch(family):
 def test_counting_rule():
     response = torch.tensor([[5, 6, 1, 7], [1, 1, 1, 1], [5, 6, 7, 8], [5, 6, 7, 1]])
     every = torch.ones_like(response, dtype=torch.bool)
-    assert count_tokens(response, every, (1,)) == [3, 1, 4, 4]
-    assert count_tokens(response, every, (9, 7)) == [4, 4, 3, 3]
-    assert count_tokens(response, every, ()) == [4, 4, 4, 4]
+    assert until_eos(response, every, (1,)).sum(-1).tolist() == [3, 1, 4, 4]
+    assert until_eos(response, every, (9, 7)).sum(-1).tolist() == [4, 4, 3, 3]
+    assert until_eos(response, every, ()).sum(-1).tolist() == [4, 4, 4, 4]
     some = torch.tensor(
         [[False, True, False, True]] * 4
     )  # the EOS before the first mask counts not
-    assert count_tokens(response, some, (1,)) == [1, 1, 2, 2]
+    assert until_eos(response, some, (1,)).sum(-1).tolist() == [1, 1, 2, 2]
 
 
 def test_the_prompt_may_be_int32_and_is_not_written_to():

@@ -179,7 +179,8 @@ def test_no_step_can_be_wrong(data):
     config = dsb.DecodingConfig(threshold=0.5, refresh_policy=policy, **SHAPE)
     engine = engine_of(family)
     with torch.no_grad():
-        session = engine.loop.session(config, ids, leftpad, 0)
+        masks = ids.new_full((3, 24), engine.model.dsb.mask_id)
+        session = engine.loop.session(config, torch.cat([ids, masks], 1), leftpad, 0)
         length = session.state.canvas.shape[1]
         for _ in range(400):
             shape = loop.next_step(session, read_rows(session.state.table))

@@ -16,6 +16,8 @@ EXPECTED = {
     "generate.py": [r"Monday 12 \+ 7 = 19\. Tuesday 19 - 5 = 14\. Answer 14\.",
                     r"[2-9] forwards for \d+ tokens"],
     "stream.py": [r"forward  0 \(refresh\): .*__", r"\(window\): .*Answer 45 \.", r"\d+ forwards"],
+    "rollout.py": [r"round 0: [1-7] of 8 right, ratio within 0\.00\d\d of 1",
+                   r"round 1: [1-7] of 8 right, ratio within 0\.00\d\d of 1"],
     "infill.py": [r"Monday 39 - 1 = 38\. Tuesday 38 / 2 = 19\. Answer 19\.",
                   r"\d forwards for 13 masks"],
     "batch.py": [r"Answer 23\. \(\d+ tokens, \d+ forwards\)",

@@ -62,9 +62,9 @@ def session_of(
 ) -> Session:
     engine = dsb.Engine(on_gpu(golden.model(family)), capture=lambda run: run)
     config = dsb.DecodingConfig(**SHAPE, **settings)
-    gpu.answers = [padded]  # the one thing that the host reads
+    gpu.answers = [SHAPE["block_length"], padded]  # what the host reads: candidates and padding
     leftpad = cuda(rows, dtype=torch.int32)
-    session = engine.loop.session(config, cuda(rows, PROMPT), leftpad, 0)
+    session = engine.loop.session(config, cuda(rows, LENGTH), leftpad, 0)
     assert not gpu.answers and session.step.padded is padded
     return session
 
@@ -150,6 +150,7 @@ def test_a_call_from_prompt_to_output(gpu, monkeypatch, family):
         row = [1] * len(Column)
         row[Column.NEXT_KIND], row[Column.NUM_CANDIDATES] = script.pop(0), 8
         row[Column.START], row[Column.END], row[Column.FAILED] = 64, 72, 0
+        row[Column.RESPONSE_END] = 64 + SHAPE["gen_length"]
         gpu.answers = row * ROWS
         return self.values
 
@@ -157,7 +158,9 @@ def test_a_call_from_prompt_to_output(gpu, monkeypatch, family):
     monkeypatch.setattr(layers, "is_plain", lambda module: True)  # the steps of others stay direct
     engine = dsb.Engine(on_gpu(golden.model(family)), capture=capture)
     prompts = cuda(ROWS, PROMPT)
-    gpu.answers = [0, 0, True]  # the ids' range; the mask is one
+    # The ids' range; the attention mask is one, of left padding and no row that is all padding; no
+    # mask id in a prompt; candidates.
+    gpu.answers = [0, 0, True, False, False, False, SHAPE["block_length"]]
     out = engine.generate(prompts, attention_mask=prompts, temperature=0.5, **SHAPE)
     assert out.nfe == 3 and out.row_nfe == [3] * ROWS and not script
     assert out.sequences.is_cuda and out.sequences.shape == (ROWS, LENGTH)

@@ -16,6 +16,7 @@ import dsb_runtime as dsb
 from dsb_runtime.engine.engine import Engine
 from tests import golden
 from tests.golden import biased_to_eos, refusal
+from tests.mutations import kernels
 from tests.plain_loop import plain_loop
 
 MASK = {family: golden.model(family).dsb.mask_id for family in golden.FAMILIES}
@@ -140,6 +141,22 @@ def test_an_eos_is_a_token_unless_the_row_is_to_stop_there(family, schedule):
     assert ended, "at least one row must end early, or this shows nothing"
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("family", golden.FAMILIES)
+def test_kernels_fill_the_same_tokens(family):
+    """One row has more candidates than the other one, behind its padding, has positions."""
+    rows = [blanks(family, 10, 1, share=0.9, suffix=1), blanks(family, 4, 2, suffix=1)]
+    ids, mask = golden.left_pad(rows)
+    infill = functools.partial(
+        dsb.infill, golden.model(family), ids, attention_mask=mask, block_length=10, steps=2,
+        refresh_policy="response",
+    )  # fmt: skip
+    expected = infill()
+    with kernels():
+        out = infill()
+    assert torch.equal(out.sequences, expected.sequences) and out.row_nfe == expected.row_nfe
+
+
 def test_captured_steps_serve_blanks_in_other_places():
     """The place of the masks is in the row table: a captured step of one call serves the next."""
     captured: list[int] = []
@@ -183,5 +200,8 @@ def test_bad_input():
     mask = torch.tensor([[0, 1, 1]])
     with refusal("row 0 has no mask"):
         infill(torch.tensor([[511, 5, 6]]), attention_mask=mask)
+    blank = torch.tensor([[5, 511, 511, 6, 511, 8]])
     config = dsb.DecodingConfig(gen_length=64, block_length=32)
-    assert torch.equal(infill(ids[:1], config).sequences, infill(ids[:1]).sequences)
+    expected = infill(blank, block_length=4).sequences
+    assert torch.equal(infill(blank, config).sequences, expected)
+    assert torch.equal(infill(blank, block_length=2**31 - 1).sequences, expected)

@@ -72,6 +72,8 @@ def run(
         suffix = tokenizer(args.suffix, add_special_tokens=False).input_ids
         if not suffix:
             raise ValueError(f"--suffix={args.suffix!r}: no token; expected some text")
+        if mask_id in suffix or (input_ids == mask_id).any():
+            raise ValueError("the mask token in the prompt or in --suffix; expected other text")
         after = input_ids.new_tensor([[mask_id] * config.gen_length + suffix])
         input_ids, decode = torch.cat([input_ids, after], dim=1), infill
         config = replace(config, stop_at_eos=bool(args.stop_at_eos))

@@ -34,7 +34,7 @@ DOOR = "custom_generate"
 DEFAULT_TOP_K = 50  # what transformers fills in where nobody named one
 # Fields that would change the result, and the one value (or None) that changes nothing.
 NEUTRAL: dict[str, Any] = {
-    "num_beams": 1, "num_return_sequences": 1, "num_beam_groups": 1, "diversity_penalty": 0.0,
+    "num_beams": 1, "num_beam_groups": 1, "diversity_penalty": 0.0,
     "penalty_alpha": None, "dola_layers": None, "prompt_lookup_num_tokens": None,
     "assistant_early_exit": None, "speculation_type": None, "use_mtp": False,
     "repetition_penalty": 1.0, "encoder_repetition_penalty": 1.0, "no_repeat_ngram_size": 0,
@@ -45,8 +45,7 @@ NEUTRAL: dict[str, Any] = {
     "suppress_tokens": None, "begin_suppress_tokens": None, "sequence_bias": None,
     "forced_bos_token_id": None, "forced_eos_token_id": None, "guidance_scale": None,
     "watermarking_config": None, "token_healing": False, "cache_implementation": None,
-    "output_attentions": False, "output_hidden_states": False, "output_scores": False,
-    "output_logits": False,
+    "output_attentions": False, "output_hidden_states": False, "output_logits": False,
 }  # fmt: skip
 CALL_ONLY = (
     "assistant_model", "logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn",
@@ -75,6 +74,9 @@ class DiffusionGenerateOutput(ModelOutput):
     tokens_per_forward: list[int] | None = None
     row_nfe: list[int] | None = None
     row_tokens: list[int] | None = None
+    # With `output_scores`, as in `GenerationOutput`:
+    step_map: Tensor | None = None  # (B, G)
+    logprobs: Tensor | None = None  # (B, G)
 
 
 @dataclasses.dataclass
@@ -122,6 +124,8 @@ def check_fields(
         value = getattr(config, name, None)
         if value is not None and value != neutral:
             refuse(name, value, neutral)
+    if config.output_scores and not config.return_dict_in_generate:
+        raise ValueError("output_scores=True: expected return_dict_in_generate=True with it")
     arguments = [(name, call.get(name)) for name in CALL_ONLY if call.get(name) != []]
     arguments += [(name, call.get("kwargs", {}).get(name)) for name in FORWARD_ONLY]
     arguments += [("logits_processor", p) for p in processors if type(p).__name__ not in OWN]
@@ -229,7 +233,9 @@ def custom_generate(
         model: from `load_model` or `AutoModelForCausalLM`.
         generation_config: `max_new_tokens` is `gen_length`. `eos_token_id`,
             `return_dict_in_generate` and, with `do_sample`, `temperature`, `top_p` and `top_k` mean
-            what they mean in transformers. A top_k of 50 in a GenerationConfig is transformers' own
+            what they mean in transformers, and so does `num_return_sequences`. `output_scores`
+            fills `step_map` and `logprobs` of the output: its scores are the log-probabilities of
+            the tokens that were committed. A top_k of 50 in a GenerationConfig is transformers' own
             default and counts as not set; a `generate(top_k=50)` counts.
         streamer: gets each token once no mask is left before it; works with one prompt only.
         generator, seed: the source of random numbers, which is never torch's global generator.
@@ -273,7 +279,7 @@ def custom_generate(
         out = generate(
             model, input_ids, config, attention_mask=named.get("attention_mask"),
             generator=generator,
-            on_step=watch if watchers else None,
+            on_step=watch if watchers else None, record=bool(generation_config.output_scores),
         )  # fmt: skip
     finally:
         if streamer is not None:  # after an error too, since a consumer may wait for the end

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dsb_runtime.config import DecodingConfig
+from dsb_runtime.config import DecodingConfig, check_int
 from dsb_runtime.families import DiffusionInfo, check_model, device_of
 
 
@@ -170,6 +170,16 @@ def check_family_settings(info: DiffusionInfo, config: DecodingConfig) -> None:
                 )
     if config.stop_at_eos and not info.eos_ids:
         raise ValueError("stop_at_eos=True: the model names no EOS id; load it with eos_ids=(...)")
+
+
+def check_samples(num_return_sequences: Any, config: DecodingConfig) -> None:
+    """Check how many samples of each row are wanted."""
+    check_int("num_return_sequences", num_return_sequences, 1)
+    if num_return_sequences > 1 and config.temperature == 0:
+        raise ValueError(
+            f"num_return_sequences={num_return_sequences}: all of them are the same at "
+            "temperature=0; expected a temperature above 0"
+        )
 
 
 def check_generator(generator: Any, device: torch.device) -> None:

@@ -18,9 +18,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from dsb_kernels.rows import Row
-from dsb_runtime.config import DecodingConfig
+from dsb_runtime.config import DecodingConfig, check_bool
 from dsb_runtime.defaults import defaults_for, infill_defaults
-from dsb_runtime.engine.check import check_inputs, check_masks, check_settings
+from dsb_runtime.engine.check import check_inputs, check_masks, check_samples, check_settings
 from dsb_runtime.engine.forward import Phase, no_phase
 from dsb_runtime.engine.graphs import Capture, CudaGraphs
 from dsb_runtime.engine.loop import Loop, StepDone
@@ -41,6 +41,11 @@ class GenerationOutput:
     tokens_per_forward: list[int]  # how many tokens each forward committed, over all rows
     row_nfe: list[int]  # how many forwards each row took part in
     row_tokens: list[int]  # how many masks of each row were filled, to its first EOS inclusive
+    # With `record`, of each response position, (B, G), or for `infill` of each position, (B, L):
+    step_map: Tensor | None = None  # int32, in which of its row's forwards (the first is 0) its
+    # token was committed; -1 where no forward did that, or after the EOS at which the row stopped
+    logprobs: Tensor | None = None  # float32, the log-probability of that token in that forward,
+    # under the model's own distribution (without temperature and cuts); 0 where step_map is -1
 
 
 @dataclass
@@ -61,13 +66,13 @@ class StepEvent:
     table: list[Row]  # every batch row as it is now: its block, and what it needs next
 
 
-def count_tokens(canvas: Tensor, masked: Tensor, eos_ids: tuple[int, ...]) -> list[int]:
-    """How many of the positions `masked` (B, L) bool each row of the canvas has up to and including
+def until_eos(canvas: Tensor, masked: Tensor, eos_ids: tuple[int, ...]) -> Tensor:
+    """Which of the positions `masked` (B, L) bool each row of the canvas has up to and including
     its response's first EOS. A row without an EOS has all of them."""
     eos = torch.isin(canvas, torch.tensor(eos_ids, device=canvas.device, dtype=torch.int64))
     eos &= masked.cumsum(-1) > 0  # an EOS of the prompt ends nothing
     before = eos.cumsum(-1) - eos.int() == 0
-    return (masked & before).sum(-1).tolist()
+    return masked & before
 
 
 class Engine:
@@ -154,6 +159,8 @@ class Engine:
         attention_mask: Tensor | None = None,
         generator: torch.Generator | None = None,
         on_step: Callable[[StepEvent], None] | None = None,
+        num_return_sequences: int = 1,
+        record: bool = False,
         **settings: Any,
     ) -> GenerationOutput:
         """Decode as `dsb_runtime.generate` does, with this engine's model. Threads take turns.
@@ -161,7 +168,10 @@ class Engine:
         Raises:
             RuntimeError: an `on_step` of this engine calls it.
         """
-        return self.call(False, input_ids, config, attention_mask, generator, on_step, settings)
+        return self.call(
+            False, input_ids, config, attention_mask, generator, on_step, num_return_sequences,
+            record, settings,
+        )  # fmt: skip
 
     def infill(
         self,
@@ -171,6 +181,8 @@ class Engine:
         attention_mask: Tensor | None = None,
         generator: torch.Generator | None = None,
         on_step: Callable[[StepEvent], None] | None = None,
+        num_return_sequences: int = 1,
+        record: bool = False,
         **settings: Any,
     ) -> GenerationOutput:
         """Fill masks as `dsb_runtime.infill` does, with this engine's model. Threads take turns.
@@ -178,7 +190,10 @@ class Engine:
         Raises:
             RuntimeError: an `on_step` of this engine calls it.
         """
-        return self.call(True, input_ids, config, attention_mask, generator, on_step, settings)
+        return self.call(
+            True, input_ids, config, attention_mask, generator, on_step, num_return_sequences,
+            record, settings,
+        )  # fmt: skip
 
     # A caller may be in inference mode. Buffers made in that mode could not be written outside it.
     @torch.inference_mode(False)
@@ -191,6 +206,8 @@ class Engine:
         attention_mask: Tensor | None,
         generator: torch.Generator | None,
         on_step: Callable[[StepEvent], None] | None,
+        num_return_sequences: int,
+        record: bool,
         settings: dict[str, Any],
     ) -> GenerationOutput:
         """Check the arguments of `infill` (with `fill`) or of `generate`, and decode."""
@@ -203,6 +220,8 @@ class Engine:
         else:
             config = config_of(self.model, config, settings)
             leftpad = check_inputs(self.model, config, input_ids, attention_mask, generator)
+        check_samples(num_return_sequences, config)
+        check_bool("record", record)
         if on_step is not None and not callable(on_step):
             raise TypeError(
                 f"on_step={on_step!r}: expected a callable that takes a StepEvent, or None"
@@ -216,12 +235,12 @@ class Engine:
         if not fill:
             response = canvas.new_full((len(canvas), config.gen_length), info.mask_id)
             canvas = torch.cat([canvas, response], dim=1)
-        ends = not fill or config.stop_at_eos  # whether an EOS ends a response
+        canvas, leftpad = (x.repeat_interleave(num_return_sequences, 0) for x in (canvas, leftpad))
         with self.lock:
             self.thread = threading.get_ident()
             try:
                 with self.on_device(), as_published(self.model, self.device):
-                    return self.decode(config, canvas, leftpad, generator, on_step, ends)
+                    return self.decode(config, canvas, leftpad, generator, on_step, fill, record)
             finally:
                 self.thread = None
 
@@ -232,16 +251,18 @@ class Engine:
         leftpad: Tensor,
         generator: torch.Generator | None,
         on_step: Callable[[StepEvent], None] | None,
-        ends: bool,
+        fill: bool,
+        record: bool,
     ) -> GenerationOutput:
-        """Fill the masks of a canvas (B, L). The arguments must have been checked."""
+        """Fill the masks of a canvas (B, L) for `infill` (with `fill`) or for `generate`. The
+        arguments must have been checked."""
         batch, length = canvas.shape
         watched = on_step is not None
         # A captured step serves every prompt up to the next multiple, so fewer graphs are captured.
         # A call with `on_step` adds no padding, since the caller sees the canvas.
         prompt = length - config.gen_length
         pad = 0 if watched or self.loop.capture is None else -prompt % PROMPT_MULTIPLE
-        session = self.loop.session(config, canvas, leftpad, pad)
+        session = self.loop.session(config, canvas, leftpad, pad, record)
         state, info = session.state, check_model(self.model)
         index = torch.arange(length, device=canvas.device)
         masked = (canvas == info.mask_id) & (index >= leftpad[:, None])
@@ -281,12 +302,20 @@ class Engine:
 
         self.loop.run(session, each, speculative=not watched)
         sequences = filled()
+        ends = not fill or config.stop_at_eos  # whether an EOS ends a response
+        counted = until_eos(sequences, masked, info.eos_ids if ends else ())
+        if record:
+            kept = counted if config.stop_at_eos else masked
+            first = 0 if fill else prompt
+            step_map = torch.where(kept, state.step_map[:, pad:-1], -1)[:, first:]
+            logprobs = torch.where(kept, state.logprobs[:, pad:-1], 0)[:, first:]
         return GenerationOutput(
             sequences=sequences,
             nfe=len(commits),
             tokens_per_forward=commits,
             row_nfe=row_nfe,
-            row_tokens=count_tokens(sequences, masked, info.eos_ids if ends else ()),
+            row_tokens=counted.sum(-1).tolist(),
+            **({"step_map": step_map, "logprobs": logprobs} if record else {}),
         )
 
 
@@ -360,6 +389,8 @@ def generate(
     attention_mask: Tensor | None = None,
     generator: torch.Generator | None = None,
     on_step: Callable[[StepEvent], None] | None = None,
+    num_return_sequences: int = 1,
+    record: bool = False,
     **settings: Any,
 ) -> GenerationOutput:
     """Decode `gen_length` positions after each prompt with DSB and DSB Cache (arXiv 2602.05992).
@@ -373,6 +404,10 @@ def generate(
         attention_mask: (B, P), 0 for left padding. None means that there is no padding.
         generator: the source of randomness at temperature > 0. The same seed gives the same tokens.
         on_step: a function that is called with a `StepEvent` after every step.
+        num_return_sequences: how many samples of each row there are, each with its own noise. They
+            stand side by side: row i of the output is a sample of prompt i // num_return_sequences.
+        record: whether the output has `step_map` and `logprobs`. It changes no token, and costs
+            another product with the LM head in each step.
 
     Returns:
         `GenerationOutput`: the sequences, the number of forwards, and how many tokens each forward
@@ -386,7 +421,7 @@ def generate(
     """
     return engine_of(model).generate(
         input_ids, config, attention_mask=attention_mask, generator=generator, on_step=on_step,
-        **settings,
+        num_return_sequences=num_return_sequences, record=record, **settings,
     )  # fmt: skip
 
 
@@ -398,6 +433,8 @@ def infill(
     attention_mask: Tensor | None = None,
     generator: torch.Generator | None = None,
     on_step: Callable[[StepEvent], None] | None = None,
+    num_return_sequences: int = 1,
+    record: bool = False,
     **settings: Any,
 ) -> GenerationOutput:
     """Fill the mask ids of `input_ids`, wherever they stand, and keep every other token.
@@ -415,12 +452,13 @@ def infill(
             others, since something may follow it. With True, a row is finished once its response
             has an EOS (given or committed) with no mask to its left, and its other masks become
             EOS.
-        model, attention_mask, generator, on_step: as for `generate`, which raises the same errors.
+        model, attention_mask, generator, on_step, num_return_sequences, record: as for `generate`,
+            which raises the same errors.
 
     Returns:
         `GenerationOutput`, whose `sequences` are `input_ids` without masks.
     """
     return engine_of(model).infill(
         input_ids, config, attention_mask=attention_mask, generator=generator, on_step=on_step,
-        **settings,
+        num_return_sequences=num_return_sequences, record=record, **settings,
     )  # fmt: skip

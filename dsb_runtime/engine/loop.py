@@ -196,20 +196,27 @@ class Loop:
         )
         return CalledModel(self.model, self.phase)
 
-    def session(self, config: DecodingConfig, canvas: Tensor, leftpad: Tensor, pad: int) -> Session:
+    def session(
+        self,
+        config: DecodingConfig,
+        canvas: Tensor,
+        leftpad: Tensor,
+        pad: int,
+        record: bool = False,
+    ) -> Session:
         """Return a session in the state before the first step, with `pad` more padding positions
-        before the canvas (B, L)."""
+        before the canvas (B, L). With `record`, its steps keep what they commit."""
         info = check_model(self.model)
         spec = spec_of(config, info)
         canvas = torch.cat([canvas.new_zeros(len(canvas), pad), canvas], dim=1)
-        state, shape = new_state(canvas, leftpad + pad, spec), cache_shape_of(self.model)
+        state, shape = new_state(canvas, leftpad + pad, spec, record), cache_shape_of(self.model)
         num_layers = shape.layers
         if config.cache == "none":  # one buffer that all layers share
             shape = replace(shape, layers=1)
         padded = pad > 0 or bool((leftpad > 0).any())
         batch, length = canvas.shape
         backbone, storage = self.reserve(batch, length, shape)
-        key = (canvas.shape, state.position.shape, spec, config, padded)
+        key = (canvas.shape, state.position.shape, spec, config, padded, record)
         session = self.sessions.pop(key, None)
         if session is None:
             cache = KVCache.over(storage, shape, batch, length, num_layers)

@@ -46,6 +46,15 @@ def cut_top_k(logits: Tensor, top_k: int) -> Tensor:
     return logits.masked_fill(logits < kth, torch.finfo(logits.dtype).min)
 
 
+def log_probability(scored: Tensor, lm_head: nn.Module | None, token: Tensor) -> Tensor:
+    """The log-probability of each token under the model's own distribution, (N,) float32, whatever
+    the temperature and the cuts. The arguments are those of `propose`, and its tokens, which may be
+    anything where nothing was eligible."""
+    logits = (scored if lm_head is None else lm_head(scored)).float()
+    token = token.clamp(0, logits.shape[-1] - 1)
+    return logits.gather(1, token[:, None])[:, 0] - logits.logsumexp(-1)
+
+
 def sample_nucleus(
     logits: Tensor,
     mask_id: int,

@@ -15,14 +15,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dsb_kernels.commit import initial_rows, unmask_and_slide
+from dsb_kernels.commit import in_batch, initial_rows, unmask_and_slide
 from dsb_kernels.place import Layout, place_rows
-from dsb_kernels.rows import StepKind, UnmaskSpec
+from dsb_kernels.rows import Column, StepKind, UnmaskSpec
 from dsb_runtime.config import DecodingConfig
 from dsb_runtime.engine.cache import KVCache
 from dsb_runtime.engine.called import CalledModel
 from dsb_runtime.engine.forward import Backbone
-from dsb_runtime.engine.sampling import propose
+from dsb_runtime.engine.sampling import log_probability, propose
 from dsb_runtime.families import DiffusionInfo
 
 
@@ -40,11 +40,18 @@ class DecodeState(NamedTuple):
     commit: Tensor  # (B, K) bool, whether the last step committed each of its candidates
     confidence: Tensor  # (B, K) float32, the confidence of these candidates
     seed: Tensor  # () int64, the key of the noise
+    # What is recorded of each position, where a call asks for it; else both are (B, 0). Column L is
+    # written by what was not committed, and read by nobody.
+    step_map: Tensor  # (B, L + 1) int32, in which of its row's steps it was committed, or -1
+    logprobs: Tensor  # (B, L + 1) float32, the log-probability of its token in that step, or 0
 
 
-def new_state(canvas: Tensor, leftpad: Tensor, spec: UnmaskSpec) -> DecodeState:
+def new_state(
+    canvas: Tensor, leftpad: Tensor, spec: UnmaskSpec, record: bool = False
+) -> DecodeState:
     """The state before the first step, which is a refresh. Steps will write into `canvas`."""
     table, position = initial_rows(canvas, leftpad, spec)
+    recorded = (len(canvas), canvas.shape[1] + 1 if record else 0)
     return DecodeState(
         canvas=canvas,
         table=table,
@@ -52,6 +59,8 @@ def new_state(canvas: Tensor, leftpad: Tensor, spec: UnmaskSpec) -> DecodeState:
         commit=torch.zeros_like(position, dtype=torch.bool),
         confidence=torch.zeros_like(position, dtype=torch.float32),
         seed=torch.zeros((), dtype=torch.int64, device=canvas.device),
+        step_map=torch.full(recorded, -1, dtype=torch.int32, device=canvas.device),
+        logprobs=torch.zeros(recorded, dtype=torch.float32, device=canvas.device),
     )
 
 
@@ -123,6 +132,20 @@ class Step:
             shift=self.info.family.shift,
         )  # fmt: skip
 
+    @property
+    def recorded(self) -> bool:
+        """Whether the call asks for what was committed when, and with which probability."""
+        return self.state.step_map.shape[1] > 0
+
+    def record(self, position: Tensor, logprob: Tensor, rows: Tensor | None) -> None:
+        """Keep what the step has committed. `position` (B, K) are its candidates, `logprob` (b, k)
+        belongs to their tokens."""
+        state, L = self.state, self.state.canvas.shape[1]
+        index = torch.where(state.commit, position, L).long()
+        step = (state.table[:, Column.FORWARDS] - 1)[:, None].expand_as(position)
+        state.step_map.scatter_(1, index, step)
+        state.logprobs.scatter_(1, index, in_batch(logprob, rows, position))
+
     def __call__(self, shape: StepShape) -> None:
         """Run one step and update the state in place."""
         state, phase = self.state, self.backbone.phase
@@ -136,6 +159,9 @@ class Step:
                 scored, self.backbone.lm_head, layout.eligible, self.config, self.info,
                 *((state.seed, layout.noise_ids) if self.config.draws else ()),
             )  # fmt: skip
+            if self.recorded:
+                position = state.position.clone()  # before the next step's candidates replace them
+                logprob = log_probability(scored, self.backbone.lm_head, token)
         with phase("unmask"):
             capacity = shape.num_rows, shape.num_candidates
             # If the capacity is the batch, the layout has all rows in the batch's order.
@@ -144,3 +170,5 @@ class Step:
                 state.canvas, state.table, state.position, state.commit, state.confidence,
                 token.view(capacity), confidence.view(capacity), layout.active, rows, self.spec,
             )  # fmt: skip
+            if self.recorded:
+                self.record(position, logprob.view(capacity), rows)
