@@ -7,6 +7,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+MOST_BYTES = 2**26  # of a file of figures that is read
+
 
 def check_writable(name: str, path: Path | None) -> None:
     """Raise ValueError unless the file can be opened for writing. Its content stays.
@@ -52,10 +54,15 @@ def write_json(path: Path, record: Any) -> None:
 
 def read_json(path: Path, name: str = "--from") -> Any:
     """Read the JSON of a file that the argument `name` named. Raise ValueError if the file cannot
-    be read or is not JSON."""
+    be read, is not JSON, or is larger than any file of figures."""
     try:
-        return json.loads(path.read_text("utf-8"))
+        with path.open("rb") as file:
+            text = file.read(MOST_BYTES + 1)  # a device or a pipe may have no end
     except OSError as error:
         raise ValueError(f"{name} {path}: {error.strerror}; expected a file") from error
-    except ValueError as error:  # the errors of JSON and of UTF-8 are ValueErrors
+    if len(text) > MOST_BYTES:
+        raise ValueError(f"{name} {path}: expected a JSON file of at most {MOST_BYTES} bytes")
+    try:
+        return json.loads(text.decode("utf-8"))
+    except (ValueError, RecursionError) as error:  # those of JSON and of UTF-8 are ValueErrors
         raise ValueError(f"{name} {path}: expected a JSON file ({error})") from error

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from rich import box
-from rich.console import Console
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -23,7 +22,7 @@ from dsb_runtime.config import DecodingConfig
 from dsb_runtime.demo.problems import Problem, heldout, is_exact
 from dsb_runtime.engine.engine import generate
 from dsb_runtime.files import write_json
-from dsb_runtime.measure.command import add_output, table_of
+from dsb_runtime.measure.command import PlainConsole, add_output, table_of
 from dsb_runtime.measure.plots import draw_scores
 
 THRESHOLD = 0.9  # at which schedules and caches are compared
@@ -171,7 +170,7 @@ def show(record: list[dict[str, Any]], plot: Path | None, shape: str = "") -> No
         title=f"{record[0]['problems']} held-out problems{shape}",
         box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True,
     )  # fmt: skip
-    Console().print(table)
+    PlainConsole().print(table)
     if plot is not None:
         # The refresh policies are compared in the table; in the picture they would lie on one spot.
         draw_scores([item for item in record if item["sweep"] != "refreshes"], plot)
