@@ -17,6 +17,7 @@ from rich import box
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from dsb_kernels.rows import CACHES
 from dsb_kernels.rules import RULES, Rule
 from dsb_runtime.config import DecodingConfig
 from dsb_runtime.demo.problems import Problem, heldout, is_exact
@@ -88,7 +89,7 @@ def build_settings(gen_length: int, block_length: int, quick: bool) -> list[Sett
     lines += [
         setting("schedules", "threshold", THRESHOLD, schedule, cache, threshold=THRESHOLD)
         for schedule in schedules
-        for cache in ("none", "dual", "dsb")
+        for cache in reversed(CACHES)
     ]
     if quick:
         return lines
