@@ -265,7 +265,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     model = models.random_model(preset, dtype, device, args.seed)
     engine = TimedEngine(model, graphs=False if args.no_graphs else None)
     batches = list(dict.fromkeys(args.batch))
-    models.check_room(model, max(batches), args.prompt, args.gen)
+    models.check_room(model, max(batches), args.prompt, dsb.DecodingConfig(**settings))
     prompts = models.random_prompts(model, None, max(batches), args.prompt, args.seed)
     if dtype == torch.float32:
         scale_head(engine, prompts[:1], settings, args.tokens_per_forward)

@@ -138,7 +138,7 @@ def run_profile(args: argparse.Namespace) -> int:
     check_arguments(args)
     model, tokenizer = load(args)
     config, seed = named_settings(args, model), args.seed or 0
-    check_room(model, args.batch, args.prompt_length, config.gen_length)
+    check_room(model, args.batch, args.prompt_length, config)
     prompts = random_prompts(model, tokenizer, args.batch, args.prompt_length, seed)
     return profile.run(args, model, prompts, config, args.process)
 

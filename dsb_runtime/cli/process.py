@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import os
 import signal
 import sys
@@ -21,7 +22,7 @@ from dsb_runtime.engine.cache import is_out_of_memory
 
 # What wrong input raises. An ImportError names an extra that is not installed.
 ERRORS = (
-    ValueError, TypeError, OSError, ImportError, ArithmeticError, MemoryError,
+    ValueError, TypeError, OSError, ImportError, OverflowError, FloatingPointError, MemoryError,
     torch.OutOfMemoryError,
 )  # fmt: skip
 FAILED, INTERRUPTED, READER_GONE = 2, 130, 141  # the last two are what a shell calls these signals
@@ -47,8 +48,8 @@ def prepare_process() -> None:
         if signal.getsignal(number) is signal.SIG_DFL:
             signal.signal(number, end_by_signal)
     for stream in (sys.stdout, sys.stderr):
-        if stream is not None:  # it is None where the process was started with it closed
-            stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+        if isinstance(stream, io.TextIOWrapper):  # it is None where it was closed at the start
+            stream.reconfigure(errors="backslashreplace")
 
 
 def run_process(name: str, main: Callable[[], int | None]) -> int:

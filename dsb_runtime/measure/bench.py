@@ -223,7 +223,7 @@ def run(
 ) -> int:
     """Measure, print the table, and write the files that the options name."""
     batches, seed = list(dict.fromkeys(args.batch)), args.seed or 0
-    check_room(model, max(batches), args.prompt_length, config.gen_length)
+    check_room(model, max(batches), args.prompt_length, config)
     prompts = random_prompts(model, tokenizer, max(batches), args.prompt_length, seed)
     name = "embedded model" if args.model == str(MODEL_DIR) else args.model
     if args.adapter is not None:

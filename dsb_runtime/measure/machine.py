@@ -23,7 +23,8 @@ CGROUPS = (
 def free_bytes(device: torch.device) -> int | None:
     """How many bytes of memory are free on a device; None where that cannot be said."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + kept  # torch's allocator has some of it
     found, info = [], Path("/proc/meminfo")
     if info.is_file():
         found += [1024 * int(n) for n in re.findall(r"MemAvailable:\s*(\d+)", info.read_text())]

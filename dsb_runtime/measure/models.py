@@ -7,7 +7,7 @@ number of steps has to say how many tokens each step commits.
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dsb_kernels.rules import RULES
+from dsb_runtime.config import DecodingConfig
 from dsb_runtime.demo import MODEL_DIR
 from dsb_runtime.engine.cache import cache_shape_of
 from dsb_runtime.families import DREAM, LLADA, DiffusionInfo, Family, check_model
@@ -93,16 +94,20 @@ def random_model(
     return model
 
 
-def check_room(model: PreTrainedModel, batch: int, prompt: int, gen_length: int) -> None:
+def check_room(model: PreTrainedModel, batch: int, prompt: int, config: DecodingConfig) -> None:
     """Raise ValueError if the model has no positions for prompt and response, or if the canvas and
-    its K/V alone take more memory than is free. The kernel of a CPU would end the process then."""
+    its K/V alone take more memory than is free: the operating system would end the process then."""
+    gen_length = config.gen_length
     length, most = prompt + gen_length, model.config.max_position_embeddings
     if length > most:
         raise ValueError(
             f"gen_length={gen_length} after a prompt of {prompt} needs {length} positions: "
             f"expected at most the model's {most}"
         )
-    row = length * torch.int64.itemsize + cache_shape_of(model).nbytes(1, length)
+    shape = cache_shape_of(model)
+    if config.cache == "none":  # all layers share one buffer
+        shape = replace(shape, layers=1)
+    row = length * torch.int64.itemsize + shape.nbytes(1, length)
     free = free_bytes(model.device)
     if free is not None and batch * row > free:
         raise ValueError(
