@@ -26,7 +26,7 @@ TOKENIZER_FILES = (
     "vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
 GENERATION = ("bos_token_id", "pad_token_id", "max_new_tokens")
-SHARD_SIZE = re.compile(r"\d+[KMGT]B", re.IGNORECASE)
+SHARD_SIZE = re.compile(r"[0-9]{1,9}[KMGT]B", re.IGNORECASE)
 
 
 def copy_tokenizer(folder: Path, target: Path) -> list[str]:
