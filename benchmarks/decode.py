@@ -41,7 +41,7 @@ from benchmarks.profiled import gpu_busy_seconds, phase_times
 from benchmarks.roofline import KINDS, Ceilings, check_most, positive
 from benchmarks.step_cost import total_cost
 from benchmarks.trajectory import Agreement, EagerClock, Trajectory, agreement
-from dsb_runtime.cli.main import OneLineParser
+from dsb_runtime.cli.process import OneLineParser, run_process
 from dsb_runtime.files import write_json
 from dsb_runtime.measure import models
 from dsb_runtime.measure.command import check_arguments
@@ -265,6 +265,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     model = models.random_model(preset, dtype, device, args.seed)
     engine = TimedEngine(model, graphs=False if args.no_graphs else None)
     batches = list(dict.fromkeys(args.batch))
+    models.check_room(model, max(batches), args.prompt, dsb.DecodingConfig(**settings))
     prompts = models.random_prompts(model, None, max(batches), args.prompt, args.seed)
     if dtype == torch.float32:
         scale_head(engine, prompts[:1], settings, args.tokens_per_forward)
@@ -306,7 +307,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit("decode: interrupted; the batches that ended are in the file of --json, if given")
+    sys.exit(run_process("decode", main))

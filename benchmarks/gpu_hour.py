@@ -30,6 +30,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import read_toml
+from dsb_runtime.cli.process import OneLineParser, run_process
+from dsb_runtime.files import read_json
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "build" / "gpu_hour"  # ignored by git; a second call of the hour continues from it
@@ -244,7 +246,7 @@ def report(folder: Path, state: dict[str, Any]) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     began = time.monotonic()
     listed = "\n".join(f"  {name:12} {part.about}" for name, part in parts(False, FOLDER).items())
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         prog="gpu_hour", description=(__doc__ or "").split("\n")[0],
         epilog=f"parts:\n{listed}", formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
@@ -267,7 +269,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     state: dict[str, Any] = {"small": args.small, "parts": {}}
     if file.is_file() and (args.resume or args.report or args.only):
-        state = json.loads(file.read_text("utf-8"))
+        state = read_json(file, "--folder")
+        if not isinstance(state, dict) or not isinstance(state.get("parts"), dict):
+            raise ValueError(f"--folder {folder}: parts.json is not what gpu_hour writes")
     names = [] if args.report else [n for n in every if args.only is None or n in args.only]
     if args.resume and args.only is None:
         done = {name: part["status"] for name, part in state["parts"].items()}
@@ -290,4 +294,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_process("gpu_hour", main))

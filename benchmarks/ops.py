@@ -49,7 +49,7 @@ from dsb_kernels.place import place_rows
 from dsb_kernels.rope_kv import rope_write_kv
 from dsb_kernels.rows import Column, StepKind, UnmaskSpec
 from dsb_kernels.token_confidence import token_confidence
-from dsb_runtime.cli.main import OneLineParser
+from dsb_runtime.cli.process import OneLineParser, run_process
 from dsb_runtime.files import write_json
 from dsb_runtime.measure.command import check_arguments
 from dsb_runtime.measure.timing import capture_calls, timed
@@ -460,4 +460,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_process("ops", main))

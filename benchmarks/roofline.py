@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -32,7 +33,8 @@ from benchmarks.step_cost import (
     total_cost,
     weight_bytes,
 )
-from dsb_runtime.cli.main import OneLineParser
+from dsb_runtime.cli.process import OneLineParser, run_process
+from dsb_runtime.config import MAX_INT
 from dsb_runtime.files import read_json, write_json
 from dsb_runtime.measure.command import check_arguments, table_of, wide_console
 from dsb_runtime.measure.models import PRESETS, Preset
@@ -222,10 +224,13 @@ def positive(kind: type) -> Any:
 
     def parse(text: str) -> Any:
         with contextlib.suppress(ValueError):
-            if 0 < kind(text) < math.inf:
-                return kind(text)
+            number = kind(text)
+            if 0 < number < math.inf and (kind is float or number <= MAX_INT):
+                return number
+            if kind is int and number > MAX_INT:
+                raise argparse.ArgumentTypeError(f"{text[:99]!r}: expected at most {MAX_INT}")
         accepted = "an int" if kind is int else "a number"
-        raise argparse.ArgumentTypeError(f"{text!r}: expected {accepted} above 0")
+        raise argparse.ArgumentTypeError(f"{text[:99]!r}: expected {accepted} above 0")
 
     return parse
 
@@ -305,4 +310,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_process("roofline", main))

@@ -21,7 +21,7 @@ from benchmarks import describe_benchmark, ops, read_toml
 from benchmarks.op_case import Case, check, device, on_gpu, time_contender
 from dsb_kernels import _configs
 from dsb_kernels._configs import Config, architecture_of
-from dsb_runtime.cli.main import OneLineParser
+from dsb_runtime.cli.process import OneLineParser, run_process
 from dsb_runtime.files import write_json
 from dsb_runtime.measure.command import check_arguments
 
@@ -103,4 +103,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_process("sweep", main))

@@ -122,10 +122,12 @@ def next_prefix(
     distance = start - old[Column.START]
     if spec.cache == "dsb":
         prefix = distance.clamp(min=spec.prefix_window)
-    else:  # dual: the prefix begins where the block began at the last refresh
+    elif spec.cache == "dual":  # the prefix begins where the block began at the last refresh
         was_refresh = old[Column.NEXT_KIND] != StepKind.WINDOW
         prefix = distance + old[Column.PREFIX].masked_fill(was_refresh, 0)
         prefix = prefix.masked_fill(refresh, 0).clamp(min=spec.min_prefix)
+    else:
+        raise NotImplementedError(f"cache={spec.cache!r}: next_prefix has no branch for it")
     return prefix.minimum(start - old[Column.LEFTPAD])
 
 

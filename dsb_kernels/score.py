@@ -316,9 +316,9 @@ def check_scoring(
     check = functools.partial(check_tensor, op, device=device, contiguous=True)
     if a.eligible is not None:
         check("eligible", a.eligible, dtype=torch.bool, shape=shape)
-    if a.temperature > 0:
-        for name in ("seed", "noise_ids"):
-            if getattr(a, name) is None:
-                raise ValueError(f"{op}: {name}=None: temperature > 0 needs an int64 tensor")
-        check("seed", a.seed, dtype=torch.int64, shape=())
-        check("noise_ids", a.noise_ids, dtype=torch.int64, shape=shape)
+    for name, sizes in (("seed", ()), ("noise_ids", shape)):
+        tensor = getattr(a, name)
+        if tensor is not None:
+            check(name, tensor, dtype=torch.int64, shape=sizes)
+        elif a.temperature > 0:
+            raise ValueError(f"{op}: {name}=None: temperature > 0 needs an int64 tensor")

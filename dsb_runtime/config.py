@@ -173,7 +173,7 @@ class DecodingConfig:
         unset="unbounded (greedy)",
     )  # fmt: skip
     cache: str = setting(
-        "dsb", "cached K/V: dsb (DSB Cache), dual (Fast-dLLM's) or none", kind=str,
+        "dsb", "cache policy: whose keys and values a step computes again", kind=str,
         choices=CACHES, doors={"custom_generate": "cache_policy"},
     )  # fmt: skip
     prefix_window: int | None = setting(

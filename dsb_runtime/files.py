@@ -7,6 +7,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+MOST_BYTES = 2**26  # of a JSON file that is read
+
 
 def check_writable(name: str, path: Path | None) -> None:
     """Raise ValueError unless the file can be opened for writing. Its content stays.
@@ -52,12 +54,17 @@ def write_json(path: Path, record: Any) -> None:
 
 def read_json(path: Path, name: str = "--from") -> Any:
     """Read the JSON of a file, which the argument `name` named ("" for none). Raise ValueError if
-    the file cannot be read or is not JSON."""
+    the file cannot be read, is not JSON, or is larger than any file of figures or of a config."""
     where = f"{name} {path}".lstrip()
     try:
-        return json.loads(path.read_text("utf-8"))
+        with path.open("rb") as file:
+            text = file.read(MOST_BYTES + 1)  # a device or a pipe may have no end
     except OSError as error:
         raise ValueError(f"{where}: {error.strerror}; expected a file") from error
+    if len(text) > MOST_BYTES:
+        raise ValueError(f"{where}: expected a JSON file of at most {MOST_BYTES} bytes")
+    try:
+        return json.loads(text.decode("utf-8"))
     except RecursionError as error:
         raise ValueError(f"{where}: expected a JSON file of fewer levels") from error
     except ValueError as error:  # the errors of JSON, of UTF-8 and of long numbers are ValueErrors

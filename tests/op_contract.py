@@ -133,6 +133,8 @@ SCORING_REFUSED: list[tuple[Arguments, str]] = [
     ({"temperature": NAN}, "temperature=nan"),
     ({"seed": None}, "seed=None"),
     ({"noise_ids": torch.tensor(1)}, "noise_ids has shape"),
+    ({"temperature": 0.0, "seed": [3]}, "seed is list"),
+    ({"temperature": 0.0, "noise_ids": torch.ones(2)}, "noise_ids has dtype"),
     ({"eligible": torch.ones(3) > 0}, r"eligible has shape \(3,\): accepted is \(2,?\)"),
 ]
 

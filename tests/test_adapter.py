@@ -73,6 +73,20 @@ def test_the_tokens_are_those_of_pefts_own_model(tmp_path, family, settings):
     assert decode_alone(ours) == whole_canvas(theirs.get_base_model(), PROMPT, 4, 8)
 
 
+@pytest.mark.parametrize("kind", ["IA3Config", "OFTConfig", "LoHaConfig"])
+def test_other_types_of_adapter(tmp_path, kind):
+    more = {"feedforward_modules": []} if kind == "IA3Config" else {}
+    config = getattr(peft, kind)(target_modules=["q_proj", "o_proj"], **more)
+    theirs = peft.get_peft_model(copy.deepcopy(golden.model("llada")), config)
+    torch.manual_seed(0)
+    for weight in theirs.parameters():
+        if weight.requires_grad:
+            weight.data += 0.3 * torch.randn_like(weight)
+    theirs.save_pretrained(tmp_path)
+    expected = whole_canvas(theirs.get_base_model(), PROMPT, 4, 8)
+    assert decode_alone(load("llada", tmp_path)) == expected != decode_alone(golden.model("llada"))
+
+
 def test_in_half_precision_the_adapter_is_as_precise_as_pefts(tmp_path):
     write_adapter(tmp_path, target_modules=["q_proj", "up_proj"])
     base = dsb.load_model(golden.DATA / "llada", dtype="bfloat16", device="cpu")

@@ -7,6 +7,7 @@ import json
 import re
 import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 
 import dsb_runtime as dsb
 from dsb_runtime.cli.main import main
+from dsb_runtime.cli.process import prepare_process
 from tests import golden
 from tests.checkpoints import parts, write_changed, write_chat_model
 from tests.commands import python, refused
@@ -226,7 +228,100 @@ def test_ctrl_c(chat, capsys, monkeypatch):
     assert capsys.readouterr().err == "dsb: interrupted\n"
 
 
+def test_prompts_that_are_no_text(capsys, monkeypatch):
+    """They are refused before a checkpoint is read."""
+    generate = ("generate", "-", "--model", "/asked/before/it/is/read")
+    monkeypatch.setattr(sys, "stdin", None)  # as Python has it where the shell closed it
+    refused(capsys, *generate, said="prompt -: standard input is closed; expected some text")
+    for text, said in (
+        (io.TextIOWrapper(io.BytesIO(b"caf\xe9 x"), "utf-8"), "character 3 is no utf-8"),
+        (io.StringIO("a" * (2**24 + 1)), "prompt: expected at most 16777216 characters"),
+    ):
+        monkeypatch.setattr(sys, "stdin", text)
+        refused(capsys, *generate, said=said)
+    monkeypatch.undo()
+    refused(capsys, "generate", "caf\udce9", said="character 3 is no utf-8")  # as an argument
+
+
+def test_names_with_brackets_are_no_markup(tmp_path, capsys):
+    folder = write_chat_model(tmp_path / "[red]a[/b] :smile: $\\frac$")
+    written = tmp_path / "b[1].json"
+    bench = ["bench", "--prompt-length", "4", "--gen-length", "4", "--rounds", "1", "--batch", "1"]
+    bench += ["--steps", "4", "--model", str(folder), "--json", str(written)]
+    for command in (bench, ["bench", "--from", str(written)]):
+        assert main([*command, "--plot", str(tmp_path / "p[1].png")]) == 0
+        assert "[red]a[/b] :smile: $\\frac$" in " ".join(capsys.readouterr().out.split())
+        assert (tmp_path / "p[1].png").read_bytes().startswith(b"\x89PNG")
+
+
 # --- as a process -----------------------------------------------------------------------------
+
+
+class Gone(io.StringIO):
+    """Standard output whose reader goes away after the first characters."""
+
+    def write(self, text: str) -> int:
+        if self.tell() + len(text) > 40:
+            raise BrokenPipeError
+        return super().write(text)
+
+
+@pytest.mark.parametrize("options", [(), ("--live",), ("--json",)])
+def test_a_reader_that_goes_away(chat, capsys, monkeypatch, options):
+    monkeypatch.setattr(sys, "stdout", Gone())
+    assert main(["generate", PROMPT, "--model", str(chat), *SHORT, *options]) == 141
+    assert capsys.readouterr().err == ""
+
+
+@pytest.fixture
+def signals() -> Iterator[None]:
+    """Give the signals back that `prepare_process` takes."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def test_what_a_terminal_cannot_show(chat, monkeypatch, signals):
+    """What an encoding lacks is written as an escape, and masks are underscores."""
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, "ascii"))
+    prepare_process()
+    for command in ("generate", "bench", "profile", "eval", "convert"):
+        with pytest.raises(SystemExit, match="0"):
+            main([command, "--help"])
+    options = ("--live", "--frame-seconds", "0")
+    assert main(["generate", PROMPT, "--model", str(chat), *SHORT, *options]) == 0
+    text = written.getvalue().decode()
+    assert words(direct().sequences[0].tolist()) in " ".join(text.split())
+    assert "the Fr\\xe9chet bound" in " ".join(text.split())
+
+
+def test_a_full_disk(chat, capsys, monkeypatch):
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        assert main(["generate", PROMPT, "--model", str(chat), *SHORT]) == 2
+    assert capsys.readouterr().err == "dsb: [Errno 28] No space left on device\n"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_leaves_no_half_written_folder(
+    chat, tmp_path, capsys, monkeypatch, signals, number
+):
+    class Killed(io.StringIO):
+        def write(self, text: str) -> int:
+            if "writing" in text:  # the copy's folder is there, and the tokenizer in it
+                assert [path.name for path in (tmp_path / "new").iterdir()] != []
+                signal.raise_signal(number)
+            return super().write(text)
+
+    monkeypatch.setattr(sys, "stdout", Killed())
+    for each in (signal.SIGTERM, signal.SIGHUP):  # whoever runs the tests may ignore one
+        signal.signal(each, signal.SIG_DFL)
+    prepare_process()
+    with pytest.raises(SystemExit, match=str(128 + number)):
+        main(["convert", str(chat), str(tmp_path / "new/copy")])
+    assert "Traceback" not in capsys.readouterr().err and list(tmp_path.iterdir()) == []
 
 
 def test_processes(chat):

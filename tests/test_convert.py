@@ -99,6 +99,7 @@ def test_nothing_is_overwritten(tmp_path, capsys):
     [
         ("new/copy", ("--max-shard-size", "huge"), "max_shard_size='huge': expected a size such"),
         ("new/copy", ("--max-shard-size", "5"), "max_shard_size='5'"),
+        ("new/copy", ("--max-shard-size", "9" * 5000 + "GB"), "expected a size such as '5GB'"),
         ("new/copy", ("--family", "dream"), "config.json has no hidden_size"),
         ("file/copy", (), "expected a folder that can be written"),
         ("copy", ("broken tokenizer",), "no tokenizer that can be read"),

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import json
+import operator
 from pathlib import Path
 
 import pytest
@@ -10,6 +13,7 @@ import torch
 
 from benchmarks import decode, roofline
 from dsb_runtime.cli import main as cli
+from tests.commands import ROOT
 
 NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
 H100 = "roofline --preset tiny --gpu h100"
@@ -33,6 +37,14 @@ SHARED = [
       for command in ("bench", "eval")),
     *((command, "--model /no/such/folder", "expected a checkpoint folder or a hub id")
       for command in ("bench", "profile")),
+    *((command, "--from /dev/zero", "--from /dev/zero: expected a JSON file of at most")
+      for command in ("bench", "eval")),
+    *((command, f"--batch {10**30}", f"{10**30}") for command in ("bench", "profile", "eval",
+      "decode", H100)),
+    *((command, f"--batch {2**31 - 1}", f"--batch={2**31 - 1}: 132 positions a row and their K/V")
+      for command in ("bench --gen-length 4", "profile --gen-length 4")),
+    *((command, f"--prompt-length {2**31 - 1}", "positions: expected at most the model's 512")
+      for command in ("bench", "profile")),
     *((command, "--tokens-per-forward 40", "--tokens-per-forward 40: expected at most --block, 32")
       for command in ("decode", H100)),
 ]  # fmt: skip
@@ -53,6 +65,9 @@ OWN = [
     ("profile --graphs", "the model is not on a CUDA device"),
     ("profile --torch trace.txt", "--torch trace.txt: expected a file ending in .json"),
     ("profile --tor trace.json", "unrecognized arguments: --tor"),
+    ("eval --problems 99999999999", "--problems=99999999999: expected an int from 1 to 1000000"),
+    (f"bench --preset tiny --gen-length {2**31 - 1}", "positions: expected at most the model's"),
+    (f"{H100} --tflops 1e999", "--tflops: '1e999': expected a number above 0"),
     ("eval --problems 0 --model /asked/before/it/is/read", "--problems=0"),
     ("eval --gen-length 8", "block_length"),
     ("eval --from setup.py", "--from setup.py: expected a JSON file"),
@@ -108,6 +123,8 @@ MEASURED = {"settings": {}, "ceilings": {}, "machine": {"device": ""}, "runs": [
     ("command", "text", "message"),
     [
         *((c, "{", "expected a JSON file") for c in ("bench --from", "roofline --measured")),
+        *((c, "[" * 100_000, "expected a JSON file (")
+          for c in ("bench --from", "eval --from", "roofline --measured")),
         *(("bench --from", text, "expected what dsb bench --json writes")
           for text in ("[]", '{"batches": []}', '"batches"')),
         *(("eval --from", text, "expected what dsb eval --json writes")
@@ -131,3 +148,30 @@ def test_asking_whether_a_file_can_be_written_changes_none(tmp_path: Path):
     for path in (old, new):
         assert run(f"bench --json {path} --plot picture.txt") == 2
     assert old.read_text() == "mine" and not new.exists()
+
+
+def leaves(value: object, path: tuple = ()) -> list[tuple]:
+    """The path of everything in a record; of a list, of what its first entry has."""
+    inside = value.items() if isinstance(value, dict) else enumerate(value[:1])
+    found = []
+    for key, item in inside:
+        found.append((*path, key))
+        if isinstance(item, (dict, list)):
+            found += leaves(item, (*path, key))
+    return found
+
+
+@pytest.mark.parametrize("command", ["bench", "eval"])
+def test_an_altered_file_is_shown_or_refused_in_one_line(command, tmp_path, capsys):
+    record = json.loads((ROOT / f"benchmarks/{command}_embedded.json").read_text())
+    record = record[:2] if command == "eval" else record
+    refused, path = 0, tmp_path / "x.json"
+    for place in leaves(record):
+        for value in (None, "[/x]", 10**400, {}):
+            altered = copy.deepcopy(record)
+            functools.reduce(operator.getitem, place[:-1], altered)[place[-1]] = value
+            path.write_text(json.dumps(altered))
+            code, error = run(f"{command} --from {path}"), capsys.readouterr().err
+            assert (code, error.count("\n")) in ((0, 0), (2, 1)), (place, value)
+            refused += code == 2
+    assert refused > 20

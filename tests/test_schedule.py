@@ -79,6 +79,13 @@ class Batch:
         )  # fmt: skip
 
 
+def test_a_cache_policy_without_a_branch_is_an_error(monkeypatch):
+    monkeypatch.setattr("dsb_kernels.rows.CACHES", ("mine",))
+    batch = Batch(Row(prompt_length=1, gen_length=1, block_length=1, cache="mine"))
+    with pytest.raises(NotImplementedError, match="cache='mine': next_prefix has no branch"):
+        batch.step(torch.tensor([[3]]), torch.tensor([[0.9]]))
+
+
 @settings(max_examples=250, deadline=None)
 @given(row=rows(), data=st.data())
 def test_every_step_equals_the_method(row, data):

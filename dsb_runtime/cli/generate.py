@@ -21,6 +21,8 @@ from dsb_runtime.families import check_model
 from dsb_runtime.measure.plots import check_picture
 from dsb_runtime.measure.trace import Trace
 
+MOST_CHARACTERS = 2**24  # of a prompt, many times what any model has positions for
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("prompt", help="the prompt, or - to read it from standard input")
@@ -32,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--raw", action="store_true", help="do not apply the chat template")
     add("--live", action="store_true", help="show the canvas while it fills")
     add("--frame-seconds", type=float, default=0.1, help="pause between frames (default: 0.1)")
-    add("--trace", type=Path, metavar="FILE.png", help="draw position × forward")
+    add("--trace", type=Path, metavar="FILE.png", help="draw position by forward")
     add("--json", action="store_true", help="print one JSON object")
 
 
@@ -44,6 +46,29 @@ def check_arguments(args: argparse.Namespace) -> None:
     check_picture("--trace", args.trace)
     if args.seed is not None:
         check_int("--seed", args.seed, 0, 2**63 - 1)
+
+
+def read_prompt(prompt: str) -> str:
+    """The prompt's text: `prompt` itself, or standard input for "-".
+
+    Raises:
+        ValueError: it is empty, too long, or no text.
+    """
+    try:
+        if prompt == "-":
+            if sys.stdin is None:
+                raise ValueError("prompt -: standard input is closed; expected some text")
+            prompt = sys.stdin.read(MOST_CHARACTERS + 1)
+        prompt.encode()  # bytes of an argument that are no text are surrogates here
+    except (UnicodeDecodeError, UnicodeEncodeError) as error:
+        raise ValueError(
+            f"prompt: byte or character {error.start} is no {error.encoding}; expected text"
+        ) from error
+    if len(prompt) > MOST_CHARACTERS:
+        raise ValueError(f"prompt: expected at most {MOST_CHARACTERS} characters")
+    if not prompt.strip():
+        raise ValueError("prompt: empty; expected some text")
+    return prompt
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, prompt: str, raw: bool) -> torch.Tensor:
@@ -63,10 +88,7 @@ def run(
     config: DecodingConfig,
 ) -> int:  # fmt: skip
     """Print the answer and its counts."""
-    text = sys.stdin.read() if args.prompt == "-" else args.prompt
-    if not text.strip():
-        raise ValueError("prompt: empty; expected some text")
-    input_ids = encode(tokenizer, text, args.raw).to(model.device)
+    input_ids = encode(tokenizer, args.prompt, args.raw).to(model.device)
     prompt, mask_id, decode = input_ids.shape[1], check_model(model).mask_id, generate
     if args.suffix is not None:
         suffix = tokenizer(args.suffix, add_special_tokens=False).input_ids

@@ -11,6 +11,7 @@ from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
 from dsb_runtime.engine.engine import StepEvent
+from dsb_runtime.measure.command import PlainConsole
 
 STYLES = {
     "prompt": "cyan", "prefix": "black on bright_blue", "active": "bold black on yellow",
@@ -25,7 +26,7 @@ MASK_GLYPH = "▢"
 
 def canvas_text(
     tokenizer: PreTrainedTokenizerBase, event: StepEvent, prompt_length: int, mask_id: int,
-    leftpad: int = 0,
+    leftpad: int = 0, glyph: str = MASK_GLYPH,
 ) -> Text:  # fmt: skip
     """Row 0 of the canvas after an event: a styled word for each position."""
     ids = event.canvas[0].tolist()
@@ -35,7 +36,7 @@ def canvas_text(
     text = Text()
     for index in range(leftpad, len(ids)):
         masked = index >= prompt_length and ids[index] == mask_id
-        token = MASK_GLYPH if masked else tokenizer.convert_ids_to_tokens(ids[index])
+        token = glyph if masked else tokenizer.convert_ids_to_tokens(ids[index])
         word = str(token or f"<{ids[index]}>")  # the tokenizer may not know the id
         if masked:
             style = "active" if start <= index < end else "mask"
@@ -65,7 +66,7 @@ class LiveCanvas:
     ) -> None:
         self.tokenizer, self.prompt_length, self.mask_id = tokenizer, prompt_length, mask_id
         self.frame_seconds, self.spent = frame_seconds, 0.0
-        self.live = Live(console=console, auto_refresh=False)
+        self.live = Live(console=console or PlainConsole(), auto_refresh=False)
 
     def __enter__(self) -> LiveCanvas:
         self.live.__enter__()
@@ -83,7 +84,8 @@ class LiveCanvas:
             f"forward {event.index + 1}  {event.kind:<7}  {int(event.commit.sum())} committed",
             "bold",
         )
-        canvas = canvas_text(self.tokenizer, event, self.prompt_length, self.mask_id)
+        glyph = "_" if self.live.console.options.ascii_only else MASK_GLYPH
+        canvas = canvas_text(self.tokenizer, event, self.prompt_length, self.mask_id, glyph=glyph)
         self.live.update(Group(canvas, Text(), status, legend), refresh=True)
         time.sleep(self.frame_seconds)
         self.spent += time.perf_counter() - began

@@ -6,20 +6,20 @@ import argparse
 import shlex
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from typing import Any
 
-import torch
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from dsb_runtime.cli import generate
+from dsb_runtime.cli.process import OneLineParser, ending, run_process
 from dsb_runtime.config import SAMPLING, DecodingConfig, settings
 from dsb_runtime.defaults import defaults_for
 from dsb_runtime.demo import MODEL_DIR
 from dsb_runtime.families import FAMILIES
 from dsb_runtime.measure import bench, evaluate, profile
 from dsb_runtime.measure.command import check_arguments, show_again
-from dsb_runtime.measure.models import load_preset, random_prompts
+from dsb_runtime.measure.models import check_room, load_preset, random_prompts
 from dsb_runtime.models.convert import convert
 from dsb_runtime.models.load import load_model, load_tokenizer
 
@@ -31,17 +31,6 @@ NO_EOS = (
     "Random prompts have no answers that end: here an EOS ends no row unless --stop-at-eos is "
     "named."
 )
-# What wrong input raises. An ImportError names an extra that is not installed.
-ERRORS = (
-    ValueError, TypeError, OSError, ImportError, FloatingPointError, torch.OutOfMemoryError,
-)  # fmt: skip
-
-
-class OneLineParser(argparse.ArgumentParser):
-    """A parser that says what is wrong in one line, like every other error of the command."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
 
 
 def add_format(group: Any) -> None:
@@ -132,6 +121,7 @@ def load(args: argparse.Namespace) -> tuple[PreTrainedModel, Any]:
 
 def run_generate(args: argparse.Namespace) -> int:
     generate.check_arguments(args)
+    args.prompt = generate.read_prompt(args.prompt)  # before a checkpoint is read
     model, tokenizer = load(args)
     return generate.run(args, model, tokenizer, named_settings(args, model))
 
@@ -148,6 +138,7 @@ def run_profile(args: argparse.Namespace) -> int:
     check_arguments(args)
     model, tokenizer = load(args)
     config, seed = named_settings(args, model), args.seed or 0
+    check_room(model, args.batch, args.prompt_length, config)
     prompts = random_prompts(model, tokenizer, args.batch, args.prompt_length, seed)
     return profile.run(args, model, prompts, config, args.process)
 
@@ -170,20 +161,17 @@ def run_convert(args: argparse.Namespace) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command and return 0, 2 after an error (its message is one line) or 130 after an
-    interrupt."""
+    """Run a command, and return its exit status (`dsb_runtime.cli.process.ending`). Without `argv`
+    this is the process of the command, whose words are its own."""
     words = list(sys.argv[1:] if argv is None else argv)
-    args = build_parser().parse_args(words)
-    args.command_line = shlex.join(["dsb", *words])
-    # This command line starts the same process again, however it was started.
-    args.process = sys.orig_argv if argv is None else ["dsb", *words]
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
+
+    def run() -> int:
+        args = build_parser().parse_args(words)
+        args.command_line = shlex.join(["dsb", *words])
+        # This command line starts the same process again, however it was started.
+        args.process = sys.orig_argv if argv is None else ["dsb", *words]
+        transformers_logging.set_verbosity_error()
+        transformers_logging.disable_progress_bar()
         return args.run(args)
-    except KeyboardInterrupt:
-        print("dsb: interrupted", file=sys.stderr)
-        return 130
-    except ERRORS as error:
-        print(f"dsb: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+
+    return (run_process if argv is None else ending)("dsb", run)

@@ -70,9 +70,10 @@ def first_batch_size(batch_size: Any, max_batch_size: Any) -> int:
         check_int("max_batch_size", most, 1)
         return int(most)
     if isinstance(batch_size, str):
-        if not (batch_size.isascii() and batch_size.isdigit()):
-            raise ValueError(f"batch_size={batch_size!r}: expected an int >= 1 or 'auto'")
-        batch_size = int(batch_size[:20])  # more digits are too many in any case
+        try:
+            batch_size = int(batch_size)
+        except ValueError:
+            raise ValueError(f"batch_size={batch_size!r}: expected an int >= 1 or 'auto'") from None
     check_int("batch_size", batch_size, 1)
     return int(batch_size)
 

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -26,9 +25,9 @@ from dsb_runtime.config import DecodingConfig
 from dsb_runtime.demo import MODEL_DIR
 from dsb_runtime.engine.engine import GenerationOutput
 from dsb_runtime.files import write_json
-from dsb_runtime.measure.command import add_output, table_of
+from dsb_runtime.measure.command import PlainConsole, add_output, table_of
 from dsb_runtime.measure.machine import describe_run
-from dsb_runtime.measure.models import add_preset, random_prompts
+from dsb_runtime.measure.models import add_preset, check_room, random_prompts
 from dsb_runtime.measure.plots import draw_runs
 from dsb_runtime.measure.steps import LinearLayers, StepRecorder, StepWork, TimedEngine
 from dsb_runtime.measure.timing import copy_bandwidth, timed
@@ -206,7 +205,7 @@ def show(record: dict[str, Any], plot: Path | None) -> None:
         caption="limit: the step's linear layers alone"
         + ("; weights: reading them at copy bandwidth" if on_gpu else ""),
     )  # fmt: skip
-    Console().print(table)
+    PlainConsole().print(table)
     if plot is not None:
         draw_runs(
             record["batches"], LIMITS, {"tokens_per_second": record["model"]},
@@ -224,6 +223,7 @@ def run(
 ) -> int:
     """Measure, print the table, and write the files that the options name."""
     batches, seed = list(dict.fromkeys(args.batch)), args.seed or 0
+    check_room(model, max(batches), args.prompt_length, config)
     prompts = random_prompts(model, tokenizer, max(batches), args.prompt_length, seed)
     name = "embedded model" if args.model == str(MODEL_DIR) else args.model
     if args.adapter is not None:

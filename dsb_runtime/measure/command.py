@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.errors import ConsoleError
 from rich.table import Table
 
 from dsb_runtime.config import check_int
@@ -18,6 +19,11 @@ LEAST = {
     "batch": 1, "prompt_length": 1, "rounds": 1, "problems": 1, "profile_steps": 1, "warmup": 0,
     "seed": 0,
 }  # fmt: skip
+# A million problems are all different; with many more, the draw of new ones would not end.
+MOST = {"seed": 2**63 - 1, "problems": 1_000_000}
+
+# What reading a record of another kind raises; rich raises the last one.
+MALFORMED = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, ConsoleError)
 
 
 def add_output(parser: Any) -> None:
@@ -36,9 +42,8 @@ def check_arguments(args: argparse.Namespace) -> None:
     if {"source", "json"} <= named.keys():
         raise ValueError("--from and --json: expected one of the two")
     for name in LEAST.keys() & named.keys():
-        most = 2**63 - 1 if name == "seed" else None
         for value in named[name] if isinstance(named[name], list) else [named[name]]:
-            check_int(f"--{name.replace('_', '-')}", value, LEAST[name], most)
+            check_int(f"--{name.replace('_', '-')}", value, LEAST[name], MOST.get(name))
     check_writable("--json", named.get("json"))
     check_picture("--plot", named.get("plot"))
     trace = named.get("torch")
@@ -52,7 +57,7 @@ def show_again(args: argparse.Namespace, show: Callable[[Any, Path | None], None
     record = read_json(args.source)
     try:
         show(record, args.plot)
-    except (KeyError, TypeError, ValueError, IndexError) as error:
+    except MALFORMED as error:
         writer = f"dsb {args.command} --json"
         raise ValueError(f"--from {args.source}: expected what {writer} writes") from error
     return 0
@@ -72,6 +77,18 @@ def table_of(
     return table
 
 
-def wide_console() -> Console:
+class PlainConsole(Console):
+    """A console that prints text as it is. A name may have square brackets or colons, which rich
+    takes for markup and emoji."""
+
+    def __init__(self, width: int | None = None) -> None:
+        super().__init__(width=width, markup=False, emoji=False, highlight=False)
+
+    def on_broken_pipe(self) -> None:
+        """Leave to the command what to do where its reader has gone away. rich would exit."""
+        raise
+
+
+def wide_console() -> PlainConsole:
     """A console that is wide enough for every table where its output is a file."""
-    return Console(width=None if Console().is_terminal else 150)
+    return PlainConsole(width=None if Console().is_terminal else 150)

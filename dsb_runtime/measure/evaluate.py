@@ -14,16 +14,16 @@ from typing import Any
 
 import torch
 from rich import box
-from rich.console import Console
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from dsb_kernels.rows import CACHES
 from dsb_kernels.rules import RULES, Rule
 from dsb_runtime.config import DecodingConfig
 from dsb_runtime.demo.problems import Problem, heldout, is_exact
 from dsb_runtime.engine.engine import generate
 from dsb_runtime.files import write_json
-from dsb_runtime.measure.command import add_output, table_of
+from dsb_runtime.measure.command import PlainConsole, add_output, table_of
 from dsb_runtime.measure.plots import draw_scores
 
 THRESHOLD = 0.9  # at which schedules and caches are compared
@@ -91,7 +91,7 @@ def build_settings(gen_length: int, block_length: int, quick: bool) -> list[Sett
     lines += [
         setting("schedules", "threshold", THRESHOLD, schedule, cache, threshold=THRESHOLD)
         for schedule in schedules
-        for cache in ("none", "dual", "dsb")
+        for cache in reversed(CACHES)
     ]
     if quick:
         return lines
@@ -173,7 +173,7 @@ def show(record: list[dict[str, Any]], plot: Path | None, shape: str = "") -> No
         title=f"{record[0]['problems']} held-out problems{shape}",
         box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True,
     )  # fmt: skip
-    Console().print(table)
+    PlainConsole().print(table)
     if plot is not None:
         # The refresh policies are compared in the table; in the picture they would lie on one spot.
         draw_scores([item for item in record if item["sweep"] != "refreshes"], plot)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import re
@@ -11,6 +12,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+# Of a container: its limit and what is in use, of cgroups 2 and 1.
+CGROUPS = (
+    ("memory.max", "memory.current"),
+    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+)
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """How many bytes of memory are free on a device; None where that cannot be said."""
+    if device.type == "cuda":
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + kept  # torch's allocator has some of it
+    found, info = [], Path("/proc/meminfo")
+    if info.is_file():
+        found += [1024 * int(n) for n in re.findall(r"MemAvailable:\s*(\d+)", info.read_text())]
+    for names in CGROUPS:
+        limit, used = (Path("/sys/fs/cgroup", name) for name in names)
+        with contextlib.suppress(OSError, ValueError):  # a limit of "max" is none
+            found.append(int(limit.read_text()) - int(used.read_text()))
+    return min(found, default=None)
 
 
 def describe_run(command: str, device: torch.device) -> dict[str, Any]:

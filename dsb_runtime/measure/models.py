@@ -7,7 +7,7 @@ number of steps has to say how many tokens each step commits.
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,8 +16,11 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dsb_kernels.rules import RULES
+from dsb_runtime.config import DecodingConfig
 from dsb_runtime.demo import MODEL_DIR
+from dsb_runtime.engine.cache import cache_shape_of
 from dsb_runtime.families import DREAM, LLADA, DiffusionInfo, Family, check_model
+from dsb_runtime.measure.machine import free_bytes
 from dsb_runtime.models.load import pick_device
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -89,6 +92,28 @@ def random_model(
             weight.normal_(0, 0.1)
     model.dsb = DiffusionInfo(preset.family, preset.mask_id, ())
     return model
+
+
+def check_room(model: PreTrainedModel, batch: int, prompt: int, config: DecodingConfig) -> None:
+    """Raise ValueError if the model has no positions for prompt and response, or if the canvas and
+    its K/V alone take more memory than is free: the operating system would end the process then."""
+    gen_length = config.gen_length
+    length, most = prompt + gen_length, model.config.max_position_embeddings
+    if length > most:
+        raise ValueError(
+            f"gen_length={gen_length} after a prompt of {prompt} needs {length} positions: "
+            f"expected at most the model's {most}"
+        )
+    shape = cache_shape_of(model)
+    if config.cache == "none":  # all layers share one buffer
+        shape = replace(shape, layers=1)
+    row = length * torch.int64.itemsize + shape.nbytes(1, length)
+    free = free_bytes(model.device)
+    if free is not None and batch * row > free:
+        raise ValueError(
+            f"--batch={batch}: {length} positions a row and their K/V take {batch * row:,} bytes, "
+            f"and {free:,} are free on {model.device}; expected at most {free // row}"
+        )
 
 
 def random_prompts(

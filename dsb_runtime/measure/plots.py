@@ -5,14 +5,18 @@ matplotlib is imported where a picture is drawn: it is slow to import.
 
 from __future__ import annotations
 
+import functools
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec
 
 from dsb_runtime.files import check_writable
 
 STEP_COLORS = {"window": "#5b8cc9", "response": "#7fb069", "refresh": "#e0a63a"}
 LIMIT_STYLES: tuple[dict[str, Any], ...] = ({"color": "black"}, {"color": "#b02a2a", "ls": ":"})
+
+P = ParamSpec("P")
 
 
 def check_picture(name: str, path: Path | None) -> None:
@@ -27,6 +31,21 @@ def check_picture(name: str, path: Path | None) -> None:
         raise ValueError(f"{name} {path}: expected a file ending in .{', .'.join(known)}")
 
 
+def without_formulas(draw: Callable[P, None]) -> Callable[P, None]:
+    """Let a function draw text as it stands: a name may have dollars, which matplotlib would take
+    for the ends of a formula."""
+
+    @functools.wraps(draw)
+    def plain(*args: P.args, **kwargs: P.kwargs) -> None:
+        import matplotlib
+
+        with matplotlib.rc_context({"text.parse_math": False}):
+            draw(*args, **kwargs)
+
+    return plain
+
+
+@without_formulas
 def draw_scores(scores: list[dict[str, Any]], path: Path) -> None:
     """Draw accuracy against tokens per forward from scores of `dsb eval`, a line for each sweep."""
     from matplotlib import colormaps
@@ -53,6 +72,7 @@ def draw_scores(scores: list[dict[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
+@without_formulas
 def draw_runs(
     runs: list[dict[str, Any]],
     limits: dict[str, str],

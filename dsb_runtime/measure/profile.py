@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from torch import Tensor
 from torch.profiler import record_function
 from transformers import PreTrainedModel
@@ -27,6 +26,7 @@ from dsb_runtime.config import DecodingConfig
 from dsb_runtime.engine.engine import Engine, GenerationOutput
 from dsb_runtime.engine.forward import Phase, no_phase
 from dsb_runtime.engine.graphs import Capture
+from dsb_runtime.measure.command import PlainConsole
 from dsb_runtime.measure.models import add_preset
 from dsb_runtime.measure.profile_tables import PREFIX, longest_table, phase_table, read_trace
 from dsb_runtime.measure.timing import synchronize
@@ -226,7 +226,7 @@ def run(
     if args.torch is not None:
         events, on_gpu = read_trace(args.torch), model.device.type == "cuda"
         for table in (longest_table(events, on_gpu), phase_table(events, on_gpu)):
-            Console().print(table)
+            PlainConsole().print(table)
         print(f"Trace: {args.torch} (for Perfetto or chrome://tracing)")
     print(f"{NOTE}\nUnder Nsight, on a GPU:")
     layers = len(model.model.layers)

@@ -85,13 +85,13 @@ class LinearLayers:
         for index, layer in enumerate(model.model.layers):
             for name, module in layer.named_modules():
                 if isinstance(module, nn.Linear):
-                    late = index == last and not name.endswith(("k_proj", "v_proj"))
+                    late = index == last and not {"k_proj", "v_proj"} & set(name.split("."))
                     (self.late if late else self.full).append(module.weight)
         weights = self.full + self.late
         self.bytes = sum(w.numel() * w.element_size() for w in weights)
-        self.inputs = {
-            width: torch.randn(most_tokens, width, device=model.device).to(model.dtype)
-            for width in {w.shape[1] for w in weights}
+        self.inputs = {  # an adapter's layers may have a dtype of their own
+            (width, dtype): torch.randn(most_tokens, width, device=model.device).to(dtype)
+            for width, dtype in {(w.shape[1], w.dtype) for w in weights}
         }
 
     @torch.no_grad()
@@ -99,4 +99,4 @@ class LinearLayers:
         """Compute the products of one step."""
         for weights, count in ((self.full, num_tokens), (self.late, scored)):
             for weight in weights:
-                linear(self.inputs[weight.shape[1]][:count], weight)
+                linear(self.inputs[weight.shape[1], weight.dtype][:count], weight)

@@ -27,7 +27,7 @@ TOKENIZER_FILES = (
     "vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
 GENERATION = ("bos_token_id", "pad_token_id", "max_new_tokens")
-SHARD_SIZE = re.compile(r"\d+[KMGT]B", re.IGNORECASE)
+SHARD_SIZE = re.compile(r"[0-9]{1,9}[KMGT]B", re.IGNORECASE)
 
 
 def copy_tokenizer(folder: Path, target: Path) -> list[str]:
@@ -90,12 +90,12 @@ def convert(
     partial = target.absolute().parent / f".{target.name}.{os.getpid()}"
     new_folders = [parent for parent in partial.parents if not parent.exists()]
     try:
-        partial.mkdir(parents=True)
-    except OSError as error:
-        raise OSError(
-            f"{target}: {error.strerror}; expected a folder that can be written"
-        ) from error
-    try:
+        try:
+            partial.mkdir(parents=True)
+        except OSError as error:
+            raise OSError(
+                f"{target}: {error.strerror}; expected a folder that can be written"
+            ) from error
         names = copy_tokenizer(folder, partial)
         say(f"reading {source}")
         model = load_model(folder, dtype=dtype, device="cpu", family=family, mask_id=mask_id)
@@ -104,7 +104,7 @@ def convert(
         model.save_pretrained(partial, max_shard_size=max_shard_size)
         partial.rename(target)  # the target does not exist or is an empty folder
     except BaseException:
-        shutil.rmtree(partial)
+        shutil.rmtree(partial, ignore_errors=True)
         with contextlib.suppress(OSError):  # a folder in which somebody else has put files stays
             for parent in new_folders:
                 parent.rmdir()

@@ -1,0 +1,94 @@
+"""How a command ends: an error is one line, and an end that was asked for is silent.
+
+`dsb`, the demo and the benchmarks run inside `ending`. A command that is a process of its own calls
+`run_process` instead, which also changes the process: its signals and its streams.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import os
+import signal
+import sys
+from collections.abc import Callable
+from types import FrameType
+from typing import NoReturn
+
+import torch
+
+from dsb_runtime.engine.cache import is_out_of_memory
+
+# What wrong input raises. An ImportError names an extra that is not installed.
+ERRORS = (
+    ValueError, TypeError, OSError, ImportError, OverflowError, FloatingPointError, MemoryError,
+    torch.OutOfMemoryError,
+)  # fmt: skip
+FAILED, INTERRUPTED, READER_GONE = 2, 130, 141  # the last two are what a shell calls these signals
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """A parser that says what is wrong in one line, like every other error of the command."""
+
+    def error(self, message: str) -> NoReturn:
+        said = " ".join(message.split())
+        self.exit(FAILED, f"{self.prog}: {said} (see {self.prog} --help)\n")
+
+
+def end_by_signal(number: int, frame: FrameType | None) -> NoReturn:
+    """A signal handler. What is half done is cleaned up on the way out, as after an interrupt."""
+    raise SystemExit(128 + number)
+
+
+def prepare_process() -> None:
+    """Let SIGTERM and SIGHUP end the process as Ctrl-C does, unless whoever started it has chosen
+    otherwise. Let the streams write `\\u25a2` for a character that a terminal's encoding lacks."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is signal.SIG_DFL:
+            signal.signal(number, end_by_signal)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # it is None where it was closed at the start
+            stream.reconfigure(errors="backslashreplace")
+
+
+def run_process(name: str, main: Callable[[], int | None]) -> int:
+    """`ending` for a command that is a process of its own."""
+    prepare_process()
+    return ending(name, main)
+
+
+def flush() -> None:
+    """Write what standard output has buffered. If that fails, what is left goes nowhere: otherwise
+    Python would try again at its exit, and print a traceback of its own."""
+    if sys.stdout is None:
+        return
+    try:
+        sys.stdout.flush()
+    except OSError:
+        with contextlib.suppress(OSError):  # a stream in memory has no file
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, sys.stdout.fileno())
+            os.close(nowhere)
+        raise
+
+
+def ending(name: str, run: Callable[[], int | None]) -> int:
+    """Run a command, and return its exit status: its own, 2 after an error (one line says which),
+    130 after an interrupt, 141 where the reader of its output has gone away."""
+    try:
+        try:
+            return run() or 0
+        finally:
+            flush()
+    except KeyboardInterrupt:
+        status, said = INTERRUPTED, "interrupted"
+    except BrokenPipeError:
+        return READER_GONE
+    except (*ERRORS, RuntimeError) as error:
+        if not isinstance(error, ERRORS) and not is_out_of_memory(error):
+            raise  # a fault of this package, whose traceback is needed
+        status, said = FAILED, " ".join(str(error).split()) or type(error).__name__
+    with contextlib.suppress(OSError):  # nobody may be there to read it
+        print(f"{name}: {said}", file=sys.stderr)
+    return status
