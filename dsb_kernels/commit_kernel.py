@@ -105,15 +105,9 @@ def _commit_count(
 
 
 @jit
-def _tokens_due(table_ptr, begin, last, steps, SCHEDULE: tl.constexpr):
+def _tokens_due(step, masks, masks_left, steps):
     """How many tokens the step must commit to meet the plan of the quota, which includes those that
-    earlier steps could not commit."""
-    masks = tl.load(table_ptr + PLANNED)
-    if SCHEDULE == "naive":
-        masks_left = tl.load(table_ptr + NUM_CANDIDATES)
-    else:
-        masks_left = last - begin - tl.load(table_ptr + UNMASKED)
-    step = tl.load(table_ptr + STEP)
+    earlier steps could not commit. The plan covers `masks`."""
     planned = (step + 1) * (masks // steps) + tl.minimum(step + 1, masks % steps)
     return tl.where(step + 1 >= steps, masks, planned) - (masks - masks_left)
 
@@ -255,9 +249,14 @@ def _unmask_kernel(
     )  # fmt: skip
     c = tl.where(valid, c, float("-inf")).to(tl.float64)
     begin, last = tl.load(table_ptr + RESPONSE_START), tl.load(table_ptr + RESPONSE_END)
+    old_start = tl.load(table_ptr + START)
+    old_step = tl.load(table_ptr + STEP)
+    old_unmasked = tl.load(table_ptr + UNMASKED)
     due = 0
     if RULE == "quota":
-        due = _tokens_due(table_ptr, begin, last, steps, SCHEDULE)
+        planned, num = tl.load(table_ptr + PLANNED), tl.load(table_ptr + NUM_CANDIDATES)
+        masks_left = num if SCHEDULE == "naive" else last - begin - old_unmasked
+        due = _tokens_due(old_step, planned, masks_left, steps)
     m = tl.sum(valid.to(tl.int32), 0)
     old_start = tl.load(table_ptr + START)
     count = _commit_count(
@@ -275,7 +274,7 @@ def _unmask_kernel(
     tl.store(commit_ptr + b * K + k, commit, mask=k < K)
     new = tl.sum(commit.to(tl.int32), 0)
     tl.debug_barrier()  # the canvas is read again, by other threads
-    unmasked = tl.load(table_ptr + UNMASKED) + new
+    unmasked = old_unmasked + new
     since_refresh = tl.where(was_refresh, 0, tl.load(table_ptr + SINCE_REFRESH)) + new
     refreshes = tl.load(table_ptr + REFRESHES) + was_refresh.to(tl.int32)
     tl.store(table_ptr + UNMASKED, unmasked, mask=moved)
@@ -294,7 +293,7 @@ def _unmask_kernel(
     start, end, same_plan = _slide(
         first_masked, old_start, unmasked, begin, last, size, max_size, SCHEDULE
     )
-    step = tl.where(same_plan, tl.load(table_ptr + STEP) + 1, 0)
+    step = tl.where(same_plan, old_step + 1, 0)
     tl.store(table_ptr + START, start, mask=moved)
     tl.store(table_ptr + END, end, mask=moved)
     tl.store(table_ptr + STEP, step, mask=moved)
