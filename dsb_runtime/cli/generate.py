@@ -44,8 +44,22 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise ValueError("--live and --json: expected one of the two")
     check_real("--frame-seconds", args.frame_seconds, 0, 3600)
     check_picture("--trace", args.trace)
+    check_text("--suffix", args.suffix or "")
     if args.seed is not None:
         check_int("--seed", args.seed, 0, 2**63 - 1)
+
+
+def check_text(name: str, text: str) -> None:
+    """Raise ValueError for bytes that are no text, which are surrogates in an argument, and for
+    more characters than any prompt has."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{name}: character {error.start} is no {error.encoding}; expected text"
+        ) from error
+    if len(text) > MOST_CHARACTERS:
+        raise ValueError(f"{name}: expected at most {MOST_CHARACTERS} characters")
 
 
 def read_prompt(prompt: str) -> str:
@@ -54,18 +68,16 @@ def read_prompt(prompt: str) -> str:
     Raises:
         ValueError: it is empty, too long, or no text.
     """
-    try:
-        if prompt == "-":
-            if sys.stdin is None:
-                raise ValueError("prompt -: standard input is closed; expected some text")
+    if prompt == "-":
+        if sys.stdin is None:
+            raise ValueError("prompt -: standard input is closed; expected some text")
+        try:
             prompt = sys.stdin.read(MOST_CHARACTERS + 1)
-        prompt.encode()  # bytes of an argument that are no text are surrogates here
-    except (UnicodeDecodeError, UnicodeEncodeError) as error:
-        raise ValueError(
-            f"prompt: byte or character {error.start} is no {error.encoding}; expected text"
-        ) from error
-    if len(prompt) > MOST_CHARACTERS:
-        raise ValueError(f"prompt: expected at most {MOST_CHARACTERS} characters")
+        except UnicodeDecodeError as error:
+            raise ValueError(
+                f"prompt: byte {error.start} is no {error.encoding}; expected text"
+            ) from error
+    check_text("prompt", prompt)
     if not prompt.strip():
         raise ValueError("prompt: empty; expected some text")
     return prompt
