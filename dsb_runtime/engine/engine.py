@@ -7,15 +7,17 @@ An engine checks the arguments, lets threads and streams take turns, and makes t
 from __future__ import annotations
 
 import contextlib
-import threading
+import functools
+import os
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
 from dsb_kernels.rows import Row
 from dsb_runtime.config import DecodingConfig
@@ -25,8 +27,12 @@ from dsb_runtime.engine.forward import Phase, no_phase
 from dsb_runtime.engine.graphs import Capture, CudaGraphs
 from dsb_runtime.engine.loop import Loop, StepDone
 from dsb_runtime.engine.parallel import agree, is_tensor_parallel
+from dsb_runtime.engine.turns import Turns, surely
 from dsb_runtime.families import check_model, device_of, unwrap
 
+logger = logging.get_logger(__name__)
+R = TypeVar("R")
+PROCESS = os.getpid()  # the process that has imported this file, of which others may be forks
 ENGINE = "_dsb_engine"  # where a model keeps the engine that `generate` made for it
 PROMPT_MULTIPLE = 64  # where steps are captured, prompts are left-padded to a multiple of this
 
@@ -108,8 +114,7 @@ class Engine:
                 raise ValueError("graphs=True: the model is not on a CUDA device; expected False")
             capture = CudaGraphs()
         self.loop = Loop(model, capture if graphs else None, phase, observer)
-        self.lock = threading.Lock()
-        self.thread: int | None = None  # the thread that is inside a call
+        self.turns = Turns()
         self.stream: torch.cuda.Stream | None = None  # the stream of the last call
 
     def release(self) -> None:
@@ -121,33 +126,21 @@ class Engine:
         """
         if self.in_call():
             raise RuntimeError("Engine.release: called by its own on_step; expected a later call")
-        with self.lock:
-            self.loop.release()
+        self.turns.run(self.loop.release)
 
     def in_call(self) -> bool:
         """Whether this thread is inside a call (another one waits for its turn)."""
-        return self.thread == threading.get_ident()
+        return self.turns.mine()
 
-    @contextlib.contextmanager
-    def on_device(self) -> Iterator[None]:
-        """Make the model's GPU the current device, which events, captures and the compiler use.
-
-        If the current stream is not that of the last call, it waits for that stream, on which a
-        speculative launch may still use the buffers that calls share.
-        """
-        if self.device.type != "cuda":
-            yield
-            return
-        with torch.cuda.device(self.device):
+    def follow_last_call(self) -> None:
+        """If the current stream is not that of the last call, let it wait for that stream, on which
+        a speculative launch may still use the buffers that calls share."""
+        if self.device.type == "cuda":
             stream = torch.cuda.current_stream()
             if self.stream not in (None, stream):
                 stream.wait_stream(self.stream)
             self.stream = stream
-            yield
 
-    # A caller may be in inference mode. Buffers made in that mode could not be written outside it.
-    @torch.inference_mode(False)
-    @torch.no_grad()
     def generate(
         self,
         input_ids: Tensor,
@@ -161,8 +154,10 @@ class Engine:
         """Decode as `dsb_runtime.generate` does, with this engine's model. Threads take turns.
 
         Raises:
-            RuntimeError: an `on_step` of this engine calls it.
+            RuntimeError: an `on_step` of this engine calls it, or this process was forked from one
+                that has used the GPU.
         """
+        check_process(self.device)
         check_model(self.model)
         config = config_of(self.model, config, settings)
         if on_step is not None and not callable(on_step):
@@ -174,13 +169,8 @@ class Engine:
             raise RuntimeError(
                 "Engine.generate: called by its own on_step; expected another engine"
             )
-        with self.lock:
-            self.thread = threading.get_ident()
-            try:
-                with self.on_device(), as_published(self.model, self.device):
-                    return self.decode(config, input_ids, leftpad, generator, on_step)
-            finally:
-                self.thread = None
+        decode = functools.partial(self.decode, config, input_ids, leftpad, generator, on_step)
+        return self.turns.run(lambda: as_published(self.model, self.device, decode))
 
     def decode(
         self,
@@ -191,6 +181,7 @@ class Engine:
         on_step: Callable[[StepEvent], None] | None,
     ) -> GenerationOutput:
         """Decode. The arguments must have been checked."""
+        self.follow_last_call()
         batch, prompt = input_ids.shape
         watched = on_step is not None
         # A captured step serves every prompt up to the next multiple, so fewer graphs are captured.
@@ -250,24 +241,68 @@ def config_of(
     return defaults_for(model, **settings) if config is None else config
 
 
-@contextlib.contextmanager
-def as_published(model: PreTrainedModel, device: torch.device) -> Iterator[None]:
-    """Inside, the model computes what it was trained to, whatever the caller has set: it is in eval
-    mode, and autocast, the default dtype and the default device are torch's own."""
+def check_process(device: torch.device) -> None:
+    """Make torch usable on the device if this process was forked.
+
+    Raises:
+        RuntimeError: it was forked from one that has used the GPU.
+    """
+    if os.getpid() == PROCESS:
+        return
+    if device.type == "cuda":
+        torch.cuda.init()  # which raises the error
+    else:
+        take_one_thread(os.getpid())
+
+
+@functools.cache  # so that the caller can set more threads after the first call
+def take_one_thread(process: int) -> None:
+    """Let a forked process compute in the calling thread alone. OpenMP would wait for ever for the
+    threads that stayed behind."""
+    if torch.get_num_threads() > 1:
+        torch.set_num_threads(1)
+        logger.warning("in a forked process: torch.set_num_threads(1)")
+
+
+def as_published(model: PreTrainedModel, device: torch.device, work: Callable[[], R]) -> R:
+    """Return work(). The model computes inside what it was trained to, whatever the caller has set:
+    it is in eval mode, its GPU is the current device, and autocast, gradients, inference mode, the
+    default dtype and the default device are off or torch's own."""
     training = [module for module in model.modules() if module.training]
     dtype, default = torch.get_default_dtype(), torch.get_default_device()
-    # This context looks at every call of torch: on a CPU it costs a step a tenth of its time.
-    cpu = contextlib.nullcontext() if default.type == "cpu" else torch.device("cpu")
-    try:
+    gradients, inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+    autocast = torch.is_autocast_enabled(device.type)
+    # Buffers that are made in inference mode could not be written outside it.
+    plain_mode, cpu = torch.inference_mode(False), torch.device("cpu")
+    on_gpu: Any = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+    def change() -> R:
         for module in training:
             module.training = False
         torch.set_default_dtype(torch.float32)
-        with torch.autocast(device.type, enabled=False), cpu:
-            yield
-    finally:
-        torch.set_default_dtype(dtype)
+        # This context looks at every call of torch: on a CPU it costs a step a tenth of its time.
+        if default.type != "cpu":
+            cpu.__enter__()
+        if inference:
+            plain_mode.__enter__()
+        torch.set_grad_enabled(False)
+        torch.set_autocast_enabled(device.type, False)
+        on_gpu.__enter__()
+        return work()
+
+    def give_back() -> None:
         for module in training:
             module.training = True
+        torch.set_default_dtype(dtype)
+        if torch.get_default_device() != default:
+            cpu.__exit__(None, None, None)
+        if torch.is_inference_mode_enabled() != inference:
+            plain_mode.__exit__(None, None, None)
+        torch.set_grad_enabled(gradients)
+        torch.set_autocast_enabled(device.type, autocast)
+        on_gpu.__exit__(None, None, None)
+
+    return surely(change, give_back)
 
 
 class EngineSlot:
