@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from types import FrameType
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -160,7 +161,7 @@ def test_a_call_that_is_interrupted(
         return dsb.Engine(model)
 
     def run(subject: dsb.Engine) -> None:
-        mode = unusual_modes() if case == "first" else contextlib.nullcontext()
+        mode = unusual_modes() if case == "first" else torch.enable_grad()
         with mode:
             before = modes()
             training = [m.training for m in subject.model.modules()]
@@ -179,6 +180,22 @@ def test_a_call_that_is_interrupted(
 
     files = FILES if case == "first" else [loop.__file__]
     interrupt_everywhere(begin, run, check, every, files)
+
+
+@pytest.mark.parametrize("every", EVERY)
+def test_a_release_that_is_interrupted(every: bool, other_thread: ThreadPoolExecutor) -> None:
+    used = dsb.Engine(small_model(), capture=Recorder())
+    expected = used.generate(PROMPT, **SHAPE).sequences
+
+    def begin() -> dsb.Engine:
+        used.generate(PROMPT, **SHAPE)
+        return used
+
+    def check(subject: dsb.Engine) -> None:
+        call = other_thread.submit(subject.generate, PROMPT, **SHAPE)
+        assert torch.equal(call.result(timeout=20).sequences, expected)
+
+    interrupt_everywhere(begin, dsb.Engine.release, check, every)
 
 
 @pytest.mark.parametrize("every", EVERY)
@@ -260,6 +277,19 @@ def test_threads_take_turns_in_order() -> None:
     assert order == [0, 1, 2, 3] and not queue.queue
 
 
+def test_a_turn_ends_with_its_function(
+    other_thread: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also if every attempt to leave the queue is interrupted, as by Ctrl-C pressed twice."""
+    queue = turns.Turns()
+    with monkeypatch.context() as patched, pytest.raises(Interrupt):
+        patched.setattr(queue, "leave", mock.Mock(side_effect=Interrupt))
+        queue.run(lambda: None)
+    assert len(queue.queue) == 1 and not queue.mine()
+    assert other_thread.submit(queue.run, lambda: 3).result(timeout=20) == 3
+    assert not queue.queue
+
+
 def test_a_call_from_a_signal_handler_is_refused() -> None:
     """It would wait for the call that it interrupts."""
     queue = turns.Turns()
@@ -313,7 +343,7 @@ def busy(run: Callable[[Callable[..., None]], object]) -> Iterator[None]:
 
 @pytest.mark.parametrize("where", ["decode", "pack", "capture"])
 def test_a_child_that_is_forked_while_a_thread_works(where: str) -> None:
-    """Threads of the child, which may get the idents of those that stayed behind, call too."""
+    """The child's first thread and others that it starts decode, pack and may capture."""
     model = small_model()
     expected = dsb.generate(copy.deepcopy(model), PROMPT, **SHAPE).sequences
     held = {
