@@ -36,7 +36,7 @@ def row_class(rows: int, most: int) -> int:
 CAPTURING = Turns()
 
 
-def capture(
+def capture_graph(
     run: Callable[[], object],
     graph: torch.cuda.CUDAGraph,
     stream: torch.cuda.Stream,
@@ -89,7 +89,7 @@ class CudaGraphs:
             self.pool = torch.cuda.graph_pool_handle()
         # "thread_local" lets other threads allocate and launch during the capture.
         options: dict[str, Any] = {"pool": self.pool, "capture_error_mode": "thread_local"}
-        capture(run, graph, self.streams[device], **options)
+        capture_graph(run, graph, self.streams[device], **options)
         self.graphs.add(graph)
 
 
