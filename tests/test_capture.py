@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from types import SimpleNamespace
 from typing import Any
@@ -30,11 +31,13 @@ class Graph:
         Graph.most = max(Graph.most, Graph.inside)
         self.before, self.graph.stream = GPU.stream, self.stream
         GPU.stream = self.stream
+        GPU.capturing.add(self.stream)
 
     def __exit__(self, *_: object) -> None:
         Graph.inside -= 1
         if Graph.cannot_end:
             raise RuntimeError("operation failed due to a previous error during capture")
+        self.graph.capture_end()
         GPU.stream = self.before
 
 
@@ -43,16 +46,19 @@ class Captured:
 
     def replay(self) -> None: ...
 
+    def capture_end(self) -> None:
+        GPU.capturing.remove(self.stream)
+
 
 GPU = SimpleNamespace()  # the current device and stream
 
 
 @pytest.fixture(autouse=True)
 def gpu(monkeypatch):
-    GPU.device, GPU.stream = 0, "default"
+    GPU.device, GPU.stream, GPU.capturing = 0, "default", set()
     Graph.inside = Graph.most = 0
     Graph.cannot_end = False
-    handles, streams = iter(range(9)), iter(range(9))
+    handles, streams = itertools.count(), itertools.count()
     for name, value in {
         "graph": Graph,
         "CUDAGraph": Captured,
@@ -60,6 +66,7 @@ def gpu(monkeypatch):
         "graph_pool_handle": lambda: next(handles),
         "current_device": lambda: GPU.device,
         "current_stream": lambda device=None: GPU.stream if device is None else f"of {device}",
+        "is_current_stream_capturing": lambda: GPU.stream in GPU.capturing,
         "set_stream": lambda stream: setattr(GPU, "stream", stream),
     }.items():
         monkeypatch.setattr(torch.cuda, name, value)
@@ -115,7 +122,7 @@ def test_a_capture_that_fails_leaves_the_stream_and_the_next_capture_alone(canno
     Graph.cannot_end = cannot_end
     with pytest.raises(RuntimeError if cannot_end else KeyboardInterrupt):
         graphs(mock.Mock(side_effect=KeyboardInterrupt))
-    assert GPU.stream == "default"
+    assert GPU.stream == "default" and not GPU.capturing
     Graph.cannot_end = False
     graphs(lambda: None)
 
@@ -133,13 +140,10 @@ def test_a_host_copy_waits_for_the_stream_of_its_own_device(monkeypatch):
     assert event.mock_calls == [mock.call.record("of cuda:1"), mock.call.synchronize()]
 
 
-def test_a_call_on_another_stream_waits_for_the_last_call(monkeypatch):
-    device = mock.MagicMock()
-    monkeypatch.setattr(torch.cuda, "device", device)
+def test_a_call_on_another_stream_waits_for_the_last_call():
     engine = SimpleNamespace(device=torch.device("cuda:1"), stream=None)
     last, other = mock.Mock(), mock.Mock()
     for GPU.stream in (last, last, other):
-        with Engine.on_device(engine):
-            assert other.wait_stream.call_args_list == [mock.call(last)] * (GPU.stream is other)
+        Engine.follow_last_call(engine)
+        assert other.wait_stream.call_args_list == [mock.call(last)] * (GPU.stream is other)
     last.wait_stream.assert_not_called()
-    assert device.call_args_list == [mock.call(engine.device)] * 3

@@ -12,7 +12,6 @@ from transformers import PreTrainedModel
 
 from dsb_runtime.elsewhere import runs_elsewhere
 from dsb_runtime.engine.engine import ENGINE, generate
-from dsb_runtime.engine.layers import layers_of
 from dsb_runtime.families import FAMILIES, DiffusionInfo, unwrap
 from dsb_runtime.models.load import diffusion_attributes, special_id
 
@@ -22,8 +21,7 @@ SUPPORTED: dict[str, str | None] = {
     "LlamaForCausalLM": "llada", "LladaForCausalLM": "llada", "Qwen2ForCausalLM": "dream",
     "DreamForCausalLM": "dream", "Qwen3ForCausalLM": None, "MistralForCausalLM": None,
 }  # fmt: skip
-ABSENT = object()
-Replaced = list[tuple[Any, str, Any]]  # object, attribute, value before
+REPLACED = "_dsb_replaced"  # where a model keeps what `patch` replaced
 
 
 def supported_class(model: Any) -> str | None:
@@ -52,12 +50,6 @@ def refusal(model: Any) -> str | None:
     return None
 
 
-def set_attribute(target: Any, name: str, value: Any, replaced: Replaced) -> None:
-    """Set an attribute, and note in `replaced` which value the object itself had before."""
-    replaced.append((target, name, vars(target).get(name, ABSENT)))
-    setattr(target, name, value)
-
-
 def patch(
     model: PreTrainedModel,
     *,
@@ -67,10 +59,10 @@ def patch(
 ) -> PreTrainedModel:
     """Make a Llama, Qwen2, Qwen3 or Mistral in memory decode with DSB; returns the model.
 
-    Its attention becomes bidirectional and runs through the "dsb" implementation. Its q, k and v
-    weights become views of one storage, and so do its gate and up weights (`engine.packing`);
-    `unpatch` leaves them so. It gains `model.dsb_generate(input_ids, **settings)`, which scores
-    without logits.
+    Its attention becomes bidirectional and runs through the "dsb" implementation. At the first call
+    its q, k and v weights become views of one storage, and so do its gate and up weights
+    (`engine.packing`); `unpatch` leaves them so. It gains
+    `model.dsb_generate(input_ids, **settings)`, which scores without logits.
 
     Args:
         model: a causal or bidirectional model whose weights are a diffusion model's.
@@ -87,8 +79,10 @@ def patch(
     why = refusal(model)
     if why is not None:
         raise TypeError(f"patch: {why}; supported are {', '.join(SUPPORTED)} with full attention")
-    if hasattr(model, "_dsb_replaced"):
-        return given
+    if REPLACED in vars(model):
+        if "dsb_generate" in vars(model):
+            return given
+        unpatch(model)  # an interrupt has left it half-way
     kind = supported_class(model)
     name = family or SUPPORTED[str(kind)]
     if name not in FAMILIES:
@@ -101,30 +95,42 @@ def patch(
         eos_ids = ids if isinstance(ids, list) else [ids] if ids is not None else []
     ends = tuple(special_id("eos_ids", i, config.vocab_size) for i in eos_ids)
 
-    replaced: Replaced = []
-    set_attribute(config, "is_causal", False, replaced)
-    set_attribute(config, "mask_token_id", mask, replaced)
-    before = config._attn_implementation
-    model.set_attn_implementation("dsb")
-    layers_of(model.model)  # q, k, v and gate, up into one storage each
-    for attribute, value in diffusion_attributes(DiffusionInfo(FAMILIES[name], mask, ends)).items():
-        set_attribute(model, attribute, value, replaced)
-    set_attribute(model, "dsb_generate", functools.partial(generate, model), replaced)
-    set_attribute(model, "_dsb_replaced", (before, replaced), replaced)
+    attributes = diffusion_attributes(DiffusionInfo(FAMILIES[name], mask, ends))
+    # A model that has this one is patched: it is set last, and `unpatch` removes it first.
+    attributes["dsb_generate"] = functools.partial(generate, model)
+    ours: list[tuple[Any, dict[str, Any]]] = [
+        (config, {"is_causal": False, "mask_token_id": mask}), (model, attributes),
+    ]  # fmt: skip
+    replaced = [
+        (target, {n: [vars(target)[n]] if n in vars(target) else [] for n in new})
+        for target, new in ours
+    ]
+    try:
+        # This comes first, so that `unpatch` restores all from wherever an interrupt comes.
+        setattr(model, REPLACED, (config._attn_implementation, replaced))
+        model.set_attn_implementation("dsb")
+        for target, new in ours:
+            for attribute, value in new.items():
+                setattr(target, attribute, value)
+    except BaseException:
+        unpatch(model)
+        raise
     return given
 
 
 def unpatch(model: PreTrainedModel) -> PreTrainedModel:
     """Put back every attribute that `patch` set; a model that is not patched stays as it is."""
     given, model = model, unwrap(model)
-    if not hasattr(model, "_dsb_replaced"):
+    if REPLACED not in vars(model):
         return given
-    before, replaced = vars(model)["_dsb_replaced"]
+    before, replaced = vars(model)[REPLACED]
     vars(model).pop(ENGINE, None)
+    for target, values in reversed(replaced):
+        for name, value in reversed(values.items()):  # [the value before], [] where none was
+            if value:
+                setattr(target, name, value[0])
+            else:
+                vars(target).pop(name, None)
     model.set_attn_implementation(before)
-    for target, name, value in reversed(replaced):
-        if value is ABSENT:
-            delattr(target, name)
-        else:
-            setattr(target, name, value)
+    del vars(model)[REPLACED]  # the last step, so that an interrupted call can be made again
     return given

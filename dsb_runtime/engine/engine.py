@@ -6,10 +6,8 @@ An engine checks the arguments, lets threads and streams take turns, and makes t
 
 from __future__ import annotations
 
-import contextlib
-import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -25,6 +23,7 @@ from dsb_runtime.engine.forward import Phase, no_phase
 from dsb_runtime.engine.graphs import Capture, CudaGraphs
 from dsb_runtime.engine.loop import Loop, StepDone
 from dsb_runtime.engine.parallel import agree, is_tensor_parallel
+from dsb_runtime.engine.turns import Turns, as_published, check_process
 from dsb_runtime.families import check_model, device_of, unwrap
 
 ENGINE = "_dsb_engine"  # where a model keeps the engine that `generate` made for it
@@ -114,8 +113,7 @@ class Engine:
                 raise ValueError("graphs=True: the model is not on a CUDA device; expected False")
             capture = CudaGraphs()
         self.loop = Loop(model, capture if graphs else None, phase, observer)
-        self.lock = threading.Lock()
-        self.thread: int | None = None  # the thread that is inside a call
+        self.turns = Turns()
         self.stream: torch.cuda.Stream | None = None  # the stream of the last call
 
     def release(self) -> None:
@@ -127,29 +125,20 @@ class Engine:
         """
         if self.in_call():
             raise RuntimeError("Engine.release: called by its own on_step; expected a later call")
-        with self.lock:
-            self.loop.release()
+        self.turns.run(self.loop.release)
 
     def in_call(self) -> bool:
         """Whether this thread is inside a call (another one waits for its turn)."""
-        return self.thread == threading.get_ident()
+        return self.turns.mine()
 
-    @contextlib.contextmanager
-    def on_device(self) -> Iterator[None]:
-        """Make the model's GPU the current device, which events, captures and the compiler use.
-
-        If the current stream is not that of the last call, it waits for that stream, on which a
-        speculative launch may still use the buffers that calls share.
-        """
-        if self.device.type != "cuda":
-            yield
-            return
-        with torch.cuda.device(self.device):
+    def follow_last_call(self) -> None:
+        """If the current stream is not that of the last call, let it wait for that stream, on which
+        a speculative launch may still use the buffers that calls share."""
+        if self.device.type == "cuda":
             stream = torch.cuda.current_stream()
             if self.stream not in (None, stream):
                 stream.wait_stream(self.stream)
             self.stream = stream
-            yield
 
     def generate(
         self,
@@ -166,7 +155,8 @@ class Engine:
         """Decode as `dsb_runtime.generate` does, with this engine's model. Threads take turns.
 
         Raises:
-            RuntimeError: an `on_step` of this engine calls it.
+            RuntimeError: an `on_step` of this engine calls it, or this process was forked from one
+                that has used the GPU.
         """
         return self.call(
             False, input_ids, config, attention_mask, generator, on_step, num_return_sequences,
@@ -188,16 +178,13 @@ class Engine:
         """Fill masks as `dsb_runtime.infill` does, with this engine's model. Threads take turns.
 
         Raises:
-            RuntimeError: an `on_step` of this engine calls it.
+            RuntimeError: as in `generate`.
         """
         return self.call(
             True, input_ids, config, attention_mask, generator, on_step, num_return_sequences,
             record, settings,
         )  # fmt: skip
 
-    # A caller may be in inference mode. Buffers made in that mode could not be written outside it.
-    @torch.inference_mode(False)
-    @torch.no_grad()
     def call(
         self,
         fill: bool,
@@ -211,6 +198,7 @@ class Engine:
         settings: dict[str, Any],
     ) -> GenerationOutput:
         """Check the arguments of `infill` (with `fill`) or of `generate`, and decode."""
+        check_process(self.device)
         info = check_model(self.model)
         if fill:
             check_config(config, settings)
@@ -231,18 +219,20 @@ class Engine:
                 f"Engine.{'infill' if fill else 'generate'}: called by its own on_step; expected "
                 "another engine"
             )
-        canvas = input_ids.long()
-        if not fill:
-            response = canvas.new_full((len(canvas), config.gen_length), info.mask_id)
-            canvas = torch.cat([canvas, response], dim=1)
-        canvas, leftpad = (x.repeat_interleave(num_return_sequences, 0) for x in (canvas, leftpad))
-        with self.lock:
-            self.thread = threading.get_ident()
-            try:
-                with self.on_device(), as_published(self.model, self.device):
-                    return self.decode(config, canvas, leftpad, generator, on_step, fill, record)
-            finally:
-                self.thread = None
+
+        def work() -> GenerationOutput:
+            """Decode. A canvas that was made in the caller's inference mode could not be written
+            outside it, so it is made here."""
+            canvas = input_ids.long()
+            if not fill:
+                response = canvas.new_full((len(canvas), config.gen_length), info.mask_id)
+                canvas = torch.cat([canvas, response], dim=1)
+            rows, padding = (
+                x.repeat_interleave(num_return_sequences, 0) for x in (canvas, leftpad)
+            )
+            return self.decode(config, rows, padding, generator, on_step, fill, record)
+
+        return self.turns.run(lambda: as_published(self.model, self.device, work))
 
     def decode(
         self,
@@ -256,6 +246,7 @@ class Engine:
     ) -> GenerationOutput:
         """Fill the masks of a canvas (B, L) for `infill` (with `fill`) or for `generate`. The
         arguments must have been checked."""
+        self.follow_last_call()
         batch, length = canvas.shape
         watched = on_step is not None
         # A captured step serves every prompt up to the next multiple, so fewer graphs are captured.
@@ -337,26 +328,6 @@ def check_config(config: DecodingConfig | None, settings: dict[str, Any]) -> Non
         raise TypeError(f"config={config!r}: expected a DecodingConfig")
     if config is not None and settings:
         raise TypeError(f"config and {sorted(settings)[0]}: expected settings in one of the two")
-
-
-@contextlib.contextmanager
-def as_published(model: PreTrainedModel, device: torch.device) -> Iterator[None]:
-    """Inside, the model computes what it was trained to, whatever the caller has set: it is in eval
-    mode, and autocast, the default dtype and the default device are torch's own."""
-    training = [module for module in model.modules() if module.training]
-    dtype, default = torch.get_default_dtype(), torch.get_default_device()
-    # This context looks at every call of torch: on a CPU it costs a step a tenth of its time.
-    cpu = contextlib.nullcontext() if default.type == "cpu" else torch.device("cpu")
-    try:
-        for module in training:
-            module.training = False
-        torch.set_default_dtype(torch.float32)
-        with torch.autocast(device.type, enabled=False), cpu:
-            yield
-    finally:
-        torch.set_default_dtype(dtype)
-        for module in training:
-            module.training = True
 
 
 class EngineSlot:

@@ -6,14 +6,14 @@ first on the same memory. `CudaGraphs` is the capture for GPUs.
 
 from __future__ import annotations
 
-import contextlib
-import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from dsb_runtime.engine.turns import Turns, surely
 
 Capture = Callable[[Callable[[], None]], Callable[[], None]]
 
@@ -31,20 +31,34 @@ def row_class(rows: int, most: int) -> int:
     return min(1 << (rows - 1).bit_length(), most)
 
 
-# While one thread captures, no other may wait for the device or empty the allocator's cache. A
-# thread takes this lock to do either, and to capture, which begins with both.
-CAPTURING = threading.RLock()
+# While one thread captures, no other may wait for the device or empty the allocator's cache, and a
+# capture begins with both.
+CAPTURING = Turns()
 
 
-@contextlib.contextmanager
-def capturing(graph: torch.cuda.CUDAGraph, **options: Any) -> Iterator[None]:
-    """Enter `torch.cuda.graph`, and restore the current stream even if the capture fails to end."""
+def capture_graph(
+    run: Callable[[], object],
+    graph: torch.cuda.CUDAGraph,
+    stream: torch.cuda.Stream,
+    **options: Any,
+) -> None:
+    """Capture what run() launches, on `stream`. The current stream is restored even if the capture
+    fails to end, and an interrupt leaves no capture open."""
     before = torch.cuda.current_stream()
-    try:
-        with torch.cuda.graph(graph, **options):
-            yield
-    finally:
-        torch.cuda.set_stream(before)
+
+    def begin_and_end() -> None:
+        with torch.cuda.graph(graph, stream=stream, **options):
+            run()
+
+    def end() -> None:
+        try:
+            torch.cuda.set_stream(stream)
+            if torch.cuda.is_current_stream_capturing():
+                graph.capture_end()
+        finally:
+            torch.cuda.set_stream(before)
+
+    surely(begin_and_end, end)
 
 
 class CudaGraphs:
@@ -60,21 +74,23 @@ class CudaGraphs:
 
     def __call__(self, run: Callable[[], None]) -> Callable[[], None]:
         graph = torch.cuda.CUDAGraph()
-        with CAPTURING:
-            device = torch.cuda.current_device()
-            if device not in self.streams:
-                self.streams[device] = torch.cuda.Stream(device)
-            # Torch closes a pool when its last graph is deleted. If the pool is then used again
-            # while something is left in it, torch fails an assertion; before torch 2.13, the
-            # workspace of matmuls is left in it. So a new pool is taken.
-            if not self.graphs:
-                self.pool = torch.cuda.graph_pool_handle()
-            # "thread_local" lets other threads allocate and launch during the capture.
-            options = {"stream": self.streams[device], "capture_error_mode": "thread_local"}
-            with capturing(graph, pool=self.pool, **options):
-                run()
-            self.graphs.add(graph)
+        CAPTURING.run(lambda: self.capture(run, graph))
         return graph.replay
+
+    def capture(self, run: Callable[[], None], graph: torch.cuda.CUDAGraph) -> None:
+        """Capture what run() launches, while no other thread captures."""
+        device = torch.cuda.current_device()
+        if device not in self.streams:
+            self.streams[device] = torch.cuda.Stream(device)
+        # Torch closes a pool when its last graph is deleted. If the pool is then used again while
+        # something is left in it, torch fails an assertion; before torch 2.13, the workspace of
+        # matmuls is left in it. So a new pool is taken.
+        if not self.graphs:
+            self.pool = torch.cuda.graph_pool_handle()
+        # "thread_local" lets other threads allocate and launch during the capture.
+        options: dict[str, Any] = {"pool": self.pool, "capture_error_mode": "thread_local"}
+        capture_graph(run, graph, self.streams[device], **options)
+        self.graphs.add(graph)
 
 
 class HostCopy:

@@ -9,14 +9,15 @@ its own again, so `packed` looks each time where the parameters lie, and packs t
 from __future__ import annotations
 
 import itertools
-import threading
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-PACKING = threading.Lock()  # two threads may pack the same model
+from dsb_runtime.engine.turns import Turns
+
+PACKING = Turns()  # two threads may pack the same model
 
 
 def neighbours(tensors: Sequence[Tensor]) -> bool:
@@ -30,17 +31,19 @@ def neighbours(tensors: Sequence[Tensor]) -> bool:
 
 def packed(parameters: Sequence[Tensor]) -> Tensor:
     """Return the parameters (n_i, ...), one after the other, as one tensor (sum n_i, ...), of which
-    they become views."""
-    first = parameters[0].data
+    they become views. After an interrupt each of them is in its old place or its new one, with the
+    same values. Inference mode must be off: a tensor made in it can never be trained."""
+
+    def move() -> None:
+        if not neighbours([p.data for p in parameters]):
+            whole = torch.cat([p.data for p in parameters])
+            parts = whole.split([len(p) for p in parameters])
+            for parameter, part in zip(parameters, parts, strict=True):
+                parameter.data = part
+
     if not neighbours([p.data for p in parameters]):
-        # A caller may be in inference mode, but a tensor made in that mode can never be trained.
-        with PACKING, torch.inference_mode(False), torch.no_grad():
-            if not neighbours([p.data for p in parameters]):
-                whole = torch.cat([p.data for p in parameters])
-                parts = whole.split([len(p) for p in parameters])
-                for parameter, part in zip(parameters, parts, strict=True):
-                    parameter.data = part
-                first = parameters[0].data
+        PACKING.run(move)
+    first = parameters[0].data
     length = sum(len(p) for p in parameters)
     return first.as_strided((length, *first.shape[1:]), first.stride())
 

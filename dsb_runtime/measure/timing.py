@@ -31,7 +31,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from dsb_runtime.engine.graphs import capturing
+from dsb_runtime.engine.graphs import capture_graph
 
 T = TypeVar("T")
 
@@ -137,9 +137,7 @@ def capture_calls(runs: Sequence[Callable[[], object]]) -> torch.cuda.CUDAGraph:
             run()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with capturing(graph):
-        for run in runs:
-            run()
+    capture_graph(lambda: [run() for run in runs], graph, side)
     return graph
 
 
