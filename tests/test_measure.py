@@ -56,6 +56,7 @@ class Cuda:
             "current_stream": lambda: self.stream,
             "set_stream": lambda stream: setattr(self, "stream", stream),
             "stream": lambda _: contextlib.nullcontext(),
+            "is_current_stream_capturing": lambda: False,
             "synchronize": lambda *_: None,
             "mem_get_info": lambda device: (80 << 30, 80 << 30),
             "_sleep": lambda cycles: self.calls.append("spin"),
@@ -78,7 +79,7 @@ class Cuda:
         self.captured += 1
 
     @contextlib.contextmanager
-    def capture(self, graph: SimpleNamespace) -> Iterator[None]:
+    def capture(self, graph: SimpleNamespace, stream: SimpleNamespace) -> Iterator[None]:
         self.captured = 0
         yield
         count = self.captured
@@ -123,7 +124,7 @@ def test_a_capture_that_fails_leaves_the_stream_as_it_was(monkeypatch):
     before = cuda.stream
 
     @contextlib.contextmanager
-    def graph(_: Any) -> Any:
+    def graph(_: Any, stream: Any) -> Any:
         cuda.stream = SimpleNamespace(wait_stream=lambda other: None)
         yield
         raise RuntimeError("CUDA error: operation failed due to a previous error during capture")

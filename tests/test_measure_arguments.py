@@ -123,7 +123,7 @@ MEASURED = {"settings": {}, "ceilings": {}, "machine": {"device": ""}, "runs": [
     ("command", "text", "message"),
     [
         *((c, "{", "expected a JSON file") for c in ("bench --from", "roofline --measured")),
-        *((c, "[" * 100_000, "expected a JSON file (")
+        *((c, "[" * 100_000, "expected a JSON file")
           for c in ("bench --from", "eval --from", "roofline --measured")),
         *(("bench --from", text, "expected what dsb bench --json writes")
           for text in ("[]", '{"batches": []}', '"batches"')),

@@ -28,7 +28,6 @@ from dsb_runtime.engine.attention import dsb_attention
 from dsb_runtime.engine.cache import KVCache
 from dsb_runtime.engine.layers import (
     PackedLayer,
-    check_dtypes,
     fingerprint,
     is_plain_linear,
     layers_of,
@@ -58,7 +57,6 @@ class Backbone:
     """
 
     def __init__(self, model: PreTrainedModel, length: int, phase: Phase = no_phase) -> None:
-        check_dtypes(model)
         self.embed, self.phase, self.max_length = model.model.embed_tokens, phase, length
         self.layers = layers_of(model.model)
         # The norm that follows each layer is the input norm of the next one, or the final norm.

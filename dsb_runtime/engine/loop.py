@@ -34,7 +34,7 @@ from dsb_runtime.engine.cache import (
 from dsb_runtime.engine.called import CalledModel, wrapped_module
 from dsb_runtime.engine.forward import Backbone, Phase, no_phase
 from dsb_runtime.engine.graphs import Capture, HostCopy, row_class, width_class
-from dsb_runtime.engine.layers import fingerprint
+from dsb_runtime.engine.layers import check_dtypes, fingerprint
 from dsb_runtime.engine.step import DecodeState, Step, StepShape, new_state, spec_of
 from dsb_runtime.families import check_model
 
@@ -190,6 +190,7 @@ class Loop:
     def new_backbone(self, length: int) -> Backbone | CalledModel:
         wrapped = wrapped_module(self.model)
         if wrapped is None:
+            check_dtypes(self.model)
             return Backbone(self.model, length, self.phase)
         logger.warning_once(
             f"{wrapped}: every step calls the model's own forward, which is slower than ours"
