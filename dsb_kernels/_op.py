@@ -18,7 +18,7 @@ import hashlib
 import inspect
 import os
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
@@ -132,32 +132,16 @@ def op(
     """
     name = definition.__name__.removesuffix("_reference")
     hints = typing.get_type_hints(definition)
-    parameters = inspect.signature(definition).parameters
-    fields = [*parameters]
-    defaults = [p.default for p in parameters.values() if p.default is not p.empty]
-    if any(parameters[n].default is not inspect.Parameter.empty for n in fields[: -len(defaults)]):
-        raise TypeError(f"{name}: a parameter without a default follows one with a default")
-    # Binding by a named tuple takes a microsecond; inspect.Signature.bind takes ten.
-    Arguments = collections.namedtuple(name, fields, defaults=defaults)  # type: ignore[misc]
-    positional = sum(p.kind is not p.KEYWORD_ONLY for p in parameters.values())
+    Arguments, bind = _binding(name, inspect.signature(definition).parameters)
     coded = {
-        n: hints[n] for n in fields if hasattr(hints[n], "encode") and hasattr(hints[n], "decode")
+        n: hints[n]
+        for n in Arguments._fields
+        if hasattr(hints[n], "encode") and hasattr(hints[n], "decode")
     }
     schema = hints | dict.fromkeys(coded, str)
     named: Any = hints["return"] if hasattr(hints["return"], "_fields") else None
     if named:
         schema["return"] = tuple[tuple(typing.get_type_hints(named).values())]  # type: ignore[misc]
-
-    def bind(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if len(args) > positional:
-            raise TypeError(
-                f"{name}() takes {positional} positional arguments and the rest by name; "
-                f"{len(args)} were given"
-            )
-        try:
-            return Arguments(*args, **kwargs)
-        except TypeError as error:
-            raise TypeError(str(error).replace(".__new__()", "()")) from None
 
     plain: Callable[..., Any] = definition
 
@@ -208,6 +192,34 @@ def unchecked(op: Callable[P, R]) -> Callable[P, R]:
     """The same op without the checks of its arguments, which take 50 us for the ops of a layer.
     The engine uses it, since it makes the arguments itself."""
     return op.without_checks  # type: ignore[attr-defined]
+
+
+def _binding(
+    name: str, parameters: Mapping[str, inspect.Parameter]
+) -> tuple[Any, Callable[[tuple[Any, ...], dict[str, Any]], Any]]:
+    """A named tuple of an op's parameters, and a function that makes one of a call's arguments.
+
+    Binding by a named tuple takes a microsecond; inspect.Signature.bind takes ten.
+    """
+    fields = [*parameters]
+    defaults = [p.default for p in parameters.values() if p.default is not p.empty]
+    if any(parameters[n].default is not inspect.Parameter.empty for n in fields[: -len(defaults)]):
+        raise TypeError(f"{name}: a parameter without a default follows one with a default")
+    Arguments: Any = collections.namedtuple(name, fields, defaults=defaults)  # type: ignore[misc]
+    positional = sum(p.kind is not p.KEYWORD_ONLY for p in parameters.values())
+
+    def bind(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if len(args) > positional:
+            raise TypeError(
+                f"{name}() takes {positional} positional arguments and the rest by name; "
+                f"{len(args)} were given"
+            )
+        try:
+            return Arguments(*args, **kwargs)
+        except TypeError as error:
+            raise TypeError(str(error).replace(".__new__()", "()")) from None
+
+    return Arguments, bind
 
 
 def _torch_signature(definition: Callable, hints: dict[str, Any]) -> inspect.Signature:

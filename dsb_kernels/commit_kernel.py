@@ -209,14 +209,26 @@ def _scored_row(rows_ptr, b, num_rows, BLOCK_R: tl.constexpr):
 
 
 @jit
+def _store_counts(table_ptr, moved, failed, takes_part, new, unmasked, since_refresh, refreshes):
+    """Store what the step has counted. TOOK_PART, NEW and FAILED describe the step, and so they
+    change for a row that did not move as well."""
+    tl.store(table_ptr + UNMASKED, unmasked, mask=moved)
+    tl.store(table_ptr + SINCE_REFRESH, since_refresh, mask=moved)
+    tl.store(table_ptr + REFRESHES, refreshes, mask=moved)
+    tl.store(table_ptr + FORWARDS, tl.load(table_ptr + FORWARDS) + 1, mask=moved)
+    tl.store(table_ptr + TOOK_PART, takes_part.to(tl.int32))
+    tl.store(table_ptr + NEW, new)
+    tl.store(table_ptr + FAILED, 1, mask=failed)
+
+
+@jit
 def _unmask_kernel(
     canvas_ptr, table_ptr, position_ptr, commit_ptr, candidate_confidence_ptr,
     token_ptr, confidence_ptr, active_ptr, rows_ptr,
     stride_cb, K, num_rows, num_scored, size, max_size, prefix_window, min_prefix, steps, mask_id,
     full_every,
     SCHEDULE: tl.constexpr, CACHE: tl.constexpr, RULE: tl.constexpr, RULE_VALUE: tl.constexpr,
-    PROGRESS: tl.constexpr,
-    REFRESH_FIRST: tl.constexpr, EOS_IDS: tl.constexpr,
+    PROGRESS: tl.constexpr, REFRESH_FIRST: tl.constexpr, EOS_IDS: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """Program (batch row): select, commit, slide and plan. EOS_IDS is empty if no EOS stops."""
@@ -250,15 +262,13 @@ def _unmask_kernel(
     c = tl.where(valid, c, float("-inf")).to(tl.float64)
     begin, last = tl.load(table_ptr + RESPONSE_START), tl.load(table_ptr + RESPONSE_END)
     old_start = tl.load(table_ptr + START)
-    old_step = tl.load(table_ptr + STEP)
-    old_unmasked = tl.load(table_ptr + UNMASKED)
+    old_step, old_unmasked = tl.load(table_ptr + STEP), tl.load(table_ptr + UNMASKED)
     due = 0
     if RULE == "quota":
         planned, num = tl.load(table_ptr + PLANNED), tl.load(table_ptr + NUM_CANDIDATES)
         masks_left = num if SCHEDULE == "naive" else last - begin - old_unmasked
         due = _tokens_due(old_step, planned, masks_left, steps)
     m = tl.sum(valid.to(tl.int32), 0)
-    old_start = tl.load(table_ptr + START)
     count = _commit_count(
         c, rank, total_before + c, valid, m, K, due, old_end - old_start, RULE, RULE_VALUE, PROGRESS
     )
@@ -277,13 +287,7 @@ def _unmask_kernel(
     unmasked = old_unmasked + new
     since_refresh = tl.where(was_refresh, 0, tl.load(table_ptr + SINCE_REFRESH)) + new
     refreshes = tl.load(table_ptr + REFRESHES) + was_refresh.to(tl.int32)
-    tl.store(table_ptr + UNMASKED, unmasked, mask=moved)
-    tl.store(table_ptr + SINCE_REFRESH, since_refresh, mask=moved)
-    tl.store(table_ptr + REFRESHES, refreshes, mask=moved)
-    tl.store(table_ptr + FORWARDS, tl.load(table_ptr + FORWARDS) + 1, mask=moved)
-    tl.store(table_ptr + TOOK_PART, takes_part.to(tl.int32))
-    tl.store(table_ptr + NEW, new)
-    tl.store(table_ptr + FAILED, 1, mask=failed)
+    _store_counts(table_ptr, moved, failed, takes_part, new, unmasked, since_refresh, refreshes)
 
     # Slide.
     stop = tl.where(moved, last, 0)

@@ -101,8 +101,8 @@ def device_of(model: Any) -> torch.device:
     """The device on which the model's embedding runs, and so where its inputs belong. accelerate's
     hooks may keep the weight itself elsewhere (on the CPU, on the disk) between two calls."""
     embedding = model.get_input_embeddings()
-    placed = getattr(getattr(embedding, "_hf_hook", None), "execution_device", None)
-    return embedding.weight.device if placed is None else torch.device(placed)
+    execution_device = getattr(getattr(embedding, "_hf_hook", None), "execution_device", None)
+    return embedding.weight.device if execution_device is None else torch.device(execution_device)
 
 
 def check_model(model: Any) -> DiffusionInfo:

@@ -66,8 +66,8 @@ def logits(model: PreTrainedModel) -> Tensor:
 @torch.no_grad()
 def error_of(model: PreTrainedModel, family: str) -> float:
     """The largest difference of a model's logits from the published ones."""
-    found = model(FORWARDS[family]["input_ids"][None]).logits[0]
-    return float((found - FORWARDS[family]["logits"]).abs().max())
+    logits = model(FORWARDS[family]["input_ids"][None]).logits[0]
+    return float((logits - FORWARDS[family]["logits"]).abs().max())
 
 
 def write_tokenizer(folder: Path) -> Path:

@@ -76,9 +76,9 @@ class Bindings(TorchFunctionMode):
     def view(x: Tensor, index: tuple) -> tuple[Tensor, list[Tensor | None]]:
         """What is left to index by tensors, and those tensors by dimension."""
         if any(i is Ellipsis for i in index):
-            at = [i is Ellipsis for i in index].index(True)
+            ellipsis = [i is Ellipsis for i in index].index(True)
             named = sum(i is not None for i in index) - 1
-            index = (*index[:at], *[slice(None)] * (x.ndim - named), *index[at + 1 :])
+            index = (*index[:ellipsis], *[slice(None)] * (x.ndim - named), *index[ellipsis + 1 :])
         indices: list[Tensor | None] = []
         for i in index:
             dim = len(indices)
@@ -148,10 +148,10 @@ class FakeCuda(TorchDispatchMode):
 @functools.cache
 def compiled_types() -> dict[str, list[dict[str, str]]]:
     """By kernel: the types of its arguments in the launches that are compiled for the chips."""
-    found: dict[str, list[dict[str, str]]] = {}
+    types: dict[str, list[dict[str, str]]] = {}
     for case in collect_cases():
-        found.setdefault(case.kernel.__name__, []).append(dict(case.signature))
-    return found
+        types.setdefault(case.kernel.__name__, []).append(dict(case.signature))
+    return types
 
 
 class Launcher:

@@ -81,16 +81,16 @@ def exactly(op: Callable, arguments: Arguments) -> Results:
     return by_definition(op, arguments | floating)
 
 
-def errors(found: Tensor, expected: Tensor) -> Tensor:
+def errors(actual: Tensor, expected: Tensor) -> Tensor:
     """Errors as a share of the largest value in the last dimension; NaN and infinities are where
     they should be."""
     finite = expected.isfinite()
-    assert torch.equal(found.isfinite(), finite) and torch.equal(found.isnan(), expected.isnan())
-    assert (found.double() == expected)[expected.isinf()].all()
+    assert torch.equal(actual.isfinite(), finite) and torch.equal(actual.isnan(), expected.isnan())
+    assert (actual.double() == expected)[expected.isinf()].all()
     if not expected.numel():
         return torch.zeros(())
     scale = torch.where(finite, expected, 0).abs().amax(-1, keepdim=True).clamp(min=1e-30)
-    return torch.where(finite, found.double() - expected, 0).abs() / scale
+    return torch.where(finite, actual.double() - expected, 0).abs() / scale
 
 
 def edge_rows(V: int, block: int) -> Tensor:
@@ -139,10 +139,10 @@ SCORING_REFUSED: list[tuple[Arguments, str]] = [
 ]
 
 
-def assert_scored(found: Results, expected: Results, confidence: str) -> None:
+def assert_scored(actual: Results, expected: Results, confidence: str) -> None:
     """The same tokens, and confidences to 1e-5 of their terms: a margin is a difference, an entropy
     a sum of terms of both signs."""
-    (token, c), (expected_token, reference) = found, expected
+    (token, c), (expected_token, reference) = actual, expected
     assert token.tolist() == expected_token.tolist()
     assert c.dtype == torch.float32 and c.shape == token.shape
     scale = 1e-37 if confidence == "probability" else 0.1
@@ -215,19 +215,21 @@ class OpCase:
 
     def compare_exactly(self, arguments: Arguments) -> Results:
         """Results of the kernel and of the definition are the same; NaN equals NaN."""
-        found = by_kernel(self.op, arguments)
-        for i, (x, wanted) in enumerate(zip(found, by_definition(self.op, arguments), strict=True)):
+        actual = by_kernel(self.op, arguments)
+        for i, (x, wanted) in enumerate(
+            zip(actual, by_definition(self.op, arguments), strict=True)
+        ):
             assert x.dtype == wanted.dtype and x.shape == wanted.shape, i
             assert x.equal(wanted) or x.allclose(wanted, rtol=0, atol=0, equal_nan=True), i
-        return found
+        return actual
 
     def compare_floats(self, arguments: Arguments) -> Results:
         """Errors of the kernel are at most 1e-5 of the largest value. In 16 bits they are at most
         twice those of the definition, and with `rounds_once` their mean square is that of the
         definition."""
-        found, exact = by_kernel(self.op, arguments), exactly(self.op, arguments)
+        actual, exact = by_kernel(self.op, arguments), exactly(self.op, arguments)
         plain = by_definition(self.op, arguments)
-        for result, definition, expected in zip(found, plain, exact, strict=True):
+        for result, definition, expected in zip(actual, plain, exact, strict=True):
             assert result.dtype == definition.dtype and result.shape == definition.shape
             error = errors(result, expected)
             if result.dtype in LOW_PRECISION:
@@ -237,7 +239,7 @@ class OpCase:
                     assert error.square().mean() <= 1.1 * bound.square().mean()
             else:
                 assert (error <= 1e-5).all(), error.amax()
-        return found
+        return actual
 
 
 class OpContract:

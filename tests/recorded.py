@@ -31,12 +31,12 @@ def is_view(func: Any) -> bool:
 
 def written(func: Any, args: tuple, kwargs: dict) -> list[Tensor]:
     """The tensors that a call of an operator writes in place."""
-    found = []
+    tensors = []
     for i, argument in enumerate(func._schema.arguments):
         if argument.alias_info is not None and argument.alias_info.is_write:
             value = args[i] if i < len(args) else kwargs.get(argument.name)
-            found += [t for t in tree_leaves(value) if isinstance(t, Tensor)]
-    return found
+            tensors += [t for t in tree_leaves(value) if isinstance(t, Tensor)]
+    return tensors
 
 
 class Recording(TorchDispatchMode):
@@ -45,7 +45,7 @@ class Recording(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.calls: list[Call] = []
-        self.kept: dict[int, tuple[Tensor, Tensor]] = {}  # storage -> (what was written, before)
+        self.backups: dict[int, tuple[Tensor, Tensor]] = {}  # storage -> (what was written, before)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
@@ -53,15 +53,15 @@ class Recording(TorchDispatchMode):
         kwargs = kwargs or {}
         for tensor in written(func, args, kwargs):
             storage = tensor.untyped_storage()
-            if storage.data_ptr() not in self.kept:
+            if storage.data_ptr() not in self.backups:
                 whole = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage)
-                self.kept[storage.data_ptr()] = (whole, whole.clone())
+                self.backups[storage.data_ptr()] = (whole, whole.clone())
         result = func(*args, **kwargs)
         self.calls.append((func, args, kwargs, result))
         return result
 
     def undo(self) -> None:
-        for whole, before in self.kept.values():
+        for whole, before in self.backups.values():
             whole.copy_(before)
 
     @property

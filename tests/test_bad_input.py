@@ -245,12 +245,12 @@ def test_models_and_generators(model):
 @contextlib.contextmanager
 def broken(weight: torch.Tensor, place: Any, value: float = NAN) -> Iterator[None]:
     """A weight is `value` at one place."""
-    kept = weight.data[place].clone()
+    before = weight.data[place].clone()
     weight.data[place] = value
     try:
         yield
     finally:
-        weight.data[place] = kept
+        weight.data[place] = before
 
 
 HEAD = (7, 3)  # every row's logits are NaN where the LM head is so at this place

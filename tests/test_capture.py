@@ -76,9 +76,9 @@ def test_every_engine_has_a_pool_and_a_stream_on_each_device():
     first, second = CudaGraphs(), CudaGraphs()
     on_0 = first(lambda: None).__self__
     GPU.device = 1
-    kept = [second(lambda: None).__self__ for _ in range(2)]
-    assert (on_0.stream, kept[0].stream) == ("side stream 0 of 0", "side stream 1 of 1")
-    assert kept[1].stream == kept[0].stream and kept[1].pool == kept[0].pool != on_0.pool
+    on_1 = [second(lambda: None).__self__ for _ in range(2)]
+    assert (on_0.stream, on_1[0].stream) == ("side stream 0 of 0", "side stream 1 of 1")
+    assert on_1[1].stream == on_1[0].stream and on_1[1].pool == on_1[0].pool != on_0.pool
     GPU.device = 0
     assert second(lambda: None).__self__.stream == "side stream 2 of 0"
     assert GPU.stream == "default"

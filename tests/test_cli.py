@@ -71,20 +71,20 @@ def test_answer_and_counts(chat, capsys):
     ],
 )  # fmt: skip
 def test_options_are_the_settings(chat, capsys, options, settings):
-    found, out = run_json(capsys, chat, *SHORT, *options), direct(**settings)
-    assert found["response_ids"] == out.sequences[0, 5:].tolist()
-    assert found["committed_per_forward"] == out.tokens_per_forward
+    printed, out = run_json(capsys, chat, *SHORT, *options), direct(**settings)
+    assert printed["response_ids"] == out.sequences[0, 5:].tolist()
+    assert printed["committed_per_forward"] == out.tokens_per_forward
 
 
 @pytest.mark.parametrize("stop", [False, True])
 def test_a_suffix_follows_the_response(chat, capsys, stop):
     options = ("--stop-at-eos",) if stop else ()
-    found = run_json(capsys, chat, *SHORT, "--suffix", "w40 w50", *options)
+    printed = run_json(capsys, chat, *SHORT, "--suffix", "w40 w50", *options)
     ids = torch.tensor([[*IDS[0], *[511] * 16, 40, 50]])
     out = dsb.infill(golden.model("llada"), ids, block_length=8, stop_at_eos=stop)
-    assert found["response_ids"] == out.sequences[0, 5:21].tolist()
-    assert found["response_ids"] != direct().sequences[0, 5:].tolist()
-    assert found["tokens"] == out.row_tokens[0] and found["forwards"] == out.nfe
+    assert printed["response_ids"] == out.sequences[0, 5:21].tolist()
+    assert printed["response_ids"] != direct().sequences[0, 5:].tolist()
+    assert printed["tokens"] == out.row_tokens[0] and printed["forwards"] == out.nfe
 
 
 @pytest.mark.parametrize("suffix", ["", "  ", "w4 <mask>"])
@@ -95,9 +95,9 @@ def test_a_suffix_is_text(chat, capsys, suffix):
 
 def test_the_prompt(chat, capsys, monkeypatch):
     """Without the chat template, or from standard input."""
-    found = run_json(capsys, chat, *SHORT, "--raw")["response_ids"]
+    printed = run_json(capsys, chat, *SHORT, "--raw")["response_ids"]
     templated = direct().sequences[0, 5:].tolist()
-    assert found == direct([[10, 20, 30]]).sequences[0, 3:].tolist() != templated
+    assert printed == direct([[10, 20, 30]]).sequences[0, 3:].tolist() != templated
     monkeypatch.setattr(sys, "stdin", io.StringIO(f"{PROMPT}\n"))
     assert main(["generate", "-", "--model", str(chat), "--json", *SHORT]) == 0
     assert json.loads(capsys.readouterr().out)["response_ids"] == templated
@@ -109,12 +109,12 @@ def test_tokens_are_counted_to_the_first_eos(tmp_path, capsys):
     eos = free[6]
     folder = write_changed(write_chat_model(tmp_path), eos_token_id=eos)
     for option in ("--stop-at-eos", "--no-stop-at-eos"):
-        found = run_json(capsys, folder, *SHORT, option)
+        printed = run_json(capsys, folder, *SHORT, option)
         count = free.index(eos) + 1
-        assert found["tokens"] == count
-        assert found["answer"] == words(free[:count])
-        assert found["tokens_per_forward"] == count / found["forwards"]
-        rest = found["response_ids"][count:]
+        assert printed["tokens"] == count
+        assert printed["answer"] == words(free[:count])
+        assert printed["tokens_per_forward"] == count / printed["forwards"]
+        rest = printed["response_ids"][count:]
         assert (set(rest) == {eos}) == (option == "--stop-at-eos")
 
 
@@ -126,8 +126,8 @@ def test_seeds(chat, capsys):
 
 def test_trace(chat, capsys, tmp_path):
     path = tmp_path / "a.png"
-    found = run_json(capsys, chat, *SHORT, "--trace", str(path))
-    assert found["response_ids"] == direct().sequences[0, 5:].tolist()
+    printed = run_json(capsys, chat, *SHORT, "--trace", str(path))
+    assert printed["response_ids"] == direct().sequences[0, 5:].tolist()
     assert path.read_bytes().startswith(b"\x89PNG")
 
 

@@ -41,10 +41,10 @@ tiles = small_tiles(SMALL, "token_confidence", "token_confidence sampled")
 
 
 def compare(arguments: Arguments) -> Results:
-    found = by_kernel(token_confidence, arguments)
+    actual = by_kernel(token_confidence, arguments)
     confidence = arguments.get("confidence", "probability")
-    assert_scored(found, exactly(token_confidence, arguments), confidence)
-    return found
+    assert_scored(actual, exactly(token_confidence, arguments), confidence)
+    return actual
 
 
 def of(logits: Tensor, sample: bool = False, **options) -> Arguments:

@@ -84,12 +84,12 @@ def test_nothing_is_overwritten(tmp_path, capsys):
     """An empty folder is taken, and a source that has no tokenizer."""
     source, target = str(golden.DATA / "llada"), tmp_path / "copy"
     target.mkdir()
-    kept = target / "mine.txt"
-    kept.write_text("mine")
-    for taken in (target, kept):
+    own_file = target / "mine.txt"
+    own_file.write_text("mine")
+    for taken in (target, own_file):
         refused(capsys, "convert", source, taken, said="expected a new or an empty folder")
     assert [p.name for p in target.iterdir()] == ["mine.txt"]
-    kept.unlink()
+    own_file.unlink()
     assert main(["convert", source, str(target)]) == 0
     assert "no tokenizer in the source" in capsys.readouterr().out
 

@@ -46,11 +46,11 @@ def test_batches_seeds_and_policies_are_the_same_with_graphs(engines, family):
 
 def test_captures_anew_where_the_cache_grows_beside_another_engine(engines):
     """Torch's matmuls leave workspace in the pool, and with the stream, of what is captured."""
-    made = [dsb.Engine(engines["llada", True].model) for _ in range(2)]
+    pair = [dsb.Engine(engines["llada", True].model) for _ in range(2)]
     for rows in (2, 4):
         ids, mask = (t.cuda() for t in golden.left_pad(golden.prompts(rows)))
         expected = engines["llada", False].generate(ids, attention_mask=mask, **SHAPE)
-        for engine in (*made, *made):  # captured, then replayed
+        for engine in (*pair, *pair):  # captured, then replayed
             out = engine.generate(ids, attention_mask=mask, **SHAPE)
             assert torch.equal(out.sequences, expected.sequences)
 

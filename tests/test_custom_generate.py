@@ -54,8 +54,8 @@ def test_golden_trajectories(family):
 def test_an_auto_model_and_the_length_of_the_whole():
     model = AutoModelForCausalLM.from_pretrained(golden.DATA / "llada")
     length = IDS.shape[1] + 9
-    found = model.generate(IDS, custom_generate=dsb.custom_generate, max_length=length)
-    assert torch.equal(found, direct(model, gen_length=9, block_length=2).sequences)
+    actual = model.generate(IDS, custom_generate=dsb.custom_generate, max_length=length)
+    assert torch.equal(actual, direct(model, gen_length=9, block_length=2).sequences)
 
 
 def test_padded_batch_and_dict():
@@ -76,26 +76,26 @@ def test_sampling():
         generator = torch.Generator().manual_seed(3)
         return direct(model, generator=generator, **settings).sequences.tolist()
 
-    def found(*config: GenerationConfig, **more: Any) -> list[list[int]]:
+    def actual(*config: GenerationConfig, **more: Any) -> list[list[int]]:
         return run(model, IDS, *config, **{"do_sample": True, "seed": 3, **more}).tolist()
 
     generator = torch.Generator().manual_seed(3)
-    assert found(**cuts) == found(seed=None, generator=generator, **cuts) == expected(**cuts)
+    assert actual(**cuts) == actual(seed=None, generator=generator, **cuts) == expected(**cuts)
     # transformers' own top_k of 50 is not the user's, unless the call names it. In a
     # GenerationConfig nothing tells the two apart. A temperature without sampling is no one's.
     hot = {"temperature": 3.0}
-    assert found(**hot) == found(GenerationConfig(top_k=50), **hot) == expected(**hot)
-    assert found(top_k=50, **hot) == expected(top_k=50, **hot) != expected(**hot)
-    assert found(GenerationConfig(top_k=49), **hot) == expected(top_k=49, **hot) != expected(**hot)
+    assert actual(**hot) == actual(GenerationConfig(top_k=50), **hot) == expected(**hot)
+    assert actual(top_k=50, **hot) == expected(top_k=50, **hot) != expected(**hot)
+    assert actual(GenerationConfig(top_k=49), **hot) == expected(top_k=49, **hot) != expected(**hot)
     config = GenerationConfig(do_sample=True, top_k=7, top_p=0.8, temperature=0.5)
-    assert found(config) == expected(temperature=0.5, top_p=0.8, top_k=7)
+    assert actual(config) == expected(temperature=0.5, top_p=0.8, top_k=7)
     free = []
     for _ in range(2):
         torch.manual_seed(3)
-        free.append(found(seed=None, temperature=2.0))
+        free.append(actual(seed=None, temperature=2.0))
     assert free[0] == free[1]
     greedy = direct(model).sequences.tolist()
-    assert found(do_sample=False, seed=None, temperature=1.0) == greedy
+    assert actual(do_sample=False, seed=None, temperature=1.0) == greedy
 
 
 def test_transformers_stumbles_over_a_string_as_cache():
@@ -137,12 +137,12 @@ def test_eos():
         other = next(token for token in response if token not in model.dsb.eos_ids)
         count = response.index(other) + 1
         assert count != end
-        for found in (
+        for actual in (
             run(model, ENDING, eos_token_id=[other], **asked),
             run(model, ENDING, GenerationConfig(eos_token_id=other), **asked),
         ):
-            assert found.row_tokens == [count]
-            assert found.sequences[0, width + count :].tolist() == [other] * (24 - count)
+            assert actual.row_tokens == [count]
+            assert actual.sequences[0, width + count :].tolist() == [other] * (24 - count)
         assert model.dsb == golden.model("llada").dsb, "the model keeps its own"
 
 

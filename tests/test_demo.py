@@ -59,8 +59,8 @@ def solve(prompt: str) -> tuple[str, int]:
 
 def test_a_seed_names_one_problem():
     assert problems.problem(7) == problems.problem(7) != problems.problem(8)
-    held = problems.heldout(20, seed=3)
-    assert held == problems.heldout(20, seed=3) != problems.heldout(20, seed=4)
+    problem_set = problems.heldout(20, seed=3)
+    assert problem_set == problems.heldout(20, seed=3) != problems.heldout(20, seed=4)
     # Pinned: the weights were trained on these very problems.
     pinned = problems.problem(2)
     assert pinned.prompt == "Paul has 4 figs. Monday he stays home. How many figs now?"
@@ -76,12 +76,12 @@ def test_the_prompt_determines_the_solution(many):
 
 def test_held_out_chains_are_never_trained_on(many):
     trained = [problems.problem(seed, "train", steps) for steps in (1, 2, 6) for seed in range(800)]
-    kept = problems.heldout(800) + problems.heldout(100, steps=1)
-    assert not {chain(item) for item in trained} & {chain(item) for item in kept}
+    heldout = problems.heldout(800) + problems.heldout(100, steps=1)
+    assert not {chain(item) for item in trained} & {chain(item) for item in heldout}
     assert not any(problems.is_heldout(item) for item in trained)
-    assert all(problems.is_heldout(item) for item in kept)
-    assert len({item.prompt for item in kept[:800]}) == 800
-    assert {item.steps for item in kept[:800]} == set(range(1, problems.MAX_STEPS + 1))
+    assert all(problems.is_heldout(item) for item in heldout)
+    assert len({item.prompt for item in heldout[:800]}) == 800
+    assert {item.steps for item in heldout[:800]} == set(range(1, problems.MAX_STEPS + 1))
 
 
 def test_answers_are_read_before_the_first_eos():

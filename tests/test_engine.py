@@ -313,14 +313,14 @@ def test_threads_do_not_mix():
 def test_a_call_inside_a_call():
     model, (outer, inner) = golden.model("llada"), (row[None] for row in prompts(2))
     expected = [dsb.generate(model, ids, **SHAPE).sequences for ids in (outer, inner)]
-    found: list[torch.Tensor] = []
+    inner_sequences: list[torch.Tensor] = []
 
     def again(event: dsb.StepEvent) -> None:
-        found.append(dsb.generate(model, inner, **SHAPE).sequences)
+        inner_sequences.append(dsb.generate(model, inner, **SHAPE).sequences)
 
     out = dsb.generate(model, outer, on_step=again, **SHAPE)
-    assert torch.equal(out.sequences, expected[0]) and len(found) == out.nfe
-    assert all(torch.equal(sequences, expected[1]) for sequences in found)
+    assert torch.equal(out.sequences, expected[0]) and len(inner_sequences) == out.nfe
+    assert all(torch.equal(sequences, expected[1]) for sequences in inner_sequences)
     engine = dsb.Engine(model)
     with pytest.raises(RuntimeError, match="on_step"):
         engine.generate(outer, on_step=lambda e: engine.generate(inner))

@@ -73,9 +73,9 @@ def test_every_way_equals_the_plain_loop(family, way, length, suffix, share, ful
     )
     expected, expected_kinds = plain_loop(family, ids, **method)
     assert out.sequences[0].tolist() == expected and kinds == expected_kinds
-    kept = ids != MASK[family]
-    assert torch.equal(out.sequences[0, kept], ids[kept])
-    assert out.row_tokens == [int((~kept).sum())] == [sum(out.tokens_per_forward)]
+    given = ids != MASK[family]
+    assert torch.equal(out.sequences[0, given], ids[given])
+    assert out.row_tokens == [int((~given).sum())] == [sum(out.tokens_per_forward)]
 
 
 @pytest.mark.parametrize("family", golden.FAMILIES)

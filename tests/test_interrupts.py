@@ -66,15 +66,15 @@ def traced(
 
 def instructions(run: Callable[[], object], files: Sequence[str]) -> list[int]:
     """The numbers of the instructions of run(), each where a function first executes it."""
-    found: dict[object, int] = {}
+    first_numbers: dict[object, int] = {}
 
     def note(number: int, frame: FrameType) -> None:
         caller = frame.f_back
         place = (frame.f_code, frame.f_lasti, caller and caller.f_code)
-        found.setdefault(place, number)
+        first_numbers.setdefault(place, number)
 
     traced(run, note, files)
-    return list(found.values())
+    return list(first_numbers.values())
 
 
 def interrupt_everywhere(
@@ -86,10 +86,10 @@ def interrupt_everywhere(
     run(begin())  # which fills what is kept between calls
     numbers = instructions(functools.partial(run, begin()), files)
     assert len(numbers) > SAMPLES
-    for at in numbers if every else numbers[:: len(numbers) // SAMPLES]:
+    for instruction in numbers if every else numbers[:: len(numbers) // SAMPLES]:
 
-        def interrupt(number: int, frame: FrameType, at: int = at) -> None:
-            if number == at:
+        def interrupt(number: int, frame: FrameType, instruction: int = instruction) -> None:
+            if number == instruction:
                 sys.settrace(None)
                 raise Interrupt
 
@@ -99,7 +99,7 @@ def interrupt_everywhere(
         try:
             check(subject)
         except BaseException as error:
-            raise AssertionError(f"after an interrupt before instruction {at}") from error
+            raise AssertionError(f"after an interrupt before instruction {instruction}") from error
 
 
 EVERY = [False, pytest.param(True, marks=pytest.mark.slow)]
@@ -346,7 +346,7 @@ def test_a_child_that_is_forked_while_a_thread_works(where: str) -> None:
     """The child's first thread and others that it starts decode, pack and may capture."""
     model = small_model()
     expected = dsb.generate(copy.deepcopy(model), PROMPT, **SHAPE).sequences
-    held = {
+    locks = {
         "decode": lambda stay: dsb.generate(model, PROMPT, on_step=stay, **SHAPE),
         "pack": packing.PACKING.run,
         "capture": graphs.CAPTURING.run,
@@ -364,7 +364,7 @@ def test_a_child_that_is_forked_while_a_thread_works(where: str) -> None:
             thread.join(20)
         return len(results) == 4 and all(results)
 
-    with busy(held):
+    with busy(locks):
         assert in_child(child)
     assert call()
 

@@ -34,13 +34,13 @@ def plain_log_prob(family: str, item: Scored, mask: Tensor) -> float:
     """By transformers' own forward on one row, without padding."""
     model = golden.model(family)
     ids = torch.tensor(item.prompt + item.text)
-    at = len(item.prompt) + mask.nonzero()[:, 0]
+    index = len(item.prompt) + mask.nonzero()[:, 0]
     noised = ids.clone()
-    noised[at] = model.dsb.mask_id
+    noised[index] = model.dsb.mask_id
     with torch.no_grad():
         logits = model(noised[None]).logits[0].double().log_softmax(-1)
-    rows = at - 1 if family == "dream" else at
-    return logits[rows, ids[at]].sum().item()
+    rows = index - 1 if family == "dream" else index
+    return logits[rows, ids[index]].sum().item()
 
 
 def enumerated(family: str, item: Scored) -> tuple[float, float]:
@@ -83,9 +83,9 @@ def test_masks_follow_from_the_seed():
 def test_masked_log_probs_are_transformers_own(family):
     pairs = [(item, mask) for item in LONGER for mask in all_masks(len(item.text))]
     items, masks = [item for item, _ in pairs], [mask for _, mask in pairs]
-    found = masked_log_probs(golden.model(family), items, masks)
+    actual = masked_log_probs(golden.model(family), items, masks)
     expected = [plain_log_prob(family, item, mask) for item, mask in pairs]
-    assert found == pytest.approx(expected, abs=1e-4)
+    assert actual == pytest.approx(expected, abs=1e-4)
 
 
 @pytest.mark.parametrize("family", golden.FAMILIES)
@@ -100,8 +100,8 @@ def test_the_estimate_is_within_sampling_error_of_the_enumeration(family):
             for s in range(seeds)
         ]
 
-    for found in estimates(3, 4096):
-        assert abs(found - exact) < 4 * deviation / math.sqrt(4096)
+    for actual in estimates(3, 4096):
+        assert abs(actual - exact) < 4 * deviation / math.sqrt(4096)
     few = estimates(60, 2)
     assert abs(sum(few) / 60 - exact) < 4 * deviation / math.sqrt(60 * 2)
     assert len({round(value, 3) for value in few}) > 3
@@ -113,10 +113,10 @@ def test_neither_batch_nor_order_changes_an_estimate(family, batch_size):
     model = golden.model(family)
     alone = [log_likelihoods(model, [item], samples=9)[0] for item in LONGER]
     done: list[int] = []
-    found = log_likelihoods(
+    actual = log_likelihoods(
         model, LONGER[::-1], samples=9, batch_size=batch_size, on_done=done.append
     )
-    assert found[::-1] == pytest.approx(alone, abs=1e-4)
+    assert actual[::-1] == pytest.approx(alone, abs=1e-4)
     assert sum(done) == len(LONGER)
 
 
@@ -130,5 +130,5 @@ def test_the_greedy_flag(family):
     items = [Scored(p, tuple(g)) for p, g in greedy.items()]
     items += [Scored(p, (*g[:3], (g[3] + 1) % 500)) for p, g in greedy.items()]
     items.append(Scored(prompts[0], tuple(golden.one_by_one(family, prompts[0], 2))))
-    found = are_greedy(golden.model(family), items, batch_size=4)
-    assert found == [True] * 3 + [False] * 3 + [True]
+    actual = are_greedy(golden.model(family), items, batch_size=4)
+    assert actual == [True] * 3 + [False] * 3 + [True]

@@ -132,10 +132,10 @@ def test_a_batch_size_of_auto_is_halved_until_it_fits(lm, monkeypatch):
         answers(make("gen_length=64", batch_size="4"))
     pairs = [(PROMPTS[0], " " + PROBLEMS[0].response), ("", "Mia")]
     asked = requests("loglikelihood", pairs)
-    for found, (total, greedy) in zip(
+    for actual, (total, greedy) in zip(
         auto.loglikelihood(asked), lm.loglikelihood(asked), strict=True
     ):
-        assert found == (pytest.approx(total, abs=1e-3), greedy)
+        assert actual == (pytest.approx(total, abs=1e-3), greedy)
 
 
 def test_an_adapter(lm, tmp_path):
@@ -144,12 +144,12 @@ def test_an_adapter(lm, tmp_path):
     config = peft.LoraConfig(target_modules=["up_proj"], init_lora_weights=False, lora_alpha=64)
     adapted = peft.get_peft_model(dsb.load_model(MODEL_DIR, device="cpu"), config)
     adapted.save_pretrained(tmp_path)
-    found = make(f"gen_length=64,peft={tmp_path}")
+    actual = make(f"gen_length=64,peft={tmp_path}")
     plain = answers(lm, PROMPTS[:2])
-    assert found.model.dsb == lm.model.dsb and answers(found, PROMPTS[:2]) != plain
-    found.model = adapted
+    assert actual.model.dsb == lm.model.dsb and answers(actual, PROMPTS[:2]) != plain
+    actual.model = adapted
     assert answers(make(f"gen_length=64,peft={tmp_path}"), PROMPTS[:2]) == answers(
-        found, PROMPTS[:2]
+        actual, PROMPTS[:2]
     )
 
 
@@ -232,8 +232,8 @@ def test_padding_of_the_harness_costs_nothing(lm):
     """Processes with fewer documents get their last request again."""
     two = requests("generate_until", [(p, {}) for p in PROMPTS[:2]])
     before = lm.totals["answers"]
-    found = lm.generate_until([*two, two[-1], two[-1]])
-    assert found[1] == found[2] == found[3]
+    actual = lm.generate_until([*two, two[-1], two[-1]])
+    assert actual[1] == actual[2] == actual[3]
     assert lm.totals["answers"] == before + 2
     assert isinstance(answers(lm, [""])[0], str), "an empty prompt is answered"
 
@@ -289,7 +289,7 @@ def test_a_prompt_keeps_the_bos_that_it_has(monkeypatch):
 def test_loglikelihood(lm):
     pairs = [(PROMPTS[0], " " + PROBLEMS[0].response), (PROMPTS[4], " Monday 1 + 1 = 3."),
              ("", "Mia")]  # fmt: skip
-    found = lm.loglikelihood(requests("loglikelihood", pairs), disable_tqdm=True)
+    actual = lm.loglikelihood(requests("loglikelihood", pairs), disable_tqdm=True)
     items = [
         Scored(
             tuple(lm.tok_encode(prompt) or [lm.prefix_token_id]),
@@ -298,10 +298,10 @@ def test_loglikelihood(lm):
         for prompt, text in pairs
     ]
     expected = log_likelihoods(lm.model, items, samples=8)
-    assert [total for total, _ in found] == pytest.approx(expected, abs=1e-3)
-    assert [greedy for _, greedy in found] == are_greedy(lm.model, items)
-    assert found[0][1] and not found[1][1]
-    assert found[0][0] > found[1][0]
+    assert [total for total, _ in actual] == pytest.approx(expected, abs=1e-3)
+    assert [greedy for _, greedy in actual] == are_greedy(lm.model, items)
+    assert actual[0][1] and not actual[1][1]
+    assert actual[0][0] > actual[1][0]
     quick = make("mc_num=8,check_greedy=False")
     assert not any(greedy for _, greedy in quick.loglikelihood(requests("loglikelihood", pairs)))
 
@@ -314,5 +314,5 @@ def test_loglikelihood_of_whole_texts(lm):
     rest = ids[21:]
     windows = [Scored((short.prefix_token_id,), ids[:21]), Scored(ids[len(rest) - 1 : 21], rest)]
     expected = sum(log_likelihoods(short.model, windows, samples=8))
-    (found,) = short.loglikelihood_rolling(requests("loglikelihood_rolling", [(text,)]))
-    assert found == pytest.approx(expected, abs=1e-3)
+    (actual,) = short.loglikelihood_rolling(requests("loglikelihood_rolling", [(text,)]))
+    assert actual == pytest.approx(expected, abs=1e-3)

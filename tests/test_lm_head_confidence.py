@@ -94,8 +94,8 @@ def compare(arguments: Arguments) -> Results:
     if arguments["hidden"].dtype == torch.float32:
         results.append(in_shards(**arguments))
     expected = exactly(lm_head_confidence, arguments)
-    for found in results:
-        assert_scored(found, expected, arguments.get("confidence", "probability"))
+    for actual in results:
+        assert_scored(actual, expected, arguments.get("confidence", "probability"))
     return results[0]
 
 

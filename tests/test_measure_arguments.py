@@ -153,12 +153,12 @@ def test_asking_whether_a_file_can_be_written_changes_none(tmp_path: Path):
 def leaves(value: object, path: tuple = ()) -> list[tuple]:
     """The path of everything in a record; of a list, of what its first entry has."""
     inside = value.items() if isinstance(value, dict) else enumerate(value[:1])
-    found = []
+    paths = []
     for key, item in inside:
-        found.append((*path, key))
+        paths.append((*path, key))
         if isinstance(item, (dict, list)):
-            found += leaves(item, (*path, key))
-    return found
+            paths += leaves(item, (*path, key))
+    return paths
 
 
 @pytest.mark.parametrize("command", ["bench", "eval"])

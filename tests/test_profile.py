@@ -217,20 +217,22 @@ def gpu_trace() -> list[dict[str, Any]]:
         events.append({"ph": "X", "cat": cat, "name": name, "ts": ts, "dur": dur, "args": args})
 
     for step in (0, 1):
-        at, number = 1000.0 * step, 10 * step
-        add("user_annotation", f"dsb: window step {step}", at, 100)
-        add("user_annotation", "dsb: layer 0: qkv", at + 10, 20)
-        add("user_annotation", "dsb: layer 1: qkv", at + 30, 20)
-        add("gpu_user_annotation", "dsb: layer 0: qkv", at + 200, 7)
-        add("cuda_runtime", "cudaLaunchKernel", at + 15, 2, correlation=number)
-        add("cuda_driver", "cuLaunchKernelEx", at + 40, 2, correlation=number + 1)
-        add("cuda_runtime", "cudaMemcpyAsync", at + 60, 2, correlation=number + 2)
-        add("cuda_runtime", "cudaLaunchKernel", at + 500, 2, correlation=number + 3)  # no step's
-        add("cpu_op", "aten::mm", at + 12, 10)
-        add("kernel", "gemm", at + 200, 7, correlation=number)
-        add("kernel", "gemm", at + 210, 5, correlation=number + 1)
-        add("gpu_memcpy", "Memcpy DtoH", at + 220, 3, correlation=number + 2)
-        add("kernel", "fill", at + 510, 1, correlation=number + 3)
+        microsecond, number = 1000.0 * step, 10 * step
+        add("user_annotation", f"dsb: window step {step}", microsecond, 100)
+        add("user_annotation", "dsb: layer 0: qkv", microsecond + 10, 20)
+        add("user_annotation", "dsb: layer 1: qkv", microsecond + 30, 20)
+        add("gpu_user_annotation", "dsb: layer 0: qkv", microsecond + 200, 7)
+        add("cuda_runtime", "cudaLaunchKernel", microsecond + 15, 2, correlation=number)
+        add("cuda_driver", "cuLaunchKernelEx", microsecond + 40, 2, correlation=number + 1)
+        add("cuda_runtime", "cudaMemcpyAsync", microsecond + 60, 2, correlation=number + 2)
+        add(
+            "cuda_runtime", "cudaLaunchKernel", microsecond + 500, 2, correlation=number + 3
+        )  # no step's
+        add("cpu_op", "aten::mm", microsecond + 12, 10)
+        add("kernel", "gemm", microsecond + 200, 7, correlation=number)
+        add("kernel", "gemm", microsecond + 210, 5, correlation=number + 1)
+        add("gpu_memcpy", "Memcpy DtoH", microsecond + 220, 3, correlation=number + 2)
+        add("kernel", "fill", microsecond + 510, 1, correlation=number + 3)
     return events
 
 

@@ -70,7 +70,7 @@ class Case(WindowCase):
 def compare(arguments: Arguments) -> Results:
     """As the contract does, and what is outside the window stays in the caches."""
     before = {n: x.clone() for n, x in arguments.items() if isinstance(x, Tensor)}
-    found = q, k_cache, v_cache = CASE.compare_floats(arguments)
+    actual = q, k_cache, v_cache = CASE.compare_floats(arguments)
     _, k_exact, v_exact = exactly(rope_write_kv, arguments)
     assert not q.isnan().any() or arguments["q"].isinf().any()
     assert v_cache.double().allclose(v_exact, rtol=0, atol=0, equal_nan=True)  # copied
@@ -78,7 +78,7 @@ def compare(arguments: Arguments) -> Results:
     assert torch.equal(k_cache[untouched], before["k_cache"][untouched])
     for name, was in before.items():  # the inputs are only read
         assert torch.equal(arguments[name].nan_to_num(), was.nan_to_num())
-    return found
+    return actual
 
 
 CASES = {

@@ -68,13 +68,13 @@ def published_row(
         return [e / sum(exp) for e in exp]
 
     if top_p is not None and top_p < 1:
-        probability, before, kept = softmax(values), 0.0, set()
+        probability, before, nucleus = softmax(values), 0.0, set()
         for index in sorted(range(len(values)), key=lambda i: -values[i]):
-            if before > top_p and kept:  # the token that crosses top_p is kept, and the first
+            if before > top_p and nucleus:  # the token that crosses top_p is kept, and the first
                 break
-            kept.add(index)
+            nucleus.add(index)
             before += probability[index]
-        values = [x if i in kept else -math.inf for i, x in enumerate(values)]
+        values = [x if i in nucleus else -math.inf for i, x in enumerate(values)]
     if top_k is not None:
         lowest = sorted(values, reverse=True)[min(top_k, len(values)) - 1]
         values = [x if x >= lowest else -math.inf for x in values]

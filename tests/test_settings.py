@@ -90,14 +90,14 @@ def test_five_doors_decode_the_same(chat, capsys, monkeypatch, lengths):
         monkeypatch.setattr(f"dsb_runtime.{door}.load_model", lambda *a, **how: model)
     options = ["--gen-length", "20"] if lengths else []
     assert main(["generate", PROMPT, "--model", str(chat), "--json", *options]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert (found["response_ids"], found["forwards"], [found["tokens"]]) == expected
+    printed = json.loads(capsys.readouterr().out)
+    assert (printed["response_ids"], printed["forwards"], [printed["tokens"]]) == expected
 
     lm = DSBLM(str(chat), **lengths)
     text = lm.apply_chat_template([{"role": "user", "content": PROMPT}])
     request = Instance("generate_until", {}, (text, {}), 0, metadata=("task", 0, 1))
     (answer,) = lm.generate_until([request], disable_tqdm=True)
-    assert answer.split() == found["answer"].split()[:-1], "the harness leaves the EOS out"
+    assert answer.split() == printed["answer"].split()[:-1], "the harness leaves the EOS out"
     assert (lm.totals["forwards"], [lm.totals["tokens"]]) == expected[1:]
 
 

@@ -245,8 +245,8 @@ CASE = OpCase(
         (CASES["to_the_end"].check, "_unmask_kernel", [
             ("refresh, 0, tl", "refresh, 1, tl"),
             ("RESPONSE, REFRESH", "REFRESH, RESPONSE"),
-            ("UNMASKED, unmasked", "UNMASKED, new"),
         ]),
+        (CASES["to_the_end"].check, "_store_counts", [("UNMASKED, unmasked", "UNMASKED, new")]),
         (CASES["to_the_end"].check, "_slide", [("size + unmasked", "size")]),
         (CASES["to_the_end"].check, "_list_candidates", [("0) - 1\n", "0)\n")]),
         (replace(CASES["to_the_end"], stop_at_eos=True, num_steps=6).check, "_unmask_kernel", [

@@ -90,9 +90,9 @@ class Case(WindowCase):
 
 
 def compare(arguments: Arguments) -> Results:
-    found = CASE.compare_floats(arguments)
-    assert not found[0].isnan().any()  # as nothing that may not be read is
-    return found
+    actual = CASE.compare_floats(arguments)
+    assert not actual[0].isnan().any()  # as nothing that may not be read is
+    return actual
 
 
 def block_lists(*rows: list[int] | list[list[int]]) -> tuple[Tensor, Tensor]:

@@ -144,8 +144,8 @@ def are_greedy(
     device = model.device
     for length, members in by_length.items():
         members.sort(key=lambda i: -len(items[i].prompt))
-        for at in range(0, len(members), batch_size):
-            part = members[at : at + batch_size]
+        for first in range(0, len(members), batch_size):
+            part = members[first : first + batch_size]
             ids, mask = left_pad([items[i].prompt for i in part])
             out = generate(
                 model, ids.to(device), attention_mask=mask.to(device), gen_length=length,

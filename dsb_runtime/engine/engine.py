@@ -296,10 +296,10 @@ class Engine:
         ends = not fill or config.stop_at_eos  # whether an EOS ends a response
         counted = until_eos(sequences, masked, info.eos_ids if ends else ())
         if record:
-            kept = counted if config.stop_at_eos else masked
+            recorded = counted if config.stop_at_eos else masked
             first = 0 if fill else prompt
-            step_map = torch.where(kept, state.step_map[:, pad:-1], -1)[:, first:]
-            logprobs = torch.where(kept, state.logprobs[:, pad:-1], 0)[:, first:]
+            step_map = torch.where(recorded, state.step_map[:, pad:-1], -1)[:, first:]
+            logprobs = torch.where(recorded, state.logprobs[:, pad:-1], 0)[:, first:]
         return GenerationOutput(
             sequences=sequences,
             nfe=len(commits),

@@ -46,8 +46,8 @@ class Turn:
     def __init__(self, frame: FrameType) -> None:
         self.frame: FrameType | None = frame
         self.thread, self.process = threading.current_thread(), os.getpid()
-        self.held = threading.Lock()  # until the turn ends, so that others can wait for that
-        self.held.acquire()
+        self.running = threading.Lock()  # until the turn ends, so that others can wait for that
+        self.running.acquire()
 
     def is_mine(self) -> bool:
         """Whether this thread took it."""
@@ -71,12 +71,12 @@ class Turn:
 
     def wake(self) -> None:
         with contextlib.suppress(RuntimeError):  # the lock is free already
-            self.held.release()
+            self.running.release()
 
     def wait(self) -> None:
         """Wait until the turn is over."""
         while not self.is_over():
-            if self.held.acquire(timeout=PATIENCE):
+            if self.running.acquire(timeout=PATIENCE):
                 self.wake()
 
 

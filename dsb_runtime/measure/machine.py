@@ -23,16 +23,16 @@ CGROUPS = (
 def free_bytes(device: torch.device) -> int | None:
     """How many bytes of memory are free on a device; None where that cannot be said."""
     if device.type == "cuda":
-        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + kept  # torch's allocator has some of it
-    found, info = [], Path("/proc/meminfo")
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused  # torch's allocator has some of it
+    limits, info = [], Path("/proc/meminfo")
     if info.is_file():
-        found += [1024 * int(n) for n in re.findall(r"MemAvailable:\s*(\d+)", info.read_text())]
+        limits += [1024 * int(n) for n in re.findall(r"MemAvailable:\s*(\d+)", info.read_text())]
     for names in CGROUPS:
         limit, used = (Path("/sys/fs/cgroup", name) for name in names)
         with contextlib.suppress(OSError, ValueError):  # a limit of "max" is none
-            found.append(int(limit.read_text()) - int(used.read_text()))
-    return min(found, default=None)
+            limits.append(int(limit.read_text()) - int(used.read_text()))
+    return min(limits, default=None)
 
 
 def describe_run(command: str, device: torch.device) -> dict[str, Any]:

@@ -89,9 +89,9 @@ def draw_runs(
     axes = figure.subplots(1, 1 + several, squeeze=False)[0]
     kinds = [kind for kind in STEP_COLORS if any(kind in run["steps"] for run in runs)]
     width = 0.76 / len(kinds)
-    for place, run in enumerate(runs):
+    for index, run in enumerate(runs):
         for kind, step in run["steps"].items():
-            x = place + (kinds.index(kind) - 0.5 * (len(kinds) - 1)) * width
+            x = index + (kinds.index(kind) - 0.5 * (len(kinds) - 1)) * width
             axes[0].bar(x, step["ms"], 0.95 * width, color=STEP_COLORS[kind], label=kind)
             for style, (key, label) in zip(LIMIT_STYLES, limits.items(), strict=False):
                 if step[key] is not None:
@@ -103,9 +103,9 @@ def draw_runs(
         values = [run[key] for run in runs]
         if None not in values:
             axes[1].plot(places, values, marker="o", label=label)
-            for place, value in zip(places, values, strict=True):
+            for index, value in zip(places, values, strict=True):
                 axes[1].annotate(
-                    f"{value:.0f}", (place, value), (0, 6), textcoords="offset points", ha="center"
+                    f"{value:.0f}", (index, value), (0, 6), textcoords="offset points", ha="center"
                 )
     if several:
         axes[1].set(ylabel="tokens/s", title="throughput by batch")

@@ -172,5 +172,5 @@ def check_complete(expected: Mapping[str, Tensor], weights: Mapping[str, Tensor]
         if name not in weights:
             raise ValueError(f"missing weight {name}")
         if weight.shape != weights[name].shape:
-            found = list(weights[name].shape)
-            raise ValueError(f"weight {name} has shape {found}, expected {list(weight.shape)}")
+            shape = list(weights[name].shape)
+            raise ValueError(f"weight {name} has shape {shape}, expected {list(weight.shape)}")

@@ -115,10 +115,10 @@ def load_model(
             argument is not accepted.
     """
     placing = {"distributed_config": distributed_config, "device_map": device_map}
-    placed = [name for name, value in placing.items() if value is not None]
-    if placed and device != "auto":
-        raise ValueError(f"device={device!r}: {placed[0]} picks it; expected 'auto'")
-    if len(placed) > 1:
+    placements = [name for name, value in placing.items() if value is not None]
+    if placements and device != "auto":
+        raise ValueError(f"device={device!r}: {placements[0]} picks it; expected 'auto'")
+    if len(placements) > 1:
         raise ValueError("distributed_config and device_map: expected one of the two")
     if adapter is not None and distributed_config is not None:
         raise ValueError("distributed_config and adapter: expected one of the two")

@@ -101,7 +101,7 @@ def check_sizes(shapes: Shapes, present: Mapping[str, str], config: PretrainedCo
 
     This comes before a model is built, since its sizes decide how long that takes.
     """
-    layers = len({found[1] for name in present if (found := LAYER.match(name))})
+    layers = len({match[1] for name in present if (match := LAYER.match(name))})
     if config.num_hidden_layers > layers:
         raise ValueError(
             f"config.json has {config.num_hidden_layers} layers, and the files have {layers}"
