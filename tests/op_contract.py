@@ -224,21 +224,21 @@ class OpCase:
         return actual
 
     def compare_floats(self, arguments: Arguments) -> Results:
-        """Errors of the kernel are at most 1e-5 of the largest value. In 16 bits they are at most
-        twice those of the definition, and with `rounds_once` their mean square is that of the
-        definition."""
+        """Errors of the kernel are at most twice those of the definition. In float32 they may
+        always be 1e-5 of the largest value. With `rounds_once` their mean square in 16 bits is that
+        of the definition."""
         actual, exact = by_kernel(self.op, arguments), exactly(self.op, arguments)
         plain = by_definition(self.op, arguments)
         for result, definition, expected in zip(actual, plain, exact, strict=True):
             assert result.dtype == definition.dtype and result.shape == definition.shape
-            error = errors(result, expected)
-            if result.dtype in LOW_PRECISION:
-                bound = errors(definition, expected)
-                assert error.amax() <= 2 * bound.amax()
-                if self.rounds_once:
-                    assert error.square().mean() <= 1.1 * bound.square().mean()
-            else:
-                assert (error <= 1e-5).all(), error.amax()
+            if not result.numel():
+                continue
+            error, bound = errors(result, expected), errors(definition, expected)
+            # Where the largest value is a sum that cancels, the definition is no closer than 1e-5.
+            low = result.dtype in LOW_PRECISION
+            assert error.amax() <= max(2 * bound.amax(), 0 if low else 1e-5), error.amax()
+            if self.rounds_once and low:
+                assert error.square().mean() <= 1.1 * bound.square().mean()
         return actual
 
 
