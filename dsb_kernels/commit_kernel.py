@@ -160,9 +160,11 @@ def _plan(
         refresh = since_refresh >= size
         if CACHE == "dsb":
             prefix = tl.maximum(start - old_start, prefix_window)
-        else:  # dual: the prefix begins where the block began when it was refreshed
+        elif CACHE == "dual":  # the prefix begins where the block began when it was refreshed
             prefix = tl.where(was_refresh, 0, old_prefix) + start - old_start
             prefix = tl.maximum(tl.where(refresh, 0, prefix), min_prefix)
+        else:
+            tl.static_assert(False, "no branch of _plan for this cache policy")
         prefix = tl.minimum(prefix, start - leftpad)
     return refresh, prefix
 

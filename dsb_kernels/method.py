@@ -219,9 +219,11 @@ class Row:
             self.prefix = 0
         elif self.cache == "dsb":
             self.prefix = max(distance, self.prefix_window)
-        else:  # the prefix begins where the block began at the last refresh
+        elif self.cache == "dual":  # the prefix begins where the block began at the last refresh
             since = 0 if was_refresh else self.prefix
             self.prefix = max(0 if refresh else since + distance, self.min_prefix)
+        else:
+            raise ValueError(f"cache={self.cache!r}: expected one of those above")
         self.prefix = min(self.prefix, self.start - self.leftpad)
         full = self.refreshes % self.full_every == 0
         self.next_kind = ("refresh" if full else "response") if refresh else "window"
