@@ -15,8 +15,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from dsb_runtime.demo import MODEL_DIR, problems
 from dsb_runtime.demo.problems import Problem
 from dsb_runtime.demo.tokenizer import build_tokenizer, chat_text
-from tools.embedded_model import train
-from tools.embedded_model.train import Settings
+from tools.embedded_model import train, words
+from tools.embedded_model.course import Settings
 
 APPLY = {"+": add, "-": sub, "*": mul, "/": floordiv}
 VERBS = dict.fromkeys(problems.GAINS, "+") | dict.fromkeys(problems.LOSSES, "-")
@@ -129,15 +129,17 @@ def test_saved_tokenizer_loads_without_remote_code(tokenizer, tmp_path):
 
 # --- training ----------------------------------------------------------------------------------
 
-TINY = Settings(steps=6, batch_size=2, hidden=16, layers=2, heads=2, mlp=24, warmup_steps=2)
+TINY = Settings(
+    "words", steps=6, batch_size=2, hidden=16, layers=2, heads=2, mlp=24, warmup_steps=2
+)
 CPU = torch.device("cpu")
 
 
 def test_batches_are_masked_canvases(tokenizer):
-    settings = Settings(steps=60, batch_size=4)
+    settings = Settings("words", steps=60, batch_size=4)
     lengths = set()
     for step in range(60):
-        batch = train.make_batch(settings, tokenizer, step)
+        batch = words.make_batch(settings, tokenizer, step)
         canvas = batch.input_ids[:, -batch.targets.shape[1] :]
         masked = canvas == tokenizer.mask_token_id
         assert torch.equal(batch.weights > 0, masked)
@@ -145,8 +147,8 @@ def test_batches_are_masked_canvases(tokenizer):
         assert (batch.input_ids[:, : -batch.targets.shape[1]] != tokenizer.mask_token_id).all()
         assert (batch.targets[:, -1] == tokenizer.eos_token_id).all()
         lengths.add(batch.targets.shape[1])
-    assert {64, train.CANVAS} <= lengths and max(lengths) == train.CANVAS
-    assert torch.equal(train.make_batch(settings, tokenizer, 59).input_ids, batch.input_ids)
+    assert {64, words.CANVAS} <= lengths and max(lengths) == words.CANVAS
+    assert torch.equal(words.make_batch(settings, tokenizer, 59).input_ids, batch.input_ids)
 
 
 def test_attention_sees_both_ways(tokenizer):
@@ -167,12 +169,12 @@ def test_resumed_run_equals_an_uninterrupted_one(tmp_path):
 
 
 def test_loss_falls(tokenizer):
-    settings = Settings(steps=400, batch_size=8, hidden=32, layers=1, heads=2, mlp=64)
+    settings = Settings("words", steps=400, batch_size=8, hidden=32, layers=1, heads=2, mlp=64)
     model = train.build_model(settings, tokenizer)
     optimizer = train.build_optimizer(settings, model)
     losses = []
     for step in range(30):  # of one-step problems, the curriculum's beginning
-        loss = train.batch_loss(model, train.make_batch(settings, tokenizer, step))
+        loss = train.batch_loss(model, words.make_batch(settings, tokenizer, step))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -1,1 +1,1 @@
-"""The training of the embedded model."""
+"""The training of the embedded models."""

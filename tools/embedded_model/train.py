@@ -1,4 +1,4 @@
-"""Train the embedded model from scratch: `python -m tools.embedded_model.train --out DIR`.
+"""Train an embedded model: `python -m tools.embedded_model.train --course NAME --out DIR`.
 
 A run depends on its settings alone: the batch of a step is drawn from the seed and the step's
 number. A checkpoint therefore needs no generator states, and a run that was resumed ends in the
@@ -10,14 +10,15 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import random
 import re
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -27,39 +28,14 @@ from torch.nn import functional
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from dsb_runtime.demo import problems
-from dsb_runtime.demo.tokenizer import build_tokenizer, chat_text
 from dsb_runtime.families import LLADA
+from tools.embedded_model import sudoku, words
+from tools.embedded_model.course import Batch, Course, Settings
 
-CANVAS = 96  # tokens of the longest response in training; decoding should not ask for more
-GEN_LENGTH = 64  # what the exported generation config proposes
 MAX_SEQUENCE_LENGTH = 512
 VOCAB_MULTIPLE = 64  # the vocabulary has unused ids, as LLaDA's has, since kernels like round sizes
-
-
-@dataclass(frozen=True)
-class Settings:
-    """All that a run's weights depend on."""
-
-    steps: int = 7000
-    seed: int = 0
-    batch_size: int = 32
-    hidden: int = 128
-    layers: int = 4
-    heads: int = 4
-    mlp: int = 512
-    learning_rate: float = 1.5e-3
-    weight_decay: float = 0.1
-    warmup_steps: int = 200
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Problems with the same number of steps, of which C response positions are to be predicted."""
-
-    input_ids: Tensor  # (B, L) int64, the canvas: prompts, and responses with masks
-    targets: Tensor  # (B, C) int64, the responses without masks
-    weights: Tensor  # (B, C) float32, 0 where nothing is to be predicted
+LOG_EVERY = 100  # steps, of which a line of the log has the mean loss
+COURSES: dict[str, Course] = {"words": words.COURSE, "sudoku": sudoku.COURSE}
 
 
 def build_model(settings: Settings, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
@@ -77,103 +53,11 @@ def build_model(settings: Settings, tokenizer: PreTrainedTokenizerFast) -> Llama
     config.is_causal = False
     torch.manual_seed(settings.seed)
     model = LlamaForCausalLM(config)
-    start = initial_embeddings(model.config.vocab_size, settings.hidden, tokenizer)
+    start = COURSES[settings.course].embeddings(tokenizer, model.config.vocab_size, settings.hidden)
     with torch.no_grad():
         model.model.embed_tokens.weight.copy_(0.3 * start)
         model.lm_head.weight.copy_(0.05 * start)
     return model
-
-
-def initial_embeddings(vocab: int, hidden: int, tokenizer: PreTrainedTokenizerFast) -> Tensor:
-    """The start of embeddings and LM head, `(vocab, hidden)`, with entries of about unit variance.
-
-    Numbers start on circles of several periods. Adding there is rotating, which a gated MLP can
-    compute, whereas from random vectors it would have to learn the whole addition table by heart.
-    The LM head starts as a multiple of the embeddings, so that copying a number works at once.
-    """
-    words = torch.randn(vocab, hidden)
-    numbers = torch.arange(problems.MAX_TOTAL + 1)
-    periods = torch.tensor([2.0, 5.0, 10.0, 20.0, 25.0, 50.0, 100.0, 200.0])
-    angles = 2 * torch.pi * numbers[:, None] / periods
-    circles = torch.cat([angles.cos(), angles.sin()], dim=1)  # (numbers, 2 * periods)
-    spread = torch.randn(circles.shape[1], hidden) / len(periods) ** 0.5
-    ids = torch.tensor(tokenizer.convert_tokens_to_ids([str(n) for n in numbers.tolist()]))
-    words[ids] = 0.9 * circles @ spread + 0.4 * words[ids]
-    return words
-
-
-def step_count(progress: float, rng: random.Random) -> int:
-    """How many steps the problems of a batch have after this share of the run."""
-    if progress < 0.06:
-        return 1
-    if progress < 0.12:
-        return rng.randint(1, 2)
-    return rng.randint(1, problems.MAX_STEPS)
-
-
-def canvas_length(solution: int, rng: random.Random) -> int:
-    """The response positions of a batch: the solution, and EOS tokens after it.
-
-    If responses were never much longer than the solution, decoding a long one would be out of
-    distribution and every answer would fail. Long ones cost time, so that half of the batches have
-    only a few EOS.
-    """
-    kind = rng.random()
-    if kind < 0.5:
-        return solution + rng.randint(1, 8)
-    if kind < 0.75:
-        return rng.randint(solution + 1, CANVAS)
-    return 64 if kind < 0.9 else CANVAS
-
-
-def make_batch(settings: Settings, tokenizer: PreTrainedTokenizerFast, step: int) -> Batch:
-    """The batch of step `step`, drawn from the seed and the step's number alone."""
-    rng = random.Random(f"{settings.seed} {step}")
-    count = step_count(step / settings.steps, rng)
-    seeds = [rng.getrandbits(60) for _ in range(settings.batch_size)]
-    items = [problems.problem(seed, "train", count) for seed in seeds]
-    prompts = torch.tensor(tokenizer([chat_text(item.prompt) for item in items])["input_ids"])
-    solutions = torch.tensor(tokenizer([item.response for item in items])["input_ids"])
-    length = canvas_length(solutions.shape[1], rng)
-    canvas = torch.full((settings.batch_size, length), tokenizer.eos_token_id)
-    canvas[:, : solutions.shape[1]] = solutions
-    generator = torch.Generator().manual_seed(rng.getrandbits(60))
-    masked, weights = mask_canvas(canvas.shape, count, rng, generator)
-    filled = canvas.masked_fill(masked, tokenizer.mask_token_id)
-    return Batch(torch.cat([prompts, filled], dim=1), canvas, weights)
-
-
-def mask_canvas(
-    shape: torch.Size, count: int, rng: random.Random, generator: torch.Generator
-) -> tuple[Tensor, Tensor]:
-    """Which response positions to mask, and the weight of each in the loss; both `(B, C)`.
-
-    A third of the batches is masked as in LLaDA's training: each position with the probability of
-    its row. That alone would teach the model to copy a total from the step after it, which it never
-    sees when it decodes, rather than to compute it. The other batches are masked as decoding meets
-    them. A row is known up to a random cut. Behind the cut either everything is masked, or all
-    running totals are, and any share of the words between them.
-    Weights depend on positions and never on tokens, so that confidences stay calibrated.
-    """
-    rows, length = shape
-    position = torch.arange(length)
-    share = torch.rand(rows, 1, generator=generator)
-    noise = torch.rand(shape, generator=generator) < share
-    kind = rng.randrange(3)
-    if kind == 0:
-        return noise, noise.float()
-    end = count * problems.STEP_TOKENS + 4  # the solution, "Answer 28 ." and its EOS
-    cut = torch.randint(0, end, (rows, 1), generator=generator)
-    behind = position >= cut
-    if kind == 1:
-        masked = behind.expand(shape)
-    else:
-        offset = position % problems.STEP_TOKENS
-        totals = torch.isin(offset, torch.tensor(problems.TOTAL_OFFSETS)) & (position < end)
-        masked = behind & (noise | totals)
-    # One forward can know about one step more; what lies beyond teaches less.
-    near = position < cut + 10
-    return masked, masked * torch.where(near, 1.0, 0.2)
 
 
 def learning_rate(settings: Settings, step: int) -> float:
@@ -206,21 +90,25 @@ def train(
 ) -> tuple[LlamaForCausalLM, bool]:  # fmt: skip
     """Start or resume a run. Returns the model and whether the run is complete.
 
-    Ctrl-C or the step `stop_after` ends it early, with the last step in the checkpoint.
+    Ctrl-C or the step `stop_after` ends it early, with the last step in the checkpoint. A log
+    beside the checkpoint, in JSON lines, has the mean loss of every LOG_EVERY steps.
     """
-    tokenizer = build_tokenizer()
+    course = COURSES[settings.course]
+    tokenizer = course.tokenizer()
     model = build_model(settings, tokenizer).to(device)
     optimizer = build_optimizer(settings, model)
     first = load_checkpoint(checkpoint, settings, model, optimizer)
     last = settings.steps if stop_after is None else min(stop_after, settings.steps)
+    log = checkpoint.with_suffix(".jsonl")
+    cut_log(log, first)
     step = first
-    smooth = None
+    losses: list[float] = []
     with (
         interrupt_flag() as interrupted,
         tqdm(total=settings.steps, initial=first, desc="training", unit="step") as bar,
     ):
         while step < last and not interrupted:
-            batch = make_batch(settings, tokenizer, step)
+            batch = course.batch(settings, tokenizer, step)
             batch = Batch(*(t.to(device) for t in (batch.input_ids, batch.targets, batch.weights)))
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(settings, step)
@@ -230,16 +118,27 @@ def train(
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             step += 1
+            losses.append(loss.item())
             bar.update()
-            if step % 20 == 0:
-                value = loss.item()
-                smooth = value if smooth is None else 0.9 * smooth + 0.1 * value
-                bar.set_postfix(loss=f"{smooth:.3f}", refresh=False)
+            bar.set_postfix(loss=f"{fmean(losses):.3f}", refresh=False)
+            if step % LOG_EVERY == 0:
+                line = {"step": step, "loss": fmean(losses), "time": time.time()}
+                with log.open("a") as file:
+                    file.write(json.dumps(line) + "\n")
+                losses.clear()
             if step % checkpoint_every == 0:
                 save_checkpoint(checkpoint, settings, model, optimizer, step)
     if step > first and step % checkpoint_every:
         save_checkpoint(checkpoint, settings, model, optimizer, step)
     return model, step == settings.steps
+
+
+def cut_log(log: Path, step: int) -> None:
+    """Drop the lines of a log that come after `step`, where a run goes on, and a line cut short."""
+    lines = log.read_text().splitlines() if log.exists() else []
+    past = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
+    log.parent.mkdir(parents=True, exist_ok=True)
+    log.write_text("".join(f"{line}\n" for line in past))
 
 
 @contextmanager
@@ -319,14 +218,14 @@ def llada_config(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) ->
     }  # fmt: skip
 
 
-def export(model: LlamaForCausalLM, out: Path) -> None:
+def export(model: LlamaForCausalLM, course: Course, out: Path) -> None:
     """Write `out`: float32 weights, configuration and tokenizer in the LLaDA hub format."""
-    tokenizer = build_tokenizer()
+    tokenizer = course.tokenizer()
     out.mkdir(parents=True, exist_ok=True)
     weights = {llada_name(k): v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
     save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
     (out / "config.json").write_text(json.dumps(llada_config(model, tokenizer), indent=1) + "\n")
-    generation = json.dumps({"max_new_tokens": GEN_LENGTH}, indent=2)
+    generation = json.dumps({"max_new_tokens": course.gen_length}, indent=2)
     (out / "generation_config.json").write_text(generation + "\n")
     tokenizer.save_pretrained(out)
 
@@ -334,21 +233,24 @@ def export(model: LlamaForCausalLM, out: Path) -> None:
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     """Parse and check the command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m tools.embedded_model.train", description="Train the embedded model."
+        prog="python -m tools.embedded_model.train", description="Train an embedded model."
     )
+    parser.add_argument("--course", choices=COURSES, default="words", help="default: %(default)s")
     parser.add_argument("--out", type=Path, required=True, help="folder for the finished model")
     parser.add_argument("--checkpoint", type=Path, help="default: OUT.checkpoint.pt")
-    parser.add_argument("--steps", type=int, default=Settings.steps, help="default: %(default)s")
-    parser.add_argument("--seed", type=int, default=Settings.seed, help="default: %(default)s")
+    parser.add_argument("--steps", type=int, help="default: the course's")
+    parser.add_argument("--stop-after", type=int, metavar="STEP",
+                        help="end early, with this step in the checkpoint")  # fmt: skip
+    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
     parser.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
     parser.add_argument("--export-only", action="store_true",
                         help="write OUT from the checkpoint as it is")  # fmt: skip
     args = parser.parse_args(arguments)
-    if args.steps < 1:
-        parser.error(f"--steps {args.steps}: expected at least 1")
-    if args.threads is not None and args.threads < 1:
-        parser.error(f"--threads {args.threads}: expected at least 1")
+    for name in ("steps", "stop_after", "threads"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            parser.error(f"--{name.replace('_', '-')} {value}: expected at least 1")
     if args.out.exists() and not args.out.is_dir():
         parser.error(f"--out {str(args.out)!r}: expected a folder, this is a file")
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -363,25 +265,27 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command. Returns 0 after the model is written, 2 for bad arguments, 130 after an
-    interrupt."""
+    """Run the command. Returns 0 after the model is written, 2 for bad arguments, 130 where the run
+    ended early."""
     args = parse_arguments(arguments)
     if args.threads is not None:
         torch.set_num_threads(args.threads)
-    settings = Settings(steps=args.steps, seed=args.seed)
+    course = COURSES[args.course]
+    settings = replace(course.settings, steps=args.steps or course.settings.steps, seed=args.seed)
     try:
         if args.export_only:
-            model = build_model(settings, build_tokenizer())
+            model = build_model(settings, course.tokenizer())
             load_checkpoint(args.checkpoint, settings, model)
         else:
-            model, complete = train(settings, args.checkpoint, torch.device(args.device))
+            device = torch.device(args.device)
+            model, complete = train(settings, args.checkpoint, device, stop_after=args.stop_after)
             if not complete:
                 print(f"interrupted; run again to go on from {args.checkpoint}", file=sys.stderr)
                 return 130
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    export(model, args.out)
+    export(model, course, args.out)
     print(f"model written to {args.out}")
     return 0
 
