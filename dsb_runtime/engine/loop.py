@@ -88,7 +88,8 @@ def capacity_for(session: Session, kind: StepKind, rows: list[Row], growth: int 
     may grow by `growth` positions."""
     batch, length = session.state.canvas.shape
     if kind == StepKind.WINDOW:
-        width = max(row.end - row.start + row.prefix for row in rows) + growth
+        suffix = session.step.config.suffix_window
+        width = max(min(row.end + suffix, length) - row.start + row.prefix for row in rows) + growth
     else:
         width = length if kind == StepKind.REFRESH else session.step.response_width
     if not session.captured:

@@ -130,6 +130,7 @@ class Step:
             state.canvas, state.table, state.position, kind=shape.kind, num_rows=shape.num_rows,
             width=shape.width, num_candidates=shape.num_candidates,
             shift=self.info.family.shift,
+            suffix_window=min(self.config.suffix_window, state.canvas.shape[1]),
         )  # fmt: skip
 
     @property
