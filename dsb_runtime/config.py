@@ -212,6 +212,10 @@ class DecodingConfig:
     top_k: int | None = setting(
         None, "cut to so many most likely tokens; Dream only", group=SAMPLING, unset="no cut"
     )
+    cfg_scale: float = setting(
+        0.0, "classifier-free guidance: how far logits move away from those without the prompt; "
+        "a forward then runs every row twice", kind=float, group=SAMPLING, low=0.0, high=1e6,
+    )  # fmt: skip
     stop_at_eos: bool = setting(
         False, "a row ends at an EOS with no mask to its left", kind=bool, group=SAMPLING,
         unset="where the model has an EOS",

@@ -100,7 +100,7 @@ INTS = ("gen_length", "block_length", "max_block_length", "prefix_window", "suff
         "top_k")  # fmt: skip
 REALS = (
     "threshold", "factor", "frechet", "entropy", "eb", "progress", "temperature", "top_p",
-    "confidence_temperature",
+    "confidence_temperature", "cfg_scale",
 )  # fmt: skip
 
 

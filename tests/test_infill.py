@@ -59,10 +59,11 @@ def settings_of(
     share=st.sampled_from([0.1, 0.5, 0.9]),
     full_every=st.sampled_from([1, 2]),
     after=st.sampled_from([0, 0, 2, 99]),
+    cfg_scale=st.sampled_from([0.0, 0.0, 0.5, 2.0]),
     seed=st.integers(0, 999),
 )
 def test_every_way_equals_the_plain_loop(
-    family, way, length, suffix, share, full_every, after, seed
+    family, way, length, suffix, share, full_every, after, cfg_scale, seed
 ):
     (schedule, top), cache, (rule, value) = way
     ids = blanks(family, length, seed, share, suffix)
@@ -75,9 +76,10 @@ def test_every_way_equals_the_plain_loop(
         method |= {"suffix_window": after}
     kinds: list[str] = []
     out = dsb.infill(
-        golden.model(family), ids[None], on_step=lambda e: kinds.append(e.kind), **ours
-    )
-    expected, expected_kinds = plain_loop(family, ids, **method)
+        golden.model(family), ids[None], on_step=lambda e: kinds.append(e.kind),
+        cfg_scale=cfg_scale, **ours,
+    )  # fmt: skip
+    expected, expected_kinds = plain_loop(family, ids, cfg_scale, **method)
     assert out.sequences[0].tolist() == expected and kinds == expected_kinds
     given = ids != MASK[family]
     assert torch.equal(out.sequences[0, given], ids[given])
