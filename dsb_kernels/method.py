@@ -27,7 +27,8 @@ block, since a commit changes the K/V of its neighbours most: the prefix has as 
 the block has just moved by, and at least `prefix_window`. Both policies refresh once `block_length`
 tokens have been committed since the last refresh, those of the refresh included. Of every
 `full_every` refreshes the first computes every position; the others compute the response and leave
-the K/V of what is around it as they are.
+the K/V of what is around it as they are. With `suffix_window`, a window also computes so many
+positions after the block; nothing is committed there.
 
 **Infilling.** The masks may stand anywhere. Then the response reaches from the first mask to the
 last: a token that is given between them counts as unmasked from the beginning, as if it had been
@@ -98,6 +99,7 @@ class Row:
     schedule: str = "dsb"
     cache: str = "dsb"
     prefix_window: int = 0  # cache="dsb"
+    suffix_window: int = 0  # how many positions after the block a window has
     rule: str = "threshold"
     value: float = 0.9  # the value of the rule's setting
     steps: int = 1  # quota: how many steps the response (dsb) or each block (naive) is given
@@ -166,7 +168,7 @@ class Row:
         step also computes the prompt's last position.
         """
         if self.next_kind == "window":
-            return self.start - self.prefix, self.end
+            return self.start - self.prefix, min(self.end + self.suffix_window, len(self.canvas))
         if self.next_kind == "response":
             return max(self.prompt_length - int(shift), self.leftpad), self.length
         return 0, len(self.canvas)

@@ -55,6 +55,7 @@ def place_rows_reference(
     width: int,
     num_candidates: int,
     shift: bool = False,
+    suffix_window: int = 0,
 ) -> Layout:
     """Place the rows of a step: those that need a step of this kind and fit its capacity.
 
@@ -64,12 +65,13 @@ def place_rows_reference(
         position: (B, K) int32, the canvas positions of each row's candidates in ascending order,
             then -1.
         kind: the `StepKind` that a row must need to take part. A WINDOW step computes
-            `[start - prefix, end)`, a REFRESH step every position, a RESPONSE step the response,
-            with the position before it if `shift` is set.
+            `[start - prefix, min(end + suffix_window, L))`, a REFRESH step every position, a
+            RESPONSE step the response, with the position before it if `shift` is set.
         num_rows, width, num_candidates: the capacity of b <= B rows, W <= L positions and k <= K
             candidates of each. A row that needs more positions or candidates does not take part. If
             more than b rows could take part, the first b do.
         shift: whether position i is predicted by the token at position i - 1 (Dream).
+        suffix_window: how many positions after the block a WINDOW step computes with it.
 
     Returns:
         A `Layout`. If b = B, it has the rows in the batch's order. If b < B, the rows that take
@@ -82,7 +84,8 @@ def place_rows_reference(
     B, L = canvas.shape
     leftpad, response_start = table[:, Column.LEFTPAD], table[:, Column.RESPONSE_START]
     if kind == StepKind.WINDOW:
-        start, end = table[:, Column.START] - table[:, Column.PREFIX], table[:, Column.END]
+        start = table[:, Column.START] - table[:, Column.PREFIX]
+        end = (table[:, Column.END] + suffix_window).clamp(max=L)
     elif kind == StepKind.RESPONSE:
         start = torch.maximum(response_start - int(shift), leftpad)
         end = table[:, Column.RESPONSE_END]
@@ -150,7 +153,7 @@ def _place_rows_kernel(
     canvas_ptr, table_ptr, position_ptr,
     rows_ptr, start_ptr, length_ptr, seqlens_ptr, leftpad_ptr, num_scored_ptr, active_ptr,
     input_ids_ptr, source_index_ptr, eligible_ptr, noise_ids_ptr,
-    stride_cb, B, L, K, width, capacity,
+    stride_cb, B, L, K, width, capacity, suffix_window,
     KIND: tl.constexpr, SHIFT: tl.constexpr, ALL: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
@@ -168,7 +171,8 @@ def _place_rows_kernel(
     if KIND == WINDOW:
         start = tl.load(row_ptrs + START, mask=inside, other=0)
         start -= tl.load(row_ptrs + PREFIX, mask=inside, other=0)
-        length = tl.load(row_ptrs + END, mask=inside, other=0) - start
+        end = tl.load(row_ptrs + END, mask=inside, other=0) + suffix_window
+        length = tl.minimum(end, L) - start
     elif KIND == RESPONSE:
         start = tl.load(row_ptrs + RESPONSE_START, mask=inside, other=0) - SHIFT
         start = tl.maximum(start, tl.load(row_ptrs + LEFTPAD, mask=inside, other=0))
@@ -234,6 +238,7 @@ def _launch(a: Any) -> tuple[Tensor, ...]:
     wrap_triton(_place_rows_kernel)[(b, triton.cdiv(a.width, CONFIG.blocks["BLOCK_W"]))](
         a.canvas, a.table, a.position, *layout,
         a.canvas.stride(0), B, L, a.position.shape[1], a.width, k,
+        a.suffix_window,
         KIND=a.kind, SHIFT=int(a.shift), ALL=b == B, BLOCK_B=triton.next_power_of_2(B),
         BLOCK_K=triton.next_power_of_2(k), **CONFIG.options(),
     )  # fmt: skip
@@ -253,6 +258,7 @@ def _check(a: Any) -> None:
     check_between(name, "num_rows", a.num_rows, 1, B)
     check_between(name, "width", a.width, 1, L)
     check_between(name, "num_candidates", a.num_candidates, 1, a.position.shape[1])
+    check_between(name, "suffix_window", a.suffix_window, 0, L)
 
 
 place_rows = op(place_rows_reference, launch=_launch, check=_check)

@@ -180,6 +180,9 @@ class DecodingConfig:
         None, "positions before the block that DSB Cache recomputes with it", low=0,
         unset="the family's published value",
     )  # fmt: skip
+    suffix_window: int = setting(
+        0, "positions after the block that a window step recomputes with it", low=0
+    )
     threshold: float | None = rule_setting(RULES["threshold"])
     factor: float | None = rule_setting(RULES["factor"])
     frechet: float | None = rule_setting(RULES["frechet"])
@@ -209,6 +212,10 @@ class DecodingConfig:
     top_k: int | None = setting(
         None, "cut to so many most likely tokens; Dream only", group=SAMPLING, unset="no cut"
     )
+    cfg_scale: float = setting(
+        0.0, "classifier-free guidance: how far logits move away from those without the prompt; "
+        "a forward then runs every row twice", kind=float, group=SAMPLING, low=0.0, high=1e6,
+    )  # fmt: skip
     stop_at_eos: bool = setting(
         False, "a row ends at an EOS with no mask to its left", kind=bool, group=SAMPLING,
         unset="where the model has an EOS",
@@ -269,6 +276,8 @@ class DecodingConfig:
              f"a multiple of {self.num_blocks}"),
             ("prefix_window", self.cache != "dsb" and self.prefix_window is not None,
              f"only cache='dsb' has a prefix window; expected None with cache={self.cache!r}"),
+            ("suffix_window", self.cache == "none" and self.suffix_window > 0,
+             "cache='none' has no window steps; expected 0"),
             ("refresh_commit", self.cache == "none" and self.refresh_commit is not None,
              "cache='none' has no refresh steps; expected None"),
             ("refresh_policy", self.cache == "none" and not full,

@@ -47,9 +47,12 @@ def row_of(ids: list[int], mask_id: int, eos_ids: tuple[int, ...], **settings: A
 
 
 @torch.no_grad()
-def plain_loop(family: str, ids: Tensor, **settings: Any) -> tuple[list[int], list[str]]:
+def plain_loop(
+    family: str, ids: Tensor, cfg_scale: float = 0.0, **settings: Any
+) -> tuple[list[int], list[str]]:
     """Fill the masks of `ids` (L,). Returns all tokens, and the kinds of the forwards. The settings
-    are those of the method's `Row`."""
+    are those of the method's `Row`. With `cfg_scale`, logits are LLaDA's published combination of
+    two runs."""
     model = golden.model(family)
     info, eos_ids = model.dsb, model.dsb.eos_ids
     shift = info.family.shift
@@ -69,10 +72,14 @@ def plain_loop(family: str, ids: Tensor, **settings: Any) -> tuple[list[int], li
         first, last = row.computed(shift)
         for layer in stored.layers:
             layer.first = first
-        logits = model(
-            canvas[None, first:last], position_ids=torch.arange(first, last)[None],
+        inputs = canvas[None]
+        if cfg_scale > 0:
+            inputs = torch.stack([canvas, canvas.where(ids == info.mask_id, info.mask_id)])
+        both = model(
+            inputs[:, first:last], position_ids=torch.arange(first, last)[None],
             use_cache=True, **{cache_argument: stored},
-        ).logits[0]  # fmt: skip
+        ).logits  # fmt: skip
+        logits = both[-1] + (cfg_scale + 1) * (both[0] - both[-1]) if cfg_scale > 0 else both[0]
         candidates = row.candidates()
         scores = logits[[source(i, shift) - first for i in candidates]].double().softmax(-1)
         allowed = scores.clone()

@@ -93,12 +93,14 @@ WRONG_VALUES = [
     ({"confidence": "random"}, "the rule of threshold is not defined for it"),
     ({"confidence_temperature": 0.5}, "a drawn order does not fit threshold; expected steps"),
     ({"confidence_temperature": 0.5, "confidence": "random", "steps": 4}, "a drawn order already"),
+    ({"suffix_window": 4, "cache": "none"}, "suffix_window=4: cache='none' has no window steps"),
     ({"progress": 0.0}, "progress=0.0: expected a number in (0, 1]"),
 ]  # fmt: skip
-INTS = ("gen_length", "block_length", "max_block_length", "prefix_window", "steps", "top_k")
+INTS = ("gen_length", "block_length", "max_block_length", "prefix_window", "suffix_window", "steps",
+        "top_k")  # fmt: skip
 REALS = (
     "threshold", "factor", "frechet", "entropy", "eb", "progress", "temperature", "top_p",
-    "confidence_temperature",
+    "confidence_temperature", "cfg_scale",
 )  # fmt: skip
 
 

@@ -244,6 +244,26 @@ def test_samples_and_what_was_recorded_of_them():
         run(model, IDS, output_scores=True)
 
 
+def test_dreams_history_is_the_canvas_after_each_forward():
+    model, dictionary = golden.model("dream"), {"return_dict_in_generate": True}
+    ids, mask = left_pad(prompts(2))
+    expected: list[list[list[int]]] = []
+    out = direct(
+        model, ids, attention_mask=mask, on_step=lambda e: expected.append(e.canvas.tolist())
+    )
+    kept = run(model, ids, attention_mask=mask, output_history=True, **dictionary)
+    assert [canvas.tolist() for canvas in kept.history] == expected
+    assert torch.equal(kept.history[-1], kept.sequences) and len(kept.history) == out.nfe
+    config = GenerationConfig(output_history=True)
+    assert len(run(model, ids, config, attention_mask=mask, **dictionary).history) == out.nfe
+    assert run(model, IDS, **dictionary).history is None
+    for ask in ([GenerationConfig(output_history=True)], []):
+        with golden.refusal("output_history=True: expected return_dict_in_generate=True with it"):
+            run(model, IDS, *ask, **({} if ask else {"output_history": True}))
+    with golden.refusal("output_history='yes': expected True or False", kind=TypeError):
+        run(model, IDS, output_history="yes", **dictionary)
+
+
 def test_a_streamer_of_two_prompts_is_ended():
     streamer = Recorder()
     with pytest.raises(ValueError, match=r"^streamer: 2 prompts"):

@@ -58,20 +58,28 @@ def settings_of(
     suffix=st.integers(0, 5),
     share=st.sampled_from([0.1, 0.5, 0.9]),
     full_every=st.sampled_from([1, 2]),
+    after=st.sampled_from([0, 0, 2, 99]),
+    cfg_scale=st.sampled_from([0.0, 0.0, 0.5, 2.0]),
     seed=st.integers(0, 999),
 )
-def test_every_way_equals_the_plain_loop(family, way, length, suffix, share, full_every, seed):
+def test_every_way_equals_the_plain_loop(
+    family, way, length, suffix, share, full_every, after, cfg_scale, seed
+):
     (schedule, top), cache, (rule, value) = way
     ids = blanks(family, length, seed, share, suffix)
     ours, method = settings_of(schedule, top, cache, rule, value, ids, MASK[family])
     if cache != "none" and full_every > 1:
         ours |= {"refresh_policy": "response", "full_refresh_every": full_every}
         method |= {"full_every": full_every}
+    if cache != "none":
+        ours |= {"suffix_window": after}
+        method |= {"suffix_window": after}
     kinds: list[str] = []
     out = dsb.infill(
-        golden.model(family), ids[None], on_step=lambda e: kinds.append(e.kind), **ours
-    )
-    expected, expected_kinds = plain_loop(family, ids, **method)
+        golden.model(family), ids[None], on_step=lambda e: kinds.append(e.kind),
+        cfg_scale=cfg_scale, **ours,
+    )  # fmt: skip
+    expected, expected_kinds = plain_loop(family, ids, cfg_scale, **method)
     assert out.sequences[0].tolist() == expected and kinds == expected_kinds
     given = ids != MASK[family]
     assert torch.equal(out.sequences[0, given], ids[given])
@@ -85,10 +93,9 @@ def test_rows_of_a_batch_are_what_they_are_alone(family, cache):
     rows = [blanks(family, length, length) for length in (7, 30, 12, 21)]
     rows[0][0] = MASK[family]
     ids, mask = golden.left_pad(rows)
-    policy = "full" if cache == "none" else "response"
+    how = {} if cache == "none" else {"refresh_policy": "response", "suffix_window": 2}
     infill = functools.partial(
-        dsb.infill, golden.model(family), block_length=4, cache=cache, threshold=0.4,
-        refresh_policy=policy,
+        dsb.infill, golden.model(family), block_length=4, cache=cache, threshold=0.4, **how
     )  # fmt: skip
     batch = infill(ids, attention_mask=mask)
     for i, row in enumerate(rows):
@@ -170,8 +177,8 @@ def test_captured_steps_serve_blanks_in_other_places():
     for first in (4, 9, 5):
         ids = torch.arange(20, 44)[None]
         ids[:, first : first + 6] = MASK["dream"]
-        out = engine.infill(ids, block_length=3, steps=6)
-        expected = dsb.infill(model, ids, block_length=3, steps=6)
+        out = engine.infill(ids, block_length=3, steps=6, suffix_window=2)
+        expected = dsb.infill(model, ids, block_length=3, steps=6, suffix_window=2)
         assert torch.equal(out.sequences, expected.sequences)
     assert len(captured) == 2, "one refresh, and one window step"
 

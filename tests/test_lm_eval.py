@@ -49,11 +49,12 @@ def answers(lm: DSBLM, prompts: list[str] = PROMPTS, **asked: Any) -> list[str]:
 # --- arguments -----------------------------------------------------------------------------------
 
 ARGUMENTS = [
-    "gen_length=48,block_length=8,schedule=dsb,max_block_length=16,cache=dsb,prefix_window=6,"
+    "gen_length=48,block_length=8,schedule=dsb,max_block_length=16,cache=dsb,prefix_window=6,suffix_window=2,"
     "threshold=0.8,progress=0.3,temperature=0.5,stop_at_eos=False,refresh_commit=first",
     "gen_length=48,block_length=8,factor=1.5,top_p=0.9,top_k=5,confidence=margin",
     "gen_length=48,block_length=8,frechet=0.25,refresh_policy=response,full_refresh_every=3",
-    "gen_length=48,block_length=8,steps=12,schedule=naive,cache=dual,confidence_temperature=0.5",
+    "gen_length=48,block_length=8,steps=12,schedule=naive,cache=dual,confidence_temperature=0.5,"
+    "cfg_scale=0.5",
     "gen_length=48,block_length=8,entropy=0.4",
     "gen_length=48,block_length=8,eb=0.4",
 ]
@@ -304,6 +305,8 @@ def test_loglikelihood(lm):
     assert actual[0][0] > actual[1][0]
     quick = make("mc_num=8,check_greedy=False")
     assert not any(greedy for _, greedy in quick.loglikelihood(requests("loglikelihood", pairs)))
+    with refusal("cfg_scale=0.5: loglikelihood is that of the model alone; expected 0"):
+        make("cfg_scale=0.5").loglikelihood(requests("loglikelihood", pairs))
 
 
 def test_loglikelihood_of_whole_texts(lm):

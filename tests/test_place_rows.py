@@ -34,6 +34,7 @@ class Case:
     shift: bool = False
     prompt: int = 9
     suffix: int = 0
+    suffix_window: int = 0
     next_kinds: tuple[int, ...] = (WINDOW, REFRESH, WINDOW, RESPONSE, NOTHING, WINDOW)
     seed: int = 0
 
@@ -70,6 +71,7 @@ class Case:
         return dict(zip(("canvas", "table", "position"), self.state(), strict=True)) | {
             "kind": self.kind, "num_rows": self.num_rows, "width": self.width,
             "num_candidates": self.num_candidates, "shift": self.shift,
+            "suffix_window": self.suffix_window,
         }  # fmt: skip
 
 
@@ -79,7 +81,8 @@ def by_method(case: Case) -> list[dict[str, object]]:
     listed, capacity = [], case.num_candidates
     for b, row in enumerate(read_rows(table)):
         response = case.length - case.prompt - case.suffix
-        method = Row(case.prompt, response, 1, suffix_length=case.suffix, leftpad=row.leftpad)
+        method = Row(case.prompt, response, 1, suffix_length=case.suffix, leftpad=row.leftpad,
+                     suffix_window=case.suffix_window)  # fmt: skip
         method.next_kind = StepKind(case.kind).label
         method.start, method.end, method.prefix = row.start, row.end, row.prefix
         first, last = method.computed(case.shift)
@@ -112,6 +115,7 @@ def by_method(case: Case) -> list[dict[str, object]]:
 CASES = {
     "window": Case(),
     "shifted": Case(shift=True, seed=1),
+    "suffix_window": Case(width=40, suffix=2, suffix_window=9),
     "some_rows": Case(num_rows=2),
     "one_of_many": Case(
         batch=37, num_rows=1, next_kinds=(NOTHING, REFRESH, NOTHING, NOTHING, WINDOW)
@@ -169,6 +173,7 @@ def cases(draw: st.DrawFn) -> Case:
         shift=draw(st.booleans()),
         prompt=(prompt := draw(st.integers(0, length - 1))),
         suffix=draw(st.integers(0, length - 1 - prompt)),
+        suffix_window=draw(st.sampled_from([0, 0, 1, min(7, length), length])),
         next_kinds=draw(st.tuples(*[st.sampled_from([*StepKind])] * batch)),
         seed=draw(st.integers(0, 2**31)),
     )
@@ -190,6 +195,7 @@ CASE = OpCase(
         ({"num_rows": lambda n: 6}, "num_rows=6: accepted are 1 to 5"),
         ({"width": lambda n: 41}, "width=41: accepted are 1 to 40"),
         ({"num_candidates": lambda n: 0}, "num_candidates=0: accepted are 1 to 8"),
+        ({"suffix_window": lambda n: 41}, "suffix_window=41: accepted are 0 to 40"),
     ],
     mistakes=mistakes_of(
         ("refresh", KERNEL, [("(length <= width)", "(length < width)")]),
@@ -199,6 +205,9 @@ CASE = OpCase(
         ("shifted", KERNEL, [("position - SHIFT", "position")]),
         ("more_candidates_than_positions", KERNEL, [("(capacity, L - leftpad)", "(capacity, L)")]),
         ("response_before_a_suffix", KERNEL, [("row_ptrs + RESPONSE_END", "row_ptrs + END")]),
+        ("suffix_window", KERNEL, [
+            ("other=0) + suffix_window", "other=0)"), ("tl.minimum(end, L)", "end"),
+        ]),
         ("tokens_in_pieces", KERNEL, [("start + w, L - 1", "start + w, L - 2")]),
         ("window", KERNEL, [
             ("start -= tl.load", "start -= 0 * tl.load"),

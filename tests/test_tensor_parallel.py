@@ -81,6 +81,7 @@ def work(folder: Path) -> None:
             "golden": [decode_case(model, case) for case in golden.one_of_each(family)],
             "batch": [decode_ranked(model, kind) for kind in CONFIDENCES],
             "sampled": decode_batch(model, **SAMPLING[family]),
+            "guided": decode_batch(model, cfg_scale=1.5),
             "patched": decode_case(dsb.patch(theirs), golden.cases(family)[0]),
         }
     results["fully sharded"] = decode_fully_sharded()
@@ -112,6 +113,7 @@ def test_two_processes_decode_what_one_does(ranks, family):
     assert split["vocabulary"] == model.config.vocab_size // 2
     assert split["golden"] == [case["sequence"] for case in golden.one_of_each(family)]
     assert split["batch"] == [decode_ranked(model, kind) for kind in CONFIDENCES]
+    assert split["guided"] == decode_batch(model, cfg_scale=1.5) != decode_batch(model)
     assert split["patched"] == golden.cases(family)[0]["sequence"]
     assert not any(model.dsb.mask_id in row for row in split["sampled"])
 

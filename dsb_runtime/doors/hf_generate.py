@@ -25,7 +25,7 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import ModelOutput
 
-from dsb_runtime.config import DecodingConfig, Setting, check_int, settings
+from dsb_runtime.config import DecodingConfig, Setting, check_bool, check_int, settings
 from dsb_runtime.defaults import defaults_for
 from dsb_runtime.engine.engine import ENGINE, StepEvent, generate
 from dsb_runtime.families import check_model
@@ -77,6 +77,8 @@ class DiffusionGenerateOutput(ModelOutput):
     # With `output_scores`, as in `GenerationOutput`:
     step_map: Tensor | None = None  # (B, G)
     logprobs: Tensor | None = None  # (B, G)
+    # With `output_history`, as Dream's `diffusion_generate` has it: the canvas after each forward.
+    history: list[Tensor] | None = None  # nfe of (B, P + G)
 
 
 @dataclasses.dataclass
@@ -115,6 +117,13 @@ def refuse(name: str, value: object, expected: object) -> None:
     raise ValueError(f"{name}={value!r}: custom_generate cannot honour it; expected {expected!r}")
 
 
+def check_dictionary(name: str, value: object, config: GenerationConfig) -> None:
+    """Raise unless `value` is a bool, and True only where the output has a field for it."""
+    check_bool(name, value)
+    if value and not config.return_dict_in_generate:
+        raise ValueError(f"{name}=True: expected return_dict_in_generate=True with it")
+
+
 def check_fields(
     config: GenerationConfig, call: dict[str, Any], processors: LogitsProcessorList,
     criteria: StoppingCriteriaList,
@@ -124,8 +133,8 @@ def check_fields(
         value = getattr(config, name, None)
         if value is not None and value != neutral:
             refuse(name, value, neutral)
-    if config.output_scores and not config.return_dict_in_generate:
-        raise ValueError("output_scores=True: expected return_dict_in_generate=True with it")
+    if config.output_scores is not None:
+        check_dictionary("output_scores", config.output_scores, config)
     arguments = [(name, call.get(name)) for name in CALL_ONLY if call.get(name) != []]
     arguments += [(name, call.get("kwargs", {}).get(name)) for name in FORWARD_ONLY]
     arguments += [("logits_processor", p) for p in processors if type(p).__name__ not in OWN]
@@ -225,6 +234,7 @@ def custom_generate(
     seed: int | None = None,
     on_step: Callable[[StepEvent], None] | None = None,
     eos_token_id: int | list[int] | None = None,
+    output_history: bool | None = None,
     **named: Any,
 ) -> Tensor | DiffusionGenerateOutput:
     """`dsb_runtime.generate` as `model.generate(input_ids, custom_generate=custom_generate, ...)`.
@@ -235,8 +245,10 @@ def custom_generate(
             `return_dict_in_generate` and, with `do_sample`, `temperature`, `top_p` and `top_k` mean
             what they mean in transformers, and so does `num_return_sequences`. `output_scores`
             fills `step_map` and `logprobs` of the output: its scores are the log-probabilities of
-            the tokens that were committed. A top_k of 50 in a GenerationConfig is transformers' own
-            default and counts as not set; a `generate(top_k=50)` counts.
+            the tokens that were committed. `output_history` is Dream's: it fills `history` with the
+            canvas after each forward, and may also be an argument. A top_k of 50 in a
+            GenerationConfig is transformers' own default and counts as not set; a
+            `generate(top_k=50)` counts.
         streamer: gets each token once no mask is left before it; works with one prompt only.
         generator, seed: the source of random numbers, which is never torch's global generator.
         named: any setting of `DecodingConfig` (this function's signature lists them), and what
@@ -256,6 +268,9 @@ def custom_generate(
     streamer = call.get("streamer") if streamer is None else streamer
     try:
         check_fields(generation_config, call, logits_processor, stopping_criteria)
+        if output_history is None:
+            output_history = getattr(generation_config, "output_history", False)
+        check_dictionary("output_history", output_history, generation_config)
         model = model_with_eos(model, generation_config, eos_token_id)
         prompt = input_ids.shape[1]
         config = read_settings(model, generation_config, prompt, call, named)
@@ -271,6 +286,9 @@ def custom_generate(
             info = check_model(model)
             eos_ids = info.eos_ids if config.stop_at_eos else ()
             watchers.append(PrefixStreamer(streamer, prompt, info.mask_id, eos_ids))
+        history: list[Tensor] = []
+        if output_history:
+            watchers.append(lambda event: history.append(event.canvas.clone()))
 
         def watch(event: StepEvent) -> None:
             for watcher in watchers:
@@ -285,7 +303,7 @@ def custom_generate(
         if streamer is not None:  # after an error too, since a consumer may wait for the end
             streamer.end()
     if generation_config.return_dict_in_generate:
-        return DiffusionGenerateOutput(**vars(out))
+        return DiffusionGenerateOutput(**vars(out), history=history if output_history else None)
     return out.sequences
 
 

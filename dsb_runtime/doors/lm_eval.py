@@ -316,6 +316,9 @@ class DSBLM(TemplateLM):
         return Scored(tuple(self.cut_prompt(prompt, self.max_length - len(text))), tuple(text))
 
     def score(self, items: list[Scored], name: str, disable_tqdm: bool) -> list[float]:
+        if scale := self.settings.get("cfg_scale"):
+            raise ValueError(f"cfg_scale={scale}: {name} is that of the model alone; expected 0")
+
         def run(batch_size: int) -> list[float]:
             with self.bar(len(items), name, disable_tqdm) as bar:
                 return log_likelihoods(

@@ -88,7 +88,8 @@ def capacity_for(session: Session, kind: StepKind, rows: list[Row], growth: int 
     may grow by `growth` positions."""
     batch, length = session.state.canvas.shape
     if kind == StepKind.WINDOW:
-        width = max(row.end - row.start + row.prefix for row in rows) + growth
+        suffix = session.step.config.suffix_window
+        width = max(min(row.end + suffix, length) - row.start + row.prefix for row in rows) + growth
     else:
         width = length if kind == StepKind.REFRESH else session.step.response_width
     if not session.captured:
@@ -210,17 +211,21 @@ class Loop:
         info = check_model(self.model)
         spec = spec_of(config, info)
         canvas = torch.cat([canvas.new_zeros(len(canvas), pad), canvas], dim=1)
-        state, shape = new_state(canvas, leftpad + pad, spec, record), cache_shape_of(self.model)
+        guidance = config.cfg_scale > 0
+        state = new_state(canvas, leftpad + pad, spec, record, guidance)
+        shape, copies = cache_shape_of(self.model), 2 if guidance else 1
         num_layers = shape.layers
         if config.cache == "none":  # one buffer that all layers share
             shape = replace(shape, layers=1)
         padded = pad > 0 or bool((leftpad > 0).any())
         batch, length = canvas.shape
-        backbone, storage = self.reserve(batch, length, shape)
+        # With guidance, a row has a second copy of every layer's K/V.
+        reserved = replace(shape, layers=copies * shape.layers)
+        backbone, storage = self.reserve(batch, length, reserved)
         key = (canvas.shape, state.position.shape, spec, config, padded, record)
         session = self.sessions.pop(key, None)
         if session is None:
-            cache = KVCache.over(storage, shape, batch, length, num_layers)
+            cache = KVCache.over(storage, shape, copies * batch, length, num_layers)
             step = Step(backbone, info, cache, state, spec, config, padded)
             session = Session(step, self.capture if backbone.replayable else None)
         else:

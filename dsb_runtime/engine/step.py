@@ -22,6 +22,7 @@ from dsb_runtime.config import DecodingConfig
 from dsb_runtime.engine.cache import KVCache
 from dsb_runtime.engine.called import CalledModel
 from dsb_runtime.engine.forward import Backbone
+from dsb_runtime.engine.guidance import guided, with_unconditional
 from dsb_runtime.engine.sampling import log_probability, propose
 from dsb_runtime.families import DiffusionInfo
 
@@ -44,10 +45,15 @@ class DecodeState(NamedTuple):
     # written by what was not committed, and read by nobody.
     step_map: Tensor  # (B, L + 1) int32, in which of its row's steps it was committed, or -1
     logprobs: Tensor  # (B, L + 1) float32, the log-probability of its token in that step, or 0
+    given: Tensor  # (B, L) bool, where the call was given a token; (B, 0) without guidance
 
 
 def new_state(
-    canvas: Tensor, leftpad: Tensor, spec: UnmaskSpec, record: bool = False
+    canvas: Tensor,
+    leftpad: Tensor,
+    spec: UnmaskSpec,
+    record: bool = False,
+    guidance: bool = False,
 ) -> DecodeState:
     """The state before the first step, which is a refresh. Steps will write into `canvas`."""
     table, position = initial_rows(canvas, leftpad, spec)
@@ -61,6 +67,7 @@ def new_state(
         seed=torch.zeros((), dtype=torch.int64, device=canvas.device),
         step_map=torch.full(recorded, -1, dtype=torch.int32, device=canvas.device),
         logprobs=torch.zeros(recorded, dtype=torch.float32, device=canvas.device),
+        given=canvas[:, : canvas.shape[1] if guidance else 0] != spec.mask_id,
     )
 
 
@@ -130,6 +137,7 @@ class Step:
             state.canvas, state.table, state.position, kind=shape.kind, num_rows=shape.num_rows,
             width=shape.width, num_candidates=shape.num_candidates,
             shift=self.info.family.shift,
+            suffix_window=min(self.config.suffix_window, state.canvas.shape[1]),
         )  # fmt: skip
 
     @property
@@ -150,18 +158,23 @@ class Step:
         """Run one step and update the state in place."""
         state, phase = self.state, self.backbone.phase
         with phase("place"):
-            layout = self.layout(shape)
+            layout = placed = self.layout(shape)
+            if self.config.cfg_scale > 0:
+                placed = with_unconditional(layout, state.given, self.spec.mask_id)
         scored = self.backbone(
-            layout, self.cache, full=shape.kind == StepKind.REFRESH, padded=self.padded
+            placed, self.cache, full=shape.kind == StepKind.REFRESH, padded=self.padded
         )
+        lm_head = self.backbone.lm_head
         with phase("score"):
+            if self.config.cfg_scale > 0:
+                scored, lm_head = guided(scored, lm_head, self.config.cfg_scale), None
             token, confidence = propose(
-                scored, self.backbone.lm_head, layout.eligible, self.config, self.info,
+                scored, lm_head, layout.eligible, self.config, self.info,
                 *((state.seed, layout.noise_ids) if self.config.draws else ()),
             )  # fmt: skip
             if self.recorded:
                 position = state.position.clone()  # before the next step's candidates replace them
-                logprob = log_probability(scored, self.backbone.lm_head, token)
+                logprob = log_probability(scored, lm_head, token)
         with phase("unmask"):
             capacity = shape.num_rows, shape.num_candidates
             # If the capacity is the batch, the layout has all rows in the batch's order.
