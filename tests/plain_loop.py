@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -47,9 +48,12 @@ def row_of(ids: list[int], mask_id: int, eos_ids: tuple[int, ...], **settings: A
 
 
 @torch.no_grad()
-def plain_loop(family: str, ids: Tensor, **settings: Any) -> tuple[list[int], list[str]]:
+def plain_loop(
+    family: str, ids: Tensor, banned: Sequence[int] = (), min_new_tokens: int = 0, **settings: Any
+) -> tuple[list[int], list[str]]:
     """Fill the masks of `ids` (L,). Returns all tokens, and the kinds of the forwards. The settings
-    are those of the method's `Row`."""
+    are those of the method's `Row`. Logits of banned tokens, and those of an EOS before
+    `min_new_tokens` positions of the response, are -inf."""
     model = golden.model(family)
     info, eos_ids = model.dsb, model.dsb.eos_ids
     shift = info.family.shift
@@ -64,6 +68,7 @@ def plain_loop(family: str, ids: Tensor, **settings: Any) -> tuple[list[int], li
     cache_argument = "cache" if "cache" in names else "past_key_values"  # before transformers 5.23
     stored = Cache(layers=[StaleLayer() for _ in range(model.config.num_hidden_layers)])
     kinds: list[str] = []
+    eos = torch.isin(torch.arange(model.config.vocab_size), torch.tensor(eos_ids))
     while not row.done:
         kinds.append(row.next_kind)
         first, last = row.computed(shift)
@@ -74,7 +79,11 @@ def plain_loop(family: str, ids: Tensor, **settings: Any) -> tuple[list[int], li
             use_cache=True, **{cache_argument: stored},
         ).logits[0]  # fmt: skip
         candidates = row.candidates()
-        scores = logits[[source(i, shift) - first for i in candidates]].double().softmax(-1)
+        logits = logits[[source(i, shift) - first for i in candidates]].double()
+        logits[:, list(banned)] = -torch.inf
+        early = [i - row.prompt_length < min_new_tokens for i in candidates]
+        logits[torch.tensor(early)[:, None] & eos] = -torch.inf
+        scores = logits.softmax(-1)
         allowed = scores.clone()
         allowed[:, info.mask_id] = -1
         tokens = allowed.argmax(-1)

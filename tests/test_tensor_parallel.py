@@ -24,6 +24,7 @@ from tests import golden
 from tests.commands import python
 from tests.random_models import SMALL
 
+RESTRICTED = {"banned_tokens": (*range(100, 300), 400), "min_new_tokens": 12}
 SAMPLING = {"llada": {"temperature": 0.7}, "dream": {"temperature": 0.7, "top_p": 0.9}}
 
 
@@ -81,6 +82,7 @@ def work(folder: Path) -> None:
             "golden": [decode_case(model, case) for case in golden.one_of_each(family)],
             "batch": [decode_ranked(model, kind) for kind in CONFIDENCES],
             "sampled": decode_batch(model, **SAMPLING[family]),
+            "restricted": decode_batch(model, **RESTRICTED),
             "patched": decode_case(dsb.patch(theirs), golden.cases(family)[0]),
         }
     results["fully sharded"] = decode_fully_sharded()
@@ -112,6 +114,7 @@ def test_two_processes_decode_what_one_does(ranks, family):
     assert split["vocabulary"] == model.config.vocab_size // 2
     assert split["golden"] == [case["sequence"] for case in golden.one_of_each(family)]
     assert split["batch"] == [decode_ranked(model, kind) for kind in CONFIDENCES]
+    assert split["restricted"] == decode_batch(model, **RESTRICTED) != decode_batch(model)
     assert split["patched"] == golden.cases(family)[0]["sequence"]
     assert not any(model.dsb.mask_id in row for row in split["sampled"])
 
