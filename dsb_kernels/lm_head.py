@@ -45,6 +45,8 @@ def lm_head_confidence_reference(
     *,
     eligible: Tensor | None = None,
     banned: Sequence[int] = (),
+    excluded: Sequence[int] = (),
+    excluding: Tensor | None = None,
     temperature: float = 0.0,
     seed: Tensor | None = None,
     noise_ids: Tensor | None = None,
@@ -56,8 +58,8 @@ def lm_head_confidence_reference(
         hidden: (N, E) float32, float16 or bfloat16, last dimension of stride 1.
         weight: (V, E), the LM head, of the same dtype, last dimension of stride 1.
         bias: (V,) of the same dtype, or None.
-        eligible, banned, temperature, seed, noise_ids, confidence: as in `token_confidence`, with
-            (N,) in place of (...).
+        eligible, banned, excluded, excluding, temperature, seed, noise_ids, confidence: as in
+            `token_confidence`, with (N,) in place of (...).
 
     Returns:
         token (N,) int64 and confidence (N,) float32. The kernel accumulates the logits in float32
@@ -69,8 +71,8 @@ def lm_head_confidence_reference(
     logits = linear(hidden, weight, bias)
     return score_in_place(
         logits if logits.dtype == torch.float64 else logits.float(), eligible=eligible,
-        banned=banned, temperature=temperature, seed=seed, noise_ids=noise_ids,
-        confidence=confidence,
+        banned=banned, excluded=excluded, excluding=excluding, temperature=temperature, seed=seed,
+        noise_ids=noise_ids, confidence=confidence,
     )  # fmt: skip
 
 
@@ -83,6 +85,8 @@ def lm_head_partial_reference(
     vocab_end: int | None = None,
     eligible: Tensor | None = None,
     banned: Sequence[int] = (),
+    excluded: Sequence[int] = (),
+    excluding: Tensor | None = None,
     temperature: float = 0.0,
     seed: Tensor | None = None,
     noise_ids: Tensor | None = None,
@@ -91,13 +95,13 @@ def lm_head_partial_reference(
     """The states of candidates over a shard of the vocabulary, for `combine_partials`.
 
     Args:
-        hidden, bias, eligible, temperature, seed, noise_ids, confidence: as in
+        hidden, bias, eligible, excluding, temperature, seed, noise_ids, confidence: as in
             `lm_head_confidence`.
         weight: (V, E), the shard of the LM head.
         vocab_start: the global id of the shard's first token.
         vocab_end: one past the global id of the shard's last token, for a shard that is padded with
             weights beyond the vocabulary. None means that no weights are padding.
-        banned: global token ids, which may belong to other shards.
+        banned, excluded: global token ids, which may belong to other shards.
 
     Returns:
         (6, N) float32, the state of each candidate, with a global token id (`dsb_kernels.score`).
@@ -109,14 +113,16 @@ def lm_head_partial_reference(
     V = len(weight) if vocab_end is None else vocab_end - vocab_start
     logits = linear(hidden, weight[:V], None if bias is None else bias[:V])
     return state_of(
-        logits, banned=columns_of(banned, vocab_start, V), temperature=temperature, seed=seed,
-        noise_ids=noise_ids, confidence=confidence, vocab_start=vocab_start,
+        logits, banned=columns_of(banned, vocab_start, V),
+        excluded=columns_of(excluded, vocab_start, V), excluding=excluding,
+        temperature=temperature, seed=seed, noise_ids=noise_ids, confidence=confidence,
+        vocab_start=vocab_start,
     )  # fmt: skip
 
 
-def columns_of(banned: Sequence[int], vocab_start: int, V: int) -> list[int]:
-    """The banned tokens that lie in a shard of V tokens, counted from its first token."""
-    return [b - vocab_start for b in banned if 0 <= b - vocab_start < V]
+def columns_of(tokens: Sequence[int], vocab_start: int, V: int) -> list[int]:
+    """Those of the tokens that lie in a shard of V tokens, counted from its first token."""
+    return [token - vocab_start for token in tokens if 0 <= token - vocab_start < V]
 
 
 # --- kernel -----------------------------------------------------------------------------------
@@ -144,10 +150,10 @@ def _noise(key, token, noise_id):
 
 @jit
 def _store_states(
-    x, first, last, first_candidate, num_candidates, part_ptr, seed_ptr, noise_ids_ptr,
-    token_base, temperature,
-    BLOCK_V: tl.constexpr, BLOCK_N: tl.constexpr, COLUMNS: tl.constexpr,
-    BANNED: tl.constexpr, SAMPLE: tl.constexpr, CONFIDENCE: tl.constexpr,
+    x, first, last, first_candidate, num_candidates, part_ptr, excluding_ptr, seed_ptr,
+    noise_ids_ptr, token_base, temperature,
+    BLOCK_V: tl.constexpr, BLOCK_N: tl.constexpr, COLUMNS: tl.constexpr, BANNED: tl.constexpr,
+    EXCLUDED: tl.constexpr, SAMPLE: tl.constexpr, CONFIDENCE: tl.constexpr,
 ):  # fmt: skip
     """Score a tile of logits `x` (BLOCK_V, BLOCK_N), at most COLUMNS candidates at a time.
 
@@ -157,18 +163,26 @@ def _store_states(
         halves = tl.permute(tl.reshape(x, (BLOCK_V, 2, BLOCK_N // 2)), (0, 2, 1))
         left, right = tl.split(halves)
         _store_states(
-            left, first, last, first_candidate, num_candidates, part_ptr, seed_ptr, noise_ids_ptr,
-            token_base, temperature, BLOCK_V, BLOCK_N // 2, COLUMNS, BANNED, SAMPLE, CONFIDENCE,
+            left, first, last, first_candidate, num_candidates, part_ptr, excluding_ptr, seed_ptr,
+            noise_ids_ptr, token_base, temperature, BLOCK_V, BLOCK_N // 2, COLUMNS,
+            BANNED, EXCLUDED, SAMPLE, CONFIDENCE,
         )  # fmt: skip
         _store_states(
             right, first, last, first_candidate + BLOCK_N // 2, num_candidates, part_ptr,
-            seed_ptr, noise_ids_ptr, token_base, temperature, BLOCK_V, BLOCK_N // 2, COLUMNS,
-            BANNED, SAMPLE, CONFIDENCE,
+            excluding_ptr, seed_ptr, noise_ids_ptr, token_base, temperature, BLOCK_V, BLOCK_N // 2,
+            COLUMNS, BANNED, EXCLUDED, SAMPLE, CONFIDENCE,
         )  # fmt: skip
     else:
         token = first + tl.arange(0, BLOCK_V)
         candidate = first_candidate + tl.arange(0, BLOCK_N)
         x = tl.where(token[:, None] < last, x, -float("inf"))
+        for i in tl.static_range(len(EXCLUDED)):
+            if (EXCLUDED[i] >= first) & (EXCLUDED[i] < first + BLOCK_V):
+                excluding = candidate < num_candidates
+                if excluding_ptr is not None:
+                    excluding = tl.load(excluding_ptr + candidate, mask=excluding, other=0) != 0
+                is_excluded = (token == EXCLUDED[i])[:, None] & excluding[None, :]
+                x = tl.where(is_excluded, -float("inf"), x)
         maximum = tl.max(x, 0)
         distance, e = weigh(x, maximum[None, :])
         e = capped(e)
@@ -205,10 +219,11 @@ def _store_states(
 
 @jit
 def _lm_head_kernel(
-    weight_ptr, hidden_ptr, bias_ptr, eligible_ptr, seed_ptr, noise_ids_ptr, partial_ptr,
-    stride_wv, stride_hn, num_candidates, V, E, share, token_base, temperature,
+    weight_ptr, hidden_ptr, bias_ptr, eligible_ptr, excluding_ptr, seed_ptr, noise_ids_ptr,
+    partial_ptr, stride_wv, stride_hn, num_candidates, V, E, share, token_base, temperature,
     BLOCK_V: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr,
-    COLUMNS: tl.constexpr, BANNED: tl.constexpr, SAMPLE: tl.constexpr, CONFIDENCE: tl.constexpr,
+    COLUMNS: tl.constexpr, BANNED: tl.constexpr, EXCLUDED: tl.constexpr, SAMPLE: tl.constexpr,
+    CONFIDENCE: tl.constexpr,
 ):  # fmt: skip
     """Program (share, block of candidates): the states of these candidates over each tile of one
     share of the vocabulary."""
@@ -253,11 +268,11 @@ def _lm_head_kernel(
         if bias_ptr is not None:
             x += tl.load(bias_ptr + token, mask=token < last, other=0.0).to(tl.float32)[:, None]
         _store_states(
-            x, tile, last, first_candidate, num_candidates, part_ptr, seed_ptr, noise_ids_ptr,
-            token_base, temperature, BLOCK_V, BLOCK_N,
+            x, tile, last, first_candidate, num_candidates, part_ptr, excluding_ptr, seed_ptr,
+            noise_ids_ptr, token_base, temperature, BLOCK_V, BLOCK_N,
             # Margins and entropies need more registers for each candidate.
             COLUMNS if CONFIDENCE == "probability" else COLUMNS // 2,
-            BANNED, SAMPLE, CONFIDENCE,
+            BANNED, EXCLUDED, SAMPLE, CONFIDENCE,
         )  # fmt: skip
         part_ptr += num_candidates * 6
 
@@ -282,30 +297,30 @@ def launch_of(
     return Launch(blocks, config.num_warps, config.num_stages, grid=grid, share=share, parts=parts)
 
 
-def launch_states(a: Any, V: int, banned: Sequence[int], vocab_start: int) -> Tensor:
+def launch_states(a: Any, V: int, vocab_start: int) -> Tensor:
     """Compute the states over each tile of the vocabulary: (tiles, 6, N)."""
+    banned, excluded = (tuple(columns_of(x, vocab_start, V)) for x in (a.banned, a.excluded))
     (N, E), sample = a.hidden.shape, a.temperature > 0
     launch = launch_of(N, V, a.hidden.dtype, architecture_of(a.hidden.device), sample=sample)
     partials = a.hidden.new_empty((launch.parts, PLANES, N), dtype=torch.float32)
     if N:
         wrap_triton(_lm_head_kernel)[launch.grid](
-            a.weight, a.hidden, a.bias, a.eligible, a.seed, a.noise_ids, partials,
+            a.weight, a.hidden, a.bias, a.eligible, a.excluding, a.seed, a.noise_ids, partials,
             a.weight.stride(0), a.hidden.stride(0), N, V, E, launch.share, vocab_start,
-            a.temperature, EVEN_K=E % launch.blocks["BLOCK_K"] == 0, BANNED=tuple(banned),
-            SAMPLE=sample, CONFIDENCE=a.confidence, **launch.options(),
+            a.temperature, EVEN_K=E % launch.blocks["BLOCK_K"] == 0, BANNED=banned,
+            EXCLUDED=excluded, SAMPLE=sample, CONFIDENCE=a.confidence, **launch.options(),
         )  # fmt: skip
     return partials
 
 
 def _launch(a: Any) -> tuple[Tensor, Tensor]:
-    partials = launch_states(a, len(a.weight), a.banned, vocab_start=0)
+    partials = launch_states(a, len(a.weight), vocab_start=0)
     return launch_combine(partials, a.eligible, a.banned, a.confidence)
 
 
 def _launch_partial(a: Any) -> Tensor:
     V = len(a.weight) if a.vocab_end is None else a.vocab_end - a.vocab_start
-    banned = columns_of(a.banned, a.vocab_start, V)
-    return launch_merge(launch_states(a, V, banned, a.vocab_start), a.eligible, a.confidence)
+    return launch_merge(launch_states(a, V, a.vocab_start), a.eligible, a.confidence)
 
 
 def check_matmul(name: str, a: Any) -> None:
@@ -320,7 +335,7 @@ def check_matmul(name: str, a: Any) -> None:
 def _check(a: Any) -> None:
     check_matmul("lm_head_confidence", a)
     N, V = len(a.hidden), len(a.weight)
-    check_scoring("lm_head_confidence", a, (N,), V, a.hidden.device, a.banned)
+    check_scoring("lm_head_confidence", a, (N,), V, a.hidden.device)
 
 
 def _check_partial(a: Any) -> None:
@@ -335,8 +350,7 @@ def _check_partial(a: Any) -> None:
             f"{name}: vocab_end={a.vocab_end} with vocab_start={a.vocab_start}: accepted are "
             f"{a.vocab_start + 1} to {a.vocab_start + size}"
         )
-    # The banned tokens are global, and this shard may have no allowed token: so none is checked.
-    check_scoring(name, a, (len(a.hidden),), V, a.hidden.device, banned=())
+    check_scoring(name, a, (len(a.hidden),), V, a.hidden.device, shard=True)
 
 
 lm_head_confidence = op(lm_head_confidence_reference, launch=_launch, check=_check)

@@ -131,6 +131,12 @@ def place_rows_reference(
     )
 
 
+def response_index(noise_ids: Tensor) -> Tensor:
+    """Where each candidate stands in its row's response, counted from 0, which is the last part of
+    its noise id. Takes and returns (...) int64."""
+    return noise_ids & ((1 << 21) - 1)
+
+
 # --- kernel -----------------------------------------------------------------------------------
 
 

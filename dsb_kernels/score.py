@@ -2,8 +2,8 @@
 
 A program of `token_confidence` or `lm_head_confidence`, or a process with a vocabulary shard, sees
 only part of a candidate's logits x. It writes the candidate's state over that part, and one small
-kernel combines the states of all parts in a fixed order. A token is allowed unless it is banned. A
-state is six float32 planes:
+kernel combines the states of all parts in a fixed order. A token is allowed unless it is banned; an
+excluded token's logit counts as -inf. A state is six float32 planes:
 
     0 maximum  the largest logit m
     1 total    the sum of e^(x - m)
@@ -55,10 +55,22 @@ def confidence_of(p: Tensor, token: Tensor, banned: Sequence[int], confidence: s
     return best - second
 
 
+def exclude_tokens(x: Tensor, excluded: Sequence[int], excluding: Tensor | None) -> None:
+    """Make the columns `excluded` of logits x (..., V) -inf, in place, for the candidates that
+    `excluding` (...) bool names; None names all."""
+    for token in excluded:
+        if excluding is None:
+            x[..., token] = -torch.inf
+        else:
+            x[..., token].masked_fill_(excluding, -torch.inf)
+
+
 def state_of(
     logits: Tensor,
     *,
     banned: Sequence[int],
+    excluded: Sequence[int],
+    excluding: Tensor | None,
     temperature: float,
     seed: Tensor | None,
     noise_ids: Tensor | None,
@@ -66,8 +78,10 @@ def state_of(
     vocab_start: int,
 ) -> Tensor:
     """The state (6, N) of logits (N, V), whose first column is token `vocab_start`. It is float32,
-    or float64 for float64 logits. `banned` lists columns of `logits`."""
+    or float64 for float64 logits. `banned` and `excluded` list columns of `logits`, which are
+    overwritten."""
     x = logits if logits.dtype == torch.float64 else logits.float()
+    exclude_tokens(x, excluded, excluding)
     maximum = x.amax(-1)
     # If the maximum is -inf, the reference is finite, so that every e is 0. If it is +inf, so is
     # the reference: then e is 1 for logits of +inf and 0 for the others.
@@ -299,23 +313,26 @@ combine_partials = op(combine_partials_reference, launch=_launch, check=_check)
 
 
 def check_scoring(
-    op: str, a: Any, shape: Sequence[int], V: int, device: torch.device, banned: Sequence[int]
+    op: str, a: Any, shape: Sequence[int], V: int, device: torch.device, *, shard: bool = False
 ) -> None:
-    """Check the arguments `a` that the scoring ops share, for candidates of this shape. `banned`
-    lists columns of their logits."""
+    """Check the arguments `a` that the scoring ops share, for candidates of this shape. The token
+    ids of a vocabulary shard are global, and it may have no allowed token: they are not checked."""
     check_choice(op, "confidence", a.confidence, CONFIDENCES)
     if not 1 <= V <= MAX_VOCABULARY:
         raise ValueError(f"{op}: vocabulary of {V} tokens: accepted are 1 to {MAX_VOCABULARY}")
-    for b in banned:
-        if not 0 <= b < V:
-            raise ValueError(f"{op}: banned token {b}: accepted are 0 to {V - 1}")
-    if len(set(banned)) == V:
-        raise ValueError(f"{op}: banned={banned!r} leaves no token of {V} to propose")
+    for name, tokens in (("banned", a.banned), ("excluded", a.excluded)) * (not shard):
+        for token in tokens:
+            if not 0 <= token < V:
+                raise ValueError(f"{op}: {name} token {token}: accepted are 0 to {V - 1}")
+    if not shard and len({*a.banned, *a.excluded}) == V:
+        names = f"banned={a.banned!r}" + f" and excluded={a.excluded!r}" * bool(a.excluded)
+        raise ValueError(f"{op}: {names}: no token of {V} is left to propose")
     if not 0 <= a.temperature < float("inf"):
         raise ValueError(f"{op}: temperature={a.temperature}: accepted is a finite number >= 0")
     check = functools.partial(check_tensor, op, device=device, contiguous=True)
-    if a.eligible is not None:
-        check("eligible", a.eligible, dtype=torch.bool, shape=shape)
+    for name in ("eligible", "excluding"):
+        if getattr(a, name) is not None:
+            check(name, getattr(a, name), dtype=torch.bool, shape=shape)
     for name, sizes in (("seed", ()), ("noise_ids", shape)):
         tensor = getattr(a, name)
         if tensor is not None:

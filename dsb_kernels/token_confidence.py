@@ -26,6 +26,7 @@ from dsb_kernels.score import (
     capped,
     check_scoring,
     confidence_of,
+    exclude_tokens,
     exp_from,
     first_allowed,
     launch_combine,
@@ -41,6 +42,8 @@ def token_confidence_reference(
     *,
     eligible: Tensor | None = None,
     banned: Sequence[int] = (),
+    excluded: Sequence[int] = (),
+    excluding: Tensor | None = None,
     temperature: float = 0.0,
     seed: Tensor | None = None,
     noise_ids: Tensor | None = None,
@@ -53,6 +56,10 @@ def token_confidence_reference(
         eligible: (...) bool, contiguous. A candidate for which it is False is skipped, and gets
             token -1 and confidence -inf.
         banned: token ids that are never proposed. Their logits stay in the softmax.
+        excluded: token ids whose logits count as -inf: they are never proposed, and have no part in
+            the softmax.
+        excluding: (...) bool, contiguous, for which candidates they are excluded. None means for
+            all.
         temperature: at 0 the token is the argmax (the lowest id among equals). Above 0 it is the
             argmax of logits / temperature + Gumbel noise, which is a sample from
             softmax(logits / temperature).
@@ -74,8 +81,9 @@ def token_confidence_reference(
     """
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     return score_in_place(
-        logits.to(dtype, copy=True), eligible=eligible, banned=banned, temperature=temperature,
-        seed=seed, noise_ids=noise_ids, confidence=confidence,
+        logits.to(dtype, copy=True), eligible=eligible, banned=banned, excluded=excluded,
+        excluding=excluding, temperature=temperature, seed=seed, noise_ids=noise_ids,
+        confidence=confidence,
     )  # fmt: skip
 
 
@@ -84,6 +92,8 @@ def score_in_place(
     *,
     eligible: Tensor | None,
     banned: Sequence[int],
+    excluded: Sequence[int],
+    excluding: Tensor | None,
     temperature: float,
     seed: Tensor | None,
     noise_ids: Tensor | None,
@@ -91,6 +101,7 @@ def score_in_place(
 ) -> tuple[Tensor, Tensor]:
     """What `token_confidence_reference` returns for the logits `x`, float32 or float64, which are
     overwritten: a copy of 32 x 32,000 logits takes a CPU up to 1 ms, most of it for new memory."""
+    exclude_tokens(x, excluded, excluding)
     token = first_argmax(sampling_scores(x, temperature, seed, noise_ids), banned)
     # The largest finite number replaces +inf, for which softmax would give NaN.
     p = x.clamp_(max=torch.finfo(x.dtype).max).softmax(-1)
@@ -143,16 +154,19 @@ def by_thread(x, LANES: tl.constexpr):
 
 @jit
 def _score_tile(
-    x, token, first, noise, temperature,
+    x, token, first, noise, temperature, excluding,
     maximum, total, score, index, logit, extra,
-    BLOCK: tl.constexpr, BANNED: tl.constexpr, SAMPLE: tl.constexpr, CONFIDENCE: tl.constexpr,
-    LANES: tl.constexpr,
+    BLOCK: tl.constexpr, BANNED: tl.constexpr, EXCLUDED: tl.constexpr, SAMPLE: tl.constexpr,
+    CONFIDENCE: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """Extend a state by the logits `x` of tokens `first` to `first + BLOCK - 1`, listed in `token`.
 
     The sums (`total`, and `extra` for "entropy") have shape (LANES,): each thread has its own until
     the last tile is scored.
     """
+    for i in tl.static_range(len(EXCLUDED)):
+        if (EXCLUDED[i] >= first) & (EXCLUDED[i] < first + BLOCK):
+            x = tl.where((token == EXCLUDED[i]) & excluding, -float("inf"), x)
     tile_maximum = tl.max(x, 0)
     m = tl.maximum(maximum, tile_maximum)
     distance, e = weigh(x, m)  # one exponential per element
@@ -200,9 +214,9 @@ def _score_tile(
 
 @jit
 def _score_block(
-    own_ptr, V, block, key, id_low, id_high, temperature,
+    own_ptr, V, block, key, id_low, id_high, temperature, excluding,
     maximum, total, score, index, logit, extra,
-    BLOCK_V: tl.constexpr, BANNED: tl.constexpr, SAMPLE: tl.constexpr,
+    BLOCK_V: tl.constexpr, BANNED: tl.constexpr, EXCLUDED: tl.constexpr, SAMPLE: tl.constexpr,
     CONFIDENCE: tl.constexpr, LANES: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Load one tile and extend the state by it."""
@@ -217,17 +231,17 @@ def _score_block(
         counter = block * (BLOCK_V // 4) + tl.arange(0, BLOCK_V // 4)
         noise = gumbel(philox_words(key, counter, id_low, id_high))
     return _score_tile(
-        x.to(tl.float32), token, first, noise, temperature,
+        x.to(tl.float32), token, first, noise, temperature, excluding,
         maximum, total, score, index, logit, extra,
-        BLOCK_V, BANNED, SAMPLE, CONFIDENCE, LANES,
+        BLOCK_V, BANNED, EXCLUDED, SAMPLE, CONFIDENCE, LANES,
     )  # fmt: skip
 
 
 @jit
 def _token_confidence_kernel(
-    logits_ptr, eligible_ptr, seed_ptr, noise_ids_ptr, partial_ptr,
+    logits_ptr, eligible_ptr, excluding_ptr, seed_ptr, noise_ids_ptr, partial_ptr,
     stride_n, num_candidates, V, temperature,
-    BLOCK_V: tl.constexpr, SPLIT_BLOCKS: tl.constexpr, BANNED: tl.constexpr,
+    BLOCK_V: tl.constexpr, SPLIT_BLOCKS: tl.constexpr, BANNED: tl.constexpr, EXCLUDED: tl.constexpr,
     SAMPLE: tl.constexpr, CONFIDENCE: tl.constexpr, STAGES: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """Program (candidate, split): the state of one candidate over one split of the vocabulary."""
@@ -238,6 +252,9 @@ def _token_confidence_kernel(
             return
     temperature = tl.cast(temperature, tl.float32)  # Inductor passes scalars as float64
     own_ptr = logits_ptr + candidate.to(tl.int64) * stride_n
+    excluding = True
+    if excluding_ptr is not None:
+        excluding = tl.load(excluding_ptr + candidate) != 0
     key = 0
     id_low = 0
     id_high = 0
@@ -258,15 +275,15 @@ def _token_confidence_kernel(
     end = tl.minimum(begin + SPLIT_BLOCKS, V // BLOCK_V)
     for block in tl.range(begin, end, num_stages=STAGES):
         maximum, total, score, index, logit, extra = _score_block(
-            own_ptr, V, block, key, id_low, id_high, temperature,
+            own_ptr, V, block, key, id_low, id_high, temperature, excluding,
             maximum, total, score, index, logit, extra,
-            BLOCK_V, BANNED, SAMPLE, CONFIDENCE, LANES, MASKED=False,
+            BLOCK_V, BANNED, EXCLUDED, SAMPLE, CONFIDENCE, LANES, MASKED=False,
         )  # fmt: skip
     if ((begin + SPLIT_BLOCKS) * BLOCK_V > V) & (V % BLOCK_V > 0):
         maximum, total, score, index, logit, extra = _score_block(
-            own_ptr, V, V // BLOCK_V, key, id_low, id_high, temperature,
+            own_ptr, V, V // BLOCK_V, key, id_low, id_high, temperature, excluding,
             maximum, total, score, index, logit, extra,
-            BLOCK_V, BANNED, SAMPLE, CONFIDENCE, LANES, MASKED=True,
+            BLOCK_V, BANNED, EXCLUDED, SAMPLE, CONFIDENCE, LANES, MASKED=True,
         )  # fmt: skip
 
     state_ptr = partial_ptr + split.to(tl.int64) * num_candidates * 6 + candidate
@@ -298,9 +315,9 @@ def _launch(a: Any) -> tuple[Tensor, Tensor]:
     partials = logits.new_empty((launch.grid[1], PLANES, N), dtype=torch.float32)
     if N:
         wrap_triton(_token_confidence_kernel)[launch.grid](
-            logits, a.eligible, a.seed, a.noise_ids, partials,
-            logits.stride(0), N, V, a.temperature,
-            BANNED=tuple(a.banned), SAMPLE=sample, CONFIDENCE=a.confidence, **launch.options(),
+            logits, a.eligible, a.excluding, a.seed, a.noise_ids, partials,
+            logits.stride(0), N, V, a.temperature, BANNED=tuple(a.banned),
+            EXCLUDED=tuple(a.excluded), SAMPLE=sample, CONFIDENCE=a.confidence, **launch.options(),
         )  # fmt: skip
     token, c = launch_combine(partials, a.eligible, a.banned, a.confidence)
     return token.reshape(shape), c.reshape(shape)
@@ -310,7 +327,7 @@ def _check(a: Any) -> None:
     name = "token_confidence"
     check_tensor(name, "logits", a.logits, dtype=FLOATS, shape=("...", "V"), unit_stride=True)
     *shape, V = a.logits.shape
-    check_scoring(name, a, shape, V, a.logits.device, a.banned)
+    check_scoring(name, a, shape, V, a.logits.device)
 
 
 token_confidence = op(token_confidence_reference, launch=_launch, check=_check)

@@ -62,6 +62,14 @@ def check_choice(name: str, value: Any, accepted: tuple[str, ...]) -> None:
         raise ValueError(f"{name}={value!r}: expected one of {', '.join(accepted)}")
 
 
+def check_ids(name: str, value: Any) -> None:
+    """Raise unless `value` is a tuple or a list of ints >= 0."""
+    if not isinstance(value, (tuple, list)):
+        raise TypeError(f"{name}={value!r}: expected a tuple of token ids")
+    for token in value:
+        check_int(name, token, 0)
+
+
 def check_bool(name: str, value: Any) -> None:
     """Raise TypeError unless `value` is True or False."""
     if not isinstance(value, bool):
@@ -77,7 +85,7 @@ class Setting:
 
     default: Any
     help: str
-    kind: type[int] | type[float] | type[bool] | type[str] = int
+    kind: type[int] | type[float] | type[bool] | type[str] | type[tuple] = int
     group: str = DECODING
     low: float | str = 1
     high: float | str | None = None
@@ -93,6 +101,8 @@ class Setting:
             return " | ".join(self.choices)
         if self.kind is bool:
             return "True | False"
+        if self.kind is tuple:
+            return "token ids"
         low, high = (f"{b:g}" if isinstance(b, (int, float)) else b for b in (self.low, self.high))
         if high is None:
             return f"{self.kind.__name__} >= {low}"
@@ -109,6 +119,8 @@ class Setting:
             check_choice(name, value, self.choices)
         elif self.kind is bool:
             check_bool(name, value)
+        elif self.kind is tuple:
+            check_ids(name, value)
         elif self.kind is float:
             check_real(name, value, low, high, open_low=self.open_low)
         else:
@@ -220,6 +232,14 @@ class DecodingConfig:
         False, "a row ends at an EOS with no mask to its left", kind=bool, group=SAMPLING,
         unset="where the model has an EOS",
     )  # fmt: skip
+    banned_tokens: tuple[int, ...] = setting(
+        (), "ids of tokens that are never proposed; the others are scored as if there were no such "
+        "tokens", kind=tuple, group=SAMPLING, unset="none",
+    )  # fmt: skip
+    min_new_tokens: int = setting(
+        0, "no EOS is proposed at so many positions from the response's first on", group=SAMPLING,
+        low=0, high="gen_length",
+    )  # fmt: skip
     refresh_commit: str | None = setting(
         None, "a refresh commits what the rule selects, or the first masked position only",
         kind=str, group=REFRESHES, choices=REFRESH_COMMITS, unset="the family's way",
@@ -239,6 +259,9 @@ class DecodingConfig:
             entry.check(name, value, self)
             if value is not None and entry.kind in (int, float):  # a number of numpy, for instance
                 object.__setattr__(self, name, entry.kind(value))
+        # A list would not be hashable, as the settings of a session must be.
+        banned = tuple(dict.fromkeys(map(int, self.banned_tokens)))
+        object.__setattr__(self, "banned_tokens", banned)
         names = rule_names()
         named = [f"{n}={getattr(self, n)!r}" for n in names if getattr(self, n) is not None]
         if len(named) > 1:

@@ -54,11 +54,15 @@ def scoring_calls() -> Iterator[Call]:
         yield call(token_confidence, kernels, logits=cuda(n, V, dtype=BF16))
         yield call(token_confidence, kernels, logits=cuda(n, V, dtype=BF16), banned=banned,
                    eligible=cuda(n, dtype=BOOL), confidence="margin", **sampling)  # fmt: skip
+        yield call(token_confidence, kernels, logits=cuda(n, V, dtype=BF16), excluded=banned,
+                   excluding=cuda(n, dtype=BOOL))  # fmt: skip
     kernels = "_lm_head_kernel combine_kernel"
     for n, V, dtype in ((1, 16, BF16), (128, 1001, FP32)):
         head = {"hidden": cuda(n, 128, dtype=dtype), "weight": cuda(V, 128, dtype=dtype)}
         yield call(lm_head_confidence, kernels, **head, bias=cuda(V, dtype=dtype), banned=(0,),
                    eligible=cuda(n, dtype=BOOL), confidence="margin")  # fmt: skip
+        yield call(lm_head_confidence, kernels, **head, excluded=(0, 5),
+                   excluding=cuda(n, dtype=BOOL))  # fmt: skip
         yield call(lm_head_partial, kernels, **head, vocab_start=7)
     for parts, n in ((1, 1), (72, 33)):
         partials = cuda(parts, PLANES, n, dtype=FP32)

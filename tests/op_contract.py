@@ -128,7 +128,9 @@ def sampling(rows: int, temperature: float = 0.7) -> Arguments:
 SCORING_REFUSED: list[tuple[Arguments, str]] = [
     ({"confidence": "max"}, "confidence='max': accepted are 'probability', 'margin'"),
     ({"banned": (8,)}, "banned token 8: accepted are 0 to 7"),
-    ({"banned": tuple(range(8))}, "leaves no token"),
+    ({"excluded": (-1,)}, "excluded token -1: accepted are 0 to 7"),
+    ({"banned": tuple(range(8))}, "no token of 8 is left"),
+    ({"banned": (0, 1), "excluded": tuple(range(2, 8))}, "and excluded=.*no token of 8 is left"),
     ({"temperature": -1.0}, "temperature=-1.0"),
     ({"temperature": NAN}, "temperature=nan"),
     ({"seed": None}, "seed=None"),
@@ -137,6 +139,11 @@ SCORING_REFUSED: list[tuple[Arguments, str]] = [
     ({"temperature": 0.0, "noise_ids": torch.ones(2)}, "noise_ids has dtype"),
     ({"eligible": torch.ones(3) > 0}, r"eligible has shape \(3,\): accepted is \(2,?\)"),
 ]
+
+
+def excluding(rows: int, *excluded: int) -> Arguments:
+    """Tokens that are excluded for every third candidate."""
+    return {"excluded": excluded, "excluding": (torch.arange(rows) % 3 == 0).to(DEVICE)}
 
 
 def assert_scored(actual: Results, expected: Results, confidence: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -48,11 +49,17 @@ def row_of(ids: list[int], mask_id: int, eos_ids: tuple[int, ...], **settings: A
 
 @torch.no_grad()
 def plain_loop(
-    family: str, ids: Tensor, cfg_scale: float = 0.0, **settings: Any
+    family: str,
+    ids: Tensor,
+    banned: Sequence[int] = (),
+    min_new_tokens: int = 0,
+    cfg_scale: float = 0.0,
+    **settings: Any,
 ) -> tuple[list[int], list[str]]:
     """Fill the masks of `ids` (L,). Returns all tokens, and the kinds of the forwards. The settings
     are those of the method's `Row`. With `cfg_scale`, logits are LLaDA's published combination of
-    two runs."""
+    two runs. Logits of banned tokens, and those of an EOS before `min_new_tokens` positions of the
+    response, are -inf."""
     model = golden.model(family)
     info, eos_ids = model.dsb, model.dsb.eos_ids
     shift = info.family.shift
@@ -67,6 +74,7 @@ def plain_loop(
     cache_argument = "cache" if "cache" in names else "past_key_values"  # before transformers 5.23
     stored = Cache(layers=[StaleLayer() for _ in range(model.config.num_hidden_layers)])
     kinds: list[str] = []
+    eos = torch.isin(torch.arange(model.config.vocab_size), torch.tensor(eos_ids))
     while not row.done:
         kinds.append(row.next_kind)
         first, last = row.computed(shift)
@@ -81,7 +89,11 @@ def plain_loop(
         ).logits  # fmt: skip
         logits = both[-1] + (cfg_scale + 1) * (both[0] - both[-1]) if cfg_scale > 0 else both[0]
         candidates = row.candidates()
-        scores = logits[[source(i, shift) - first for i in candidates]].double().softmax(-1)
+        logits = logits[[source(i, shift) - first for i in candidates]].double()
+        logits[:, list(banned)] = -torch.inf
+        early = [i - row.prompt_length < min_new_tokens for i in candidates]
+        logits[torch.tensor(early)[:, None] & eos] = -torch.inf
+        scores = logits.softmax(-1)
         allowed = scores.clone()
         allowed[:, info.mask_id] = -1
         tokens = allowed.argmax(-1)

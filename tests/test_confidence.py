@@ -30,6 +30,7 @@ from tests.op_contract import (
     by_kernel,
     edge_rows,
     exactly,
+    excluding,
     mistakes_of,
     sampling,
     small_tiles,
@@ -80,6 +81,9 @@ def any_rows(draw: st.DrawFn) -> partial:
     options = sampling(rows, draw(st.sampled_from([0.3, 1.0, 5.0]))) if draw(st.booleans()) else {}
     eligible = draw(st.lists(st.booleans(), min_size=rows, max_size=rows))
     banned = draw(st.lists(st.integers(0, V - 1), unique=True, max_size=min(4, V - 1)))
+    if draw(st.booleans()):
+        options |= excluding(rows, *range(draw(st.integers(0, (V - 1) // 2))))
+        banned = [token for token in banned if token > V // 2]
     arguments = of(
         logits, eligible=torch.tensor(eligible, device=DEVICE), banned=tuple(banned),
         confidence=draw(st.sampled_from(CONFIDENCES)), **options,
@@ -87,7 +91,7 @@ def any_rows(draw: st.DrawFn) -> partial:
     return partial(compare, arguments)
 
 
-SPLITS, EDGE, SAMPLED = "banned_290", "margin_129", "sampled_70"
+SPLITS, EDGE, SAMPLED, EXCLUDED = "banned_290", "margin_129", "sampled_70", "excluded_entropy"
 KERNEL = "_token_confidence_kernel"
 CASE = OpCase(
     op=token_confidence,
@@ -104,6 +108,10 @@ CASE = OpCase(
         SPLITS: partial(edges, 290, banned=(0, 127)),
         EDGE: partial(edges, 129, confidence="margin"),
         SAMPLED: partial(edges, 70, True),
+        **{f"excluded_{confidence}": partial(
+               edges, 290, confidence == "margin", banned=(0,), confidence=confidence,
+               **excluding(21, 127, 145, 289)) for confidence in CONFIDENCES},
+        "excluded_for_all": partial(edges, 130, excluded=(0, 129)),
         # 16-bit logits are scored in float32.
         **{f"{dtype}_{confidence}": partial(
                edges, 150, confidence == "probability", dtype, banned=(149,), confidence=confidence)
@@ -124,7 +132,7 @@ CASE = OpCase(
     examples=(40, 0),
     same_examples=True,
     strided=("logits",),
-    good=partial(some_eligible, torch.zeros(2, 8), **sampling(2)),
+    good=partial(some_eligible, torch.zeros(2, 8), **sampling(2), **excluding(2, 3)),
     refused=[({"logits": torch.zeros(2, 0)}, "vocabulary of 0"), *SCORING_REFUSED],
     mistakes=mistakes_of(
         (SPLITS, KERNEL, [
@@ -142,6 +150,12 @@ CASE = OpCase(
             ("by_thread(capped(e), LANES)", "by_thread(e, LANES)"),
             ("total = total * scale", "total = total"),
         ]),
+        (EXCLUDED, "_score_tile", [
+            ("(EXCLUDED[i] < first + BLOCK)", "(EXCLUDED[i] < first + BLOCK - 1)"),
+            ("(token == EXCLUDED[i]) & excluding", "(token == EXCLUDED[i])"),
+            ("tile_maximum = tl.max(x, 0)", "tile_maximum = tl.max(x, 0) + 9 * len(EXCLUDED)"),
+        ]),
+        (EXCLUDED, KERNEL, [("excluding_ptr + candidate", "excluding_ptr + 0 * candidate")]),
         (SPLITS, "capped", [
             ("tl.minimum(e, 1.0, propagate_nan=tl.PropagateNan.ALL)", "tl.where(e < 1.0, e, 1.0)"),
         ]),
@@ -198,6 +212,16 @@ def test_banned_token_is_not_proposed_but_stays_in_the_softmax():
     token, c = token_confidence(x, banned=(300,))
     assert token.item() == 400
     torch.testing.assert_close(c, x.softmax(-1)[:, 400])
+
+
+def test_excluded_token_is_out_of_the_distribution_of_those_that_exclude_it():
+    x = torch.zeros(2, 600)
+    x[:, 300], x[:, 400] = 5.0, 4.0
+    token, c = token_confidence(x, excluded=(300,), excluding=torch.tensor([True, False]))
+    assert token.tolist() == [400, 300]
+    without = torch.cat([x[:, :300], x[:, 301:]], -1).softmax(-1)
+    torch.testing.assert_close(c, torch.stack([without[0, 399], x[1].softmax(-1)[300]]))
+    assert x[0, 300] == 5.0, "the caller's logits stay as they are"
 
 
 def test_limits_at_infinity_and_nan_and_of_what_is_not_eligible():

@@ -32,7 +32,7 @@ def test_a_hooked_model_and_replayed_steps_decode_the_same(family):
     model, (prompt,) = golden.model(family), prompts(1)
     ids = torch.cat([prompt, prompt.new_full((16,), model.dsb.mask_id)])
     how = {"block_length": 8, "schedule": "dsb", "cache": "dsb"}
-    expected, _ = plain_loop(family, ids, 1.5, rule="threshold", value=0.5, **how)
+    expected, _ = plain_loop(family, ids, cfg_scale=1.5, rule="threshold", value=0.5, **how)
     plain, _ = plain_loop(family, ids, rule="threshold", value=0.5, **how)
     assert expected != plain, "guidance must change a token, or this shows nothing"
     recorder = Recorder()

@@ -79,7 +79,7 @@ def test_every_way_equals_the_plain_loop(
         golden.model(family), ids[None], on_step=lambda e: kinds.append(e.kind),
         cfg_scale=cfg_scale, **ours,
     )  # fmt: skip
-    expected, expected_kinds = plain_loop(family, ids, cfg_scale, **method)
+    expected, expected_kinds = plain_loop(family, ids, cfg_scale=cfg_scale, **method)
     assert out.sequences[0].tolist() == expected and kinds == expected_kinds
     given = ids != MASK[family]
     assert torch.equal(out.sequences[0, given], ids[given])

@@ -28,6 +28,7 @@ from tests.op_contract import (
     assert_scored,
     edge_rows,
     exactly,
+    excluding,
     mistakes_of,
     sampling,
     small_tiles,
@@ -104,10 +105,14 @@ def any_inputs(draw: st.DrawFn) -> partial:
     rows, V, E = (draw(st.integers(1, n)) for n in (20, 80, 40))
     values = st.sampled_from([-INF, INF, 50.0, -1e30])
     banned = draw(st.lists(st.integers(0, V - 1), unique=True, max_size=min(3, V - 1)))
+    options = {}
+    if draw(st.booleans()):
+        options = excluding(rows, *range(draw(st.integers(0, (V - 1) // 2))))
+        banned = [token for token in banned if token > V // 2]
     arguments = inputs(
         rows, V, E, seed=draw(st.integers(0, 99)), sample=draw(st.booleans()), banned=tuple(banned),
         confidence=draw(st.sampled_from(CONFIDENCES)),
-        bias=draw(st.dictionaries(st.integers(0, V - 1), values, max_size=3)),
+        bias=draw(st.dictionaries(st.integers(0, V - 1), values, max_size=3)), **options,
     )  # fmt: skip
     return partial(compare, arguments)
 
@@ -136,6 +141,11 @@ CASE = OpCase(
                inputs, 12, 75, 40, dtype=dtype, banned=(5,), confidence=confidence,
                sample=confidence == "probability")
            for dtype in LOW_PRECISION for confidence in CONFIDENCES},
+        **{f"excluded_{confidence}": partial(
+               inputs, 19, 75, 20, banned=(3,), confidence=confidence,
+               sample=confidence == "margin", **excluding(19, 15, 24, 25, 74))
+           for confidence in CONFIDENCES},
+        "excluded_for_all": partial(inputs, 3, 41, 16, excluded=(0, 40)),
         "edges": partial(finite_edges, 41, banned=(15,)),
         "margin": partial(inputs, 18, 53, 20, confidence="margin"),
         "sampled": partial(inputs, 5, 37, 16, sample=True),
@@ -147,7 +157,7 @@ CASE = OpCase(
     examples=(0, 15),
     same_examples=True,
     strided=("hidden", "weight"),
-    good=partial(some_eligible, 2, 8, 4, sample=True),
+    good=partial(some_eligible, 2, 8, 4, sample=True, **excluding(2, 3)),
     refused=[
         ({"weight": torch.zeros(8, 5)}, r"weight has shape \(8, 5\): accepted is \(V, 4\)"),
         ({"bias": torch.zeros(9)}, r"bias has shape \(9,\): accepted is \(8\)"),
@@ -167,6 +177,11 @@ CASE = OpCase(
              "tl.max(tl.where(scores == score[None, :], token[:, None], -1)"),
             ("(BANNED[i] < first + BLOCK_V)", "(BANNED[i] < first + BLOCK_V - 1)"),
             ("score = tl.max(x, 0)\n        scores", "score = maximum\n        scores"),
+        ]),
+        ("excluded_probability", "_store_states", [
+            ("(EXCLUDED[i] < first + BLOCK_V)", "(EXCLUDED[i] < first + BLOCK_V - 1)"),
+            ("& excluding[None, :]", "& (excluding | True)[None, :]"),
+            ("excluding_ptr + candidate,", "excluding_ptr + candidate - first_candidate,"),
         ]),
         ("margin", "_store_states", [
             ("first_candidate + BLOCK_N // 2", "first_candidate + BLOCK_N // 4"),
@@ -211,7 +226,7 @@ def test_a_padded_shard_and_a_shard_of_banned_tokens():
 def test_opcheck_of_shards(backend, monkeypatch):
     monkeypatch.setenv("DSB_BACKEND", backend)
     hidden, weight, bias = inputs(3, 50, 16).values()
-    scoring = (None, [3], 0.0, None, None, "margin")
+    scoring = (None, [3], [4], None, 0.0, None, None, "margin")
     shards = torch.stack([lm_head_partial(hidden, weight, confidence="margin")] * 2)
     tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
     for op, args in (

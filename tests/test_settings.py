@@ -36,8 +36,9 @@ def chat(tmp_path_factory) -> Path:
 def test_every_field_is_in_the_table():
     names = list(dsb.DecodingConfig.__dataclass_fields__)
     assert [row[0] for row in settings_table()] == list(settings()) == names
+    kinds = ("int", "float", "bool", "str", "tuple")
     for name, kind, default, accepted, text in settings_table():
-        assert kind in ("int", "float", "bool", "str") and default and accepted and text, name
+        assert kind in kinds and default and accepted and text, name
 
 
 # --- defaults ---------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ from tests import golden
 from tests.commands import python
 from tests.random_models import SMALL
 
+RESTRICTED = {"banned_tokens": (*range(100, 300), 400), "min_new_tokens": 12}
 SAMPLING = {"llada": {"temperature": 0.7}, "dream": {"temperature": 0.7, "top_p": 0.9}}
 
 
@@ -82,6 +83,7 @@ def work(folder: Path) -> None:
             "batch": [decode_ranked(model, kind) for kind in CONFIDENCES],
             "sampled": decode_batch(model, **SAMPLING[family]),
             "guided": decode_batch(model, cfg_scale=1.5),
+            "restricted": decode_batch(model, **RESTRICTED),
             "patched": decode_case(dsb.patch(theirs), golden.cases(family)[0]),
         }
     results["fully sharded"] = decode_fully_sharded()
@@ -114,6 +116,7 @@ def test_two_processes_decode_what_one_does(ranks, family):
     assert split["golden"] == [case["sequence"] for case in golden.one_of_each(family)]
     assert split["batch"] == [decode_ranked(model, kind) for kind in CONFIDENCES]
     assert split["guided"] == decode_batch(model, cfg_scale=1.5) != decode_batch(model)
+    assert split["restricted"] == decode_batch(model, **RESTRICTED) != decode_batch(model)
     assert split["patched"] == golden.cases(family)[0]["sequence"]
     assert not any(model.dsb.mask_id in row for row in split["sampled"])
 

@@ -51,6 +51,11 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")
 
 
+def token_ids(text: str) -> tuple[int, ...]:
+    """Read "5,6,7"."""
+    return tuple(int(token) for token in text.split(","))
+
+
 def add_settings(parser: argparse.ArgumentParser) -> None:
     """Add the model's options and one for each setting, which is None where it is not named."""
     add_model(parser)
@@ -61,6 +66,8 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
         how: dict[str, Any] = {"type": entry.kind, "metavar": "N" if entry.kind is int else "X"}
         if entry.kind is bool:
             how = {"action": argparse.BooleanOptionalAction}
+        elif entry.kind is tuple:
+            how = {"type": token_ids, "metavar": "ID,ID"}
         elif entry.choices:
             how = {"choices": entry.choices}
         default = entry.unset or ("" if entry.default is None else str(entry.default))

@@ -23,6 +23,7 @@ def check_inputs(
     """
     info = check_model(model)
     check_family_settings(info, config)
+    check_tokens(info, config, model.config.vocab_size)
     check_prompt(model, input_ids, config.gen_length)
     leftpad = check_attention_mask(input_ids, attention_mask)
     check_no_masks(input_ids, leftpad, info)
@@ -59,6 +60,7 @@ def check_settings(model: Any, config: DecodingConfig, lengths: list[int], gener
         TypeError, ValueError: the message names the argument, its value and what is accepted.
     """
     check_family_settings(check_model(model), config)
+    check_tokens(check_model(model), config, model.config.vocab_size)
     blocks = sorted({-(-length // config.block_length) for length in lengths})
     if config.schedule == "naive" and config.rule == "quota" and len(blocks) > 1:
         raise ValueError(
@@ -170,6 +172,29 @@ def check_family_settings(info: DiffusionInfo, config: DecodingConfig) -> None:
                 )
     if config.stop_at_eos and not info.eos_ids:
         raise ValueError("stop_at_eos=True: the model names no EOS id; load it with eos_ids=(...)")
+
+
+def check_tokens(info: DiffusionInfo, config: DecodingConfig, vocab: int) -> None:
+    """Check the settings that forbid tokens, which must leave one at every position."""
+    for token in config.banned_tokens:
+        if token >= vocab:
+            raise ValueError(f"banned_tokens has {token}: expected ids from 0 to {vocab - 1}")
+        if token == info.mask_id:
+            raise ValueError(
+                f"banned_tokens has the mask id {token}, which is never proposed; expected other "
+                "ids"
+            )
+    if config.min_new_tokens and not info.eos_ids:
+        raise ValueError(
+            f"min_new_tokens={config.min_new_tokens}: the model names no EOS id; load it with "
+            "eos_ids=(...)"
+        )
+    ends = info.eos_ids if config.min_new_tokens else ()
+    if len({*config.banned_tokens, *ends, info.mask_id}) == vocab:
+        raise ValueError(
+            f"banned_tokens has {len(config.banned_tokens)} ids of {vocab}: no token is left to "
+            "propose; expected fewer"
+        )
 
 
 def check_samples(num_return_sequences: Any, config: DecodingConfig) -> None:

@@ -35,6 +35,7 @@ from dsb_runtime.engine.called import CalledModel, wrapped_module
 from dsb_runtime.engine.forward import Backbone, Phase, no_phase
 from dsb_runtime.engine.graphs import Capture, HostCopy, row_class, width_class
 from dsb_runtime.engine.layers import check_dtypes, fingerprint
+from dsb_runtime.engine.sampling import ban_of
 from dsb_runtime.engine.step import DecodeState, Step, StepShape, new_state, spec_of
 from dsb_runtime.families import check_model
 
@@ -226,7 +227,8 @@ class Loop:
         session = self.sessions.pop(key, None)
         if session is None:
             cache = KVCache.over(storage, shape, copies * batch, length, num_layers)
-            step = Step(backbone, info, cache, state, spec, config, padded)
+            ban = ban_of(config, self.model.config.vocab_size, storage)
+            step = Step(backbone, info, cache, state, spec, config, padded, ban)
             session = Session(step, self.capture if backbone.replayable else None)
         else:
             for buffer, value in zip(session.state, state, strict=True):

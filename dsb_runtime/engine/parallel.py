@@ -103,6 +103,9 @@ def score_sharded(
     *,
     eligible: Tensor,
     banned: Sequence[int],
+    excluded: Sequence[int],
+    excluding: Tensor | None,
+    ban: Tensor | None,
     temperature: float,
     seed: Tensor | None,
     noise_ids: Tensor | None,
@@ -113,6 +116,7 @@ def score_sharded(
 
     Args:
         hidden: (N, E). It and all other arguments except `lm_head` are the same in every process.
+        ban: (V,), the whole vocabulary's; it is added to the logits.
 
     Returns:
         (N,) int64 and (N,) float32, the same in every process.
@@ -121,9 +125,14 @@ def score_sharded(
     assert isinstance(lm_head, torch.nn.Linear)
     weight = local(lm_head.weight)
     bias = None if lm_head.bias is None else local(lm_head.bias)
+    start = dist.get_rank(group) * len(weight)
+    if ban is not None:
+        own = ban[start : start + len(weight)]
+        bias = own if bias is None else bias + own
     state = lm_head_partial(
-        hidden, weight, bias, vocab_start=dist.get_rank(group) * len(weight), banned=banned,
-        temperature=temperature, seed=seed, noise_ids=noise_ids, confidence=confidence,
+        hidden, weight, bias, vocab_start=start, banned=banned, excluded=excluded,
+        excluding=excluding, temperature=temperature, seed=seed, noise_ids=noise_ids,
+        confidence=confidence,
     )  # fmt: skip
     states = state.new_empty((dist.get_world_size(group), *state.shape))
     dist.all_gather(list(states.unbind()), state, group=group)  # fills `states` by rank

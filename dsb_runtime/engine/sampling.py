@@ -5,6 +5,11 @@ confidence from the distribution without temperature; the scoring op does that. 
 logits by the temperature, cuts the distribution to top_p and top_k, samples, and takes the
 confidence from the distribution after the cuts. A random number depends on a seed and on the
 candidate's noise id (`dsb_kernels.noise`), never on earlier draws.
+
+A banned token's logit counts as -inf, and so does that of an EOS at a position where none may stand
+yet: a confidence is that of the distribution from which the token is proposed. (Otherwise a
+candidate whose distribution is nearly all on a banned token would have the lowest entropy of all,
+and be committed first.) The mask token alone keeps its share, as in the published method.
 """
 
 from __future__ import annotations
@@ -17,7 +22,7 @@ from torch.nn.functional import pad
 
 from dsb_kernels.lm_head import lm_head_confidence
 from dsb_kernels.noise import uniform
-from dsb_kernels.score import confidence_of
+from dsb_kernels.score import confidence_of, exclude_tokens
 from dsb_kernels.token_confidence import first_argmax, token_confidence
 from dsb_runtime.config import RANDOM, DecodingConfig
 from dsb_runtime.engine.layers import is_plain_linear
@@ -46,10 +51,21 @@ def cut_top_k(logits: Tensor, top_k: int) -> Tensor:
     return logits.masked_fill(logits < kth, torch.finfo(logits.dtype).min)
 
 
+def ban_of(config: DecodingConfig, vocab: int, like: Tensor) -> Tensor | None:
+    """What is added to the logits, (V,) on the device of `like` and of its dtype: -inf for banned
+    tokens, 0 for the others. The ops take it as a bias of the LM head, whatever the number of
+    tokens. None means that no token is banned."""
+    if not config.banned_tokens:
+        return None
+    ban = torch.zeros(vocab, dtype=like.dtype, device=like.device)
+    ban[list(config.banned_tokens)] = -torch.inf
+    return ban
+
+
 def log_probability(scored: Tensor, lm_head: nn.Module | None, token: Tensor) -> Tensor:
     """The log-probability of each token under the model's own distribution, (N,) float32, whatever
-    the temperature and the cuts. The arguments are those of `propose`, and its tokens, which may be
-    anything where nothing was eligible."""
+    the temperature, the cuts and the banned tokens. The arguments are those of `propose`, and its
+    tokens, which may be anything where nothing was eligible."""
     logits = (scored if lm_head is None else lm_head(scored)).float()
     token = token.clamp(0, logits.shape[-1] - 1)
     return logits.gather(1, token[:, None])[:, 0] - logits.logsumexp(-1)
@@ -90,6 +106,11 @@ def sample_nucleus(
     return token, confidence_of(probability, token, (mask_id,), computed_confidence(config))
 
 
+def with_ban(x: Tensor, ban: Tensor | None) -> Tensor:
+    """Logits (N, V), or a bias (V,) of the LM head, with the ban."""
+    return x if ban is None else x + ban
+
+
 ORDER_STREAM = 2  # of the random numbers that draw an order; the cuts draw tokens from stream 1
 
 
@@ -118,6 +139,8 @@ def propose(
     info: DiffusionInfo,
     seed: Tensor | None = None,
     noise_ids: Tensor | None = None,
+    ban: Tensor | None = None,
+    early: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The proposed token and its confidence for every candidate. It is never the mask token.
 
@@ -128,27 +151,35 @@ def propose(
         eligible: (N,) bool. Results for which it is False are not used.
         config: how to sample, and which confidence to compute.
         seed, noise_ids: () int64 and (N,) int64, which determine what is drawn (`config.draws`).
+        ban: `ban_of` the config, or None.
+        early: (N,) bool, for which candidates no EOS is proposed. None means for none.
 
     Returns:
         (N,) int64 and (N,) float32, the number that ranks it. NaN logits give a NaN confidence.
     """
+    ban = None if ban is None else ban.to(scored)  # which changes nothing but on several devices
     noisy = config.temperature > 0
     cuts = config.top_p is not None or config.top_k is not None
     how: dict[str, Any] = {
         "eligible": eligible, "banned": (info.mask_id,), "temperature": config.temperature,
         "seed": seed if noisy else None, "noise_ids": noise_ids if noisy else None,
         "confidence": computed_confidence(config),
+        "excluded": () if early is None else info.eos_ids, "excluding": early,
     }  # fmt: skip
     if cuts or (noisy and info.family.nucleus):
         # A sharded head's own forward gathers the vocabulary, which the cuts need as a whole.
-        logits = scored if lm_head is None else lm_head(scored)
+        logits = with_ban(scored if lm_head is None else lm_head(scored), ban)
+        if early is not None:
+            logits = logits.clone()
+            exclude_tokens(logits, info.eos_ids, early)
         token, confidence = sample_nucleus(logits, info.mask_id, config, seed, noise_ids)
     elif lm_head is None:
-        token, confidence = token_confidence(scored, **how)
+        token, confidence = token_confidence(with_ban(scored, ban), **how)
     elif is_sharded(lm_head):
-        token, confidence = score_sharded(scored, lm_head, **how)
+        token, confidence = score_sharded(scored, lm_head, ban=ban, **how)
     elif isinstance(lm_head, nn.Linear) and is_plain_linear(lm_head):
-        token, confidence = lm_head_confidence(scored, lm_head.weight, lm_head.bias, **how)
+        bias = ban if lm_head.bias is None else with_ban(lm_head.bias, ban)
+        token, confidence = lm_head_confidence(scored, lm_head.weight, bias, **how)
     else:
-        token, confidence = token_confidence(lm_head(scored), **how)
+        token, confidence = token_confidence(with_ban(lm_head(scored), ban), **how)
     return token, order_confidence(confidence, config, seed, noise_ids)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from dsb_kernels.commit import in_batch, initial_rows, unmask_and_slide
-from dsb_kernels.place import Layout, place_rows
+from dsb_kernels.place import Layout, place_rows, response_index
 from dsb_kernels.rows import Column, StepKind, UnmaskSpec
 from dsb_runtime.config import DecodingConfig
 from dsb_runtime.engine.cache import KVCache
@@ -119,8 +119,9 @@ class Step:
         spec: UnmaskSpec,
         config: DecodingConfig,
         padded: bool,
+        ban: Tensor | None,
     ) -> None:
-        self.backbone, self.info, self.cache = backbone, info, cache
+        self.backbone, self.info, self.cache, self.ban = backbone, info, cache, ban
         self.state, self.spec, self.config, self.padded = state, spec, config, padded
 
     @property
@@ -166,11 +167,15 @@ class Step:
         )
         lm_head = self.backbone.lm_head
         with phase("score"):
-            if self.config.cfg_scale > 0:
-                scored, lm_head = guided(scored, lm_head, self.config.cfg_scale), None
+            config, early = self.config, None
+            if config.cfg_scale > 0:
+                scored, lm_head = guided(scored, lm_head, config.cfg_scale), None
+            if config.min_new_tokens:
+                early = response_index(layout.noise_ids) < config.min_new_tokens
+            seed, noise_ids = (state.seed, layout.noise_ids) if config.draws else (None, None)
             token, confidence = propose(
-                scored, lm_head, layout.eligible, self.config, self.info,
-                *((state.seed, layout.noise_ids) if self.config.draws else ()),
+                scored, lm_head, layout.eligible, config, self.info, seed, noise_ids, self.ban,
+                early,
             )  # fmt: skip
             if self.recorded:
                 position = state.position.clone()  # before the next step's candidates replace them
