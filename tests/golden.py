@@ -18,6 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 import dsb_runtime as dsb
+from tests.mutations import kernels
 
 DATA = Path(__file__).parent / "data"
 FAMILIES = ("llada", "dream")
@@ -86,6 +87,19 @@ def check_trajectory(
     assert case["nfe"] in (None, out.nfe)
     assert case.get("tokens_per_forward") in (None, out.tokens_per_forward)
     return out
+
+
+def check_kernels(generate: Generate, family: str, method: str) -> None:
+    """A short response by kernels has the tokens, and takes the forwards, of the definitions."""
+    case = cases(family)[shortest(family, method)[1]]
+    short = {"gen_length": 8, "block_length": 4, "steps": 4}
+    arguments = {k: v for k, v in settings(case).items() if k in ("schedule", "cache")} | short
+    ids = torch.tensor([case["prompt"][:7]])
+    expected = generate_of(family)(ids, **arguments)
+    with kernels():
+        out = generate(ids, **arguments)
+    assert out.sequences.tolist() == expected.sequences.tolist()
+    assert out.tokens_per_forward == expected.tokens_per_forward
 
 
 def prompts(count: int, seed: int = 0) -> list[Tensor]:

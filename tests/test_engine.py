@@ -23,7 +23,6 @@ from tests.golden import biased_to_eos, left_pad, prompts
 from tests.mutations import kernels
 from tests.recorded import Recorder
 
-SHORT = [golden.shortest(family, "dsb_cache_greedy") for family in golden.FAMILIES]
 SHAPE = {"gen_length": 24, "block_length": 8}
 
 
@@ -64,10 +63,12 @@ def test_captured_trajectory(family, index):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("family", "index"), SHORT)
-def test_captured_trajectory_by_kernel(family, index):
-    with kernels():
-        recorder = check_captured(family, index)
+@pytest.mark.parametrize("family", golden.FAMILIES)
+def test_captured_tokens_by_kernel(family):
+    engine = engine_of(family, captured=True)
+    golden.check_kernels(engine.generate, family, "dsb_cache_greedy")
+    recorder = engine.loop.capture
+    assert recorder.replays > 0
     names = {name for recording in recorder.recordings for name in recording.names}
     assert {"dsb.rope_write_kv", "dsb.window_attention", "dsb.unmask_and_slide"} <= names
 
