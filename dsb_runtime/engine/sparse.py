@@ -28,10 +28,12 @@ class Context(NamedTuple):
 
 def beyond_eos(canvas: Tensor, table: Tensor, spec: UnmaskSpec) -> Tensor:
     """Which positions are masks behind the first EOS of the response, with `eos_bound`, (B, L)."""
+    if not spec.eos_bound:
+        return torch.zeros_like(canvas, dtype=torch.bool)
     row = dict(zip(Column, table.long().unbind(1), strict=True))
     first = first_eos_of(canvas, row, row[Column.RESPONSE_END], spec)
     index = torch.arange(canvas.shape[1], device=canvas.device)
-    return (canvas == spec.mask_id) & (index > first[:, None]) & bool(spec.eos_bound)
+    return (canvas == spec.mask_id) & (index > first[:, None])
 
 
 def seen_by_refresh(

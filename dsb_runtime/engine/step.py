@@ -63,7 +63,7 @@ def new_state(
     if config.sparse:
         seen = seen_by_refresh(canvas, table, spec, config.context_masks)
         table[:, Column.CONTEXT] = seen.sum(-1)
-    every = torch.ones_like(canvas, dtype=torch.bool)
+    nothing = canvas.new_zeros(len(canvas), 0, dtype=torch.bool)
     recorded = (len(canvas), canvas.shape[1] + 1 if record else 0)
     return DecodeState(
         canvas=canvas,
@@ -74,8 +74,8 @@ def new_state(
         seed=torch.zeros((), dtype=torch.int64, device=canvas.device),
         step_map=torch.full(recorded, -1, dtype=torch.int32, device=canvas.device),
         logprobs=torch.zeros(recorded, dtype=torch.float32, device=canvas.device),
-        given=canvas != spec.mask_id if config.cfg_scale > 0 else every[:, :0],
-        stored=~every if config.sparse else every[:, :0],
+        given=canvas != spec.mask_id if config.cfg_scale > 0 else nothing,
+        stored=torch.zeros_like(canvas, dtype=torch.bool) if config.sparse else nothing,
     )
 
 
