@@ -56,6 +56,7 @@ def window_attention_reference(
     kv_num_blocks: Tensor | None = None,
     kv_indices: Tensor | None = None,
     kv_block_size: int = 64,
+    kv_visible: Tensor | None = None,
     softmax_scale: float | None = None,
     num_splits: int | None = None,
     return_lse: bool = False,
@@ -85,6 +86,8 @@ def window_attention_reference(
             the KV blocks that queries visit outside the window, none of them twice. If both are
             None, queries visit every KV block. `dsb_kernels.block_lists` makes such lists.
         kv_block_size: how many positions a listed KV block has, a power of two from 16.
+        kv_visible: (B, C) bool, contiguous, which positions of the cache queries see, the window's
+            own included. None means all. It needs k_window and v_window to be None.
         softmax_scale: the factor of the scores. None means 1 / sqrt(D).
         num_splits: into how many splits the kernel divides the keys. None lets B, H, H_kv, W, D,
             the dtype and the GPU decide, but never C or what the cache holds, so that results are
@@ -122,12 +125,14 @@ def window_attention_reference(
     column = torch.arange(q.shape[2], dtype=torch.int32, device=q.device)
     inside = column < window_length[:, None]
     answered = inside[:, None, :, None]  # (B, 1, W, 1), whether the query gets an answer
-    bounds = (k_window, cache_seqlens, cache_leftpad, kv_indices)
+    bounds = (k_window, cache_seqlens, cache_leftpad, kv_indices, kv_visible)
     if any(bound is not None for bound in bounds):  # otherwise every key is visible
         visible = _visible_keys(
             k_cache.shape[2], None if k_window is None else inside, window_start, window_length,
             cache_seqlens, cache_leftpad, kv_num_blocks, kv_indices, kv_block_size,
-        ).expand(-1, H_kv, -1)  # fmt: skip
+        )  # fmt: skip
+        visible = visible if kv_visible is None else visible & kv_visible[:, None]
+        visible = visible.expand(-1, H_kv, -1)
         # Keys that are not visible may be uninitialised memory, and 0 * NaN is NaN: so the values
         # are replaced, not multiplied by zero.
         k, v = torch.where(visible[..., None], k, 0), torch.where(visible[..., None], v, 0)
@@ -216,6 +221,11 @@ def _check(a: Any) -> None:
                 name, field, getattr(a, field), dtype=torch.int32, shape=shape, device=a.q.device,
                 contiguous=True,
             )  # fmt: skip
+    if a.kv_visible is not None:
+        check_tensor(name, "kv_visible", a.kv_visible, dtype=torch.bool,
+                     shape=(B, a.k_cache.shape[2]), device=a.q.device, contiguous=True)  # fmt: skip
+        if a.k_window is not None:
+            raise ValueError(f"{name}: k_window with kv_visible: accepted is None")
     size, scale = a.kv_block_size, a.softmax_scale
     if size < 16 or size & (size - 1):
         raise ValueError(f"{name}: kv_block_size={size}: accepted is a power of 2 from 16")

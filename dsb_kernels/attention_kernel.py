@@ -143,7 +143,7 @@ def _store_split(
 def _attention_kernel(
     q_ptr, kw_ptr, vw_ptr, kc_ptr, vc_ptr, out_ptr, lse_ptr,
     window_start_ptr, window_length_ptr, seqlens_ptr, leftpad_ptr, batch_idx_ptr,
-    num_blocks_ptr, indices_ptr, lists, list_size,
+    num_blocks_ptr, indices_ptr, visible_ptr, lists, list_size,
     stride_qb, stride_qh, stride_qw, stride_wb, stride_wh, stride_wn,
     stride_cb, stride_ch, stride_cn, W, C, softmax_scale,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, NUM_SPLITS: tl.constexpr,
@@ -228,6 +228,8 @@ def _attention_kernel(
         else:
             stride_n = tl.where(fresh, stride_wn, stride_cn)
             k_ptr, v_ptr = tl.where(fresh, kw_ptr, kc_ptr), tl.where(fresh, vw_ptr, vc_ptr)
+        if visible_ptr is not None:
+            seen &= tl.load(visible_ptr + b * C + n0 + offset, mask=seen, other=0) != 0
         mask = seen[:, None] if HEAD_DIM == BLOCK_D else seen[:, None] & inside
         # As unsigned 32-bit numbers these offsets fit in registers from KV block to KV block.
         offsets = (offset[:, None] * stride_n + d[None, :]).to(tl.uint32).to(tl.uint64)
@@ -309,7 +311,7 @@ def launch(a: Any) -> tuple[Tensor, Tensor]:
         wrap_triton(_attention_kernel)[(tiles * splits, H_kv, B)](
             a.q, k_window, v_window, a.k_cache, a.v_cache, target, target_lse,
             a.window_start, a.window_length, a.cache_seqlens, a.cache_leftpad, a.cache_batch_idx,
-            a.kv_num_blocks, a.kv_indices, lists, list_size, *a.q.stride()[:3],
+            a.kv_num_blocks, a.kv_indices, a.kv_visible, lists, list_size, *a.q.stride()[:3],
             *(a.k_cache if k_window is None else k_window).stride()[:3], *a.k_cache.stride()[:3],
             W, C, 1 / math.sqrt(D) if a.softmax_scale is None else a.softmax_scale,
             GROUP=group, HEAD_DIM=D, NUM_SPLITS=splits, KV_BLOCK=a.kv_block_size,

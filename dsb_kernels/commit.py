@@ -148,20 +148,35 @@ def first_candidates(masked: Tensor, end: Tensor, num: int) -> Tensor:
     return torch.where(key < L, key, -1).int()
 
 
+def first_eos_of(
+    canvas: Tensor, row: dict[Column, Tensor], stop: Tensor, spec: UnmaskSpec
+) -> Tensor:
+    """The first EOS of each row's response before `stop` (B,), or L where there is none, (B,)."""
+    L = canvas.shape[1]
+    index = torch.arange(L, device=canvas.device)
+    is_eos = torch.zeros_like(canvas, dtype=torch.bool)
+    for eos_id in spec.eos_ids:
+        is_eos |= canvas == eos_id
+    is_eos &= (index >= row[Column.RESPONSE_START][:, None]) & (index < stop[:, None])
+    return torch.where(is_eos, index, L).amin(-1)
+
+
+def bounded(end: Tensor, canvas: Tensor, row: dict[Column, Tensor], spec: UnmaskSpec) -> Tensor:
+    """Where the block ends (B,): with `eos_bound` behind the first EOS of the response at most."""
+    if not spec.eos_bound:
+        return end
+    return end.minimum(first_eos_of(canvas, row, row[Column.RESPONSE_END], spec) + 1)
+
+
 def fill_after_eos(
     canvas: Tensor, row: dict[Column, Tensor], first_masked: Tensor, moved: Tensor, spec: UnmaskSpec
 ) -> Tensor:
     """Find the rows that moved and whose response has its first EOS before its first mask. In these
     rows, write that EOS over the rest of the response. Returns whether each row is one of them,
     (B,) bool."""
-    L = canvas.shape[1]
+    L, stop = canvas.shape[1], row[Column.RESPONSE_END]
     index = torch.arange(L, device=canvas.device)
-    begin, stop = row[Column.RESPONSE_START], row[Column.RESPONSE_END]
-    is_eos = torch.zeros_like(canvas, dtype=torch.bool)
-    for eos_id in spec.eos_ids:
-        is_eos |= canvas == eos_id
-    is_eos &= (index >= begin[:, None]) & (index < first_masked[:, None])
-    first_eos = torch.where(is_eos, index, L).amin(-1)
+    first_eos = first_eos_of(canvas, row, first_masked, spec)
     stopped = moved & (first_eos < L)
     eos = canvas.gather(1, first_eos.clamp(max=L - 1)[:, None])
     after = stopped[:, None] & (index > first_eos[:, None]) & (index < stop[:, None])
@@ -242,6 +257,7 @@ def unmask_and_slide_reference(
     moved = takes_part & ~failed
     masked, first_masked = masks_of(canvas, old, spec)
     start, end = block_of(old | {Column.START: first_masked, Column.UNMASKED: unmasked}, spec)
+    end = bounded(end, canvas, old, spec)
     same_plan = (start == old[Column.START]) | (spec.schedule != "naive")
     step = (old[Column.STEP] + 1).where(same_plan, 0)
 
@@ -298,7 +314,9 @@ def initial_rows(canvas: Tensor, leftpad: Tensor, spec: UnmaskSpec) -> tuple[Ten
     }
     values[Column.RESPONSE_START] = values[Column.START]
     values[Column.UNMASKED] = values[Column.RESPONSE_END] - values[Column.START] - masks
-    values[Column.START], values[Column.END] = block_of(values, spec)
+    values[Column.START], end = block_of(values, spec)
+    values[Column.END] = bounded(end, canvas, values, spec)
+    values[Column.CONTEXT] = zeros + L
     # The masks before the block's end are `block_length` at most, and as many more as there are
     # given tokens behind it.
     most = masks.minimum(spec.block_length + values[Column.UNMASKED])

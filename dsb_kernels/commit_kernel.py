@@ -231,6 +231,7 @@ def _unmask_kernel(
     full_every,
     SCHEDULE: tl.constexpr, CACHE: tl.constexpr, RULE: tl.constexpr, RULE_VALUE: tl.constexpr,
     PROGRESS: tl.constexpr, REFRESH_FIRST: tl.constexpr, EOS_IDS: tl.constexpr,
+    EOS_BOUND: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """Program (batch row): select, commit, slide and plan. EOS_IDS is empty if no EOS stops."""
@@ -299,6 +300,8 @@ def _unmask_kernel(
     start, end, same_plan = _slide(
         first_masked, old_start, unmasked, begin, last, size, max_size, SCHEDULE
     )
+    if EOS_BOUND:
+        end = tl.minimum(end, first_eos + 1)
     step = tl.where(same_plan, old_step + 1, 0)
     tl.store(table_ptr + START, start, mask=moved)
     tl.store(table_ptr + END, end, mask=moved)
@@ -357,6 +360,7 @@ def constants(K: int, num_rows: int, spec: UnmaskSpec) -> dict[str, object]:
         "PROGRESS": float(spec.progress),
         "REFRESH_FIRST": spec.refresh_commit == "first",
         "EOS_IDS": spec.eos_ids if spec.stop_at_eos else (),
+        "EOS_BOUND": spec.eos_bound,
         "BLOCK_K": triton.next_power_of_2(K),
         "BLOCK_R": triton.next_power_of_2(num_rows),
         **config_of(K).blocks,

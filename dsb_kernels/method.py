@@ -34,6 +34,12 @@ positions after the block; nothing is committed there.
 last: a token that is given between them counts as unmasked from the beginning, as if it had been
 committed, and what follows the last mask is context, as the prompt is.
 
+**Sparse context.** With `context_masks=n` (arXiv 2601.17917) a refresh neither computes nor attends
+to the masks that lie more than n masks behind the block, but for the canvas's very last position.
+Every other position keeps its place. Window steps attend to what the last refresh and the windows
+since have computed. With `eos_bound`, masks behind the first EOS of the response are out of the
+game: they are not computed, not attended to, and no candidates. Both change tokens.
+
     row = Row(prompt_length=2, gen_length=8, block_length=4)
     while not row.done:
         first, last = row.computed()  # the positions that this forward computes
@@ -108,6 +114,8 @@ class Row:
     stop_at_eos: bool = False
     full_every: int = 1  # of so many refreshes, the first computes what is around the response too
     progress: float = 0.0  # threshold: how far it falls as the block fills
+    context_masks: int | None = None  # how many masks after the block a refresh sees; None: all
+    eos_bound: bool = False  # stop_at_eos: whether masks behind the first EOS are left out
     leftpad: int = 0  # how many padding positions there are, at the left of the prompt
     given: dict[int, int] = field(default_factory=dict)  # tokens in the response, by position
     suffix_length: int = 0  # how many positions follow the response
@@ -122,6 +130,7 @@ class Row:
     since_refresh: int = 0  # tokens committed since the last refresh, the refresh itself included
     step: int = 0  # how many steps the row (dsb) or its block (naive) has had
     refreshes: int = 0  # how many refreshes the row has had, of either kind
+    stored: set[int] = field(default_factory=set)  # positions whose K/V a window step attends to
 
     def __post_init__(self) -> None:
         response = range(self.prompt_length, self.length)
@@ -148,14 +157,19 @@ class Row:
         first = self.first_masked()
         if self.schedule == "naive":
             if first == self.length:
-                return self.length, self.length
+                return self.length, self.bound()
             number = (first - self.prompt_length) // self.block_length
             start = self.prompt_length + number * self.block_length
-            return start, min(start + self.block_length, self.length)
+            return start, min(start + self.block_length, self.length, self.bound())
         end = min(self.prompt_length + self.block_length + self.unmasked, self.length)
         if self.max_block_length is not None:
             end = min(end, first + self.max_block_length)
-        return first, end
+        return first, min(end, self.bound())
+
+    def bound(self) -> int:
+        """Where the positions end that may still get a token."""
+        eos = [i for i in range(self.prompt_length, self.length) if self.canvas[i] == EOS]
+        return eos[0] + 1 if self.eos_bound and eos else self.length
 
     def candidates(self) -> list[int]:
         """Positions that may be committed: masks before the block's end."""
@@ -172,6 +186,34 @@ class Row:
         if self.next_kind == "response":
             return max(self.prompt_length - int(shift), self.leftpad), self.length
         return 0, len(self.canvas)
+
+    @property
+    def sparse(self) -> bool:
+        """Whether some masks are left out."""
+        return self.context_masks is not None or self.eos_bound
+
+    def context(self) -> list[int]:
+        """The positions that a refresh computes and attends to now."""
+        length, bound = len(self.canvas), self.bound() if self.eos_bound else len(self.canvas)
+        after = [i for i in range(self.end, bound) if self.canvas[i] == MASK]
+        if self.context_masks is not None:
+            after = after[: self.context_masks] + [i for i in after if i == length - 1]
+        seen = set(after)
+        return [
+            i for i in range(self.leftpad, length)
+            if self.canvas[i] != MASK or i < self.end or i in seen
+        ]  # fmt: skip
+
+    def seen(self) -> list[int]:
+        """The positions that the coming forward attends to. Call it once for each forward."""
+        if self.next_kind == "window":
+            self.stored |= set(range(*self.computed()))
+        else:
+            self.stored = set(self.context())
+        if self.eos_bound:
+            bound = self.bound()
+            self.stored = {i for i in self.stored if self.canvas[i] != MASK or i < bound}
+        return sorted(self.stored)
 
     def masks_left(self) -> int:
         """How many masks a plan that begins now covers: all, or with "naive" those of the block."""

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dsb_kernels._check import check_window
+from dsb_kernels._check import check_tensor, check_window
 from dsb_kernels._configs import configuration
 from dsb_kernels._op import jit, op, tl, triton, wrap_triton
 
@@ -48,6 +48,7 @@ def rope_write_kv_reference(
     window_length: Tensor,
     position_offset: Tensor | None = None,
     cache_batch_idx: Tensor | None = None,
+    position: Tensor | None = None,
 ) -> Tensor:
     """Rotate the window's Q and K; write K, V into the cache at `[start, start + length)`.
 
@@ -69,6 +70,9 @@ def rope_write_kv_reference(
         cache_batch_idx: (B,) int32, the batch row of the cache that each row of q, k and v writes.
             None means that row b writes batch row b. Rows that have a window must have different
             indices (not checked). A row of length 0 writes nothing, and its index may be any.
+        position: (B, W) int32, contiguous, the canvas position of each column, >= 0, no position
+            twice in a row (not checked). None means that the columns are neighbours from
+            window_start on.
 
     The (B,) arguments are contiguous. The other tensors may have any strides with the last
     dimension contiguous.
@@ -81,19 +85,26 @@ def rope_write_kv_reference(
         TypeError, ValueError: an argument has the wrong dtype, shape, device or stride.
     """
     (B, _, W, _), C = q.shape, k_cache.shape[2]
-    position = window_start[:, None] + torch.arange(W, dtype=torch.int32, device=q.device)
+    angle = window_start[:, None] + torch.arange(W, dtype=torch.int32, device=q.device)
+    angle = angle if position is None else position
     if position_offset is not None:
-        position = position - position_offset[:, None]
-    position = position.clamp(0, len(cos_sin_cache) - 1)
-    cos_sin = cos_sin_cache.index_select(0, position.flatten()).view(B, 1, W, -1)
+        angle = angle - position_offset[:, None]
+    angle = angle.clamp(0, len(cos_sin_cache) - 1)
+    cos_sin = cos_sin_cache.index_select(0, angle.flatten()).view(B, 1, W, -1)
     cos, sin = cos_sin.chunk(2, -1)
     q, k = rotate(q, cos, sin), rotate(k, cos, sin)
     rows = range(B) if cache_batch_idx is None else cache_batch_idx.tolist()
     for b, (row, start, length) in enumerate(
         zip(rows, window_start.tolist(), window_length.tolist(), strict=True)
     ):
-        n = max(0, min(length, W, C - start))
-        if n:
+        n = max(0, min(length, W, C - start) if position is None else min(length, W))
+        if n and position is not None:
+            stored = position[b, :n] < C
+            index = position[b, :n][stored].long()
+            k_cache[row, :, index] = k[b, :, :n][:, stored]
+            v_cache[row, :, index] = v[b, :, :n][:, stored]
+            q[b, :, :n][:, ~stored] = 0
+        elif n:
             k_cache[row, :, start : start + n] = k[b, :, :n]
             v_cache[row, :, start : start + n] = v[b, :, :n]
         q[b, :, n:] = 0
@@ -116,7 +127,7 @@ def _rotate_halves(x_ptr, out_ptr, cos, sin, load_mask, store_mask, HALF: tl.con
 @jit
 def _rope_write_kv_kernel(
     q_ptr, k_ptr, v_ptr, cos_sin_ptr, k_cache_ptr, v_cache_ptr, out_ptr,
-    window_start_ptr, window_length_ptr, offset_ptr, batch_idx_ptr,
+    window_start_ptr, window_length_ptr, offset_ptr, batch_idx_ptr, position_ptr,
     stride_qb, stride_qh, stride_qw, stride_kb, stride_kh, stride_kw,
     stride_vb, stride_vh, stride_vw, stride_p, stride_cb, stride_ch, stride_cn,
     stride_ob, stride_oh, stride_ow, H, W, C, max_pos,
@@ -131,6 +142,8 @@ def _rope_write_kv_kernel(
     b = tl.program_id(2).to(tl.int64)
     column = tl.program_id(0) * BLOCK_W + tl.arange(0, BLOCK_W)
     index = tl.load(window_start_ptr + b) + column
+    if position_ptr is not None:
+        index = tl.load(position_ptr + b * W + column, mask=column < W, other=0)
     written = (column < tl.minimum(tl.load(window_length_ptr + b), W)) & (index < C)
     position = index
     if offset_ptr is not None:
@@ -176,7 +189,7 @@ def _launch(a: Any) -> Tensor:
     grid = (triton.cdiv(W, TILE.blocks["BLOCK_W"]), H + a.k.shape[1], B)
     wrap_triton(_rope_write_kv_kernel)[grid](
         a.q, a.k, a.v, a.cos_sin_cache, a.k_cache, a.v_cache, out,
-        a.window_start, a.window_length, a.position_offset, a.cache_batch_idx,
+        a.window_start, a.window_length, a.position_offset, a.cache_batch_idx, a.position,
         *a.q.stride()[:3], *a.k.stride()[:3], *a.v.stride()[:3], a.cos_sin_cache.stride(0),
         *a.k_cache.stride()[:3], *out.stride()[:3], H, W, a.k_cache.shape[2], len(a.cos_sin_cache),
         HEAD_DIM=D, BLOCK_D=triton.next_power_of_2(D), **TILE.options(),
@@ -191,6 +204,9 @@ def _check(a: Any) -> None:
     (B, _, W, D), H_kv = a.q.shape, a.k_cache.shape[1]
     like_q("k", a.k, shape=(B, H_kv, W, D))
     like_q("v", a.v, shape=(B, H_kv, W, D))
+    if a.position is not None:
+        check_tensor("rope_write_kv", "position", a.position, dtype=torch.int32, shape=(B, W),
+                     device=a.q.device, contiguous=True)  # fmt: skip
     like_q("cos_sin_cache", a.cos_sin_cache, dtype=(torch.float32, a.q.dtype), shape=("max_pos", D))
 
 

@@ -56,6 +56,7 @@ class Column(IntEnum):
     RESPONSE_START = 14  # the response is [start, end); both are fixed during a call
     RESPONSE_END = 15
     PLANNED = 16  # how many masks the plan of a quota covers: all, or with naive the block's
+    CONTEXT = 17  # how many positions a refresh computes: all, or those of a sparse context
 
 
 NUM_COLUMNS = len(Column)
@@ -82,6 +83,7 @@ class Row:
     response_start: int
     response_end: int
     planned: int
+    context: int
 
 
 _NAMES = [column.name.lower() for column in Column]
@@ -115,6 +117,7 @@ class UnmaskSpec:
     stop_at_eos: bool
     full_every: int = 1  # of so many refreshes, the first computes what is around the response too
     progress: float = 0.0  # threshold: how far it falls as the block fills, as a share of it
+    eos_bound: bool = False  # stop_at_eos: no block reaches beyond the first EOS of the response
 
     def __post_init__(self) -> None:
         check_choice("UnmaskSpec", "schedule", self.schedule, SCHEDULES)
@@ -129,6 +132,8 @@ class UnmaskSpec:
                 raise ValueError(
                     f"UnmaskSpec: {name}={getattr(self, name)}: accepted is at least {low}"
                 )
+        if self.eos_bound and not self.stop_at_eos:
+            raise ValueError("UnmaskSpec: eos_bound=True: accepted with stop_at_eos=True")
         # The string of `encode` is made here, since torch.compile cannot trace json.
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         object.__setattr__(self, "_code", json.dumps(values))

@@ -195,6 +195,13 @@ class DecodingConfig:
     suffix_window: int = setting(
         0, "positions after the block that a window step recomputes with it", low=0
     )
+    context_masks: int | None = setting(
+        None, "masks behind the block that a refresh sees, beside the last position; it leaves the "
+        "others out (approximate, arXiv 2601.17917)", low=0, unset="all of them",
+    )  # fmt: skip
+    eos_bound: bool = setting(
+        False, "masks behind the first EOS of a response are left out (approximate)", kind=bool,
+    )  # fmt: skip
     threshold: float | None = rule_setting(RULES["threshold"])
     factor: float | None = rule_setting(RULES["factor"])
     frechet: float | None = rule_setting(RULES["frechet"])
@@ -301,6 +308,12 @@ class DecodingConfig:
              f"only cache='dsb' has a prefix window; expected None with cache={self.cache!r}"),
             ("suffix_window", self.cache == "none" and self.suffix_window > 0,
              "cache='none' has no window steps; expected 0"),
+            ("context_masks", self.context_masks is not None and not full,
+             "a response refresh computes every mask; expected None with it"),
+            ("eos_bound", self.eos_bound and not full,
+             "a response refresh computes every mask; expected False with it"),
+            ("eos_bound", self.eos_bound and not self.stop_at_eos,
+             "masks behind an EOS get no token of their own; expected stop_at_eos=True with it"),
             ("refresh_commit", self.cache == "none" and self.refresh_commit is not None,
              "cache='none' has no refresh steps; expected None"),
             ("refresh_policy", self.cache == "none" and not full,
@@ -314,6 +327,11 @@ class DecodingConfig:
         """Whether decoding needs random numbers."""
         drawn_order = self.confidence == RANDOM or self.confidence_temperature is not None
         return self.temperature > 0 or drawn_order
+
+    @property
+    def sparse(self) -> bool:
+        """Whether forwards leave some masks out."""
+        return self.context_masks is not None or self.eos_bound
 
     @property
     def num_blocks(self) -> int:

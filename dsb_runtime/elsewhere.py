@@ -23,6 +23,7 @@ ELSEWHERE = {
     "stable_?diff_?coder": (f"a Llama that {BY_BLOCKS}", "its own code or Diffulex"),
     "nemotron_?labs_?diffusion": (f"a Ministral that {BY_BLOCKS}", "its own code or FluxServe"),
     "diffusion_?gemma": ("a model of uniform noise, without a mask token", "transformers or vLLM"),
+    "bd3lm": (f"a DiT that {BY_BLOCKS}", "its own code"),
     "rnd1": ("a mixture of experts", "its own code"),
     "editflow": ("a model that inserts and deletes tokens", "dllm"),
     "gpt2": ("a GPT-2, with learned positions (as DiffuGPT)", "DiffuLLaMA's inf_diffugpt.py"),

@@ -291,8 +291,10 @@ def supported_config(raw: RawConfig, family: Family) -> PretrainedConfig:
         if not any(value is a or (type(value) is type(a) and value == a) for a in accepted):
             absent = f"no {name}, which means {value!r}"
             what = f"{name}={shown(value)}" if name in present else absent
+            hint = ", or a model that transformers has loaded, given to dsb_runtime.patch"
             raise ValueError(
                 f"config.json has {what}, not supported for {family.name}: expected {accepted[0]!r}"
+                f"{hint if name == 'quantization_config' else ''}"
             )
     config = family.build_config(full)
     check_shared(present, config.vocab_size)

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from tests import golden
-from tests.random_models import random_model
+from tests.random_models import SMALL, random_model
 
 CHAT_TEMPLATE = "{% for m in messages %}w2 {{ m['content'] }} w3{% endfor %}"
 FORWARDS = {f: load_file(golden.DATA / f / "forward.safetensors") for f in golden.FAMILIES}
@@ -112,7 +112,8 @@ def write_adapted(folder: Path, family: str, **fields: Any) -> PreTrainedModel:
     ours = {**ADAPTED[family], **fields}
     rope = {"rope_type": "default", **ours.get("rope_scaling", {})}
     rope["rope_theta"] = ours.get("rope_theta", 10000.0)
-    causal = random_model(kind, eos_token_id=1, rope_parameters=rope)
+    sizes = {name: value for name, value in fields.items() if name in SMALL}
+    causal = random_model(kind, eos_token_id=1, rope_parameters=rope, **sizes)
     for name, weight in causal.named_parameters():
         weight.data = torch.rand_like(weight) + 0.5 if "norm" in name else weight.data * 8
     config = {**causal.config.to_dict(), "rope_parameters": None, **ours}

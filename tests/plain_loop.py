@@ -19,19 +19,20 @@ TOKEN = 7  # what a row of the method holds for every token that is no EOS
 class StaleLayer(DynamicLayer):
     """K and V of every position, of which a forward overwrites those that it computes."""
 
-    first = 0  # position of the coming forward
+    length = 0  # how many positions there are
+    positions: Tensor  # of the coming forward
 
     def update(self, key_states: Tensor, value_states: Tensor, **options: Any) -> Any:
-        if not self.is_initialized:  # the first forward computes every position
+        if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-            self.keys, self.values = key_states.clone(), value_states.clone()
-        last = self.first + key_states.shape[2]
-        self.keys[:, :, self.first : last] = key_states
-        self.values[:, :, self.first : last] = value_states
+            shape = (*key_states.shape[:2], self.length, key_states.shape[3])
+            self.keys, self.values = key_states.new_zeros(shape), value_states.new_zeros(shape)
+        self.keys[:, :, self.positions] = key_states
+        self.values[:, :, self.positions] = value_states
         return self.keys, self.values
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.keys.shape[2] if self.is_initialized else query_length, 0
+        return self.length, 0
 
     def get_seq_length(self) -> int:
         return 0
@@ -77,19 +78,24 @@ def plain_loop(
     eos = torch.isin(torch.arange(model.config.vocab_size), torch.tensor(eos_ids))
     while not row.done:
         kinds.append(row.next_kind)
-        first, last = row.computed(shift)
+        seen = row.seen() if row.sparse else range(len(ids))
+        whole = row.sparse and row.next_kind == "refresh"
+        positions = torch.tensor(list(seen if whole else range(*row.computed(shift))))
+        visible = torch.zeros(len(ids), dtype=torch.bool)
+        visible[list(seen)] = True
         for layer in stored.layers:
-            layer.first = first
+            layer.positions, layer.length = positions, len(ids)
         inputs = canvas[None]
         if cfg_scale > 0:
             inputs = torch.stack([canvas, canvas.where(ids == info.mask_id, info.mask_id)])
         both = model(
-            inputs[:, first:last], position_ids=torch.arange(first, last)[None],
-            use_cache=True, **{cache_argument: stored},
+            inputs[:, positions], position_ids=positions[None], use_cache=True,
+            attention_mask=visible.expand(len(inputs), 1, 1, -1), **{cache_argument: stored},
         ).logits  # fmt: skip
         logits = both[-1] + (cfg_scale + 1) * (both[0] - both[-1]) if cfg_scale > 0 else both[0]
         candidates = row.candidates()
-        logits = logits[[source(i, shift) - first for i in candidates]].double()
+        where = positions.tolist()
+        logits = logits[[where.index(source(i, shift)) for i in candidates]].double()
         logits[:, list(banned)] = -torch.inf
         early = [i - row.prompt_length < min_new_tokens for i in candidates]
         logits[torch.tensor(early)[:, None] & eos] = -torch.inf

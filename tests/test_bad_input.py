@@ -97,7 +97,7 @@ WRONG_VALUES = [
     ({"progress": 0.0}, "progress=0.0: expected a number in (0, 1]"),
 ]  # fmt: skip
 INTS = ("gen_length", "block_length", "max_block_length", "prefix_window", "suffix_window", "steps",
-        "top_k")  # fmt: skip
+        "top_k", "context_masks")  # fmt: skip
 REALS = (
     "threshold", "factor", "frechet", "entropy", "eb", "progress", "temperature", "top_p",
     "confidence_temperature", "cfg_scale",

@@ -60,15 +60,19 @@ def settings_of(
     full_every=st.sampled_from([1, 2]),
     after=st.sampled_from([0, 0, 2, 99]),
     cfg_scale=st.sampled_from([0.0, 0.0, 0.5, 2.0]),
+    context=st.sampled_from([None, None, 0, 1, 4]),
     seed=st.integers(0, 999),
 )
 def test_every_way_equals_the_plain_loop(
-    family, way, length, suffix, share, full_every, after, cfg_scale, seed
+    family, way, length, suffix, share, full_every, after, cfg_scale, context, seed
 ):
     (schedule, top), cache, (rule, value) = way
     ids = blanks(family, length, seed, share, suffix)
     ours, method = settings_of(schedule, top, cache, rule, value, ids, MASK[family])
-    if cache != "none" and full_every > 1:
+    if context is not None:
+        ours |= {"context_masks": context}
+        method |= {"context_masks": context}
+    elif cache != "none" and full_every > 1:
         ours |= {"refresh_policy": "response", "full_refresh_every": full_every}
         method |= {"full_every": full_every}
     if cache != "none":

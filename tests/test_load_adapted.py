@@ -154,6 +154,10 @@ def test_a_plain_llama_is_no_diffullama_unless_it_is_named(tmp_path):
 def test_a_name_that_says_block_diffusion_is_refused_unless_the_family_is_named(tmp_path):
     folder = tmp_path / "Qwen3-0.6B-diffusion-bd3lm-v0.1"
     write_adapted(folder, "a2d-qwen3")
+    trained = tmp_path / "bd3lm" / "checkpoint-final"  # where dllm's trainer writes a model
+    write_adapted(trained, "a2d-qwen3")
+    with golden.refusal("BD3LM", "family='a2d-qwen3'"):
+        dsb.load_model(trained)
     for load_it in (dsb.load_model, AutoModelForCausalLM.from_pretrained):
         with golden.refusal("BD3LM", "family='a2d-qwen3'"):
             load_it(folder)

@@ -152,6 +152,7 @@ OTHER_MODELS = [  # (model_type, class, what the message says)
     ("llada2_moe", "LLaDA2MoeModelLM", "block-causal", "SGLang"),
     ("llada", "LLaDAMoEModelLM", "a mixture of experts", "dInfer"),
     ("lladamoe", "LLaDAMoEModelLM", "a mixture of experts", "dInfer"),
+    ("bd3lm", "BD3LM", "block-causal", "its own code"),
     ("sdar", "SDARForCausalLM", "block-causal", "JetEngine"),
     ("sdar_moe", "SDARMoeForCausalLM", "block-causal", "LMDeploy"),
     ("Fast_dLLM_Qwen", "Fast_dLLM_QwenForCausalLM", "block-causal", "Diffulex"),

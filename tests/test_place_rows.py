@@ -35,6 +35,7 @@ class Case:
     prompt: int = 9
     suffix: int = 0
     suffix_window: int = 0
+    context: int | None = None  # how many positions a refresh computes
     next_kinds: tuple[int, ...] = (WINDOW, REFRESH, WINDOW, RESPONSE, NOTHING, WINDOW)
     seed: int = 0
 
@@ -63,6 +64,7 @@ class Case:
             (Column.FORWARDS, ints(0, 1 << 20)),
             (Column.RESPONSE_START, self.prompt),
             (Column.RESPONSE_END, self.length - self.suffix),
+            (Column.CONTEXT, self.length if self.context is None else self.context),
         ):
             table[:, column] = value
         return canvas.to(DEVICE), table.int().to(DEVICE), position.int().to(DEVICE)
@@ -86,6 +88,7 @@ def by_method(case: Case) -> list[dict[str, object]]:
         method.next_kind = StepKind(case.kind).label
         method.start, method.end, method.prefix = row.start, row.end, row.prefix
         first, last = method.computed(case.shift)
+        last = last if case.kind != REFRESH or case.context is None else case.context
         candidates = [i for i in position[b].tolist() if i >= 0]
         fits = last - first <= case.width and len(candidates) <= capacity
         active = row.next_kind == case.kind and fits
@@ -126,6 +129,7 @@ CASES = {
     "few_candidates": Case(width=40, num_candidates=2, next_kinds=(WINDOW,)),
     "nothing_fits": Case(width=1, num_candidates=1, next_kinds=(WINDOW,)),
     "refresh": Case(kind=REFRESH, width=40, num_candidates=8),
+    "refresh_of_a_context": Case(kind=REFRESH, width=30, num_candidates=8, context=29),
     "refresh_of_some": Case(kind=REFRESH, width=40, num_candidates=8, num_rows=2, seed=3),
     "refresh_without_room": Case(kind=REFRESH, width=39),
     "response": Case(kind=RESPONSE, width=32, shift=True, num_candidates=8),
@@ -190,7 +194,7 @@ CASE = OpCase(
     strided=("canvas",),
     good=Case().arguments,
     refused=[
-        ({"table": lambda t: t[:, 1:]}, r"table has shape \(5, 16\)"),
+        ({"table": lambda t: t[:, 1:]}, r"table has shape \(5, 17\)"),
         ({"kind": lambda k: NOTHING}, "kind=.*: accepted are 0, 1, 2"),
         ({"num_rows": lambda n: 6}, "num_rows=6: accepted are 1 to 5"),
         ({"width": lambda n: 41}, "width=41: accepted are 1 to 40"),
@@ -199,6 +203,7 @@ CASE = OpCase(
     ],
     mistakes=mistakes_of(
         ("refresh", KERNEL, [("(length <= width)", "(length < width)")]),
+        ("refresh_of_a_context", KERNEL, [("row_ptrs + CONTEXT", "row_ptrs + RESPONSE_END")]),
         ("few_candidates", KERNEL, [("& (num_candidates <= capacity)", "")]),
         ("some_rows", KERNEL, [("active, before, behind", "active, behind, before")]),
         ("every_row", KERNEL, [("b < B\n", "b < B - 1\n")]),

@@ -45,6 +45,7 @@ class Case(WindowCase):
     offsets: tuple[int, ...] | None = None
     max_pos: int = 50
     cos_sin_dtype: torch.dtype = torch.float32
+    scattered: bool = False  # columns that are no neighbours, some of them past the cache
     special: bool = False  # infinities and NaN in columns that are read
 
     def arguments(self) -> Arguments:
@@ -57,7 +58,13 @@ class Case(WindowCase):
         return dict(zip(TENSORS, tensors, strict=True)) | self.where() | {
             "cos_sin_cache": angles(self.max_pos, self.D, self.cos_sin_dtype),
             "position_offset": ints_or_none(self.offsets),
+            "position": self.positions() if self.scattered else None,
         }  # fmt: skip
+
+    def positions(self) -> Tensor:
+        draw = torch.Generator().manual_seed(self.seed)
+        rows = [torch.randperm(self.C + 2, generator=draw)[: self.W] for _ in self.starts]
+        return torch.stack(rows).int().to(DEVICE)
 
     def in_precision(self, dtype: torch.dtype, cos_sin: str = "same") -> Arguments:
         table = torch.float32 if cos_sin == "float32" else dtype
@@ -92,6 +99,8 @@ CASES = {
     "past_the_cache": Case(starts=(0, 20, 46)),
     "position_past_the_table": Case(max_pos=30),
     "negative_position": Case(offsets=(5, 0, 0)),
+    "scattered": Case(scattered=True, offsets=(0, 7, 42), cache_rows=(4, 0, 2), cache_batch=5),
+    "scattered_tiles": Case(scattered=True, W=40, lengths=(40, 33, 0)),
     "cache_rows": Case(cache_rows=(4, 0, 2), cache_batch=5),
     "one_cache_row": Case(
         starts=(0, 20, 9), lengths=(0, 5, 0), cache_rows=(0, 0, 0), cache_batch=1
@@ -143,6 +152,7 @@ def cases(draw: st.DrawFn) -> Case:
         **window,
         D=draw(st.sampled_from([16, 64, 80])),
         offsets=draw(offsets),
+        scattered=draw(st.booleans()),
         max_pos=draw(st.integers(1, 80)),
     )
 
@@ -166,6 +176,7 @@ CASE = OpCase(
     refused=[
         ({"k": lambda t: t[:, :, :7]}, r"k has shape \(3, 2, 7, 64\)"),
         ({"cos_sin_cache": torch.zeros(50, 32)}, "cos_sin_cache has shape"),
+        ({"position": torch.zeros(3, 7, dtype=torch.int32)}, r"position has shape \(3, 7\)"),
         *WINDOW_REFUSED,
     ],
     mistakes=mistakes_of(
@@ -174,6 +185,7 @@ CASE = OpCase(
             ("column < tl.min", "column + 1 < tl.min"), ("+ b) + column", "+ b) + column - 1"),
         ]),
         ("left_padding", "_rope_write_kv_kernel", [("position -= ", "position += ")]),
+        ("scattered_tiles", "_rope_write_kv_kernel", [("b * W + column", "b * H + column")]),
         ("cache_rows", "_rope_write_kv_kernel", [("tl.load(batch_idx_ptr + b)", "(b)")]),
         ("gqa_7", "_rotate_halves", [
             ("a * cos - b * sin", "a * cos + b * sin"), ("out_ptr + HALF", "out_ptr"),

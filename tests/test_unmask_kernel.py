@@ -47,6 +47,7 @@ class Run:
     scored: float | None = None  # share of rows, and of candidates, that are scored
     full_every: int = 2
     progress: float = 0.0
+    eos_bound: bool = False
     seed: int = 0
 
     def spec(self) -> UnmaskSpec:
@@ -165,6 +166,8 @@ CASES = {
     "eos_before_a_suffix": Run(given=0.4, suffix=3, values=(0.9,), num_steps=3, seed=4),
     "given_naive": replace(run_of("quota", "naive", num_steps=8), given=0.5, suffix=1),
     "given_quota": replace(run_of("quota", "dsb", num_steps=6), given=0.3, suffix=5),
+    "eos_bound": Run(eos_bound=True, given=0.2, response=40, num_steps=6, seed=1),
+    "eos_bound_naive": Run(eos_bound=True, schedule="naive", cache="dual", num_steps=6),
     "padded": Run(prefix_window=50, leftpads=(5, 0, 4)),
     "no_prefix": Run(prefix_window=0, min_prefix=0),
     "progress": Run(progress=0.5, rule_value=0.9, values=(0.9, 0.8, 0.7, 0.6), num_steps=6),
@@ -188,14 +191,15 @@ def runs(draw: st.DrawFn) -> Run:
     run = run_of(rule, schedule, block_length=block, response=response)
     blocks = response // block
     steps = draw(st.integers(1, response if schedule == "dsb" else block))
-    prompt = draw(st.integers(1, 9))
+    prompt, stop = draw(st.integers(1, 9)), draw(st.booleans())
     return replace(
         run,
         max_block_length=draw(st.integers(block, block + 8)) if bounded else None,
         cache=draw(st.sampled_from(["dsb", "dual", "none"])),
         steps=steps if rule == "quota" else 0,
         refresh_commit=draw(st.sampled_from(["select", "first"])),
-        stop_at_eos=draw(st.booleans()),
+        stop_at_eos=stop,
+        eos_bound=stop and draw(st.booleans()),
         prompt_length=prompt,
         given=draw(st.sampled_from([0.0, 0.2, 0.8])),
         suffix=draw(st.integers(0, 4)),
@@ -232,7 +236,7 @@ CASE = OpCase(
         ({"token": lambda t: t[1:]}, r"token has shape \(2, 8\)"),
         ({"token": lambda t: t.repeat(1, 2)}, r"confidence has shape \(3, 8\)"),
         ({"rows": lambda t: ints(0, 1)}, r"token has shape \(3, 8\)"),
-        ({"table": lambda t: t[:, 1:].clone()}, r"table has shape \(3, 16\)"),
+        ({"table": lambda t: t[:, 1:].clone()}, r"table has shape \(3, 17\)"),
         ({"position": lambda t: t[0, 0]}, r"position has shape \(\): accepted is \(3, K\)"),
         ({"commit": lambda t: t[:2]}, "commit has shape"),
     ],
@@ -262,6 +266,7 @@ CASE = OpCase(
         (CASES["quota"].check, "_tokens_due", [("- (masks - masks_left)", "- masks_left")]),
         (CASES["canvas_in_pieces"].check, "_first_mask_and_eos", [(LOOP, LOOP + " - BLOCK_L")]),
         (CASES["given_naive"].check, "_unmask_kernel", [("& (same_plan == 0)", "")]),
+        (CASES["eos_bound"].check, "_unmask_kernel", [("first_eos + 1)", "first_eos)")]),
         (CASES["eos_before_a_suffix"].check, "_fill_after_eos", [("< last)", "< last + 1)")]),
     ),
 )  # fmt: skip
@@ -281,6 +286,7 @@ class TestUnmaskAndSlide(OpContract):
         ({"block_length": 0}, "block_length=0: accepted is at least 1"),
         ({"full_every": 0}, "full_every=0: accepted is at least 1"),
         ({"rule": "quota"}, "steps=0: accepted is at least 1"),
+        ({"eos_bound": True, "stop_at_eos": False}, "eos_bound=True: accepted with stop_at_eos"),
     ],
 )
 def test_a_bad_spec_is_named(change: dict[str, object], message: str) -> None:

@@ -41,8 +41,16 @@ class Case(WindowCase):
     lists: tuple[Tensor, Tensor] | None = None
     kv_block_size: int = 64
     in_cache: bool = False
+    hidden: float | None = None  # the share of positions that kv_visible hides
     num_splits: int | None = 1
     softmax_scale: float | None = None
+
+    def visible(self) -> Tensor | None:
+        if self.hidden is None:
+            return None
+        draw = torch.Generator().manual_seed(self.seed)
+        shown = torch.rand(len(self.starts), self.C, generator=draw) >= self.hidden
+        return shown.to(DEVICE)
 
     def tensors(self) -> list[Tensor | None]:
         """q, k_window, v_window, k_cache, v_cache; NaN wherever nothing may be read."""
@@ -58,6 +66,8 @@ class Case(WindowCase):
             unread[cache_row, start : start + length] = not self.in_cache
             unread[cache_row, :leftpad] = True
             kw[b, :, : max(leftpad - start, 0)] = vw[b, :, : max(leftpad - start, 0)] = NAN
+            if self.hidden is not None:
+                unread[cache_row] |= ~self.visible()[b]
         for cache in (kc, vc):
             cache.transpose(1, 2)[unread] = NAN
         return [q, None, None, kc, vc] if self.in_cache else [q, kw, vw, kc, vc]
@@ -71,6 +81,7 @@ class Case(WindowCase):
             "kv_num_blocks": num_blocks,
             "kv_indices": indices,
             "kv_block_size": self.kv_block_size,
+            "kv_visible": self.visible(),
             "softmax_scale": self.softmax_scale,
             "num_splits": self.num_splits,
             "return_lse": True,
@@ -138,13 +149,15 @@ def cases(draw: st.DrawFn) -> Case:
     B, C, size = len(window["starts"]), window["C"], draw(st.sampled_from([16, 32, 64]))
     blocks = st.lists(st.integers(0, (C - 1) // size), unique=True)
     per_row = st.none() | st.tuples(*[st.integers(0, C)] * B)
+    in_cache = draw(st.booleans())
     return Case(
         **window,
         seqlens=draw(per_row),
         leftpads=draw(per_row),
         lists=block_lists(*(draw(blocks) for _ in range(B))) if draw(st.booleans()) else None,
         kv_block_size=size,
-        in_cache=draw(st.booleans()),
+        in_cache=in_cache,
+        hidden=draw(st.sampled_from([None, 0.1, 0.9])) if in_cache else None,
         num_splits=draw(st.integers(1, 4)),
     )
 
@@ -211,6 +224,14 @@ CASES = {
 
 FRESH = {f"{name}-fresh": case for name, case in CASES.items()}
 IN_CACHE = {f"{name}-in_cache": replace(case, in_cache=True) for name, case in CASES.items()}
+IN_CACHE |= {
+    "hidden": Case(in_cache=True, hidden=0.5, leftpads=(0, 33, 70), num_splits=2, **THREE),
+    "all_hidden": Case(in_cache=True, hidden=1.0, num_splits=2, **THREE),
+    "hidden_and_lists": Case(
+        C=300, starts=(70, 0), lengths=(8, 8), seqlens=(300, 280), cache_rows=(2, 1),
+        cache_batch=3, lists=block_lists([0, 4], [1, 2]), in_cache=True, hidden=0.3,
+    ),
+}  # fmt: skip
 LOW_FRESH = ["no_gqa", "gqa_4", "gqa_7", "splits", "lists", "left_padding", "head_dim_80"]
 LOW_IN_CACHE = ["no_gqa", "gqa_7", "splits", "many_keys"]
 ATTENTION, COMBINE = "_attention_kernel", "_combine_kernel"
@@ -246,6 +267,8 @@ CASE = OpCase(
         ({"kv_block_size": 48}, "kv_block_size=48: accepted is a power of 2"),
         ({"softmax_scale": INF}, "softmax_scale=inf"),
         ({"num_splits": 0}, "num_splits=0"),
+        ({"kv_visible": torch.ones(3, 90, dtype=torch.bool)}, "k_window with kv_visible"),
+        ({"kv_visible": torch.ones(3, 89, dtype=torch.bool)}, r"kv_visible has shape \(3, 89\)"),
         *WINDOW_REFUSED,
     ],
     mistakes=mistakes_of(
@@ -278,6 +301,7 @@ CASE = OpCase(
         ("ends_in_window-in_cache", "_visit_list", [
             ("maximum(window_end, seqlen)", "abs(seqlen)"),
         ]),
+        ("hidden", ATTENTION, [("visible_ptr + b * C + n0", "visible_ptr + n0")]),
         ("left_padding_in_window-fresh", "_visit_list", [("leftpad - window_start", "0")]),
         ("many_keys-low-fresh", "_online_softmax", [  # which float32 could not show
             ("tl.exp2(scores * scale", "tl.exp2(scores.to(k.dtype).to(tl.float32) * scale"),

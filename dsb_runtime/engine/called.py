@@ -29,6 +29,7 @@ from dsb_runtime.engine.parallel import (
     is_fully_sharded,
     is_tensor_parallel,
 )
+from dsb_runtime.engine.sparse import Context
 
 # Packages whose modules compute each token by itself, as a linear layer does.
 TOKEN_BY_TOKEN = ("peft.", "bitsandbytes.")
@@ -58,9 +59,11 @@ class WindowCache(Cache):
     `update` writes the window's keys and values, and returns those of every position.
     """
 
-    def __init__(self, cache: KVCache, layout: Layout, rows: Tensor | None) -> None:
+    def __init__(
+        self, cache: KVCache, layout: Layout, rows: Tensor | None, position: Tensor | None
+    ) -> None:
         super().__init__(layers=[])
-        self.cache, self.layout, self.rows = cache, layout, rows
+        self.cache, self.layout, self.rows, self.position = cache, layout, rows, position
         half = cache.keys[0].shape[-1] // 2
         # The cosine and sine of an angle of 0: transformers has rotated the keys already.
         device = cache.keys[0].device
@@ -77,7 +80,7 @@ class WindowCache(Cache):
         k, v = key_states.to(keys), value_states.to(values)
         rope_write_kv(
             k, k, v, self.no_rotation, keys, values, window_start=layout.start,
-            window_length=layout.length, cache_batch_idx=self.rows,
+            window_length=layout.length, cache_batch_idx=self.rows, position=self.position,
         )  # fmt: skip
         if self.rows is not None:
             keys, values = keys.index_select(0, self.rows), values.index_select(0, self.rows)
@@ -100,20 +103,32 @@ class CalledModel:
         named = any("cache" in inspect.signature(forward).parameters for forward in forwards)
         self.cache_argument = "cache" if named else "past_key_values"
 
-    def __call__(self, layout: Layout, cache: KVCache, *, full: bool, padded: bool) -> Tensor:
+    def __call__(
+        self,
+        layout: Layout,
+        cache: KVCache,
+        *,
+        full: bool,
+        padded: bool,
+        context: Context | None = None,
+    ) -> Tensor:
         """The logits (b * k, V) of the tokens that predict the candidates. The arguments are those
         of a `Backbone`."""
         b, width = layout.input_ids.shape
         rows = layout.rows if b < cache.batch and not cache.scratch else None
         length = cache.keys[0].shape[2]
         column = torch.arange(width, device=layout.start.device)
-        position = layout.start[:, None] + column - layout.leftpad[:, None]
+        index, packed = layout.start[:, None] + column, None
         stored = torch.arange(length, device=layout.start.device) >= layout.leftpad[:, None]
+        if context is not None:
+            stored, packed = context
+            index = index if packed is None else packed
+        position = index - layout.leftpad[:, None]
         inputs = {
             "input_ids": layout.input_ids,
             "position_ids": position.clamp(0, length - 1).long(),
             "attention_mask": stored[:, None, None],  # (b, 1, 1, L)
-            self.cache_argument: WindowCache(cache, layout, rows),
+            self.cache_argument: WindowCache(cache, layout, rows, packed),
             "use_cache": True,
         }
         if self.fully_sharded:

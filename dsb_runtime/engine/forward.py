@@ -35,6 +35,7 @@ from dsb_runtime.engine.layers import (
     wrapping,
 )
 from dsb_runtime.engine.parallel import is_tensor_parallel
+from dsb_runtime.engine.sparse import Context
 
 rope_write_kv = unchecked(rope_kv.rope_write_kv)
 window_attention = unchecked(attention.window_attention)
@@ -78,7 +79,15 @@ class Backbone:
         half = cos.shape[-1] // 2
         return torch.cat([cos[0, :, :half], sin[0, :, :half]], dim=-1)
 
-    def __call__(self, layout: Layout, cache: KVCache, *, full: bool, padded: bool) -> Tensor:
+    def __call__(
+        self,
+        layout: Layout,
+        cache: KVCache,
+        *,
+        full: bool,
+        padded: bool,
+        context: Context | None = None,
+    ) -> Tensor:
         """The final hidden states of the tokens that predict the candidates.
 
         Args:
@@ -86,6 +95,7 @@ class Backbone:
             cache: the K/V cache of L positions a row. The forward writes the windows' positions.
             full: whether every window is the whole canvas, as at a refresh.
             padded: whether some row has padding before its prompt.
+            context: what the rows see, where that is not everything.
 
         Returns:
             (b * k, E), after the final norm.
@@ -97,7 +107,8 @@ class Backbone:
             hidden = self.embed(layout.input_ids).flatten(0, 1)
         # On a GPU, torch or flash-attn has faster kernels for full attention, but these support
         # neither padding nor a selection of the cache's rows.
-        dense = full and rows is None and leftpad is None and hidden.is_cuda
+        dense = full and rows is None and leftpad is None and hidden.is_cuda and context is None
+        visible, position = (None, None) if context is None else context
         query_start, query_length = layout.start, layout.length
         x: Tensor | None = None  # the norm of `hidden`, or None if it has yet to be computed
         for i, (layer, norm) in enumerate(zip(self.layers, self.norms, strict=True)):
@@ -112,6 +123,7 @@ class Backbone:
                 q = rope_write_kv(
                     q, k, v, self.cos_sin, keys, values, window_start=layout.start,
                     window_length=layout.length, position_offset=leftpad, cache_batch_idx=rows,
+                    position=position,
                 )  # fmt: skip
             if layer is self.layers[-1]:
                 # The queries that predict candidates may stand anywhere in the window, but the
@@ -131,7 +143,7 @@ class Backbone:
                     out = window_attention(
                         q, None, None, keys, values, window_start=query_start,
                         window_length=query_length, cache_leftpad=leftpad, cache_batch_idx=rows,
-                        softmax_scale=layer.scaling,
+                        kv_visible=visible, softmax_scale=layer.scaling,
                     ).transpose(1, 2)  # fmt: skip
                 out = out.reshape(len(hidden), -1)
             with self.phase(f"layer {i}: out"):

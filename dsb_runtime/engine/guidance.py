@@ -13,11 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from dsb_kernels.place import Layout
+from dsb_runtime.engine.sparse import Context
 
 
-def with_unconditional(layout: Layout, given: Tensor, mask_id: int) -> Layout:
-    """The layout of 2 * b rows: those of the step, then the same without what was given, whose
-    batch rows (in the cache) follow those of the batch.
+def with_unconditional(
+    layout: Layout, context: Context | None, given: Tensor, mask_id: int
+) -> tuple[Layout, Context | None]:
+    """The layout (and the sparse context) of 2 * b rows: those of the step, then the same without
+    what was given, whose batch rows (in the cache) follow those of the batch.
 
     Args:
         given: (B, L) bool, whether the call began with a token (no mask) at each position.
@@ -26,13 +29,19 @@ def with_unconditional(layout: Layout, given: Tensor, mask_id: int) -> Layout:
     b, width = layout.input_ids.shape
     column = torch.arange(width, device=given.device)
     index = (layout.start[:, None] + column).clamp(max=length - 1).long()
+    if context is not None:
+        position = context.position
+        if position is not None:
+            index, position = position.long(), torch.cat([position, position])
+        context = Context(torch.cat([context.visible, context.visible]), position)
     masked = given[layout.rows.long()[:, None], index]
     unconditional = layout._replace(
         rows=layout.rows + batch,
         input_ids=layout.input_ids.masked_fill(masked, mask_id),
         source_index=layout.source_index + b * width,
     )
-    return Layout(*(torch.cat(pair) for pair in zip(layout, unconditional, strict=True)))
+    both = Layout(*(torch.cat(pair) for pair in zip(layout, unconditional, strict=True)))
+    return both, context
 
 
 def guided(scored: Tensor, lm_head: nn.Module | None, cfg_scale: float) -> Tensor:

@@ -91,11 +91,13 @@ def capacity_for(session: Session, kind: StepKind, rows: list[Row], growth: int 
     if kind == StepKind.WINDOW:
         suffix = session.step.config.suffix_window
         width = max(min(row.end + suffix, length) - row.start + row.prefix for row in rows) + growth
+    elif kind == StepKind.REFRESH:
+        width = max(row.context for row in rows)
     else:
-        width = length if kind == StepKind.REFRESH else session.step.response_width
+        width = session.step.response_width
     if not session.captured:
         return StepShape(kind, len(rows), width, max(row.num_candidates for row in rows))
-    if kind == StepKind.WINDOW:
+    if kind != StepKind.RESPONSE:
         width = width_class(width, length)
     return StepShape(kind, row_class(len(rows), batch), width, session.state.position.shape[1])
 
@@ -212,9 +214,8 @@ class Loop:
         info = check_model(self.model)
         spec = spec_of(config, info)
         canvas = torch.cat([canvas.new_zeros(len(canvas), pad), canvas], dim=1)
-        guidance = config.cfg_scale > 0
-        state = new_state(canvas, leftpad + pad, spec, record, guidance)
-        shape, copies = cache_shape_of(self.model), 2 if guidance else 1
+        state = new_state(canvas, leftpad + pad, spec, config, record)
+        shape, copies = cache_shape_of(self.model), 2 if config.cfg_scale > 0 else 1
         num_layers = shape.layers
         if config.cache == "none":  # one buffer that all layers share
             shape = replace(shape, layers=1)

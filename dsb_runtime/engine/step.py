@@ -24,6 +24,7 @@ from dsb_runtime.engine.called import CalledModel
 from dsb_runtime.engine.forward import Backbone
 from dsb_runtime.engine.guidance import guided, with_unconditional
 from dsb_runtime.engine.sampling import log_probability, propose
+from dsb_runtime.engine.sparse import Context, beyond_eos, in_window, pack, seen_by_refresh
 from dsb_runtime.families import DiffusionInfo
 
 
@@ -46,17 +47,23 @@ class DecodeState(NamedTuple):
     step_map: Tensor  # (B, L + 1) int32, in which of its row's steps it was committed, or -1
     logprobs: Tensor  # (B, L + 1) float32, the log-probability of its token in that step, or 0
     given: Tensor  # (B, L) bool, where the call was given a token; (B, 0) without guidance
+    # (B, L) bool, which K/V a window step attends to; (B, 0) where it attends to all
+    stored: Tensor
 
 
 def new_state(
     canvas: Tensor,
     leftpad: Tensor,
     spec: UnmaskSpec,
+    config: DecodingConfig,
     record: bool = False,
-    guidance: bool = False,
 ) -> DecodeState:
     """The state before the first step, which is a refresh. Steps will write into `canvas`."""
     table, position = initial_rows(canvas, leftpad, spec)
+    if config.sparse:
+        seen = seen_by_refresh(canvas, table, spec, config.context_masks)
+        table[:, Column.CONTEXT] = seen.sum(-1)
+    nothing = canvas.new_zeros(len(canvas), 0, dtype=torch.bool)
     recorded = (len(canvas), canvas.shape[1] + 1 if record else 0)
     return DecodeState(
         canvas=canvas,
@@ -67,7 +74,8 @@ def new_state(
         seed=torch.zeros((), dtype=torch.int64, device=canvas.device),
         step_map=torch.full(recorded, -1, dtype=torch.int32, device=canvas.device),
         logprobs=torch.zeros(recorded, dtype=torch.float32, device=canvas.device),
-        given=canvas[:, : canvas.shape[1] if guidance else 0] != spec.mask_id,
+        given=canvas != spec.mask_id if config.cfg_scale > 0 else nothing,
+        stored=torch.zeros_like(canvas, dtype=torch.bool) if config.sparse else nothing,
     )
 
 
@@ -104,6 +112,7 @@ def spec_of(config: DecodingConfig, info: DiffusionInfo) -> UnmaskSpec:
         stop_at_eos=config.stop_at_eos,
         full_every=config.full_every,
         progress=config.progress or 0.0,
+        eos_bound=config.eos_bound,
     )
 
 
@@ -155,16 +164,39 @@ class Step:
         state.step_map.scatter_(1, index, step)
         state.logprobs.scatter_(1, index, in_batch(logprob, rows, position))
 
+    def see(self, layout: Layout, shape: StepShape) -> tuple[Layout, Context]:
+        """What the rows of a step see in a sparse context, and a refresh's layout, which has that
+        alone. Keep it for the window steps that follow."""
+        state, spec, rows = self.state, self.spec, layout.rows.long()
+        before, position = state.stored[rows], None
+        if shape.kind == StepKind.WINDOW:
+            visible = before | in_window(layout, state.canvas.shape[1])
+            visible &= ~beyond_eos(state.canvas, state.table, spec)[rows]
+        else:
+            seen = seen_by_refresh(state.canvas, state.table, spec, self.config.context_masks)
+            layout, position = pack(
+                layout, seen, state.canvas, state.position, self.info.family.shift
+            )
+            visible = seen[rows]
+        state.stored[rows] = torch.where(layout.active[:, None], visible, before)
+        return layout, Context(visible, position)
+
     def __call__(self, shape: StepShape) -> None:
         """Run one step and update the state in place."""
         state, phase = self.state, self.backbone.phase
         with phase("place"):
-            layout = placed = self.layout(shape)
+            layout, context = self.layout(shape), None
+            if self.config.sparse:
+                layout, context = self.see(layout, shape)
+            placed = layout
             if self.config.cfg_scale > 0:
-                placed = with_unconditional(layout, state.given, self.spec.mask_id)
+                placed, context = with_unconditional(
+                    layout, context, state.given, self.spec.mask_id
+                )
         scored = self.backbone(
-            placed, self.cache, full=shape.kind == StepKind.REFRESH, padded=self.padded
-        )
+            placed, self.cache, full=shape.kind == StepKind.REFRESH, padded=self.padded,
+            context=context,
+        )  # fmt: skip
         lm_head = self.backbone.lm_head
         with phase("score"):
             config, early = self.config, None
@@ -190,3 +222,8 @@ class Step:
             )  # fmt: skip
             if self.recorded:
                 self.record(position, logprob.view(capacity), rows)
+            if self.config.sparse:
+                seen = seen_by_refresh(
+                    state.canvas, state.table, self.spec, self.config.context_masks
+                )
+                state.table[:, Column.CONTEXT] = seen.sum(-1)

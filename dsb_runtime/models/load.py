@@ -155,8 +155,13 @@ def mask_of_tokenizer(folder: Path) -> int | None:
 
 
 def check_name(source: str | Path, family: Family) -> None:
-    """Raise ValueError for an A2D checkpoint whose name says BD3LM. Its config does not say so."""
-    if family.mask_of_tokenizer and "bd3lm" in Path(source).name.lower():
+    """Raise ValueError for an A2D checkpoint whose name, or a folder that it is in, says BD3LM.
+
+    Nothing else says so: dllm builds the block-causal mask in its trainer, from a training argument
+    (`dllm/core/trainers/bd3lm.py` at 0d632f3d). It writes the model under "checkpoint-final", with
+    the config of an MDLM.
+    """
+    if family.mask_of_tokenizer and "bd3lm" in str(source).lower():
         raise ValueError(
             f"model={str(source)!r}: by its name a block diffusion model (BD3LM), which attends to "
             "the blocks before it only; expected an MDLM, or load_model with the family named "

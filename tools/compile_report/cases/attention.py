@@ -61,6 +61,7 @@ def attention_case(
     absent = (
         *(() if listed else (*lists, "seqlens_ptr")), *(() if indexed else ("batch_idx_ptr",)),
         *(window if "in cache" in way else ()), *(("lse_ptr",) if splits == 1 else ()),
+        "visible_ptr",
     )  # fmt: skip
     constexprs = {
         "GROUP": H // H_kv, "HEAD_DIM": D, "NUM_SPLITS": splits, "KV_BLOCK": 64, **config.blocks,

@@ -26,6 +26,7 @@ VARIANTS: tuple[tuple[int, int, dict[str, object]], ...] = (
     (32, 1, {"rule": "entropy", "rule_value": 0.4}),
     (32, 1, {"rule": "eb", "rule_value": 0.4}),
     (32, 1, {"progress": 0.5}),
+    (32, 1, {"eos_bound": True}),
     (256, 1, {}),
     (256, 64, FRECHET),
     (64, 1, FRECHET),

@@ -11,7 +11,7 @@ INTEGERS = ("window_start_ptr", "window_length_ptr", "offset_ptr", "batch_idx_pt
 def cases() -> list[CompileCase]:
     """The models' head dim, with a table in float32 or in the model's dtype, and with a batch that
     is the whole cache or some of its rows."""
-    constexprs = {"HEAD_DIM": 128, "BLOCK_D": 128, **TILE.blocks}
+    constexprs = {"HEAD_DIM": 128, "BLOCK_D": 128, "position_ptr": None, **TILE.blocks}
     return [
         CompileCase(
             "rope_write_kv", f"head dim 128 table {table}{' indexed' * indexed}",
