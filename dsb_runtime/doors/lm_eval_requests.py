@@ -10,7 +10,7 @@ from lm_eval.api.instance import Instance
 from transformers import PreTrainedTokenizerBase
 
 from dsb_runtime.config import check_int, rule_names, settings
-from dsb_runtime.doors.hf_generate import NEUTRAL
+from dsb_runtime.doors.hf_generate import NEUTRAL, RENAMED
 from dsb_runtime.engine.stops import special_stops
 
 # Names under which a request may say how many tokens its answer has at most.
@@ -25,7 +25,7 @@ def check_request(kwargs: Mapping[str, Any]) -> list[str]:
         ValueError: one of them would change the answer and does not exist here, as a repetition
             penalty.
     """
-    neutral = NEUTRAL
+    neutral = {**NEUTRAL, **RENAMED}
     for name in sorted(set(kwargs) & set(neutral)):
         if kwargs[name] is not None and kwargs[name] != neutral[name]:
             raise ValueError(
