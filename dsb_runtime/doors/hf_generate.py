@@ -30,7 +30,7 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import ModelOutput
 
-from dsb_runtime.config import DecodingConfig, Setting, check_int, settings
+from dsb_runtime.config import DecodingConfig, Setting, check_ids, check_int, settings
 from dsb_runtime.defaults import defaults_for
 from dsb_runtime.engine.engine import ENGINE, StepEvent, generate
 from dsb_runtime.families import check_model
@@ -187,7 +187,10 @@ def read_processors(
             model's.
     """
     theirs = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-    banned, earliest = list(named.get("banned_tokens") or ()), named.get("min_new_tokens") or 0
+    banned, earliest = named.get("banned_tokens") or (), named.get("min_new_tokens") or 0
+    check_ids("banned_tokens", banned)
+    check_int("min_new_tokens", earliest, 0)
+    banned = [*banned]
     for processor in (p for p in processors if type(p) in PROCESSORS):
         name = PROCESSORS[type(processor)]
         if isinstance(processor, SuppressTokensLogitsProcessor):

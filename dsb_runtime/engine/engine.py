@@ -303,6 +303,7 @@ class Engine:
                 on_step(event)
                 position = state.position.clone()
 
+        # With stop strings, `each` decides whether a row takes part in the next step.
         self.loop.run(session, each, speculative=not watched and stops is None)
         sequences = filled()
         ends = not fill or config.stop_at_eos  # whether an EOS ends a response
