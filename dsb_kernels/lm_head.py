@@ -270,8 +270,8 @@ def _lm_head_kernel(
         _store_states(
             x, tile, last, first_candidate, num_candidates, part_ptr, excluding_ptr, seed_ptr,
             noise_ids_ptr, token_base, temperature, BLOCK_V, BLOCK_N,
-            # Margins and entropies need more registers for each candidate.
-            COLUMNS if CONFIDENCE == "probability" else COLUMNS // 2,
+            # Margins, entropies and excluded tokens need more registers for each candidate.
+            COLUMNS if CONFIDENCE == "probability" and len(EXCLUDED) == 0 else COLUMNS // 2,
             BANNED, EXCLUDED, SAMPLE, CONFIDENCE,
         )  # fmt: skip
         part_ptr += num_candidates * 6

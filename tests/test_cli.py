@@ -87,6 +87,29 @@ def test_a_suffix_follows_the_response(chat, capsys, stop):
     assert printed["tokens"] == out.row_tokens[0] and printed["forwards"] == out.nfe
 
 
+def test_a_response_ends_at_a_stop_string(chat, capsys):
+    whole = run_json(capsys, chat, *SHORT)
+    second = whole["answer"].split()[1]
+    printed = run_json(capsys, chat, *SHORT, "--stop", "no such text", "--stop", second)
+    count = printed["tokens"]
+    assert printed["answer"] == words(whole["response_ids"][:count]) and second in printed["answer"]
+    assert count < 16 and printed["response_ids"][count:] == [1] * (16 - count)
+    assert printed["forwards"] <= whole["forwards"]
+    model = ("generate", PROMPT, "--model", chat)
+    refused(capsys, *model, "--stop", "", said="--stop='': expected some text")
+    refused(capsys, *model, "--stop", "a", "--suffix", "b", said="--stop and --suffix")
+
+
+def test_tokens_are_forbidden(chat, capsys):
+    first, second, *_ = direct().sequences[0, 5:].tolist()
+    options = ("--banned-tokens", f"{first},{second}", "--min-new-tokens", "3")
+    expected = direct(banned_tokens=(first, second), min_new_tokens=3).sequences[0, 5:].tolist()
+    assert run_json(capsys, chat, *SHORT, *options)["response_ids"] == expected
+    model = ("generate", PROMPT, "--model", chat)
+    refused(capsys, *model, "--banned-tokens", "5,x", said="--banned-tokens: invalid")
+    refused(capsys, *model, "--banned-tokens", "999", said="banned_tokens has 999: expected ids")
+
+
 @pytest.mark.parametrize("suffix", ["", "  ", "w4 <mask>"])
 def test_a_suffix_is_text(chat, capsys, suffix):
     options = (*SHORT, "--suffix", suffix)

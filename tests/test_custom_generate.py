@@ -12,9 +12,14 @@ from transformers import (
     AutoModelForCausalLM,
     DynamicCache,
     GenerationConfig,
+    LogitsProcessor,
     LogitsProcessorList,
     MinLengthLogitsProcessor,
+    MinNewTokensLengthLogitsProcessor,
+    NoBadWordsLogitsProcessor,
     PreTrainedModel,
+    RepetitionPenaltyLogitsProcessor,
+    SuppressTokensLogitsProcessor,
     TextIteratorStreamer,
     TopKLogitsWarper,
 )
@@ -193,9 +198,8 @@ REFUSED: dict[str, Any] = {
     "num_beams": 2,
     "repetition_penalty": 1.2,
     "no_repeat_ngram_size": 3,
-    "min_new_tokens": 4,
-    "bad_words_ids": [[5]],
-    "suppress_tokens": [5],
+    "begin_suppress_tokens": [5],
+    "sequence_bias": {(5,): 1.0},
     "min_p": 0.1,
     "max_time": 1.0,
     "prompt_lookup_num_tokens": 2,
@@ -209,8 +213,16 @@ FORWARD = inspect.signature(inspect.unwrap(type(golden.model("llada")).forward))
 CACHE = "cache" if "cache" in FORWARD else "past_key_values"
 ERRORS: list[tuple[dict[str, Any], str]] = [
     *(({name: value}, f"^{name}=") for name, value in REFUSED.items()),
-    *(({"logits_processor": LogitsProcessorList([p])}, "^logits_processor=")
-      for p in (MinLengthLogitsProcessor(3, 1), TopKLogitsWarper(5))),
+    *(({"logits_processor": LogitsProcessorList([p])}, f"^logits_processor='{type(p).__name__}'")
+      for p in (TopKLogitsWarper(5), RepetitionPenaltyLogitsProcessor(1.2))),
+    ({"logits_processor": LogitsProcessorList([MinLengthLogitsProcessor(30, 9)])},
+     r"^eos_token_id of min_length=\(9,\): custom_generate cannot"),
+    ({"bad_words_ids": [[5, 6]]}, r"^bad_words_ids has \[5, 6\]: .*sequences of one id"),
+    ({"suppress_tokens": [600]}, "^suppress_tokens=600: expected an int from 0 to 511"),
+    ({"min_new_tokens": 25}, "^min_new_tokens=25: expected an int from 0 to 24"),
+    ({"stop_strings": ["a"]}, "^tokenizer=NoneType: stop_strings needs"),
+    ({"banned_tokens": 5}, "^banned_tokens=5: expected a tuple of token ids"),
+    ({"min_new_tokens": "x"}, "^min_new_tokens='x': expected an int"),
     ({CACHE: DynamicCache()}, f"^{CACHE}='DynamicCache': custom_generate cannot"),
     ({"position_ids": torch.arange(IDS.shape[1])[None] + 3}, "^position_ids='Tensor'"),
     ({"temperature": 0.7}, r"^temperature=0.7: expected do_sample=True"),
@@ -224,8 +236,50 @@ ERRORS: list[tuple[dict[str, Any], str]] = [
 @pytest.mark.parametrize(("arguments", "said"), ERRORS)
 def test_errors_name_their_argument(arguments, said):
     more = {"do_sample": True} if "min_p" in arguments else {}
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises((TypeError, ValueError), match=said):
         run(golden.model("llada"), IDS, **arguments, **more)
+
+
+def test_fields_and_processors_that_forbid_tokens():
+    first = direct(golden.model("llada"), ENDING, threshold=0.5).sequences[0, ENDING.shape[1] :]
+    (a, b, *_), length = dict.fromkeys(first.tolist()), ENDING.shape[1]
+    with biased_to_eos("llada") as model:
+        (eos,) = model.dsb.eos_ids
+
+        def same(ours: dict[str, Any], **theirs: Any) -> None:
+            expected = direct(model, ENDING, threshold=0.5, **ours).sequences
+            assert torch.equal(run(model, ENDING, threshold=0.5, **theirs), expected), theirs
+
+        same({"banned_tokens": (a, b)}, suppress_tokens=[a], bad_words_ids=[[b], [eos]])
+        same({"banned_tokens": (a, b)}, banned_tokens=[a], suppress_tokens=[b])
+        same({"min_new_tokens": 9}, min_new_tokens=9)
+        same({"min_new_tokens": 9}, min_length=length + 9, min_new_tokens=5)
+        same({"min_new_tokens": 9}, generation_config=GenerationConfig(min_new_tokens=9))
+        given: list[LogitsProcessor] = [
+            SuppressTokensLogitsProcessor([a]), NoBadWordsLogitsProcessor([[b], [eos]], eos),
+            MinNewTokensLengthLogitsProcessor(length, 7, eos),
+            MinLengthLogitsProcessor(length + 9, eos),
+        ]  # fmt: skip
+        same({"banned_tokens": (a, b), "min_new_tokens": 9},
+             logits_processor=LogitsProcessorList(given))  # fmt: skip
+
+
+def test_stop_strings(tmp_path):
+    tokenizer = dsb.load_tokenizer(write_chat_model(tmp_path))
+    model, how = golden.model("llada"), {"tokenizer": tokenizer, "return_dict_in_generate": True}
+    response = direct(model).sequences[0, IDS.shape[1] :].tolist()
+    stop = tokenizer.decode(response[4:6])
+    expected = direct(model, stop_strings=[stop], tokenizer=tokenizer)
+    assert expected.row_tokens[0] <= 6
+    out = run(model, IDS, stop_strings=[stop], **how)
+    assert torch.equal(out.sequences, expected.sequences) and out.nfe == expected.nfe
+    streamer = Recorder()
+    out = run(model, IDS, stop_strings=stop, streamer=streamer, stop_at_eos=False, **how)
+    assert out.row_tokens == expected.row_tokens
+    assert len(streamer.tokens) - 1 == out.row_tokens[0] + 1, "an EOS says that it has ended"
+    auto = AutoModelForCausalLM.from_pretrained(golden.DATA / "llada")
+    out = auto.generate(IDS, stop_strings=stop, **SHAPE, **how)
+    assert torch.equal(out.sequences, expected.sequences)
 
 
 def test_samples_and_what_was_recorded_of_them():

@@ -56,7 +56,7 @@ ARGUMENTS = [
     "gen_length=48,block_length=8,frechet=0.25,refresh_policy=response,full_refresh_every=3",
     "gen_length=48,block_length=8,steps=12,schedule=naive,cache=dual,confidence_temperature=0.5,"
     "cfg_scale=0.5",
-    "gen_length=48,block_length=8,entropy=0.4",
+    "gen_length=48,block_length=8,entropy=0.4,banned_tokens=12:300:14,min_new_tokens=5",
     "gen_length=48,block_length=8,eb=0.4",
 ]
 
@@ -65,6 +65,8 @@ ARGUMENTS = [
 def test_settings_are_read_from_model_args(text):
     expected = {k: yaml.safe_load(v) for k, v in (pair.split("=") for pair in text.split(","))}
     expected.setdefault("stop_at_eos", True)
+    if "banned_tokens" in expected:
+        expected["banned_tokens"] = (12, 300, 14)
     assert make(text).decoding_config({}) == dsb.DecodingConfig(**expected)
 
 
@@ -78,6 +80,7 @@ def test_every_setting_is_covered_above():
         ("treshold=0.9", TypeError, "treshold=0.9: no such argument"),
         ("threshold=1.5", ValueError, "threshold=1.5: expected a number in [0, 1]"),
         ("threshold=high", TypeError, "threshold='high': expected a number"),
+        ("banned_tokens=5;6", TypeError, "banned_tokens='5;6': expected a tuple of token ids"),
         ("mc_num=0", ValueError, "mc_num=0: expected an int >= 1"),
         ("seed=-1", ValueError, "seed=-1: expected an int from 0"),
         ("check_greedy=1", TypeError, "check_greedy=1: expected True or False"),
@@ -91,6 +94,22 @@ def test_every_setting_is_covered_above():
 def test_an_error_of_an_argument_is_one_line(text, error, message):
     with refusal(message, kind=error):
         make(text)
+
+
+def test_a_list_of_ids(lm):
+    for given, ids in ((5, (5,)), ("5:6", (5, 6)), ([5, 6], (5, 6))):
+        assert lm.decoding_config({"banned_tokens": given}).banned_tokens == ids
+    assert make("gen_length=64,banned_tokens=5").decoding_config({}).banned_tokens == (5,)
+
+
+def test_an_answer_ends_at_a_stop_string(lm):
+    """The answers are those of whole responses, cut; the forwards are fewer."""
+    whole, forwards = answers(lm, until=[]), lm.measured["forwards"]
+    began = lm.totals["forwards"]
+    for until in (["="], [".", "<|user|>"], ["nowhere"]):
+        assert answers(lm, until=until) == [cut_at_stop(answer, until) for answer in whole]
+        spent, began = lm.totals["forwards"] - began, lm.totals["forwards"]
+        assert spent < forwards or until == ["nowhere"]
 
 
 @pytest.mark.parametrize(

@@ -4,9 +4,11 @@ the canvas, draw it or print JSON."""
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import sys
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dsb_runtime.cli.live import LiveCanvas
 from dsb_runtime.config import DecodingConfig, check_int, check_real
-from dsb_runtime.engine.engine import StepEvent, generate, infill
+from dsb_runtime.engine.engine import GenerationOutput, StepEvent, generate, infill
 from dsb_runtime.families import check_model
 from dsb_runtime.measure.plots import check_picture
 from dsb_runtime.measure.trace import Trace
@@ -29,6 +31,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--suffix", metavar="TEXT", help="what follows the response, which fills the gap of "
         "gen_length tokens before it; an EOS then ends it only with --stop-at-eos",
+    )  # fmt: skip
+    parser.add_argument(
+        "--stop", action="append", metavar="TEXT", help="end the response with this text, up to "
+        "which its tokens count then (may be repeated)",
     )  # fmt: skip
     add = parser.add_argument_group("output").add_argument
     add("--raw", action="store_true", help="do not apply the chat template")
@@ -45,6 +51,12 @@ def check_arguments(args: argparse.Namespace) -> None:
     check_real("--frame-seconds", args.frame_seconds, 0, 3600)
     check_picture("--trace", args.trace)
     check_text("--suffix", args.suffix or "")
+    for stop in args.stop or ():
+        check_text("--stop", stop)
+        if not stop:
+            raise ValueError("--stop='': expected some text")
+    if args.stop and args.suffix is not None:
+        raise ValueError("--stop and --suffix: expected one of the two")
     if args.seed is not None:
         check_int("--seed", args.seed, 0, 2**63 - 1)
 
@@ -101,7 +113,9 @@ def run(
 ) -> int:  # fmt: skip
     """Print the answer and its counts."""
     input_ids = encode(tokenizer, args.prompt, args.raw).to(model.device)
-    prompt, mask_id, decode = input_ids.shape[1], check_model(model).mask_id, generate
+    prompt, mask_id = input_ids.shape[1], check_model(model).mask_id
+    stops = {"stop_strings": args.stop, "tokenizer": tokenizer}
+    decode: Callable[..., GenerationOutput] = functools.partial(generate, **stops)
     if args.suffix is not None:
         suffix = tokenizer(args.suffix, add_special_tokens=False).input_ids
         if not suffix:

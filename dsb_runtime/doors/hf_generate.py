@@ -19,13 +19,18 @@ from transformers import (
     GenerationConfig,
     GenerationMixin,
     LogitsProcessorList,
+    MinLengthLogitsProcessor,
+    MinNewTokensLengthLogitsProcessor,
+    NoBadWordsLogitsProcessor,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
     StoppingCriteriaList,
+    SuppressTokensLogitsProcessor,
 )
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import ModelOutput
 
-from dsb_runtime.config import DecodingConfig, Setting, check_bool, check_int, settings
+from dsb_runtime.config import DecodingConfig, Setting, check_bool, check_ids, check_int, settings
 from dsb_runtime.defaults import defaults_for
 from dsb_runtime.engine.engine import ENGINE, StepEvent, generate
 from dsb_runtime.families import check_model
@@ -39,17 +44,26 @@ NEUTRAL: dict[str, Any] = {
     "assistant_early_exit": None, "speculation_type": None, "use_mtp": False,
     "repetition_penalty": 1.0, "encoder_repetition_penalty": 1.0, "no_repeat_ngram_size": 0,
     "encoder_no_repeat_ngram_size": 0, "exponential_decay_length_penalty": None,
-    "min_new_tokens": 0, "min_length": 0, "max_time": None, "stop_strings": None,
-    "min_p": None, "top_h": None, "typical_p": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0,
-    "renormalize_logits": False, "remove_invalid_values": False, "bad_words_ids": None,
-    "suppress_tokens": None, "begin_suppress_tokens": None, "sequence_bias": None,
+    "max_time": None, "min_p": None, "top_h": None, "typical_p": 1.0,
+    "epsilon_cutoff": 0.0, "eta_cutoff": 0.0,
+    "renormalize_logits": False, "remove_invalid_values": False,
+    "begin_suppress_tokens": None, "sequence_bias": None,
     "forced_bos_token_id": None, "forced_eos_token_id": None, "guidance_scale": None,
     "watermarking_config": None, "token_healing": False, "cache_implementation": None,
     "output_attentions": False, "output_hidden_states": False, "output_logits": False,
 }  # fmt: skip
+# Fields that custom_generate honours by settings of other names; `generation_kwargs` of the harness
+# do not.
+RENAMED: dict[str, Any] = {
+    "min_length": 0, "stop_strings": None, "bad_words_ids": None, "suppress_tokens": None,
+}  # fmt: skip
+# The processors that are honoured, and the fields that make them.
+PROCESSORS: dict[type, str] = {
+    SuppressTokensLogitsProcessor: "suppress_tokens", NoBadWordsLogitsProcessor: "bad_words_ids",
+    MinLengthLogitsProcessor: "min_length", MinNewTokensLengthLogitsProcessor: "min_new_tokens",
+}  # fmt: skip
 CALL_ONLY = (
-    "assistant_model", "logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn",
-    "negative_prompt_ids",
+    "assistant_model", "stopping_criteria", "prefix_allowed_tokens_fn", "negative_prompt_ids",
 )  # fmt: skip
 # Arguments of the model's forward that transformers passes on and DSB does not read.
 FORWARD_ONLY = ("cache", "past_key_values", "inputs_embeds", "position_ids")
@@ -61,7 +75,7 @@ CONFIDENCE_NAMES = {
 # What transformers itself builds from fields that are honoured here.
 OWN = (
     "TemperatureLogitsWarper", "TopKLogitsWarper", "TopPLogitsWarper", "MaxLengthCriteria",
-    "EosTokenCriteria",
+    "EosTokenCriteria", "StopStringCriteria",
 )  # fmt: skip
 
 
@@ -104,13 +118,17 @@ def call_arguments() -> dict[str, Any]:
     """The local variables of the running `GenerationMixin.generate`, which is on the stack.
 
     No release of transformers up to 5.24 passes `streamer` and a few other arguments on to a
-    `custom_generate` function; the first one that does makes this function unnecessary.
+    `custom_generate` function; the first one that does makes this function unnecessary. It takes
+    `tokenizer` out of its own arguments: those of the decorator around it still have it.
     """
     code = inspect.unwrap(GenerationMixin.generate).__code__
     frame = inspect.currentframe()
     while frame is not None and frame.f_code is not code:
         frame = frame.f_back
-    return {} if frame is None else dict(frame.f_locals)
+    if frame is None:
+        return {}
+    around = frame.f_back.f_locals.get("kwargs") if frame.f_back is not None else None
+    return {**(around if isinstance(around, dict) else {}), **frame.f_locals}
 
 
 def refuse(name: str, value: object, expected: object) -> None:
@@ -137,7 +155,11 @@ def check_fields(
         check_dictionary("output_scores", config.output_scores, config)
     arguments = [(name, call.get(name)) for name in CALL_ONLY if call.get(name) != []]
     arguments += [(name, call.get("kwargs", {}).get(name)) for name in FORWARD_ONLY]
-    arguments += [("logits_processor", p) for p in processors if type(p).__name__ not in OWN]
+    given = [id(processor) for processor in call.get("logits_processor") or ()]
+    arguments += [
+        ("logits_processor", p) for p in processors
+        if type(p) not in PROCESSORS and (type(p).__name__ not in OWN or id(p) in given)
+    ]  # fmt: skip
     arguments += [("stopping_criteria", c) for c in criteria if type(c).__name__ not in OWN]
     for name, value in arguments:
         if value is not None:
@@ -159,6 +181,55 @@ def read_sampling(config: GenerationConfig, named: dict[str, Any]) -> dict[str, 
     if top_k is None and config.top_k not in (None, 0, DEFAULT_TOP_K):
         top_k = config.top_k
     return {"temperature": temperature, "top_p": top_p, "top_k": top_k}
+
+
+def read_processors(
+    processors: LogitsProcessorList, config: GenerationConfig, prompt: int, model: PreTrainedModel,
+    named: dict[str, Any],
+) -> dict[str, Any]:  # fmt: skip
+    """`banned_tokens` and `min_new_tokens` of the call, with what the processors ask for. These are
+    the caller's, and those that transformers makes of `suppress_tokens`, `bad_words_ids`,
+    `min_length` and `min_new_tokens`.
+
+    Raises:
+        ValueError: one of them forbids a sequence of several tokens, or another EOS than the
+            model's.
+    """
+    theirs = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    banned, earliest = named.get("banned_tokens") or (), named.get("min_new_tokens") or 0
+    check_ids("banned_tokens", banned)
+    check_int("min_new_tokens", earliest, 0)
+    banned = [*banned]
+    for processor in (p for p in processors if type(p) in PROCESSORS):
+        name = PROCESSORS[type(processor)]
+        if isinstance(processor, SuppressTokensLogitsProcessor):
+            sequences = [(token,) for token in processor.suppress_tokens.tolist()]
+        elif isinstance(processor, NoBadWordsLogitsProcessor):
+            sequences = list(processor.sequence_bias)
+        else:
+            sequences = []
+            ends = tuple(processor.eos_token_id.flatten().tolist())
+            if not {*ends} <= {*check_model(model).eos_ids, *theirs}:
+                refuse(f"eos_token_id of {name}", ends, check_model(model).eos_ids)
+            earliest = max(earliest, least_new_tokens(processor, prompt))
+        for sequence in sequences:
+            if len(sequence) > 1:
+                raise ValueError(
+                    f"{name} has {list(sequence)}: tokens are not decoded one after another, so "
+                    "only single ones can be forbidden; expected sequences of one id"
+                )
+            check_int(name, sequence[0], 0, model.config.vocab_size - 1)
+            banned.append(sequence[0])
+    return {"banned_tokens": banned, "min_new_tokens": earliest}
+
+
+def least_new_tokens(
+    processor: MinLengthLogitsProcessor | MinNewTokensLengthLogitsProcessor, prompt: int
+) -> int:
+    """How many tokens after the prompt have no EOS."""
+    if isinstance(processor, MinLengthLogitsProcessor):
+        return processor.min_length - prompt
+    return processor.prompt_length_to_skip + processor.min_new_tokens - prompt
 
 
 def read_confidence(named: dict[str, Any]) -> dict[str, Any]:
@@ -230,6 +301,8 @@ def custom_generate(
     generation_config: GenerationConfig,
     *,
     streamer: BaseStreamer | None = None,
+    stop_strings: str | list[str] | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     generator: torch.Generator | None = None,
     seed: int | None = None,
     on_step: Callable[[StepEvent], None] | None = None,
@@ -249,6 +322,13 @@ def custom_generate(
             canvas after each forward, and may also be an argument. A top_k of 50 in a
             GenerationConfig is transformers' own default and counts as not set; a
             `generate(top_k=50)` counts.
+        logits_processor: processors that forbid single tokens, or an EOS before a number of tokens
+            (`SuppressTokensLogitsProcessor`, `NoBadWordsLogitsProcessor`, `MinLength...`,
+            `MinNewTokensLength...`), whether they are the caller's or those of the fields
+            `suppress_tokens`, `bad_words_ids`, `min_length` and `min_new_tokens`. Any other one
+            sees the tokens before a position, where masks may stand here, and is refused.
+        stop_strings, tokenizer: as in `dsb_runtime.generate`, named in the call. (transformers
+            itself refuses those of a GenerationConfig, since it does not find the tokenizer then.)
         streamer: gets each token once no mask is left before it; works with one prompt only.
         generator, seed: the source of random numbers, which is never torch's global generator.
         named: any setting of `DecodingConfig` (this function's signature lists them), and what
@@ -266,6 +346,8 @@ def custom_generate(
     """
     call = call_arguments()
     streamer = call.get("streamer") if streamer is None else streamer
+    tokenizer = call.get("tokenizer") if tokenizer is None else tokenizer
+    stop_strings = generation_config.stop_strings if stop_strings is None else stop_strings
     try:
         check_fields(generation_config, call, logits_processor, stopping_criteria)
         if output_history is None:
@@ -273,6 +355,7 @@ def custom_generate(
         check_dictionary("output_history", output_history, generation_config)
         model = model_with_eos(model, generation_config, eos_token_id)
         prompt = input_ids.shape[1]
+        named |= read_processors(logits_processor, generation_config, prompt, model, named)
         config = read_settings(model, generation_config, prompt, call, named)
         if seed is not None:
             if generator is not None:
@@ -284,7 +367,7 @@ def custom_generate(
         watchers = [on_step] if on_step is not None else []
         if streamer is not None:
             info = check_model(model)
-            eos_ids = info.eos_ids if config.stop_at_eos else ()
+            eos_ids = info.eos_ids if config.stop_at_eos or stop_strings else ()
             watchers.append(PrefixStreamer(streamer, prompt, info.mask_id, eos_ids))
         history: list[Tensor] = []
         if output_history:
@@ -298,6 +381,7 @@ def custom_generate(
             model, input_ids, config, attention_mask=named.get("attention_mask"),
             generator=generator,
             on_step=watch if watchers else None, record=bool(generation_config.output_scores),
+            stop_strings=stop_strings, tokenizer=tokenizer,
         )  # fmt: skip
     finally:
         if streamer is not None:  # after an error too, since a consumer may wait for the end

@@ -41,6 +41,7 @@ from dsb_runtime.doors.lm_eval_requests import (
     check_request,
     first_batch_size,
     first_copies,
+    read_ids,
     request_settings,
 )
 from dsb_runtime.engine.cache import is_out_of_memory
@@ -113,7 +114,7 @@ class DSBLM(TemplateLM):
         check_bool("check_greedy", check_greedy)
         check_bool("trust_remote_code", trust_remote_code)
         self.mc_num, self.seed, self.check_greedy = mc_num, seed, check_greedy
-        self.settings = named
+        self.settings = named = read_ids(named)
         defaults_for(None, **named)  # a wrong setting is refused before the weights are read
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             from accelerate import PartialState  # type: ignore[import-untyped]
@@ -225,7 +226,7 @@ class DSBLM(TemplateLM):
         kwargs = requests[members[0]].args[1]
         config = self.decoding_config(kwargs)
         stops = kwargs.get("until") or []
-        stops = [stops] if isinstance(stops, str) else stops
+        stops = [stop for stop in ([stops] if isinstance(stops, str) else stops) if stop]
         longest, room = self.max_length - config.gen_length, f"{self.max_length} positions"
         if longest < 1:
             raise ValueError(f"gen_length={config.gen_length}: no room for a prompt in {room}")
@@ -238,7 +239,7 @@ class DSBLM(TemplateLM):
         while members:
 
             def decode_first(count: int, waiting: list[int] = members) -> list[list[int]]:
-                return self.decode([prompts[i] for i in waiting[:count]], config)
+                return self.decode([prompts[i] for i in waiting[:count]], config, stops)
 
             responses = self.fitting(decode_first)
             for i, ids in zip(members, responses, strict=False):
@@ -262,11 +263,18 @@ class DSBLM(TemplateLM):
         """What `--batch_size auto` has come to, which the harness writes beside the scores."""
         return {0: self.batch_size} if self.auto else {}
 
-    def decode(self, prompts: list[list[int]], config: DecodingConfig) -> list[list[int]]:
-        """Response ids of one batch, each up to and including its first EOS."""
+    def decode(
+        self, prompts: list[list[int]], config: DecodingConfig, stops: list[str]
+    ) -> list[list[int]]:
+        """Response ids of one batch, each up to and including its first EOS or the token that
+        completes a stop string."""
         ids, mask = (t.to(self._device) for t in left_pad(prompts))
         generator = self.generator if config.temperature > 0 else None
-        out = generate(self.model, ids, config, attention_mask=mask, generator=generator)
+        out = generate(
+            self.model, ids, config, attention_mask=mask, generator=generator,
+            # An EOS fills what follows a stop string, which a model without one cannot do.
+            stop_strings=stops if self.info.eos_ids else None, tokenizer=self.tokenizer,
+        )  # fmt: skip
         self.totals["answers"] += len(prompts)
         self.totals["tokens"] += sum(out.row_tokens)
         self.totals["forwards"] += sum(out.row_nfe)

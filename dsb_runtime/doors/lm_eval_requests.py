@@ -10,7 +10,8 @@ from lm_eval.api.instance import Instance
 from transformers import PreTrainedTokenizerBase
 
 from dsb_runtime.config import check_int, rule_names, settings
-from dsb_runtime.doors.hf_generate import NEUTRAL
+from dsb_runtime.doors.hf_generate import NEUTRAL, RENAMED
+from dsb_runtime.engine.stops import special_stops
 
 # Names under which a request may say how many tokens its answer has at most.
 LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
@@ -24,14 +25,26 @@ def check_request(kwargs: Mapping[str, Any]) -> list[str]:
         ValueError: one of them would change the answer and does not exist here, as a repetition
             penalty.
     """
-    for name in sorted(set(kwargs) & set(NEUTRAL)):
-        if kwargs[name] is not None and kwargs[name] != NEUTRAL[name]:
+    neutral = {**NEUTRAL, **RENAMED}
+    for name in sorted(set(kwargs) & set(neutral)):
+        if kwargs[name] is not None and kwargs[name] != neutral[name]:
             raise ValueError(
                 f"generation_kwargs {name}={kwargs[name]!r}: model dsb cannot honour it; "
-                f"expected {NEUTRAL[name]!r}"
+                f"expected {neutral[name]!r}"
             )
     known = {*settings(), *LENGTHS, "until", "do_sample"}
     return sorted(name for name in set(kwargs) - known if kwargs[name] is not None)
+
+
+def read_ids(named: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings, with lists in place of what the harness passes on for `banned_tokens=5` (a
+    number) and `banned_tokens=5:6` (text; it reads a comma as the next argument's)."""
+    read = dict(named)
+    for name in [n for n, entry in settings().items() if entry.kind is tuple and n in named]:
+        parts = str(named[name]).split(":")
+        if isinstance(named[name], (int, str)) and all(part.isdecimal() for part in parts):
+            read[name] = [int(part) for part in parts]
+    return read
 
 
 def request_settings(own: Mapping[str, Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -39,7 +52,7 @@ def request_settings(own: Mapping[str, Any], kwargs: Mapping[str, Any]) -> dict[
     are those of `--model_args`. The request's temperature, `top_p` and `top_k` hold where it asks
     for sampling; any other setting in it (`--gen_kwargs threshold=0.8`) overrides the model's. A
     number of tokens makes the canvas shorter, never longer than the model's."""
-    kwargs = {name: value for name, value in kwargs.items() if value is not None}
+    kwargs = read_ids({name: value for name, value in kwargs.items() if value is not None})
     left = set(settings())
     if not (kwargs.get("do_sample", True) and kwargs.get("temperature", 0) > 0):
         left -= {"temperature", "top_p", "top_k"}
@@ -101,7 +114,6 @@ def answer_text(
 ) -> str:
     """A response's text, up to its first EOS and the first stop string. A stop string that is a
     special token ends the response as an EOS does."""
-    special = set(tokenizer.all_special_ids)
-    ends = {tokenizer.convert_tokens_to_ids(stop) for stop in stops} & special | set(eos_ids)
+    ends = special_stops(stops, tokenizer) | set(eos_ids)
     end = next((i for i, token in enumerate(ids) if token in ends), len(ids))
     return cut_at_stop(str(tokenizer.decode(ids[:end], skip_special_tokens=True)), stops)

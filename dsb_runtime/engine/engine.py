@@ -7,13 +7,13 @@ An engine checks the arguments, lets threads and streams take turns, and makes t
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dsb_kernels.rows import Row
 from dsb_runtime.config import DecodingConfig, check_bool
@@ -23,6 +23,7 @@ from dsb_runtime.engine.forward import Phase, no_phase
 from dsb_runtime.engine.graphs import Capture, CudaGraphs
 from dsb_runtime.engine.loop import Loop, StepDone
 from dsb_runtime.engine.parallel import agree, is_tensor_parallel
+from dsb_runtime.engine.stops import RowEnds, StopStrings, check_stop_strings
 from dsb_runtime.engine.turns import Turns, as_published, check_process
 from dsb_runtime.families import check_model, device_of, unwrap
 
@@ -39,12 +40,15 @@ class GenerationOutput:
     nfe: int  # how many forwards ran
     tokens_per_forward: list[int]  # how many tokens each forward committed, over all rows
     row_nfe: list[int]  # how many forwards each row took part in
-    row_tokens: list[int]  # how many masks of each row were filled, to its first EOS inclusive
+    row_tokens: list[int]  # how many masks of each row were filled, to its first EOS inclusive, or
+    # to the token that completes a stop string
     # With `record`, of each response position, (B, G), or for `infill` of each position, (B, L):
     step_map: Tensor | None = None  # int32, in which of its row's forwards (the first is 0) its
-    # token was committed; -1 where no forward did that, or after the EOS at which the row stopped
+    # token was committed; -1 where no forward did that, or after the EOS or the stop string at
+    # which the row stopped
     logprobs: Tensor | None = None  # float32, the log-probability of that token in that forward,
-    # under the model's own distribution (without temperature and cuts); 0 where step_map is -1
+    # under the model's own distribution (without temperature, cuts and banned tokens); 0 where
+    # step_map is -1
 
 
 @dataclass
@@ -150,6 +154,8 @@ class Engine:
         on_step: Callable[[StepEvent], None] | None = None,
         num_return_sequences: int = 1,
         record: bool = False,
+        stop_strings: str | Sequence[str] | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
         **settings: Any,
     ) -> GenerationOutput:
         """Decode as `dsb_runtime.generate` does, with this engine's model. Threads take turns.
@@ -158,9 +164,10 @@ class Engine:
             RuntimeError: an `on_step` of this engine calls it, or this process was forked from one
                 that has used the GPU.
         """
+        stops = check_stop_strings(stop_strings, tokenizer, check_model(self.model))
         return self.call(
             False, input_ids, config, attention_mask, generator, on_step, num_return_sequences,
-            record, settings,
+            record, stops, settings,
         )  # fmt: skip
 
     def infill(
@@ -182,7 +189,7 @@ class Engine:
         """
         return self.call(
             True, input_ids, config, attention_mask, generator, on_step, num_return_sequences,
-            record, settings,
+            record, None, settings,
         )  # fmt: skip
 
     def call(
@@ -195,6 +202,7 @@ class Engine:
         on_step: Callable[[StepEvent], None] | None,
         num_return_sequences: int,
         record: bool,
+        stops: StopStrings | None,
         settings: dict[str, Any],
     ) -> GenerationOutput:
         """Check the arguments of `infill` (with `fill`) or of `generate`, and decode."""
@@ -230,7 +238,7 @@ class Engine:
             rows, padding = (
                 x.repeat_interleave(num_return_sequences, 0) for x in (canvas, leftpad)
             )
-            return self.decode(config, rows, padding, generator, on_step, fill, record)
+            return self.decode(config, rows, padding, generator, on_step, fill, record, stops)
 
         return self.turns.run(lambda: as_published(self.model, self.device, work))
 
@@ -243,6 +251,7 @@ class Engine:
         on_step: Callable[[StepEvent], None] | None,
         fill: bool,
         record: bool,
+        stops: StopStrings | None,
     ) -> GenerationOutput:
         """Fill the masks of a canvas (B, L) for `infill` (with `fill`) or for `generate`. The
         arguments must have been checked."""
@@ -273,6 +282,7 @@ class Engine:
             state.seed.copy_(seed)
         commits: list[int] = []
         row_nfe = [0] * batch
+        end_rows = None if stops is None else RowEnds(stops, info, config.stop_at_eos)
         position = state.position.clone()  # the candidates of the coming step
 
         def each(done: StepDone) -> None:
@@ -280,6 +290,8 @@ class Engine:
             commits.append(sum(row.new for row in done.after if row.took_part))
             for row in done.rows:
                 row_nfe[row] += 1
+            if end_rows is not None:
+                end_rows(state, done.rows, done.after)
             if on_step is not None:
                 before = [done.before[row] for row in done.rows]
                 event = StepEvent(
@@ -291,9 +303,12 @@ class Engine:
                 on_step(event)
                 position = state.position.clone()
 
-        self.loop.run(session, each, speculative=not watched)
+        # With stop strings, `each` decides whether a row takes part in the next step.
+        self.loop.run(session, each, speculative=not watched and stops is None)
         sequences = filled()
         ends = not fill or config.stop_at_eos  # whether an EOS ends a response
+        if end_rows is not None:
+            masked = masked & end_rows.before(batch, index + pad)
         counted = until_eos(sequences, masked, info.eos_ids if ends else ())
         if record:
             recorded = counted if config.stop_at_eos else masked
@@ -362,6 +377,8 @@ def generate(
     on_step: Callable[[StepEvent], None] | None = None,
     num_return_sequences: int = 1,
     record: bool = False,
+    stop_strings: str | Sequence[str] | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     **settings: Any,
 ) -> GenerationOutput:
     """Decode `gen_length` positions after each prompt with DSB and DSB Cache (arXiv 2602.05992).
@@ -379,6 +396,11 @@ def generate(
             stand side by side: row i of the output is a sample of prompt i // num_return_sequences.
         record: whether the output has `step_map` and `logprobs`. It changes no token, and costs
             another product with the LM head in each step.
+        stop_strings, tokenizer: a row ends once the text of its response before the first mask
+            contains one of the strings, as the tokenizer decodes it without special tokens (a stop
+            string may be one of these itself). As in transformers, the token that completes the
+            string is the last that is kept; what follows becomes EOS. The model's first EOS id is
+            taken, and is not counted.
 
     Returns:
         `GenerationOutput`: the sequences, the number of forwards, and how many tokens each forward
@@ -392,7 +414,8 @@ def generate(
     """
     return engine_of(model).generate(
         input_ids, config, attention_mask=attention_mask, generator=generator, on_step=on_step,
-        num_return_sequences=num_return_sequences, record=record, **settings,
+        num_return_sequences=num_return_sequences, record=record, stop_strings=stop_strings,
+        tokenizer=tokenizer, **settings,
     )  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 from dsb_kernels import lm_head, token_confidence
 from dsb_kernels._configs import ARCHITECTURES, Config
@@ -10,6 +11,7 @@ from dsb_kernels.score import CONFIDENCES, combine_kernel, combine_warps
 from tools.compile_report.case import DTYPES, CompileCase
 
 VOCABULARY, MASK_TOKEN = 126464, 126336  # LLaDA's; the mask token is banned
+ENDS = (126081, 126348)  # LLaDA's EOS ids
 SAMPLING = {"seed_ptr": "*i64", "noise_ids_ptr": "*i64"}
 TYPES = SAMPLING | {"eligible_ptr": "*i1", "partial_ptr": "*fp32", "temperature": "fp32"}
 LOGITS = [  # candidates, confidence, sampled, dtype
@@ -39,6 +41,8 @@ def cases() -> list[CompileCase]:
             for architecture, variant in itertools.product(ARCHITECTURES, HEAD)
             if architecture in compiled_for(*variant)
         ),
+        excluding(logits_case(64, "probability", False, "bf16")),
+        *(excluding(head_case("sm_90", n, "probability", False, "bf16")) for n in (32, 128)),
         *(combine_case(c, *part) for c, part in itertools.product(CONFIDENCES, parts)),
     ]
 
@@ -92,6 +96,18 @@ def head_case(
         odd=("num_candidates", "share", "token_base"),
         architectures=(architecture,),
         expects_tensor_cores=dtype != "fp32",
+    )  # fmt: skip
+
+
+def excluding(case: CompileCase) -> CompileCase:
+    """The same with two tokens that some candidates exclude, on sm_90 alone."""
+    constexprs = {n: x for n, x in case.constexprs.items() if n != "excluding_ptr"}
+    return replace(
+        case, name=f"{case.name} excluding", constexprs={**constexprs, "EXCLUDED": ENDS},
+        types={**case.types, "excluding_ptr": "*i1"}, architectures=("sm_90",),
+        scalar_load_bytes=case.scalar_load_bytes + 1,
+        # The code has a few more instructions in the loop for each excluded token.
+        max_loop=None,
     )  # fmt: skip
 
 
