@@ -316,7 +316,7 @@ def initial_rows(canvas: Tensor, leftpad: Tensor, spec: UnmaskSpec) -> tuple[Ten
     values[Column.UNMASKED] = values[Column.RESPONSE_END] - values[Column.START] - masks
     values[Column.START], end = block_of(values, spec)
     values[Column.END] = bounded(end, canvas, values, spec)
-    values[Column.CONTEXT] = zeros + L
+    values[Column.CONTEXT] = L - leftpad
     # The masks before the block's end are `block_length` at most, and as many more as there are
     # given tokens behind it.
     most = masks.minimum(spec.block_length + values[Column.UNMASKED])

@@ -185,7 +185,7 @@ class Row:
             return self.start - self.prefix, min(self.end + self.suffix_window, len(self.canvas))
         if self.next_kind == "response":
             return max(self.prompt_length - int(shift), self.leftpad), self.length
-        return 0, len(self.canvas)
+        return self.leftpad, len(self.canvas)
 
     @property
     def sparse(self) -> bool:

@@ -66,8 +66,9 @@ def place_rows_reference(
             then -1.
         kind: the `StepKind` that a row must need to take part. A WINDOW step computes
             `[start - prefix, min(end + suffix_window, L))`, a RESPONSE step the response, with the
-            position before it if `shift` is set, and a REFRESH step as many positions as the
-            column CONTEXT says. If these are not all, the caller says which they are.
+            position before it if `shift` is set, and a REFRESH step as many positions after the
+            padding as the column CONTEXT says. If these are not all, the caller says which they
+            are.
         num_rows, width, num_candidates: the capacity of b <= B rows, W <= L positions and k <= K
             candidates of each. A row that needs more positions or candidates does not take part. If
             more than b rows could take part, the first b do.
@@ -91,7 +92,7 @@ def place_rows_reference(
         start = torch.maximum(response_start - int(shift), leftpad)
         end = table[:, Column.RESPONSE_END]
     else:
-        start, end = torch.zeros_like(leftpad), table[:, Column.CONTEXT]
+        start, end = leftpad, leftpad + table[:, Column.CONTEXT]
     length = end - start
     active = (table[:, Column.NEXT_KIND] == kind) & (length <= width)
     active &= table[:, Column.NUM_CANDIDATES] <= num_candidates
@@ -186,7 +187,7 @@ def _place_rows_kernel(
         start = tl.maximum(start, tl.load(row_ptrs + LEFTPAD, mask=inside, other=0))
         length = tl.load(row_ptrs + RESPONSE_END, mask=inside, other=0) - start
     else:
-        start = tl.zeros((BLOCK_B,), tl.int32)
+        start = tl.load(row_ptrs + LEFTPAD, mask=inside, other=0)
         length = tl.load(row_ptrs + CONTEXT, mask=inside, other=0)
     next_kind = tl.load(row_ptrs + NEXT_KIND, mask=inside, other=-1)
     num_candidates = tl.load(row_ptrs + NUM_CANDIDATES, mask=inside, other=0)

@@ -333,9 +333,10 @@ def check_scoring(
     for name in ("eligible", "excluding"):
         if getattr(a, name) is not None:
             check(name, getattr(a, name), dtype=torch.bool, shape=shape)
-    for name, sizes in (("seed", ()), ("noise_ids", shape)):
+    for name in ("seed", "noise_ids"):
         tensor = getattr(a, name)
         if tensor is not None:
-            check(name, tensor, dtype=torch.int64, shape=sizes)
+            one = name == "seed" and isinstance(tensor, torch.Tensor) and tensor.ndim == 0
+            check(name, tensor, dtype=torch.int64, shape=() if one else shape)
         elif a.temperature > 0:
             raise ValueError(f"{op}: {name}=None: temperature > 0 needs an int64 tensor")

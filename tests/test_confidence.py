@@ -91,7 +91,8 @@ def any_rows(draw: st.DrawFn) -> partial:
     return partial(compare, arguments)
 
 
-SPLITS, EDGE, SAMPLED, EXCLUDED = "banned_290", "margin_129", "sampled_70", "excluded_entropy"
+SPLITS, EDGE, SAMPLED, OWN_SEEDS = "banned_290", "margin_129", "sampled_70", "own_seeds"
+EXCLUDED = "excluded_entropy"
 KERNEL = "_token_confidence_kernel"
 CASE = OpCase(
     op=token_confidence,
@@ -112,6 +113,7 @@ CASE = OpCase(
                edges, 290, confidence == "margin", banned=(0,), confidence=confidence,
                **excluding(21, 127, 145, 289)) for confidence in CONFIDENCES},
         "excluded_for_all": partial(edges, 130, excluded=(0, 129)),
+        OWN_SEEDS: lambda: edges(130) | sampling(21, own=True),
         # 16-bit logits are scored in float32.
         **{f"{dtype}_{confidence}": partial(
                edges, 150, confidence == "probability", dtype, banned=(149,), confidence=confidence)
@@ -141,6 +143,7 @@ CASE = OpCase(
              "end = tl.minimum(begin + SPLIT_BLOCKS - 1,"),
         ]),
         (SPLITS, "_score_block", [("mask=token < V", "mask=token < V - 1")]),
+        (OWN_SEEDS, KERNEL, [("seed_ptr + candidate", "seed_ptr + 0 * candidate")]),
         (SAMPLED, "_score_block", [("block * (BLOCK_V // 4)", "block * (BLOCK_V // 4) + 1")]),
         (SPLITS, "_score_tile", [
             ("if tile_best > score:", "if tile_best >= score:"),

@@ -53,6 +53,8 @@ class Case:
         position = start[:, None] + ints(0, 2, (self.batch, self.candidates)).cumsum(-1)
         position[position >= end[:, None]] = -1
         position[:, 1:][position[:, :-1] < 0] = -1
+        leftpad = ints(0, min(3, self.prompt))
+        context = self.length - leftpad if self.context is None else self.context
         table = torch.randint(0, 99, (self.batch, NUM_COLUMNS), generator=draw)
         for column, value in (
             (Column.NEXT_KIND, torch.tensor((self.next_kinds * self.batch)[: self.batch])),
@@ -60,11 +62,11 @@ class Case:
             (Column.END, end),
             (Column.PREFIX, ints(0, torch.minimum(start, torch.tensor(6)))),
             (Column.NUM_CANDIDATES, (position >= 0).sum(-1)),
-            (Column.LEFTPAD, ints(0, min(3, self.prompt))),
+            (Column.LEFTPAD, leftpad),
             (Column.FORWARDS, ints(0, 1 << 20)),
             (Column.RESPONSE_START, self.prompt),
             (Column.RESPONSE_END, self.length - self.suffix),
-            (Column.CONTEXT, self.length if self.context is None else self.context),
+            (Column.CONTEXT, context),
         ):
             table[:, column] = value
         return canvas.to(DEVICE), table.int().to(DEVICE), position.int().to(DEVICE)
@@ -88,7 +90,7 @@ def by_method(case: Case) -> list[dict[str, object]]:
         method.next_kind = StepKind(case.kind).label
         method.start, method.end, method.prefix = row.start, row.end, row.prefix
         first, last = method.computed(case.shift)
-        last = last if case.kind != REFRESH or case.context is None else case.context
+        last = last if case.kind != REFRESH or case.context is None else first + case.context
         candidates = [i for i in position[b].tolist() if i >= 0]
         fits = last - first <= case.width and len(candidates) <= capacity
         active = row.next_kind == case.kind and fits
@@ -202,7 +204,7 @@ CASE = OpCase(
         ({"suffix_window": lambda n: 41}, "suffix_window=41: accepted are 0 to 40"),
     ],
     mistakes=mistakes_of(
-        ("refresh", KERNEL, [("(length <= width)", "(length < width)")]),
+        ("no_token_before", KERNEL, [("(length <= width)", "(length < width)")]),
         ("refresh_of_a_context", KERNEL, [("row_ptrs + CONTEXT", "row_ptrs + RESPONSE_END")]),
         ("few_candidates", KERNEL, [("& (num_candidates <= capacity)", "")]),
         ("some_rows", KERNEL, [("active, before, behind", "active, behind, before")]),

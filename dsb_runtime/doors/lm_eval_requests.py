@@ -103,6 +103,12 @@ def first_copies(requests: Sequence[Instance]) -> list[int]:
     return source
 
 
+def stops_of(request: Instance) -> list[str]:
+    """The strings at which the answer to a request ends."""
+    stops = request.args[1].get("until") or []
+    return [stop for stop in ([stops] if isinstance(stops, str) else stops) if stop]
+
+
 def cut_at_stop(text: str, stops: Iterable[str]) -> str:
     """The text before whichever stop string comes first."""
     ends = [index for stop in stops if stop and (index := text.find(stop)) >= 0]

@@ -308,7 +308,7 @@ class Engine:
         sequences = filled()
         ends = not fill or config.stop_at_eos  # whether an EOS ends a response
         if end_rows is not None:
-            masked = masked & end_rows.before(batch, index + pad)
+            masked = masked & end_rows.before(range(batch), index + pad)
         counted = until_eos(sequences, masked, info.eos_ids if ends else ())
         if record:
             recorded = counted if config.stop_at_eos else masked

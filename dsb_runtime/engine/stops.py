@@ -106,8 +106,8 @@ class RowEnds:
             state.canvas[index, end : row.response_end] = self.fill
             state.table[index, Column.NEXT_KIND] = row.next_kind = int(StepKind.NOTHING)
 
-    def before(self, batch: int, index: Tensor) -> Tensor:
-        """Which of the positions `index` (L,) of the canvas come before each row's end: (batch, L)
-        bool."""
-        ends = [self.ends.get(row, MAX_INT) for row in range(batch)]
+    def before(self, rows: Iterable[int], index: Tensor) -> Tensor:
+        """Which of the positions `index` (L,) of the canvas come before the end of each of the
+        `rows`: (rows, L) bool."""
+        ends = [self.ends.get(row, MAX_INT) for row in rows]
         return index < torch.tensor(ends, device=index.device)[:, None]

@@ -62,6 +62,7 @@ def logits_case(candidates: int, confidence: str, sample: bool, dtype: str) -> C
     constexprs = {
         **launch.blocks, **({} if sample else dict.fromkeys(SAMPLING)), "BANNED": (MASK_TOKEN,),
         "excluding_ptr": None, "EXCLUDED": (), "SAMPLE": sample, "CONFIDENCE": confidence,
+        "SEEDS": False,
     }  # fmt: skip
     usual = confidence == "probability" and not sample and dtype != "fp32"
     return CompileCase(
@@ -87,7 +88,7 @@ def head_case(
     constexprs = {
         **launch.blocks, "bias_ptr": None, **({} if sample else dict.fromkeys(SAMPLING)),
         "EVEN_K": True, "BANNED": (MASK_TOKEN,), "excluding_ptr": None, "EXCLUDED": (),
-        "SAMPLE": sample, "CONFIDENCE": confidence,
+        "SAMPLE": sample, "CONFIDENCE": confidence, "SEEDS": False,
     }  # fmt: skip
     return CompileCase(
         "lm_head_confidence", words(candidates, confidence, sample, dtype),
