@@ -75,6 +75,7 @@ class KVCache:
     keys: list[Tensor]
     values: list[Tensor]
     scratch: bool
+    storage: Tensor  # of both: (layers * 2 * batch, H_kv, capacity, D)
 
     @classmethod
     def over(
@@ -88,7 +89,7 @@ class KVCache:
         )
         repeats = num_layers // shape.layers
         keys, values = ([*layers[:, i].unbind()] * repeats for i in (0, 1))
-        return cls(batch, keys, values, scratch=repeats > 1)
+        return cls(batch, keys, values, repeats > 1, layers.flatten(0, 2))
 
 
 # Only torch's GPU allocator raises OutOfMemoryError. These are the messages of the others: the

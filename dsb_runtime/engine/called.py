@@ -22,6 +22,7 @@ from transformers import Cache, PreTrainedModel
 from dsb_kernels.place import Layout
 from dsb_kernels.rope_kv import rope_write_kv
 from dsb_runtime.engine.cache import KVCache
+from dsb_runtime.engine.draft_windows import DraftWindows, beside, no_rotation
 from dsb_runtime.engine.forward import Phase, no_phase
 from dsb_runtime.engine.layers import KNOWN, fingerprint, wrapping
 from dsb_runtime.engine.parallel import (
@@ -58,19 +59,21 @@ class WindowCache(Cache):
     `update` writes the window's keys and values, and returns those of every position.
     """
 
-    def __init__(self, cache: KVCache, layout: Layout, rows: Tensor | None) -> None:
+    def __init__(
+        self, cache: KVCache, layout: Layout, rows: Tensor | None, drafts: DraftWindows | None
+    ) -> None:
         super().__init__(layers=[])
-        self.cache, self.layout, self.rows = cache, layout, rows
-        half = cache.keys[0].shape[-1] // 2
-        # The cosine and sine of an angle of 0: transformers has rotated the keys already.
-        device = cache.keys[0].device
-        self.no_rotation = torch.tensor([[1.0] * half + [0.0] * half], device=device)
+        self.cache, self.layout, self.rows, self.drafts = cache, layout, rows, drafts
+        self.no_rotation = no_rotation(cache.keys[0])  # transformers has rotated the keys already
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Write K and V (b, H_kv, W, D) of one layer; return those of all its L positions, in the
-        dtype and on the device of the layer."""
+        dtype and on the device of the layer. Rows of drafts follow the b rows."""
+        b = len(self.layout.start)
+        key_states, own_keys = key_states[:b], key_states[b:]
+        value_states, own_values = value_states[:b], value_states[b:]
         keys, values, layout = self.cache.keys[layer_idx], self.cache.values[layer_idx], self.layout
         if self.rows is None:
             keys, values = keys[: len(layout.start)], values[: len(layout.start)]
@@ -81,6 +84,9 @@ class WindowCache(Cache):
         )  # fmt: skip
         if self.rows is not None:
             keys, values = keys.index_select(0, self.rows), values.index_select(0, self.rows)
+        if self.drafts is not None:
+            seen = self.drafts.positions(layer_idx, own_keys, own_values)
+            keys, values = (torch.cat(pair) for pair in zip((keys, values), seen, strict=True))
         return keys.to(key_states), values.to(value_states)
 
 
@@ -100,11 +106,23 @@ class CalledModel:
         named = any("cache" in inspect.signature(forward).parameters for forward in forwards)
         self.cache_argument = "cache" if named else "past_key_values"
 
-    def __call__(self, layout: Layout, cache: KVCache, *, full: bool, padded: bool) -> Tensor:
-        """The logits (b * k, V) of the tokens that predict the candidates. The arguments are those
-        of a `Backbone`."""
+    def __call__(
+        self,
+        layout: Layout,
+        cache: KVCache,
+        *,
+        full: bool,
+        padded: bool,
+        drafts: DraftWindows | None = None,
+    ) -> Tensor:
+        """The logits (b * k + d * k, V) of the tokens that predict the candidates. The arguments
+        are those of a `Backbone`."""
         b, width = layout.input_ids.shape
         rows = layout.rows if b < cache.batch and not cache.scratch else None
+        window_cache = WindowCache(cache, layout, rows, drafts)
+        if drafts is not None:
+            layout = beside(layout, drafts.layout)
+            b = len(layout.start)
         length = cache.keys[0].shape[2]
         column = torch.arange(width, device=layout.start.device)
         position = layout.start[:, None] + column - layout.leftpad[:, None]
@@ -113,7 +131,7 @@ class CalledModel:
             "input_ids": layout.input_ids,
             "position_ids": position.clamp(0, length - 1).long(),
             "attention_mask": stored[:, None, None],  # (b, 1, 1, L)
-            self.cache_argument: WindowCache(cache, layout, rows),
+            self.cache_argument: window_cache,
             "use_cache": True,
         }
         if self.fully_sharded:

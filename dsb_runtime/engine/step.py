@@ -64,6 +64,14 @@ def new_state(
     )
 
 
+class Proposed(NamedTuple):
+    """The proposals of a step, row by row: (b * k,) each."""
+
+    token: Tensor  # int64
+    confidence: Tensor  # float32
+    logprob: Tensor | None  # float32, of the token; None if the call does not record it
+
+
 @dataclass(frozen=True)
 class StepShape:
     """The kind of a step and its capacity, which fix the shapes of all its tensors."""
@@ -72,6 +80,7 @@ class StepShape:
     num_rows: int  # how many rows fit
     width: int  # how many positions of each row fit
     num_candidates: int  # how many candidates of each row fit
+    num_drafts: int = 0  # how many rows' drafts fit beside these rows (`engine.drafts`)
 
 
 def spec_of(config: DecodingConfig, info: DiffusionInfo) -> UnmaskSpec:
@@ -103,6 +112,8 @@ def spec_of(config: DecodingConfig, info: DiffusionInfo) -> UnmaskSpec:
 class Step:
     """Runs the steps of one call, with its settings, over the tensors of one state."""
 
+    draft_kind: StepKind | None = None  # the kind of steps that may have drafts beside them
+
     def __init__(
         self,
         backbone: Backbone | CalledModel,
@@ -115,6 +126,7 @@ class Step:
     ) -> None:
         self.backbone, self.info, self.cache = backbone, info, cache
         self.state, self.spec, self.config, self.padded = state, spec, config, padded
+        self.between = state  # the state after a step, before the drafts that it accepts
 
     @property
     def response_width(self) -> int:
@@ -122,6 +134,15 @@ class Step:
         position before, the one before the response is computed too."""
         width = self.config.gen_length + int(self.info.family.shift)
         return min(width, self.state.canvas.shape[1])
+
+    @property
+    def buffers(self) -> tuple[Tensor, ...]:
+        """The tensors that a new call sets to the state before its first step."""
+        return self.state
+
+    def tables(self) -> Tensor:
+        """What the host reads after every step: the row table."""
+        return self.state.table
 
     def layout(self, shape: StepShape) -> Layout:
         """The rows that take part, and where their windows stand."""
@@ -148,27 +169,39 @@ class Step:
 
     def __call__(self, shape: StepShape) -> None:
         """Run one step and update the state in place."""
-        state, phase = self.state, self.backbone.phase
+        phase = self.backbone.phase
         with phase("place"):
             layout = self.layout(shape)
         scored = self.backbone(
             layout, self.cache, full=shape.kind == StepKind.REFRESH, padded=self.padded
         )
         with phase("score"):
-            token, confidence = propose(
-                scored, self.backbone.lm_head, layout.eligible, self.config, self.info,
-                *((state.seed, layout.noise_ids) if self.config.draws else ()),
-            )  # fmt: skip
-            if self.recorded:
-                position = state.position.clone()  # before the next step's candidates replace them
-                logprob = log_probability(scored, self.backbone.lm_head, token)
+            proposed = self.score(scored, layout.eligible, layout.noise_ids)
         with phase("unmask"):
-            capacity = shape.num_rows, shape.num_candidates
-            # If the capacity is the batch, the layout has all rows in the batch's order.
-            rows = layout.rows if shape.num_rows < len(state.canvas) else None
-            unmask_and_slide(
-                state.canvas, state.table, state.position, state.commit, state.confidence,
-                token.view(capacity), confidence.view(capacity), layout.active, rows, self.spec,
-            )  # fmt: skip
-            if self.recorded:
-                self.record(position, logprob.view(capacity), rows)
+            self.unmask(layout, proposed)
+
+    def score(self, scored: Tensor, eligible: Tensor, noise_ids: Tensor) -> Proposed:
+        """Propose a token for each candidate. The arguments are those of `propose`."""
+        token, confidence = propose(
+            scored, self.backbone.lm_head, eligible, self.config, self.info,
+            *((self.state.seed, noise_ids) if self.config.draws else ()),
+        )  # fmt: skip
+        logprob = None
+        if self.recorded:
+            logprob = log_probability(scored, self.backbone.lm_head, token)
+        return Proposed(token, confidence, logprob)
+
+    def unmask(self, layout: Layout, proposed: Proposed) -> None:
+        """Commit what the rule selects, and slide."""
+        state, num_rows = self.state, len(layout.rows)
+        token, confidence, logprob = (x if x is None else x.view(num_rows, -1) for x in proposed)
+        # If the capacity is the batch, the layout has all rows in the batch's order.
+        rows = layout.rows if num_rows < len(state.canvas) else None
+        if logprob is not None:
+            position = state.position.clone()  # before the next step's candidates replace them
+        unmask_and_slide(
+            state.canvas, state.table, state.position, state.commit, state.confidence,
+            token, confidence, layout.active, rows, self.spec,
+        )  # fmt: skip
+        if logprob is not None:
+            self.record(position, logprob, rows)
