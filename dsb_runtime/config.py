@@ -232,8 +232,9 @@ class DecodingConfig:
         "same tokens in fewer forwards", low=0, high=1, group=DRAFTS,
     )  # fmt: skip
     draft_threshold: float | None = setting(
-        None, "of drafts: which confidence in the last step makes a guess", kind=float, low=-1e6,
-        high=1.0, group=DRAFTS, unset="0.85",
+        None, "of drafts, with threshold: a candidate is guessed to be committed if its last "
+        "confidence reaches this", kind=float, low=0.0, high=1.0, group=DRAFTS,
+        unset="0.95 times threshold",
     )  # fmt: skip
 
     def __post_init__(self) -> None:
@@ -285,8 +286,8 @@ class DecodingConfig:
              "cache='none' keeps no K/V; expected 'full'"),
             ("draft_threshold", self.draft_threshold is not None and self.drafts == 0,
              "it guesses for drafts, and drafts=0; expected None or drafts=1"),
-            ("draft_threshold", self.draft_threshold is not None and self.rule == "quota",
-             "steps says how many tokens a step commits; expected None"),
+            ("draft_threshold", self.draft_threshold is not None and self.rule != "threshold",
+             f"the guess selects by {RULES[self.rule].setting} itself; expected None"),
             ("full_refresh_every", full and self.full_refresh_every is not None,
              "every refresh is full with refresh_policy='full'; expected None"),
         ]  # fmt: skip

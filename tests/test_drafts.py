@@ -44,7 +44,7 @@ def engine_of(family: str = "llada", captured: bool = False) -> dsb.Engine:
 
 def guesses(rule: dict[str, Any]) -> dict[str, Any]:
     """Settings of drafts by which random models guess right now and then."""
-    return {"drafts": 1} | ({} if "steps" in rule else {"draft_threshold": 0.3})
+    return {"drafts": 1} | ({"draft_threshold": 0.3} if "threshold" in rule else {})
 
 
 def check_equal(plain: dsb.GenerationOutput, drafted: dsb.GenerationOutput) -> None:
@@ -316,5 +316,5 @@ def test_bad_input():
         dsb.DecodingConfig(drafts=2)
     with refusal("draft_threshold=0.8", "drafts=0"):
         dsb.DecodingConfig(draft_threshold=0.8)
-    with refusal("draft_threshold=0.8", "steps"):
+    with refusal("draft_threshold=0.8", "by steps itself"):
         dsb.DecodingConfig(steps=4, drafts=1, draft_threshold=0.8)

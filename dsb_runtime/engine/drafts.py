@@ -22,10 +22,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dsb_kernels.commit import in_batch, unmask_and_slide
+from dsb_kernels.commit import first_candidates, in_batch, masks_of, unmask_and_slide
 from dsb_kernels.place import Layout, place_rows
 from dsb_kernels.rows import Column, StepKind, UnmaskSpec
-from dsb_kernels.rules import RULES
 from dsb_runtime.config import DecodingConfig
 from dsb_runtime.engine.draft_windows import DraftWindows, beside
 from dsb_runtime.engine.step import DecodeState, Proposed, Step, StepShape
@@ -68,12 +67,21 @@ def new_drafts(state: DecodeState) -> DraftState:
     )  # fmt: skip
 
 
+# A confidence rises as the masks around it are filled, so that the guess looks for less than the
+# rule's threshold. At 0.9 that is 0.855, which `benchmarks/drafts.py` found best.
+LOWERED = 0.95
+
+
 def guess_spec(spec: UnmaskSpec, config: DecodingConfig) -> UnmaskSpec:
     """The spec by which the guess selects."""
-    if RULES[spec.rule].kind is int:  # a quota's count is known in advance
+    if spec.rule != "threshold":
         return spec
-    value = 0.85 if config.draft_threshold is None else config.draft_threshold
-    return replace(spec, rule="threshold", rule_value=value, progress=0.0)
+    value = config.draft_threshold
+    return replace(spec, rule_value=LOWERED * spec.rule_value if value is None else value)
+
+
+# What a step changes in a state, beside what is recorded.
+STATE = ("canvas", "table", "position", "commit", "confidence")
 
 
 class DraftingStep(Step):
@@ -86,8 +94,7 @@ class DraftingStep(Step):
         uncached = self.config.cache == "none"
         self.draft_kind = StepKind.REFRESH if uncached else StepKind.WINDOW
         # The state after the step and before the one that its drafts were accepted for.
-        names = ("canvas", "table", "position", "commit", "confidence")
-        self.between = self.state._replace(**{n: getattr(self.state, n).clone() for n in names})
+        self.between = self.state._replace(**{n: getattr(self.state, n).clone() for n in STATE})
 
     @property
     def buffers(self) -> tuple[Tensor, ...]:
@@ -99,72 +106,98 @@ class DraftingStep(Step):
         return torch.stack([self.state.table, self.between.table, self.drafts.table])
 
     def __call__(self, shape: StepShape) -> None:
-        if shape.num_drafts == 0:
-            super().__call__(shape)
-            self.note_between()
-        else:
-            self.run_both(shape)
-        with self.backbone.phase("unmask"):
+        """Run one step, and the next one for the rows whose drafts are accepted."""
+        phase, state, drafts = self.backbone.phase, self.state, self.drafts
+        with phase("place"):
+            first = self.place(state, shape, shape.num_rows)
+            second = self.place(drafts, shape, shape.num_drafts) if shape.num_drafts else None
+        beside_it = None if second is None else second[0]
+        windows = None
+        if beside_it is not None and shape.kind == StepKind.WINDOW:
+            windows = DraftWindows(beside_it, self.cache)
+        proposed = self.propose(shape, first[0], beside_it, windows)
+        with phase("unmask"):
+            if second is not None:
+                # Also what a draft that is dropped proposes helps the next guess.
+                self.remember(*second, proposed[1])
+            self.remember(*first, proposed[0])
+            self.unmask(first[0], proposed[0])
+            for name in STATE:
+                getattr(self.between, name).copy_(getattr(state, name))
+            if second is not None:
+                layout = second[0]
+                run = layout.active & (state.table[:, Column.TOOK_PART] == 1)[layout.rows]
+                accepted = run & self.equal()[layout.rows]
+                for column, count in enumerate((run, accepted)):
+                    drafts.counts[:, column].index_add_(0, layout.rows, count.int())
+                if windows is not None:
+                    windows.keep(accepted)
+                layout = layout._replace(active=accepted)
+                self.remember(layout, second[1], proposed[1])
+                self.unmask(layout, proposed[1])
             self.guess()
 
-    def run_both(self, shape: StepShape) -> None:
-        """Run one step, and the next one for the rows whose drafts are accepted."""
-        phase, drafts = self.backbone.phase, self.drafts
-        with phase("place"):
-            layout = self.layout(shape)
-            draft_layout = place_rows(
-                drafts.canvas, drafts.table, drafts.position, kind=shape.kind,
-                num_rows=shape.num_drafts, width=shape.width,
-                num_candidates=shape.num_candidates, shift=self.info.family.shift,
-            )  # fmt: skip
-            both = beside(layout, draft_layout)
-        windows = None
-        if shape.kind == StepKind.REFRESH:
-            scored = self.backbone(both, self.cache, full=True, padded=self.padded)
-        else:
-            windows = DraftWindows(draft_layout, self.cache)
-            scored = self.backbone(
-                layout, self.cache, full=False, padded=self.padded, drafts=windows
-            )
-        with phase("score"):
+    def place(
+        self, state: DecodeState | DraftState, shape: StepShape, num_rows: int
+    ) -> tuple[Layout, Tensor]:
+        """The layout of a step from this state, and the positions that it scores, (B, n)."""
+        position, count = state.position, shape.num_candidates
+        if shape.kind != StepKind.WINDOW:
+            # Such a step computes masks beyond the block too. Their confidences help to guess what
+            # is committed once the block has grown.
+            row = dict(zip(Column, state.table.long().unbind(1), strict=True))
+            masked, _ = masks_of(state.canvas, row, self.spec)
+            count += self.spec.block_length
+            num = min(position.shape[1] + self.spec.block_length, state.canvas.shape[1])
+            position = first_candidates(masked, row[Column.RESPONSE_END], num)
+            count = min(count, num)
+        layout = place_rows(
+            state.canvas, state.table, position, kind=shape.kind, num_rows=num_rows,
+            width=shape.width, num_candidates=count, shift=self.info.family.shift,
+        )  # fmt: skip
+        return layout, position
+
+    def propose(
+        self, shape: StepShape, first: Layout, second: Layout | None, windows: DraftWindows | None
+    ) -> list[Proposed]:
+        """Run the forward of a step and of the drafts beside it. Returns the proposals of each."""
+        both = first if second is None else beside(first, second)
+        scored = self.backbone(
+            both if windows is None else first, self.cache, full=shape.kind == StepKind.REFRESH,
+            padded=self.padded, drafts=windows,
+        )  # fmt: skip
+        with self.backbone.phase("score"):
             proposed = self.score(scored, both.eligible, both.noise_ids)
-            split = len(layout.eligible)
-            first, second = (
-                Proposed(*(x if x is None else x[part] for x in proposed))
-                for part in (slice(split), slice(split, None))
-            )
-        with phase("unmask"):
-            self.unmask(layout, first)
-            self.note_between()
-            rows = draft_layout.rows
-            run = draft_layout.active & (self.state.table[:, Column.TOOK_PART] == 1)[rows]
-            accepted = run & self.equal()[rows]
-            for column, count in enumerate((run, accepted)):
-                drafts.counts[:, column].index_add_(0, rows, count.int())
-            if windows is not None:
-                windows.keep(accepted)
-            self.unmask(draft_layout._replace(active=accepted), second)
+        split = len(first.eligible)
+        return [
+            Proposed(*(x if x is None else x[part] for x in proposed))
+            for part in (slice(split), slice(split, None))
+        ]
 
     def unmask(self, layout: Layout, proposed: Proposed) -> None:
-        state, drafts, L = self.state, self.drafts, self.state.canvas.shape[1]
-        num_rows = len(layout.rows)
-        rows = layout.rows if num_rows < len(state.canvas) else None
-        scored = in_batch(layout.active, rows, state.table[:, 0])[:, None] & (state.position >= 0)
-        index = torch.where(scored, state.position, L).long()
-        for last, x in ((drafts.last_token, proposed.token),
-                        (drafts.last_confidence, proposed.confidence)):  # fmt: skip
-            last.scatter_(1, index, in_batch(x.view(num_rows, -1), rows, state.position))
-        super().unmask(layout, proposed)
+        """Commit candidates. What follows them among the proposals is left out."""
+        num_rows, most = len(layout.rows), self.state.position.shape[1]
+        super().unmask(layout, Proposed(*(
+            x if x is None else x.view(num_rows, -1)[:, :most].contiguous() for x in proposed
+        )))  # fmt: skip
+
+    def remember(self, layout: Layout, position: Tensor, proposed: Proposed) -> None:
+        """Keep what is proposed for each of the positions (B, n) of the rows that take part."""
+        drafts, num_rows = self.drafts, len(layout.rows)
+        rows = layout.rows if num_rows < len(position) else None
+        took_part = in_batch(layout.active, rows, position[:, 0])
+        scored = took_part[:, None] & (position >= 0)
+        # A row that takes part has no candidate behind the columns that are scored.
+        scored[:, len(layout.eligible) // num_rows :] = False
+        index = torch.where(scored, position, self.state.canvas.shape[1]).long()
+        for last, x in zip((drafts.last_token, drafts.last_confidence), proposed, strict=False):
+            last.scatter_(1, index, in_batch(x.view(num_rows, -1), rows, position))
 
     def equal(self) -> Tensor:
         """Whether each row's state is its draft state, (B,) bool."""
         state, drafts = self.state, self.drafts
         same_table = (state.table == drafts.table).all(-1)
         return (state.canvas == drafts.canvas).all(-1) & same_table
-
-    def note_between(self) -> None:
-        for name in ("canvas", "table", "position", "commit", "confidence"):
-            getattr(self.between, name).copy_(getattr(self.state, name))
 
     def guess(self) -> None:
         """Make the draft state of every row whose next step may have a draft beside it."""
