@@ -13,6 +13,7 @@ from torch import Tensor
 
 import dsb_runtime as dsb
 from dsb_kernels.rows import Column
+from dsb_runtime.engine import loop
 from dsb_runtime.engine.draft_windows import DraftWindows
 from dsb_runtime.engine.drafts import DraftingStep
 from tests import golden
@@ -189,14 +190,10 @@ def test_drafts_of_a_model_that_is_called():
         hook.remove()
 
 
-SLOW = pytest.mark.slow
-BY_KERNEL = [
-    ("dsb", 1, 4), pytest.param("dsb", 2, 8, marks=SLOW), pytest.param("dual", 2, 8, marks=SLOW),
-    pytest.param("none", 2, 8, marks=SLOW),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("cache", "count", "length"), BY_KERNEL)
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("cache", "count", "length"), [("dsb", 1, 4), ("dsb", 2, 8), ("dual", 2, 8), ("none", 2, 8)]
+)
 def test_drafts_by_kernel(cache, count, length):
     how = {"gen_length": length, "block_length": 4, "steps": length, "cache": cache}
     ids, mask = left_pad([row[:6] for row in prompts(count, seed=1)])
@@ -290,8 +287,6 @@ def test_steps_with_drafts_are_launched_ahead(monkeypatch):
     """The host guesses the next launch as it does without drafts, and wastes few."""
     engine = engine_of(captured=True)
     ahead, launched, launch = [], [], engine.loop.launch
-    from dsb_runtime.engine import loop
-
     speculate = loop.speculate
     monkeypatch.setattr(engine.loop, "launch", lambda *a: launched.append(a[1]) or launch(*a))
     monkeypatch.setattr(loop, "speculate", lambda *a: ahead.append(speculate(*a)) or ahead[-1])
