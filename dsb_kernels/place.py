@@ -92,7 +92,7 @@ def place_rows_reference(
         start = torch.maximum(response_start - int(shift), leftpad)
         end = table[:, Column.RESPONSE_END]
     else:
-        start, end = leftpad, leftpad + table[:, Column.CONTEXT]
+        start, end = leftpad.clone(), leftpad + table[:, Column.CONTEXT]
     length = end - start
     active = (table[:, Column.NEXT_KIND] == kind) & (length <= width)
     active &= table[:, Column.NUM_CANDIDATES] <= num_candidates

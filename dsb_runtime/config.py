@@ -28,6 +28,7 @@ DECODING = "decoding"
 RULE = f"selection rule, at most one (default: --{DEFAULT_RULE.setting} {DEFAULT_RULE.default})"
 SAMPLING = "sampling and ending"
 REFRESHES = "refreshes"
+DRAFTS = "drafts"
 
 T = TypeVar("T")
 
@@ -260,6 +261,16 @@ class DecodingConfig:
         low=2, unset=str(DEFAULT_FULL_EVERY),
     )  # fmt: skip
 
+    drafts: int = setting(
+        0, "1: guess what a step commits, and compute the step after it in the same forward; the "
+        "same tokens in fewer forwards", low=0, high=1, group=DRAFTS,
+    )  # fmt: skip
+    draft_threshold: float | None = setting(
+        None, "of drafts, with threshold: a candidate is guessed to be committed if its last "
+        "confidence reaches this", kind=float, low=0.0, high=1.0, group=DRAFTS,
+        unset="0.95 times threshold",
+    )  # fmt: skip
+
     def __post_init__(self) -> None:
         for name, entry in settings().items():
             value = getattr(self, name)
@@ -318,6 +329,14 @@ class DecodingConfig:
              "cache='none' has no refresh steps; expected None"),
             ("refresh_policy", self.cache == "none" and not full,
              "cache='none' keeps no K/V; expected 'full'"),
+            ("drafts", self.drafts > 0 and self.sparse,
+             "a draft sees the whole context; expected 0 with context_masks or eos_bound"),
+            ("drafts", self.drafts > 0 and self.cfg_scale > 0,
+             "guidance runs every row twice already; expected 0 with cfg_scale"),
+            ("draft_threshold", self.draft_threshold is not None and self.drafts == 0,
+             "it guesses for drafts, and drafts=0; expected None or drafts=1"),
+            ("draft_threshold", self.draft_threshold is not None and self.rule != "threshold",
+             f"the guess selects by {RULES[self.rule].setting} itself; expected None"),
             ("full_refresh_every", full and self.full_refresh_every is not None,
              "every refresh is full with refresh_policy='full'; expected None"),
         ]  # fmt: skip

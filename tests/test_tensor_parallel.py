@@ -81,6 +81,7 @@ def work(folder: Path) -> None:
             "vocabulary": model.lm_head.weight.to_local().shape[0],
             "golden": [decode_case(model, case) for case in golden.one_of_each(family)],
             "batch": [decode_ranked(model, kind) for kind in CONFIDENCES],
+            "drafts": decode_batch(model, threshold=None, steps=8, drafts=1),
             "sampled": decode_batch(model, **SAMPLING[family]),
             "guided": decode_batch(model, cfg_scale=1.5),
             "restricted": decode_batch(model, **RESTRICTED),
@@ -117,6 +118,7 @@ def test_two_processes_decode_what_one_does(ranks, family):
     assert split["batch"] == [decode_ranked(model, kind) for kind in CONFIDENCES]
     assert split["guided"] == decode_batch(model, cfg_scale=1.5) != decode_batch(model)
     assert split["restricted"] == decode_batch(model, **RESTRICTED) != decode_batch(model)
+    assert split["drafts"] == decode_batch(model, threshold=None, steps=8)
     assert split["patched"] == golden.cases(family)[0]["sequence"]
     assert not any(model.dsb.mask_id in row for row in split["sampled"])
 

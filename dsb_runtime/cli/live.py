@@ -66,6 +66,7 @@ class LiveCanvas:
     ) -> None:
         self.tokenizer, self.prompt_length, self.mask_id = tokenizer, prompt_length, mask_id
         self.frame_seconds, self.spent = frame_seconds, 0.0
+        self.forwards = 0
         self.live = Live(console=console or PlainConsole(), auto_refresh=False)
 
     def __enter__(self) -> LiveCanvas:
@@ -79,9 +80,11 @@ class LiveCanvas:
 
     def __call__(self, event: StepEvent) -> None:
         began = time.perf_counter()
+        self.forwards += not event.draft
         legend = Text("  ").join([Text(f" {LEGEND[k]} ", STYLES[k]) for k in LEGEND])
         status = Text(
-            f"forward {event.index + 1}  {event.kind:<7}  {int(event.commit.sum())} committed",
+            f"forward {self.forwards}  {'draft' if event.draft else event.kind:<7}  "
+            f"{int(event.commit.sum())} committed",
             "bold",
         )
         glyph = "_" if self.live.console.options.ascii_only else MASK_GLYPH

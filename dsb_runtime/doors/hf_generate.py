@@ -88,6 +88,7 @@ class DiffusionGenerateOutput(ModelOutput):
     tokens_per_forward: list[int] | None = None
     row_nfe: list[int] | None = None
     row_tokens: list[int] | None = None
+    drafts: tuple[int, int] | None = None  # as in `GenerationOutput`
     # With `output_scores`, as in `GenerationOutput`:
     step_map: Tensor | None = None  # (B, G)
     logprobs: Tensor | None = None  # (B, G)

@@ -84,6 +84,7 @@ class KVCache:
     keys: list[Tensor]
     values: list[Tensor]
     scratch: bool
+    storage: Tensor  # of both: (layers * 2 * batch, H_kv, capacity, D)
 
     def forget(self, row: int) -> None:
         """Clear a batch row that may hold NaN. Its next refresh leaves the padding as it is, and
@@ -103,7 +104,7 @@ class KVCache:
         )
         repeats = num_layers // shape.layers
         keys, values = ([*layers[:, i].unbind()] * repeats for i in (0, 1))
-        return cls(batch, keys, values, scratch=repeats > 1)
+        return cls(batch, keys, values, repeats > 1, layers.flatten(0, 2))
 
 
 # Only torch's GPU allocator raises OutOfMemoryError. These are the messages of the others: the

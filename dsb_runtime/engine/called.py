@@ -22,6 +22,7 @@ from transformers import Cache, PreTrainedModel
 from dsb_kernels.place import Layout
 from dsb_kernels.rope_kv import rope_write_kv
 from dsb_runtime.engine.cache import KVCache
+from dsb_runtime.engine.draft_windows import DraftWindows, beside, no_rotation
 from dsb_runtime.engine.forward import Phase, no_phase
 from dsb_runtime.engine.layers import KNOWN, fingerprint, wrapping
 from dsb_runtime.engine.parallel import (
@@ -60,20 +61,26 @@ class WindowCache(Cache):
     """
 
     def __init__(
-        self, cache: KVCache, layout: Layout, rows: Tensor | None, position: Tensor | None
+        self,
+        cache: KVCache,
+        layout: Layout,
+        rows: Tensor | None,
+        position: Tensor | None,
+        drafts: DraftWindows | None,
     ) -> None:
         super().__init__(layers=[])
-        self.cache, self.layout, self.rows, self.position = cache, layout, rows, position
-        half = cache.keys[0].shape[-1] // 2
-        # The cosine and sine of an angle of 0: transformers has rotated the keys already.
-        device = cache.keys[0].device
-        self.no_rotation = torch.tensor([[1.0] * half + [0.0] * half], device=device)
+        self.cache, self.layout, self.rows = cache, layout, rows
+        self.position, self.drafts = position, drafts
+        self.no_rotation = no_rotation(cache.keys[0])  # transformers has rotated the keys already
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Write K and V (b, H_kv, W, D) of one layer; return those of all its L positions, in the
-        dtype and on the device of the layer."""
+        dtype and on the device of the layer. Rows of drafts follow the b rows."""
+        b = len(self.layout.start)
+        key_states, own_keys = key_states[:b], key_states[b:]
+        value_states, own_values = value_states[:b], value_states[b:]
         keys, values, layout = self.cache.keys[layer_idx], self.cache.values[layer_idx], self.layout
         if self.rows is None:
             keys, values = keys[: len(layout.start)], values[: len(layout.start)]
@@ -84,6 +91,9 @@ class WindowCache(Cache):
         )  # fmt: skip
         if self.rows is not None:
             keys, values = keys.index_select(0, self.rows), values.index_select(0, self.rows)
+        if self.drafts is not None:
+            seen = self.drafts.positions(layer_idx, own_keys, own_values)
+            keys, values = (torch.cat(pair) for pair in zip((keys, values), seen, strict=True))
         return keys.to(key_states), values.to(value_states)
 
 
@@ -111,24 +121,30 @@ class CalledModel:
         full: bool,
         padded: bool,
         context: Context | None = None,
+        drafts: DraftWindows | None = None,
     ) -> Tensor:
-        """The logits (b * k, V) of the tokens that predict the candidates. The arguments are those
-        of a `Backbone`."""
+        """The logits (b * k + d * k, V) of the tokens that predict the candidates. The arguments
+        are those of a `Backbone`."""
         b, width = layout.input_ids.shape
         rows = layout.rows if b < cache.batch and not cache.scratch else None
+        packed = None if context is None else context.position
+        window_cache = WindowCache(cache, layout, rows, packed, drafts)
+        if drafts is not None:
+            layout = beside(layout, drafts.layout)
+            b = len(layout.start)
         length = cache.keys[0].shape[2]
         column = torch.arange(width, device=layout.start.device)
-        index, packed = layout.start[:, None] + column, None
+        index = layout.start[:, None] + column
         stored = torch.arange(length, device=layout.start.device) >= layout.leftpad[:, None]
         if context is not None:
-            stored, packed = context
+            stored = context.visible
             index = index if packed is None else packed
         position = index - layout.leftpad[:, None]
         inputs = {
             "input_ids": layout.input_ids,
             "position_ids": position.clamp(0, length - 1).long(),
             "attention_mask": stored[:, None, None],  # (b, 1, 1, L)
-            self.cache_argument: WindowCache(cache, layout, rows, packed),
+            self.cache_argument: window_cache,
             "use_cache": True,
         }
         if self.fully_sharded:

@@ -19,10 +19,12 @@ from dsb_kernels.rows import Row
 from dsb_runtime.config import DecodingConfig, check_bool
 from dsb_runtime.defaults import defaults_for, infill_defaults
 from dsb_runtime.engine.check import check_inputs, check_masks, check_samples, check_settings
+from dsb_runtime.engine.drafts import NO_DRAFTS, DraftingStep, Drafts
 from dsb_runtime.engine.forward import Phase, no_phase
 from dsb_runtime.engine.graphs import Capture, CudaGraphs
 from dsb_runtime.engine.loop import Loop, StepDone
 from dsb_runtime.engine.parallel import agree, is_tensor_parallel
+from dsb_runtime.engine.step import DecodeState
 from dsb_runtime.engine.stops import RowEnds, StopStrings, check_stop_strings
 from dsb_runtime.engine.turns import Turns, as_published, check_process
 from dsb_runtime.families import check_model, device_of, unwrap
@@ -42,11 +44,12 @@ class GenerationOutput:
     row_nfe: list[int]  # how many forwards each row took part in
     row_tokens: list[int]  # how many masks of each row were filled, to its first EOS inclusive, or
     # to the token that completes a stop string
+    drafts: Drafts = NO_DRAFTS  # how many were run and accepted; see the setting `drafts`
     # With `record`, of each response position, (B, G), or for `infill` of each position, (B, L):
-    step_map: Tensor | None = None  # int32, in which of its row's forwards (the first is 0) its
-    # token was committed; -1 where no forward did that, or after the EOS or the stop string at
-    # which the row stopped
-    logprobs: Tensor | None = None  # float32, the log-probability of that token in that forward,
+    step_map: Tensor | None = None  # int32, in which of its row's steps (the first is 0) its token
+    # was committed; -1 where no step did that, or after the EOS or the stop string at which the row
+    # stopped
+    logprobs: Tensor | None = None  # float32, the log-probability of that token in that step,
     # under the model's own distribution (without temperature, cuts and banned tokens); 0 where
     # step_map is -1
 
@@ -67,6 +70,7 @@ class StepEvent:
     commit: Tensor  # (B, K) bool, whether each candidate was committed
     confidence: Tensor  # (B, K) the confidence of each candidate, 0 where none was scored
     table: list[Row]  # every batch row as it is now: its block, and what it needs next
+    draft: bool = False  # whether the step ran in the forward of the step before it
 
 
 def until_eos(canvas: Tensor, masked: Tensor, eos_ids: tuple[int, ...]) -> Tensor:
@@ -216,6 +220,11 @@ class Engine:
         else:
             config = config_of(self.model, config, settings)
             leftpad = check_inputs(self.model, config, input_ids, attention_mask, generator)
+        if stops is not None and config.drafts:
+            raise ValueError(
+                f"drafts={config.drafts}: a stop string may end a row before its draft; expected 0 "
+                "with stop_strings"
+            )
         check_samples(num_return_sequences, config)
         check_bool("record", record)
         if on_step is not None and not callable(on_step):
@@ -267,8 +276,8 @@ class Engine:
         index = torch.arange(length, device=canvas.device)
         masked = (canvas == info.mask_id) & (index >= leftpad[:, None])
 
-        def filled() -> Tensor:
-            """The canvas as it is now. A step that ends a row at an EOS writes EOS over the rest of
+        def filled(state: DecodeState) -> Tensor:
+            """The canvas of a state. A step that ends a row at an EOS writes EOS over the rest of
             its response: what was given there is put back."""
             return torch.where(masked, state.canvas[:, pad:], canvas)
 
@@ -280,36 +289,46 @@ class Engine:
             if is_tensor_parallel(self.model):
                 agree(self.model.lm_head, seed)
             state.seed.copy_(seed)
-        commits: list[int] = []
+        steps = 0
+        commits: list[int] = []  # of each forward
         row_nfe = [0] * batch
         end_rows = None if stops is None else RowEnds(stops, info, config.stop_at_eos)
         position = state.position.clone()  # the candidates of the coming step
 
         def each(done: StepDone) -> None:
-            nonlocal position
-            commits.append(sum(row.new for row in done.after if row.took_part))
-            for row in done.rows:
-                row_nfe[row] += 1
+            nonlocal position, steps
+            new = sum(row.new for row in done.after if row.took_part)
+            if done.draft:
+                commits[-1] += new
+            else:
+                commits.append(new)
+                for row in done.rows:
+                    row_nfe[row] += 1
+            steps += 1
             if end_rows is not None:
                 end_rows(state, done.rows, done.after)
             if on_step is not None:
                 before = [done.before[row] for row in done.rows]
                 event = StepEvent(
-                    index=len(commits) - 1, kind=done.shape.kind.label, rows=done.rows,
+                    index=steps - 1, kind=done.shape.kind.label, rows=done.rows,
                     before=[(row.start, row.end, row.prefix) for row in before],
-                    canvas=filled(), position=position, commit=state.commit.clone(),
-                    confidence=state.confidence.clone(), table=done.after,
+                    canvas=filled(done.state), position=position,
+                    commit=done.state.commit.clone(), confidence=done.state.confidence.clone(),
+                    table=done.after, draft=done.draft,
                 )  # fmt: skip
                 on_step(event)
-                position = state.position.clone()
+                position = done.state.position.clone()
 
         # With stop strings, `each` decides whether a row takes part in the next step.
         self.loop.run(session, each, speculative=not watched and stops is None)
-        sequences = filled()
+        sequences = filled(state)
         ends = not fill or config.stop_at_eos  # whether an EOS ends a response
         if end_rows is not None:
             masked = masked & end_rows.before(range(batch), index + pad)
         counted = until_eos(sequences, masked, info.eos_ids if ends else ())
+        drafts = NO_DRAFTS
+        if isinstance(session.step, DraftingStep):
+            drafts = Drafts(*session.step.drafts.counts.sum(0).tolist())
         if record:
             recorded = counted if config.stop_at_eos else masked
             first = 0 if fill else prompt
@@ -321,6 +340,7 @@ class Engine:
             tokens_per_forward=commits,
             row_nfe=row_nfe,
             row_tokens=counted.sum(-1).tolist(),
+            drafts=drafts,
             **({"step_map": step_map, "logprobs": logprobs} if record else {}),
         )
 

@@ -26,6 +26,7 @@ from dsb_kernels._op import unchecked
 from dsb_kernels.place import Layout
 from dsb_runtime.engine.attention import dsb_attention
 from dsb_runtime.engine.cache import KVCache
+from dsb_runtime.engine.draft_windows import DraftWindows, beside
 from dsb_runtime.engine.layers import (
     PackedLayer,
     fingerprint,
@@ -87,6 +88,7 @@ class Backbone:
         full: bool,
         padded: bool,
         context: Context | None = None,
+        drafts: DraftWindows | None = None,
     ) -> Tensor:
         """The final hidden states of the tokens that predict the candidates.
 
@@ -95,16 +97,19 @@ class Backbone:
             cache: the K/V cache of L positions a row. The forward writes the windows' positions.
             full: whether every window is the whole canvas, as at a refresh.
             padded: whether some row has padding before its prompt.
-            context: what the rows see, where that is not everything.
+            context: what the rows see, where that is not everything; then there are no drafts.
+            drafts: d windows beside those of the step, of the same capacity; the forward does not
+                write their K and V into the cache. None means that there are none, d = 0.
 
         Returns:
-            (b * k, E), after the final norm.
+            (b * k + d * k, E), after the final norm, those of drafts last.
         """
         b, width = layout.input_ids.shape
         rows = layout.rows if b < cache.batch and not cache.scratch else None
         leftpad = layout.leftpad if padded else None
         with self.phase("embed"):
-            hidden = self.embed(layout.input_ids).flatten(0, 1)
+            both = layout if drafts is None else beside(layout, drafts.layout)
+            hidden = self.embed(both.input_ids).flatten(0, 1)
         # On a GPU, torch or flash-attn has faster kernels for full attention, but these support
         # neither padding nor a selection of the cache's rows.
         dense = full and rows is None and leftpad is None and hidden.is_cuda and context is None
@@ -120,6 +125,9 @@ class Backbone:
             with self.phase(f"layer {i}: qkv"):
                 q, k, v = layer.qkv(x, width)
             with self.phase(f"layer {i}: rope+write"):
+                if drafts is not None:
+                    own_q = drafts.rotate(i, q[b:], k[b:], v[b:], self.cos_sin)
+                    q, k, v = q[:b], k[:b], v[:b]
                 q = rope_write_kv(
                     q, k, v, self.cos_sin, keys, values, window_start=layout.start,
                     window_length=layout.length, position_offset=leftpad, cache_batch_idx=rows,
@@ -133,7 +141,7 @@ class Backbone:
                 query_start, query_length = layout.leftpad, layout.num_scored
                 q = q.transpose(1, 2).flatten(0, 1).index_select(0, layout.source_index)
                 q = q.unflatten(0, (b, -1)).transpose(1, 2)
-                hidden = hidden.index_select(0, layout.source_index)
+                hidden = hidden.index_select(0, both.source_index)
             with self.phase(f"layer {i}: attention"):
                 if dense:
                     out, _ = dsb_attention(
@@ -145,7 +153,12 @@ class Backbone:
                         window_length=query_length, cache_leftpad=leftpad, cache_batch_idx=rows,
                         kv_visible=visible, softmax_scale=layer.scaling,
                     ).transpose(1, 2)  # fmt: skip
-                out = out.reshape(len(hidden), -1)
+                out = out.reshape(-1, out.shape[2] * out.shape[3])
+                if drafts is not None:
+                    own_out = drafts.attend(i, own_q, leftpad, layer.scaling)
+                    if layer is self.layers[-1]:
+                        own_out = own_out.index_select(0, drafts.layout.source_index)
+                    out = torch.cat([out, own_out])
             with self.phase(f"layer {i}: out"):
                 hidden, x = layer.finish(hidden, out)
             with self.phase(f"layer {i}: mlp"):

@@ -288,22 +288,19 @@ class Lane:
             index = torch.arange(own.start, own.stop, device=state.canvas.device)
             masked &= request.end_row.before([row], index)
         counted = until_eos(sequences, masked, self.info.eos_ids)
-        recorded = {}
-        if request.record:
-            kept = (counted if request.config.stop_at_eos else masked)[:, prompt:]
-            own = slice(self.length - request.config.gen_length, self.length)
-            recorded = {
-                "step_map": torch.where(kept, state.step_map[row, own], -1),
-                "logprobs": torch.where(kept, state.logprobs[row, own], 0),
-            }
-        return GenerationOutput(
+        output = GenerationOutput(
             sequences=sequences,
             nfe=len(request.commits),
             tokens_per_forward=request.commits,
             row_nfe=[len(request.commits)],
             row_tokens=counted.sum(-1).tolist(),
-            **recorded,
         )
+        if request.record:
+            recorded = (counted if request.config.stop_at_eos else masked)[:, prompt:]
+            own = slice(self.length - request.config.gen_length, self.length)
+            output.step_map = torch.where(recorded, state.step_map[row, own], -1)
+            output.logprobs = torch.where(recorded, state.logprobs[row, own], 0)
+        return output
 
 
 def row_bytes(shape: CacheShape, length: int) -> int:

@@ -12,9 +12,9 @@ A wrong guess is harmless: a step skips every row that needs something else.
 from __future__ import annotations
 
 from collections import OrderedDict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,6 +32,7 @@ from dsb_runtime.engine.cache import (
     step_message,
 )
 from dsb_runtime.engine.called import CalledModel, wrapped_module
+from dsb_runtime.engine.drafts import DraftingStep, new_drafts
 from dsb_runtime.engine.forward import Backbone, Phase, no_phase
 from dsb_runtime.engine.graphs import Capture, HostCopy, row_class, width_class
 from dsb_runtime.engine.layers import check_dtypes, fingerprint
@@ -46,19 +47,38 @@ SPECULATION_WINDOW = 8  # how many recent steps predict the most tokens that a r
 
 @dataclass
 class Launched:
-    """A step that has been launched, and the copy of the row table as it will leave it."""
+    """A step that has been launched, and the copy of the row tables as it will leave them."""
 
     shape: StepShape
-    table: HostCopy
+    tables: HostCopy
+
+
+class Tables(NamedTuple):
+    """The row tables that a step leaves, on the host."""
+
+    now: list[Row]  # after the step, and after the next one for a row whose draft was accepted
+    between: list[Row]  # after the step alone
+    drafts: list[Row]  # of the draft states that may run beside the next step
+
+
+def read_tables(values: Tensor) -> Tables:
+    """Read what `Step.tables` gives."""
+    if values.ndim == 2:
+        rows = read_rows(values)
+        return Tables(rows, rows, [])
+    return Tables(*map(read_rows, values))
 
 
 @dataclass
 class StepDone:
-    """A step that has run: the row table before it and after it."""
+    """A step that has run: the row table before it and after it, and the state after it. If the
+    host lags behind, the tensors of the state are later ones."""
 
     shape: StepShape
     before: list[Row]
     after: list[Row]
+    state: DecodeState
+    draft: bool = False  # whether it ran in the forward of the step before it
 
     @property
     def rows(self) -> list[int]:
@@ -84,31 +104,40 @@ class Session:
         return self.step.state
 
 
-def capacity_for(session: Session, kind: StepKind, rows: list[Row], growth: int = 0) -> StepShape:
-    """The capacity of a step of this kind for these rows. Until the step is launched, their windows
-    may grow by `growth` positions."""
+def capacity_for(
+    session: Session, kind: StepKind, rows: list[Row], growth: int = 0, drafts: Sequence[Row] = ()
+) -> StepShape:
+    """The capacity of a step of this kind for these rows and draft states. Until the step is
+    launched, their windows may grow by `growth` positions."""
     batch, length = session.state.canvas.shape
     if kind == StepKind.WINDOW:
-        suffix = session.step.config.suffix_window
-        width = max(min(row.end + suffix, length) - row.start + row.prefix for row in rows) + growth
+        suffix, every = session.step.config.suffix_window, (*rows, *drafts)
+        width = max(min(row.end + suffix, length) - row.start + row.prefix for row in every)
+        width += growth
     elif kind == StepKind.REFRESH:
-        width = max(row.context for row in rows)
+        width = max(row.context for row in (*rows, *drafts))
     else:
         width = session.step.response_width
     if not session.captured:
-        return StepShape(kind, len(rows), width, max(row.num_candidates for row in rows))
+        most = max(row.num_candidates for row in (*rows, *drafts))
+        return StepShape(kind, len(rows), width, most, len(drafts))
     if kind != StepKind.RESPONSE:
         width = width_class(width, length)
-    return StepShape(kind, row_class(len(rows), batch), width, session.state.position.shape[1])
+    num_rows = row_class(len(rows), batch)
+    # Every row may have a draft, so that steps with fewer drafts need no captures of their own.
+    num_drafts = num_rows if kind == session.step.draft_kind else 0
+    return StepShape(kind, num_rows, width, session.state.position.shape[1], num_drafts)
 
 
-def next_step(session: Session, table: list[Row]) -> StepShape | None:
+def next_step(session: Session, table: list[Row], drafts: Sequence[Row] = ()) -> StepShape | None:
     """The step that the rows need now, or None if every row is done. Refreshes come first, so that
-    the rows that were refreshed then share window steps with the others."""
+    the rows that were refreshed then share window steps with the others. `drafts` is the table of
+    the draft states."""
     for kind in (StepKind.REFRESH, StepKind.RESPONSE, StepKind.WINDOW):
         rows = [row for row in table if row.next_kind == kind]
         if rows:
-            return capacity_for(session, kind, rows)
+            beside = [row for row in drafts if row.next_kind == kind]
+            return capacity_for(session, kind, rows, drafts=beside)
     return None
 
 
@@ -139,6 +168,8 @@ def speculate(
     if since_refresh + most_new >= config.block_length:
         return None  # a refresh may be due
     growth = most_new if is_window else most_new + spec.prefix_window
+    if session.step.draft_kind is not None:
+        growth += most_new  # the draft state is one more step ahead
     return capacity_for(session, StepKind.WINDOW, rows, growth)
 
 
@@ -215,24 +246,29 @@ class Loop:
         spec = spec_of(config, info)
         canvas = torch.cat([canvas.new_zeros(len(canvas), pad), canvas], dim=1)
         state = new_state(canvas, leftpad + pad, spec, config, record)
-        shape, copies = cache_shape_of(self.model), 2 if config.cfg_scale > 0 else 1
+        shape = cache_shape_of(self.model)
         num_layers = shape.layers
         if config.cache == "none":  # one buffer that all layers share
             shape = replace(shape, layers=1)
-        padded = pad > 0 or bool((leftpad > 0).any())
         batch, length = canvas.shape
-        # With guidance, a row has a second copy of every layer's K/V.
+        # With guidance, a row has a second copy of every layer's K/V; with cache="none" a draft is
+        # a canvas beside its row's.
+        second = config.cfg_scale > 0 or (config.drafts > 0 and config.cache == "none")
+        copies = 2 if second else 1
         reserved = replace(shape, layers=copies * shape.layers)
         backbone, storage = self.reserve(batch, length, reserved)
+        padded = pad > 0 or bool((leftpad > 0).any())
         key = (canvas.shape, state.position.shape, spec, config, padded, record)
         session = self.sessions.pop(key, None)
         if session is None:
             cache = KVCache.over(storage, shape, copies * batch, length, num_layers)
             ban = ban_of(config, self.model.config.vocab_size, storage)
-            step = Step(backbone, info, cache, state, spec, config, padded, ban)
+            step_class = DraftingStep if config.drafts else Step
+            step = step_class(backbone, info, cache, state, spec, config, padded, ban)
             session = Session(step, self.capture if backbone.replayable else None)
         else:
-            for buffer, value in zip(session.state, state, strict=True):
+            values = (*state, *new_drafts(state)) if config.drafts else state
+            for buffer, value in zip(session.step.buffers, values, strict=True):
                 buffer.copy_(value)
         if self.capture is not None:
             self.sessions[key] = session
@@ -255,7 +291,7 @@ class Loop:
                     replay()
                 else:
                     session.step(shape)
-                launched = Launched(shape, HostCopy(session.state.table))
+                launched = Launched(shape, HostCopy(session.step.tables()))
             if session.capture is not None and replay is None:
                 # The run above was a step of the decoding, and has compiled all kernels. The
                 # capture records the same launches without running them.
@@ -278,33 +314,38 @@ class Loop:
         Raises:
             FloatingPointError: the model's logits are NaN.
         """
-        table = read_rows(HostCopy(session.state.table).wait())
+        tables = read_tables(HostCopy(session.step.tables()).wait())
         under_way: deque[Launched] = deque()
         # The most tokens that each recent step committed in one row.
         most_new: deque[int] = deque(maxlen=SPECULATION_WINDOW)
         steps, useful = 0, True
-        while (shape := next_step(session, table)) is not None:
+        while (shape := next_step(session, tables.now, tables.drafts)) is not None:
             if not under_way:
                 under_way.append(self.launch(session, shape))
             if speculative and useful and len(under_way) == 1:
                 expected = max(most_new, default=session.step.config.block_length)
-                guess = speculate(session, table, under_way[0].shape, expected)
+                guess = speculate(session, tables.now, under_way[0].shape, expected)
                 if guess is not None:
                     under_way.append(self.launch(session, guess))
-            done, before = under_way.popleft(), table
-            table = read_rows(done.table.wait())
-            useful = any(row.took_part for row in table)
+            done, before = under_way.popleft(), tables.now
+            tables = read_tables(done.tables.wait())
+            useful = any(row.took_part for row in tables.between)
             if not useful:
                 continue  # the guess was wrong: the next step is launched without another guess
-            most_new.append(max(row.new for row in table if row.took_part))
-            failed = [index for index, row in enumerate(table) if row.failed]
-            if failed:
-                for index in failed:
-                    session.step.cache.forget(index)
-                raise FloatingPointError(
-                    f"step {steps}: the model's logits are NaN (row {failed[0]})"
-                )
-            steps += 1
-            each(StepDone(done.shape, before, table))
+            ran = [StepDone(done.shape, before, tables.between, session.step.between)]
+            if done.shape.num_drafts and any(row.took_part for row in tables.now):
+                after = StepDone(done.shape, tables.between, tables.now, session.state, draft=True)
+                ran.append(after)
+            most_new.append(max(sum(s.after[i].new for s in ran) for i in range(len(before))))
+            for step in ran:
+                failed = [index for index, row in enumerate(step.after) if row.failed]
+                if failed:
+                    for index in failed:
+                        session.step.cache.forget(index)
+                    raise FloatingPointError(
+                        f"step {steps}: the model's logits are NaN (row {failed[0]})"
+                    )
+                steps += 1
+                each(step)
         if isinstance(session.step.backbone, CalledModel):
             session.step.backbone.join_others()

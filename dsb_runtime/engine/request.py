@@ -67,6 +67,11 @@ class Request(Future[GenerationOutput]):
             raise TypeError(
                 f"on_tokens={on_tokens!r}: expected a callable that takes token ids, or None"
             )
+        if self.config.drafts:
+            raise ValueError(
+                f"drafts={self.config.drafts}: beside other requests a draft costs as much as a "
+                "row; expected 0"
+            )
         stops = check_stop_strings(stop_strings, tokenizer, info)
         at_eos = self.config.stop_at_eos
         self.end_row = None if stops is None else RowEnds(stops, info, at_eos)

@@ -9,6 +9,7 @@ Shapes: B batch rows, L canvas positions, K candidates of a row.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -81,6 +82,19 @@ def new_state(
     )
 
 
+class Proposed(NamedTuple):
+    """The proposals of a step, row by row: (b * k,) each."""
+
+    token: Tensor  # int64
+    confidence: Tensor  # float32
+    logprob: Tensor | None  # float32, of the token; None if the call does not record it
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Proposed:
+        """The same change of each tensor."""
+        logprob = None if self.logprob is None else change(self.logprob)
+        return Proposed(change(self.token), change(self.confidence), logprob)
+
+
 @dataclass(frozen=True)
 class StepShape:
     """The kind of a step and its capacity, which fix the shapes of all its tensors."""
@@ -89,6 +103,7 @@ class StepShape:
     num_rows: int  # how many rows fit
     width: int  # how many positions of each row fit
     num_candidates: int  # how many candidates of each row fit
+    num_drafts: int = 0  # how many rows' drafts fit beside these rows (`engine.drafts`)
 
 
 def spec_of(config: DecodingConfig, info: DiffusionInfo) -> UnmaskSpec:
@@ -121,6 +136,8 @@ def spec_of(config: DecodingConfig, info: DiffusionInfo) -> UnmaskSpec:
 class Step:
     """Runs the steps of one call, with its settings, over the tensors of one state."""
 
+    draft_kind: StepKind | None = None  # the kind of steps that may have drafts beside them
+
     def __init__(
         self,
         backbone: Backbone | CalledModel,
@@ -134,6 +151,7 @@ class Step:
     ) -> None:
         self.backbone, self.info, self.cache, self.ban = backbone, info, cache, ban
         self.state, self.spec, self.config, self.padded = state, spec, config, padded
+        self.between = state  # the state after a step, before the drafts that it accepts
 
     @property
     def response_width(self) -> int:
@@ -141,6 +159,15 @@ class Step:
         position before, the one before the response is computed too."""
         width = self.config.gen_length + int(self.info.family.shift)
         return min(width, self.state.canvas.shape[1])
+
+    @property
+    def buffers(self) -> tuple[Tensor, ...]:
+        """The tensors that a new call sets to the state before its first step."""
+        return self.state
+
+    def tables(self) -> Tensor:
+        """What the host reads after every step: the row table."""
+        return self.state.table
 
     def layout(self, shape: StepShape) -> Layout:
         """The rows that take part, and where their windows stand."""
@@ -209,33 +236,41 @@ class Step:
             placed, self.cache, full=shape.kind == StepKind.REFRESH, padded=self.padded,
             context=context,
         )  # fmt: skip
-        lm_head = self.backbone.lm_head
         with phase("score"):
-            config, early = self.config, None
-            if config.cfg_scale > 0:
-                scored, lm_head = guided(scored, lm_head, config.cfg_scale), None
-            if config.min_new_tokens:
-                early = response_index(layout.noise_ids) < config.min_new_tokens
-            seed, noise_ids = self.noise(layout) if config.draws else (None, None)
-            token, confidence = propose(
-                scored, lm_head, layout.eligible, config, self.info, seed, noise_ids, self.ban,
-                early,
-            )  # fmt: skip
-            if self.recorded:
-                position = state.position.clone()  # before the next step's candidates replace them
-                logprob = log_probability(scored, lm_head, token)
+            proposed = self.score(scored, layout)
         with phase("unmask"):
-            capacity = shape.num_rows, shape.num_candidates
-            # If the capacity is the batch, the layout has all rows in the batch's order.
-            rows = layout.rows if shape.num_rows < len(state.canvas) else None
-            unmask_and_slide(
-                state.canvas, state.table, state.position, state.commit, state.confidence,
-                token.view(capacity), confidence.view(capacity), layout.active, rows, self.spec,
-            )  # fmt: skip
-            if self.recorded:
-                self.record(position, logprob.view(capacity), rows)
+            self.unmask(layout, proposed)
             if self.config.sparse:
                 seen = seen_by_refresh(
                     state.canvas, state.table, self.spec, self.config.context_masks
                 )
                 state.table[:, Column.CONTEXT] = seen.sum(-1)
+
+    def score(self, scored: Tensor, layout: Layout) -> Proposed:
+        """Propose a token for each candidate of a layout. `scored` is what the forward returned."""
+        config, lm_head, early = self.config, self.backbone.lm_head, None
+        if config.cfg_scale > 0:
+            scored, lm_head = guided(scored, lm_head, config.cfg_scale), None
+        if config.min_new_tokens:
+            early = response_index(layout.noise_ids) < config.min_new_tokens
+        seed, noise_ids = self.noise(layout) if config.draws else (None, None)
+        token, confidence = propose(
+            scored, lm_head, layout.eligible, config, self.info, seed, noise_ids, self.ban, early
+        )
+        logprob = log_probability(scored, lm_head, token) if self.recorded else None
+        return Proposed(token, confidence, logprob)
+
+    def unmask(self, layout: Layout, proposed: Proposed) -> None:
+        """Commit what the rule selects, and slide."""
+        state, num_rows = self.state, len(layout.rows)
+        token, confidence, logprob = proposed.map(lambda x: x.view(num_rows, -1))
+        # If the capacity is the batch, the layout has all rows in the batch's order.
+        rows = layout.rows if num_rows < len(state.canvas) else None
+        if logprob is not None:
+            position = state.position.clone()  # before the next step's candidates replace them
+        unmask_and_slide(
+            state.canvas, state.table, state.position, state.commit, state.confidence,
+            token, confidence, layout.active, rows, self.spec,
+        )  # fmt: skip
+        if logprob is not None:
+            self.record(position, logprob, rows)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -52,7 +52,8 @@ class StepWork:
 
 
 class StepRecorder:
-    """An `on_step` callback that notes the work of every forward."""
+    """An `on_step` callback that notes the work of every forward. An accepted draft is work of the
+    forward that it ran in; a draft that was dropped is not seen."""
 
     def __init__(self, model: PreTrainedModel, prompt_length: int, gen_length: int) -> None:
         # Where a token is predicted from the position before it, a forward of the response needs
@@ -66,7 +67,14 @@ class StepRecorder:
             self.whole.get(event.kind, end - start + prefix) for start, end, prefix in event.before
         ]
         scored = int((event.position[event.rows] >= 0).sum())
-        self.steps.append(StepWork(event.kind, len(widths), sum(widths), scored, max(widths)))
+        step = StepWork(event.kind, len(widths), sum(widths), scored, max(widths))
+        if event.draft:
+            first = self.steps.pop()
+            step = replace(
+                first, num_tokens=first.num_tokens + step.num_tokens, scored=first.scored + scored,
+                widest=max(first.widest, step.widest),
+            )  # fmt: skip
+        self.steps.append(step)
 
     @property
     def kinds(self) -> list[str]:

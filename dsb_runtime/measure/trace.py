@@ -19,6 +19,7 @@ class Trace:
         self.kinds: list[str] = []
         self.windows: list[tuple[int, int, int]] = []  # start, end, prefix of each forward
         self.commits: list[list[tuple[int, float]]] = []  # (position, confidence)
+        self.what = "forward pass"  # what a line of the picture is
 
     def __call__(self, event: StepEvent) -> None:
         if self.row not in event.rows:
@@ -26,6 +27,8 @@ class Trace:
         picked = event.commit[self.row].nonzero().flatten()
         positions = event.position[self.row][picked].tolist()
         confidences = event.confidence[self.row][picked].tolist()
+        if event.draft:
+            self.what = "step (with drafts, a forward pass may be two)"
         self.kinds.append(event.kind)
         self.windows.append(event.before[event.rows.index(self.row)])
         self.commits.append(list(zip(positions, confidences, strict=True)))
@@ -63,7 +66,7 @@ class Trace:
         figure.colorbar(dots, ax=axes, label="confidence at commit", pad=0.01)
         low = min([0, *(s - p - prompt for s, _, p in self.windows)])
         axes.set(xlim=(low, self.gen_length), ylim=(steps - 0.5, -0.5))
-        axes.set(xlabel="response position", ylabel="forward pass")
+        axes.set(xlabel="response position", ylabel=self.what)
         axes.set_title(title or self.legend(), fontsize=9)
         axes.yaxis.set_major_locator(MaxNLocator(integer=True))
         figure.savefig(path, dpi=120)
