@@ -43,6 +43,10 @@ SETTINGS: list[dict[str, Any]] = [
     {"temperature": 0.8, "gen_length": 24, "stop_at_eos": False},
     {"temperature": 0.5, "top_p": 0.9, "steps": 16, "confidence_temperature": 0.3},
     {"steps": 16, "confidence": "random"},
+    {"cfg_scale": 1.5, "threshold": 0.6},
+    {"cfg_scale": 1.5, "threshold": 0.6, "cache": "none"},
+    {"context_masks": 2, "eos_bound": True, "threshold": 0.6},
+    {"banned_tokens": (12, 300), "min_new_tokens": 6, "suffix_window": 3},
 ]
 
 

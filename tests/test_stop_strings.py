@@ -172,3 +172,29 @@ def test_bad_input():
     with refusal("stop_strings='a': an EOS fills what follows", "names no EOS id"):
         dsb.generate(nameless, torch.tensor([[5]]), stop_strings="a", tokenizer=byte_level())
     assert generate(stop_strings=[]).row_tokens == generate().row_tokens
+
+
+@pytest.mark.parametrize("family", golden.FAMILIES)
+@pytest.mark.parametrize("stop_at_eos", [True, False])
+def test_requests_beside_others_end_where_they_end_alone(family, stop_at_eos):
+    model, rows = golden.model(family), golden.prompts(3)
+    how = {**SHAPE, "stop_at_eos": stop_at_eos, "steps": 12, "threshold": None}
+    with biased_to_eos(family):
+        stops = [some_stops(model, row[None], **how) for row in rows]
+        engine = dsb.BatchEngine(model, max_rows=3)
+        wants = [(row, stop) for row, own in zip(rows, stops, strict=True) for stop in own if stop]
+        requests = [
+            engine.submit(row, stop_strings=stop, tokenizer=byte_level(), record=True, **how)
+            for row, stop in wants
+        ]
+        ended = 0
+        for (row, stop), request in zip(wants, requests, strict=True):
+            alone = dsb.generate(
+                model, row[None], stop_strings=stop, tokenizer=byte_level(), record=True, **how
+            )
+            out = request.result()
+            assert torch.equal(out.sequences, alone.sequences) and out.nfe == alone.nfe
+            assert out.row_tokens == alone.row_tokens
+            assert torch.equal(out.step_map, alone.step_map)
+            ended += out.nfe < 12
+        assert ended

@@ -60,6 +60,8 @@ def check_arguments(args: argparse.Namespace) -> None:
         check_int("--max-rows", args.max_rows, 1)
     if args.seed is not None:
         check_int("--seed", args.seed, 0, 2**62)
+    if args.drafts:
+        raise ValueError(f"--drafts={args.drafts}: prompts are decoded side by side; expected 0")
     source, target = Path(args.source), Path(args.target)
     if args.source == "-":
         if sys.stdin is None:

@@ -46,6 +46,7 @@ from dsb_runtime.doors.lm_eval_requests import (
 )
 from dsb_runtime.engine.batcher import Batcher
 from dsb_runtime.engine.cache import is_out_of_memory
+from dsb_runtime.engine.check import check_side_by_side
 from dsb_runtime.engine.engine import GenerationOutput
 from dsb_runtime.engine.lane import response_of
 from dsb_runtime.engine.request import Request
@@ -119,7 +120,8 @@ class DSBLM(TemplateLM):
         check_bool("trust_remote_code", trust_remote_code)
         self.mc_num, self.seed, self.check_greedy = mc_num, seed, check_greedy
         self.settings = named = read_ids(named)
-        defaults_for(None, **named)  # a wrong setting is refused before the weights are read
+        # A wrong setting is refused before the weights are read.
+        check_side_by_side(defaults_for(None, **{"stop_at_eos": True, **named}))
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             from accelerate import PartialState  # type: ignore[import-untyped]
 

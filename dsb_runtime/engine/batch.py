@@ -19,7 +19,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dsb_runtime.config import DecodingConfig
 from dsb_runtime.engine.batcher import Batcher
-from dsb_runtime.engine.check import check_family_settings, check_generator
+from dsb_runtime.engine.check import (
+    check_family_settings,
+    check_generator,
+    check_side_by_side,
+)
 from dsb_runtime.engine.engine import GenerationOutput, config_of
 from dsb_runtime.engine.graphs import Capture
 from dsb_runtime.engine.request import OnTokens, Request
@@ -66,6 +70,7 @@ def generate_batch(
     batcher = Batcher(model, max_rows)
     config = config_of(batcher.model, config, settings)
     check_family_settings(check_model(batcher.model), config)
+    check_side_by_side(config)
     check_generator(generator, batcher.device)
     return _yield_outputs(batcher, iter(prompts), config, generator, record)
 

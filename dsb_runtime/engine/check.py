@@ -161,6 +161,15 @@ def check_no_masks(input_ids: Tensor, leftpad: Tensor, info: DiffusionInfo) -> N
         )
 
 
+def check_side_by_side(config: DecodingConfig) -> None:
+    """Check the settings of a request that is decoded beside others."""
+    if config.drafts:
+        raise ValueError(
+            f"drafts={config.drafts}: a draft costs as much as the row of another request; "
+            "expected 0 where requests are decoded side by side"
+        )
+
+
 def check_family_settings(info: DiffusionInfo, config: DecodingConfig) -> None:
     """Check that the model's family accepts these settings."""
     family = info.family

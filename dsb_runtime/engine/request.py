@@ -19,6 +19,7 @@ from dsb_runtime.engine.check import (
     check_generator,
     check_ids,
     check_no_masks,
+    check_side_by_side,
     check_tokens,
 )
 from dsb_runtime.engine.engine import GenerationOutput, config_of
@@ -59,6 +60,7 @@ class Request(Future[GenerationOutput]):
         # All of this on the CPU: the decoding thread has the GPU.
         check_family_settings(info, self.config)
         check_tokens(info, self.config, model.config.vocab_size)
+        check_side_by_side(self.config)
         check_ids(model, self.ids[None], self.config.gen_length)
         check_no_masks(self.ids[None], torch.zeros(1), info)
         check_generator(generator, device_of(model))
@@ -66,11 +68,6 @@ class Request(Future[GenerationOutput]):
         if on_tokens is not None and not callable(on_tokens):
             raise TypeError(
                 f"on_tokens={on_tokens!r}: expected a callable that takes token ids, or None"
-            )
-        if self.config.drafts:
-            raise ValueError(
-                f"drafts={self.config.drafts}: beside other requests a draft costs as much as a "
-                "row; expected 0"
             )
         stops = check_stop_strings(stop_strings, tokenizer, info)
         at_eos = self.config.stop_at_eos
