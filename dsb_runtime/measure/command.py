@@ -84,6 +84,11 @@ class PlainConsole(Console):
     def __init__(self, width: int | None = None) -> None:
         super().__init__(width=width, markup=False, emoji=False, highlight=False)
 
+    @property
+    def encoding(self) -> str:
+        """That of standard output too, which rich takes for UTF-8: ASCII gets no other lines."""
+        return (getattr(self.file, "encoding", None) or "utf-8").lower()
+
     def on_broken_pipe(self) -> None:
         """Leave to the command what to do where its reader has gone away. rich would exit."""
         raise
