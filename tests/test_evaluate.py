@@ -36,12 +36,14 @@ def tokenizer():
     return dsb.load_tokenizer(MODEL_DIR)
 
 
-def test_the_embedded_model_solves_held_out_problems(model, tokenizer):
-    """One token a step shows the model's own ability."""
-    config = build_settings(WORDS, quick=True)[0]
-    assert config.steps == 64 and config.cache == "none"
-    batches = encode_batches(tokenizer, WORDS.heldout(12, 5), 12, model.device)
-    score = measure(WORDS, model, tokenizer, batches, config)
+@pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
+def test_the_embedded_models_solve_held_out_problems(task):
+    """One token a step over the whole canvas shows a model's own ability."""
+    model, tokenizer = dsb.load_model(task.folder, device="cpu"), dsb.load_tokenizer(task.folder)
+    config = build_settings(task, quick=True)[0]
+    assert config.steps == task.gen_length and config.cache == "none"
+    batches = encode_batches(tokenizer, task.heldout(12, 5), 12, model.device)
+    score = measure(task, model, tokenizer, batches, config)
     assert score.problems == 12
     assert score.exact >= 9  # 90% are promised over 500 problems; 12 scatter
 

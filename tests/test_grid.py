@@ -13,6 +13,7 @@ from PIL import Image
 from rich.console import Console
 
 import dsb_runtime as dsb
+from dsb_runtime.cli import demo
 from dsb_runtime.cli.grid import Grid, LiveGrid, color_of
 from dsb_runtime.demo import sudoku
 from dsb_runtime.measure.command import PlainConsole
@@ -107,6 +108,14 @@ def test_a_console_has_the_encoding_of_standard_output(monkeypatch):
     for encoding, plain in (("ascii", True), ("utf-8", False), ("latin-1", True)):
         monkeypatch.setattr("sys.stdout", io.TextIOWrapper(io.BytesIO(), encoding=encoding))
         assert console.options.ascii_only == plain
+
+
+def test_the_demo_fills_grids(monkeypatch, capsys):
+    monkeypatch.setattr(demo, "FRAME_SECONDS", 0)
+    demo.show_grids(PlainConsole())
+    shown = capsys.readouterr().out
+    assert shown.count("10 clues") == shown.count(" forwards for 36 cells") == 2
+    assert max(map(len, shown.splitlines())) <= 80
 
 
 def test_colours_go_from_red_to_green():

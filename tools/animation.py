@@ -32,7 +32,7 @@ SETTINGS: dict[str, Any] = {"block_length": 12, "threshold": 0.9, "cache": "none
 FIRST, BATCH = 100, 50  # held-out puzzles among which the typical one is, and how many at a time
 
 CELL, MARGIN, HEAD, FOOT = 44, 18, 34, 36  # pixels
-FRAME_MS, LAST_MS = 450, 4000
+FRAME_MS, LAST_MS = 900, 4000
 PAPER, INK, FAINT, LINE = "white", "#20242b", "#9aa3af", "#d5d9df"
 BLOCK, NEW = "#fbe7b2", "#a7e3b0"  # of the active block, and of what was just committed
 

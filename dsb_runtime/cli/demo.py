@@ -21,7 +21,7 @@ from dsb_runtime.models.load import load_model, load_tokenizer
 # With so high thresholds there are some ten to twenty forwards to watch.
 SUDOKU: dict[str, Any] = {"block_length": 6, "threshold": 0.99}
 WORDS = ["--block-length", "16", "--max-block-length", "24", "--threshold", "0.999"]
-DRAWN, PUZZLES, CLUES = 100, 2, 12  # of so many held-out puzzles the first with these clues
+DRAWN, PUZZLES, CLUES = 100, 2, 10  # of so many held-out puzzles the first with these clues
 FRAME_SECONDS = 0.4
 
 
