@@ -8,6 +8,7 @@ import re
 
 import pytest
 
+from dsb_runtime.cli import main as cli
 from tests.commands import ROOT, python
 from tools.docs import hooks
 
@@ -80,6 +81,17 @@ def test_commands_and_files_that_the_papers_name_exist():
     folders = "tests|tools|benchmarks|dsb_kernels|dsb_runtime|examples|docs"
     files = set(re.findall(rf"`((?:{folders})/[\w./]+)`", TODAY))
     assert [name for name in sorted(files) if not (ROOT / name).exists()] == []
+
+
+def test_tables_are_what_their_commands_print(capsys, monkeypatch):
+    """Above a table of scores stands the command that prints it."""
+    monkeypatch.chdir(ROOT)
+    page = TEXTS[ROOT / "docs/results.md"]
+    tables = re.findall(r"^<!-- table: dsb (.+) -->\n((?:\|.*\n)+)", page, re.MULTILINE)
+    assert tables and len(tables) == page.count("<!-- table:")
+    for command, table in tables:
+        assert cli.main(command.split()) == 0
+        assert capsys.readouterr().out == table
 
 
 @pytest.mark.slow

@@ -1,27 +1,29 @@
-"""`dsb eval` and the demo, with the embedded model."""
+"""`dsb eval`: what it measures, what it writes and goes on from, and what it shows."""
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 from pathlib import Path
 
+import matplotlib.image
+import numpy as np
 import pytest
 
 import dsb_runtime as dsb
 from dsb_kernels.rules import RULES
 from dsb_runtime.cli import main as cli
+from dsb_runtime.config import DecodingConfig
 from dsb_runtime.demo import MODEL_DIR
-from dsb_runtime.demo.problems import heldout, is_exact
-from dsb_runtime.measure.evaluate import (
-    SWEEPS,
-    build_settings,
-    encode_batches,
-    score,
-    sweep_values,
-)
+from dsb_runtime.demo.tasks import TASKS
+from dsb_runtime.measure import evaluate
+from dsb_runtime.measure.evaluate import build_settings, encode_batches, measure, rule_values
+from dsb_runtime.measure.plots import CURVE_COLORS, spread
+from dsb_runtime.measure.scores import Record, Score, front, show, wilson
 
-ROOT = Path(__file__).parents[1]
+WORDS, SUDOKU = TASKS["words"], TASKS["sudoku"]
+QUICK = ["eval", "--limit", "2", "--batch", "2", "--quick", "--device", "cpu"]
 
 
 @pytest.fixture(scope="module")
@@ -34,77 +36,172 @@ def tokenizer():
     return dsb.load_tokenizer(MODEL_DIR)
 
 
-def test_the_embedded_model_solves_held_out_problems(model, tokenizer):
-    """One token a step shows the model's own ability."""
-    setting = build_settings(64, 16, quick=True)[0]
-    assert setting.config.steps == 64 and setting.config.cache == "none"
-    batches = encode_batches(tokenizer, heldout(24, seed=5), 12, model.device)
-    measured = score(model, tokenizer, batches, setting)
-    assert measured["exact"] >= 0.8  # 90% are promised over 500 problems; 24 scatter
-    assert measured["problems"] == 24
+@pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
+def test_the_embedded_models_solve_held_out_problems(task):
+    """One token a step over the whole canvas shows a model's own ability."""
+    model, tokenizer = dsb.load_model(task.folder, device="cpu"), dsb.load_tokenizer(task.folder)
+    config = build_settings(task, quick=True)[0]
+    assert config.steps == task.gen_length and config.cache == "none"
+    batches = encode_batches(tokenizer, task.heldout(12, 5), 12, model.device)
+    score = measure(task, model, tokenizer, batches, config)
+    assert score.problems == 12
+    assert score.exact >= 9  # 90% are promised over 500 problems; 12 scatter
 
 
-def test_settings_cover_every_schedule_cache_and_rule():
-    quick, whole = (build_settings(64, 16, quick=quick) for quick in (True, False))
-    assert len({(s.schedule, s.cache) for s in quick if s.sweep == "schedules"}) == 9
-    assert {s.config.rule for s in whole} == set(RULES)
-    assert {s.config.full_every for s in whole} == {1, 4, 99}
-    assert {s.config.cache for s in whole} == {"none", "dual", "dsb"}
-    refreshes = [(s.rule, s.cache) for s in whole if s.sweep == "refreshes"]
-    assert refreshes == [("1 token, block 4", cache) for cache in ("dsb", "dsb/4", "dsb/99")]
-    const = [s.config for s in whole if s.schedule == "DSB const"]
-    assert all(c.max_block_length == c.block_length == 16 for c in const)
-    # A rule without values of its own is measured inside its range.
+@pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
+def test_settings_cover_every_schedule_cache_and_rule(task):
+    quick, whole = (build_settings(task, quick=quick) for quick in (True, False))
+    assert len(quick) == 10 and whole[:10] == quick
+    assert len(set(whole)) == len(whole), "no setting is measured twice"
+    assert whole[0].block_length == whole[0].steps == task.gen_length
+    names = {Score(c, 1, 1, 1.0, 1.0).schedule for c in whole}
+    assert names == {"naive", "DSB const", "DSB greedy"}
+    grid = {(c.schedule, c.max_block_length == c.block_length, c.cache, c.block_length,
+             c.threshold) for c in whole if c.rule == "threshold" and c.full_every == 1
+            and c.block_length < task.gen_length and c.confidence == "probability"}  # fmt: skip
+    assert len(grid) == 3 * 3 * len(task.block_lengths) * 4
+    assert {c.rule for c in whole} == set(RULES)
+    assert {c.full_every for c in whole} == {1, 4, 99}
+    assert {c.confidence for c in whole} == {"probability", "margin", "entropy"}
+    assert {c.progress for c in whole} == {None, 0.3, 0.6}
+    # A rule without published values is measured in the middle of its range.
     other = dataclasses.replace(RULES["frechet"], name="other", setting="other")
-    assert sweep_values(other) == (-0.5, 0.0, 0.5)
-    assert sweep_values(RULES["frechet"]) == SWEEPS["frechet"]
-    assert sweep_values(RULES["quota"]) == ()
+    assert rule_values(other) == (0.0,) and rule_values(RULES["quota"]) == ()
 
 
-def test_the_scores_of_the_repository_are_those_of_todays_settings(tmp_path, capsys):
-    """README's picture is drawn from this file."""
-    path, picture = ROOT / "benchmarks" / "eval_embedded.json", tmp_path / "accuracy.png"
-    words = [(i["sweep"], i["rule"], i["value"], i["schedule"], i["cache"])
-             for i in json.loads(path.read_text())]  # fmt: skip
-    settings = build_settings(64, 16, quick=False)
-    assert words == [(s.sweep, s.rule, s.value, s.schedule, s.cache) for s in settings]
-    assert cli.main(["eval", "--from", str(path), "--plot", str(picture)]) == 0
-    assert picture.read_bytes().startswith(b"\x89PNG")
-    assert "threshold 0.95" in capsys.readouterr().out
+def test_lengths_that_the_task_does_not_have():
+    configs = build_settings(SUDOKU, 48, [5, 7])
+    assert {c.block_length for c in configs} == {5, 7, 48}
+    # naive can not spread 48 steps over blocks of 5 or 7; DSB needs no blocks to spread over
+    one_token = [c for c in configs if c.rule == "quota" and c.block_length < 48]
+    assert {c.schedule for c in one_token} == {"dsb"}
 
 
 def test_scores_follow_the_counting_rule(model, tokenizer):
-    problems = heldout(3, seed=2, steps=2)
+    problems = WORDS.heldout(3, 2)
     batches = encode_batches(tokenizer, problems, 3, model.device)
-    setting = build_settings(64, 16, quick=True)[-1]
-    measured = score(model, tokenizer, batches, setting)
+    config = build_settings(WORDS, quick=True)[-1]
+    score = measure(WORDS, model, tokenizer, batches, config)
     tokens = forwards = exact = 0
     eos = model.dsb.eos_ids[0]
     for problem in problems:
         ((_, ids, _),) = encode_batches(tokenizer, [problem], 1, model.device)
-        out = dsb.generate(model, ids, setting.config)
+        out = dsb.generate(model, ids, config)
         response = out.sequences[0, ids.shape[1] :].tolist()
         length = response.index(eos) + 1 if eos in response else len(response)
         tokens, forwards = tokens + length, forwards + out.nfe
-        exact += is_exact(problem, tokenizer.decode(response[: length - 1]))
-    assert measured["tokens"] == pytest.approx(tokens / 3)
-    assert measured["forwards"] == pytest.approx(forwards / 3)
-    assert measured["tokens_per_forward"] == pytest.approx(tokens / forwards)
-    assert measured["exact"] == pytest.approx(exact / 3)
+        exact += WORDS.is_exact(problem, tokenizer.decode(response[: length - 1]))
+    assert (score.exact, score.forwards) == (exact, pytest.approx(forwards / 3))
+    assert score.tokens == pytest.approx(tokens / 3)
 
 
-def test_command_writes_json_and_plot(tmp_path, capsys):
-    scores, picture = tmp_path / "scores.json", tmp_path / "scores.png"
-    arguments = ["eval", "--problems", "2", "--batch", "2", "--quick", "--device", "cpu"]
-    assert cli.main([*arguments, "--json", str(scores), "--plot", str(picture)]) == 0
-    assert len(json.loads(scores.read_text())) == 10
-    assert picture.read_bytes().startswith(b"\x89PNG")
-    output = capsys.readouterr().out
-    assert "DSB greedy" in output and "…" not in output, "nothing is cut in 80 columns"
-    changed = json.loads(scores.read_text())
-    changed[3]["exact"] = 0.25
-    scores.write_text(json.dumps(changed))
-    other = tmp_path / "other.png"
-    assert cli.main(["eval", "--from", str(scores), "--plot", str(other)]) == 0
-    assert other.read_bytes() != picture.read_bytes()
-    assert "25.0%" in capsys.readouterr().out
+def test_wilsons_interval():
+    """Its ends are the shares that lie 1.96 of their own standard deviations from what was seen."""
+    for exact, problems in ((710, 1000), (1, 20), (999, 1000)):
+        for end in wilson(exact, problems):
+            deviation = (end * (1 - end) / problems) ** 0.5
+            assert abs(end - exact / problems) == pytest.approx(1.959964 * deviation)
+    assert wilson(0, 20) == pytest.approx((0, 0.161125), abs=1e-6)
+    assert wilson(20, 20) == pytest.approx((0.838875, 1), abs=1e-6)
+
+
+# --- files -------------------------------------------------------------------------------------
+
+
+def test_two_runs_write_the_same_file_and_an_interrupt_loses_one_setting(
+    tmp_path, monkeypatch, capsys
+):
+    first, second = tmp_path / "first.json", tmp_path / "second.json"
+    assert cli.main([*QUICK, "--json", str(first)]) == 0
+    table = capsys.readouterr().out
+    assert "greedy" in table and "…" not in table, "nothing is cut in 80 columns"
+    assert max(map(len, table.splitlines())) <= 80
+    measured = []
+
+    def interrupted(*arguments):
+        measured.append(arguments[4])
+        if len(measured) == 4:
+            raise KeyboardInterrupt
+        return measure(*arguments)
+
+    monkeypatch.setattr(evaluate, "measure", interrupted)
+    assert cli.main([*QUICK, "--json", str(second)]) == 130
+    assert len(json.loads(second.read_text())["scores"]) == 3
+    assert cli.main([*QUICK, "--json", str(second)]) == 0
+    assert measured[4:] == measured[3:4] + build_settings(WORDS, quick=True)[4:]
+    assert second.read_bytes() == first.read_bytes()
+    # A file of everything is shown as it is, without a forward.
+    written = len(measured)
+    capsys.readouterr()
+    assert cli.main([*QUICK, "--json", str(second)]) == 0
+    assert len(measured) == written and capsys.readouterr().out == table
+    assert cli.main([*QUICK, "--json", str(second), "--seed", "1"]) == 2
+    assert "it has scores of seed 0; expected 1, or a new file" in capsys.readouterr().err
+
+
+def scores() -> list[Score]:
+    """Made-up scores of the quick settings and of two more."""
+    quick = build_settings(SUDOKU, quick=True)
+    more = [dataclasses.replace(quick[1], threshold=0.5), dataclasses.replace(quick[1], progress=1)]
+    return [
+        Score(config, 1000, 940 - 40 * i, 36.0 if i == 0 else 12.0 - i, 36.0)
+        for i, config in enumerate([*quick, *more])
+    ]
+
+
+def test_a_score_survives_its_line():
+    for score in scores():
+        line = json.loads(json.dumps(score.line()))
+        assert Score(DecodingConfig(**line.pop("settings")), 1000, **line) == score
+
+
+def test_what_is_shown_of_a_file(tmp_path, capsys):
+    path, picture = tmp_path / "scores.json", tmp_path / "scores.png"
+    Record("sudoku", "0", 1000, 0, scores()).write(path)
+    shown = ["eval", "--from", str(path)]
+    assert cli.main([*shown, "--plot", str(picture)]) == 0
+    table = capsys.readouterr().out
+    assert "94.0 (92.4-95.3)" in table and "threshold 0.5" in table and "progress 1" in table
+    picture_rgb = (matplotlib.image.imread(picture)[:, :, :3] * 255).round()
+    for color in CURVE_COLORS:  # naive, const, greedy and the whole canvas
+        rgb = [int(color[i : i + 2], 16) for i in (1, 3, 5)]
+        assert (np.abs(picture_rgb - rgb).max(-1) <= 1).sum() > 100
+    assert cli.main([*shown, "--quick", "--markdown"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[2] == "| one token a step | 36 | none | 94.0 (92.4-95.3) in 36.0 |  |  |"
+    assert lines[3].startswith("| threshold 0.9 | 6 | none | 90.0 (88.0-91.7) in 11.0 | 86.0 (")
+    assert len(lines) == 6, "what --quick does not measure is left out"
+
+
+def test_names_of_rules():
+    def name(**settings):
+        return Score(DecodingConfig(gen_length=36, **settings), 1, 1, 1.0, 1.0).rule
+
+    assert name() == "threshold 0.9"
+    assert name(steps=36) == "one token a step" and name(steps=12) == "steps 12"
+    assert name(steps=36, confidence="margin") == "one token, margin"
+    assert name(confidence="margin") == "margin 0.9"
+    assert name(progress=0.3) == "progress 0.3"
+    assert name(progress=0.3, threshold=0.5) == "progress 0.3 of threshold 0.5"
+    assert name(eb=0.1) == "eb 0.1" and name(frechet=-1) == "frechet -1"
+
+
+def test_the_front_has_what_no_other_beats():
+    config = scores()[0].config
+    made = [Score(config, 100, exact, forwards, 36.0) for exact, forwards in
+            ((50, 5.0), (60, 5.0), (55, 6.0), (70, 9.0), (60, 7.0), (70, 8.0))]  # fmt: skip
+    assert [(s.exact, s.forwards) for s in front(made)] == [(60, 5.0), (70, 8.0)]
+
+
+def test_names_beside_the_curves_do_not_overlap():
+    heights = spread({"a": 100.0, "b": 100.0, "c": 99.0, "d": 20.0}, 5.0)
+    assert sorted(heights, key=lambda name: heights[name]) == ["d", "c", "a", "b"]
+    ordered = sorted(heights.values())
+    assert all(high - low >= 4.99 for low, high in itertools.pairwise(ordered))
+
+
+@pytest.mark.parametrize("path", sorted(Path("benchmarks").glob("eval_*.json")), ids=str)
+def test_the_scores_of_the_repository_are_those_of_todays_settings(path, tmp_path, capsys):
+    record = Record.of(json.loads(path.read_text()))
+    assert {s.config for s in record.scores} <= set(build_settings(TASKS[record.task]))
+    show(record, tmp_path / "scores.png")

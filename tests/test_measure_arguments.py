@@ -13,6 +13,8 @@ import torch
 
 from benchmarks import decode, roofline
 from dsb_runtime.cli import main as cli
+from dsb_runtime.config import DecodingConfig
+from dsb_runtime.measure.scores import Score
 from tests.commands import ROOT
 
 NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
@@ -65,10 +67,15 @@ OWN = [
     ("profile --graphs", "the model is not on a CUDA device"),
     ("profile --torch trace.txt", "--torch trace.txt: expected a file ending in .json"),
     ("profile --tor trace.json", "unrecognized arguments: --tor"),
-    ("eval --problems 99999999999", "--problems=99999999999: expected an int from 1 to 1000000"),
+    ("eval --limit 99999999999", "--limit=99999999999: expected an int from 1 to 1000000"),
+    ("eval --task chess", "argument --task: invalid choice: 'chess' (choose from"),
+    ("eval --gen-length 0", "gen_length=0: expected an int >= 1"),
+    ("eval --block-length 4 0", "block_length=0: expected an int from 1 to 64"),
+    (f"eval --json {ROOT}/benchmarks/bench_embedded.json",
+     "expected what dsb eval --json writes, or a new file"),
     (f"bench --preset tiny --gen-length {2**31 - 1}", "positions: expected at most the model's"),
     (f"{H100} --tflops 1e999", "--tflops: '1e999': expected a number above 0"),
-    ("eval --problems 0 --model /asked/before/it/is/read", "--problems=0"),
+    ("eval --limit 0 --model /asked/before/it/is/read", "--limit=0"),
     ("eval --gen-length 8", "block_length"),
     ("eval --from setup.py", "--from setup.py: expected a JSON file"),
     ("decode --batch 0", "argument --batch: '0': expected an int above 0"),
@@ -163,8 +170,11 @@ def leaves(value: object, path: tuple = ()) -> list[tuple]:
 
 @pytest.mark.parametrize("command", ["bench", "eval"])
 def test_an_altered_file_is_shown_or_refused_in_one_line(command, tmp_path, capsys):
-    record = json.loads((ROOT / f"benchmarks/{command}_embedded.json").read_text())
-    record = record[:2] if command == "eval" else record
+    record = json.loads((ROOT / "benchmarks/bench_embedded.json").read_text())
+    if command == "eval":
+        config = DecodingConfig(gen_length=64, progress=0.5)
+        scores = [Score(config, 20, exact, 2.5, 30.0).line() for exact in (19, 20)]
+        record = {"task": "words", "model": "0", "problems": 20, "seed": 0, "scores": scores}
     refused, path = 0, tmp_path / "x.json"
     for place in leaves(record):
         for value in (None, "[/x]", 10**400, {}):

@@ -8,6 +8,7 @@ import zipfile
 import pytest
 
 import dsb_kernels
+from dsb_runtime.demo import MODEL_DIR, SUDOKU_DIR
 from tests.commands import ROOT, python
 
 pytest.importorskip("setuptools", "77", reason="the build backend")
@@ -31,15 +32,15 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         }
 
 
-def test_wheel_holds_every_module_the_embedded_model_and_nothing_else(wheel):
+def test_wheel_holds_every_module_the_embedded_models_and_nothing_else(wheel):
     expected = {
         str(path.relative_to(ROOT))
         for package in ("dsb_kernels", "dsb_runtime")
         for path in (ROOT / package).rglob("*.py")
     }
     expected |= {f"{package}/py.typed" for package in ("dsb_kernels", "dsb_runtime")}
-    model = ROOT / "dsb_runtime/demo/model"
-    expected |= {str(path.relative_to(ROOT)) for path in model.iterdir()}
+    for model in (MODEL_DIR, SUDOKU_DIR):
+        expected |= {str(path.relative_to(ROOT)) for path in model.iterdir()}
     assert {path for path in wheel if ".dist-info" not in path} == expected
 
 

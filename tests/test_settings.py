@@ -141,8 +141,9 @@ lm = DSBLM(folder, device="cpu", gen_length=8, threshold=0.5, shade="dark")
 asked = ("w2 w10 w20 w30 w3", {"two": 2.0})
 request = Instance("generate_until", {}, asked, 0, metadata=("task", 0, 1))
 lm.generate_until([request], disable_tqdm=True)
+from dsb_runtime.demo.tasks import TASKS
 from dsb_runtime.measure.evaluate import build_settings
-assert any(s.config.rule == "two" for s in build_settings(64, 16, False))
+assert any(config.two == 5.0 for config in build_settings(TASKS["words"]))
 print(json.dumps(seen))
 """
 

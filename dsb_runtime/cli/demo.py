@@ -1,32 +1,66 @@
-"""`make demo`: a few held-out word problems, decoded live with the embedded model."""
+"""`make demo`: Sudoku grids and word problems that the embedded models have never seen, live."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from typing import Any
+
+from transformers.utils import logging as transformers_logging
 
 from dsb_runtime.cli import main as command
+from dsb_runtime.cli.generate import encode
+from dsb_runtime.cli.grid import Grid, LiveGrid
 from dsb_runtime.cli.process import OneLineParser, ending, run_process
-from dsb_runtime.demo.problems import heldout
+from dsb_runtime.demo import SUDOKU_DIR, problems, sudoku
+from dsb_runtime.engine.engine import generate
+from dsb_runtime.families import check_model
 from dsb_runtime.measure.command import PlainConsole
+from dsb_runtime.models.load import load_model, load_tokenizer
 
-# With so high a threshold there are some twenty forwards to watch; the defaults take two or three.
-SETTINGS = ["--block-length", "16", "--max-block-length", "24", "--threshold", "0.999"]
+# With so high thresholds there are some ten to twenty forwards to watch.
+SUDOKU: dict[str, Any] = {"block_length": 6, "threshold": 0.99}
+WORDS = ["--block-length", "16", "--max-block-length", "24", "--threshold", "0.999"]
+DRAWN, PUZZLES, CLUES = 100, 2, 10  # of so many held-out puzzles the first with these clues
+FRAME_SECONDS = 0.4
 
 
-def run() -> int:
-    console = PlainConsole()
+def show_grids(console: PlainConsole) -> None:
+    """Fill held-out grids. The model knows no rules, and is not told which digits are
+    wrong: they are marked at the end."""
+    transformers_logging.disable_progress_bar()
+    model, tokenizer = load_model(SUDOKU_DIR), load_tokenizer(SUDOKU_DIR)
+    for puzzle in [p for p in sudoku.heldout(DRAWN) if p.clues == CLUES][:PUZZLES]:
+        console.rule(characters="-", style="dim")
+        console.print(f"6 x 6 Sudoku, {puzzle.clues} clues, by DSB greedy", style="bold")
+        input_ids = encode(tokenizer, puzzle.prompt, raw=False).to(model.device)
+        grid = Grid(puzzle, tokenizer, input_ids.shape[1], check_model(model).mask_id)
+        with LiveGrid(grid, FRAME_SECONDS, console) as live:
+            out = generate(model, input_ids, on_step=live, **SUDOKU)
+            wrong = live.finish(puzzle)
+        says = f"wrong: {wrong} cells differ from" if wrong else "right: it is"
+        console.print(f"{says} the one solution; {out.nfe} forwards for {sudoku.CELLS} cells")
+
+
+def show_problems(console: PlainConsole) -> int:
+    """Answer word problems, and return the exit status."""
     for seed, steps in ((1, 3), (2, 4), (3, 6)):
-        (problem,) = heldout(1, seed=seed, steps=steps)
-        console.rule(style="dim")
+        (problem,) = problems.heldout(1, seed=seed, steps=steps)
+        console.rule(characters="-", style="dim")
         console.print(problem.prompt, style="bold")
         status = command.main(
-            ["generate", problem.prompt, "--live", "--frame-seconds", "0.25", *SETTINGS]
+            ["generate", problem.prompt, "--live", "--frame-seconds", "0.25", *WORDS]
         )
         if status:
             return status
         console.print(f"expected: {problem.response}", style="dim")
     return 0
+
+
+def run() -> int:
+    console = PlainConsole()
+    show_grids(console)
+    return show_problems(console)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

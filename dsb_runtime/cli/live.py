@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from typing import Any
+from typing import Any, TypeVar
 
-from rich.console import Console, Group
+from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
@@ -22,6 +22,8 @@ LEGEND = {
     "mask": "mask beyond it", "new": "just committed", "committed": "committed",
 }  # fmt: skip
 MASK_GLYPH = "▢"
+
+View = TypeVar("View", bound="LiveView")
 
 
 def canvas_text(
@@ -52,9 +54,41 @@ def canvas_text(
     return text
 
 
-class LiveCanvas:
+class LiveView:
     """An `on_step` callback that redraws row 0 after every forward. `spent` is the time that
-    drawing and waiting took, which tokens/s leave out."""
+    drawing and waiting took, which tokens/s leave out. A subclass says what a frame shows."""
+
+    def __init__(self, frame_seconds: float = 0.1, console: Console | None = None) -> None:
+        self.frame_seconds, self.spent = frame_seconds, 0.0
+        self.live = Live(console=console or PlainConsole(), auto_refresh=False)
+
+    @property
+    def ascii_only(self) -> bool:
+        """Whether the terminal's encoding lacks other characters."""
+        return self.live.console.options.ascii_only
+
+    def __enter__(self: View) -> View:
+        self.live.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.live.__exit__(*error)
+        if not self.live.console.is_terminal:  # rich leaves out the last newline there
+            self.live.console.print()
+
+    def frame(self, event: StepEvent) -> RenderableType:
+        """What is shown after an event."""
+        raise NotImplementedError
+
+    def __call__(self, event: StepEvent) -> None:
+        began = time.perf_counter()
+        self.live.update(self.frame(event), refresh=True)
+        time.sleep(self.frame_seconds)
+        self.spent += time.perf_counter() - began
+
+
+class LiveCanvas(LiveView):
+    """The canvas, a word for each position."""
 
     def __init__(
         self,
@@ -64,22 +98,11 @@ class LiveCanvas:
         frame_seconds: float = 0.1,
         console: Console | None = None,
     ) -> None:
+        super().__init__(frame_seconds, console)
         self.tokenizer, self.prompt_length, self.mask_id = tokenizer, prompt_length, mask_id
-        self.frame_seconds, self.spent = frame_seconds, 0.0
         self.forwards = 0
-        self.live = Live(console=console or PlainConsole(), auto_refresh=False)
 
-    def __enter__(self) -> LiveCanvas:
-        self.live.__enter__()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self.live.__exit__(*error)
-        if not self.live.console.is_terminal:  # rich leaves out the last newline there
-            self.live.console.print()
-
-    def __call__(self, event: StepEvent) -> None:
-        began = time.perf_counter()
+    def frame(self, event: StepEvent) -> RenderableType:
         self.forwards += not event.draft
         legend = Text("  ").join([Text(f" {LEGEND[k]} ", STYLES[k]) for k in LEGEND])
         status = Text(
@@ -87,8 +110,6 @@ class LiveCanvas:
             f"{int(event.commit.sum())} committed",
             "bold",
         )
-        glyph = "_" if self.live.console.options.ascii_only else MASK_GLYPH
+        glyph = "_" if self.ascii_only else MASK_GLYPH
         canvas = canvas_text(self.tokenizer, event, self.prompt_length, self.mask_id, glyph=glyph)
-        self.live.update(Group(canvas, Text(), status, legend), refresh=True)
-        time.sleep(self.frame_seconds)
-        self.spent += time.perf_counter() - began
+        return Group(canvas, Text(), status, legend)

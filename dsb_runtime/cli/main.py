@@ -16,6 +16,7 @@ from dsb_runtime.cli.process import OneLineParser, ending, run_process
 from dsb_runtime.config import SAMPLING, DecodingConfig, settings
 from dsb_runtime.defaults import defaults_for
 from dsb_runtime.demo import MODEL_DIR
+from dsb_runtime.demo.tasks import TASKS
 from dsb_runtime.families import FAMILIES
 from dsb_runtime.measure import bench, evaluate, profile
 from dsb_runtime.measure.command import check_arguments, show_again
@@ -116,7 +117,7 @@ def build_parser() -> argparse.ArgumentParser:
     # An abbreviation of --torch would stay in the command line that is printed for Nsight.
     command("profile", "some steps under Nsight or torch's profiler", run_profile, add_settings,
             profile.add_arguments, epilog=profile.NOTE, allow_abbrev=False)  # fmt: skip
-    command("eval", "the embedded model on held-out problems, all settings", run_eval,
+    command("eval", "an embedded model on held-out problems, all settings", run_eval,
             add_model, evaluate.add_arguments, epilog=COUNTING)  # fmt: skip
     command("convert", "write a checkpoint for plain transformers", run_convert, add_convert)
     return parser
@@ -166,9 +167,11 @@ def run_profile(args: argparse.Namespace) -> int:
 def run_eval(args: argparse.Namespace) -> int:
     check_arguments(args)
     if args.source is not None:
-        return show_again(args, evaluate.show)
-    lines = evaluate.build_settings(args.gen_length, args.block_length, args.quick)
-    return evaluate.run(args, lines, *load(args))
+        return show_again(args, lambda record, _: evaluate.show_file(record, args))
+    task = TASKS[args.task]
+    configs = evaluate.build_settings(task, args.gen_length, args.block_length or (), args.quick)
+    args.model = args.model or str(task.folder)
+    return evaluate.run(args, configs, *load(args))
 
 
 def run_convert(args: argparse.Namespace) -> int:

@@ -16,11 +16,11 @@ from dsb_runtime.files import check_writable, read_json
 from dsb_runtime.measure.plots import check_picture
 
 LEAST = {
-    "batch": 1, "prompt_length": 1, "rounds": 1, "problems": 1, "profile_steps": 1, "warmup": 0,
+    "batch": 1, "prompt_length": 1, "rounds": 1, "limit": 1, "profile_steps": 1, "warmup": 0,
     "seed": 0,
 }  # fmt: skip
 # A million problems are all different; with many more, the draw of new ones would not end.
-MOST = {"seed": 2**63 - 1, "problems": 1_000_000}
+MOST = {"seed": 2**63 - 1, "limit": 1_000_000}
 
 # What reading a record of another kind raises; rich raises the last one.
 MALFORMED = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, ConsoleError)
@@ -83,6 +83,11 @@ class PlainConsole(Console):
 
     def __init__(self, width: int | None = None) -> None:
         super().__init__(width=width, markup=False, emoji=False, highlight=False)
+
+    @property
+    def encoding(self) -> str:
+        """That of standard output too, which rich takes for UTF-8: ASCII gets no other lines."""
+        return (getattr(self.file, "encoding", None) or "utf-8").lower()
 
     def on_broken_pipe(self) -> None:
         """Leave to the command what to do where its reader has gone away. rich would exit."""

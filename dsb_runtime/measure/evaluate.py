@@ -1,147 +1,157 @@
-"""`dsb eval`: the embedded model on held-out problems, for every schedule, cache and rule.
+"""`dsb eval`: an embedded model on held-out problems, for every schedule, cache and rule.
 
 It counts exact answers, forwards and tokens per forward by one rule: a row's tokens are the
-response positions up to and including its first EOS.
+response positions up to and including its first EOS. It measures no time (`dsb bench` does), so
+that two runs of a seed write the same file.
 """
 
 from __future__ import annotations
 
 import argparse
-import time
-from dataclasses import dataclass
-from pathlib import Path
+import hashlib
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from rich import box
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from dsb_kernels.rows import CACHES
 from dsb_kernels.rules import RULES, Rule
 from dsb_runtime.config import DecodingConfig
-from dsb_runtime.demo.problems import Problem, heldout, is_exact
+from dsb_runtime.demo.tasks import TASKS, Task
 from dsb_runtime.engine.engine import generate
-from dsb_runtime.files import write_json
-from dsb_runtime.measure.command import PlainConsole, add_output, table_of
-from dsb_runtime.measure.plots import draw_scores
+from dsb_runtime.measure.command import add_output
+from dsb_runtime.measure.scores import Record, Score, show
 
-THRESHOLD = 0.9  # at which schedules and caches are compared
-# The values at which each rule is measured; for any other rule they are taken from its range.
-SWEEPS: dict[str, tuple[float, ...]] = {
-    "threshold": (0.2, 0.3, 0.4, 0.5, 0.7, 0.95, 0.99),
-    "factor": (0.25, 1.0, 4.0, 8.0),
-    "frechet": (-0.9, -0.5, 0.0, 0.25, 0.9),
-    "entropy": (0.1, 0.4, 1.0),
-    "eb": (0.1, 0.6, 2.0),
-}
+THRESHOLDS = (0.5, 0.7, 0.9, 0.99)
+THRESHOLD = 0.9  # at which caches, progress, margins and refreshes are compared
+# The values at which the other rules are published; a rule without any has the middle of its range.
+PUBLISHED: dict[str, tuple[float, ...]] = {
+    "threshold": (), "factor": (1.0,), "frechet": (0.25,), "entropy": (0.4,), "eb": (0.1, 0.6),
+}  # fmt: skip
+PROGRESS = (0.3, 0.6)
 FULL_EVERY = (4, 99)  # with response refreshes, one refresh in so many is full
-SMALL_BLOCK = 4  # so small a block makes many refreshes
 
-
-@dataclass(frozen=True)
-class Setting:
-    """One line of the report: a decoding, and the words for it."""
-
-    sweep: str  # what the line belongs to: "baseline", "schedules", "rules" or "refreshes"
-    rule: str
-    value: float | None  # of the rule's setting; None where `rule` says it in words
-    schedule: str
-    cache: str
-    config: DecodingConfig
+Batch = tuple[list[Any], torch.Tensor, torch.Tensor]  # problems, their prompts and what is no pad
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--problems", type=int, default=500, help="held-out (default: 500)")
-    parser.add_argument("--gen-length", type=int, default=64, help="default: 64")
-    parser.add_argument("--block-length", type=int, default=16, help="default: 16")
-    parser.add_argument("--batch", type=int, default=25, help="decoded together (default: 25)")
-    parser.add_argument("--seed", type=int, default=0, help="of the problems (default: 0)")
-    parser.add_argument("--quick", action="store_true", help="threshold 0.9 only, no sweeps")
+    parser.set_defaults(model=None)
+    add = parser.add_argument
+    add("--task", choices=TASKS, default="words", help="default: words; its model is the default")
+    add("--limit", type=int, default=500, metavar="N", help="held-out problems (default: 500)")
+    add("--gen-length", type=int, metavar="N", help="default: the task's")
+    add("--block-length", type=int, nargs="+", metavar="N", help="default: the task's")
+    add("--batch", type=int, default=100, help="decoded together (default: 100)")
+    add("--seed", type=int, default=0, help="of the problems (default: 0)")
+    add("--quick", action="store_true", help="threshold 0.9 and one block length only")
     add_output(parser)
+    add("--markdown", action="store_true", help="print the table as Markdown, by schedule")
 
 
-def sweep_values(rule: Rule) -> tuple[float, ...]:
-    """The values at which a rule is measured; a fixed number of steps has none."""
+def rule_values(rule: Rule) -> tuple[float, ...]:
+    """The values at which a rule is measured beside thresholds; a number of steps has none."""
     if rule.kind is int or rule.high is None:
         return ()
-    inside = tuple(rule.low + share * (rule.high - rule.low) for share in (0.25, 0.5, 0.75))
-    return SWEEPS.get(rule.setting, inside)
+    return PUBLISHED.get(rule.setting, ((rule.low + rule.high) / 2,))
 
 
-def build_settings(gen_length: int, block_length: int, quick: bool) -> list[Setting]:
-    """The settings of the report: one token a step, every schedule with every cache at threshold
-    0.9, each rule's sweep, and refreshes that leave the prompt's K/V as they are."""
-    shape = {"gen_length": gen_length, "block_length": block_length, "stop_at_eos": True}
-    schedules: dict[str, dict[str, Any]] = {
-        "naive": {"schedule": "naive"},
-        "DSB const": {"schedule": "dsb", "max_block_length": block_length},
-        "DSB greedy": {"schedule": "dsb"},
-    }
+def build_settings(
+    task: Task, gen_length: int | None = None, block_lengths: Sequence[int] = (),
+    quick: bool = False,
+) -> list[DecodingConfig]:  # fmt: skip
+    """The settings that are measured, the telling ones first: one token a step over the whole
+    canvas and every schedule with every cache at threshold 0.9 (with `quick` no others), then
+    thresholds and block lengths without a cache and with one, and then rules, confidences and
+    refreshes that leave the prompt's K/V as they are."""
+    length = task.gen_length if gen_length is None else gen_length
+    blocks = tuple(block_lengths) or task.block_lengths
+    compared = tuple(block_lengths) or task.compared
+    for block in blocks:
+        DecodingConfig(gen_length=length, block_length=block)  # raises for a wrong one
+    configs: dict[DecodingConfig, None] = {}  # in order, each of them once
 
-    def setting(
-        sweep: str, rule: str, value: float | None = None, schedule: str = "DSB greedy",
-        cache: str = "dsb", **settings: Any,
-    ) -> Setting:  # fmt: skip
-        config = DecodingConfig(**{**shape, **schedules[schedule], "cache": cache, **settings})
-        name = cache if config.refresh_policy == "full" else f"{cache}/{config.full_every}"
-        return Setting(sweep, rule, value, schedule, name, config)
+    def add(schedule: str, block: int, cache: str = "none", **settings: Any) -> None:
+        if schedule == "const":
+            settings["max_block_length"] = block
+        config = DecodingConfig(
+            gen_length=length, block_length=block, cache=cache, stop_at_eos=True,
+            schedule="naive" if schedule == "naive" else "dsb", **settings,
+        )  # fmt: skip
+        configs.setdefault(config)
 
-    lines = [setting("baseline", "one token a step", cache="none", steps=gen_length)]
-    lines += [
-        setting("schedules", "threshold", THRESHOLD, schedule, cache, threshold=THRESHOLD)
-        for schedule in schedules
-        for cache in reversed(CACHES)
-    ]
+    def add_schedules(block: int, cache: str = "none", **settings: Any) -> None:
+        """One setting with every schedule. Over the whole canvas they are the same without a cache,
+        and const is greedy with one."""
+        if block < length:
+            names: tuple[str, ...] = ("naive", "const", "greedy")
+        else:
+            names = ("naive",) if cache == "none" else ("naive", "greedy")
+        for name in names:
+            # naive spreads its steps evenly over its blocks
+            if name != "naive" or "steps" not in settings or length % block == 0:
+                add(name, block, cache, **settings)
+
+    add("naive", length, steps=length)
+    for cache in ("none", "dsb", "dual"):
+        add_schedules(compared[0], cache, threshold=THRESHOLD)
     if quick:
-        return lines
-    for rule in RULES.values():
-        places = [("DSB greedy", "dsb")]
-        if rule.setting == "threshold":
-            places.insert(0, ("naive", "dual"))
-        lines += [
-            setting("rules", rule.name, value, schedule, cache, **{rule.setting: value})
-            for schedule, cache in places
-            for value in sweep_values(rule)
-        ]
-    small = min(SMALL_BLOCK, block_length)
-    policies: list[dict[str, Any]] = [{}]
-    policies += [{"refresh_policy": "response", "full_refresh_every": n} for n in FULL_EVERY]
-    shape |= {"steps": gen_length, "block_length": small}
-    return lines + [setting("refreshes", f"1 token, block {small}", **each) for each in policies]
+        return list(configs)
+    for block in compared:
+        add_schedules(block, steps=length)
+    for cache in ("none", "dsb", "dual"):
+        for block in (*blocks, length):
+            for threshold in THRESHOLDS:
+                add_schedules(block, cache, threshold=threshold)
+    for block in compared:
+        for rule in RULES.values():
+            for value in rule_values(rule):
+                add_schedules(block, "none", **{rule.setting: value})
+        for share in PROGRESS:
+            add_schedules(block, threshold=THRESHOLD, progress=share)
+        add_schedules(block, threshold=THRESHOLD, confidence="margin")
+        for every in FULL_EVERY:
+            add("greedy", block, "dsb", threshold=THRESHOLD, refresh_policy="response",
+                full_refresh_every=every)  # fmt: skip
+    for confidence in ("margin", "entropy"):
+        add("naive", length, steps=length, confidence=confidence)
+        add("greedy", compared[0], steps=length, confidence=confidence)
+    # So small a block makes many refreshes, and one token a step even more.
+    small: dict[str, Any] = {"block": min(blocks), "cache": "dsb", "steps": length}
+    add("greedy", **small)
+    for every in FULL_EVERY:
+        add("greedy", **small, refresh_policy="response", full_refresh_every=every)
+    return list(configs)
 
 
-def score(
+def measure(
+    task: Task,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    batches: list[tuple[list[Problem], torch.Tensor, torch.Tensor]],
-    setting: Setting,
-) -> dict[str, Any]:
-    """Decode every batch with one setting. Returns the setting's words, the number of problems, the
-    share of exact answers, forwards and tokens per problem, and tokens per forward and second."""
+    batches: list[Batch],
+    config: DecodingConfig,
+    each: Callable[[], object] = lambda: None,
+) -> Score:
+    """Decode every batch with one setting, and call `each` after it."""
     exact = forwards = tokens = count = 0
-    began = time.perf_counter()
     for problems, input_ids, mask in batches:
-        out = generate(model, input_ids, setting.config, attention_mask=mask)
-        prompt = input_ids.shape[1]
-        for row, problem in enumerate(problems):
-            ids = out.sequences[row, prompt : prompt + out.row_tokens[row]]
-            exact += is_exact(problem, str(tokenizer.decode(ids, skip_special_tokens=True)))
+        out = generate(model, input_ids, config, attention_mask=mask)
+        responses = out.sequences[:, input_ids.shape[1] :].tolist()
+        answers = tokenizer.batch_decode(
+            [ids[:length] for ids, length in zip(responses, out.row_tokens, strict=True)],
+            skip_special_tokens=True,
+        )
+        exact += sum(map(task.is_exact, problems, answers))
         forwards += sum(out.row_nfe)
         tokens += sum(out.row_tokens)
         count += len(problems)
-    seconds = time.perf_counter() - began
-    words = {name: value for name, value in vars(setting).items() if name != "config"}
-    return words | {
-        "problems": count, "exact": exact / count, "forwards": forwards / count,
-        "tokens": tokens / count, "tokens_per_forward": tokens / forwards,
-        "tokens_per_second": tokens / seconds,
-    }  # fmt: skip
+        each()
+    return Score(config, count, exact, forwards / count, tokens / count)
 
 
 def encode_batches(
-    tokenizer: PreTrainedTokenizerBase, problems: list[Problem], size: int, device: torch.device
-) -> list[tuple[list[Problem], torch.Tensor, torch.Tensor]]:
+    tokenizer: PreTrainedTokenizerBase, problems: list[Any], size: int, device: torch.device
+) -> list[Batch]:
     """Batches of problems and their left-padded prompts, by length so that padding is short."""
     order = sorted(problems, key=lambda p: len(p.prompt))
     batches = []
@@ -155,43 +165,46 @@ def encode_batches(
     return batches
 
 
-def show(record: list[dict[str, Any]], plot: Path | None, shape: str = "") -> None:
-    """Print the table of a record, and draw its picture where `plot` names a file."""
-    lines = []
-    for s in record:
-        value = "" if s["value"] is None else f" {s['value']:g}"
-        lines.append([
-            f"{s['rule']}{value}", s["schedule"], s["cache"], f"{100 * s['exact']:.1f}%",
-            f"{s['forwards']:.1f}", f"{s['tokens']:.1f}", f"{s['tokens_per_forward']:.2f}",
-            f"{s['tokens_per_second']:.0f}",
-        ])  # fmt: skip
-    # Without a box the table fits into 80 columns.
-    table = table_of(
-        ["rule", "schedule", "cache", "exact", "forwards", "tokens", "tokens/\nforward",
-         "tokens/\ns"],
-        lines, left=(0, 1, 2), no_wrap=True,
-        title=f"{record[0]['problems']} held-out problems{shape}",
-        box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True,
-    )  # fmt: skip
-    PlainConsole().print(table)
-    if plot is not None:
-        # The refresh policies are compared in the table; in the picture they would lie on one spot.
-        draw_scores([item for item in record if item["sweep"] != "refreshes"], plot)
+def digest(model: PreTrainedModel) -> str:
+    """Twelve digits that change with any weight of the model."""
+    code = hashlib.sha256()
+    for weight in model.parameters():
+        code.update(weight.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return code.hexdigest()[:12]
 
 
 def run(
     args: argparse.Namespace,
-    settings: list[Setting],
+    configs: list[DecodingConfig],
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
 ) -> int:
-    """Decode with every setting, print the table, and write the files that the options name."""
-    problems = heldout(args.problems, seed=args.seed)
-    batches = encode_batches(tokenizer, problems, args.batch, model.device)
-    record: list[dict[str, Any]] = []
-    for setting in tqdm(settings, desc="settings", disable=None):
-        record.append(score(model, tokenizer, batches, setting))
-        if args.json:  # written after each setting, so that an interrupt loses one setting only
-            write_json(args.json, record)
-    show(record, args.plot, f", gen {args.gen_length}, block {args.block_length}")
+    """Decode with every setting that the file of `--json` has not, show all, and write the files
+    that the options name."""
+    task = TASKS[args.task]
+    record = Record(task.name, digest(model), args.limit, args.seed, []).continued(args.json)
+    known = {score.config for score in record.scores}
+    missing = [config for config in configs if config not in known]
+    batches: list[Batch] = []
+    if missing:
+        problems = task.heldout(args.limit, args.seed)
+        batches = encode_batches(tokenizer, problems, args.batch, model.device)
+    with tqdm(total=len(missing) * len(batches), unit="batch", disable=None) as bar:
+        for number, config in enumerate(missing, 1):
+            bar.set_description(f"setting {number} of {len(missing)}")
+            score = measure(task, model, tokenizer, batches, config, bar.update)
+            record.scores.append(score)
+            if args.json:  # after each setting, so that an interrupt loses one setting only
+                record.write(args.json)
+    show(record.only(configs), args.plot, args.markdown)
     return 0
+
+
+def show_file(written: Any, args: argparse.Namespace) -> None:
+    """Show what `--json` wrote; with `--quick` only the settings that it would measure."""
+    record = Record.of(written)
+    if args.quick:
+        task = TASKS[record.task]
+        configs = build_settings(task, args.gen_length, args.block_length or (), quick=True)
+        record = record.only(configs)
+    show(record, args.plot, args.markdown)

@@ -6,15 +6,17 @@ matplotlib is imported where a picture is drawn: it is slow to import.
 from __future__ import annotations
 
 import functools
-from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ParamSpec
+from typing import Any, NamedTuple, ParamSpec
 
 from dsb_runtime.files import check_writable
 
 STEP_COLORS = {"window": "#5b8cc9", "response": "#7fb069", "refresh": "#e0a63a"}
 LIMIT_STYLES: tuple[dict[str, Any], ...] = ({"color": "black"}, {"color": "#b02a2a", "ls": ":"})
+CURVE_COLORS = ("#2b6cb0", "#c05621", "#2f855a", "#6b46c1")
+TICKS = (1, 2, 3, 4, 5, 6, 8, 10, 14, 20, 28, 36, 50, 64, 100, 200, 500)  # of forwards
+LABEL_SPACE = 0.06  # between two names, as a share of the picture's height
 
 P = ParamSpec("P")
 
@@ -45,31 +47,74 @@ def without_formulas(draw: Callable[P, None]) -> Callable[P, None]:
     return plain
 
 
-@without_formulas
-def draw_scores(scores: list[dict[str, Any]], path: Path) -> None:
-    """Draw accuracy against tokens per forward from scores of `dsb eval`, a line for each sweep."""
-    from matplotlib import colormaps
-    from matplotlib.figure import Figure
+class Point(NamedTuple):
+    """A setting in the picture of `draw_fronts`: shares of exact answers are in percent."""
 
-    lines: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for item in scores:
-        lines[f"{item['rule']}, {item['schedule']}, cache {item['cache']}"].append(item)
-    figure = Figure(figsize=(9, 5.5), layout="constrained")
+    forwards: float
+    exact: float
+    low: float  # the ends of the interval of `exact`
+    high: float
+
+
+@without_formulas
+def draw_fronts(
+    curves: dict[str, list[Point]], points: list[Point], title: str, path: Path
+) -> None:
+    """Draw exact answers against forwards: each curve with its intervals and its name beside it,
+    and all `points` as faint dots. A curve's points are in the order of their forwards."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FixedLocator, NullLocator, ScalarFormatter
+
+    figure = Figure(figsize=(7.2, 4.6), layout="constrained")
     axes = figure.subplots()
-    colors = colormaps["tab20"]
-    for index, (label, items) in enumerate(lines.items()):
-        items = sorted(items, key=lambda s: s["tokens_per_forward"])
-        axes.plot(
-            [s["tokens_per_forward"] for s in items], [100 * s["exact"] for s in items],
-            marker="o" if len(items) > 1 else "D", label=label, color=colors(index % 20),
+    axes.set_xscale("log")
+    for p in points:
+        axes.plot(p.forwards, p.exact, ".", ms=5, color="#b9bec6", mew=0)
+    colors = {name: CURVE_COLORS[i % len(CURVE_COLORS)] for i, name in enumerate(curves)}
+    for name, curve in curves.items():
+        x, y = [p.forwards for p in curve], [p.exact for p in curve]
+        # At 0 and 100% an end of the interval may lie a rounding error inside of it.
+        ends = [(max(0.0, p.exact - p.low), max(0.0, p.high - p.exact)) for p in curve]
+        axes.errorbar(
+            x, y, list(zip(*ends, strict=True)), color=colors[name], marker="o", ms=4.5, lw=1.8,
+            elinewidth=0.9, capsize=2,
         )  # fmt: skip
-    axes.set(
-        xlabel="tokens per forward", ylabel="exact answers, %",
-        title=f"Embedded model, {scores[0]['problems']} held-out problems",
-    )  # fmt: skip
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=7, loc="lower left")
-    figure.savefig(path, dpi=120)
+    low, high = min(p.forwards for p in points), max(p.forwards for p in points)
+    axes.set_xlim(low / 1.12, high * 2.1)  # the names stand on the right
+    axes.xaxis.set_major_locator(FixedLocator([t for t in TICKS if low / 1.12 <= t <= high * 1.1]))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(ScalarFormatter())
+    axes.set(xlabel="forwards per problem (logarithmic)")
+    axes.set(ylabel="exact answers, %, with 95% interval")
+    axes.set_title(title, fontsize=10.5)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    bottom, top = min(p.low for p in points), max(p.high for p in points)
+    margin = max(0.05 * (top - bottom), 0.5)
+    axes.set_ylim(bottom - margin, top + margin)
+    axes.set_yticks([t for t in axes.get_yticks() if bottom - margin <= t <= 100])
+    last = {name: curve[-1] for name, curve in curves.items()}
+    right = 1.1 * max(p.forwards for p in last.values())
+    apart = LABEL_SPACE * (top - bottom + 2 * margin)
+    for name, height in spread({name: p.exact for name, p in last.items()}, apart).items():
+        axes.annotate(
+            name, (last[name].forwards, last[name].exact), (right, height), color=colors[name],
+            va="center", fontsize=10, fontweight="bold",
+            arrowprops={"arrowstyle": "-", "color": colors[name], "alpha": 0.4, "lw": 0.8},
+        )  # fmt: skip
+    figure.savefig(path, dpi=140)
+
+
+def spread(heights: dict[str, float], apart: float) -> dict[str, float]:
+    """The heights moved until each is at least `apart` from the next, in the same order, about
+    their mean."""
+    order = sorted(heights, key=lambda name: heights[name])
+    moved: dict[str, float] = {}
+    for name in order:
+        below = max(moved.values(), default=-1e9)
+        moved[name] = max(heights[name], below + apart)
+    shift = sum(heights.values()) / len(heights) - sum(moved.values()) / len(moved)
+    return {name: height + shift for name, height in moved.items()}
 
 
 @without_formulas

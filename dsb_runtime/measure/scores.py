@@ -1,0 +1,226 @@
+"""The record of `dsb eval`: a score for each setting, with its names, its interval and tables."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich import box
+
+from dsb_kernels.rules import RULES
+from dsb_runtime.config import DEFAULT_RULE, DecodingConfig, settings
+from dsb_runtime.demo.tasks import TASKS
+from dsb_runtime.files import read_json, write_json
+from dsb_runtime.measure.command import MALFORMED, PlainConsole, table_of
+from dsb_runtime.measure.plots import Point, draw_fronts
+
+SCHEDULES = ("naive", "DSB const", "DSB greedy")
+WHOLE = "no blocks"  # the whole canvas is one block
+Z = 1.959964  # of a 95% interval
+
+
+def wilson(exact: int, problems: int) -> tuple[float, float]:
+    """Wilson's 95% interval of a share, of which `exact` of `problems` were seen."""
+    share, spread = exact / problems, Z * Z / problems
+    middle = share + spread / 2
+    half = math.sqrt(spread * (share * (1 - share) + spread / 4))
+    return (middle - half) / (1 + spread), (middle + half) / (1 + spread)
+
+
+@dataclass(frozen=True)
+class Score:
+    """What one setting answered. Forwards and tokens are means over the problems."""
+
+    config: DecodingConfig
+    problems: int
+    exact: int
+    forwards: float
+    tokens: float
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.exact <= self.problems or not 0 < self.forwards <= self.config.gen_length:
+            raise ValueError(f"{self}: expected a score")
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        return wilson(self.exact, self.problems)
+
+    @property
+    def schedule(self) -> str:
+        """One of SCHEDULES, or the largest block of a DSB between const and greedy."""
+        config = self.config
+        if config.schedule == "naive":
+            return "naive"
+        if config.max_block_length is None:
+            return "DSB greedy"
+        const = config.max_block_length == config.block_length
+        return "DSB const" if const else f"DSB to {config.max_block_length}"
+
+    @property
+    def curve(self) -> str:
+        """The curve of the picture that the score belongs to."""
+        whole = self.config.block_length == self.config.gen_length
+        return WHOLE if whole else self.schedule
+
+    @property
+    def cache(self) -> str:
+        """The cache policy; "dsb/4" where one refresh in four is full."""
+        every = self.config.full_every
+        return self.config.cache if every == 1 else f"{self.config.cache}/{every}"
+
+    @property
+    def rule(self) -> str:
+        """The rule with its value, or what stands for it: a confidence that is not the rule's own,
+        and `progress`, which lowers a threshold."""
+        config, rule = self.config, RULES[self.config.rule]
+        value = getattr(config, rule.setting)
+        other = config.confidence != rule.confidences[0]
+        if rule.kind is int and value == config.gen_length:
+            return f"one token, {config.confidence}" if other else "one token a step"
+        words = f"{rule.setting} {value:g}"
+        if other:
+            words = words.replace(DEFAULT_RULE.setting, config.confidence)
+        if config.progress is not None:
+            usual = words == f"{DEFAULT_RULE.setting} {DEFAULT_RULE.default:g}"
+            words = f"progress {config.progress:g}" + ("" if usual else f" of {words}")
+        return words
+
+    def shown(self) -> str:
+        """The share of exact answers with its interval, in percent."""
+        low, high = self.interval
+        return f"{100 * self.exact / self.problems:.1f} ({100 * low:.1f}-{100 * high:.1f})"
+
+    def line(self) -> dict[str, Any]:
+        """The score as JSON, with every setting that has a value under its name."""
+        named = {name: getattr(self.config, name) for name in settings()}
+        return {
+            "settings": {name: value for name, value in named.items() if value is not None},
+            "exact": self.exact, "forwards": self.forwards, "tokens": self.tokens,
+        }  # fmt: skip
+
+
+@dataclass
+class Record:
+    """The scores of one model on the same problems."""
+
+    task: str
+    model: str  # a digest of its weights
+    problems: int
+    seed: int
+    scores: list[Score]
+
+    @classmethod
+    def of(cls, written: Any) -> Record:
+        """The record that JSON holds. Raises one of `MALFORMED` where it holds something else."""
+        head = {name: written[name] for name in ("task", "model", "problems", "seed")}
+        if head["task"] not in TASKS:
+            raise ValueError(f"task={head['task']!r}: expected one of {', '.join(TASKS)}")
+        scores = [
+            Score(
+                DecodingConfig(**line["settings"]), head["problems"], line["exact"],
+                line["forwards"], line["tokens"],
+            )
+            for line in written["scores"]
+        ]  # fmt: skip
+        return cls(**head, scores=scores)
+
+    def write(self, path: Path) -> None:
+        """Write the record as JSON; an interrupt leaves the old file."""
+        write_json(path, vars(self) | {"scores": [score.line() for score in self.scores]})
+
+    def continued(self, path: Path | None) -> Record:
+        """The record that a file has of the same model and problems, or this one if there is none.
+
+        Raises:
+            ValueError: the file has something else.
+        """
+        # A pipe would have no end, and a file that was made beforehand is empty.
+        if path is None or not path.is_file() or path.stat().st_size == 0:
+            return self
+        try:
+            other = Record.of(read_json(path, "--json"))
+        except MALFORMED as error:
+            raise ValueError(
+                f"--json {path}: expected what dsb eval --json writes, or a new file"
+            ) from error
+        for name in ("task", "model", "problems", "seed"):
+            old, new = getattr(other, name), getattr(self, name)
+            if old != new:
+                raise ValueError(
+                    f"--json {path}: it has scores of {name} {old}; expected {new}, or a new file"
+                )
+        return other
+
+    def only(self, configs: Sequence[DecodingConfig]) -> Record:
+        """The record of these settings alone, in their order."""
+        by_config = {score.config: score for score in self.scores}
+        scores = [by_config[config] for config in configs if config in by_config]
+        return Record(self.task, self.model, self.problems, self.seed, scores)
+
+
+def front(scores: Sequence[Score]) -> list[Score]:
+    """The scores that no other beats: each has more exact answers than every one with as few
+    forwards or fewer. In the order of their forwards."""
+    best: list[Score] = []
+    for score in sorted(scores, key=lambda s: (s.forwards, -s.exact)):
+        if not best or score.exact > best[-1].exact:
+            best.append(score)
+    return best
+
+
+def print_table(record: Record) -> None:
+    """Print a line for each score; it fits into 80 columns."""
+    lines = [
+        [
+            s.rule, s.schedule.removeprefix("DSB "), s.cache, str(s.config.block_length), s.shown(),
+            f"{s.forwards:.1f}", f"{s.tokens / s.forwards:.2f}",
+        ]
+        for s in record.scores
+    ]  # fmt: skip
+    length = record.scores[0].config.gen_length
+    table = table_of(
+        ["rule", "schedule", "cache", "block", "exact, % (95%)", "forwards", "tokens/\nforward"],
+        lines, left=(0, 1, 2), no_wrap=True,
+        title=f"{record.task}: {record.problems} held-out problems, gen {length}",
+        box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True,
+    )  # fmt: skip
+    PlainConsole().print(table)
+
+
+def print_markdown(record: Record) -> None:
+    """Print a Markdown table with the schedules side by side, in the order of the scores."""
+    places: dict[tuple[str, int, str], dict[str, str]] = defaultdict(dict)
+    for s in record.scores:
+        place = (s.rule, s.config.block_length, s.cache)
+        places[place][s.schedule] = f"{s.shown()} in {s.forwards:.1f}"
+    print(f"| rule | block | cache | {' | '.join(SCHEDULES)} |")
+    print(f"|---|---:|---|{'---|' * len(SCHEDULES)}")
+    for (rule, block, cache), cells in places.items():
+        columns = " | ".join(cells.get(schedule, "") for schedule in SCHEDULES)
+        print(f"| {rule} | {block} | {cache} | {columns} |")
+
+
+def show(record: Record, plot: Path | None, markdown: bool = False) -> None:
+    """Print the table of a record, and draw its picture where `plot` names a file."""
+    if not record.scores:
+        raise ValueError("no scores of these settings")
+    (print_markdown if markdown else print_table)(record)
+    if plot is not None:
+        curves: dict[str, list[Score]] = {name: [] for name in (*SCHEDULES, WHOLE)}
+        for score in record.scores:
+            curves.setdefault(score.curve, []).append(score)
+        fronts = {name: front(scores) for name, scores in curves.items() if scores}
+        draw_fronts(
+            {name: [point(score) for score in scores] for name, scores in fronts.items()},
+            [point(score) for score in record.scores],
+            f"{record.task}, {record.problems} held-out problems: the best of each schedule", plot,
+        )  # fmt: skip
+
+
+def point(score: Score) -> Point:
+    low, high = score.interval
+    return Point(score.forwards, *(100 * x for x in (score.exact / score.problems, low, high)))
