@@ -62,8 +62,9 @@ def new_drafts(state: DecodeState) -> DraftState:
     table[:, Column.NEXT_KIND] = int(StepKind.NOTHING)
     last_confidence = state.confidence.new_full((B, L + 1), -torch.inf)
     return DraftState(
-        *(x.clone() for x in (state.canvas, table, state.position, state.commit, state.confidence)),
-        state.canvas.new_zeros(B, L + 1), last_confidence, state.table.new_zeros(B, 2),
+        state.canvas.clone(), table, state.position.clone(), state.commit.clone(),
+        state.confidence.clone(), state.canvas.new_zeros(B, L + 1), last_confidence,
+        state.table.new_zeros(B, 2),
     )  # fmt: skip
 
 
@@ -169,17 +170,12 @@ class DraftingStep(Step):
         with self.backbone.phase("score"):
             proposed = self.score(scored, both.eligible, both.noise_ids)
         split = len(first.eligible)
-        return [
-            Proposed(*(x if x is None else x[part] for x in proposed))
-            for part in (slice(split), slice(split, None))
-        ]
+        return [proposed.each(lambda x: x[:split]), proposed.each(lambda x: x[split:])]
 
     def unmask(self, layout: Layout, proposed: Proposed) -> None:
         """Commit candidates. What follows them among the proposals is left out."""
         num_rows, most = len(layout.rows), self.state.position.shape[1]
-        super().unmask(layout, Proposed(*(
-            x if x is None else x.view(num_rows, -1)[:, :most].contiguous() for x in proposed
-        )))  # fmt: skip
+        super().unmask(layout, proposed.each(lambda x: x.view(num_rows, -1)[:, :most].contiguous()))
 
     def remember(self, layout: Layout, position: Tensor, proposed: Proposed) -> None:
         """Keep what is proposed for each of the positions (B, n) of the rows that take part."""
@@ -190,7 +186,8 @@ class DraftingStep(Step):
         # A row that takes part has no candidate behind the columns that are scored.
         scored[:, len(layout.eligible) // num_rows :] = False
         index = torch.where(scored, position, self.state.canvas.shape[1]).long()
-        for last, x in zip((drafts.last_token, drafts.last_confidence), proposed, strict=False):
+        for last, x in ((drafts.last_token, proposed.token),
+                        (drafts.last_confidence, proposed.confidence)):  # fmt: skip
             last.scatter_(1, index, in_batch(x.view(num_rows, -1), rows, position))
 
     def equal(self) -> Tensor:

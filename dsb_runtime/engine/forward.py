@@ -122,8 +122,8 @@ class Backbone:
                 q, k, v = layer.qkv(x, width)
             with self.phase(f"layer {i}: rope+write"):
                 if drafts is not None:
-                    (q, k, v), own = zip(*((x[:b], x[b:]) for x in (q, k, v)), strict=True)
-                    own_q = drafts.rotate(i, *own, self.cos_sin)
+                    own_q = drafts.rotate(i, q[b:], k[b:], v[b:], self.cos_sin)
+                    q, k, v = q[:b], k[:b], v[:b]
                 q = rope_write_kv(
                     q, k, v, self.cos_sin, keys, values, window_start=layout.start,
                     window_length=layout.length, position_offset=leftpad, cache_batch_idx=rows,

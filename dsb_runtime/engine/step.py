@@ -9,6 +9,7 @@ Shapes: B batch rows, L canvas positions, K candidates of a row.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -70,6 +71,11 @@ class Proposed(NamedTuple):
     token: Tensor  # int64
     confidence: Tensor  # float32
     logprob: Tensor | None  # float32, of the token; None if the call does not record it
+
+    def each(self, function: Callable[[Tensor], Tensor]) -> Proposed:
+        """The results of a function of each tensor."""
+        logprob = None if self.logprob is None else function(self.logprob)
+        return Proposed(function(self.token), function(self.confidence), logprob)
 
 
 @dataclass(frozen=True)
@@ -194,7 +200,7 @@ class Step:
     def unmask(self, layout: Layout, proposed: Proposed) -> None:
         """Commit what the rule selects, and slide."""
         state, num_rows = self.state, len(layout.rows)
-        token, confidence, logprob = (x if x is None else x.view(num_rows, -1) for x in proposed)
+        token, confidence, logprob = proposed.each(lambda x: x.view(num_rows, -1))
         # If the capacity is the batch, the layout has all rows in the batch's order.
         rows = layout.rows if num_rows < len(state.canvas) else None
         if logprob is not None:
