@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import dsb_runtime as dsb
-from dsb_kernels.rows import Column
+from dsb_kernels.rows import Column, StepKind
 from dsb_runtime.engine import loop
 from dsb_runtime.engine.draft_windows import DraftWindows
 from dsb_runtime.engine.drafts import DraftingStep
+from dsb_runtime.engine.step import StepShape
 from tests import golden
 from tests.golden import biased_to_eos, left_pad, prompts, refusal
 from tests.mutations import kernels
@@ -202,6 +203,41 @@ def test_drafts_by_kernel(cache, count, length):
         out = engine_of().generate(ids, attention_mask=mask, **how, drafts=1)
     check_equal(plain, out)
     assert out.drafts.accepted > 0
+
+
+@settings(max_examples=5, deadline=None)
+@given(data=st.data())
+def test_no_step_with_drafts_can_be_wrong(data):
+    """Steps of any kind and capacity, too small for some rows or drafts among them, lead a batch to
+    the tokens that its rows get alone."""
+    rows = prompts(3)
+    ids, mask = left_pad(rows)
+    leftpad = (mask.shape[1] - mask.sum(-1)).int()
+    config = dsb.DecodingConfig(steps=24, drafts=1, **SHAPE)
+    engine = engine_of()
+    with torch.no_grad():
+        masks = ids.new_full((3, 24), engine.model.dsb.mask_id)
+        session = engine.loop.session(config, torch.cat([ids, masks], 1), leftpad, 0)
+        for _ in range(400):
+            tables = loop.read_tables(session.step.tables())
+            shape = loop.next_step(session, tables.now, tables.drafts)
+            if shape is None:
+                break
+            if data.draw(st.integers(0, 2)) > 0:
+                whole = data.draw(st.booleans())
+                kind = StepKind.REFRESH if whole else StepKind.WINDOW
+                length = session.state.canvas.shape[1]
+                width = length if whole else data.draw(st.integers(1, length))
+                count, candidates = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 8))
+                drafts = 0 if whole else data.draw(st.integers(0, 3))
+                shape = StepShape(kind, count, width, candidates, drafts)
+            session.step(shape)
+    accepted = session.step.drafts.counts[:, 1].tolist()
+    for i, row in enumerate(rows):
+        alone = dsb.generate(golden.model("llada"), row[None], steps=24, **SHAPE)
+        assert session.state.canvas[i, -24:].tolist() == alone.sequences[0, -24:].tolist()
+        assert session.state.table[i, Column.FORWARDS] == alone.nfe
+    assert sum(accepted) <= sum(session.step.drafts.counts[:, 0])
 
 
 # --- a wrong draft ----------------------------------------------------------------------------
