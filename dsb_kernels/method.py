@@ -37,8 +37,9 @@ committed, and what follows the last mask is context, as the prompt is.
 **Sparse context.** With `context_masks=n` (arXiv 2601.17917) a refresh neither computes nor attends
 to the masks that lie more than n masks behind the block, but for the canvas's very last position.
 Every other position keeps its place. Window steps attend to what the last refresh and the windows
-since have computed. With `eos_bound`, masks behind the first EOS of the response are out of the
-game: they are not computed, not attended to, and no candidates. Both change tokens.
+since have computed. With `eos_bound`, masks behind the first EOS of the response are left out too:
+no refresh computes them, no forward attends to them, and they are no candidates. Both change
+tokens.
 
     row = Row(prompt_length=2, gen_length=8, block_length=4)
     while not row.done:
@@ -179,7 +180,8 @@ class Row:
         """The positions [first, last) that the coming forward computes.
 
         With `shift` (Dream) a token is predicted from the position before it, so that a response
-        step also computes the prompt's last position.
+        step also computes the prompt's last position. A refresh in a sparse context computes the
+        positions of `context` alone.
         """
         if self.next_kind == "window":
             return self.start - self.prefix, min(self.end + self.suffix_window, len(self.canvas))

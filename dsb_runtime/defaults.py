@@ -43,6 +43,8 @@ def defaults_for(
     defaults: dict[str, Any] = {"block_length": block_length}
     if model is not None:
         defaults["stop_at_eos"] = bool(check_model(model).eos_ids)
+    elif named.get("eos_bound"):  # the model will say whether it has an EOS
+        defaults["stop_at_eos"] = True
     return DecodingConfig(**{**defaults, **named, "gen_length": gen_length})
 
 

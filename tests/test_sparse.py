@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import functools
 import itertools
+import json
 
 import pytest
 import torch
 from torch import Tensor
 
 import dsb_runtime as dsb
+from benchmarks import sparse_context
 from dsb_runtime.engine.engine import Engine
 from tests import golden
 from tests.golden import biased_to_eos, prompts, refusal
@@ -112,3 +114,14 @@ def test_kernels_decode_the_same():
     with kernels():
         actual = dsb.generate(golden.model("llada"), ids, **how)
     assert torch.equal(actual.sequences, expected.sequences)
+
+
+def test_its_benchmark_counts_the_positions_that_are_left_out(tmp_path, capsys):
+    file = tmp_path / "sparse.json"
+    options = ["--problems", "2", "--gen-length", "48", "--cache", "dsb", "--batch", "2"]
+    assert sparse_context.main([*options, "--json", str(file)]) == 0
+    whole, eight, bound = json.loads(file.read_text())["lines"]
+    assert "context_masks=8 eos_bound=True" in capsys.readouterr().out
+    assert bound["positions"] <= eight["positions"] < whole["positions"]
+    assert (whole["exact"], whole["interval"][1]) == (2, 1.0)
+    assert sparse_context.wilson(9, 10) == pytest.approx((0.5958, 0.9821), abs=1e-4)

@@ -42,6 +42,9 @@ def cases() -> list[CompileCase]:
         by_name["one split", architecture] = attention_case(
             "LLaDA-8B one split", 32, 32, 64, 128, "in cache", 1, architecture
         )
+        by_name["visible", architecture] = attention_case(
+            "LLaDA-8B 64 rows visible", 32, 32, 64, 128, "in cache visible", 4, architecture
+        )
         for D in (64, 128, 256):
             by_name["float32", D, architecture] = attention_case(
                 f"float32 head dim {D}", 16, 4, 64, D, "in cache", 4, architecture, "fp32"
@@ -61,7 +64,7 @@ def attention_case(
     absent = (
         *(() if listed else (*lists, "seqlens_ptr")), *(() if indexed else ("batch_idx_ptr",)),
         *(window if "in cache" in way else ()), *(("lse_ptr",) if splits == 1 else ()),
-        "visible_ptr",
+        *(() if "visible" in way else ("visible_ptr",)),
     )  # fmt: skip
     constexprs = {
         "GROUP": H // H_kv, "HEAD_DIM": D, "NUM_SPLITS": splits, "KV_BLOCK": 64, **config.blocks,
@@ -74,12 +77,12 @@ def attention_case(
     max_loop = {64: 500, 128: 460}.get(block_m) if D == 128 and not listed else None
     return CompileCase(
         "window_attention", name, _attention_kernel, config, constexprs, f"*{dtype}",
-        types=types | {"lse_ptr": "*fp32", "softmax_scale": "fp32"},
+        types=types | {"lse_ptr": "*fp32", "visible_ptr": "*i1", "softmax_scale": "fp32"},
         odd=("lists", "list_size"),
         architectures=(architecture,),
         expects_tensor_cores=block_m >= 64,
-        expects_wide_loads=True,
-        max_loop=max_loop,
+        expects_wide_loads="visible" not in way,  # each key's visibility is a byte
+        max_loop=None if "visible" in way else max_loop,
         # These are the row's start, length and padding, and its row of the cache. With a list they
         # are also the end of what is stored, the list's length, and an entry for each stage.
         scalar_load_bytes=12 + 4 * indexed + 4 * (2 + config.num_stages) * listed,
