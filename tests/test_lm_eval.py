@@ -266,6 +266,9 @@ def test_stop_strings_are_honoured(lm):
     eos_ids = lm.model.dsb.eos_ids
     assert answer_text(lm.tokenizer, ids, eos_ids, []) == "Monday Tuesday"
     assert answer_text(lm.tokenizer, ids, eos_ids, ["<|user|>"]) == "Monday"
+    # A stop string that is no token is not the unknown token.
+    unknown = [lm.tokenizer.unk_token_id, ids[0]]
+    assert answer_text(lm.tokenizer, unknown, eos_ids, ["nowhere"]) == "Monday"
     assert answer_text(lm.tokenizer, [ids[0], *eos_ids, ids[2]], eos_ids, []) == "Monday"
 
 
