@@ -12,7 +12,6 @@ H100 (`benchmarks/roofline.py`, 1024 prompt and 256 response positions, batch 1)
 from __future__ import annotations
 
 import argparse
-import importlib
 import sys
 import time
 from collections import Counter
@@ -28,7 +27,7 @@ import dsb_runtime as dsb
 from benchmarks.roofline import GPUS, budget
 from benchmarks.step_cost import StepSize
 from dsb_runtime.cli.process import OneLineParser, run_process
-from dsb_runtime.demo import MODEL_DIR
+from dsb_runtime.demo.tasks import TASKS
 from dsb_runtime.files import read_json, write_json
 from dsb_runtime.measure.command import table_of, wide_console
 from dsb_runtime.measure.evaluate import encode_batches
@@ -161,12 +160,10 @@ def table(record: list[dict[str, Any]]) -> Table:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = OneLineParser(prog="drafts", description=__doc__.split("\n")[0])
     add = parser.add_argument
-    add("--model", type=Path, default=MODEL_DIR, help="a checkpoint (the embedded model)")
-    add("--task", default="problems", help="a module of dsb_runtime.demo with `heldout`")
+    add("--task", choices=TASKS, default="words", help="whose embedded model decodes (words)")
     add("--problems", type=int, default=25, help="how many are decoded (25)")
     add("--batch", type=int, default=25, help="decoded together (25)")
-    add("--gen-length", type=int, default=64, help="response positions (64)")
-    add("--block-length", type=int, default=16, help="of the block (16)")
+    add("--block-length", type=int, help="of the block (the task's)")
     add("--threshold", type=float, nargs="+", default=[0.9, 0.99], help="values of the rule")
     add("--draft-threshold", type=float, nargs="+", help="values of the setting (its default)")
     add("--json", type=Path, help="write the figures here")
@@ -176,12 +173,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         record = read_json(args.source, "--from")["runs"]
     else:
         torch.set_num_threads(1)
-        model, tokenizer = dsb.load_model(args.model, device="cpu"), dsb.load_tokenizer(args.model)
-        task = importlib.import_module(f"dsb_runtime.demo.{args.task}")
-        batches = encode_batches(tokenizer, task.heldout(args.problems), args.batch, model.device)
+        task = TASKS[args.task]
+        model, tokenizer = (
+            dsb.load_model(task.folder, device="cpu"),
+            dsb.load_tokenizer(task.folder),
+        )
+        args.gen_length = task.gen_length
+        args.block_length = args.block_length or task.compared[0]
+        problems = task.heldout(args.problems, 0)
+        batches = encode_batches(tokenizer, problems, args.batch, model.device)
         record = measure(model, batches, args)
         if args.json:
-            settings = {k: v for k, v in vars(args).items() if k not in ("json", "source", "model")}
+            settings = {k: v for k, v in vars(args).items() if k not in ("json", "source")}
             write_json(args.json, {"settings": settings, "step_ms": step_ms(), "runs": record})
     wide_console().print(table(record))
 
