@@ -18,7 +18,7 @@ from dsb_runtime.defaults import defaults_for
 from dsb_runtime.demo import MODEL_DIR
 from dsb_runtime.demo.tasks import TASKS
 from dsb_runtime.families import FAMILIES
-from dsb_runtime.measure import bench, evaluate, profile
+from dsb_runtime.measure import bench, evaluate, profile, requests
 from dsb_runtime.measure.command import check_arguments, show_again
 from dsb_runtime.measure.models import check_room, load_preset, random_prompts
 from dsb_runtime.models.convert import convert
@@ -149,6 +149,7 @@ def run_batch(args: argparse.Namespace) -> int:
 
 def run_bench(args: argparse.Namespace) -> int:
     check_arguments(args)
+    requests.check_arguments(args)
     if args.source is not None:
         return show_again(args, bench.show)
     model, tokenizer = load(args)

@@ -25,6 +25,7 @@ from dsb_runtime.config import DecodingConfig
 from dsb_runtime.demo import MODEL_DIR
 from dsb_runtime.engine.engine import GenerationOutput
 from dsb_runtime.files import write_json
+from dsb_runtime.measure import requests
 from dsb_runtime.measure.command import PlainConsole, add_output, table_of
 from dsb_runtime.measure.machine import describe_run
 from dsb_runtime.measure.models import add_preset, check_room, random_prompts
@@ -41,9 +42,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("measurement")
     add_preset(group)
     add = group.add_argument
-    add("--batch", type=int, nargs="+", default=list(BATCHES), metavar="N",
+    add("--batch", type=int, nargs="+", metavar="N",
         help=f"batch sizes (default: {' '.join(map(str, BATCHES))})")  # fmt: skip
     add("--rounds", type=int, default=5, help="timed rounds after one that warms up (default: 5)")
+    requests.add_arguments(parser.add_argument_group("many prompts"))
     add_output(parser.add_argument_group("output"))
 
 
@@ -180,6 +182,9 @@ def measure(
 
 def show(record: dict[str, Any], plot: Path | None) -> None:
     """Print the table of a record, and draw its picture where `plot` names a file."""
+    if "requests" in record:
+        requests.show(record, plot)
+        return
     settings = record["settings"]
     on_gpu = record["copy_bandwidth"] is not None
     columns = ["batch", "tokens/s", "tokens/\nforward", "step", "positions", "ms", "limit\nms",
@@ -222,10 +227,9 @@ def run(
     command: str,
 ) -> int:
     """Measure, print the table, and write the files that the options name."""
-    batches, seed = list(dict.fromkeys(args.batch)), args.seed or 0
-    check_room(model, max(batches), args.prompt_length, config)
-    prompts = random_prompts(model, tokenizer, max(batches), args.prompt_length, seed)
-    name = "embedded model" if args.model == str(MODEL_DIR) else args.model
+    seed = args.seed or 0
+    embedded = args.preset is None and args.model == str(MODEL_DIR)
+    name = requests.EMBEDDED if embedded else args.model
     if args.adapter is not None:
         name += f" with {args.adapter}"
     about = {
@@ -236,6 +240,11 @@ def run(
         "settings": asdict(config),
         "seed": seed,
     }
+    if args.requests is not None:
+        return requests.run(args, model, tokenizer, config, about)
+    batches = list(dict.fromkeys(args.batch or BATCHES))
+    check_room(model, max(batches), args.prompt_length, config)
+    prompts = random_prompts(model, tokenizer, max(batches), args.prompt_length, seed)
     for figures in measure(model, prompts, config, batches, rounds=args.rounds, seed=seed):
         record = {**about, **figures}
         if args.json:  # written after each round, so that an interrupt loses one round only

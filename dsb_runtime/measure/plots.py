@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, ParamSpec
 from dsb_runtime.files import check_writable
 
 STEP_COLORS = {"window": "#5b8cc9", "response": "#7fb069", "refresh": "#e0a63a"}
+ROW_COLORS = {"continuous": "#5b8cc9", "static": "#e0a63a"}  # of the ways to batch
 LIMIT_STYLES: tuple[dict[str, Any], ...] = ({"color": "black"}, {"color": "#b02a2a", "ls": ":"})
 CURVE_COLORS = ("#2b6cb0", "#c05621", "#2f855a", "#6b46c1")
 TICKS = (1, 2, 3, 4, 5, 6, 8, 10, 14, 20, 28, 36, 50, 64, 100, 200, 500)  # of forwards
@@ -162,4 +163,22 @@ def draw_runs(
         once = dict(zip(labels, handles, strict=True))
         each.legend(once.values(), once.keys(), fontsize=8, loc="upper left")
     figure.suptitle(title, fontsize=10)
+    figure.savefig(path, dpi=120)
+
+
+@without_formulas
+def draw_rows(rows: dict[str, list[tuple[float, int]]], max_rows: int, path: Path) -> None:
+    """Draw how many rows were in use over time, one panel for each way of batching. Each of `rows`
+    has (seconds, rows from then on)."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 1.9 * len(rows)), layout="constrained")
+    panels = figure.subplots(len(rows), sharex=True, squeeze=False)[:, 0]
+    for axes, (name, color), points in zip(panels, ROW_COLORS.items(), rows.values(), strict=True):
+        seconds, in_use = zip(*points, strict=True)
+        axes.fill_between(seconds, in_use, step="post", color=color, alpha=0.8, lw=0)
+        axes.axvline(seconds[-1], color="black", lw=1, ls=":")
+        axes.set(ylabel="rows in use", ylim=(0, 1.05 * max_rows), title=f"{name} batching")
+        axes.grid(axis="y", alpha=0.3)
+    panels[-1].set(xlabel="seconds", xlim=(0, None))
     figure.savefig(path, dpi=120)
