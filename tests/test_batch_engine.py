@@ -142,7 +142,7 @@ def test_rows_that_come_and_go_captured(script):
 
 
 @pytest.mark.slow
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(script=scripts(14), captured=st.booleans())
 def test_many_rows_that_come_and_go(script, captured):
     check_script(script, captured)

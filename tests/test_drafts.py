@@ -131,7 +131,7 @@ def test_any_settings_give_the_same_tokens(family, any_, count, seed, captured, 
 
 
 @pytest.mark.slow
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @ANY_CALL
 def test_many_settings_give_the_same_tokens(family, any_, count, seed, captured, fill):
     check_call(family, any_, count, seed, captured, fill)
@@ -192,9 +192,7 @@ def test_drafts_of_a_model_that_is_called():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("cache", "count", "length"), [("dsb", 1, 4), ("dsb", 2, 8), ("dual", 2, 8), ("none", 2, 8)]
-)
+@pytest.mark.parametrize(("cache", "count", "length"), [("dsb", 1, 4), ("none", 2, 4)])
 def test_drafts_by_kernel(cache, count, length):
     how = {"gen_length": length, "block_length": 4, "steps": length, "cache": cache}
     ids, mask = left_pad([row[:6] for row in prompts(count, seed=1)])
