@@ -129,7 +129,8 @@ def columns_of(banned: Sequence[int], vocab_start: int, V: int) -> list[int]:
 
 @jit
 def _noise(key, token, noise_id):
-    """The Gumbel noise of every token (BLOCK_V,) for every candidate (BLOCK_N,)."""
+    """The Gumbel noise of every token (BLOCK_V,) for every candidate (BLOCK_N,). `key` is one for
+    all candidates, or (1, BLOCK_N)."""
     counter = (token // 4).to(tl.uint32)[:, None]
     id_low = (noise_id & 0xFFFFFFFF).to(tl.uint32)[None, :]
     id_high = ((noise_id >> 32) & 0xFFFFFFFF).to(tl.uint32)[None, :]
@@ -147,7 +148,7 @@ def _store_states(
     x, first, last, first_candidate, num_candidates, part_ptr, seed_ptr, noise_ids_ptr,
     token_base, temperature,
     BLOCK_V: tl.constexpr, BLOCK_N: tl.constexpr, COLUMNS: tl.constexpr,
-    BANNED: tl.constexpr, SAMPLE: tl.constexpr, CONFIDENCE: tl.constexpr,
+    BANNED: tl.constexpr, SAMPLE: tl.constexpr, CONFIDENCE: tl.constexpr, SEEDS: tl.constexpr,
 ):  # fmt: skip
     """Score a tile of logits `x` (BLOCK_V, BLOCK_N), at most COLUMNS candidates at a time.
 
@@ -159,11 +160,12 @@ def _store_states(
         _store_states(
             left, first, last, first_candidate, num_candidates, part_ptr, seed_ptr, noise_ids_ptr,
             token_base, temperature, BLOCK_V, BLOCK_N // 2, COLUMNS, BANNED, SAMPLE, CONFIDENCE,
+            SEEDS,
         )  # fmt: skip
         _store_states(
             right, first, last, first_candidate + BLOCK_N // 2, num_candidates, part_ptr,
             seed_ptr, noise_ids_ptr, token_base, temperature, BLOCK_V, BLOCK_N // 2, COLUMNS,
-            BANNED, SAMPLE, CONFIDENCE,
+            BANNED, SAMPLE, CONFIDENCE, SEEDS,
         )  # fmt: skip
     else:
         token = first + tl.arange(0, BLOCK_V)
@@ -185,8 +187,10 @@ def _store_states(
                 score = tl.max(x, 0)
         scores = x
         if SAMPLE:
-            noise_id = tl.load(noise_ids_ptr + tl.minimum(candidate, num_candidates - 1))
-            scores = x / temperature + _noise(tl.load(seed_ptr), token + token_base, noise_id)
+            mine = tl.minimum(candidate, num_candidates - 1)
+            noise_id = tl.load(noise_ids_ptr + mine)
+            key = tl.load(seed_ptr + mine)[None, :] if SEEDS else tl.load(seed_ptr)
+            scores = x / temperature + _noise(key, token + token_base, noise_id)
             score = tl.max(scores, 0)
         index = tl.min(tl.where(scores == score[None, :], token[:, None], NO_TOKEN), 0)
         logit = score
@@ -209,6 +213,7 @@ def _lm_head_kernel(
     stride_wv, stride_hn, num_candidates, V, E, share, token_base, temperature,
     BLOCK_V: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr,
     COLUMNS: tl.constexpr, BANNED: tl.constexpr, SAMPLE: tl.constexpr, CONFIDENCE: tl.constexpr,
+    SEEDS: tl.constexpr = False,
 ):  # fmt: skip
     """Program (share, block of candidates): the states of these candidates over each tile of one
     share of the vocabulary."""
@@ -257,7 +262,7 @@ def _lm_head_kernel(
             token_base, temperature, BLOCK_V, BLOCK_N,
             # Margins and entropies need more registers for each candidate.
             COLUMNS if CONFIDENCE == "probability" else COLUMNS // 2,
-            BANNED, SAMPLE, CONFIDENCE,
+            BANNED, SAMPLE, CONFIDENCE, SEEDS,
         )  # fmt: skip
         part_ptr += num_candidates * 6
 
@@ -292,7 +297,8 @@ def launch_states(a: Any, V: int, banned: Sequence[int], vocab_start: int) -> Te
             a.weight, a.hidden, a.bias, a.eligible, a.seed, a.noise_ids, partials,
             a.weight.stride(0), a.hidden.stride(0), N, V, E, launch.share, vocab_start,
             a.temperature, EVEN_K=E % launch.blocks["BLOCK_K"] == 0, BANNED=tuple(banned),
-            SAMPLE=sample, CONFIDENCE=a.confidence, **launch.options(),
+            SAMPLE=sample, CONFIDENCE=a.confidence, SEEDS=sample and a.seed.ndim > 0,
+            **launch.options(),
         )  # fmt: skip
     return partials
 

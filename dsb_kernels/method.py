@@ -169,7 +169,7 @@ class Row:
             return self.start - self.prefix, self.end
         if self.next_kind == "response":
             return max(self.prompt_length - int(shift), self.leftpad), self.length
-        return 0, len(self.canvas)
+        return self.leftpad, len(self.canvas)
 
     def masks_left(self) -> int:
         """How many masks a plan that begins now covers: all, or with "naive" those of the block."""

@@ -34,7 +34,8 @@ def philox4x32(
 def gumbel_noise(
     seed: Tensor, noise_ids: Tensor, first: int, last: int, dtype: torch.dtype
 ) -> Tensor:
-    """Standard Gumbel noise of tokens [first, last) for each noise id: (..., last - first).
+    """Standard Gumbel noise of tokens [first, last) for each noise id: (..., last - first). `seed`
+    is () for all of them, or (...) for each its own.
 
     It is -log(-log(1 - w)) with w = (word + 1/2) / 2^32, whose steps are fine where it is large.
     """
@@ -43,7 +44,8 @@ def gumbel_noise(
     block = torch.arange(first // 4, -(-last // 4), device=noise_ids.device)
     ids = noise_ids[..., None]
     counter = torch.broadcast_tensors(block, ids & low, (ids >> 32) & low, torch.zeros_like(ids))
-    words = torch.stack(philox4x32(counter, (seed & low, (seed >> 32) & low)), -1).flatten(-2)
+    key = seed[..., None]
+    words = torch.stack(philox4x32(counter, (key & low, (key >> 32) & low)), -1).flatten(-2)
     words = words[..., first % 4 : first % 4 + last - first]
     w = (words.to(torch.float64) + 0.5) * 2.0**-32
     return -torch.log(-torch.log1p(-w)).to(dtype)
@@ -69,7 +71,7 @@ def sampling_scores(
 
 def uniform(seed: Tensor, noise_ids: Tensor, stream: int = 1) -> Tensor:
     """One float64 in [0, 1) for each noise id (N,), independent of its Gumbel noise and of the
-    numbers of other streams (from 1)."""
+    numbers of other streams (from 1). `seed` is () or (N,)."""
     low = 0xFFFFFFFF
     zero, last = torch.zeros_like(noise_ids), torch.full_like(noise_ids, stream)
     counter = (zero, noise_ids & low, (noise_ids >> 32) & low, last)

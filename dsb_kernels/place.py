@@ -64,8 +64,8 @@ def place_rows_reference(
         position: (B, K) int32, the canvas positions of each row's candidates in ascending order,
             then -1.
         kind: the `StepKind` that a row must need to take part. A WINDOW step computes
-            `[start - prefix, end)`, a REFRESH step every position, a RESPONSE step the response,
-            with the position before it if `shift` is set.
+            `[start - prefix, end)`, a REFRESH step every position but the padding, a RESPONSE step
+            the response, with the position before it if `shift` is set.
         num_rows, width, num_candidates: the capacity of b <= B rows, W <= L positions and k <= K
             candidates of each. A row that needs more positions or candidates does not take part. If
             more than b rows could take part, the first b do.
@@ -87,7 +87,7 @@ def place_rows_reference(
         start = torch.maximum(response_start - int(shift), leftpad)
         end = table[:, Column.RESPONSE_END]
     else:
-        start, end = torch.zeros_like(leftpad), torch.full_like(leftpad, L)
+        start, end = leftpad, torch.full_like(leftpad, L)
     length = end - start
     active = (table[:, Column.NEXT_KIND] == kind) & (length <= width)
     active &= table[:, Column.NUM_CANDIDATES] <= num_candidates
@@ -174,8 +174,8 @@ def _place_rows_kernel(
         start = tl.maximum(start, tl.load(row_ptrs + LEFTPAD, mask=inside, other=0))
         length = tl.load(row_ptrs + RESPONSE_END, mask=inside, other=0) - start
     else:
-        start = tl.zeros((BLOCK_B,), tl.int32)
-        length = start + L
+        start = tl.load(row_ptrs + LEFTPAD, mask=inside, other=0)
+        length = L - start
     next_kind = tl.load(row_ptrs + NEXT_KIND, mask=inside, other=-1)
     num_candidates = tl.load(row_ptrs + NUM_CANDIDATES, mask=inside, other=0)
     active = (next_kind == KIND) & (length <= width) & (num_candidates <= capacity)

@@ -316,9 +316,10 @@ def check_scoring(
     check = functools.partial(check_tensor, op, device=device, contiguous=True)
     if a.eligible is not None:
         check("eligible", a.eligible, dtype=torch.bool, shape=shape)
-    for name, sizes in (("seed", ()), ("noise_ids", shape)):
+    for name in ("seed", "noise_ids"):
         tensor = getattr(a, name)
         if tensor is not None:
-            check(name, tensor, dtype=torch.int64, shape=sizes)
+            one = name == "seed" and isinstance(tensor, torch.Tensor) and tensor.ndim == 0
+            check(name, tensor, dtype=torch.int64, shape=() if one else shape)
         elif a.temperature > 0:
             raise ValueError(f"{op}: {name}=None: temperature > 0 needs an int64 tensor")

@@ -56,7 +56,8 @@ def token_confidence_reference(
         temperature: at 0 the token is the argmax (the lowest id among equals). Above 0 it is the
             argmax of logits / temperature + Gumbel noise, which is a sample from
             softmax(logits / temperature).
-        seed: () int64, the key of the noise; needed when sampling.
+        seed: () int64, the key of the noise, or (...) with a key for each candidate, contiguous;
+            needed when sampling.
         noise_ids: (...) int64, contiguous; needed when sampling. Candidates with different ids have
             independent noise.
         confidence: which confidence is computed from p, the softmax of the logits over all V tokens
@@ -229,6 +230,7 @@ def _token_confidence_kernel(
     stride_n, num_candidates, V, temperature,
     BLOCK_V: tl.constexpr, SPLIT_BLOCKS: tl.constexpr, BANNED: tl.constexpr,
     SAMPLE: tl.constexpr, CONFIDENCE: tl.constexpr, STAGES: tl.constexpr, LANES: tl.constexpr,
+    SEEDS: tl.constexpr = False,
 ):  # fmt: skip
     """Program (candidate, split): the state of one candidate over one split of the vocabulary."""
     candidate = tl.program_id(0)
@@ -242,7 +244,7 @@ def _token_confidence_kernel(
     id_low = 0
     id_high = 0
     if SAMPLE:
-        key = tl.load(seed_ptr)
+        key = tl.load(seed_ptr + candidate) if SEEDS else tl.load(seed_ptr)
         noise_id = tl.load(noise_ids_ptr + candidate)
         id_low = (noise_id & 0xFFFFFFFF).to(tl.uint32)
         id_high = ((noise_id >> 32) & 0xFFFFFFFF).to(tl.uint32)
@@ -300,7 +302,8 @@ def _launch(a: Any) -> tuple[Tensor, Tensor]:
         wrap_triton(_token_confidence_kernel)[launch.grid](
             logits, a.eligible, a.seed, a.noise_ids, partials,
             logits.stride(0), N, V, a.temperature,
-            BANNED=tuple(a.banned), SAMPLE=sample, CONFIDENCE=a.confidence, **launch.options(),
+            BANNED=tuple(a.banned), SAMPLE=sample, CONFIDENCE=a.confidence,
+            SEEDS=sample and a.seed.ndim > 0, **launch.options(),
         )  # fmt: skip
     token, c = launch_combine(partials, a.eligible, a.banned, a.confidence)
     return token.reshape(shape), c.reshape(shape)

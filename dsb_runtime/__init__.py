@@ -9,18 +9,23 @@ from dsb_runtime.doors import auto
 from dsb_runtime.doors.hf_generate import custom_generate
 from dsb_runtime.doors.patch import patch, unpatch
 from dsb_runtime.engine import attention
+from dsb_runtime.engine.batch import BatchEngine, generate_batch
 from dsb_runtime.engine.engine import Engine, GenerationOutput, StepEvent, generate, infill
+from dsb_runtime.engine.request import Request
 from dsb_runtime.models.load import load_model, load_tokenizer
 
 __all__ = [
+    "BatchEngine",
     "DecodingConfig",
     "Engine",
     "GenerationOutput",
+    "Request",
     "StepEvent",
     "attention",
     "auto",
     "custom_generate",
     "generate",
+    "generate_batch",
     "infill",
     "load_model",
     "load_tokenizer",

@@ -119,9 +119,11 @@ def edge_rows(V: int, block: int) -> Tensor:
     return x
 
 
-def sampling(rows: int, temperature: float = 0.7) -> Arguments:
+def sampling(rows: int, temperature: float = 0.7, own: bool = False) -> Arguments:
+    """How to sample, with one seed for all rows or, where they have their `own`, one for each."""
     ids = (torch.arange(rows) * 7 + 2**35).to(DEVICE)
-    return {"temperature": temperature, "seed": torch.tensor(-7, device=DEVICE), "noise_ids": ids}
+    seed = torch.arange(rows) * 2**33 - 7 if own else torch.tensor(-7)
+    return {"temperature": temperature, "seed": seed.to(DEVICE), "noise_ids": ids}
 
 
 # What both ops that propose tokens refuse, where there are two candidates and eight tokens.
@@ -133,6 +135,7 @@ SCORING_REFUSED: list[tuple[Arguments, str]] = [
     ({"temperature": NAN}, "temperature=nan"),
     ({"seed": None}, "seed=None"),
     ({"noise_ids": torch.tensor(1)}, "noise_ids has shape"),
+    ({"seed": torch.tensor([3])}, "seed has shape"),
     ({"temperature": 0.0, "seed": [3]}, "seed is list"),
     ({"temperature": 0.0, "noise_ids": torch.ones(2)}, "noise_ids has dtype"),
     ({"eligible": torch.ones(3) > 0}, r"eligible has shape \(3,\): accepted is \(2,?\)"),

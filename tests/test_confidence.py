@@ -87,7 +87,7 @@ def any_rows(draw: st.DrawFn) -> partial:
     return partial(compare, arguments)
 
 
-SPLITS, EDGE, SAMPLED = "banned_290", "margin_129", "sampled_70"
+SPLITS, EDGE, SAMPLED, OWN_SEEDS = "banned_290", "margin_129", "sampled_70", "own_seeds"
 KERNEL = "_token_confidence_kernel"
 CASE = OpCase(
     op=token_confidence,
@@ -104,6 +104,7 @@ CASE = OpCase(
         SPLITS: partial(edges, 290, banned=(0, 127)),
         EDGE: partial(edges, 129, confidence="margin"),
         SAMPLED: partial(edges, 70, True),
+        OWN_SEEDS: lambda: edges(130) | sampling(21, own=True),
         # 16-bit logits are scored in float32.
         **{f"{dtype}_{confidence}": partial(
                edges, 150, confidence == "probability", dtype, banned=(149,), confidence=confidence)
@@ -133,6 +134,7 @@ CASE = OpCase(
              "end = tl.minimum(begin + SPLIT_BLOCKS - 1,"),
         ]),
         (SPLITS, "_score_block", [("mask=token < V", "mask=token < V - 1")]),
+        (OWN_SEEDS, KERNEL, [("seed_ptr + candidate", "seed_ptr + 0 * candidate")]),
         (SAMPLED, "_score_block", [("block * (BLOCK_V // 4)", "block * (BLOCK_V // 4) + 1")]),
         (SPLITS, "_score_tile", [
             ("if tile_best > score:", "if tile_best >= score:"),

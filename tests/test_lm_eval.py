@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,10 +10,13 @@ import torch
 import yaml
 
 import dsb_runtime as dsb
+from dsb_kernels.rows import Row
 from dsb_runtime.demo import MODEL_DIR
 from dsb_runtime.demo.problems import heldout
 from dsb_runtime.demo.tokenizer import chat_text
 from dsb_runtime.doors.likelihood import Scored, are_greedy, log_likelihoods
+from dsb_runtime.engine.lane import Lane
+from dsb_runtime.engine.step import StepShape
 from tests.golden import refusal
 
 lm_eval = pytest.importorskip("lm_eval", reason="needs the extra: pip install .[eval]")
@@ -115,27 +119,40 @@ def test_remote_code_is_passed_over(lm):
 
 def test_a_batch_size_of_auto_is_halved_until_it_fits(lm, monkeypatch):
     auto = make("mc_num=8,gen_length=64", batch_size="auto", max_batch_size=8)
-    expected, tried = answers(lm), []
+    pairs = [(PROMPTS[0], " " + PROBLEMS[0].response), ("", "Mia")]
+    asked = requests("loglikelihood", pairs)
+    expected, tried = lm.loglikelihood(asked), []
 
-    def small(model: Any, ids: torch.Tensor, *args: Any, **how: Any) -> dsb.GenerationOutput:
-        tried.append(len(ids))
-        if len(ids) > 3:
-            raise torch.OutOfMemoryError("a window step")
-        return dsb.generate(model, ids, *args, **how)
+    def small(*args: Any, batch_size: int, **how: Any) -> list[float]:
+        tried.append(batch_size)
+        if batch_size > 3:
+            raise torch.OutOfMemoryError("a forward")
+        return log_likelihoods(*args, batch_size=batch_size, **how)
 
-    monkeypatch.setattr("dsb_runtime.doors.lm_eval.generate", small)
-    assert answers(auto) == expected
-    assert tried[:7] == [8, 4, 2, 2, 2, 2, 1]
+    monkeypatch.setattr("dsb_runtime.doors.lm_eval.log_likelihoods", small)
+    for actual, (total, greedy) in zip(auto.loglikelihood(asked), expected, strict=True):
+        assert actual == (pytest.approx(total, abs=1e-3), greedy)
+    assert tried == [8, 4, 2]
     assert auto.batch_sizes == {0: 2} and lm.batch_sizes == {}
     # A batch that was named is not made smaller, and one of 1 cannot be.
     with pytest.raises(torch.OutOfMemoryError):
-        answers(make("gen_length=64", batch_size="4"))
-    pairs = [(PROMPTS[0], " " + PROBLEMS[0].response), ("", "Mia")]
-    asked = requests("loglikelihood", pairs)
-    for actual, (total, greedy) in zip(
-        auto.loglikelihood(asked), lm.loglikelihood(asked), strict=True
-    ):
-        assert actual == (pytest.approx(total, abs=1e-3), greedy)
+        make("mc_num=8,gen_length=64", batch_size="4").loglikelihood(asked)
+
+
+def test_answers_take_as_many_rows_as_fit(lm, monkeypatch):
+    expected, launch, rows = answers(lm), Lane.launch, []
+
+    def small(lane: Lane, shape: StepShape) -> list[Row]:
+        if shape.num_rows > 3:
+            raise torch.OutOfMemoryError("a window step")
+        rows.append(shape.num_rows)
+        return launch(lane, shape)
+
+    monkeypatch.setattr(Lane, "launch", small)
+    assert answers(lm) == expected and 1 < max(rows) <= 3
+    monkeypatch.setattr(Lane, "launch", lambda lane, shape: small(lane, replace(shape, num_rows=9)))
+    with pytest.raises(torch.OutOfMemoryError, match="a refresh step of 1 x"):
+        answers(lm)
 
 
 def test_an_adapter(lm, tmp_path):

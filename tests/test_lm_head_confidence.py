@@ -139,6 +139,7 @@ CASE = OpCase(
         "edges": partial(finite_edges, 41, banned=(15,)),
         "margin": partial(inputs, 18, 53, 20, confidence="margin"),
         "sampled": partial(inputs, 5, 37, 16, sample=True),
+        "own_seeds": lambda: inputs(19, 37, 16) | sampling(19, own=True),
         "infinities": partial(inputs, 3, 37, 16, bias={0: INF, 5: INF}, banned=(3,)),
         "quick": partial(inputs, 3, 50, 16, banned=(3,), confidence="margin"),
     },
@@ -172,6 +173,7 @@ CASE = OpCase(
             ("first_candidate + BLOCK_N // 2", "first_candidate + BLOCK_N // 4"),
         ]),
         ("sampled", "_store_states", [("token + token_base, noise_id", "token, noise_id")]),
+        ("own_seeds", "_store_states", [("seed_ptr + mine", "seed_ptr + 0 * mine")]),
         ("infinities", "_store_states", [("e = capped(e)", "e = e")]),
         ("sampled", "_noise", [("token % 4", "3 - token % 4")]),
         ("torch.bfloat16_margin", "_lm_head_kernel", [  # which float32 could not show

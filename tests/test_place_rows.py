@@ -192,7 +192,8 @@ CASE = OpCase(
         ({"num_candidates": lambda n: 0}, "num_candidates=0: accepted are 1 to 8"),
     ],
     mistakes=mistakes_of(
-        ("refresh", KERNEL, [("(length <= width)", "(length < width)")]),
+        ("no_token_before", KERNEL, [("(length <= width)", "(length < width)")]),
+        ("refresh", KERNEL, [("length = L - start", "length = L + 0 * start")]),
         ("few_candidates", KERNEL, [("& (num_candidates <= capacity)", "")]),
         ("some_rows", KERNEL, [("active, before, behind", "active, behind, before")]),
         ("every_row", KERNEL, [("b < B\n", "b < B - 1\n")]),

@@ -87,9 +87,15 @@ def encode(tokenizer: PreTrainedTokenizerBase, prompt: str, raw: bool) -> torch.
     """(1, P) ids of the prompt, in the checkpoint's chat format unless `raw`."""
     if not tokenizer.chat_template or raw:
         return tokenizer(prompt, return_tensors="pt").input_ids
-    message = [{"role": "user", "content": prompt}]
+    return encode_messages(tokenizer, [{"role": "user", "content": prompt}])
+
+
+def encode_messages(
+    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]
+) -> torch.Tensor:
+    """(1, P) ids of a chat, in the checkpoint's chat format."""
     try:
-        text = tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
+        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     except Exception as error:  # a checkpoint's template may raise anything
         raise ValueError(f"chat template: {error}; --raw leaves it out") from error
     return tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids

@@ -1,4 +1,4 @@
-"""The `dsb` command: `dsb generate`, `bench`, `profile`, `eval`, `convert`."""
+"""The `dsb` command: `dsb generate`, `batch`, `bench`, `profile`, `eval`, `convert`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from dsb_runtime.cli import generate
+from dsb_runtime.cli import batch, generate
 from dsb_runtime.cli.process import OneLineParser, ending, run_process
 from dsb_runtime.config import SAMPLING, DecodingConfig, settings
 from dsb_runtime.defaults import defaults_for
@@ -72,8 +72,13 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
 
 def named_settings(args: argparse.Namespace, model: PreTrainedModel) -> DecodingConfig:
     """The settings named on the command line, and the model's defaults for the others."""
+    return defaults_for(model, **named_alone(args))
+
+
+def named_alone(args: argparse.Namespace) -> dict[str, Any]:
+    """The settings that are named on the command line."""
     named = {name: getattr(args, name) for name in settings()}
-    return defaults_for(model, **{k: v for k, v in named.items() if v is not None})
+    return {name: value for name, value in named.items() if value is not None}
 
 
 def add_convert(parser: argparse.ArgumentParser) -> None:
@@ -97,6 +102,8 @@ def build_parser() -> argparse.ArgumentParser:
 
     command("generate", "answer a prompt", run_generate, add_settings, generate.add_arguments,
             epilog=COUNTING)  # fmt: skip
+    command("batch", "answer a file of prompts, a line each", run_batch, add_settings,
+            batch.add_arguments, epilog=f"{batch.NOTE} {COUNTING}")  # fmt: skip
     command("bench", "time per step against its limit, tokens/s by batch", run_bench,
             add_settings, bench.add_arguments, epilog=f"{COUNTING} {NO_EOS}")  # fmt: skip
     # An abbreviation of --torch would stay in the command line that is printed for Nsight.
@@ -124,6 +131,12 @@ def run_generate(args: argparse.Namespace) -> int:
     args.prompt = generate.read_prompt(args.prompt)  # before a checkpoint is read
     model, tokenizer = load(args)
     return generate.run(args, model, tokenizer, named_settings(args, model))
+
+
+def run_batch(args: argparse.Namespace) -> int:
+    batch.check_arguments(args)
+    model, tokenizer = load(args)
+    return batch.run(args, model, tokenizer, named_alone(args))
 
 
 def run_bench(args: argparse.Namespace) -> int:

@@ -17,10 +17,9 @@ import json
 import logging
 import os
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import lm_eval.models  # noqa: F401 - fills the harness's list, which takes no more once it has one
 import torch
@@ -35,7 +34,7 @@ from tqdm import tqdm
 
 from dsb_runtime.config import DecodingConfig, check_bool, check_int, settings
 from dsb_runtime.defaults import defaults_for
-from dsb_runtime.doors.likelihood import Scored, are_greedy, left_pad, log_likelihoods
+from dsb_runtime.doors.likelihood import Scored, are_greedy, log_likelihoods
 from dsb_runtime.doors.lm_eval_requests import (
     answer_text,
     check_request,
@@ -43,8 +42,11 @@ from dsb_runtime.doors.lm_eval_requests import (
     first_copies,
     request_settings,
 )
+from dsb_runtime.engine.batcher import Batcher
 from dsb_runtime.engine.cache import is_out_of_memory
-from dsb_runtime.engine.engine import generate
+from dsb_runtime.engine.engine import GenerationOutput
+from dsb_runtime.engine.lane import response_of
+from dsb_runtime.engine.request import Request
 from dsb_runtime.families import check_model
 from dsb_runtime.models.load import load_model, load_tokenizer
 
@@ -64,8 +66,9 @@ class DSBLM(TemplateLM):
         trust_remote_code: accepted as the harness passes it on; no code of a checkpoint ever runs.
         dtype, family, mask_id, revision: as `load_model` takes them.
         device: as `load_model` takes it; under `accelerate launch` each process has its own.
-        batch_size: prompts (or masked texts, for likelihoods) in one forward. "auto" begins with
-            `max_batch_size` and halves the batch whenever it does not fit into memory.
+        batch_size: prompts (or masked texts, for likelihoods) in one forward, at most. "auto"
+            begins with `max_batch_size`, and halves a batch of texts that does not fit into memory;
+            of prompts, a forward has as many as fit.
         max_batch_size: of batch_size="auto", 64 by default.
         mc_num: how many masks are drawn for each log-likelihood.
         seed: of those masks, and of the random numbers at a temperature above 0.
@@ -198,52 +201,61 @@ class DSBLM(TemplateLM):
         return ids[-longest:]
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """The answers in the order of the requests; requests with equal settings share batches."""
+        """The answers in the order of the requests, which are decoded side by side: a row that is
+        done takes the next request."""
         answers: list[str] = [""] * len(requests)
         source = first_copies(requests)
-        groups: dict[str, list[int]] = defaultdict(list)
-        for i, request in enumerate(requests):
-            if source[i] == i:
-                groups[json.dumps(request.args[1], sort_keys=True)].append(i)
+        members = [i for i in range(len(requests)) if source[i] == i]
         began = time.perf_counter()
-        with self.bar(sum(map(len, groups.values())), "generate_until", disable_tqdm) as bar:
-            for members in groups.values():
-                for i, answer in self.answer_group(requests, members):
-                    answers[i] = answer
-                    self.cache_hook.add_partial("generate_until", requests[i].args, answer)
-                    bar.update()
+        with self.bar(len(members), "generate_until", disable_tqdm) as bar:
+            for i, answer in self.answer_all(requests, members):
+                answers[i] = answer
+                self.cache_hook.add_partial("generate_until", requests[i].args, answer)
+                bar.update()
         self.totals["seconds"] += time.perf_counter() - began
         self.measured = self.add_up()
         if self._rank == 0 and self.measured:
             logger.info("dsb: " + ", ".join(f"{v:.6g} {k}" for k, v in self.measured.items()))
         return [answers[i] for i in source]
 
-    def answer_group(
-        self, requests: list[Instance], members: list[int]
-    ) -> Iterator[tuple[int, str]]:
-        """(index, answer) of the requests `members`, which have the same `generation_kwargs`."""
-        kwargs = requests[members[0]].args[1]
-        config = self.decoding_config(kwargs)
-        stops = kwargs.get("until") or []
-        stops = [stops] if isinstance(stops, str) else stops
-        longest, room = self.max_length - config.gen_length, f"{self.max_length} positions"
-        if longest < 1:
-            raise ValueError(f"gen_length={config.gen_length}: no room for a prompt in {room}")
-        prompts = {}
+    def answer_all(self, requests: list[Instance], members: list[int]) -> Iterator[tuple[int, str]]:
+        """(index, answer) of the requests `members`, as they are done."""
+        configs: dict[str, DecodingConfig] = {}
+        order: list[tuple[str, int, int, list[int]]] = []
         for i in members:
-            ids = self.tok_encode(requests[i].args[0]) or [self.prefix_token_id]
-            prompts[i] = self.cut_prompt(ids, longest)
-        # The longest prompts come first, so that batches have little padding.
-        members = sorted(members, key=lambda i: -len(prompts[i]))
-        while members:
+            text, kwargs = requests[i].args
+            key = json.dumps(kwargs, sort_keys=True)
+            if key not in configs:
+                configs[key] = self.decoding_config(kwargs)
+            longest = self.max_length - configs[key].gen_length
+            if longest < 1:
+                raise ValueError(
+                    f"gen_length={configs[key].gen_length}: no room for a prompt in "
+                    f"{self.max_length} positions"
+                )
+            ids = self.cut_prompt(self.tok_encode(text) or [self.prefix_token_id], longest)
+            order.append((key, -len(ids), i, ids))
+        # The longest prompts come first: one that does not fit into memory says so at once.
+        order.sort()
+        index_of: dict[Request, int] = {}
 
-            def decode_first(count: int, waiting: list[int] = members) -> list[list[int]]:
-                return self.decode([prompts[i] for i in waiting[:count]], config)
+        def submitted() -> Iterator[Request]:
+            for key, _, i, ids in order:
+                request = Request(self.model, ids, configs[key], self.generator)
+                index_of[request] = i
+                yield request
 
-            responses = self.fitting(decode_first)
-            for i, ids in zip(members, responses, strict=False):
-                yield i, answer_text(self.tokenizer, ids, self.info.eos_ids, stops)
-            members = members[len(responses) :]
+        for request in Batcher(self.model, self.batch_size).decode(submitted()):
+            i = index_of.pop(request)
+            if not isinstance(request.outcome, GenerationOutput):
+                raise cast(BaseException, request.outcome)
+            self.totals["answers"] += 1
+            self.totals["tokens"] += request.outcome.row_tokens[0]
+            self.totals["forwards"] += request.outcome.nfe
+            stops = requests[i].args[1].get("until") or []
+            stops = [stops] if isinstance(stops, str) else stops
+            ids = response_of(request.outcome, request)
+            yield i, answer_text(self.tokenizer, ids, self.info.eos_ids, stops)
 
     def fitting(self, run: Callable[[int], T]) -> T:
         """`run(batch_size)`. With `--batch_size auto` the batch is halved until it fits."""
@@ -261,17 +273,6 @@ class DSBLM(TemplateLM):
     def batch_sizes(self) -> dict[int, int]:
         """What `--batch_size auto` has come to, which the harness writes beside the scores."""
         return {0: self.batch_size} if self.auto else {}
-
-    def decode(self, prompts: list[list[int]], config: DecodingConfig) -> list[list[int]]:
-        """Response ids of one batch, each up to and including its first EOS."""
-        ids, mask = (t.to(self._device) for t in left_pad(prompts))
-        generator = self.generator if config.temperature > 0 else None
-        out = generate(self.model, ids, config, attention_mask=mask, generator=generator)
-        self.totals["answers"] += len(prompts)
-        self.totals["tokens"] += sum(out.row_tokens)
-        self.totals["forwards"] += sum(out.row_nfe)
-        response = out.sequences[:, ids.shape[1] :].tolist()
-        return [row[:length] for row, length in zip(response, out.row_tokens, strict=True)]
 
     def _loglikelihood_tokens(
         self,

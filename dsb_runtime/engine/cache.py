@@ -6,8 +6,11 @@ Cache needs nothing else: a refresh writes every position, and a window step wri
 
 from __future__ import annotations
 
+import contextlib
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +19,12 @@ from transformers import PreTrainedModel
 
 from dsb_runtime.engine.parallel import is_tensor_parallel
 from dsb_runtime.families import device_of
+
+# Of a container: its limit and what is in use, of cgroups 2 and 1.
+CGROUPS = (
+    ("memory.max", "memory.current"),
+    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+)
 
 
 @dataclass(frozen=True)
@@ -76,6 +85,12 @@ class KVCache:
     values: list[Tensor]
     scratch: bool
 
+    def forget(self, row: int) -> None:
+        """Clear a batch row that may hold NaN. Its next refresh leaves the padding as it is, and
+        not every attention that is called spares what it masks."""
+        for buffer in (*self.keys, *self.values):
+            buffer[slice(None) if self.scratch else row].zero_()
+
     @classmethod
     def over(
         cls, storage: Tensor, shape: CacheShape, batch: int, capacity: int, num_layers: int
@@ -106,6 +121,21 @@ def is_out_of_memory(error: RuntimeError) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or any(
         words in message for words in OUT_OF_MEMORY
     )
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """How many bytes of memory are free on a device; None where that cannot be said."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused  # torch's allocator has some of it
+    limits, info = [], Path("/proc/meminfo")
+    if info.is_file():
+        limits += [1024 * int(n) for n in re.findall(r"MemAvailable:\s*(\d+)", info.read_text())]
+    for names in CGROUPS:
+        limit, used = (Path("/sys/fs/cgroup", name) for name in names)
+        with contextlib.suppress(OSError, ValueError):  # a limit of "max" is none
+            limits.append(int(limit.read_text()) - int(used.read_text()))
+    return min(limits, default=None)
 
 
 def fits(shape: CacheShape, batch: int, length: int) -> bool:

@@ -93,6 +93,12 @@ def check_prompt(model: Any, input_ids: Any, gen_length: int) -> None:
     device = device_of(model)
     if input_ids.device != device:
         raise ValueError(f"input_ids is on {input_ids.device}: expected the model's {device}")
+    check_ids(model, input_ids, gen_length)
+
+
+def check_ids(model: Any, input_ids: Tensor, gen_length: int) -> None:
+    """Check that the ids (B, P) are of the vocabulary, and that the model has enough positions for
+    them and `gen_length` more."""
     vocab = model.config.vocab_size
     for extreme in (int(input_ids.min()), int(input_ids.max())):
         if not 0 <= extreme < vocab:

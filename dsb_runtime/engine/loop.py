@@ -291,6 +291,8 @@ class Loop:
             most_new.append(max(row.new for row in table if row.took_part))
             failed = [index for index, row in enumerate(table) if row.failed]
             if failed:
+                for index in failed:
+                    session.step.cache.forget(index)
                 raise FloatingPointError(
                     f"step {steps}: the model's logits are NaN (row {failed[0]})"
                 )

@@ -25,6 +25,8 @@ from dsb_runtime.engine.forward import Backbone
 from dsb_runtime.engine.sampling import log_probability, propose
 from dsb_runtime.families import DiffusionInfo
 
+NOISE_OF_ROW_0 = (1 << 42) - 1  # the bits of a noise id that do not name its batch row
+
 
 class DecodeState(NamedTuple):
     """The state of a batch, as tensors of fixed shapes. With the model and the K/V cache, it is all
@@ -39,7 +41,7 @@ class DecodeState(NamedTuple):
     position: Tensor  # (B, K) int32, the candidates of the coming step, then -1
     commit: Tensor  # (B, K) bool, whether the last step committed each of its candidates
     confidence: Tensor  # (B, K) float32, the confidence of these candidates
-    seed: Tensor  # () int64, the key of the noise
+    seed: Tensor  # () int64, the key of the noise, or (B,), for each row its own
     # What is recorded of each position, where a call asks for it; else both are (B, 0). Column L is
     # written by what was not committed, and read by nobody.
     step_map: Tensor  # (B, L + 1) int32, in which of its row's steps it was committed, or -1
@@ -132,6 +134,16 @@ class Step:
             shift=self.info.family.shift,
         )  # fmt: skip
 
+    def noise(self, layout: Layout) -> tuple[Tensor, Tensor]:
+        """The seed and the noise ids of the candidates. A row that has a seed of its own draws what
+        the only row of a batch draws with that seed."""
+        seed = self.state.seed
+        if seed.ndim == 0:
+            return seed, layout.noise_ids
+        k = layout.noise_ids.shape[0] // len(layout.rows)
+        own = seed.index_select(0, layout.rows)[:, None].expand(-1, k).flatten().contiguous()
+        return own, layout.noise_ids & NOISE_OF_ROW_0
+
     @property
     def recorded(self) -> bool:
         """Whether the call asks for what was committed when, and with which probability."""
@@ -157,7 +169,7 @@ class Step:
         with phase("score"):
             token, confidence = propose(
                 scored, self.backbone.lm_head, layout.eligible, self.config, self.info,
-                *((state.seed, layout.noise_ids) if self.config.draws else ()),
+                *(self.noise(layout) if self.config.draws else ()),
             )  # fmt: skip
             if self.recorded:
                 position = state.position.clone()  # before the next step's candidates replace them

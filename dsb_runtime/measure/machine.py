@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import platform
 import re
@@ -12,27 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
-# Of a container: its limit and what is in use, of cgroups 2 and 1.
-CGROUPS = (
-    ("memory.max", "memory.current"),
-    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
-)
-
-
-def free_bytes(device: torch.device) -> int | None:
-    """How many bytes of memory are free on a device; None where that cannot be said."""
-    if device.type == "cuda":
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + unused  # torch's allocator has some of it
-    limits, info = [], Path("/proc/meminfo")
-    if info.is_file():
-        limits += [1024 * int(n) for n in re.findall(r"MemAvailable:\s*(\d+)", info.read_text())]
-    for names in CGROUPS:
-        limit, used = (Path("/sys/fs/cgroup", name) for name in names)
-        with contextlib.suppress(OSError, ValueError):  # a limit of "max" is none
-            limits.append(int(limit.read_text()) - int(used.read_text()))
-    return min(limits, default=None)
 
 
 def describe_run(command: str, device: torch.device) -> dict[str, Any]:

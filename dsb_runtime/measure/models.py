@@ -18,9 +18,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from dsb_kernels.rules import RULES
 from dsb_runtime.config import DecodingConfig
 from dsb_runtime.demo import MODEL_DIR
-from dsb_runtime.engine.cache import cache_shape_of
+from dsb_runtime.engine.cache import cache_shape_of, free_bytes
 from dsb_runtime.families import DREAM, LLADA, DiffusionInfo, Family, check_model
-from dsb_runtime.measure.machine import free_bytes
 from dsb_runtime.models.load import pick_device
 
 DTYPES = ("float32", "bfloat16", "float16")

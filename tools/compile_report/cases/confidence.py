@@ -57,7 +57,7 @@ def logits_case(candidates: int, confidence: str, sample: bool, dtype: str) -> C
     launch = token_confidence.launch_of(candidates, VOCABULARY, "sm_90", sample)
     constexprs = {
         **launch.blocks, **({} if sample else dict.fromkeys(SAMPLING)), "BANNED": (MASK_TOKEN,),
-        "SAMPLE": sample, "CONFIDENCE": confidence,
+        "SAMPLE": sample, "CONFIDENCE": confidence, "SEEDS": False,
     }  # fmt: skip
     usual = confidence == "probability" and not sample and dtype != "fp32"
     return CompileCase(
@@ -83,6 +83,7 @@ def head_case(
     constexprs = {
         **launch.blocks, "bias_ptr": None, **({} if sample else dict.fromkeys(SAMPLING)),
         "EVEN_K": True, "BANNED": (MASK_TOKEN,), "SAMPLE": sample, "CONFIDENCE": confidence,
+        "SEEDS": False,
     }  # fmt: skip
     return CompileCase(
         "lm_head_confidence", words(candidates, confidence, sample, dtype),

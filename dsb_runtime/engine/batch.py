@@ -1,0 +1,251 @@
+"""Many prompts: rows that finish make room for the next prompt, while the others go on.
+
+`generate_batch` drives a `Batcher` in the thread that iterates over it. `BatchEngine` has a thread
+that does, for requests of any thread.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import weakref
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from dsb_runtime.config import DecodingConfig
+from dsb_runtime.engine.batcher import Batcher
+from dsb_runtime.engine.check import check_family_settings, check_generator
+from dsb_runtime.engine.engine import GenerationOutput, config_of
+from dsb_runtime.engine.graphs import Capture
+from dsb_runtime.engine.request import OnTokens, Request
+from dsb_runtime.engine.turns import check_process
+from dsb_runtime.families import check_model
+
+
+def generate_batch(
+    model: PreTrainedModel,
+    prompts: Iterable[Tensor | Sequence[int]],
+    config: DecodingConfig | None = None,
+    *,
+    max_rows: int | None = None,
+    generator: torch.Generator | None = None,
+    record: bool = False,
+    **settings: Any,
+) -> Iterator[tuple[int, GenerationOutput]]:
+    """Decode `gen_length` positions after each of many prompts, side by side: a row that is done
+    makes room for the next prompt. Every prompt gets the tokens, in as many forwards, that
+    `generate` gives it alone.
+
+    Args:
+        model: as for `generate`; its weights must not be shared with other processes.
+        prompts: (P,) integer tensors or lists of token ids. They are read as rows get free, a few
+            ahead, so they may be more than memory has room for.
+        config: the settings of all prompts. Instead of a config, settings may be named as keyword
+            arguments; then `defaults_for` supplies the others.
+        max_rows: how many prompts are decoded at a time. None means 64, or as many as half of the
+            free memory has room for.
+        generator: the source of randomness at temperature > 0. The prompts draw their seeds in
+            their order, so a loop over `generate` with this generator gives the same tokens.
+        record: whether the outputs have `step_map` and `logprobs`.
+
+    Yields:
+        (index, `GenerationOutput`) of each prompt as it is done. The output is that of a batch of
+        one row.
+
+    Raises:
+        TypeError, ValueError: the model or a setting is not accepted, which is checked at once.
+        RuntimeError: a prompt has failed (it is not accepted, its logits are NaN, or it is too long
+            for the memory). It is raised once all others have been yielded, from the error of the
+            first that failed.
+    """
+    batcher = Batcher(model, max_rows)
+    config = config_of(batcher.model, config, settings)
+    check_family_settings(check_model(batcher.model), config)
+    check_generator(generator, batcher.device)
+    return _yield_outputs(batcher, iter(prompts), config, generator, record)
+
+
+def _yield_outputs(
+    batcher: Batcher,
+    prompts: Iterator[Tensor | Sequence[int]],
+    config: DecodingConfig,
+    generator: torch.Generator | None,
+    record: bool,
+) -> Iterator[tuple[int, GenerationOutput]]:
+    index_of: dict[Request, int] = {}
+    failed: dict[int, BaseException] = {}
+
+    def requests() -> Iterator[Request]:
+        for index, ids in enumerate(prompts):
+            try:
+                request = Request(batcher.model, ids, config, generator, record)
+            except (TypeError, ValueError) as error:
+                failed[index] = error
+            else:
+                index_of[request] = index
+                yield request
+
+    for request in batcher.decode(requests()):
+        index = index_of.pop(request)
+        if isinstance(request.outcome, GenerationOutput):
+            yield index, request.outcome
+        elif request.outcome is not None:
+            failed[index] = request.outcome
+    if failed:
+        first = min(failed)
+        others = f" ({len(failed)} prompts failed)" if len(failed) > 1 else ""
+        raise RuntimeError(f"prompt {first}: {failed[first]}{others}") from failed[first]
+
+
+class _Worker:
+    """The thread of a `BatchEngine`, which is there while something is decoded."""
+
+    thread: threading.Thread | None = None
+    stopping = False
+
+    def end(self) -> None:
+        """Let the thread end after its step, and wait for that."""
+        self.stopping = True
+        if self.thread is not None and self.thread is not threading.current_thread():
+            self.thread.join()
+
+
+class BatchEngine:
+    """Decodes requests side by side, from any thread, each as if it were alone.
+
+    A thread decodes while there are requests, and ends when there are none. Interrupts that reach
+    other threads (Ctrl-C in `result()`) leave it as it is.
+
+    Args:
+        model: from `load_model` or `patch`, or what torch.compile, DDP or PEFT made of it; its
+            weights must not be shared with other processes.
+        max_rows: how many requests are decoded at a time; the others wait. None means 64, or as
+            many as half of the free memory has room for.
+        graphs, capture: as for `Engine`.
+
+    Raises:
+        TypeError, ValueError: `model` or `max_rows` is not accepted.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        max_rows: int | None = None,
+        *,
+        graphs: bool | None = None,
+        capture: Capture | None = None,
+    ) -> None:
+        def new_batcher() -> Batcher:
+            return Batcher(model, max_rows, graphs=graphs, capture=capture)
+
+        self.new_batcher = new_batcher
+        self.start_anew()
+
+    def start_anew(self) -> None:
+        """Begin with nothing: no request, no thread, no memory."""
+        self.batcher, self.process = self.new_batcher(), os.getpid()
+        self.arrived: deque[Request] = deque()
+        self.changed, self.worker = threading.Condition(), _Worker()
+        weakref.finalize(self, _Worker.end, self.worker)  # also when the interpreter exits
+
+    @property
+    def max_rows(self) -> int:
+        """How many requests are decoded at a time."""
+        return self.batcher.max_rows
+
+    def submit(
+        self,
+        ids: Tensor | Sequence[int],
+        config: DecodingConfig | None = None,
+        *,
+        generator: torch.Generator | None = None,
+        record: bool = False,
+        on_tokens: OnTokens | None = None,
+        **settings: Any,
+    ) -> Request:
+        """Let a prompt be decoded as soon as there is a row for it.
+
+        Args:
+            ids: (P,) integers, a tensor on any device or a list.
+            config, settings: as for `generate`. Every request has its own.
+            generator: what the request's seed is drawn from, in this call. The same seed gives the
+                same tokens as `generate` does for the prompt alone.
+            record: whether the output has `step_map` and `logprobs`.
+            on_tokens: a function that is called in the decoding thread with the ids that have been
+                finished since the last call: those before the first mask, up to the first EOS
+                inclusive. What it raises fails this request.
+
+        Returns:
+            A `Request`, whose `result()` is the `GenerationOutput` of a batch of one row.
+
+        Raises:
+            TypeError, ValueError: an argument is not accepted; the message is one line.
+        """
+        if self.process != os.getpid():  # the thread and the locks stayed behind
+            check_process(self.batcher.device)
+            self.start_anew()
+        model = self.batcher.model
+        request = Request(model, ids, config, generator, record, on_tokens, **settings)
+        with self.changed:
+            self.arrived.append(request)
+            if self.worker.thread is None:
+                thread = threading.Thread(target=self.work, name="dsb batch", daemon=True)
+                self.worker.thread = thread
+                thread.start()
+        return request
+
+    def drain(self) -> None:
+        """Wait until no request is waiting or decoded. Then weights may be replaced, and the model
+        has the mode that the caller gave it.
+
+        Raises:
+            RuntimeError: an `on_tokens` of this engine calls it, and would wait for itself.
+        """
+        if self.worker.thread is threading.current_thread():
+            raise RuntimeError("BatchEngine.drain: called by an on_tokens of its own")
+        if self.process == os.getpid():
+            with self.changed:
+                self.changed.wait_for(lambda: self.worker.thread is None)
+
+    def release(self) -> None:
+        """`drain`, and give back the memory and every captured step."""
+        self.drain()
+        with self.changed:
+            if self.worker.thread is None:
+                self.batcher.release()
+
+    # --- the decoding thread ------------------------------------------------------------------
+
+    def work(self) -> None:
+        """Decode until nothing is left to do."""
+        batcher, worker = self.batcher, self.worker
+
+        def take_in() -> None:
+            while self.arrived:
+                batcher.waiting.append(self.arrived.popleft())
+
+        def pause(done: list[Request]) -> bool:
+            while done:
+                done.pop().settle()
+            take_in()
+            return worker.stopping
+
+        while True:
+            take_in()
+            try:
+                # What is done last is told when the model has the caller's mode again.
+                done = batcher.run(pause)
+            except BaseException as error:  # a fault of this package, of which nobody else hears
+                done = batcher.abandon(error)
+            for request in done:
+                request.settle()
+            with self.changed:
+                if worker.stopping or not self.arrived:
+                    worker.thread = None
+                    self.changed.notify_all()
+                    return

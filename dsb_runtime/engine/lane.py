@@ -1,0 +1,300 @@
+"""A lane: rows of one canvas that requests enter and leave while the others go on.
+
+Requests whose settings a step takes as constants share a lane. A lane is a session of fixed shape:
+B rows of L positions. Responses end at the canvas's last position, so a shorter request has more
+padding before its prompt. What differs between requests stands in their rows: where prompt and
+response begin, the seed, the counters.
+
+A row's first step is a refresh, which computes every position of the row. So nothing of the request
+before it is left, and the row gets the tokens that its prompt gets alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from transformers.utils import logging
+
+from dsb_kernels.rows import Column, Row, StepKind, read_rows
+from dsb_runtime.engine.cache import (
+    CacheShape,
+    KVCache,
+    allocate,
+    cache_shape_of,
+    is_out_of_memory,
+    step_message,
+)
+from dsb_runtime.engine.engine import GenerationOutput, until_eos
+from dsb_runtime.engine.graphs import HostCopy, width_class
+from dsb_runtime.engine.loop import Loop, Session, capacity_for
+from dsb_runtime.engine.request import Request
+from dsb_runtime.engine.step import DecodeState, Step, StepShape, new_state
+from dsb_runtime.families import check_model, device_of
+
+logger = logging.get_logger(__name__)
+LENGTH_MULTIPLE = 64  # a lane has a multiple of so many positions, so that others fit in later
+
+
+def length_class(length: int) -> int:
+    """How many positions the shortest lane for a request of `length` positions has."""
+    return -(-length // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
+
+
+def buffers_of(loop: Loop, request: Request) -> CacheShape:
+    """The K/V buffers that a lane for this request has."""
+    shape = cache_shape_of(loop.model)
+    return replace(shape, layers=1) if request.config.cache == "none" else shape
+
+
+def state_alone(request: Request, length: int, mask_id: int) -> DecodeState:
+    """The state of the request before its first step, as the only row of a canvas of `length`
+    positions. It is on the CPU."""
+    leftpad = length - request.length
+    # The padding holds a token of the prompt: keys of another could be NaN.
+    canvas = torch.full((1, length), int(request.ids[0]))
+    canvas[0, leftpad : leftpad + len(request.ids)] = request.ids
+    canvas[0, leftpad + len(request.ids) :] = mask_id
+    state = new_state(canvas, torch.tensor([leftpad]), request.spec, request.record)
+    return state._replace(seed=torch.tensor([request.seed]))
+
+
+def free_rows(state: DecodeState, rows: int, device: torch.device) -> DecodeState:
+    """A state of so many rows that are done, whose shapes are those of `state`, which has one."""
+    tensors = [x.new_zeros((rows, *x.shape[1:]), device=device) for x in state]
+    free = DecodeState(*tensors)
+    free.table[:, Column.NEXT_KIND] = int(StepKind.NOTHING)
+    return free
+
+
+class Lane:
+    """`rows` rows of `length` positions for requests of one group.
+
+    Raises:
+        torch.OutOfMemoryError: there is no memory for that; the message names what would fit.
+    """
+
+    def __init__(self, loop: Loop, request: Request, rows: int, length: int) -> None:
+        model = loop.model
+        self.info, self.group, self.length = check_model(model), request.group, length
+        shape = buffers_of(loop, request)
+        self.nbytes = rows * row_bytes(shape, length)
+        storage = allocate(shape, rows, length)
+        cache = KVCache.over(storage, shape, rows, length, model.config.num_hidden_layers)
+        backbone = loop.new_backbone(length)
+        alone = state_alone(request, length, self.info.mask_id)
+        state = free_rows(alone, rows, device_of(model))
+        step = Step(backbone, self.info, cache, state, request.spec, request.config, padded=True)
+        self.session = Session(step, loop.capture if backbone.replayable else None)
+        self.table = read_rows(state.table.cpu())
+        self.requests: list[Request | None] = [None] * rows
+        self.most = rows  # how many rows one step may have: fewer once it ran out of memory
+        # While others have windows to do, a refresh takes so many rows at most. The number doubles
+        # for as long as rows are left over, so that none of them waits for long.
+        self.crowd = self.usual_crowd = max(1, rows // 4)
+        self.refreshed: StepKind | None = None  # the kind of the last step, if it was no window
+
+    @property
+    def fingerprint(self) -> list[object]:
+        return self.session.step.backbone.fingerprint
+
+    @property
+    def occupied(self) -> list[int]:
+        """The rows that have a request."""
+        return [i for i, request in enumerate(self.requests) if request is not None]
+
+    def takes(self, request: Request) -> bool:
+        """Whether a request may enter. One that is much shorter would waste the memory of a row,
+        and its attention would look at many positions that are padding."""
+        shortest = length_class(request.length)
+        fits = self.group == request.group and shortest <= self.length <= 2 * shortest
+        return fits and None in self.requests
+
+    # --- rows ---------------------------------------------------------------------------------
+
+    def enter(self, request: Request) -> None:
+        """Put a request into a free row. The steps of other rows go on as they were."""
+        row, alone = self.requests.index(None), state_alone(request, self.length, self.info.mask_id)
+        for buffer, value in zip(self.session.state, alone, strict=True):
+            buffer[row].copy_(value[0])
+        self.requests[row], self.table[row] = request, read_rows(alone.table)[0]
+
+    def leave(self, row: int) -> Request:
+        """Free a row, whatever it still needs, and return its request."""
+        request = self.requests[row]
+        assert request is not None
+        self.requests[row] = None
+        self.session.state.table[row, Column.NEXT_KIND] = int(StepKind.NOTHING)
+        self.table[row].next_kind = StepKind.NOTHING
+        return request
+
+    def fail(self, row: int, error: BaseException) -> Request:
+        """Free a row whose request has failed."""
+        request = self.leave(row)
+        request.outcome = error
+        return request
+
+    def leave_cancelled(self) -> list[Request]:
+        """Free the rows of cancelled requests, and return these."""
+        gone = [row for row in self.occupied if self.requests[row].cancelled()]  # type: ignore[union-attr]
+        return [self.leave(row) for row in gone]
+
+    # --- steps --------------------------------------------------------------------------------
+
+    def next_shape(self) -> tuple[StepShape, list[int]]:
+        """The step that comes next, and the rows that take part first in it.
+
+        Window steps and refreshes alternate, and a refresh takes few rows while others have windows
+        to do. So requests that arrive together keep nobody waiting.
+        """
+        rows_of: dict[int, list[int]] = {kind: [] for kind in StepKind}
+        for index in self.occupied:
+            rows_of[self.table[index].next_kind].append(index)
+        windows = rows_of[StepKind.WINDOW]
+        order = [StepKind.REFRESH, StepKind.RESPONSE]
+        if self.refreshed == StepKind.REFRESH:
+            order.reverse()
+        waiting = [kind for kind in order if rows_of[kind]]
+        if not waiting or (windows and self.refreshed is not None):
+            kind, rows, self.refreshed = StepKind.WINDOW, windows, None
+        else:
+            kind = self.refreshed = waiting[0]
+            rows = rows_of[kind]
+            left_over = bool(windows) and len(rows) > self.crowd
+            if windows:
+                rows = rows[: self.crowd]
+            self.crowd = 2 * self.crowd if left_over else self.usual_crowd
+        rows = rows[: self.most]
+        table = [self.table[index] for index in rows]
+        shape = capacity_for(self.session, kind, table)
+        if kind != StepKind.WINDOW:
+            width = max(self.width(row, kind) for row in table)
+            if self.session.captured:
+                width = width_class(width, self.length)
+            shape = replace(shape, width=width)
+        return shape, rows
+
+    def width(self, row: Row, kind: StepKind) -> int:
+        """How many positions a refresh of this kind computes of a row."""
+        if kind == StepKind.REFRESH:
+            return self.length - row.leftpad
+        first = max(row.response_start - int(self.info.family.shift), row.leftpad)
+        return row.response_end - first
+
+    def launch(self, shape: StepShape) -> list[Row]:
+        """Run a step, or replay it if it has been captured. Returns the row table after it."""
+        session = self.session
+        replay = session.replays.get(shape)
+        if replay is not None:
+            replay()
+        else:
+            session.step(shape)
+        table = read_rows(HostCopy(session.state.table).wait())
+        if session.capture is not None and replay is None:
+            try:
+                session.replays[shape] = session.capture(lambda: session.step(shape))
+            except Exception as error:  # of a step that has run: the lane goes on without captures
+                session.capture = None
+                logger.warning(f"a {shape.kind.label} step could not be captured: {error}")
+        return table
+
+    def step(self) -> list[Request]:
+        """Run one step. Returns the requests that are done by it, with their outcome."""
+        shape, rows = self.next_shape()
+        try:
+            self.table = self.launch(shape)
+        except Exception as error:
+            # Nothing has been committed. Fewer rows are tried next, so that what fails of itself
+            # fails alone.
+            self.session.replays.pop(shape, None)
+            if len(rows) > 1:
+                self.most = len(rows) // 2
+                return []
+            if isinstance(error, RuntimeError) and is_out_of_memory(error):
+                said = step_message(shape.kind.label, 1, shape.width, error)
+                error = torch.OutOfMemoryError(said)
+            else:
+                self.most = len(self.requests)
+            return [self.fail(rows[0], error)]
+        return self.after_step()
+
+    def after_step(self) -> list[Request]:
+        """Count what the rows have committed, and let those leave that are done."""
+        done: list[Request] = []
+        watched: list[int] = []
+        for index in self.occupied:
+            row, request = self.table[index], self.requests[index]
+            assert request is not None
+            if not row.took_part:
+                continue
+            if row.failed:
+                said = f"step {row.forwards}: the model's logits are NaN (row 0)"
+                done.append(self.fail(index, FloatingPointError(said)))
+                self.session.step.cache.forget(index)
+                continue
+            request.commits.append(row.new)
+            if row.next_kind == StepKind.NOTHING:
+                output = self.output(index, request)
+                try:
+                    request.grow(response_of(output, request))
+                    request.outcome = output
+                except Exception as error:  # of the caller's own on_tokens
+                    request.outcome = error
+                done.append(self.leave(index))
+            elif row.new and request.watched:
+                watched.append(index)
+        return done + self.tell(watched)
+
+    def tell(self, watched: list[int]) -> list[Request]:
+        """Tell the requests of these rows what is finished. Returns those whose callback fails."""
+        failed: list[Request] = []
+        if not watched:
+            return failed
+        canvas = self.session.state.canvas[watched].tolist()
+        for index, tokens in zip(watched, canvas, strict=True):
+            request = self.requests[index]
+            assert request is not None
+            response = tokens[self.length - request.config.gen_length :]
+            ends = (self.info.mask_id, *self.info.eos_ids)
+            end = next(i for i, token in enumerate(response) if token in ends)  # a mask is left
+            try:
+                request.grow(response[: end + int(response[end] != self.info.mask_id)])
+            except Exception as error:  # of the caller's own on_tokens
+                failed.append(self.fail(index, error))
+        return failed
+
+    def output(self, row: int, request: Request) -> GenerationOutput:
+        """What `generate` returns for the prompt alone."""
+        state, prompt = self.session.state, len(request.ids)
+        own = slice(self.length - request.length, self.length)
+        sequences = state.canvas[row, own].clone()[None]
+        masked = torch.ones_like(sequences, dtype=torch.bool)
+        masked[:, :prompt] = False
+        counted = until_eos(sequences, masked, self.info.eos_ids)
+        recorded = {}
+        if request.record:
+            kept = (counted if request.config.stop_at_eos else masked)[:, prompt:]
+            own = slice(self.length - request.config.gen_length, self.length)
+            recorded = {
+                "step_map": torch.where(kept, state.step_map[row, own], -1),
+                "logprobs": torch.where(kept, state.logprobs[row, own], 0),
+            }
+        return GenerationOutput(
+            sequences=sequences,
+            nfe=len(request.commits),
+            tokens_per_forward=request.commits,
+            row_nfe=[len(request.commits)],
+            row_tokens=counted.sum(-1).tolist(),
+            **recorded,
+        )
+
+
+def row_bytes(shape: CacheShape, length: int) -> int:
+    """How much memory a row of `length` positions has for its tokens, keys and values."""
+    return length * torch.int64.itemsize + shape.nbytes(1, length)
+
+
+def response_of(output: GenerationOutput, request: Request) -> list[int]:
+    """The ids of a response, up to and including its first EOS."""
+    prompt = len(request.ids)
+    return output.sequences[0, prompt : prompt + output.row_tokens[0]].tolist()
