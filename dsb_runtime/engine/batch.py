@@ -22,7 +22,7 @@ from dsb_runtime.engine.batcher import Batcher
 from dsb_runtime.engine.check import check_family_settings, check_generator
 from dsb_runtime.engine.engine import GenerationOutput, config_of
 from dsb_runtime.engine.graphs import Capture
-from dsb_runtime.engine.request import OnTokens, Request
+from dsb_runtime.engine.request import OnStep, OnTokens, Request
 from dsb_runtime.engine.turns import check_process
 from dsb_runtime.families import check_model
 
@@ -166,6 +166,7 @@ class BatchEngine:
         generator: torch.Generator | None = None,
         record: bool = False,
         on_tokens: OnTokens | None = None,
+        on_step: OnStep | None = None,
         **settings: Any,
     ) -> Request:
         """Let a prompt be decoded as soon as there is a row for it.
@@ -179,6 +180,8 @@ class BatchEngine:
             on_tokens: a function that is called in the decoding thread with the ids that have been
                 finished since the last call: those before the first mask, up to the first EOS
                 inclusive. What it raises fails this request.
+            on_step: a function that is called in the decoding thread with a `RowEvent` after each
+                forward that has committed tokens of the request. What it raises fails the request.
 
         Returns:
             A `Request`, whose `result()` is the `GenerationOutput` of a batch of one row.
@@ -190,7 +193,7 @@ class BatchEngine:
             check_process(self.batcher.device)
             self.start_anew()
         model = self.batcher.model
-        request = Request(model, ids, config, generator, record, on_tokens, **settings)
+        request = Request(model, ids, config, generator, record, on_tokens, on_step, **settings)
         with self.changed:
             self.arrived.append(request)
             if self.worker.thread is None:

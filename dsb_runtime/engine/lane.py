@@ -28,7 +28,7 @@ from dsb_runtime.engine.cache import (
 from dsb_runtime.engine.engine import GenerationOutput, until_eos
 from dsb_runtime.engine.graphs import HostCopy, width_class
 from dsb_runtime.engine.loop import Loop, Session, capacity_for
-from dsb_runtime.engine.request import Request
+from dsb_runtime.engine.request import Request, RowEvent
 from dsb_runtime.engine.step import DecodeState, Step, StepShape, new_state
 from dsb_runtime.families import check_model, device_of
 
@@ -236,6 +236,7 @@ class Lane:
             if row.next_kind == StepKind.NOTHING:
                 output = self.output(index, request)
                 try:
+                    self.show(index, output.sequences[0, len(request.ids) :].tolist())
                     request.grow(response_of(output, request))
                     request.outcome = output
                 except Exception as error:  # of the caller's own on_tokens
@@ -258,10 +259,19 @@ class Lane:
             ends = (self.info.mask_id, *self.info.eos_ids)
             end = next(i for i, token in enumerate(response) if token in ends)  # a mask is left
             try:
+                self.show(index, response)
                 request.grow(response[: end + int(response[end] != self.info.mask_id)])
             except Exception as error:  # of the caller's own on_tokens
                 failed.append(self.fail(index, error))
         return failed
+
+    def show(self, index: int, response: list[int]) -> None:
+        """Call a request's `on_step` with the response of its row."""
+        row, request = self.table[index], self.requests[index]
+        if request is not None and request.on_step is not None:
+            first = self.length - len(response)
+            block = max(0, row.start - first), max(0, row.end - first)
+            request.on_step(RowEvent(len(request.commits), response, block))
 
     def output(self, row: int, request: Request) -> GenerationOutput:
         """What `generate` returns for the prompt alone."""
