@@ -250,6 +250,7 @@ def test_keys_models_and_sizes(served):
     answers = [served.chat(**long), served.http.post("/v1/completions", content=iter([body]))]
     for answer in answers:  # with its length named, and without
         assert answer.status_code == 413
+        assert answer.json()["error"]["code"] == "body_too_large"
         assert "expected at most 16384 bytes" in answer.json()["error"]["message"]
 
 
@@ -346,6 +347,12 @@ def test_canvas_fills_as_generate_fills_it(served):
     assert len(words) > 3
     assert [canvas["tokens"] for canvas in shown] == words
     assert [canvas["forward"] for canvas in shown] == list(range(1, len(words) + 1))
+    assert all(0 <= start <= end <= 32 for start, end in (canvas["block"] for canvas in shown))
+
+
+def test_on_step_must_be_callable(served):
+    with pytest.raises(TypeError, match="on_step=3: expected a callable that takes a RowEvent"):
+        dsb.BatchEngine(served.model).submit([5], on_step=3)
 
 
 def test_page_is_served_and_loads_nothing_from_elsewhere(served):

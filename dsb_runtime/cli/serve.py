@@ -40,10 +40,13 @@ def check_arguments(args: argparse.Namespace) -> None:
     check_int("--max-queue", args.max_queue, 0)
     if args.max_rows is not None:
         check_int("--max-rows", args.max_rows, 1)
+    name = "--api-key" if args.api_key is not None else KEY
     if args.api_key is None:
         args.api_key = os.environ.get(KEY) or None
-    elif not (args.api_key and args.api_key.isascii() and args.api_key.isprintable()):
-        raise ValueError("--api-key: expected printable ASCII characters")  # the key is not shown
+    if args.api_key is not None and not (
+        args.api_key and args.api_key.isascii() and args.api_key.isprintable()
+    ):
+        raise ValueError(f"{name}: expected printable ASCII characters")  # the key is not shown
     try:
         import dsb_runtime.doors.server.app  # noqa: F401
     except ImportError as error:

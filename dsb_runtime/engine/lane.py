@@ -236,10 +236,12 @@ class Lane:
             if row.next_kind == StepKind.NOTHING:
                 output = self.output(index, request)
                 try:
-                    self.show(index, output.sequences[0, len(request.ids) :].tolist())
+                    if request.on_step is not None:
+                        response = output.sequences[0, len(request.ids) :]
+                        request.on_step(self.event(index, request, response.tolist()))
                     request.grow(response_of(output, request))
                     request.outcome = output
-                except Exception as error:  # of the caller's own on_tokens
+                except Exception as error:  # of the caller's own function
                     request.outcome = error
                 done.append(self.leave(index))
             elif row.new and request.watched:
@@ -259,19 +261,17 @@ class Lane:
             ends = (self.info.mask_id, *self.info.eos_ids)
             end = next(i for i, token in enumerate(response) if token in ends)  # a mask is left
             try:
-                self.show(index, response)
+                if request.on_step is not None:
+                    request.on_step(self.event(index, request, response))
                 request.grow(response[: end + int(response[end] != self.info.mask_id)])
-            except Exception as error:  # of the caller's own on_tokens
+            except Exception as error:  # of the caller's own function
                 failed.append(self.fail(index, error))
         return failed
 
-    def show(self, index: int, response: list[int]) -> None:
-        """Call a request's `on_step` with the response of its row."""
-        row, request = self.table[index], self.requests[index]
-        if request is not None and request.on_step is not None:
-            first = self.length - len(response)
-            block = max(0, row.start - first), max(0, row.end - first)
-            request.on_step(RowEvent(len(request.commits), response, block))
+    def event(self, index: int, request: Request, response: list[int]) -> RowEvent:
+        """What `on_step` is called with after a step of this row."""
+        row, first = self.table[index], self.length - len(response)
+        return RowEvent(len(request.commits), response, (row.start - first, row.end - first))
 
     def output(self, row: int, request: Request) -> GenerationOutput:
         """What `generate` returns for the prompt alone."""

@@ -85,9 +85,8 @@ class Request(Future[GenerationOutput]):
         self.seed = draw_seed(generator) if self.config.draws else 0
         self.commits: list[int] = []  # how many tokens each of its forwards has committed
         self.outcome: GenerationOutput | BaseException | None = None
-        self.watched = (
-            on_tokens is not None or on_step is not None
-        )  # whether somebody wants what is under way
+        # Whether somebody wants to hear of it while it is decoded:
+        self.watched = on_tokens is not None or on_step is not None
         self.prefix: list[int] = []
         self.grown = threading.Condition()
 

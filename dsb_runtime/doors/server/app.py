@@ -28,9 +28,10 @@ from dsb_runtime.engine.batch import BatchEngine
 from dsb_runtime.families import check_model
 
 MOST_BYTES = 2**20  # of a body, many times what any prompt has
+INDEX = "index.html"
 PAGE = {
-    "": ("index.html", "text/html"), "page.css": ("page.css", "text/css"),
-    "page.js": ("page.js", "text/javascript"), "events.js": ("events.js", "text/javascript"),
+    INDEX: "text/html", "page.css": "text/css", "page.js": "text/javascript",
+    "events.js": "text/javascript",
 }  # fmt: skip
 # The page loads nothing from elsewhere, and nobody may frame it.
 PAGE_HEADERS = {
@@ -170,7 +171,7 @@ def create_app(
     app.state.traffic = traffic
     app.add_middleware(
         Gate, traffic=traffic, metrics=service.metrics, api_key=api_key, most_bytes=most_bytes,
-        paths={path: path for path in ROUTES},
+        paths=ROUTES,
     )  # fmt: skip
     add_errors(app)
     add_routes(app, Server(service, model_name))
@@ -231,13 +232,13 @@ def add_page(app: FastAPI) -> None:
     """The files of `page/`, which are read once."""
     folder = resources.files(__package__) / "page"
 
-    def add(path: str, name: str, media_type: str) -> None:
+    def add(name: str, media_type: str) -> None:
         content = (folder / name).read_bytes()
 
         async def file() -> Response:
             return Response(content, media_type=media_type, headers=PAGE_HEADERS)
 
-        app.add_api_route(f"/{path}", file, methods=["GET"])
+        app.add_api_route("/" if name == INDEX else f"/{name}", file, methods=["GET"])
 
-    for path, (name, media_type) in PAGE.items():
-        add(path, name, media_type)
+    for name, media_type in PAGE.items():
+        add(name, media_type)

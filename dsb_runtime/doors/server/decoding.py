@@ -184,8 +184,10 @@ class Decoding:
     def cancel(self, *answers: Answer) -> None:
         """Free the rows of these answers, or of all that have not ended."""
         for answer in answers or self.answers:
-            if answer.request is not None and answer.request.cancel() and not answer.ended:
-                self.service.metrics.forwards.inc(len(answer.request.commits))
+            request = answer.request
+            if request is not None and request.cancel() and not answer.ended:
+                answer.ended = True
+                self.service.metrics.forwards.inc(len(request.commits))
 
 
 def failed(error: Exception) -> ApiError:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
 
 from dsb_runtime.fields import shown
 
@@ -15,7 +16,7 @@ LONGEST = 1000  # how many characters of a message are sent back
 RETRY_SECONDS = "1"  # what Retry-After says: a row is free as soon as some answer ends
 
 
-class ApiError(Exception):
+class ApiError(HTTPException):
     """An answer other than 200. `param` is the field that is wrong, `code` what programs read."""
 
     def __init__(
@@ -27,23 +28,22 @@ class ApiError(Exception):
         code: str | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> None:
-        super().__init__(message)
-        self.status, self.param, self.code, self.headers = status, param, code, headers
+        super().__init__(status, message, headers)
+        self.param, self.code = param, code
         text = " ".join(message.split())
         self.message = text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
 
     def body(self) -> dict[str, Any]:
-        kind = INVALID if self.status < 500 and self.status != 429 else SERVER
-        if self.status == 429:
-            kind = "rate_limit_error"
+        kind = {429: "rate_limit_error"}.get(self.status_code, INVALID)
         return {
             "error": {
-                "message": self.message, "type": kind, "param": self.param, "code": self.code,
+                "message": self.message, "type": kind if self.status_code < 500 else SERVER,
+                "param": self.param, "code": self.code,
             }
         }  # fmt: skip
 
     def response(self) -> JSONResponse:
-        return JSONResponse(self.body(), self.status, self.headers)
+        return JSONResponse(self.body(), self.status_code, self.headers)
 
 
 def refusal(name: str, value: Any, accepted: str, why: str = "") -> ApiError:
@@ -75,6 +75,6 @@ def body_error(errors: Sequence[Mapping[str, Any]]) -> ApiError:
 
 def full(waiting: int) -> ApiError:
     return ApiError(
-        429, f"{waiting} requests wait already; try again later", code="queue_full",
-        headers={"Retry-After": RETRY_SECONDS},
+        429, f"the queue is full: {waiting} answers wait already; try again later",
+        code="queue_full", headers={"Retry-After": RETRY_SECONDS},
     )  # fmt: skip
