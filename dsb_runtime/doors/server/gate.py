@@ -86,7 +86,7 @@ class Gate:
                     401, said, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"}
                 )
         length = headers.get("content-length", "0")
-        if length.isdigit() and int(length) > self.most_bytes:
+        if length.isdecimal() and int(length) > self.most_bytes:
             return too_large(self.most_bytes)
         return None
 
