@@ -11,7 +11,7 @@ from dsb_runtime.doors.patch import patch, unpatch
 from dsb_runtime.engine import attention
 from dsb_runtime.engine.batch import BatchEngine, generate_batch
 from dsb_runtime.engine.engine import Engine, GenerationOutput, StepEvent, generate, infill
-from dsb_runtime.engine.request import Request
+from dsb_runtime.engine.request import Request, RowEvent
 from dsb_runtime.models.load import load_model, load_tokenizer
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "Engine",
     "GenerationOutput",
     "Request",
+    "RowEvent",
     "StepEvent",
     "attention",
     "auto",

@@ -23,6 +23,8 @@ EXPECTED = {
     "batch.py": [r"Answer 23\. \(\d+ tokens, \d+ forwards\)",
                  r"Answer 20\. \(\d+ tokens, \d+ forwards\)"],
     "many_prompts.py": [r"\d: .*Answer \d+\. \(\d+ forwards\)", r"Answer \d+.*\| \d+ tokens"],
+    "openai_client.py": [r"Monday 20 \+ 3 = 23\. Answer 23\.", r"\d+ tokens, \d+ forwards",
+                         r"Monday.*\|.*23\."],
     "transformers_generate.py": [r"Monday 8 \* 2 = 16\. Answer 16\.", r"\d+ forwards"],
     "attention_implementation.py": [r"transformers' own attention: (0\.0e\+00|\d\.\de-0[6-9])"],
     "window_attention.py": [r"difference from SDPA: (0\.0e\+00|\d\.\de-0[6-9])"],

@@ -41,6 +41,8 @@ def test_wheel_holds_every_module_the_embedded_models_and_nothing_else(wheel):
     expected |= {f"{package}/py.typed" for package in ("dsb_kernels", "dsb_runtime")}
     for model in (MODEL_DIR, SUDOKU_DIR):
         expected |= {str(path.relative_to(ROOT)) for path in model.iterdir()}
+    page = ROOT / "dsb_runtime/doors/server/page"
+    expected |= {str(path.relative_to(ROOT)) for path in page.iterdir()}
     assert {path for path in wheel if ".dist-info" not in path} == expected
 
 

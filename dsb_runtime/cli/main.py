@@ -1,4 +1,4 @@
-"""The `dsb` command: `dsb generate`, `batch`, `bench`, `profile`, `eval`, `convert`."""
+"""The `dsb` command: `dsb generate`, `batch`, `serve`, `bench`, `profile`, `eval`, `convert`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from dsb_runtime.cli import batch, generate
+from dsb_runtime.cli import batch, generate, serve
 from dsb_runtime.cli.process import OneLineParser, ending, run_process
 from dsb_runtime.config import SAMPLING, DecodingConfig, settings
 from dsb_runtime.defaults import defaults_for
@@ -112,6 +112,8 @@ def build_parser() -> argparse.ArgumentParser:
             epilog=COUNTING)  # fmt: skip
     command("batch", "answer a file of prompts, a line each", run_batch, add_settings,
             batch.add_arguments, epilog=f"{batch.NOTE} {COUNTING}")  # fmt: skip
+    command("serve", "OpenAI's API over HTTP", run_serve, add_model, serve.add_arguments,
+            epilog=COUNTING)  # fmt: skip
     command("bench", "time per step against its limit, tokens/s by batch", run_bench,
             add_settings, bench.add_arguments, epilog=f"{COUNTING} {NO_EOS}")  # fmt: skip
     # An abbreviation of --torch would stay in the command line that is printed for Nsight.
@@ -145,6 +147,12 @@ def run_batch(args: argparse.Namespace) -> int:
     batch.check_arguments(args)
     model, tokenizer = load(args)
     return batch.run(args, model, tokenizer, named_alone(args))
+
+
+def run_serve(args: argparse.Namespace) -> int:
+    serve.check_arguments(args)
+    with serve.bind(args.host, args.port) as socket:  # before a checkpoint is read
+        return serve.run(args, *load(args), socket)
 
 
 def run_bench(args: argparse.Namespace) -> int:

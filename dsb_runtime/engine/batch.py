@@ -26,7 +26,7 @@ from dsb_runtime.engine.check import (
 )
 from dsb_runtime.engine.engine import GenerationOutput, config_of
 from dsb_runtime.engine.graphs import Capture
-from dsb_runtime.engine.request import OnTokens, Request
+from dsb_runtime.engine.request import OnStep, OnTokens, Request
 from dsb_runtime.engine.turns import check_process
 from dsb_runtime.families import check_model
 
@@ -171,6 +171,7 @@ class BatchEngine:
         generator: torch.Generator | None = None,
         record: bool = False,
         on_tokens: OnTokens | None = None,
+        on_step: OnStep | None = None,
         stop_strings: str | Sequence[str] | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
         **settings: Any,
@@ -186,6 +187,8 @@ class BatchEngine:
             on_tokens: a function that is called in the decoding thread with the ids that have been
                 finished since the last call: those before the first mask, up to the first EOS
                 inclusive. What it raises fails this request.
+            on_step: a function that is called in the decoding thread with a `RowEvent` after each
+                forward that has committed tokens of the request. What it raises fails the request.
             stop_strings, tokenizer: as for `generate`.
 
         Returns:
@@ -199,8 +202,9 @@ class BatchEngine:
             self.start_anew()
         model = self.batcher.model
         request = Request(
-            model, ids, config, generator, record, on_tokens, stop_strings, tokenizer, **settings
-        )
+            model, ids, config, generator, record, on_tokens, on_step, stop_strings, tokenizer,
+            **settings,
+        )  # fmt: skip
         with self.changed:
             self.arrived.append(request)
             if self.worker.thread is None:

@@ -29,7 +29,7 @@ from dsb_runtime.engine.cache import (
 from dsb_runtime.engine.engine import GenerationOutput, until_eos
 from dsb_runtime.engine.graphs import HostCopy, width_class
 from dsb_runtime.engine.loop import Loop, Session, capacity_for
-from dsb_runtime.engine.request import Request
+from dsb_runtime.engine.request import Request, RowEvent
 from dsb_runtime.engine.sampling import ban_of
 from dsb_runtime.engine.step import DecodeState, Step, StepShape, new_state
 from dsb_runtime.families import check_model, device_of
@@ -250,9 +250,12 @@ class Lane:
             if row.next_kind == StepKind.NOTHING:
                 output = self.output(index, request)
                 try:
+                    if request.on_step is not None:
+                        response = output.sequences[0, len(request.ids) :]
+                        request.on_step(self.event(index, request, response.tolist()))
                     request.grow(response_of(output, request))
                     request.outcome = output
-                except Exception as error:  # of the caller's own on_tokens
+                except Exception as error:  # of the caller's own function
                     request.outcome = error
                 done.append(self.leave(index))
             elif row.new and request.watched:
@@ -272,10 +275,17 @@ class Lane:
             ends = (self.info.mask_id, *self.info.eos_ids)
             end = next(i for i, token in enumerate(response) if token in ends)  # a mask is left
             try:
+                if request.on_step is not None:
+                    request.on_step(self.event(index, request, response))
                 request.grow(response[: end + int(response[end] != self.info.mask_id)])
-            except Exception as error:  # of the caller's own on_tokens
+            except Exception as error:  # of the caller's own function
                 failed.append(self.fail(index, error))
         return failed
+
+    def event(self, index: int, request: Request, response: list[int]) -> RowEvent:
+        """What `on_step` is called with after a step of this row."""
+        row, first = self.table[index], self.length - len(response)
+        return RowEvent(len(request.commits), response, (row.start - first, row.end - first))
 
     def output(self, row: int, request: Request) -> GenerationOutput:
         """What `generate` returns for the prompt alone."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
+from dataclasses import dataclass
 from numbers import Integral
 from typing import Any
 
@@ -30,6 +31,18 @@ from dsb_runtime.families import check_model, device_of
 OnTokens = Callable[[list[int]], object]
 
 
+@dataclass
+class RowEvent:
+    """A request's response after a forward of its row that has committed tokens."""
+
+    forward: int  # how many forwards the row has taken part in
+    response: list[int]  # the ids at its G positions, the mask id where there is no token yet
+    block: tuple[int, int]  # the active block [start, end) now, in positions of the response
+
+
+OnStep = Callable[[RowEvent], object]
+
+
 class Request(Future[GenerationOutput]):
     """One prompt that `BatchEngine.submit` decodes.
 
@@ -49,6 +62,7 @@ class Request(Future[GenerationOutput]):
         generator: torch.Generator | None = None,
         record: bool = False,
         on_tokens: OnTokens | None = None,
+        on_step: OnStep | None = None,
         stop_strings: str | Sequence[str] | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
         **settings: Any,
@@ -69,15 +83,20 @@ class Request(Future[GenerationOutput]):
             raise TypeError(
                 f"on_tokens={on_tokens!r}: expected a callable that takes token ids, or None"
             )
+        if on_step is not None and not callable(on_step):
+            raise TypeError(
+                f"on_step={on_step!r}: expected a callable that takes a RowEvent, or None"
+            )
         stops = check_stop_strings(stop_strings, tokenizer, info)
         at_eos = self.config.stop_at_eos
         self.end_row = None if stops is None else RowEnds(stops, info, at_eos)
-        self.record, self.on_tokens = record, on_tokens
+        self.record, self.on_tokens, self.on_step = record, on_tokens, on_step
         self.spec = spec_of(self.config, info)
         self.seed = draw_seed(generator) if self.config.draws else 0
         self.commits: list[int] = []  # how many tokens each of its forwards has committed
         self.outcome: GenerationOutput | BaseException | None = None
-        self.watched = on_tokens is not None  # whether somebody wants the finished prefix
+        # Whether somebody wants to hear of it while it is decoded:
+        self.watched = on_tokens is not None or on_step is not None
         self.prefix: list[int] = []
         self.grown = threading.Condition()
 

@@ -1,0 +1,244 @@
+"""The server's app: OpenAI's routes, health, metrics, and a page that shows the canvas."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator
+from importlib import resources
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.background import BackgroundTask
+from starlette.exceptions import HTTPException
+from transformers import PreTrainedTokenizerBase
+
+from dsb_runtime.config import check_int
+from dsb_runtime.doors.server import MAX_QUEUE
+from dsb_runtime.doors.server.answers import END, ChatCompletions, Completions, server_sent
+from dsb_runtime.doors.server.asked import Body, ChatBody, CompletionBody, read
+from dsb_runtime.doors.server.decoding import Decoding, Service
+from dsb_runtime.doors.server.errors import ApiError, body_error
+from dsb_runtime.doors.server.gate import Gate, Traffic
+from dsb_runtime.engine.batch import BatchEngine
+from dsb_runtime.families import check_model
+
+MOST_BYTES = 2**20  # of a body, many times what any prompt has
+INDEX = "index.html"
+PAGE = {
+    INDEX: "text/html", "page.css": "text/css", "page.js": "text/javascript",
+    "events.js": "text/javascript",
+}  # fmt: skip
+# The page loads nothing from elsewhere, and nobody may frame it.
+PAGE_HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; "
+    "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; "
+    "frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer",
+}  # fmt: skip
+STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # proxies keep nothing
+ROUTES = (
+    "/", "/health", "/metrics", "/v1/models", "/v1/completions", "/v1/chat/completions",
+)  # fmt: skip
+
+
+class Server:
+    """What the routes share: the engine with its queue, the model's name."""
+
+    def __init__(self, service: Service, model_name: str) -> None:
+        self.service, self.model_name, self.created = service, model_name, int(time.time())
+
+    def model(self) -> dict[str, Any]:
+        """The model as /v1/models lists it."""
+        return {
+            "id": self.model_name, "object": "model", "created": self.created, "owned_by": "dsb",
+            "max_model_len": self.service.model.config.max_position_embeddings,
+        }  # fmt: skip
+
+    def check_name(self, name: str | None) -> None:
+        if name not in (None, self.model_name):
+            raise ApiError(
+                404, f"model={name!r}: not served here; expected {self.model_name!r}",
+                param="model", code="model_not_found",
+            )  # fmt: skip
+
+    async def complete(self, request: Request, body: Body, kind: type[Completions]) -> Response:
+        """Answer a completion request. Its rows are freed whenever the client goes away."""
+        self.check_name(body.model)
+        service = self.service
+        asked = read(body, service.model, service.tokenizer)
+        answers = kind(self.model_name, service.tokenizer, check_model(service.model).mask_id)
+        decoding = Decoding(service, asked)
+        if asked.stream:
+
+            async def cancel() -> None:  # also where the stream has not begun
+                decoding.cancel()
+
+            return StreamingResponse(
+                chunks(decoding, answers), media_type="text/event-stream", headers=STREAM_HEADERS,
+                background=BackgroundTask(cancel),
+            )  # fmt: skip
+        try:
+            if not await finished(request, decoding):
+                return Response(status_code=499)  # which nobody reads
+        finally:
+            decoding.cancel()
+        return JSONResponse(answers.answer(decoding.answers, asked.samples))
+
+
+async def finished(request: Request, decoding: Decoding) -> bool:
+    """Wait until every row has ended, or the client has gone away. Returns whether they have."""
+
+    async def consume() -> None:
+        async for _ in decoding.events():
+            pass
+
+    async def gone() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    tasks = [asyncio.ensure_future(consume()), asyncio.ensure_future(gone())]
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        if not tasks[0].done():
+            return False
+        tasks[0].result()  # raises what a row has failed of
+        return True
+    finally:
+        for task in tasks:
+            task.cancel()
+
+
+async def chunks(decoding: Decoding, answers: Completions) -> AsyncIterator[bytes]:
+    """The server-sent events of a stream."""
+    asked = decoding.asked
+    try:
+        for answer in decoding.answers:
+            yield answers.first(answer)
+        async for event in decoding.events():
+            yield answers.event(event)
+        if asked.usage:
+            yield answers.last(decoding.answers, asked.samples)
+    except ApiError as error:
+        yield server_sent(error.body())
+    finally:
+        decoding.cancel()
+    yield END
+
+
+def create_app(
+    engine: BatchEngine,
+    tokenizer: PreTrainedTokenizerBase,
+    model_name: str,
+    *,
+    api_key: str | None = None,
+    max_queue: int = MAX_QUEUE,
+    most_bytes: int = MOST_BYTES,
+) -> FastAPI:
+    """The server as an ASGI app. `app.state.traffic` counts its open requests and says whether it
+    drains.
+
+    Args:
+        engine: what decodes. The app is its only user.
+        tokenizer: of the engine's model.
+        model_name: what `/v1/models` calls the model.
+        api_key: what requests to `/v1/` must bring as `Authorization: Bearer KEY`.
+        max_queue: how many rows may wait, beside those that are decoded.
+        most_bytes: how long a body may be.
+
+    Raises:
+        TypeError, ValueError: an argument is not accepted.
+    """
+    check_int("max_queue", max_queue, 0)
+    check_int("most_bytes", most_bytes, 1)
+    if api_key is not None and not api_key:
+        raise ValueError("api_key='': expected some text")
+    service = Service(engine, tokenizer, max_queue)
+    traffic = Traffic()
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        yield
+        for request in list(service.unfinished):
+            request.cancel()
+
+    # No pages of FastAPI's own: they load scripts from other hosts.
+    app = FastAPI(title="dsb serve", openapi_url=None, lifespan=lifespan)
+    app.state.traffic = traffic
+    app.add_middleware(
+        Gate, traffic=traffic, metrics=service.metrics, api_key=api_key, most_bytes=most_bytes,
+        paths=ROUTES,
+    )  # fmt: skip
+    add_errors(app)
+    add_routes(app, Server(service, model_name))
+    add_page(app)
+    return app
+
+
+def add_errors(app: FastAPI) -> None:
+    """Every error has OpenAI's shape."""
+
+    async def api_error(_: Request, error: Any) -> Response:
+        return error.response()
+
+    async def invalid(_: Request, error: Any) -> Response:
+        return body_error(error.errors()).response()
+
+    async def http_error(_: Request, error: Any) -> Response:
+        return ApiError(error.status_code, str(error.detail), headers=error.headers).response()
+
+    async def fault(_: Request, error: Any) -> Response:  # its traceback is in the log
+        said = "the server has a fault; its log says more"
+        return ApiError(500, said, code="internal_error").response()
+
+    app.add_exception_handler(ApiError, api_error)
+    app.add_exception_handler(RequestValidationError, invalid)
+    app.add_exception_handler(HTTPException, http_error)
+    app.add_exception_handler(Exception, fault)
+
+
+def add_routes(app: FastAPI, server: Server) -> None:
+    @app.post("/v1/chat/completions")
+    async def chat(request: Request, body: ChatBody) -> Response:
+        return await server.complete(request, body, ChatCompletions)
+
+    @app.post("/v1/completions")
+    async def completions(request: Request, body: CompletionBody) -> Response:
+        return await server.complete(request, body, Completions)
+
+    @app.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        return {"object": "list", "data": [server.model()]}
+
+    @app.get("/v1/models/{name:path}")
+    async def model(name: str) -> dict[str, Any]:
+        server.check_name(name)
+        return server.model()
+
+    @app.get("/health")
+    async def health() -> dict[str, str]:
+        return {"status": "ok"}
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        return Response(server.service.metrics.text(), media_type=CONTENT_TYPE_LATEST)
+
+
+def add_page(app: FastAPI) -> None:
+    """The files of `page/`, which are read once."""
+    folder = resources.files(__package__) / "page"
+
+    def add(name: str, media_type: str) -> None:
+        content = (folder / name).read_bytes()
+
+        async def file() -> Response:
+            return Response(content, media_type=media_type, headers=PAGE_HEADERS)
+
+        app.add_api_route("/" if name == INDEX else f"/{name}", file, methods=["GET"])
+
+    for name, media_type in PAGE.items():
+        add(name, media_type)

@@ -1,0 +1,202 @@
+"""The rows of one HTTP request: what the decoding thread finishes comes to the event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import logging
+import secrets
+import time
+from collections.abc import AsyncIterator
+from concurrent.futures import CancelledError
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from dsb_runtime.doors.server.asked import Asked
+from dsb_runtime.doors.server.errors import ApiError, full, setting_error
+from dsb_runtime.doors.server.metrics import Metrics
+from dsb_runtime.doors.server.text import GrowingText
+from dsb_runtime.engine.batch import BatchEngine
+from dsb_runtime.engine.cache import is_out_of_memory
+from dsb_runtime.engine.engine import GenerationOutput
+from dsb_runtime.engine.request import Request, RowEvent
+from dsb_runtime.families import check_model
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Answer:
+    """One row of a request, and what is known of it so far."""
+
+    index: int
+    prompt: list[int]
+    text: GrowingText
+    request: Request | None = None
+    ended: bool = False
+    forwards: int = 0
+    logprobs: list[float] | None = None  # of each token, once the row has ended
+
+    @property
+    def finish_reason(self) -> str:
+        ids = self.text.ids
+        ends = self.text.stopped or (bool(ids) and ids[-1] in self.text.eos_ids)
+        return "stop" if ends else "length"
+
+
+@dataclass
+class Event:
+    """New text of an answer, or its canvas; `answer.ended` says whether it is the last of it."""
+
+    answer: Answer
+    text: str = ""
+    canvas: RowEvent | None = None
+
+
+class Service:
+    """A `BatchEngine` that takes up to `max_queue` rows more than it decodes."""
+
+    def __init__(
+        self, engine: BatchEngine, tokenizer: PreTrainedTokenizerBase, max_queue: int
+    ) -> None:
+        self.engine, self.tokenizer, self.max_queue = engine, tokenizer, max_queue
+        self.model = engine.batcher.model
+        self.eos_ids = check_model(self.model).eos_ids
+        self.unfinished: set[Request] = set()
+        self.metrics = Metrics(self.rows_in_use, self.waiting)
+
+    def rows_in_use(self) -> int:
+        return self.engine.batcher.running
+
+    def waiting(self) -> int:
+        return max(0, len(self.unfinished) - self.rows_in_use())
+
+    def check_room(self, rows: int) -> None:
+        """Raise ApiError, 429 if there is no room for so many rows now, 400 if there never is."""
+        most = self.engine.max_rows + self.max_queue
+        if rows > most:
+            raise ApiError(400, f"{rows} answers (prompts times n): expected at most {most}")
+        if len(self.unfinished) + rows > most:
+            raise full(self.waiting())
+
+
+class Decoding:
+    """The rows of one request, which enter the engine at once. Every other method is for the thread
+    of the event loop.
+
+    Raises:
+        ApiError: the queue is full, or the engine does not accept the request.
+    """
+
+    def __init__(self, service: Service, asked: Asked) -> None:
+        self.service, self.asked, self.began = service, asked, time.perf_counter()
+        self.loop = asyncio.get_running_loop()
+        self.queue: asyncio.Queue[tuple[Answer, Any]] = asyncio.Queue()
+        self.answers: list[Answer] = []
+        service.check_room(len(asked.prompts) * asked.samples)
+        generator = None
+        if asked.config.draws:
+            seed = secrets.randbits(63) if asked.seed is None else asked.seed
+            generator = torch.Generator(service.model.device).manual_seed(seed)
+        try:
+            for prompt in asked.prompts:
+                for _ in range(asked.samples):
+                    self.submit(prompt, generator)
+        except (TypeError, ValueError) as error:
+            self.cancel()
+            raise setting_error(error) from error
+        service.metrics.prompt_tokens.inc(sum(map(len, asked.prompts)))
+
+    def submit(self, prompt: list[int], generator: torch.Generator | None) -> None:
+        service, asked = self.service, self.asked
+        text = GrowingText(service.tokenizer, service.eos_ids, asked.stops)
+        answer = Answer(len(self.answers), prompt, text)
+        tell = functools.partial(self.tell, answer)
+        answer.request = request = service.engine.submit(
+            prompt, asked.config, generator=generator, record=asked.logprobs,
+            on_tokens=tell if asked.stream or asked.stops else None,
+            on_step=tell if asked.canvas else None,
+        )  # fmt: skip
+        self.answers.append(answer)
+        service.unfinished.add(request)
+        request.add_done_callback(service.unfinished.discard)
+        request.add_done_callback(tell)
+
+    def tell(self, answer: Answer, what: list[int] | RowEvent | Request) -> None:
+        """Pass on what a row has done. This is called in the decoding thread."""
+        with contextlib.suppress(RuntimeError):  # the event loop is closed: the server has ended
+            self.loop.call_soon_threadsafe(self.queue.put_nowait, (answer, what))
+
+    async def events(self) -> AsyncIterator[Event]:
+        """What the rows do, until all have ended.
+
+        Raises:
+            ApiError: a row has failed. The others are cancelled.
+        """
+        first = True
+        while not all(answer.ended for answer in self.answers):
+            answer, what = await self.queue.get()
+            if answer.ended:
+                continue
+            if isinstance(what, RowEvent):
+                yield Event(answer, canvas=what)
+            elif isinstance(what, Request):
+                yield Event(answer, self.end(answer, what))
+            else:
+                if first and self.asked.stream:
+                    self.service.metrics.first_token.observe(time.perf_counter() - self.began)
+                    first = False
+                text = answer.text.grow(what)
+                # Log-probabilities come with the row's output, so such a row goes on to its end.
+                if answer.text.stopped and not self.asked.logprobs:
+                    self.count(answer)
+                    self.cancel(answer)
+                yield Event(answer, text)
+
+    def end(self, answer: Answer, request: Request) -> str:
+        """Take the outcome of a row. Returns the rest of its text."""
+        try:
+            output = request.result()
+        except Exception as error:
+            self.cancel()
+            raise failed(error) from error
+        prompt, tokens = len(answer.prompt), output.row_tokens[0]
+        ids = output.sequences[0, prompt : prompt + tokens].tolist()
+        text = answer.text.grow(ids[len(answer.text.ids) :]) + answer.text.finish()
+        if self.asked.logprobs and output.logprobs is not None:
+            answer.logprobs = output.logprobs[0, : len(answer.text.ids)].tolist()
+        self.count(answer, output)
+        return text
+
+    def count(self, answer: Answer, output: GenerationOutput | None = None) -> None:
+        """Note that an answer has ended: by its row's output, or before it by a stop string."""
+        answer.ended, metrics = True, self.service.metrics
+        if answer.request is not None:
+            answer.forwards = len(answer.request.commits) if output is None else output.nfe
+        metrics.forwards.inc(answer.forwards)
+        metrics.tokens.inc(len(answer.text.ids))
+        metrics.last_token.observe(time.perf_counter() - self.began)
+
+    def cancel(self, *answers: Answer) -> None:
+        """Free the rows of these answers, or of all that have not ended."""
+        for answer in answers or self.answers:
+            request = answer.request
+            if request is not None and request.cancel() and not answer.ended:
+                answer.ended = True
+                self.service.metrics.forwards.inc(len(request.commits))
+
+
+def failed(error: Exception) -> ApiError:
+    """What a client is told of a row that has failed."""
+    if isinstance(error, CancelledError):
+        return ApiError(503, "the server has given this request up; try again", code="cancelled")
+    if isinstance(error, RuntimeError) and is_out_of_memory(error):
+        return ApiError(400, str(error), code="context_length_exceeded")
+    if isinstance(error, FloatingPointError):
+        return ApiError(500, str(error), code="not_a_number")
+    logger.error("a request has failed", exc_info=error)
+    return ApiError(500, "the server has a fault; its log says more", code="internal_error")

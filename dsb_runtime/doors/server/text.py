@@ -1,0 +1,103 @@
+"""The text of a response while its finished prefix grows, and where a stop string ends it."""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from transformers import PreTrainedTokenizerBase
+
+HALF = "\ufffd"  # what the bytes of half a character are decoded to
+
+
+@dataclass
+class GrowingText:
+    """The text of a response. `grow` and `finish` return what may be shown of it since the last
+    call: never half a character, and nothing that may still belong to a stop string.
+
+    Args:
+        tokenizer: of the model.
+        eos_ids: the response's text ends before the first of them.
+        stops: its text ends before the first of these strings. A stop string that is a special
+            token is that token. The response's tokens end with the one that completes it.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    eos_ids: Sequence[int]
+    stops: Sequence[str] = ()
+    ids: list[int] = field(default_factory=list)  # up to and including the end
+    text: str = ""  # what has been returned
+    stopped: bool = False  # by a stop string
+
+    def __post_init__(self) -> None:
+        special = self.tokenizer.all_special_ids
+        tokens = zip(special, self.tokenizer.convert_ids_to_tokens(special), strict=True)
+        self.stop_ids = {token_id for token_id, token in tokens if token in self.stops}
+
+    def decoded(self, count: int) -> str:
+        """The text of the first `count` tokens, up to an EOS."""
+        ids = self.ids[:count]
+        end = next((i for i, token in enumerate(ids) if token in self.eos_ids), count)
+        return str(
+            self.tokenizer.decode(
+                ids[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False
+            )
+        )
+
+    def stop_at(self, text: str) -> int:
+        """Where the first stop string begins in a text, or -1."""
+        return min((at for stop in self.stops if (at := text.find(stop)) >= 0), default=-1)
+
+    def reached(self, count: int) -> bool:
+        """Whether a stop string ends the first `count` tokens."""
+        return self.stop_at(self.decoded(count)) >= 0 or not self.stop_ids.isdisjoint(
+            self.ids[:count]
+        )
+
+    def grow(self, ids: list[int]) -> str:
+        """Add finished tokens. Once `stopped`, they are dropped."""
+        if self.stopped:
+            return ""
+        self.ids += ids
+        if self.stops and self.reached(len(self.ids)):
+            counts = range(len(self.ids) + 1)
+            del self.ids[bisect.bisect_left(counts, True, key=self.reached) :]
+            self.stopped = True
+            return self.finish()
+        text = self.decoded(len(self.ids)).rstrip(HALF)
+        held = max((overlap(text, stop) for stop in self.stops), default=0)
+        return self.show(text[: len(text) - held])
+
+    def finish(self) -> str:
+        """The rest of the text, once no token comes any more."""
+        text = self.decoded(len(self.ids))
+        stop = self.stop_at(text)
+        return self.show(text if stop < 0 else text[:stop], last=True)
+
+    def show(self, text: str, last: bool = False) -> str:
+        """Extend what has been shown. Where a tokenizer changes earlier text, that waits."""
+        if not (last or text.startswith(self.text)):
+            return ""
+        new = text[len(self.text) :]
+        self.text += new
+        return new
+
+    def pieces(self) -> list[tuple[str, int]]:
+        """The text that each token adds, and where in the text it begins. Tokens that add text
+        behind the end (an EOS, a stop string) are left out."""
+        pieces, end = [], 0
+        for count in range(1, len(self.ids) + 1):
+            if end >= len(self.text):
+                break
+            text = self.decoded(count)
+            text = self.text[: len(text.rstrip(HALF))] if count < len(self.ids) else self.text
+            pieces.append((text[end:], end))
+            end = max(end, len(text))
+        return pieces
+
+
+def overlap(text: str, stop: str) -> int:
+    """How many characters at the text's end may be the beginning of the stop string."""
+    longest = min(len(text), len(stop) - 1)
+    return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)

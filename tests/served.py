@@ -1,0 +1,74 @@
+"""A real server on a free port of this machine, in a thread of the tests' process."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+import openai
+import uvicorn
+from fastapi import FastAPI
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+import dsb_runtime as dsb
+from dsb_runtime.demo import MODEL_DIR
+from dsb_runtime.doors.server.app import create_app
+
+KEY = "a-key-of-the-tests"
+HEADERS = {"Authorization": f"Bearer {KEY}"}
+
+
+@dataclass
+class Served:
+    """A server with the embedded model, and what its tests need."""
+
+    url: str
+    app: FastAPI
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    http: httpx.Client  # with the key
+    client: openai.OpenAI
+
+    def chat(self, **body: Any) -> httpx.Response:
+        return self.http.post("/v1/chat/completions", json=body)
+
+    def metric(self, name: str) -> float:
+        lines = self.http.get("/metrics").text.splitlines()
+        return sum(float(line.split()[-1]) for line in lines if line.startswith(name))
+
+
+@contextlib.contextmanager
+def serving(max_rows: int = 4, **how: Any) -> Iterator[Served]:
+    model = dsb.load_model(MODEL_DIR, device="cpu")
+    tokenizer = dsb.load_tokenizer(MODEL_DIR)
+    app = create_app(dsb.BatchEngine(model, max_rows), tokenizer, "embedded", api_key=KEY, **how)
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{bound.getsockname()[1]}"
+        server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False))
+        thread = threading.Thread(target=server.run, args=([bound],))
+        thread.start()
+        try:
+            wait_until(lambda: server.started)
+            with (
+                httpx.Client(base_url=url, headers=HEADERS, timeout=60) as http,
+                openai.OpenAI(base_url=f"{url}/v1", api_key=KEY, max_retries=0) as client,
+            ):
+                yield Served(url, app, model, tokenizer, http, client)
+        finally:
+            server.should_exit = True
+            thread.join()
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 60) -> None:
+    """Wait until something is so, which must not take longer than `seconds`."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.02)

@@ -1,0 +1,385 @@
+"""`dsb serve` by its real HTTP: OpenAI's client, refusals, a full queue, clients that go away."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import subprocess
+from collections.abc import Iterator
+from importlib import resources
+from pathlib import Path
+from shutil import which
+
+import httpx
+import openai
+import pytest
+import torch
+
+import dsb_runtime as dsb
+from dsb_runtime.demo.problems import heldout
+from tests.served import HEADERS, KEY, Served, serving, wait_until
+
+PROBLEMS = [p.prompt for p in heldout(4, seed=5, steps=3)]
+# Without an EOS and at one token a forward, such a row takes seconds.
+LONG = {"threshold": 1.0, "max_tokens": 400, "stop_at_eos": False}
+
+
+@pytest.fixture(scope="module")
+def served() -> Iterator[Served]:
+    with serving(max_rows=4, max_queue=2, most_bytes=2**14) as server:
+        yield server
+
+
+def chat(prompt: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": prompt}]
+
+
+def encode(served: Served, prompt: str) -> list[int]:
+    text = served.tokenizer.apply_chat_template(
+        chat(prompt), add_generation_prompt=True, tokenize=False
+    )
+    return served.tokenizer(text, add_special_tokens=False).input_ids
+
+
+def alone(
+    served: Served, prompt: str, seed: int | None = None, **settings: object
+) -> dsb.GenerationOutput:
+    generator = None if seed is None else torch.Generator().manual_seed(seed)
+    ids = torch.tensor([encode(served, prompt)])
+    return dsb.generate(served.model, ids, generator=generator, **settings)
+
+
+def text_of(served: Served, prompt: str, out: dsb.GenerationOutput) -> list[str]:
+    start = len(encode(served, prompt))
+    ids = [r[start : start + n] for r, n in zip(out.sequences, out.row_tokens, strict=True)]
+    return [served.tokenizer.decode(row, skip_special_tokens=True) for row in ids]
+
+
+@pytest.mark.parametrize("prompt", PROBLEMS[:2])
+def test_openai_client_gets_the_answer_of_generate(served, prompt):
+    expected = alone(served, prompt, threshold=0.95)
+    answer = served.client.chat.completions.create(
+        model="embedded", messages=chat(prompt), extra_body={"threshold": 0.95}
+    )
+    (choice,) = answer.choices
+    assert [choice.message.content] == text_of(served, prompt, expected)
+    assert choice.finish_reason == "stop"
+    assert answer.usage.completion_tokens == expected.row_tokens[0]
+    assert answer.usage.prompt_tokens == len(encode(served, prompt))
+    assert answer.usage.forwards == expected.nfe
+
+    stream = served.client.chat.completions.create(
+        model="embedded", messages=chat(prompt), stream=True, extra_body={"threshold": 0.95},
+        stream_options={"include_usage": True},
+    )  # fmt: skip
+    *chunks, last = stream
+    pieces = [chunk.choices[0].delta.content or "" for chunk in chunks]
+    assert len([piece for piece in pieces if piece]) > 1
+    assert "".join(pieces) == choice.message.content
+    assert chunks[-1].choices[0].finish_reason == "stop"
+    assert last.usage == answer.usage and not last.choices
+
+
+def test_samples_are_those_of_the_seed(served):
+    settings = {"temperature": 4.0, "gen_length": 16}
+    # As generate with this generator, called twice.
+    generator = torch.Generator().manual_seed(7)
+    ids = torch.tensor([encode(served, PROBLEMS[0])])
+    outs = [dsb.generate(served.model, ids, generator=generator, **settings) for _ in range(2)]
+    answer = served.client.chat.completions.create(
+        model="embedded", messages=chat(PROBLEMS[0]), temperature=4, max_tokens=16, seed=7, n=2
+    )
+    expected = [text_of(served, PROBLEMS[0], out)[0] for out in outs]
+    assert [choice.message.content for choice in answer.choices] == expected
+    assert len(set(expected)) == 2
+    assert answer.usage.prompt_tokens == ids.shape[1]
+
+
+def test_completions_take_texts_and_ids(served):
+    texts = [f"<|user|> {prompt} <|assistant|>" for prompt in PROBLEMS[:2]]
+    ids = [served.tokenizer(text).input_ids for text in texts]
+    by_text = served.client.completions.create(model="embedded", prompt=texts)
+    by_ids = served.client.completions.create(model="embedded", prompt=ids)
+    one = served.client.completions.create(model="embedded", prompt=ids[1], logprobs=0)
+    answers = [choice.text for choice in by_text.choices]
+    assert answers == [text_of(served, p, alone(served, p))[0] for p in PROBLEMS[:2]]
+    assert [choice.text for choice in by_ids.choices] == answers
+    assert one.choices[0].text == answers[1]
+
+
+def test_logprobs_are_those_of_the_forward_that_committed(served):
+    out = alone(served, PROBLEMS[0], record=True)
+    answer = served.client.chat.completions.create(
+        model="embedded", messages=chat(PROBLEMS[0]), logprobs=True
+    )
+    stream = list(
+        served.client.chat.completions.create(
+            model="embedded", messages=chat(PROBLEMS[0]), logprobs=True, stream=True
+        )
+    )
+    content = answer.choices[0].logprobs.content
+    assert "".join(token.token for token in content) == answer.choices[0].message.content
+    assert [bytes(token.bytes).decode() for token in content] == [t.token for t in content]
+    expected = out.logprobs[0, : len(content)].tolist()
+    assert [token.logprob for token in content] == pytest.approx(expected, abs=1e-5)
+    assert stream[-1].choices[0].logprobs.content == content
+
+
+@pytest.mark.parametrize("more", [{}, {"logprobs": True}, {"stream": True}])
+def test_text_ends_before_a_stop_string(served, more):
+    out = alone(served, PROBLEMS[0])
+    (text,) = text_of(served, PROBLEMS[0], out)
+    stop = text[len(text) // 2 :][:3]  # which may begin and end inside of tokens
+    answer = served.chat(messages=chat(PROBLEMS[0]), stop=["never", stop], **more)
+    if more.get("stream"):
+        events = [json.loads(line[6:]) for line in answer.text.split("\n\n")[:-2]]
+        shown = "".join(e["choices"][0]["delta"].get("content", "") for e in events)
+        reason = events[-1]["choices"][0]["finish_reason"]
+    else:
+        (choice,), usage = answer.json()["choices"], answer.json()["usage"]
+        shown, reason = choice["message"]["content"], choice["finish_reason"]
+        assert usage["completion_tokens"] < out.row_tokens[0]
+    assert shown == text[: text.index(stop)]
+    assert reason == "stop"
+
+
+def test_length_is_the_reason_where_no_eos_ends_the_answer(served):
+    answer = served.chat(messages=chat(PROBLEMS[0]), max_tokens=4).json()
+    assert answer["choices"][0]["finish_reason"] == "length"
+    assert answer["usage"]["completion_tokens"] == 4
+
+
+REFUSED = [
+    ({"treshold": 1}, "treshold", "treshold=1: no such field; expected one of model"),
+    ({"threshold": "1"}, "threshold", "threshold='1': expected a number in [0, 1]"),
+    ({"threshold": 2}, "threshold", "threshold=2: expected a number in [0, 1]"),
+    ({"threshold": 0.5, "steps": 4}, "threshold", "expected at most one of threshold"),
+    ({"block_length": 32, "max_tokens": 16}, "block_length", "expected an int from 1 to 16"),
+    ({"max_tokens": 0}, "max_tokens", "max_tokens=0: expected an int >= 1"),
+    ({"max_tokens": 600}, "max_tokens", "max_tokens=600 after messages of"),
+    ({"max_tokens": 8, "gen_length": 9}, "gen_length", "expected the same as max_tokens=8"),
+    ({"n": 2}, "n", "n=2: all answers are the same at temperature=0"),
+    ({"n": 0, "temperature": 1}, "n", "n=0: expected an int from 1 to 128"),
+    ({"n": 7, "temperature": 1}, None, "7 answers (prompts times n): expected at most 6"),
+    ({"n": "1"}, "n", "n='1': expected a valid integer"),
+    ({"seed": 2**63}, "seed", "expected an int of 64 bits"),
+    ({"top_p": 0.9, "temperature": 1}, "top_p", "top_p=0.9: llada samples by Gumbel noise"),
+    ({"stop": [""]}, "stop", "stop=['']: expected up to 4 strings"),
+    ({"stop": ["a"] * 5}, "stop", "expected up to 4 strings"),
+    ({"tools": [{"type": "function"}]}, "tools", "cannot honour it; expected null or []"),
+    ({"response_format": {"type": "json_object"}}, "response_format", "cannot honour it"),
+    ({"presence_penalty": 0.5}, "presence_penalty", "=0.5: this server cannot honour it"),
+    ({"logit_bias": {"5": 1}}, "logit_bias", "cannot honour it"),
+    ({"top_logprobs": 2}, "top_logprobs", "top_logprobs=2: expected 0"),
+    ({"stream_options": {}}, "stream_options", "with stream=true only"),
+    ({"stream": True, "stream_options": {"x": 1}}, "stream_options.x", "no such field"),
+    ({"messages": []}, "messages", "expected one message at least"),
+    ({"messages": None}, "messages", "messages=None: expected a valid list"),
+    ({"messages": [{"role": "tool", "content": "x"}]}, "messages.0.role", "expected 'system'"),
+    ({"messages": chat("\ud800")}, "messages", "half of a surrogate pair"),
+    ({"messages": chat("<|mdm_mask|>")}, "messages", "the mask token; expected other text"),
+    ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages.0.content",
+     'expected {"type": "text", "text": "..."}'),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("fields", "param", "said"), REFUSED, ids=lambda x: str(x)[:40])
+def test_wrong_field_is_refused_by_name(served, fields, param, said):
+    body = json.dumps({"messages": chat("How many?"), **fields})
+    answer = served.http.post(
+        "/v1/chat/completions", content=body, headers={"Content-Type": "application/json"}
+    )
+    error = answer.json()["error"]
+    assert answer.status_code == 400, error
+    assert error["type"] == "invalid_request_error" and error["param"] == param
+    assert said in error["message"] and "\n" not in error["message"]
+
+
+def test_values_that_change_nothing_pass(served):
+    neutral = {
+        "tools": [], "tool_choice": "none", "response_format": {"type": "text"}, "top_p": 1,
+        "presence_penalty": 0, "logit_bias": {}, "n": 1, "user": "x", "stop": None, "seed": 3,
+        "threshold": None, "stream": False, "store": False, "top_logprobs": 0,
+    }  # fmt: skip
+    parts = [{"role": "user", "content": [{"type": "text", "text": PROBLEMS[0]}]}]
+    plain = served.chat(messages=chat(PROBLEMS[0])).json()["choices"]
+    assert served.chat(messages=parts, **neutral).json()["choices"] == plain
+
+
+@pytest.mark.parametrize(
+    ("body", "kind", "said"),
+    [
+        ("{", "application/json", "no JSON"),
+        ("[]", "application/json", "expected a JSON object"),
+        ("{}", "application/json", "messages: it is missing"),
+        ('{"messages": []}', "text/plain", "Content-Type: application/json"),
+        ("[" * 10000, "application/json", "error parsing the body"),
+    ],
+)
+def test_body_that_is_no_request(served, body, kind, said):
+    answer = served.http.post("/v1/chat/completions", content=body, headers={"Content-Type": kind})
+    assert answer.status_code == 400
+    assert said in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("prompt", ["", [], [[]], [1, "a"], [True], {}, [10**9], None])
+def test_completions_refuse_what_is_no_prompt(served, prompt):
+    answer = served.http.post("/v1/completions", json={"prompt": prompt})
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == "prompt"
+
+
+@pytest.mark.parametrize("field", ["echo", "suffix", "best_of", "logprobs"])
+def test_completions_refuse_what_they_cannot_honour(served, field):
+    answer = served.http.post("/v1/completions", json={"prompt": "x", field: 3})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, field)
+
+
+def test_keys_models_and_sizes(served):
+    for wrong in ({}, {"Authorization": "Bearer x"}, {"Authorization": f"Basic {KEY}"}):
+        answer = httpx.get(f"{served.url}/v1/models", headers=wrong)
+        assert answer.status_code == 401
+        assert answer.json()["error"]["code"] == "invalid_api_key"
+    assert httpx.get(f"{served.url}/health").json() == {"status": "ok"}
+    assert [model.id for model in served.client.models.list()] == ["embedded"]
+    with pytest.raises(openai.NotFoundError, match="expected 'embedded'"):
+        served.client.chat.completions.create(model="gpt", messages=chat("x"))
+    long = {"messages": chat("x" * 2**14)}
+    body = json.dumps(long).encode()
+    answers = [served.chat(**long), served.http.post("/v1/completions", content=iter([body]))]
+    for answer in answers:  # with its length named, and without
+        assert answer.status_code == 413
+        assert answer.json()["error"]["code"] == "body_too_large"
+        assert "expected at most 16384 bytes" in answer.json()["error"]["message"]
+
+
+def test_full_queue_and_clients_that_go_away(served):
+    """Rows and queue fill up, the next request gets 429, and a client that leaves frees its row,
+    whether it streams or not."""
+    body = {"messages": chat(PROBLEMS[0]), **LONG}
+    streams = [
+        httpx.stream(
+            "POST", f"{served.url}/v1/chat/completions", json={**body, "stream": True},
+            headers=HEADERS,
+        )
+        for _ in range(5)
+    ]  # fmt: skip
+    for stream in streams:
+        assert stream.__enter__().status_code == 200
+    with pytest.raises(httpx.ReadTimeout):
+        served.http.post("/v1/chat/completions", json=body, timeout=0.2)
+    wait_until(lambda: served.metric("dsb_queue_length") == 1)  # the sixth has gone again
+    assert served.metric("dsb_rows_in_use") == 4
+    refused = served.chat(**{**body, "n": 2, "temperature": 1.0})
+    assert refused.status_code == 429
+    assert refused.headers["Retry-After"] == "1"
+    assert refused.json()["error"]["code"] == "queue_full"
+    for stream in streams:
+        stream.__exit__(None, None, None)
+    wait_until(lambda: served.metric("dsb_rows_in_use") + served.metric("dsb_queue_length") == 0)
+    assert served.metric('dsb_requests_total{path="/v1/chat/completions",status="499"}') >= 1
+
+
+def test_failing_row_is_an_error_of_its_request_alone(served):
+    weight = served.model.lm_head.weight
+    kept = weight.detach().clone()
+    with torch.no_grad():
+        weight.fill_(math.nan)
+        answer = served.chat(messages=chat(PROBLEMS[0]))
+        stream = served.chat(messages=chat(PROBLEMS[0]), stream=True)
+        weight.copy_(kept)
+    assert answer.status_code == 500
+    assert answer.json()["error"]["code"] == "not_a_number"
+    assert json.loads(stream.text.split("\n\n")[1][6:])["error"]["code"] == "not_a_number"
+    assert served.chat(messages=chat(PROBLEMS[0])).status_code == 200
+
+
+def test_draining_server_refuses_what_comes(served):
+    served.app.state.traffic.draining = True
+    try:
+        answers = [served.chat(messages=chat("x")), httpx.get(f"{served.url}/health")]
+        assert served.metric("dsb_rows_in_use") == 0  # the metrics are there to the end
+    finally:
+        served.app.state.traffic.draining = False
+    for answer in answers:
+        assert answer.status_code == 503 and answer.headers["Retry-After"]
+        assert answer.json()["error"]["code"] == "shutting_down"
+
+
+def test_log_has_no_prompt_no_key_and_no_query(served, caplog):
+    with caplog.at_level(logging.DEBUG):
+        served.http.post("/v1/chat/completions?token=abc", json={"messages": chat("secret words")})
+        served.http.get("/no%0Awhere?token=abc")
+        served.chat(messages=chat("secret words"), tools=[1])
+    own = [r.getMessage() for r in caplog.records if r.name.startswith("dsb_runtime")]
+    assert [" ".join(line.split()[1:-1]) for line in own] == [
+        "POST /v1/chat/completions 200", "GET /no%0Awhere 404", "POST /v1/chat/completions 400",
+    ]  # fmt: skip
+
+
+def test_metrics_count_tokens_and_forwards(served):
+    names = ("dsb_tokens_total", "dsb_forwards_total", "dsb_prompt_tokens_total")
+    before = [served.metric(name) for name in names]
+    usage = served.chat(messages=chat(PROBLEMS[1])).json()["usage"]
+    after = [served.metric(name) for name in names]
+    counted = [new - old for new, old in zip(after, before, strict=True)]
+    assert counted == [usage["completion_tokens"], usage["forwards"], usage["prompt_tokens"]]
+    assert served.metric("dsb_time_to_last_token_seconds_count") >= 1
+
+
+def test_canvas_fills_as_generate_fills_it(served):
+    settings = {"threshold": 0.99, "gen_length": 32}
+    seen: list[list[int]] = []
+    ids = torch.tensor([encode(served, PROBLEMS[0])])
+    dsb.generate(
+        served.model, ids, on_step=lambda e: seen.append(e.canvas[0, ids.shape[1] :].tolist()),
+        **settings,
+    )  # fmt: skip
+    stream = served.chat(
+        messages=chat(PROBLEMS[0]), stream=True, stream_options={"include_canvas": True},
+        **settings,
+    )  # fmt: skip
+    events = [json.loads(line[6:]) for line in stream.text.split("\n\n")[:-2]]
+    shown = [e["choices"][0]["canvas"] for e in events if "canvas" in e["choices"][0]]
+    mask = served.model.dsb.mask_id
+    words = [[None if t == mask else served.tokenizer.decode([t]) for t in ids] for ids in seen]
+    assert len(words) > 3
+    assert [canvas["tokens"] for canvas in shown] == words
+    assert [canvas["forward"] for canvas in shown] == list(range(1, len(words) + 1))
+    assert all(0 <= start <= end <= 32 for start, end in (canvas["block"] for canvas in shown))
+
+
+def test_on_step_must_be_callable(served):
+    with pytest.raises(TypeError, match="on_step=3: expected a callable that takes a RowEvent"):
+        dsb.BatchEngine(served.model).submit([5], on_step=3)
+
+
+def test_page_is_served_and_loads_nothing_from_elsewhere(served):
+    for path, kind in (("/", "html"), ("/page.js", "javascript"), ("/events.js", "javascript"),
+                       ("/page.css", "css")):  # fmt: skip
+        answer = httpx.get(f"{served.url}{path}")
+        assert answer.status_code == 200 and kind in answer.headers["content-type"]
+        assert "default-src 'none'" in answer.headers["content-security-policy"]
+        assert "//" not in answer.text.replace("// ", "")
+
+
+@pytest.mark.skipif(not which("node"), reason="needs node")
+def test_pages_parser_takes_events_cut_anywhere():
+    script = """
+        import { eventParser } from %s;
+        const text = 'data: {"a": "é"}\\n\\ndata: b\\n\\n: note\\n\\ndata: [DONE]\\n\\n';
+        for (let cut = 0; cut <= text.length; cut++) {
+          const seen = [];
+          const parse = eventParser((data) => seen.push(data));
+          parse(text.slice(0, cut)); parse(text.slice(cut));
+          console.log(JSON.stringify(seen));
+        }"""
+    page = Path(str(resources.files("dsb_runtime.doors.server") / "page"))
+    module = json.dumps((page / "events.js").as_uri())
+    done = subprocess.run(
+        ["node", "--input-type=module", "-e", script % module],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert set(done.stdout.splitlines()) == {'["{\\"a\\": \\"é\\"}","b","[DONE]"]'}
