@@ -87,7 +87,7 @@ def place_rows_reference(
         start = torch.maximum(response_start - int(shift), leftpad)
         end = table[:, Column.RESPONSE_END]
     else:
-        start, end = leftpad, torch.full_like(leftpad, L)
+        start, end = leftpad.clone(), torch.full_like(leftpad, L)
     length = end - start
     active = (table[:, Column.NEXT_KIND] == kind) & (length <= width)
     active &= table[:, Column.NUM_CANDIDATES] <= num_candidates
