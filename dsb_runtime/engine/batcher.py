@@ -57,6 +57,7 @@ class Batcher:
             )
         self.max_rows = MOST_ROWS if max_rows is None else int(max_rows)
         self.waiting: deque[Request] = deque()
+        self.steps = 0  # how many have run
         self.release()
 
     def release(self) -> None:
@@ -166,6 +167,7 @@ class Batcher:
         done += self.admit()
         for lane in list(self.lanes):
             if lane.occupied:
+                self.steps += 1
                 done += lane.step()
         return done
 

@@ -35,6 +35,8 @@ from dsb_runtime.engine.step import DecodeState, Step, StepShape, new_state
 from dsb_runtime.families import check_model, device_of
 
 logger = logging.get_logger(__name__)
+STEP_COST = 128  # what a step costs on a CPU besides its positions, in positions
+PATIENCE = 3  # so many refreshes in a row may leave out those that are wider
 LENGTH_MULTIPLE = 64  # a lane has a multiple of so many positions, so that others fit in later
 
 
@@ -103,6 +105,7 @@ class Lane:
         # While others have windows to do, a refresh takes so many rows at most. The number doubles
         # for as long as rows are left over, so that none of them waits for long.
         self.crowd = self.usual_crowd = max(1, rows // 4)
+        self.passed_over = 0  # how many refreshes in a row were too narrow for some that waited
         self.refreshed: StepKind | None = None  # the kind of the last step, if it was no window
 
     @property
@@ -170,7 +173,7 @@ class Lane:
             kind, rows, self.refreshed = StepKind.WINDOW, windows, None
         else:
             kind = self.refreshed = waiting[0]
-            rows = rows_of[kind]
+            rows = self.narrow(rows_of[kind], kind)
             left_over = bool(windows) and len(rows) > self.crowd
             if windows:
                 rows = rows[: self.crowd]
@@ -191,6 +194,21 @@ class Lane:
             return row.context
         first = max(row.response_start - int(self.info.family.shift), row.leftpad)
         return row.response_end - first
+
+    def narrow(self, rows: list[int], kind: StepKind) -> list[int]:
+        """The rows of a refresh: all, or those that are so much narrower than the widest that two
+        steps are cheaper than one. The wide ones are passed over a few times at most. Captured
+        steps are those of a GPU, where a step of few positions costs what one of many does."""
+        widths = {index: self.width(self.table[index], kind) for index in rows}
+        ordered = sorted(widths.values())
+        saved, widest = max(
+            (n * (ordered[-1] - width), width) for n, width in enumerate(ordered, 1)
+        )
+        if self.session.captured or saved <= STEP_COST or self.passed_over == PATIENCE:
+            self.passed_over = 0
+            return rows
+        self.passed_over += 1
+        return [index for index in rows if widths[index] <= widest]
 
     def launch(self, shape: StepShape) -> list[Row]:
         """Run a step, or replay it if it has been captured. Returns the row table after it."""
