@@ -76,7 +76,7 @@ def test_commands_and_files_that_the_papers_name_exist():
     targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M)
     assert set(re.findall(r"`?make ([a-z][\w-]+)\b(?=[`\s]|$)(?= +#|`)", TODAY)) <= set(targets)
     commands = set(re.findall(r"(?:^|`)dsb (\w+)", TODAY, re.MULTILINE))
-    assert commands <= {"generate", "bench", "profile", "eval", "convert"}
+    assert commands <= {"generate", "batch", "bench", "profile", "eval", "convert"}
     folders = "tests|tools|benchmarks|dsb_kernels|dsb_runtime|examples|docs"
     files = set(re.findall(rf"`((?:{folders})/[\w./]+)`", TODAY))
     assert [name for name in sorted(files) if not (ROOT / name).exists()] == []
