@@ -121,6 +121,7 @@ import dsb_runtime as dsb
 from dsb_runtime.cli.main import main
 from dsb_runtime.doors.lm_eval import DSBLM
 from dsb_runtime.engine.engine import Engine
+from dsb_runtime.engine.lane import Lane
 
 folder, ids = sys.argv[1], torch.tensor([[2, 10, 20, 30, 3]])
 model, seen, decode = dsb.load_model(folder, device="cpu"), [], Engine.decode
@@ -131,6 +132,14 @@ def record(self, config, *rest):
     return out
 
 Engine.decode = record
+answer = Lane.output
+
+def record_request(self, row, request):
+    out, config = answer(self, row, request), request.config
+    seen.append((config.rule, config.rule_value, config.shade, out.tokens_per_forward))
+    return out
+
+Lane.output = record_request
 named = {"gen_length": 8, "two": 2.0, "shade": "dark"}
 dsb.generate(model, ids, **named)
 Engine(model).generate(ids, dsb.DecodingConfig(block_length=2, stop_at_eos=True, **named))
