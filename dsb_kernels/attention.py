@@ -65,41 +65,36 @@ def window_attention_reference(
 
     A query in a column below window_length sees two sets of keys: those of the cached positions in
     [cache_leftpad, cache_seqlens) outside [window_start, window_start + window_length), and the
-    window's own keys, at positions of this range from cache_leftpad on. The rest of the cache may
-    hold anything, since it changes no result. If the window is the whole canvas, this is full
-    attention without the padding.
+    window's own keys, at positions of this range from cache_leftpad on, and nothing else. If the
+    window is the whole canvas, this is full attention without the padding.
 
     Args:
         q: (B, H, W, D) bfloat16, float16 or float32; D a multiple of 8 up to 256.
-        k_window, v_window: (B, H_kv, W, D), H a multiple of H_kv. Both are None if the window's K
-            and V have already been written into the cache: then they are read there.
+        k_window, v_window: (B, H_kv, W, D), H a multiple of H_kv; None where the cache has them.
         k_cache, v_cache: (B, H_kv, C, D), both with the same strides. With `cache_batch_idx` their
             first dimension may have any size from 1.
         window_start: (B,) int32, the canvas position of column 0, 0 to C - window_length.
         window_length: (B,) int32, how many columns the window uses, 0 to W.
         cache_seqlens: (B,) int32, one past the last stored position, 0 to C. None means C.
         cache_leftpad: (B,) int32, the first stored position. None means zeros.
-        cache_batch_idx: (B,) int32, the batch row of the cache that each row of q reads, as in
-            FlashAttention. None means that row b reads batch row b. A row of length 0 reads
-            nothing.
+        cache_batch_idx: (B,) int32, the batch row of the cache that each row of q reads, unless its
+            length is 0. None means that row b reads batch row b.
         kv_num_blocks, kv_indices: (B,) and (B, N), or (B, H_kv) and (B, H_kv, N) int32, contiguous:
             the KV blocks that queries visit outside the window, none of them twice. If both are
             None, queries visit every KV block. `dsb_kernels.block_lists` makes such lists.
         kv_block_size: how many positions a listed KV block has, a power of two from 16.
         kv_visible: (B, C) bool, contiguous, which positions of the cache queries see, the window's
             own included. None means all. It needs k_window and v_window to be None.
-        softmax_scale: the factor of the scores. None means 1 / sqrt(D).
-        num_splits: into how many splits the kernel divides the keys. None lets B, H, H_kv, W, D,
-            the dtype and the GPU decide, but never C or what the cache holds, so that results are
-            reproducible.
-        return_lse: whether to return also the log-sum-exp of the scaled scores.
+        softmax_scale: the scores' factor. None means 1 / sqrt(D).
+        num_splits: into how many splits the kernel divides the keys. None lets shapes, dtype and
+            GPU decide, never C or the cache's content, so that results are reproducible.
+        return_lse: whether to return also the log-sum-exp (lse) of the scaled scores.
 
     Tensors that are not called contiguous may have any strides with the last dimension contiguous.
 
     Returns:
-        out (B, H, W, D), a transposed view of (B, W, H, D). It is 0 in columns at or past
-        window_length, and where a query sees no key. With `return_lse` also lse (B, H, W) float32,
-        the natural logarithm, which is -inf in the same places.
+        out (B, H, W, D), a transposed view of (B, W, H, D), 0 from column window_length on, and
+        where a query sees no key. The lse (B, H, W) float32, a natural logarithm, is -inf there.
 
     Raises:
         TypeError, ValueError: an argument has the wrong dtype, shape, device, stride or value.

@@ -204,8 +204,7 @@ def unmask_and_slide_reference(
         table: (B, NUM_COLUMNS) int32, the row table (`dsb_kernels.rows.Column`), updated.
         position: (B, K) int32, the canvas positions of the candidates in ascending order, then -1.
             The op replaces them by those of the next step.
-        commit: (B, K) bool. The op writes whether it committed each candidate that the step began
-            with.
+        commit: (B, K) bool. The op writes which of the candidates before the step it committed.
         candidate_confidence: (B, K) float32. The op writes the confidence of these candidates, and
             0 where none was scored.
         token: (b, k) int64, the proposed tokens of the first k <= K candidates of the b rows that

@@ -53,7 +53,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 
 
 def token_ids(text: str) -> tuple[int, ...]:
-    """Read "5,6,7"."""
+    """The ids that a text such as "5,6,7" lists."""
     return tuple(int(token) for token in text.split(","))
 
 

@@ -21,7 +21,7 @@ END = b"data: [DONE]\n\n"
 
 
 def server_sent(chunk: dict[str, Any]) -> bytes:
-    """One server-sent event."""
+    """Write a chunk as one server-sent event."""
     return b"data: " + json.dumps(chunk).encode() + b"\n\n"
 
 
@@ -77,7 +77,7 @@ class Completions:
     # --- answers ------------------------------------------------------------------------------
 
     def answer(self, answers: Sequence[Answer], samples: int) -> dict[str, Any]:
-        """The whole answer."""
+        """Make the body of a whole answer from those of all rows."""
         choices = [
             self.choice(a, self.body(a.text.text), self.logprobs(a), a.finish_reason)
             for a in answers
