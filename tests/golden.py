@@ -53,6 +53,12 @@ def settings(case: dict[str, Any]) -> dict[str, Any]:
     return values
 
 
+def check_logprobs(values: Tensor | None, expected: Tensor | None) -> None:
+    """Log-probabilities of float32 models that another order of sums has computed. The order
+    depends on the batch and the machine: 1.2e-5 was seen, and guidance multiplies a difference."""
+    torch.testing.assert_close(values, expected, atol=1e-4, rtol=0)
+
+
 CASES = [(family, i) for family in FAMILIES for i in range(len(cases(family)))]
 
 

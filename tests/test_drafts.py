@@ -61,7 +61,7 @@ def check_equal(plain: dsb.GenerationOutput, drafted: dsb.GenerationOutput) -> N
         assert drafted.nfe + drafted.drafts.accepted == plain.nfe
     if plain.step_map is not None:
         assert torch.equal(drafted.step_map, plain.step_map)
-        torch.testing.assert_close(drafted.logprobs, plain.logprobs, atol=1e-4, rtol=1e-4)
+        golden.check_logprobs(drafted.logprobs, plain.logprobs)
 
 
 # --- equal tokens -----------------------------------------------------------------------------

@@ -184,7 +184,7 @@ def test_what_is_recorded_is_the_models_own():
     with torch.no_grad():
         ids = torch.cat([PROMPT, torch.tensor([model.dsb.mask_id])])[None]
         own = model(ids).logits[0, -1].log_softmax(-1)
-    torch.testing.assert_close(out.logprobs[0, 0], own[out.sequences[0, -1]])
+    golden.check_logprobs(out.logprobs[0, 0], own[out.sequences[0, -1]])
 
 
 def test_bad_input():

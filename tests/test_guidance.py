@@ -63,7 +63,7 @@ def test_sampling_cuts_and_an_eos_see_the_guided_logits():
 
     generate(threshold=0.99, on_step=watch)
     logprobs = torch.stack([seen[i] for i in range(16)])
-    torch.testing.assert_close(recorded.logprobs[0], logprobs, atol=1e-5, rtol=0)
+    golden.check_logprobs(recorded.logprobs[0], logprobs)
     with biased_to_eos("llada") as model:
         out = dsb.generate(model, prompts(1, seed=3)[0][None], stop_at_eos=True, **SHAPE)
         end = out.row_tokens[0]

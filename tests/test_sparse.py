@@ -75,7 +75,7 @@ def test_a_hooked_model_and_replayed_steps_decode_the_same(family, cfg_scale):
         hook.remove()
     for out in (replayed, called):
         assert torch.equal(out.sequences, expected.sequences) and out.row_nfe == expected.row_nfe
-        torch.testing.assert_close(out.logprobs, expected.logprobs, atol=1e-4, rtol=0)
+        golden.check_logprobs(out.logprobs, expected.logprobs)
 
 
 @pytest.mark.parametrize("family", golden.FAMILIES)
