@@ -1,17 +1,17 @@
-"""What a sparse context costs and saves: `context_masks` and `eos_bound` on the word problems.
+"""What a sparse context costs and saves: `context_masks` and `eos_bound`, by the embedded models.
 
     python -m benchmarks.sparse_context --problems 500 --json sparse.json
+    python -m benchmarks.sparse_context --task sudoku --block-length 6 --context-masks 6
 
-The embedded model answers held-out problems with a response of several times the length that an
-answer needs. Each line has exact answers with their Wilson 95% interval, forwards of a problem, the
-positions that these forwards computed (those of the padding included), and seconds. The settings
-take turns, batch by batch, so that a busy machine slows all of them.
+The word problems get a response of four times the length that an answer needs on average; a Sudoku
+needs every position. Each line has exact answers with their Wilson 95% interval, forwards of a
+problem, the positions that these forwards computed (those of the padding included), and seconds.
+The settings take turns, batch by batch, so that a busy machine slows all of them.
 """
 
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 import time
 from collections.abc import Sequence
@@ -24,24 +24,24 @@ from benchmarks import describe_benchmark
 from dsb_runtime import load_model, load_tokenizer
 from dsb_runtime.cli.process import OneLineParser, run_process
 from dsb_runtime.config import DecodingConfig
-from dsb_runtime.demo import MODEL_DIR
-from dsb_runtime.demo.problems import heldout, is_exact
+from dsb_runtime.demo.tasks import TASKS
 from dsb_runtime.engine.engine import Engine
 from dsb_runtime.engine.loop import Launched, Loop, Session
 from dsb_runtime.engine.step import StepShape
 from dsb_runtime.files import write_json
 from dsb_runtime.measure.command import check_arguments
 from dsb_runtime.measure.evaluate import encode_batches
+from dsb_runtime.measure.scores import wilson
 
-ALL: dict[str, Any] = {}
-EIGHT = {"context_masks": 8}
-BOUND = {"eos_bound": True}
-# The cache, whether the block is the whole response, and what is left out.
-SETTINGS: tuple[tuple[str, bool, dict[str, Any]], ...] = (
-    ("dsb", False, ALL), ("dsb", False, EIGHT), ("dsb", False, EIGHT | BOUND),
-    ("none", False, ALL), ("none", False, EIGHT), ("none", True, ALL), ("none", True, BOUND),
+# The cache, whether the block is the whole response, and whether `context_masks` and `eos_bound`
+# are set.
+SETTINGS: tuple[tuple[str, bool, bool, bool], ...] = (
+    ("dsb", False, False, False), ("dsb", False, True, False), ("dsb", False, True, True),
+    ("none", False, False, False), ("none", False, True, False),
+    ("none", True, False, False), ("none", True, False, True),
 )  # fmt: skip
 CACHES = tuple(dict.fromkeys(cache for cache, *_ in SETTINGS))
+RESPONSE = {"words": 120}  # an answer has 29 tokens on average
 
 
 class CountingLoop(Loop):
@@ -54,30 +54,26 @@ class CountingLoop(Loop):
         return super().launch(session, shape)
 
 
-def wilson(hits: int, count: int, z: float = 1.959964) -> tuple[float, float]:
-    """The 95% interval of a share (Wilson, 1927)."""
-    share, spread = hits / count, z * z / count
-    middle = (share + spread / 2) / (1 + spread)
-    half = z * math.sqrt(share * (1 - share) / count + spread / (4 * count)) / (1 + spread)
-    return middle - half, middle + half
-
-
 def measure(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, args: argparse.Namespace
 ) -> list[dict[str, Any]]:
     """Decode every problem with every setting. Returns a line for each setting."""
     lines: list[dict[str, Any]] = []
-    shape = {"gen_length": args.gen_length, "stop_at_eos": True, "threshold": args.threshold}
-    for cache, whole, context in SETTINGS:
+    task = TASKS[args.task]
+    length = args.gen_length or RESPONSE.get(task.name, task.gen_length)
+    shape = {"gen_length": length, "stop_at_eos": True, "threshold": args.threshold}
+    for cache, whole, masks, bound in SETTINGS:
         if cache not in args.cache:
             continue
-        block = args.gen_length if whole else args.block_length
+        block = length if whole else args.block_length
+        context = {"context_masks": args.context_masks} if masks else {}
+        context |= {"eos_bound": True} if bound else {}
         config = DecodingConfig(**shape, cache=cache, block_length=block, **context)
         line = {"cache": cache, "block": block, "context": context}
         line |= {"exact": 0, "forwards": 0, "seconds": 0.0}
         lines.append(line | {"config": config, "engine": Engine(model)})
         lines[-1]["engine"].loop = CountingLoop(model)
-    problems = heldout(args.problems, seed=args.seed)
+    problems = task.heldout(args.problems, args.seed)
     for part, ids, mask in encode_batches(tokenizer, problems, args.batch, model.device):
         for line in lines:
             began = time.perf_counter()
@@ -86,7 +82,8 @@ def measure(
             line["forwards"] += sum(out.row_nfe)
             for row, problem in enumerate(part):
                 answer = out.sequences[row, ids.shape[1] :][: out.row_tokens[row]]
-                line["exact"] += is_exact(problem, str(tokenizer.decode(answer)))
+                text = str(tokenizer.decode(answer, skip_special_tokens=True))
+                line["exact"] += task.is_exact(problem, text)
     for line in lines:
         del line["config"]
         line["positions"] = line.pop("engine").loop.positions
@@ -97,9 +94,11 @@ def measure(
 def main(argv: Sequence[str] | None = None) -> int:
     parser = OneLineParser(prog="sparse_context", description=(__doc__ or "").split("\n")[0])
     add = parser.add_argument
+    add("--task", choices=TASKS, default="words", help="default: words")
     add("--problems", type=int, default=500, help="held-out (default: 500)")
-    add("--gen-length", type=int, default=96, help="default: 96")
+    add("--gen-length", type=int, metavar="N", help="default: 120, or a grid")
     add("--block-length", type=int, default=8, help="default: 8")
+    add("--context-masks", type=int, default=8, metavar="N", help="default: 8")
     add("--threshold", type=float, default=0.9, help="default: 0.9")
     add("--cache", nargs="+", choices=CACHES, default=list(CACHES), help="default: both")
     add("--batch", type=int, default=1, help="decoded together (default: 1)")
@@ -110,7 +109,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_arguments(args)
     except ValueError as error:
         parser.error(str(error))
-    model, tokenizer = load_model(MODEL_DIR), load_tokenizer(MODEL_DIR)
+    folder = TASKS[args.task].folder
+    model, tokenizer = load_model(folder), load_tokenizer(folder)
     lines = measure(model, tokenizer, args)
     for line in lines:
         low, high = line["interval"]

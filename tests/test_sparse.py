@@ -124,4 +124,3 @@ def test_its_benchmark_counts_the_positions_that_are_left_out(tmp_path, capsys):
     assert "context_masks=8 eos_bound=True" in capsys.readouterr().out
     assert bound["positions"] <= eight["positions"] < whole["positions"]
     assert (whole["exact"], whole["interval"][1]) == (2, 1.0)
-    assert sparse_context.wilson(9, 10) == pytest.approx((0.5958, 0.9821), abs=1e-4)
