@@ -21,7 +21,7 @@ SHAPE = {"gen_length": 16, "block_length": 8, "cfg_scale": 1.5}
 CACHES = ["none", "dual", "dsb"]
 
 
-@pytest.mark.parametrize(("family", "cache"), itertools.product(golden.FAMILIES, CACHES))
+@pytest.mark.parametrize(("family", "cache"), list(itertools.product(golden.FAMILIES, CACHES)))
 def test_rows_of_a_batch_are_what_they_are_alone(family, cache):
     generate = functools.partial(dsb.generate, golden.model(family), threshold=0.5, cache=cache)
     golden.check_batch(generate, generate, prompts(3), **SHAPE)

@@ -29,7 +29,8 @@ def with_masks(family: str, prompt: Tensor, count: int) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    ("family", "cache", "schedule"), itertools.product(golden.FAMILIES, CACHES, ["naive", "dsb"])
+    ("family", "cache", "schedule"),
+    list(itertools.product(golden.FAMILIES, CACHES, ["naive", "dsb"])),
 )
 def test_masks_behind_an_eos_are_left_out(family, cache, schedule):
     """Some rows have an EOS with masks to its left, in some of them it is given."""
@@ -48,7 +49,7 @@ def test_masks_behind_an_eos_are_left_out(family, cache, schedule):
     assert differs, "leaving masks out must change a token, or this shows nothing"
 
 
-@pytest.mark.parametrize(("family", "cache"), itertools.product(golden.FAMILIES, CACHES))
+@pytest.mark.parametrize(("family", "cache"), list(itertools.product(golden.FAMILIES, CACHES)))
 def test_rows_of_a_batch_are_what_they_are_alone(family, cache):
     with biased_to_eos(family) as model:
         generate = functools.partial(
