@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from dsb_runtime.demo import MODEL_DIR
+from dsb_runtime.demo import MODEL_DIR, SUDOKU_DIR, sudoku
 from dsb_runtime.demo.problems import heldout
 from tests.commands import python
 
@@ -76,6 +76,28 @@ def test_the_harness_end_to_end(alone):
     measured = alone["config"]["dsb_measured"]
     assert (measured["answers"], measured["processes"]) == (21, 1)
     assert measured["tokens_per_forward"] == measured["tokens"] / measured["forwards"] > 2
+
+
+def test_the_harness_takes_the_sudoku_model(tmp_path):
+    with (tmp_path / "puzzles.jsonl").open("w") as file:
+        for puzzle in sudoku.heldout(20):
+            file.write(json.dumps({"prompt": puzzle.prompt, "answer": puzzle.response}) + "\n")
+    task = {
+        "task": "sudoku", "dataset_path": "json", "test_split": "test",
+        "dataset_kwargs": {"data_files": {"test": str(tmp_path / "puzzles.jsonl")},
+                           "cache_dir": str(tmp_path / "cache")},
+        "output_type": "generate_until", "doc_to_text": "{{prompt}}", "doc_to_target": "{{answer}}",
+        "generation_kwargs": {"until": ["\n"], "do_sample": False},
+        "metric_list": [{"metric": "exact_match", "regexes_to_ignore": ["\\s"]}],
+    }  # fmt: skip
+    (tmp_path / "sudoku.yaml").write_text(yaml.safe_dump(task))
+    settings = f"pretrained={SUDOKU_DIR},threshold=0.99,gen_length=36,block_length=12"
+    results = lm_eval.simple_evaluate(
+        model="dsb", model_args=settings, tasks=["sudoku"], device="cpu", batch_size=20,
+        task_manager=TaskManager(include_path=str(tmp_path)), apply_chat_template=True,
+        bootstrap_iters=0,
+    )  # fmt: skip
+    assert results["results"]["sudoku"]["exact_match,none"] >= 0.85  # 97% of 1000
 
 
 @pytest.mark.slow
