@@ -32,13 +32,14 @@ def device() -> torch.device:
     return torch.device("cuda" if on_gpu() else "cpu")
 
 
-def dtype() -> torch.dtype:
-    """The precision that is timed: 16 bits on a GPU; a CPU would emulate them."""
-    return torch.bfloat16 if on_gpu() else torch.float32
+def timed_precision() -> str:
+    """The dtype of what is timed: 16 bits on a GPU; a CPU would emulate them."""
+    return "bfloat16" if on_gpu() else "float32"
 
 
-def randn(*size: int) -> Tensor:
-    return torch.randn(*size, device=device(), dtype=dtype())
+def randn(*size: int, precision: str | None) -> Tensor:
+    dtype = getattr(torch, precision or timed_precision())
+    return torch.randn(*size, device=device(), dtype=dtype)
 
 
 @functools.lru_cache(maxsize=1)
