@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import describe_benchmark
+from benchmarks.gpu_hour import WITHOUT_PRECISION
 from benchmarks.op_case import check, device, on_gpu, timed_precision
-from benchmarks.op_cases import HEADS, LAYERS, OUTPUTS
+from benchmarks.op_cases import HEADS, LAYERS, OUTPUTS, RULES
 from benchmarks.ops import BENCHMARKS, Shape, run_lines
 from dsb_runtime.cli.process import OneLineParser, run_process
 from dsb_runtime.measure.command import check_arguments
@@ -24,7 +25,6 @@ from dsb_runtime.measure.command import check_arguments
 # One number for each class of a table of `dsb_kernels/_configs.py` whose sizes are tokens or
 # candidates (29 does not fill its tile), then one that cuBLAS computes.
 TOKENS = (16, 29, 64, 128, 200)
-WITHOUT_PRECISION = ("place_rows", "unmask_and_slide")  # their arguments are integers
 WAYS = [
     {"confidence": "margin"}, {"confidence": "entropy"}, {"way": "eligible"},
     {"way": "excluded"}, {"temperature": 1.0}, {"temperature": 0.7, "way": "seeds"},
@@ -73,6 +73,15 @@ def rope_shapes() -> list[Shape]:
     ]  # fmt: skip
 
 
+def unmask_shapes() -> list[Shape]:
+    """Blocks of every class."""
+    response, blocks = (1024, (32, 200, 600)) if on_gpu() else (64, (20,))
+    return [
+        {"rule": rule, "batch": 2, "prompt": 16, "response": response, "block": block}
+        for rule in RULES for block in blocks
+    ]  # fmt: skip
+
+
 def more_shapes(op: str) -> list[Shape]:
     """What is checked beside the shapes that `ops.py` times."""
     some = ("LLaDA-8B", "Dream-7B") if on_gpu() else ("small",)
@@ -82,6 +91,7 @@ def more_shapes(op: str) -> list[Shape]:
         "lm_head_confidence": lambda: scoring_shapes(op),
         "window_attention": attention_shapes,
         "rope_write_kv": rope_shapes,
+        "unmask_and_slide": unmask_shapes,
         "window_linear": lambda: linear_shapes([x for x in layers if x in LAYERS]),
         "linear_add_norm": lambda: linear_shapes([x for x in layers if x in OUTPUTS]),
     }.get(op, list)()
@@ -89,7 +99,11 @@ def more_shapes(op: str) -> list[Shape]:
 
 def check_op(op: str, precision: str) -> Iterator[dict[str, Any]]:
     """A line for each shape of an op."""
-    options: Shape = {} if op in WITHOUT_PRECISION else {"precision": precision}
+    options: Shape = {"precision": precision}
+    if op in WITHOUT_PRECISION:
+        if precision != timed_precision():
+            return
+        options = {}
     timed = BENCHMARKS[op].shapes if precision == timed_precision() else []
     for shape in [*timed, *more_shapes(op)]:
         line = {"op": op, "shape": shape | options, "contender": "op"}

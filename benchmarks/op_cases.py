@@ -294,10 +294,12 @@ def linear_add_norm_case(layer: str, num_tokens: int, precision: str | None = No
     )  # fmt: skip
 
 
-def masked_canvas(batch: int, prompt: int, response: int, rule: str) -> tuple[Tensor, UnmaskSpec]:
+def masked_canvas(
+    batch: int, prompt: int, response: int, rule: str, block: int = BLOCK
+) -> tuple[Tensor, UnmaskSpec]:
     """A canvas with a masked response, and how it is decoded."""
     spec = UnmaskSpec(
-        block_length=BLOCK, max_block_length=BLOCK, schedule="dsb",
+        block_length=block, max_block_length=block, schedule="dsb",
         cache="dsb", prefix_window=24, min_prefix=0, rule=rule, rule_value=RULES[rule], steps=0,
         refresh_commit="select", mask_id=126336, eos_ids=(126081,), stop_at_eos=True,
     )  # fmt: skip
@@ -329,10 +331,12 @@ def place_rows_case(kind: str, batch: int, num_rows: int, prompt: int, response:
     return Case(place_rows, (canvas, table, position), options, bytes=moved)
 
 
-def unmask_and_slide_case(rule: str, batch: int, prompt: int, response: int) -> Case:
+def unmask_and_slide_case(
+    rule: str, batch: int, prompt: int, response: int, block: int = BLOCK
+) -> Case:
     """The last launch of a response's first step. The op changes its state in place and would soon
     have nothing left to unmask, so that canvas and state are restored between the calls."""
-    canvas, spec = masked_canvas(batch, prompt, response, rule)
+    canvas, spec = masked_canvas(batch, prompt, response, rule, block)
     leftpad = torch.zeros(batch, dtype=torch.int32, device=device())
     table, position = initial_rows(canvas, leftpad, spec)
     token = torch.randint(0, 1000, position.shape, device=device())
@@ -341,6 +345,6 @@ def unmask_and_slide_case(rule: str, batch: int, prompt: int, response: int) -> 
     written = (canvas, table, position, commit, torch.zeros_like(confidence))
     active = torch.ones(batch, dtype=torch.bool, device=device())
     # A call reads the response once, and each candidate's position, token, confidence and commit.
-    moved = batch * (8 * response + BLOCK * (4 + 8 + 4 + 1 + 4))
+    moved = batch * (8 * response + block * (4 + 8 + 4 + 1 + 4))
     args = (*written, token, confidence, active, None, spec)
     return Case(unmask_and_slide, args, written=written, bytes=moved)

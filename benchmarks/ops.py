@@ -62,8 +62,11 @@ class Benchmark:
 
     @property
     def shapes(self) -> list[Shape]:
-        names, values = self.names.split(), self.gpu if on_gpu() else self.cpu
-        return [dict(zip(names, each, strict=True)) for each in values]
+        return self.named(self.gpu if on_gpu() else self.cpu)
+
+    def named(self, shapes: Sequence[tuple[Any, ...]]) -> list[Shape]:
+        names = self.names.split()
+        return [dict(zip(names, each, strict=True)) for each in shapes]
 
     def case(self, **shape: Any) -> Case:
         torch.manual_seed(0)

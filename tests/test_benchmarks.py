@@ -88,6 +88,7 @@ def test_what_is_written(which, record_of):
             assert run[f"{kind}_step_ms"] == step["ms"] > 0
             assert run[f"eager_{kind}_step_ms"] > 0 and run[f"free_{kind}_step_ms"] > 0
             assert 0 < step["share_of_floor"] < 1
+        assert 0 < run["free_window_share_of_weights_limit"] < 1
         assert run["window_width"] < 56 == run["steps"]["refresh"]["width"]
         assert run["wasted_launches"] == 0, "nothing is speculative without captured steps"
         assert run["peak_memory_bytes"] > 1e8
@@ -115,6 +116,12 @@ def test_one_trajectory_in_bfloat16(record_of):
     check = run["check"]
     assert not check["same_tokens"] and run["timed_run_repeats_the_recorded"]
     assert check["decisions"] == 64
+    flipped = check["flipped_by_rounding"]
+    assert (
+        0 <= min(flipped["ours"], flipped["eager"]) <= max(flipped["ours"], flipped["eager"]) < 32
+    )
+    assert flipped["ours_over_eager"] == flipped["ours"] / max(flipped["eager"], 1) < 3
+    assert f"otherwise than ours in {flipped['ours']} of them" in rounded["output"]
     assert 0.5 < check["decisions_agreed"] <= check["positions_agreed"] <= 1
     assert f"agree on {check['decisions_agreed']:.1%}" in rounded["output"]
 

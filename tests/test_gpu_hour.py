@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 import time
 from pathlib import Path
@@ -169,6 +170,22 @@ def test_every_target_names_a_part_and_every_op_is_in_one(tmp_path):
         gpu_hour.main(["--only", "nothing"])
     with pytest.raises(SystemExit):
         gpu_hour.main(["--folder", str(tmp_path / "none"), "--report"])
+
+
+def test_the_docs_have_the_arithmetic_of_every_target():
+    """Errors that must not be need none."""
+    text = (gpu_hour.ROOT / "docs" / "tuning.md").read_text("utf-8").split("## Targets")[1]
+    cells = [line.split("|") for line in text.split("\n## ")[0].splitlines() if "|" in line]
+    shown = {cell[1].strip(): {*re.findall(r"[\d.]+", cell[2])} for cell in cells[2:]}
+    targets = [t for t in read_toml("targets.toml")["target"] if {"at_least", "at_most"} & t.keys()]
+    of_errors = [t for t in targets if "why" not in t]
+    assert {t["part"] for t in of_errors} == {"check", "goldens", "memcheck", "racecheck"}
+    for target in targets:
+        scale = 100 if target.get("unit") == "share" else 1
+        bounds = {"at_least", "at_most", "H200", "stretch"} & target.keys()
+        for key in bounds if "why" in target else ():
+            assert f"{scale * target[key]:.4g}" in shown[target["why"]], (target["figure"], key)
+    assert set(shown) == {t["why"] for t in targets if "why" in t}
 
 
 @pytest.mark.slow
