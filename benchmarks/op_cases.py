@@ -196,8 +196,8 @@ def window_attention_case(
         new = [randn(batch, H_kv, width, head_dim, precision=precision) for _ in range(2)]
         window = (new[0], new[1])
         options |= {
-            "window_length": each(batch, width - 3), "cache_seqlens": each(batch, positions - 5),
-            "cache_leftpad": each(batch, 7),
+            "window_length": each(batch, max(1, width - 3)),
+            "cache_seqlens": each(batch, positions - 5), "cache_leftpad": each(batch, 7),
         }  # fmt: skip
     elif way == "rows":
         options["cache_batch_idx"] = torch.arange(batch, 0, -1, device=device()).int()
