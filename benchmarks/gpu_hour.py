@@ -163,7 +163,7 @@ def sanitize(tool: str, graphs: bool) -> Part:
 
 def files_of(folder: Path, name: str) -> list[Path]:
     """The JSON files of a part, one for each command."""
-    return sorted(folder.glob(f"{name}.[0-9].json")) or [folder / f"{name}.json"]
+    return sorted(folder.glob(f"{name}.[0-9][0-9].json")) or [folder / f"{name}.json"]
 
 
 def run_part(name: str, part: Part, folder: Path, seconds: float) -> dict[str, Any]:
@@ -175,7 +175,7 @@ def run_part(name: str, part: Part, folder: Path, seconds: float) -> dict[str, A
     status, why = "ran", ""
     try:
         for index, command in enumerate(part.commands):
-            path = folder / (f"{name}.{index}.log" if len(part.commands) > 1 else f"{name}.log")
+            path = folder / (f"{name}.{index:02}.log" if len(part.commands) > 1 else f"{name}.log")
             line = [str(path.with_suffix(".json")) if w == "{json}" else w for w in command]
             with path.open("wb") as log:
                 processes[path] = subprocess.Popen(
