@@ -28,9 +28,7 @@ def cases() -> list[Any]:
 
 @pytest.mark.parametrize(("benchmark_of", "shape"), cases())
 def test_every_contender_is_right(benchmark_of, shape):
-    """flex_attention is compiled, which takes too long here."""
-    others = [name for name in benchmark_of.case(**shape).others if name != "flex"]
-    for contender in ("op", "definition", *others):
+    for contender in ("op", "definition", *benchmark_of.case(**shape).others):
         case = benchmark_of.case(**shape)
         before = [tensor.clone() for tensor in case.written]
         assert check(case, contender) <= 1, contender
