@@ -28,6 +28,7 @@ lint: $(STAMP)
 docs: $(STAMP)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
+# Without a GPU, PIP_EXTRA_INDEX_URL should name an index of torch's CPU wheels, which need no CUDA.
 test-oldest: $(OLDEST)/.installed
 	$(OLDEST)/bin/python -m pytest -n auto
 

@@ -13,15 +13,17 @@ there is printed.
 The linear layers of the same forwards are timed alone, in turn with both loops. One variant
 multiplies what follows the last layer's K and V with the scored positions, as our steps do; the
 other multiplies everything with all positions of a forward, as published loops do. A ratio is the
-median of each round's ratio, so that a drift of the machine cancels. Single steps are timed in
-watched runs, in which the host looks at each step before it launches the next, and in free runs, in
-which a speculative launch may be wasted. A GPU is idle while no kernel runs, the gaps between
+median of each round's ratio, so that a drift of the machine cancels. Single steps are timed in runs
+of their own, in which a GPU spins while the host submits a step: watched runs, in which the host
+looks at each step before it launches the next, and free runs as `generate` makes them, in which a
+speculative launch may be wasted. A GPU is idle while no kernel runs, the gaps between
 kernels included; "between steps" is the part in which it waits for the host.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import resource
 import statistics
 import sys
@@ -92,15 +94,18 @@ class Case:
         # differently and flip a near tie, but it must not change the number of forwards.
         free = self.ours()
         self.repeats = torch.equal(free.sequences, self.out.sequences)
-        self.agreed = self.check(self.eager()) if compare else None
+        eager = self.eager() if compare else []
+        self.agreed = self.check(eager) if compare else None
+        self.rounded = self.rounding(eager) if compare and not self.exact else None
         if free.nfe != self.out.nfe or (self.exact and not self.repeats):
             raise SystemExit("decode: a watched run decides differently: nothing is timed")
 
     def ours(self, on_step: Callable[[dsb.StepEvent], None] | None = None) -> dsb.GenerationOutput:
         return self.engine.generate(self.prompt, on_step=on_step, **self.settings)
 
-    def eager(self, clock: EagerClock | None = None) -> list[EagerOutput]:
-        """Decode one prompt after another, along our run where rounding may flip a decision."""
+    def eager(self, clock: EagerClock | None = None, model: Any = None) -> list[EagerOutput]:
+        """Decode one prompt after another, along our run where rounding may flip a decision, with
+        this model or, with None, ours."""
         settings = {k: v for k, v in self.settings.items() if k not in ("schedule", "cache")}
         outputs = []
         for row, prompt in enumerate(self.prompt):
@@ -108,7 +113,9 @@ class Case:
                 clock.restart()
             follow = None if self.exact else self.record.rows[row]
             outputs.append(
-                eager_generate(self.model, prompt[None], follow=follow, on_step=clock, **settings)
+                eager_generate(
+                    model or self.model, prompt[None], follow=follow, on_step=clock, **settings
+                )
             )
         return outputs
 
@@ -117,17 +124,34 @@ class Case:
         sequences = torch.cat([other.sequences for other in eager])
         if self.exact and not torch.equal(self.out.sequences, sequences):
             raise SystemExit("decode: the loops return different tokens: nothing is timed")
-        steps = [step for row in range(len(eager)) for step in self.record.rows[row]]
-        commits = [commits for other in eager for commits in other.commits]
-        if self.exact and [step.commits for step in steps] != commits:
+        ours, theirs = self.record.commits, commits_of(eager)
+        if self.exact and ours != theirs:
             raise SystemExit("decode: the loops commit differently: nothing is timed")
-        return agreement(steps, commits)
+        return agreement(ours, theirs)
+
+    def rounding(self, eager: list[EagerOutput]) -> dict[str, float]:
+        """How many decisions 16 bits make otherwise than float32 would, ours and the eager loop's.
+        All start each forward from our canvas."""
+        exact = commits_of(self.eager(model=copy.deepcopy(self.model).float()))
+        ours, theirs = (
+            sum(map(len, exact)) - agreement(exact, commits).both
+            for commits in (self.record.commits, commits_of(eager))
+        )
+        return {"ours": ours, "eager": theirs, "ours_over_eager": ours / max(theirs, 1)}
 
 
-def watched_times(case: Case, engine: TimedEngine) -> list[tuple[str, float]]:
-    """The step times of a watched run, whose steps are those that were recorded."""
+def commits_of(eager: list[EagerOutput]) -> list[dict[int, int]]:
+    return [commits for output in eager for commits in output.commits]
+
+
+def step_times(
+    case: Case, engine: TimedEngine, watch: Callable[[dsb.StepEvent], None] | None = None
+) -> list[tuple[str, float]]:
+    """The time of each step of a decoding, without the host's. The steps of a watched run are those
+    that were recorded; a free one may have wasted launches as well."""
     engine.take()
-    case.ours(lambda event: None)
+    with engine.without_host_time():
+        case.ours(watch)
     return engine.take()
 
 
@@ -154,10 +178,9 @@ def measure(
             engine.take()
             seconds[name].append(timed(run, device)[1])
             if name == "ours":
-                times = engine.take()
-                free += times
-                shares.append(sum(took for _, took in times) / seconds[name][-1])
-        watched += watched_times(case, engine)
+                shares.append(sum(took for _, took in engine.take()) / seconds[name][-1])
+        free += step_times(case, engine)
+        watched += step_times(case, engine, lambda event: None)
 
     def ratio(a: str, b: str) -> float | None:
         if not {a, b} <= runs.keys():
@@ -181,6 +204,7 @@ def measure(
             "decisions": agreed.decisions,
             "positions_agreed": agreed.positions / agreed.decisions,
             "decisions_agreed": agreed.both / agreed.decisions,
+            "flipped_by_rounding": case.rounded,
         },
         "timed_run_repeats_the_recorded": case.repeats,
         "seconds": medians,
@@ -192,10 +216,20 @@ def measure(
         **{f"{kind}_step_ms": steps.get(kind, {}).get("ms") for kind in KINDS},
         **{f"eager_{kind}_step_ms": median_ms(eager.steps, kind) for kind in KINDS},
         **{f"free_{kind}_step_ms": median_ms(free, kind) for kind in KINDS},
+        "free_window_share_of_weights_limit": free_share(free, steps),
         "wasted_launches": len(free) / rounds - case.out.nfe,
         "gpu_wait_share": 1 - statistics.median(shares) if device.type == "cuda" else None,
         "peak_memory_bytes": case.peak,
     }  # fmt: skip
+
+
+def free_share(free: list[tuple[str, float]], steps: dict[str, dict[str, Any]]) -> float | None:
+    """The share of the weight-streaming limit that window steps of free runs reach. All of them
+    stream the same weights, so that wider ones and wasted ones only add time."""
+    seconds = [took for kind, took in free if kind == "window"]
+    if not seconds or "window" not in steps:
+        return None
+    return 1e-3 * steps["window"]["weights_ms"] / statistics.mean(seconds)
 
 
 def idle_share(case: Case, run: dict[str, Any]) -> float | None:

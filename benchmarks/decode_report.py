@@ -125,6 +125,11 @@ def print_runs(result: dict[str, Any]) -> None:
                 f"{check['decisions_agreed']:.1%} (position and token), on the position alone in "
                 f"{check['positions_agreed']:.1%}"
             )
+            flipped = check["flipped_by_rounding"]
+            say(
+                f"float32 would decide otherwise than ours in {flipped['ours']} of them, than the "
+                f"eager loop in {flipped['eager']}"
+            )
         if not run["timed_run_repeats_the_recorded"]:
             say("the timed run broke near ties otherwise; each forward committed as many tokens")
         idle, wait = run["gpu_idle_share"], run["gpu_wait_share"]

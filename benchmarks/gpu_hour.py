@@ -6,9 +6,11 @@
 
 Each part runs commands of this repository in processes of their own, under a time limit. Each
 writes its JSON as it goes, with a log beside it, so that a part that fails or hangs loses its own
-figures only. The parts run in the order of `--help`: correctness, which also compiles the kernels
-side by side, then the most valuable figures. `targets.toml` has the targets, which do not apply to
-`--small`. The command needs the packages of `pip install ".[test]"`.
+figures only. The parts run in the order of `--help`, which says how long each should take: first
+correctness, which also compiles the kernels side by side, then the most valuable figures. A part
+begins only where there is that much time left, and what follows it may fit in its place.
+`targets.toml` has the targets, which do not apply to `--small`. The command needs the packages of
+`pip install ".[test]"`.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +37,9 @@ from dsb_runtime.files import read_json
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "build" / "gpu_hour"  # ignored by git; a second call of the hour continues from it
-LEAST = 10  # a part starts only if so many seconds are left
+BUDGET = 540  # seconds of one call
+START = 10  # of them, until the first part runs
+REAP = 10  # seconds to wait for a killed process, which may hang in the driver
 COUNTS = re.compile(r"(\d+) (passed|failed|error|skipped)")
 OPS = {
     "scoring": ["lm_head_confidence", "token_confidence"],
@@ -43,6 +47,10 @@ OPS = {
     "small": ["unmask_and_slide", "rope_write_kv", "place_rows"],
     "linear": ["window_linear", "linear_add_norm"],
 }
+WITHOUT_PRECISION = ("place_rows", "unmask_and_slide")  # their arguments are integers
+OTHER_SIZES = ["32", "128", "896", "1024"]  # of sweep.toml
+SANITIZERS = {"memcheck": False, "racecheck": True}  # whether steps are captured
+GOLDENS = {"llada": 13, "dream": 23}  # a short trajectory of each family with DSB Cache
 
 
 @dataclass(frozen=True)
@@ -50,8 +58,13 @@ class Part:
     """A piece of the hour. Its commands run side by side; "{json}" stands for a file of results."""
 
     about: str
-    limit: float  # seconds
+    expected: float  # seconds on one GPU, computed (benchmarks/RESULTS.md)
     commands: list[list[str]]
+    patience: float = 2.0  # a part is stopped after so many times what it should take
+
+    @property
+    def limit(self) -> float:
+        return self.patience * self.expected
 
 
 def module(name: str, *options: str) -> list[str]:
@@ -76,11 +89,12 @@ def parts(small: bool, folder: Path) -> dict[str, Part]:
     workers = [] if small else ["-n", str(min(8, os.cpu_count() or 1))]
     rounds = ["--rounds", "1" if small else "3"]
 
-    def bounded(width: int, *options: str) -> list[list[str]]:
+    def bounded(width: int, prompt: int, *options: str) -> list[list[str]]:
         """Windows of `width` positions: a block of 32 that does not grow, and the prefix."""
         block, prefix = (8, width // 4 - 8) if small else (32, width - 32)
         limits = ["--max-block", str(block), "--prefix-window", str(prefix)]
-        return [decode("llada-8b", small, *limits, *rounds, *options)]
+        length = ["--prompt", str(prompt // 50 if small else prompt)]
+        return [decode("llada-8b", small, *limits, *length, *rounds, *options)]
 
     def ops(group: str) -> list[list[str]]:
         return [module("ops", "--op", *OPS[group])]
@@ -88,45 +102,68 @@ def parts(small: bool, folder: Path) -> dict[str, Part]:
     goldens = ["tests/test_cuda.py"]
     if small:
         goldens = [f"tests/test_golden.py::test_trajectory[{f}-0]" for f in ("llada", "dream")]
-    sanitizer = shutil.which("compute-sanitizer")
-    families = "tests/test_cuda.py::test_batches_seeds_and_policies_are_the_same_with_graphs"
-    other_sizes = ["--size", "32", "128", "896", "1024"]
-    return {
-        "check": Part("each op against its definition in float64", 150,
-                      [module("ops", "--check", "--op", op) for ops in OPS.values() for op in ops]),
-        "goldens": Part("recorded trajectories, on a GPU with CUDA graphs as well", 180,
+    every: dict[str, Part] = {
+        "check": Part("ops against their definitions in float64; compiles", 100, check(small)),
+        "goldens": Part("recorded trajectories, on a GPU with CUDA graphs as well", 60,
                         [pytest(goldens, *workers)]),
-        "decode_64": Part("LLaDA-8B, windows of 64: steps, eager loop, phases, idle share", 120,
-                          bounded(64, "--phases")),
-        "decode_32": Part("windows of 32", 60, bounded(32, "--no-eager")),
-        "decode_128": Part("windows of 128", 60, bounded(128, "--no-eager")),
-        "greedy": Part("a block that grows", 90, [decode("llada-8b", small, *rounds)]),
-        "prompt_1000": Part("windows of 64 after a prompt of 1000", 60,
-                            bounded(64, "--no-eager", "--prompt", "20" if small else "1000")),
-        "roofline": Part("the phases of decode_64 beside their floors", 30,
+        "decode_64": Part("LLaDA-8B, windows of 64: steps, eager loop, phases, idle share", 80,
+                          bounded(64, 1024, "--phases")),
+        "decode_32": Part("windows of 32", 25, bounded(32, 1024, "--no-eager")),
+        "decode_128": Part("windows of 128", 25, bounded(128, 1024, "--no-eager")),
+        "greedy": Part("a block that grows", 50, [decode("llada-8b", small, *rounds)]),
+        **{f"prompt_1000_{width}": Part(f"windows of {width} after a prompt of 1000", 25,
+                                        bounded(width, 1000, "--no-eager"))
+           for width in (64, 32, 128)},
+        "roofline": Part("the phases of decode_64 beside their floors", 10,
                          [module("roofline", "--measured", str(folder / "decode_64.json"))]),
-        "sweep_64": Part("launch configurations at 64 positions", 120,
+        "sweep_64": Part("launch configurations at 64 positions", 60,
                          [module("sweep", "--size", "64")]),
-        "scoring": Part("LM head, token_confidence", 120, ops("scoring")),
-        "attention": Part("window_attention beside SDPA, FlexAttention, flash-attn", 150,
+        "scoring": Part("LM head, token_confidence", 45, ops("scoring")),
+        "attention": Part("window_attention beside SDPA, FlexAttention, flash-attn", 90,
                           ops("attention")),
-        "small": Part("the small ops", 90, ops("small")),
-        "linear": Part("the linear layers of window steps beside cuBLAS", 90, ops("linear")),
-        "batches": Part("LLaDA-8B, batch 8 and 32", 180, [
+        "small": Part("the small ops", 30, ops("small")),
+        "linear": Part("the linear layers of window steps beside cuBLAS", 50, ops("linear")),
+        "batches": Part("LLaDA-8B, batch 8 and 32", 90, [
             decode("llada-8b", small, "--batch", *(("2", "3") if small else ("8", "32")),
                    "--no-eager", "--rounds", "1")]),
-        "dream": Part("Dream-7B beside the eager loop", 120, [decode("dream-7b", small, *rounds)]),
-        "sweep": Part("launch configurations at other sizes", 240, [module("sweep", *other_sizes)]),
-        **({} if sanitizer is None else {
-            tool: Part(f"compute-sanitizer --tool {tool} on one test of each family", 300,
-                       [[sanitizer, "--tool", tool, "--error-exitcode", "9", *pytest([families])]])
-            for tool in ("memcheck", "racecheck")}),
+        "dream": Part("Dream-7B beside the eager loop", 50, [decode("dream-7b", small, *rounds)]),
+        "sweep": Part("launch configurations at other sizes", 90,
+                      [module("sweep", "--size", *OTHER_SIZES)]),
     }  # fmt: skip
+    if small:  # on a CPU, which may be a slow one
+        return {name: replace(part, patience=20) for name, part in every.items()}
+    return every | {tool: sanitize(tool, graphs) for tool, graphs in SANITIZERS.items()}
+
+
+def check(small: bool) -> list[list[str]]:
+    """Commands that check every op and every candidate of the sweep. On a GPU they compile for all
+    that follows, one process for each op and precision."""
+    if small:
+        return [module("correct")]
+    ops = [op for some in OPS.values() for op in some]
+    commands = [module("correct", "--op", op) for op in ops]
+    commands += [module("correct", "--op", op, "--precision", "float16")
+                 for op in ops if op not in WITHOUT_PRECISION]  # fmt: skip
+    return [*commands, *(module("sweep", "--check", "--size", *sizes)
+                         for sizes in (["64"], OTHER_SIZES))]  # fmt: skip
+
+
+def sanitize(tool: str, graphs: bool) -> Part:
+    """A trajectory of each family under compute-sanitizer. Without CUDA graphs torch need not keep
+    memory, so that a tensor ends where its allocation ends and memcheck sees what is beyond it."""
+    path = os.pathsep.join((os.environ.get("PATH", ""), "/usr/local/cuda/bin"))
+    program = shutil.which("compute-sanitizer", path=path) or "compute-sanitizer"
+    alone = [] if graphs else ["env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1"]
+    return Part(f"compute-sanitizer --tool {tool} on one trajectory of each family", 60, [
+        [*alone, program, "--tool", tool, "--error-exitcode", "9",
+         *pytest([f"tests/test_cuda.py::test_trajectory[{family}-{index}-{graphs}]"])]
+        for family, index in GOLDENS.items()
+    ])  # fmt: skip
 
 
 def files_of(folder: Path, name: str) -> list[Path]:
     """The JSON files of a part, one for each command."""
-    return sorted(folder.glob(f"{name}.[0-9].json")) or [folder / f"{name}.json"]
+    return sorted(folder.glob(f"{name}.[0-9][0-9].json")) or [folder / f"{name}.json"]
 
 
 def run_part(name: str, part: Part, folder: Path, seconds: float) -> dict[str, Any]:
@@ -138,7 +175,7 @@ def run_part(name: str, part: Part, folder: Path, seconds: float) -> dict[str, A
     status, why = "ran", ""
     try:
         for index, command in enumerate(part.commands):
-            path = folder / (f"{name}.{index}.log" if len(part.commands) > 1 else f"{name}.log")
+            path = folder / (f"{name}.{index:02}.log" if len(part.commands) > 1 else f"{name}.log")
             line = [str(path.with_suffix(".json")) if w == "{json}" else w for w in command]
             with path.open("wb") as log:
                 processes[path] = subprocess.Popen(
@@ -151,6 +188,8 @@ def run_part(name: str, part: Part, folder: Path, seconds: float) -> dict[str, A
                 said = path.read_text(errors="replace").strip() or "it printed nothing"
                 last = said.splitlines()[-1][:200]
                 status, why = "failed", f"exit code {process.returncode}: {last}"
+    except OSError as error:
+        status, why = "failed", f"{type(error).__name__}: {error}"
     except subprocess.TimeoutExpired:
         # A part that had its own whole limit would not end in another call either.
         status = "failed" if limit == part.limit else "out of time"
@@ -160,13 +199,14 @@ def run_part(name: str, part: Part, folder: Path, seconds: float) -> dict[str, A
             # A part's process leads the group of every process that it has started.
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-    if "pytest" in part.commands[0]:
-        counts = count_tests(folder / f"{name}.log")
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(REAP)
+    for path in processes if "pytest" in part.commands[0] else ():
+        counts = count_tests(path)
         ended = status == "ran" or counts["failed"] > 0
         if status == "ran" and not counts["passed"]:
             status, why, ended = "failed", "no test ran", False
-        (folder / f"{name}.json").write_text(json.dumps({"lines": [counts] * ended}))
+        path.with_suffix(".json").write_text(json.dumps({"lines": [counts] * ended}))
     return {"status": status, "why": why, "seconds": round(time.monotonic() - began, 1)}
 
 
@@ -229,6 +269,8 @@ def report(folder: Path, state: dict[str, Any]) -> str:
             if "H200" in target and any("H200" in machine for machine in machines):
                 limit = target["H200"]
             limit_text = f"{bound.replace('_', ' ')} {show(limit, unit)}"
+            if "stretch" in target:
+                limit_text += f", at best {show(target['stretch'], unit)}"
             if value is not None:
                 right = value >= limit if bound == "at_least" else value <= limit
                 reached = "-" if not on_gpu else "yes" if right else "NO"
@@ -243,15 +285,33 @@ def report(folder: Path, state: dict[str, Any]) -> str:
     return "\n\n".join(filter(None, (head, "\n".join(table), "\n".join(others))))
 
 
+def calls_of(every: dict[str, Part], budget: float) -> dict[str, int]:
+    """In which call each part would run if every part took as long as is expected."""
+    calls: dict[str, int] = {}
+    for call in range(1, len(every) + 1):
+        left = budget
+        for name, part in every.items():
+            if name not in calls and part.expected <= left:
+                calls[name], left = call, left - part.expected
+    return calls
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     began = time.monotonic()
-    listed = "\n".join(f"  {name:12} {part.about}" for name, part in parts(False, FOLDER).items())
+    every = parts(False, FOLDER)
+    calls = calls_of(every, BUDGET - START)
+    listed = "\n".join(
+        f"  {name:15} {part.expected:4.0f} s  call {calls[name]}  {part.about}"
+        for name, part in every.items()
+    )
+    listed += f"\n  {'in all':15} {sum(part.expected for part in every.values()):4.0f} s"
     parser = OneLineParser(
         prog="gpu_hour", description=(__doc__ or "").split("\n")[0],
-        epilog=f"parts:\n{listed}", formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=f"parts, and how long each should take on one GPU:\n{listed}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     add = parser.add_argument
-    add("--budget", type=float, default=540, metavar="SECONDS", help="for all of it (540)")
+    add("--budget", type=float, default=BUDGET, metavar="SECONDS", help=f"of this call ({BUDGET})")
     folder = FOLDER.relative_to(ROOT)
     add("--folder", type=Path, default=FOLDER, metavar="DIR", help=f"of the results ({folder})")
     add("--only", nargs="+", metavar="PART", help="these parts")
@@ -279,8 +339,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                  if done.get(n, "not run") == wanted]  # fmt: skip
     for name in names:
         left = args.budget - (time.monotonic() - began)
-        if left <= LEAST:
-            state["parts"].setdefault(name, {"status": "not run", "why": "no time was left"})
+        if left < every[name].expected:
+            why = f"{max(left, 0):.0f} s were left of {every[name].expected:.0f}"
+            state["parts"].setdefault(name, {"status": "not run", "why": why})
         else:
             print(f"gpu_hour: {name}: {every[name].about}", flush=True)
             # The file says this if the process is killed.

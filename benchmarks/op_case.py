@@ -32,22 +32,24 @@ def device() -> torch.device:
     return torch.device("cuda" if on_gpu() else "cpu")
 
 
-def dtype() -> torch.dtype:
-    """The precision that is timed: 16 bits on a GPU; a CPU would emulate them."""
-    return torch.bfloat16 if on_gpu() else torch.float32
+def timed_precision() -> str:
+    """The dtype of what is timed: 16 bits on a GPU; a CPU would emulate them."""
+    return "bfloat16" if on_gpu() else "float32"
 
 
-def randn(*size: int) -> Tensor:
-    return torch.randn(*size, device=device(), dtype=dtype())
+def randn(*size: int, precision: str | None) -> Tensor:
+    dtype = getattr(torch, precision or timed_precision())
+    return torch.randn(*size, device=device(), dtype=dtype)
 
 
 @functools.lru_cache(maxsize=1)
 def compiled(function: Callable[..., Any], *sizes: Any) -> Callable[..., Any]:
     """`function` under torch.compile for tensors of these sizes, once for all input sets. Without
     the reset, compilations for other sizes would count against the compiler's limit, after which it
-    silently runs the function itself."""
+    silently runs the function itself. On a CPU the graph is traced and not made into C++, which
+    takes longer than everything else there."""
     torch._dynamo.reset()
-    return torch.compile(function, dynamic=False)
+    return torch.compile(function, dynamic=False, backend="inductor" if on_gpu() else "eager")
 
 
 @dataclass

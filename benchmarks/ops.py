@@ -3,8 +3,8 @@
     python -m benchmarks.ops --op window_attention token_confidence --json ops.json
     python -m pytest benchmarks/ops.py -k window_attention
 
-`BENCHMARKS` lists the shapes of each op, those of the targets first, and the function that makes a
-`Case` of a shape, which `op_case.py` checks and times.
+`BENCHMARKS` lists the shapes of each op, those of the targets first, and the function of
+`op_cases.py` that makes a `Case` of a shape, which `op_case.py` checks and times.
 
 On a GPU the figures are microseconds with a cold and a warm L2, the share of the copy bandwidth
 that the needed bytes amount to in the cold time, and TFLOP/s. On a CPU the shapes are small, "op"
@@ -14,282 +14,40 @@ runs the definition, and the figures only show that the benchmark works.
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-from torch.nn.attention.flex_attention import flex_attention
-from torch.nn.functional import linear, scaled_dot_product_attention, silu
 
 from benchmarks import describe_benchmark
-from benchmarks.op_case import (
-    DEFINITIONS,
-    Case,
-    allowed_error,
-    check,
-    compiled,
-    device,
-    dtype,
-    on_gpu,
-    randn,
-    relative_error,
-    time_contender,
+from benchmarks.op_case import DEFINITIONS, Case, check, device, on_gpu, time_contender
+from benchmarks.op_cases import (
+    HEADS,
+    LAYERS,
+    MODELS,
+    OUTPUTS,
+    RULES,
+    linear_add_norm_case,
+    lm_head_confidence_case,
+    place_rows_case,
+    rope_write_kv_case,
+    token_confidence_case,
+    unmask_and_slide_case,
+    window_attention_case,
+    window_linear_case,
 )
-from dsb_kernels.attention import window_attention
-from dsb_kernels.commit import initial_rows, unmask_and_slide
-from dsb_kernels.linear import linear_add_norm, window_linear
-from dsb_kernels.lm_head import lm_head_confidence
-from dsb_kernels.place import place_rows
-from dsb_kernels.rope_kv import rope_write_kv
-from dsb_kernels.rows import Column, StepKind, UnmaskSpec
-from dsb_kernels.token_confidence import token_confidence
 from dsb_runtime.cli.process import OneLineParser, run_process
 from dsb_runtime.files import write_json
 from dsb_runtime.measure.command import check_arguments
 from dsb_runtime.measure.timing import capture_calls, timed
 
-try:
-    from flash_attn import flash_attn_with_kvcache
-except ImportError:
-    flash_attn_with_kvcache = None
-
 Shape = dict[str, Any]
-EPS = 1e-5
-HEAD_DIM, BLOCK, PREFIX = 128, 32, 8
-TIE = 1e-3  # logits this close may be ordered either way by another order of summation
-RULES = {"threshold": 0.9, "factor": 1.0, "frechet": 0.25}
-MODELS = {"LLaDA-8B": (32, 32), "iLLaDA-8B": (32, 8), "Dream-7B": (28, 4)}  # heads, KV heads
-HEADS = {
-    "LLaDA-8B": (126464, 4096), "iLLaDA-8B": (155136, 4096), "Dream-7B": (152064, 3584),
-    "small": (2000, 64),
-}  # fmt: skip
-# output features, input features, bias, gated
-LAYERS = {
-    "LLaDA-8B qkv": (12288, 4096, False, False),
-    "iLLaDA-8B qkv": (6144, 4096, False, False),
-    "Dream-7B qkv": (4608, 3584, True, False),
-    "LLaDA-8B gate/up": (12288, 4096, False, True),
-    "Dream-7B gate/up": (18944, 3584, False, True),
-    "small": (96, 64, True, False),
-    "small gated": (96, 64, False, True),
-}
-# output features, input features of the layers that a residual and a norm follow
-OUTPUTS = {
-    "LLaDA-8B out": (4096, 4096),
-    "LLaDA-8B down": (4096, 12288),
-    "Dream-7B out": (3584, 3584),
-    "Dream-7B down": (3584, 18944),
-    "small out": (64, 96),
-}
-
-
-def token_confidence_case(candidates: int, V: int, confidence: str, temperature: float) -> Case:
-    """The contender "float64" is what published decoding loops do: a softmax over the vocabulary in
-    float64, argmax, gather."""
-    logits, banned = 3 * randn(candidates, V), (V - 128,)
-    options: dict[str, Any] = {"banned": banned, "confidence": confidence}
-    if temperature > 0:
-        options |= {
-            "temperature": temperature, "seed": torch.tensor(1, device=logits.device),
-            "noise_ids": torch.arange(candidates, device=logits.device),
-        }  # fmt: skip
-
-    def float64() -> tuple[Tensor, Tensor]:
-        p = logits.double().softmax(-1)
-        scores = p.clone()
-        scores[:, banned[0]] = -1.0
-        token = scores.argmax(-1)
-        return token, p.gather(-1, token[:, None])[:, 0]
-
-    def error(result: tuple[Tensor, Tensor]) -> float:
-        """Tokens may differ at near ties, so that only candidates with the same token count."""
-        token, value = token_confidence.definition(logits, **options)
-        _, exact = token_confidence.definition(logits.double(), **options)
-        same = result[0] == token
-        if same.double().mean() < 0.95:
-            return math.inf
-        allowed = allowed_error(value[same], exact[same])
-        return relative_error(result[1][same], exact[same]) / allowed
-
-    plain = confidence == "probability" and temperature == 0
-    return Case(
-        token_confidence, (logits,), options, {"float64": float64} if plain else {},
-        bytes=candidates * (V * dtype().itemsize + 12), error=error,
-    )  # fmt: skip
-
-
-def lm_head_confidence_case(model: str, candidates: int) -> Case:
-    """The contender is the LM head's matmul followed by token_confidence."""
-    (V, E), size = HEADS[model], dtype().itemsize
-    weight, hidden, banned = randn(V, E), 3 / E**0.5 * randn(candidates, E), (V - 128,)
-
-    def error(result: tuple[Tensor, Tensor]) -> float:
-        """Each token has the largest logit or one within rounding of it, and its probability."""
-        token, confidence = result
-        logits = hidden.double() @ weight.double().T
-        # The kernel scores in float32; everything else rounds logits to their own precision.
-        tie = max(TIE, 4 * torch.finfo(dtype()).eps * logits.abs().max().item())
-        index = token.clamp(min=0)[:, None]
-        allowed_logits = logits.clone()
-        allowed_logits[:, banned[0]] = -math.inf
-        short = allowed_logits.amax(-1) - logits.gather(-1, index)[:, 0]
-        if (short > tie).any() or (token < 0).any() or (token == banned[0]).any():
-            return math.inf
-        exact = logits.softmax(-1).gather(-1, index)[:, 0]
-        plain = linear(hidden, weight).float().softmax(-1).gather(-1, index)[:, 0]
-        return relative_error(confidence, exact) / allowed_error(plain, exact)
-
-    return Case(
-        lm_head_confidence, (hidden, weight), {"banned": banned},
-        {"matmul + op": lambda: token_confidence(linear(hidden, weight), banned=banned)},
-        bytes=(V + candidates) * E * size + 12 * candidates, flops=2 * V * E * candidates,
-        error=error,
-    )  # fmt: skip
-
-
-def window_attention_case(
-    model: str, batch: int, width: int, positions: int, splits: int | None = None
-) -> Case:
-    """The window's keys and values are in the cache already, every stored position is visible and
-    the cache is full, so that every contender computes the same thing from the same tensors."""
-    H, H_kv = MODELS[model]
-    q = randn(batch, H, width, HEAD_DIM)
-    k, v = (randn(batch, H_kv, positions, HEAD_DIM) for _ in range(2))
-
-    def each(value: int) -> Tensor:
-        return torch.full((batch,), value, dtype=torch.int32, device=device())
-
-    def flash() -> Tensor:
-        by_position = (x.transpose(1, 2) for x in (q, k, v))
-        return flash_attn_with_kvcache(*by_position, cache_seqlens=seqlens).transpose(1, 2)
-
-    flex, seqlens = compiled(flex_attention, q.shape, k.shape), each(positions)
-    others = {
-        "sdpa": lambda: scaled_dot_product_attention(q, k, v, enable_gqa=True),
-        "flex": lambda: flex(q, k, v, enable_gqa=True),
-    }
-    if flash_attn_with_kvcache is not None and on_gpu():
-        others["flash"] = flash
-    options = {
-        "window_start": each((positions - width) // 2), "window_length": each(width),
-        "cache_seqlens": seqlens, "num_splits": splits,
-    }  # fmt: skip
-    return Case(
-        window_attention, (q, None, None, k, v), options, others,
-        bytes=2 * batch * (H * width + H_kv * positions) * HEAD_DIM * dtype().itemsize,
-        flops=4 * batch * H * width * positions * HEAD_DIM,
-    )  # fmt: skip
-
-
-def rope_write_kv_case(model: str, batch: int, width: int, positions: int) -> Case:
-    H, H_kv = MODELS[model]
-
-    def heads(count: int) -> Tensor:
-        """A tensor with a model's strides: it lies in memory as (batch, width, heads, D)."""
-        return randn(batch, width, count, HEAD_DIM).transpose(1, 2)
-
-    k_cache, v_cache = (randn(batch, H_kv, positions, HEAD_DIM) for _ in range(2))
-    table = torch.randn(positions, HEAD_DIM, device=device())
-    start = torch.full((batch,), (positions - width) // 2, dtype=torch.int32, device=device())
-    options = {
-        "window_start": start, "window_length": torch.full_like(start, width),
-        "position_offset": torch.zeros_like(start),
-    }  # fmt: skip
-    return Case(
-        rope_write_kv, (heads(H), heads(H_kv), heads(H_kv), table, k_cache, v_cache), options,
-        written=(k_cache, v_cache),
-        bytes=2 * batch * width * (H + 2 * H_kv) * HEAD_DIM * dtype().itemsize,
-    )  # fmt: skip
-
-
-def window_linear_case(layer: str, num_tokens: int) -> Case:
-    """The contender is cuBLAS, followed by SiLU * mul in a call of its own where the layer is
-    gated."""
-    F, E, has_bias, gated = LAYERS[layer]
-    weights = F * (2 if gated else 1)
-    x, weight = randn(num_tokens, E), randn(weights, E) / E**0.5
-    bias = randn(weights) if has_bias else None
-
-    def matmul() -> Tensor:
-        y = linear(x, weight, bias)
-        return silu(y[:, :F]) * y[:, F:] if gated else y
-
-    moved = weights * E + weights * has_bias + num_tokens * (E + F)
-    return Case(
-        window_linear, (x, weight, bias), {"gated": gated}, {"matmul": matmul},
-        bytes=moved * dtype().itemsize, flops=2 * weights * E * num_tokens,
-    )  # fmt: skip
-
-
-def linear_add_norm_case(layer: str, num_tokens: int) -> Case:
-    """The contender is the definition: cuBLAS adds the residual in the product, then F.rms_norm."""
-    E, F = OUTPUTS[layer]
-    x, weight, residual = randn(num_tokens, F), randn(E, F) / F**0.5, randn(num_tokens, E)
-    gain = torch.rand(E, device=x.device, dtype=dtype())
-    args = (x, weight, residual, gain, EPS)
-    moved = E * F + E + num_tokens * (F + 3 * E)  # weights, gain, x; the residual twice; the norm
-    return Case(
-        linear_add_norm, args, {}, {"cuBLAS": lambda: linear_add_norm.definition(*args)},
-        written=(residual,), bytes=moved * dtype().itemsize, flops=2 * E * F * num_tokens,
-    )  # fmt: skip
-
-
-def masked_canvas(batch: int, prompt: int, response: int, rule: str) -> tuple[Tensor, UnmaskSpec]:
-    """A canvas with a masked response, and how it is decoded."""
-    spec = UnmaskSpec(
-        block_length=BLOCK, max_block_length=BLOCK, schedule="dsb",
-        cache="dsb", prefix_window=24, min_prefix=0, rule=rule, rule_value=RULES[rule], steps=0,
-        refresh_commit="select", mask_id=126336, eos_ids=(126081,), stop_at_eos=True,
-    )  # fmt: skip
-    canvas = torch.randint(0, 1000, (batch, prompt + response), device=device())
-    canvas[:, prompt:] = spec.mask_id
-    return canvas, spec
-
-
-def place_rows_case(kind: str, batch: int, num_rows: int, prompt: int, response: int) -> Case:
-    """The first launch of a step that every batch row needs, or half of them where its capacity is
-    smaller."""
-    canvas, spec = masked_canvas(batch, prompt, response, "threshold")
-    leftpad = torch.randint(0, prompt, (batch,), device=device()).int()
-    table, position = initial_rows(canvas, leftpad, spec)
-    needed = StepKind[kind.upper()]
-    other = StepKind.REFRESH if needed == StepKind.WINDOW else StepKind.WINDOW
-    table[:, Column.PREFIX] = PREFIX
-    table[:, Column.FORWARDS].random_(0, 100)
-    table[:, Column.NEXT_KIND] = int(needed)
-    if num_rows < batch:
-        table[torch.randperm(batch, device=device())[: batch // 2], Column.NEXT_KIND] = int(other)
-    width = BLOCK + PREFIX if kind == "window" else prompt + response
-    options = {
-        "kind": int(needed), "num_rows": num_rows, "width": width, "num_candidates": BLOCK,
-    }  # fmt: skip
-    # A call reads and writes the tokens; it reads each candidate's position, and writes its index,
-    # noise id and flag.
-    moved = num_rows * (2 * 8 * width + BLOCK * (4 + 2 * 8 + 1))
-    return Case(place_rows, (canvas, table, position), options, bytes=moved)
-
-
-def unmask_and_slide_case(rule: str, batch: int, prompt: int, response: int) -> Case:
-    """The last launch of a response's first step. The op changes its state in place and would soon
-    have nothing left to unmask, so that canvas and state are restored between the calls."""
-    canvas, spec = masked_canvas(batch, prompt, response, rule)
-    leftpad = torch.zeros(batch, dtype=torch.int32, device=device())
-    table, position = initial_rows(canvas, leftpad, spec)
-    token = torch.randint(0, 1000, position.shape, device=device())
-    confidence = 1 - 0.3 * torch.rand(position.shape, device=device()) ** 2
-    commit = torch.zeros_like(position, dtype=torch.bool)
-    written = (canvas, table, position, commit, torch.zeros_like(confidence))
-    active = torch.ones(batch, dtype=torch.bool, device=device())
-    # A call reads the response once, and each candidate's position, token, confidence and commit.
-    moved = batch * (8 * response + BLOCK * (4 + 8 + 4 + 1 + 4))
-    args = (*written, token, confidence, active, None, spec)
-    return Case(unmask_and_slide, args, written=written, bytes=moved)
 
 
 @dataclass(frozen=True)
@@ -304,8 +62,11 @@ class Benchmark:
 
     @property
     def shapes(self) -> list[Shape]:
-        names, values = self.names.split(), self.gpu if on_gpu() else self.cpu
-        return [dict(zip(names, each, strict=True)) for each in values]
+        return self.named(self.gpu if on_gpu() else self.cpu)
+
+    def named(self, shapes: Sequence[tuple[Any, ...]]) -> list[Shape]:
+        names = self.names.split()
+        return [dict(zip(names, each, strict=True)) for each in shapes]
 
     def case(self, **shape: Any) -> Case:
         torch.manual_seed(0)
@@ -410,19 +171,17 @@ def test_op(benchmark: Any, op: str, shape: Shape, contender: str) -> None:
     benchmark.pedantic(replay, setup=call.restore, rounds=15, warmup_rounds=2)
 
 
-def measure(name: str, *, check_only: bool, definitions: bool) -> Iterator[dict[str, Any]]:
-    """The figures of every shape and contender of an op."""
+def measure(name: str, *, definitions: bool) -> Iterator[dict[str, Any]]:
+    """The figures of every shape and contender of an op, whose results are checked first."""
     for shape in BENCHMARKS[name].shapes:
         make = functools.partial(BENCHMARKS[name].case, **shape)
-        others = [] if check_only else [*make().others, *(DEFINITIONS if definitions else ())]
         cold: dict[str, float] = {}
-        for contender in ("op", *others):
+        for contender in ("op", *make().others, *(DEFINITIONS if definitions else ())):
             line: dict[str, Any] = {"op": name, "shape": shape, "contender": contender}
             try:
                 line["error"] = check(make(), contender)
-                if not check_only:
-                    line |= time_contender(make, contender)
-                    cold[contender] = line["cold_us"]
+                line |= time_contender(make, contender)
+                cold[contender] = line["cold_us"]
             except Exception as error:  # a contender may not take this shape
                 line["failed"] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
             if contender != "op" and {contender, "op"} <= cold.keys():
@@ -435,12 +194,23 @@ def measure(name: str, *, check_only: bool, definitions: bool) -> Iterator[dict[
                    "over_op": round(rivals[best] / cold["op"], 3)}  # fmt: skip
 
 
+def run_lines(record: dict[str, Any], lines: Iterable[dict[str, Any]], path: Path | None) -> int:
+    """Print the lines and write them as they come. Returns 1 if an op is wrong, else 0."""
+    record["lines"], right = [], True
+    for line in lines:
+        right &= line["contender"] != "op" or line.get("error", math.inf) <= 1
+        record["lines"].append(line)
+        print(" ".join(f"{key}={value}" for key, value in line.items()), flush=True)
+        if path:
+            write_json(path, record)
+    return int(not right)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = OneLineParser(prog="ops", description=(__doc__ or "").split("\n")[0])
     add = parser.add_argument
     add("--op", choices=BENCHMARKS, nargs="+", metavar="OP",
         help=f"these of {', '.join(BENCHMARKS)}")  # fmt: skip
-    add("--check", action="store_true", help="check the ops, time nothing")
     add("--definitions", action="store_true", help="time the definitions as well")
     add("--json", type=Path, metavar="FILE", help="written after every line")
     args = parser.parse_args(argv)
@@ -448,15 +218,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_arguments(args)
     except ValueError as error:
         parser.error(str(error))
-    record, right = {**describe_benchmark("ops", argv, device()), "lines": []}, True
-    for name in args.op or BENCHMARKS:
-        for line in measure(name, check_only=args.check, definitions=args.definitions):
-            right &= line["contender"] != "op" or line.get("error", math.inf) <= 1
-            record["lines"].append(line)
-            print(" ".join(f"{key}={value}" for key, value in line.items()), flush=True)
-            if args.json:
-                write_json(args.json, record)
-    return int(not right)
+    measured = (measure(op, definitions=args.definitions) for op in args.op or BENCHMARKS)
+    record = describe_benchmark("ops", argv, device())
+    return run_lines(record, itertools.chain.from_iterable(measured), args.json)
 
 
 if __name__ == "__main__":

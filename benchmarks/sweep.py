@@ -25,6 +25,7 @@ from dsb_runtime.cli.process import OneLineParser, run_process
 from dsb_runtime.files import write_json
 from dsb_runtime.measure.command import check_arguments
 
+Run = Callable[[Callable[[], Case]], dict[str, Any]]  # from what makes a case to its figures
 SPLITS = (2, 3, 4, 5, 6)  # of window_attention, at 128 positions of LLaDA
 
 
@@ -35,8 +36,8 @@ def using(key: str, size: int, config: Config) -> Any:
     return mock.patch.dict(table, {min(most for most in table if most >= size): config})
 
 
-def sweep_one(item: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Time the table's configuration and every other one of an entry of `sweep.toml`."""
+def sweep_one(item: dict[str, Any], run: Run) -> Iterator[dict[str, Any]]:
+    """Run the table's configuration and every other one of an entry of `sweep.toml`."""
     benchmark = ops.BENCHMARKS[item["op"]]
     shape = item["shape"] if on_gpu() else benchmark.shapes[0]
     key, size = item["key"], item["size"]
@@ -47,33 +48,42 @@ def sweep_one(item: dict[str, Any]) -> Iterator[dict[str, Any]]:
         blocks = " ".join(f"{name}={value}" for name, value in config.blocks.items())
         words = f"{blocks} warps={config.num_warps} stages={config.num_stages}"
         with using(key, size, config):
-            yield two_times(functools.partial(benchmark.case, **shape)) | {
+            yield run(functools.partial(benchmark.case, **shape)) | {
                 "key": key, "size": size, "shape": shape, "configuration": words,
                 "current": config is now,
             }  # fmt: skip
 
 
-def sweep_splits() -> Iterator[dict[str, Any]]:
-    """Time window_attention with the `num_splits` that it chooses (None), then with fixed ones."""
+def sweep_splits(run: Run) -> Iterator[dict[str, Any]]:
+    """Run window_attention with the `num_splits` that it chooses (None), then with fixed ones."""
     width, lengths = (128, (1280, 4096)) if on_gpu() else (8, (96,))
     for positions, splits in itertools.product(lengths, (None, *SPLITS)):
         shape = {"model": "LLaDA-8B", "batch": 1, "width": width, "positions": positions}
         make = functools.partial(ops.BENCHMARKS["window_attention"].case, **shape, splits=splits)
-        yield two_times(make) | {
+        yield run(make) | {
             "key": "window_attention splits", "size": width, "shape": shape,
             "configuration": f"num_splits={splits}", "current": splits is None,
         }  # fmt: skip
 
 
-def two_times(make: Callable[[], Case]) -> dict[str, Any]:
-    """Two cold times in microseconds after a check, or the reason why there are none."""
+def checked(make: Callable[[], Case]) -> dict[str, Any]:
+    """The error of a call over what is allowed, or the reason why it is not used."""
     try:
         error = check(make(), "op")
-        if error > 1:
-            return {"failed": f"{error:.2f} times the error that is allowed"}
-        return {"us": [time_contender(make, "op")["cold_us"] for _ in range(2)]}
     except Exception as error:  # the configuration may not compile
         return {"failed": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
+    return {"error": error} if error <= 1 else {"failed": f"{error:.2f} times the error allowed"}
+
+
+def two_times(make: Callable[[], Case]) -> dict[str, Any]:
+    """Two cold times in microseconds after a check, or the reason why there are none."""
+    line = checked(make)
+    try:
+        if "failed" not in line:
+            line["us"] = [time_contender(make, "op")["cold_us"] for _ in range(2)]
+    except Exception as error:
+        line["failed"] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+    return line
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -83,6 +93,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add = parser.add_argument
     add("--size", type=int, nargs="+", choices=sizes, metavar="N",
         help="these sizes of sweep.toml only")  # fmt: skip
+    add("--check", action="store_true", help="compile and check them, time nothing")
     add("--json", type=Path, metavar="FILE", help="written after every line")
     args = parser.parse_args(argv)
     try:
@@ -90,13 +101,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         parser.error(str(error))
     record = {**describe_benchmark("sweep", argv, device()), "lines": []}
-    sweeps = [sweep_one(item) for item in items if item["size"] in (args.size or sizes)]
+    run = checked if args.check else two_times
+    sweeps = [sweep_one(item, run) for item in items if item["size"] in (args.size or sizes)]
     if 128 in (args.size or sizes):
-        sweeps.append(sweep_splits())
+        sweeps.append(sweep_splits(run))
     for line in itertools.chain(*sweeps):
         record["lines"].append(line)
         print(line["key"], line["size"], line["configuration"], "*" if line["current"] else "",
-              line.get("us", line.get("failed")), flush=True)  # fmt: skip
+              line.get("failed", line.get("us", "right")), flush=True)  # fmt: skip
         if args.json:
             write_json(args.json, record)
     return int(any("failed" in line for line in record["lines"] if line["current"]))

@@ -57,6 +57,11 @@ class Trajectory(StepRecorder):
         return [StepSize(s.batch, s.num_tokens, s.scored, *shape) for s in self.steps]
 
     @property
+    def commits(self) -> list[dict[int, int]]:
+        """What each forward of each batch row committed, one row after another."""
+        return [step.commits for row in sorted(self.rows) for step in self.rows[row]]
+
+    @property
     def num_commits(self) -> int:
         return sum(len(step.commits) for steps in self.rows.values() for step in steps)
 
@@ -75,13 +80,16 @@ class Agreement:
     both: int  # decisions for which it commits the same token there
 
 
-def agreement(steps: Sequence[RowStep], commits: Sequence[dict[int, int]]) -> Agreement:
+Commits = Sequence[dict[int, int]]  # of each forward: position -> token
+
+
+def agreement(commits: Commits, others: Commits) -> Agreement:
     """Compare what forwards decided with what another loop decided in their place."""
     decisions = positions = both = 0
-    for step, theirs in zip(steps, commits, strict=True):
-        decisions += len(step.commits)
-        positions += len(step.commits.keys() & theirs.keys())
-        both += len(step.commits.items() & theirs.items())
+    for ours, theirs in zip(commits, others, strict=True):
+        decisions += len(ours)
+        positions += len(ours.keys() & theirs.keys())
+        both += len(ours.items() & theirs.items())
     return Agreement(decisions, positions, both)
 
 

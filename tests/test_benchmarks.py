@@ -17,12 +17,12 @@ import torch
 
 import dsb_runtime as dsb
 from benchmarks import against, decode, roofline
-from benchmarks.decode import Case, scale_head, watched_times
+from benchmarks.decode import Case, scale_head, step_times
 from benchmarks.decode_report import step_figures, width_class
 from benchmarks.eager import eager_generate
 from benchmarks.roofline import Ceilings, budget
 from benchmarks.step_cost import PHASES, StepSize
-from benchmarks.trajectory import Agreement, EagerClock, RowStep, Trajectory, agreement
+from benchmarks.trajectory import Agreement, EagerClock, Trajectory, agreement
 from dsb_runtime.measure.models import PRESETS, random_model, random_prompts
 from dsb_runtime.measure.steps import StepRecorder, StepWork, TimedEngine
 from dsb_runtime.measure.timing import timed
@@ -88,6 +88,7 @@ def test_what_is_written(which, record_of):
             assert run[f"{kind}_step_ms"] == step["ms"] > 0
             assert run[f"eager_{kind}_step_ms"] > 0 and run[f"free_{kind}_step_ms"] > 0
             assert 0 < step["share_of_floor"] < 1
+        assert 0 < run["free_window_share_of_weights_limit"] < 1
         assert run["window_width"] < 56 == run["steps"]["refresh"]["width"]
         assert run["wasted_launches"] == 0, "nothing is speculative without captured steps"
         assert run["peak_memory_bytes"] > 1e8
@@ -115,6 +116,12 @@ def test_one_trajectory_in_bfloat16(record_of):
     check = run["check"]
     assert not check["same_tokens"] and run["timed_run_repeats_the_recorded"]
     assert check["decisions"] == 64
+    flipped = check["flipped_by_rounding"]
+    assert (
+        0 <= min(flipped["ours"], flipped["eager"]) <= max(flipped["ours"], flipped["eager"]) < 32
+    )
+    assert flipped["ours_over_eager"] == flipped["ours"] / max(flipped["eager"], 1) < 3
+    assert f"otherwise than ours in {flipped['ours']} of them" in rounded["output"]
     assert 0.5 < check["decisions_agreed"] <= check["positions_agreed"] <= 1
     assert f"agree on {check['decisions_agreed']:.1%}" in rounded["output"]
 
@@ -177,9 +184,9 @@ def test_every_step_is_timed_once(capture):
     engine.generate(prompt, on_step=recorder, **SETTINGS, steps=9)
     engine.take()
     case = SimpleNamespace(
-        ours=lambda each: engine.generate(prompt, on_step=each, **SETTINGS, steps=9)
+        ours=lambda each=None: engine.generate(prompt, on_step=each, **SETTINGS, steps=9)
     )
-    times = watched_times(case, engine)
+    times = step_times(case, engine, lambda event: None)
     assert [kind for kind, _ in times] == recorder.kinds and min(s for _, s in times) > 0
     out, seconds = timed(lambda: engine.generate(prompt, **SETTINGS, steps=9), engine.device)
     times = engine.take()
@@ -216,7 +223,7 @@ def test_following_takes_the_recorded_path_and_decides_freely():
     settings = {"gen_length": 32, "block_length": 8, "max_block_length": None,
                 "prefix_window": 24, "steps": 9, "follow": path, "on_step": clock}  # fmt: skip
     same = eager_generate(case.model, case.prompt, **settings)
-    assert agreement(path, same.commits) == Agreement(32, 32, 32)
+    assert agreement(case.record.commits, same.commits) == Agreement(32, 32, 32)
     stranger = random_model(PRESETS["tiny"], torch.float32, "cpu", seed=1)
     other = eager_generate(stranger, case.prompt, **settings)
     assert torch.equal(other.sequences, case.out.sequences)
@@ -226,17 +233,15 @@ def test_following_takes_the_recorded_path_and_decides_freely():
     assert expected == [step.widest for step in case.record.steps]
     assert [kind for kind, _ in clock.steps] == 2 * [step.kind for step in path]
     assert min(seconds for _, seconds in clock.steps) > 0
-    result = agreement(path, other.commits)
+    result = agreement(case.record.commits, other.commits)
     assert result.both < 8 and result.both <= result.positions < 32
 
 
 def test_agreement_counts_positions_and_tokens():
-    canvas = torch.zeros(4)
-    steps = [RowStep("refresh", 0, 4, 0, {0: 7, 2: 8}, canvas),
-             RowStep("window", 1, 4, 1, {1: 9}, canvas)]  # fmt: skip
-    assert agreement(steps, [{0: 7, 1: 8}, {1: 3}]) == Agreement(3, 2, 1)
+    commits = [{0: 7, 2: 8}, {1: 9}]
+    assert agreement(commits, [{0: 7, 1: 8}, {1: 3}]) == Agreement(3, 2, 1)
     with pytest.raises(ValueError, match="shorter"):
-        agreement(steps, [{0: 7}])
+        agreement(commits, [{0: 7}])
 
 
 def test_step_figures_by_hand():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 import time
 from pathlib import Path
@@ -13,13 +14,14 @@ import pytest
 
 from benchmarks import gpu_hour, ops, read_toml
 from benchmarks.gpu_hour import Part, figure_of, report
+from tests import golden
 
 PRINT = "import json, sys; json.dump({'lines': [{'value': 3}]}, open(sys.argv[1], 'w'))"
 SLEEP = "import time; print('asleep', flush=True); time.sleep(60)"
 
 
-def part(program: str, limit: float = 30, count: int = 1) -> Part:
-    return Part("a part", limit, [[sys.executable, "-c", program, "{json}"]] * count)
+def part(program: str, expected: float = 1, patience: float = 60, count: int = 1) -> Part:
+    return Part("a part", expected, [[sys.executable, "-c", program, "{json}"]] * count, patience)
 
 
 def run(monkeypatch: Any, folder: Path, some: dict[str, Part], *options: str) -> dict[str, Any]:
@@ -35,7 +37,9 @@ def test_a_part_that_fails_or_hangs_costs_itself_alone(tmp_path, monkeypatch, ca
     child = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {SLEEP!r}])"
     bad = part("raise SystemExit('no such thing')")
     began = time.monotonic()
-    state = run(monkeypatch, tmp_path, {"bad": bad, "hangs": part(child, 2), "good": part(PRINT)})
+    state = run(
+        monkeypatch, tmp_path, {"bad": bad, "hangs": part(child, 1, 2), "good": part(PRINT)}
+    )
     assert time.monotonic() - began < 30
     assert [p["status"] for p in state.values()] == ["failed", "failed", "ran"]
     assert json.loads((tmp_path / "good.json").read_text()) == {"lines": [{"value": 3}]}
@@ -44,12 +48,13 @@ def test_a_part_that_fails_or_hangs_costs_itself_alone(tmp_path, monkeypatch, ca
 
 
 def test_what_was_cut_off_or_not_begun_continues(tmp_path, monkeypatch):
-    some = {"good": part(PRINT), "long": part(SLEEP), "last": part(PRINT)}
-    monkeypatch.setattr(gpu_hour, "LEAST", 1)
-    state = run(monkeypatch, tmp_path, some, "--budget", "4")
+    """A part begins if the time that it should take is left, also where one before it did not."""
+    some = {"big": part(PRINT, 90), "good": part(PRINT), "long": part(SLEEP), "last": part(PRINT)}
+    state = run(monkeypatch, tmp_path, some, "--budget", "6")
     assert {name: p["status"] for name, p in state.items()} == {
-        "good": "ran", "long": "out of time", "last": "not run",
+        "big": "not run", "good": "ran", "long": "out of time", "last": "not run",
     }  # fmt: skip
+    assert "s were left of 90" in state["big"]["why"]
     run_part = mock.Mock(side_effect=gpu_hour.run_part)
     monkeypatch.setattr(gpu_hour, "run_part", run_part)
     some["long"] = part(PRINT)
@@ -58,18 +63,18 @@ def test_what_was_cut_off_or_not_begun_continues(tmp_path, monkeypatch):
     run(monkeypatch, tmp_path, some, "--only", "good")
     run(monkeypatch, tmp_path, some, "--report")
     # What never ends keeps nothing else from its turn.
-    assert [call.args[0] for call in run_part.call_args_list] == ["last", "long", "good"]
+    assert [call.args[0] for call in run_part.call_args_list] == ["big", "last", "long", "good"]
 
 
 def test_commands_of_a_part_run_side_by_side(tmp_path, monkeypatch):
     """Each writes a file of its own; one that fails fails the part."""
     wait = "import time; time.sleep(2); " + PRINT
     began = time.monotonic()
-    assert run(monkeypatch, tmp_path, {"both": part(wait, count=3)})["both"]["status"] == "ran"
-    assert time.monotonic() - began < 6
-    assert [p.name for p in gpu_hour.files_of(tmp_path, "both")] == [
-        "both.0.json", "both.1.json", "both.2.json",
-    ]  # fmt: skip
+    assert run(monkeypatch, tmp_path, {"all": part(wait, count=11)})["all"]["status"] == "ran"
+    assert time.monotonic() - began < 15
+    assert [p.name for p in gpu_hour.files_of(tmp_path, "all")] == [
+        f"all.{index:02}.json" for index in range(11)
+    ]
 
 
 @pytest.mark.parametrize(
@@ -83,7 +88,7 @@ def test_commands_of_a_part_run_side_by_side(tmp_path, monkeypatch):
 def test_tests_that_did_not_run_are_no_figure(tmp_path, monkeypatch, last, code, counts):
     """Where nothing ran, nothing failed: that must not reach a target."""
     program = f"print({last!r}); raise SystemExit({code})"
-    tests = Part("tests", 30, [[sys.executable, "-c", program, "pytest"]])
+    tests = Part("tests", 15, [[sys.executable, "-c", program, "pytest"]])
     state = run(monkeypatch, tmp_path, {"goldens": tests})
     assert state["goldens"]["status"] == "failed"
     lines = json.loads((tmp_path / "goldens.json").read_text())["lines"]
@@ -106,16 +111,53 @@ def test_a_figure_is_the_worst_of_the_lines_that_are_meant():
     assert figure({"op": "c"}) is None and figure({}, value="deep.er") is None
 
 
+def test_a_program_that_is_missing_costs_its_part(tmp_path, monkeypatch):
+    some = {"bad": Part("a part", 1, [["no-such-program"]]), "good": part(PRINT)}
+    state = run(monkeypatch, tmp_path, some)
+    assert [p["status"] for p in state.values()] == ["failed", "ran"]
+    assert "no-such-program" in state["bad"]["why"]
+
+
+def test_all_parts_fit_into_two_calls(tmp_path, capsys):
+    """As long as they take what is expected of them. The first part checks, and compiles for all
+    ops and configurations."""
+    every = gpu_hour.parts(False, tmp_path)
+    calls = gpu_hour.calls_of(every, gpu_hour.BUDGET - gpu_hour.START)
+    assert gpu_hour.BUDGET <= 9 * 60 and set(calls.values()) == {1, 2}
+    assert next(iter(every)) == "check" and set(calls) == set(every)
+    words = [word for command in every["check"].commands for word in command]
+    assert {*ops.BENCHMARKS, *gpu_hour.OTHER_SIZES, "64"} <= set(words)
+    assert sorted({item["size"] for item in read_toml("sweep.toml")["sweep"]}) == sorted(
+        {64, *map(int, gpu_hour.OTHER_SIZES)}
+    )
+    with pytest.raises(SystemExit):
+        gpu_hour.main(["--help"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1].split() == ["in", "all", f"{sum(p.expected for p in every.values()):.0f}", "s"]
+
+
+@pytest.mark.parametrize(("family", "index"), gpu_hour.GOLDENS.items())
+def test_what_the_sanitizer_runs_is_a_test(family, index):
+    """A trajectory with DSB Cache and few forwards."""
+    assert golden.settings(golden.cases(family)[index])["cache"] == "dsb"
+    assert golden.cases(family)[index]["nfe"] <= 12
+    for tool, graphs in gpu_hour.SANITIZERS.items():
+        command = gpu_hour.sanitize(tool, graphs).commands[list(gpu_hour.GOLDENS).index(family)]
+        name = f"tests/test_cuda.py::test_trajectory[{family}-{index}-{graphs}]"
+        assert name in command and tool in command
+
+
 @pytest.mark.parametrize(("device", "reached"), [("NVIDIA H100", "NO"), ("NVIDIA H200", "yes")])
 def test_the_report_compares_with_the_targets_of_the_gpu(tmp_path, device, reached):
-    run = {"steps": {"window": {"share_of_weights_limit": 0.76}}}
+    run = {"free_window_share_of_weights_limit": 0.76}
     record = {"machine": {"device": device}, "versions": {"torch": "2", "x": None}, "runs": [run]}
     (tmp_path / "decode_32.json").write_text(json.dumps(record))
     state = {"small": False, "parts": {"decode_32": {"status": "ran", "why": ""}}}
     lines = report(tmp_path, state).splitlines()
     assert lines[0] == f"{device}; torch 2"
-    line = next(line for line in lines if line.startswith("| window step, 32 positions"))
-    assert line.endswith(f"| 76.0% | {reached} |")
+    line = next(line for line in lines if "32 positions, prompt 1024" in line)
+    limit = {"NO": "78.0%", "yes": "75.0%"}[reached]
+    assert line.endswith(f"| at least {limit}, at best 85.0% | 76.0% | {reached} |")
 
 
 def test_every_target_names_a_part_and_every_op_is_in_one(tmp_path):
@@ -130,6 +172,22 @@ def test_every_target_names_a_part_and_every_op_is_in_one(tmp_path):
         gpu_hour.main(["--folder", str(tmp_path / "none"), "--report"])
 
 
+def test_the_docs_have_the_arithmetic_of_every_target():
+    """Errors that must not be need none."""
+    text = (gpu_hour.ROOT / "docs" / "tuning.md").read_text("utf-8").split("## Targets")[1]
+    cells = [line.split("|") for line in text.split("\n## ")[0].splitlines() if "|" in line]
+    shown = {cell[1].strip(): {*re.findall(r"[\d.]+", cell[2])} for cell in cells[2:]}
+    targets = [t for t in read_toml("targets.toml")["target"] if {"at_least", "at_most"} & t.keys()]
+    of_errors = [t for t in targets if "why" not in t]
+    assert {t["part"] for t in of_errors} == {"check", "goldens", "memcheck", "racecheck"}
+    for target in targets:
+        scale = 100 if target.get("unit") == "share" else 1
+        bounds = {"at_least", "at_most", "H200", "stretch"} & target.keys()
+        for key in bounds if "why" in target else ():
+            assert f"{scale * target[key]:.4g}" in shown[target["why"]], (target["figure"], key)
+    assert set(shown) == {t["why"] for t in targets if "why" in t}
+
+
 @pytest.mark.slow
 def test_the_whole_hour_runs_on_a_cpu(tmp_path, capsys):
     """Every part at small shapes; what is read on a GPU alone has no figure here."""
@@ -140,4 +198,5 @@ def test_the_whole_hour_runs_on_a_cpu(tmp_path, capsys):
     assert "Small shapes: the targets do not apply." in output
     table = [line.split("|") for line in output.splitlines() if line.startswith("| ")][1:]
     missing = [cells[1].strip() for cells in table if cells[3].strip().startswith(("ran", "not"))]
-    assert missing == ["GPU idle, batch 1"], "every other figure is read from what a part wrote"
+    assert missing[:2] == [figure for figure in missing if "compute-sanitizer" in figure]
+    assert missing[2:] == ["GPU idle, batch 1"], "every other figure is read from what a part wrote"

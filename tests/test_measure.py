@@ -14,6 +14,7 @@ import torch
 from benchmarks import op_case
 from benchmarks.profiled import busy_seconds, gpu_busy_seconds
 from dsb_runtime.measure import timing
+from dsb_runtime.measure.steps import TimedEngine
 from dsb_runtime.measure.timing import Call, Timing, plan
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -163,6 +164,23 @@ def test_ceilings_on_a_gpu(monkeypatch):
     assert cuda.calls == ["spin", "record", "record"] * timing.REPEATS
     best = timing.best_seconds(run, GPU)
     assert len(runs) == timing.BEST_OF + 1 and best == pytest.approx(2.0 - 0.1 * len(runs))
+
+
+def test_a_step_is_timed_without_the_host(monkeypatch):
+    """The GPU spins while the host submits a step, where a step is all that is timed."""
+    cuda = Cuda(monkeypatch, 0.0)
+    engine = SimpleNamespace(marks=timing.Marks(GPU), launches=[], spins=False)
+
+    def launch() -> None:
+        with TimedEngine.time_launch(engine, "window"):
+            cuda.calls.append("launch")
+
+    launch()
+    with TimedEngine.without_host_time(engine):
+        launch()
+    launch()
+    plain = ["record", "launch", "record"]
+    assert cuda.calls == [*plain, "spin", *plain, *plain]
 
 
 def test_what_a_benchmark_reports(monkeypatch):

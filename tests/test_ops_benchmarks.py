@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import ops, read_toml, sweep
+from benchmarks import correct, gpu_hour, op_cases, ops, read_toml, sweep
 from benchmarks.op_case import Case, check
 from dsb_kernels import _configs
 
@@ -28,9 +28,7 @@ def cases() -> list[Any]:
 
 @pytest.mark.parametrize(("benchmark_of", "shape"), cases())
 def test_every_contender_is_right(benchmark_of, shape):
-    """flex_attention is compiled, which takes too long here."""
-    others = [name for name in benchmark_of.case(**shape).others if name != "flex"]
-    for contender in ("op", "definition", *others):
+    for contender in ("op", "definition", *benchmark_of.case(**shape).others):
         case = benchmark_of.case(**shape)
         before = [tensor.clone() for tensor in case.written]
         assert check(case, contender) <= 1, contender
@@ -86,9 +84,67 @@ def test_the_command_writes_a_line_for_every_contender(tmp_path, capsys):
     assert "contender=matmul" in capsys.readouterr().out
 
 
-def test_an_op_that_is_wrong_fails_the_command(monkeypatch):
-    monkeypatch.setattr(ops, "check", lambda case, contender: 1.5)
-    assert ops.main(["--op", "place_rows", "--check"]) == 1
+def test_every_op_is_right_with_every_option(tmp_path):
+    """In a precision that is not timed here, so that the shapes are those of the options alone."""
+    path = tmp_path / "correct.json"
+    assert correct.main(["--precision", "float16", "--json", str(path)]) == 0
+    lines = json.loads(path.read_text())["lines"]
+    assert {line["op"] for line in lines} == set(ops.BENCHMARKS) - {*gpu_hour.WITHOUT_PRECISION}
+    assert max(line["error"] for line in lines) <= 1
+    assert all(line["shape"]["precision"] == "float16" for line in lines)
+
+
+def test_an_op_that_is_wrong_or_fails_fails_the_command(monkeypatch, capsys):
+    for outcome in ({"return_value": 1.5}, {"side_effect": RuntimeError("bad launch")}):
+        monkeypatch.setattr(correct, "check", mock.Mock(**outcome))
+        assert correct.main(["--op", "place_rows"]) == 1
+    assert "failed=RuntimeError: bad launch" in capsys.readouterr().out
+
+
+def test_wrong_tokens_and_confidences_are_errors():
+    """Of candidates that are scored, and of those that are skipped."""
+    case = ops.BENCHMARKS["token_confidence"].case(
+        candidates=6, V=300, confidence="margin", temperature=0.0, way="eligible"
+    )
+    assert case.error is not None
+    token, value = case.call("op").run()
+    assert case.error((token, value)) <= 1
+    for index in (0, 1):  # the first is skipped
+        wrong = token.clone()
+        wrong[index] = (wrong[index] + 2) % 100
+        assert case.error((wrong, value)) == math.inf
+    assert case.error((token, value + 1e-3)) > 1
+
+
+def test_the_checks_reach_every_configuration_of_16_bits(monkeypatch):
+    """On a GPU; here only the shapes are made."""
+    monkeypatch.setattr(correct, "on_gpu", lambda: True)
+    sizes: dict[str, set[int]] = {}
+    for op, benchmark_of in ops.BENCHMARKS.items():
+        for shape in [*benchmark_of.named(benchmark_of.gpu), *correct.more_shapes(op)]:
+            key, size = key_and_size(op, shape)
+            sizes.setdefault(key, set()).add(size)
+    for (key, _), table in _configs.CONFIGS.items():
+        if "float32" not in key:
+            limits = [0, *sorted(table)]
+            for low, high in itertools.pairwise(limits):
+                assert any(low < size <= high for size in sizes[key]), (key, high)
+
+
+def key_and_size(op: str, shape: dict[str, Any]) -> tuple[str, int]:
+    """The entry of the table that a shape uses, and its size there."""
+    if op == "window_attention":
+        heads, kv_heads = op_cases.MODELS[shape["model"]]
+        head_dim = 128 if shape.get("head_dim", 128) <= 128 else 256
+        return f"{op} {head_dim}", shape["width"] * heads // kv_heads
+    if op == "window_linear":
+        gated = op_cases.LAYERS[shape["layer"]][3]
+        return op + " gated" * gated, shape["num_tokens"]
+    sampled = " sampled" * (shape.get("temperature", 0) > 0)
+    names = {"linear_add_norm": "num_tokens", "rope_write_kv": "width", "place_rows": "batch"}
+    if op == "unmask_and_slide":
+        return op, shape.get("block", op_cases.BLOCK)
+    return op + sampled, shape[names.get(op, "candidates")]
 
 
 def test_candidates_of_the_sweep_are_entries_of_the_table():

@@ -73,7 +73,8 @@ def one_round(
     def watched() -> list[StepWork]:
         engine.take()
         recorder = StepRecorder(engine.model, input_ids.shape[1], config.gen_length)
-        decode(recorder)
+        with engine.without_host_time():
+            decode(recorder)
         return recorder.steps
 
     # On a GPU, this batch's captured steps may have been freed since the last round.

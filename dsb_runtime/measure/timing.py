@@ -74,6 +74,11 @@ class Marks:
         event.record()
         return event
 
+    def spin(self) -> None:
+        """Keep a GPU busy while the host submits what it shall time next."""
+        if self.device.type == "cuda":
+            torch.cuda._sleep(SPIN)
+
     def seconds(self, pairs: Sequence[tuple[Any, Any]]) -> list[float]:
         """Wait for the device, then return the seconds between the moments of each pair."""
         synchronize(self.device)
@@ -144,7 +149,7 @@ def capture_calls(runs: Sequence[Callable[[], object]]) -> torch.cuda.CUDAGraph:
 def event_seconds(run: Callable[[], object]) -> float:
     """GPU seconds of what `run` submits, while the GPU spins."""
     marks = Marks(torch.device("cuda"))
-    torch.cuda._sleep(SPIN)
+    marks.spin()
     start = marks.now()
     run()
     return marks.seconds([(start, marks.now())])[0]
