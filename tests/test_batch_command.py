@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +16,7 @@ import dsb_runtime as dsb
 from dsb_runtime.cli.main import main
 from tests import golden
 from tests.checkpoints import write_chat_model
-from tests.commands import ROOT, python, refused
+from tests.commands import answers, kill_after, python, refused, start, write_lines
 
 SHORT = ("--gen-length", "16", "--block-length", "8")
 HOW = {"gen_length": 16, "block_length": 8, "stop_at_eos": True}
@@ -43,21 +40,6 @@ def text_of(out: dsb.GenerationOutput) -> str:
     """An answer in the words of the tests' tokenizer."""
     ids = out.sequences[0, -16:][: out.row_tokens[0]].tolist()
     return " ".join(f"w{i}" for i in ids if i != 1)
-
-
-def write_lines(path: Path, lines: list[Any]) -> Path:
-    """Lines of JSON; a text is a line as it stands."""
-    texts = [line if isinstance(line, str) else json.dumps(line) for line in lines]
-    path.write_text("\n".join(texts) + "\n")
-    return path
-
-
-def answers(path: Path) -> dict[int, dict[str, Any]]:
-    """The answers by their lines, each of which has one."""
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
-    by_line = {line["line"]: line for line in lines}
-    assert len(by_line) == len(lines)
-    return by_line
 
 
 def test_our_format(chat, tmp_path, capsys):
@@ -185,26 +167,6 @@ def job(chat, tmp_path) -> tuple[Path, Path, list[str]]:
     out = tmp_path / "out.jsonl"
     words = ["batch", str(source), str(out), "--model", str(chat), *SHORT]
     return source, out, [*words, "--max-rows", "3", "--temperature", "0.5", "--seed", "9"]
-
-
-def start(words: list[str]) -> subprocess.Popen[str]:
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    env.pop("TRITON_INTERPRET", None)
-    return subprocess.Popen(
-        [sys.executable, "-m", "dsb_runtime", *words], env=env, cwd=ROOT, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
-
-
-def kill_after(process: subprocess.Popen[str], out: Path, number: int, answers: int) -> str:
-    """Send a signal once there are so many answers. Returns what the process said."""
-    before = time.monotonic()
-    while process.poll() is None and time.monotonic() - before < 120:
-        if out.exists() and out.read_bytes().count(b"\n") >= answers:
-            process.send_signal(number)
-            break
-        time.sleep(0.005)
-    return process.communicate(timeout=60)[1]
 
 
 @pytest.mark.parametrize(
