@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import json
+import re
 import signal
 import sys
 from pathlib import Path
@@ -219,6 +221,19 @@ def test_what_is_no_file_of_answers_stays_as_it_is(job, capsys, tmp_path):
     refused(capsys, "batch", source, source, said="both IN.jsonl and OUT.jsonl")
     refused(capsys, "batch", tmp_path / "none", out, said="no such file; expected lines of JSON")
     refused(capsys, *words, "--max-rows", "0", said="--max-rows=0: expected an int >= 1")
+
+
+def test_a_cluster_needs_the_extra(job, capsys, monkeypatch):
+    _, out, words = job
+    refused(capsys, *words, "--replicas", "2", said="--replicas=2: expected it with --ray only")
+    refused(capsys, *words, "--ray", "--replicas", "0", said="--replicas=0: expected an int >= 1")
+    monkeypatch.setitem(sys.modules, "ray", None)
+    needs = "needs the extra: dsb-kernels[ray]"
+    refused(capsys, *words, "--ray", said=f"dsb batch --ray {needs}")
+    assert not out.exists()
+    monkeypatch.delitem(sys.modules, "dsb_runtime.doors.ray_serve", raising=False)
+    with pytest.raises(ImportError, match=re.escape(f"ray_serve {needs}")):
+        importlib.import_module("dsb_runtime.doors.ray_serve")
 
 
 def test_two_commands_do_not_write_one_file(job, capsys):
