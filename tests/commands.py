@@ -77,7 +77,7 @@ def start(words: list[str], module: str = "dsb_runtime", **env: str) -> subproce
 def kill_after(process: subprocess.Popen[str], out: Path, number: int, answers: int) -> str:
     """Send a signal once there are so many answers. Returns what the process said."""
     before = time.monotonic()
-    while process.poll() is None and time.monotonic() - before < 120:
+    while process.poll() is None and time.monotonic() - before < 300:
         if out.exists() and out.read_bytes().count(b"\n") >= answers:
             process.send_signal(number)
             break

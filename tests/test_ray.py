@@ -33,6 +33,7 @@ def cluster() -> Iterator[str]:
     with pytest.MonkeyPatch.context() as patch:  # what the cluster's processes inherit
         patch.setenv("PYTHONPATH", str(ROOT))
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        patch.setenv("RAY_worker_niceness", "0")  # other tests run beside these
         patch.delenv("TRITON_INTERPRET", raising=False)
         context = ray.init(
             num_cpus=2, include_dashboard=False, object_store_memory=100 * 2**20,

@@ -10,7 +10,7 @@ import argparse
 import contextlib
 import json
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -33,7 +33,7 @@ class Replica:
         try:
             self.decoder = Decoder(args, *load(args), named)
         except ERRORS as error:
-            self.wrong = str(error)
+            self.wrong = str(error) or type(error).__name__
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         """The answer of a line as JSON, and its tokens; -1 for an error."""
@@ -58,7 +58,7 @@ def check_arguments(args: argparse.Namespace) -> None:
 
 def answered(
     args: argparse.Namespace, load: Load, named: dict[str, Any], todo: list[dict[str, Any]]
-) -> Iterator[dict[str, Any]]:
+) -> Iterable[dict[str, Any]]:
     """What `Replica` makes of each line, as they come."""
     import ray
 
@@ -72,8 +72,9 @@ def answered(
     logging.getLogger("ray.data").setLevel(logging.ERROR)  # the bar of this command stays alone
     ray.data.DataContext.get_current().enable_progress_bars = False
     lines = ray.data.from_items(todo, override_num_blocks=min(len(todo), MOST_TASKS))
+    replica: Any = Replica  # a class, where Ray's annotation names functions alone
     done = lines.map(
-        Replica, fn_constructor_args=(args, load, named), compute=replicas, num_cpus=1,
+        replica, fn_constructor_args=(args, load, named), compute=replicas, num_cpus=1,
         num_gpus=1 if gpus else 0,
     )  # fmt: skip
     return done.iter_rows()
@@ -93,7 +94,7 @@ def run(args: argparse.Namespace, load: Load, named: dict[str, Any]) -> int:
         ]
         if todo and not ray.is_initialized():
             # The cluster of RAY_ADDRESS or of this machine, or one that ends with this process.
-            ray.init(log_to_driver=False, logging_level="ERROR")
+            ray.init(log_to_driver=False, logging_level=logging.ERROR)
         progress = Progress(len(todo) + already, already)
         with contextlib.closing(progress.bar):
             for row in answered(args, load, named, todo) if todo else ():
