@@ -61,6 +61,7 @@ def test_a_killed_command_and_a_killed_replica_lose_no_line(cluster, tmp_path, c
     how = ["--model", str(chat), *SETTINGS, "--temperature", "0.5", "--seed", "9"]
     assert main(["batch", str(source), str(alone), *how]) == 0
     words = ["batch", str(source), str(out), *how, "--ray"]
+    capsys.readouterr()
     # A replica that cannot begin ends the command with what is wrong.
     refused(capsys, *words, "--threshold", "2", said="expected at most one of")
     assert out.read_bytes() == b""

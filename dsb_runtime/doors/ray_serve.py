@@ -4,8 +4,7 @@
 `ray`.
 """
 
-from __future__ import annotations
-
+# Annotations are not postponed here: Serve reads the class of the arguments from that of `app`.
 import os
 from typing import Any
 
