@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import json
-import os
+import re
 import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ import dsb_runtime as dsb
 from dsb_runtime.cli.main import main
 from tests import golden
 from tests.checkpoints import write_chat_model
-from tests.commands import ROOT, python, refused
+from tests.commands import answers, kill_after, python, refused, start, write_lines
 
 SHORT = ("--gen-length", "16", "--block-length", "8")
 HOW = {"gen_length": 16, "block_length": 8, "stop_at_eos": True}
@@ -43,21 +42,6 @@ def text_of(out: dsb.GenerationOutput) -> str:
     """An answer in the words of the tests' tokenizer."""
     ids = out.sequences[0, -16:][: out.row_tokens[0]].tolist()
     return " ".join(f"w{i}" for i in ids if i != 1)
-
-
-def write_lines(path: Path, lines: list[Any]) -> Path:
-    """Lines of JSON; a text is a line as it stands."""
-    texts = [line if isinstance(line, str) else json.dumps(line) for line in lines]
-    path.write_text("\n".join(texts) + "\n")
-    return path
-
-
-def answers(path: Path) -> dict[int, dict[str, Any]]:
-    """The answers by their lines, each of which has one."""
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
-    by_line = {line["line"]: line for line in lines}
-    assert len(by_line) == len(lines)
-    return by_line
 
 
 def test_our_format(chat, tmp_path, capsys):
@@ -187,26 +171,6 @@ def job(chat, tmp_path) -> tuple[Path, Path, list[str]]:
     return source, out, [*words, "--max-rows", "3", "--temperature", "0.5", "--seed", "9"]
 
 
-def start(words: list[str]) -> subprocess.Popen[str]:
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    env.pop("TRITON_INTERPRET", None)
-    return subprocess.Popen(
-        [sys.executable, "-m", "dsb_runtime", *words], env=env, cwd=ROOT, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
-
-
-def kill_after(process: subprocess.Popen[str], out: Path, number: int, answers: int) -> str:
-    """Send a signal once there are so many answers. Returns what the process said."""
-    before = time.monotonic()
-    while process.poll() is None and time.monotonic() - before < 120:
-        if out.exists() and out.read_bytes().count(b"\n") >= answers:
-            process.send_signal(number)
-            break
-        time.sleep(0.005)
-    return process.communicate(timeout=60)[1]
-
-
 @pytest.mark.parametrize(
     ("number", "code"),
     [
@@ -257,6 +221,19 @@ def test_what_is_no_file_of_answers_stays_as_it_is(job, capsys, tmp_path):
     refused(capsys, "batch", source, source, said="both IN.jsonl and OUT.jsonl")
     refused(capsys, "batch", tmp_path / "none", out, said="no such file; expected lines of JSON")
     refused(capsys, *words, "--max-rows", "0", said="--max-rows=0: expected an int >= 1")
+
+
+def test_a_cluster_needs_the_extra(job, capsys, monkeypatch):
+    _, out, words = job
+    refused(capsys, *words, "--replicas", "2", said="--replicas=2: expected it with --ray only")
+    refused(capsys, *words, "--ray", "--replicas", "0", said="--replicas=0: expected an int >= 1")
+    monkeypatch.setitem(sys.modules, "ray", None)
+    needs = "needs the extra: dsb-kernels[ray]"
+    refused(capsys, *words, "--ray", said=f"dsb batch --ray {needs}")
+    assert not out.exists()
+    monkeypatch.delitem(sys.modules, "dsb_runtime.doors.ray_serve", raising=False)
+    with pytest.raises(ImportError, match=re.escape(f"ray_serve {needs}")):
+        importlib.import_module("dsb_runtime.doors.ray_serve")
 
 
 def test_two_commands_do_not_write_one_file(job, capsys):

@@ -294,7 +294,7 @@ def test_memory_is_bounded(monkeypatch):
 
     def counted(self):
         used = sum(each.nbytes for each in engine.batcher.lanes)
-        waiting.append(engine.batcher.running)
+        waiting.append(engine.running)
         assert used <= 5 * row // 2
         return step(self)
 

@@ -20,7 +20,7 @@ import time
 from collections.abc import Iterator
 from io import FileIO
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -52,6 +52,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("batch").add_argument
     add("--raw", action="store_true", help="do not apply the chat template to prompts")
     add("--max-rows", type=int, metavar="N", help="prompts at a time (default: what fits, to 64)")
+    add("--ray", action="store_true", help="on the Ray cluster of $RAY_ADDRESS or of this machine")
+    add(
+        "--replicas", type=int, metavar="N", help="models on the cluster, each with a GPU if there "
+        "are any (default: as many as there are GPUs, else 1)",
+    )  # fmt: skip
 
 
 def check_arguments(args: argparse.Namespace) -> None:
@@ -60,6 +65,10 @@ def check_arguments(args: argparse.Namespace) -> None:
         check_int("--max-rows", args.max_rows, 1)
     if args.seed is not None:
         check_int("--seed", args.seed, 0, 2**62)
+    if args.replicas is not None:
+        check_int("--replicas", args.replicas, 1)
+        if not args.ray:
+            raise ValueError(f"--replicas={args.replicas}: expected it with --ray only")
     if args.drafts:
         raise ValueError(f"--drafts={args.drafts}: prompts are decoded side by side; expected 0")
     source, target = Path(args.source), Path(args.target)
@@ -154,17 +163,19 @@ class Answers:
             left = left[self.file.write(left) :]
 
 
-def lines_of(source: IO[bytes]) -> Iterator[tuple[int, bytes]]:
+def lines_of(path: str) -> Iterator[tuple[int, bytes]]:
     """(number, line) of every line that is not blank; of a longer one the first MOST_BYTES + 1."""
-    for number in itertools.count(1):
-        line = source.readline(MOST_BYTES + 1)
-        if not line:
-            return
-        last = line
-        while len(last) > MOST_BYTES and not last.endswith(b"\n"):
-            last = source.readline(MOST_BYTES + 1)
-        if line.strip():
-            yield number, line
+    source = 0 if path == "-" else path
+    with open(source, "rb", closefd=source != 0) as file:
+        for number in itertools.count(1):
+            line = file.readline(MOST_BYTES + 1)
+            if not line:
+                return
+            last = line
+            while len(last) > MOST_BYTES and not last.endswith(b"\n"):
+                last = file.readline(MOST_BYTES + 1)
+            if line.strip():
+                yield number, line
 
 
 def count_lines(path: str) -> int | None:
@@ -196,10 +207,20 @@ class Progress:
         self.bar.set_postfix_str(f"{self.speed:.1f} tokens/s, {self.errors} errors", refresh=False)
         self.bar.update()
 
+    def report(self, target: str) -> None:
+        """Say at the end what there was to count, unless the answers went where that would go."""
+        if target != "-":
+            said = f"{self.answers} answers, {self.errors} errors, {self.tokens} tokens"
+            print(f"{said}, {self.speed:.1f} tokens/s")
 
-class Job:
-    """The lines of one command, each on its way to an answer. `named` are the settings of the
-    command line, which a line may override."""
+
+class Decoder:
+    """What a line becomes in an engine. `named` are the settings of the command line, which a line
+    may override.
+
+    Raises:
+        TypeError, ValueError: the model does not take `named`.
+    """
 
     def __init__(
         self,
@@ -208,22 +229,53 @@ class Job:
         tokenizer: PreTrainedTokenizerBase,
         named: dict[str, Any],
     ) -> None:
-        self.args, self.model, self.tokenizer, self.named = args, model, tokenizer, named
-        self.answers = Answers(args.target)
+        defaults_for(model, **named)
+        self.args, self.tokenizer, self.named = args, tokenizer, named
         self.engine = BatchEngine(model, args.max_rows)
+
+    def submit(self, line: Line) -> Request:
+        """Let a line be decoded.
+
+        Raises:
+            TypeError, ValueError: it cannot be; the message is one line.
+        """
+        model, seed = self.engine.model, self.args.seed
+        ids, settings, own = line.request(self.tokenizer, self.args.raw, self.named)
+        if own is None and seed is not None:
+            own = seed + line.number
+        generator = torch.Generator(model.device)
+        return self.engine.submit(
+            ids, defaults_for(model, **settings),
+            generator=None if own is None else generator.manual_seed(own),
+        )  # fmt: skip
+
+    def answer(self, line: Line, request: Request) -> tuple[dict[str, Any], int | None]:
+        """The answer of a line whose request is done, and its tokens; None for an error."""
+        error = request.exception()
+        if error is not None:
+            return error_of(line, error), None
+        out = request.result()
+        answer = answer_of(line, request, out, self.tokenizer, str(self.args.model))
+        return answer, out.row_tokens[0]
+
+
+class Job:
+    """The lines of one command, each on its way to an answer."""
+
+    def __init__(self, args: argparse.Namespace, decoder: Decoder) -> None:
+        self.args, self.decoder = args, decoder
+        self.answers = Answers(args.target)
         self.progress = Progress(count_lines(args.source), len(self.answers.ids))
         # So many lines are read and have no answer yet at most.
-        self.room = threading.Semaphore(self.engine.max_rows + READ_AHEAD)
+        self.room = threading.Semaphore(decoder.engine.max_rows + READ_AHEAD)
         self.events: queue.SimpleQueue[Event] = queue.SimpleQueue()
 
     def read(self) -> None:
         """Read the lines, in a thread of its own: a pipe may keep it waiting."""
-        source = 0 if self.args.source == "-" else self.args.source
         try:
-            with open(source, "rb", closefd=source != 0) as file:
-                for number, text in lines_of(file):
-                    self.room.acquire()
-                    self.events.put((number, text))
+            for line in lines_of(self.args.source):
+                self.room.acquire()
+                self.events.put(line)
             self.events.put(None)
         except OSError as error:
             self.events.put(error)
@@ -242,7 +294,7 @@ class Job:
                 under_way += self.submit(read_line(event[0], event[1]))
             else:
                 under_way -= 1
-                self.finish(event[0], event[1], event[1].exception())
+                self.finish(*self.decoder.answer(event[0], event[1]))
 
     def submit(self, line: Line) -> bool:
         """Let a line be decoded, unless it is wrong or has its answer."""
@@ -250,30 +302,17 @@ class Job:
             self.room.release()
             return False
         try:
-            ids, settings, seed = line.request(self.tokenizer, self.args.raw, self.named)
-            if seed is None and self.args.seed is not None:
-                seed = self.args.seed + line.number
-            generator = torch.Generator(self.model.device)
-            request = self.engine.submit(
-                ids, defaults_for(self.model, **settings),
-                generator=None if seed is None else generator.manual_seed(seed),
-            )  # fmt: skip
+            request = self.decoder.submit(line)
         except (TypeError, ValueError) as error:
-            self.finish(line, None, error)
+            self.finish(error_of(line, error), None)
             return False
         request.add_done_callback(lambda _: self.events.put((line, request)))
         return True
 
-    def finish(self, line: Line, request: Request | None, error: BaseException | None) -> None:
-        """Write the answer of a line, or why there is none."""
-        if request is None or error is not None:
-            self.answers.write(error_of(line, str(error) or type(error).__name__))
-            self.progress.count(None)
-        else:
-            out = request.result()
-            answer = answer_of(line, request, out, self.tokenizer, str(self.args.model))
-            self.answers.write(answer)
-            self.progress.count(out.row_tokens[0])
+    def finish(self, answer: dict[str, Any], tokens: int | None) -> None:
+        """Write an answer, and make room for another line."""
+        self.answers.write(answer)
+        self.progress.count(tokens)
         self.room.release()
 
 
@@ -284,12 +323,8 @@ def run(
     named: dict[str, Any],
 ) -> int:
     """Answer the lines of `args.source`, with the settings `named` where a line names no others."""
-    defaults_for(model, **named)  # refused before a line is read
-    job = Job(args, model, tokenizer, named)
-    progress = job.progress
-    with contextlib.closing(job.answers), contextlib.closing(progress.bar):
+    job = Job(args, Decoder(args, model, tokenizer, named))
+    with contextlib.closing(job.answers), contextlib.closing(job.progress.bar):
         job.answer_all()
-    if args.target != "-":
-        said = f"{progress.answers} answers, {progress.errors} errors, {progress.tokens} tokens"
-        print(f"{said}, {progress.speed:.1f} tokens/s")
+    job.progress.report(args.target)
     return 0

@@ -199,9 +199,9 @@ def answer_of(
     }  # fmt: skip
 
 
-def error_of(line: Line, message: str) -> dict[str, Any]:
+def error_of(line: Line, error: BaseException) -> dict[str, Any]:
     """The answer of a line that has none."""
-    message = " ".join(message.split())
+    message = " ".join(str(error).split()) or type(error).__name__
     if line.url is None:
         return {"line": line.number, "id": line.id, "error": message}
     return {

@@ -11,7 +11,7 @@ from typing import Any
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from dsb_runtime.cli import batch, generate, serve
+from dsb_runtime.cli import batch, batch_ray, generate, serve
 from dsb_runtime.cli.process import OneLineParser, ending, run_process
 from dsb_runtime.config import SAMPLING, DecodingConfig, settings
 from dsb_runtime.defaults import defaults_for
@@ -145,6 +145,9 @@ def run_generate(args: argparse.Namespace) -> int:
 
 def run_batch(args: argparse.Namespace) -> int:
     batch.check_arguments(args)
+    if args.ray:
+        batch_ray.check_arguments(args)
+        return batch_ray.run(args, load, named_alone(args))
     model, tokenizer = load(args)
     return batch.run(args, model, tokenizer, named_alone(args))
 

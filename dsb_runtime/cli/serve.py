@@ -6,17 +6,13 @@ import argparse
 import logging
 import os
 import socket
-from pathlib import Path
 from types import FrameType
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dsb_runtime.config import check_int
-from dsb_runtime.demo import MODEL_DIR
-from dsb_runtime.doors.server import MAX_QUEUE
+from dsb_runtime.doors.server import KEY, MAX_QUEUE, served_name
 from dsb_runtime.engine.batch import BatchEngine
-
-KEY = "DSB_API_KEY"  # the environment variable that may hold the key, which `ps` does not show
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -65,13 +61,6 @@ def bind(host: str, port: int) -> socket.socket:
     except (OSError, UnicodeError) as error:
         raise OSError(f"--host={host!r} --port={port}: {error}") from error
     return bound
-
-
-def served_name(model: str) -> str:
-    """What clients call the model: a hub id, a folder's last name, or `embedded`."""
-    if Path(model) == MODEL_DIR:
-        return "embedded"
-    return Path(model).resolve().name if Path(model).is_dir() else model
 
 
 def url_of(bound: socket.socket) -> str:

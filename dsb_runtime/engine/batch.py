@@ -159,6 +159,16 @@ class BatchEngine:
         weakref.finalize(self, _Worker.end, self.worker)  # also when the interpreter exits
 
     @property
+    def model(self) -> PreTrainedModel:
+        """The model that decodes: what was given, without torch.compile's or DDP's object."""
+        return self.batcher.model
+
+    @property
+    def running(self) -> int:
+        """How many requests have a row now."""
+        return self.batcher.running
+
+    @property
     def max_rows(self) -> int:
         """How many requests are decoded at a time."""
         return self.batcher.max_rows
@@ -200,9 +210,8 @@ class BatchEngine:
         if self.process != os.getpid():  # the thread and the locks stayed behind
             check_process(self.batcher.device)
             self.start_anew()
-        model = self.batcher.model
         request = Request(
-            model, ids, config, generator, record, on_tokens, on_step, stop_strings, tokenizer,
+            self.model, ids, config, generator, record, on_tokens, on_step, stop_strings, tokenizer,
             **settings,
         )  # fmt: skip
         with self.changed:

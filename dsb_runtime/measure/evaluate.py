@@ -132,7 +132,11 @@ def measure(
     config: DecodingConfig,
     each: Callable[[], object] = lambda: None,
 ) -> Score:
-    """Decode every batch with one setting, and call `each` after it."""
+    """Decode every batch with one setting, and call `each` after it.
+
+    Batches of one length and one setting leave little to continuous batching, whose lanes are a
+    little longer than their rows: on one core `generate_batch` took 1.2 times as long.
+    """
     exact = forwards = tokens = count = 0
     for problems, input_ids, mask in batches:
         out = generate(model, input_ids, config, attention_mask=mask)

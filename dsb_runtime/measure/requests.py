@@ -144,7 +144,7 @@ def run_continuous(engine: BatchEngine, jobs: list[Job], eos_ids: tuple[int, ...
     began_to_answer = [False] * len(jobs)
 
     def look() -> None:
-        run.rows.append((time.perf_counter() - began, engine.batcher.running))
+        run.rows.append((time.perf_counter() - began, engine.running))
 
     def submit(index: int, job: Job) -> Any:
         def first(_: list[int]) -> None:

@@ -1,3 +1,15 @@
 """`dsb serve`: OpenAI's API over HTTP, on a `BatchEngine`. It needs the extra `serve`."""
 
+from pathlib import Path
+
+from dsb_runtime.demo import MODEL_DIR
+
 MAX_QUEUE = 256  # how many rows may wait, where nobody says
+KEY = "DSB_API_KEY"  # the environment variable that may hold the key, which `ps` does not show
+
+
+def served_name(model: str) -> str:
+    """What clients call the model: a hub id, a folder's last name, or `embedded`."""
+    if Path(model) == MODEL_DIR:
+        return "embedded"
+    return Path(model).resolve().name if Path(model).is_dir() else model

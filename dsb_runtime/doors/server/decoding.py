@@ -64,13 +64,13 @@ class Service:
         self, engine: BatchEngine, tokenizer: PreTrainedTokenizerBase, max_queue: int
     ) -> None:
         self.engine, self.tokenizer, self.max_queue = engine, tokenizer, max_queue
-        self.model = engine.batcher.model
+        self.model = engine.model
         self.eos_ids = check_model(self.model).eos_ids
         self.unfinished: set[Request] = set()
         self.metrics = Metrics(self.rows_in_use, self.waiting)
 
     def rows_in_use(self) -> int:
-        return self.engine.batcher.running
+        return self.engine.running
 
     def waiting(self) -> int:
         return max(0, len(self.unfinished) - self.rows_in_use())

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import bisect
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from transformers import PreTrainedTokenizerBase
+
+from dsb_runtime.engine.stops import StopStrings
 
 HALF = "\ufffd"  # what the bytes of half a character are decoded to
 
@@ -31,9 +32,7 @@ class GrowingText:
     stopped: bool = False  # by a stop string
 
     def __post_init__(self) -> None:
-        special = self.tokenizer.all_special_ids
-        tokens = zip(special, self.tokenizer.convert_ids_to_tokens(special), strict=True)
-        self.stop_ids = {token_id for token_id, token in tokens if token in self.stops}
+        self.stop = StopStrings(self.stops, self.tokenizer)
 
     def decoded(self, count: int) -> str:
         """The text of the first `count` tokens, up to an EOS."""
@@ -49,25 +48,19 @@ class GrowingText:
         """Where the first stop string begins in a text, or -1."""
         return min((at for stop in self.stops if (at := text.find(stop)) >= 0), default=-1)
 
-    def reached(self, count: int) -> bool:
-        """Whether a stop string ends the first `count` tokens."""
-        return self.stop_at(self.decoded(count)) >= 0 or not self.stop_ids.isdisjoint(
-            self.ids[:count]
-        )
-
     def grow(self, ids: list[int]) -> str:
         """Add finished tokens. Once `stopped`, they are dropped."""
         if self.stopped:
             return ""
         self.ids += ids
-        if self.stops and self.reached(len(self.ids)):
-            counts = range(len(self.ids) + 1)
-            del self.ids[bisect.bisect_left(counts, True, key=self.reached) :]
+        length = self.stop.length(self.ids) if self.stops else None
+        if length is not None:
+            del self.ids[length:]
             self.stopped = True
             return self.finish()
         text = self.decoded(len(self.ids)).rstrip(HALF)
-        held = max((overlap(text, stop) for stop in self.stops), default=0)
-        return self.show(text[: len(text) - held])
+        unsure = max((overlap(text, stop) for stop in self.stops), default=0)
+        return self.show(text[: len(text) - unsure])
 
     def finish(self) -> str:
         """The rest of the text, once no token comes any more."""
