@@ -24,13 +24,13 @@ from rich.table import Table
 from transformers import PreTrainedModel
 
 import dsb_runtime as dsb
+from benchmarks import encode_batches
 from benchmarks.roofline import GPUS, budget
 from benchmarks.step_cost import StepSize
 from dsb_runtime.cli.process import OneLineParser, run_process
 from dsb_runtime.demo.tasks import TASKS
 from dsb_runtime.files import read_json, write_json
 from dsb_runtime.measure.command import table_of, wide_console
-from dsb_runtime.measure.evaluate import encode_batches
 from dsb_runtime.measure.models import PRESETS
 
 SCHEDULES: dict[str, dict[str, Any]] = {
@@ -181,7 +181,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         args.gen_length = task.gen_length
         args.block_length = args.block_length or task.compared[0]
         problems = task.heldout(args.problems, 0)
-        batches = encode_batches(tokenizer, problems, args.batch, model.device)
+        batches = encode_batches(tokenizer, problems, args.batch)
         record = measure(model, batches, args)
         if args.json:
             settings = {k: v for k, v in vars(args).items() if k not in ("json", "source")}

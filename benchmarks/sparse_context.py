@@ -20,7 +20,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from benchmarks import describe_benchmark
+from benchmarks import describe_benchmark, encode_batches
 from dsb_runtime import load_model, load_tokenizer
 from dsb_runtime.cli.process import OneLineParser, run_process
 from dsb_runtime.config import DecodingConfig
@@ -30,7 +30,6 @@ from dsb_runtime.engine.loop import Launched, Loop, Session
 from dsb_runtime.engine.step import StepShape
 from dsb_runtime.files import write_json
 from dsb_runtime.measure.command import check_arguments
-from dsb_runtime.measure.evaluate import encode_batches
 from dsb_runtime.measure.scores import wilson
 
 # The cache, whether the block is the whole response, and whether `context_masks` and `eos_bound`
@@ -74,7 +73,7 @@ def measure(
         lines.append(line | {"config": config, "engine": Engine(model)})
         lines[-1]["engine"].loop = CountingLoop(model)
     problems = task.heldout(args.problems, args.seed)
-    for part, ids, mask in encode_batches(tokenizer, problems, args.batch, model.device):
+    for part, ids, mask in encode_batches(tokenizer, problems, args.batch):
         for line in lines:
             began = time.perf_counter()
             out = line["engine"].generate(ids, line["config"], attention_mask=mask)

@@ -10,6 +10,7 @@ from pathlib import Path
 import matplotlib.image
 import numpy as np
 import pytest
+import torch
 
 import dsb_runtime as dsb
 from dsb_kernels.rules import RULES
@@ -18,7 +19,7 @@ from dsb_runtime.config import DecodingConfig
 from dsb_runtime.demo import MODEL_DIR
 from dsb_runtime.demo.tasks import TASKS
 from dsb_runtime.measure import evaluate
-from dsb_runtime.measure.evaluate import build_settings, encode_batches, measure, rule_values
+from dsb_runtime.measure.evaluate import build_settings, encode_prompts, measure, rule_values
 from dsb_runtime.measure.plots import CURVE_COLORS, spread
 from dsb_runtime.measure.scores import Record, Score, front, show, wilson
 
@@ -42,8 +43,7 @@ def test_the_embedded_models_solve_held_out_problems(task):
     model, tokenizer = dsb.load_model(task.folder, device="cpu"), dsb.load_tokenizer(task.folder)
     config = build_settings(task, quick=True)[0]
     assert config.steps == task.gen_length and config.cache == "none"
-    batches = encode_batches(tokenizer, task.heldout(12, 5), 12, model.device)
-    score = measure(task, model, tokenizer, batches, config)
+    score = measure(task, model, tokenizer, task.heldout(12, 5), config, 12)
     assert score.problems == 12
     assert score.exact >= 9  # 90% are promised over 500 problems; 12 scatter
 
@@ -79,13 +79,12 @@ def test_lengths_that_the_task_does_not_have():
 
 def test_scores_follow_the_counting_rule(model, tokenizer):
     problems = WORDS.heldout(3, 2)
-    batches = encode_batches(tokenizer, problems, 3, model.device)
     config = build_settings(WORDS, quick=True)[-1]
-    score = measure(WORDS, model, tokenizer, batches, config)
+    score = measure(WORDS, model, tokenizer, problems, config, 2)
     tokens = forwards = exact = 0
     eos = model.dsb.eos_ids[0]
-    for problem in problems:
-        ((_, ids, _),) = encode_batches(tokenizer, [problem], 1, model.device)
+    for problem, prompt in zip(problems, encode_prompts(tokenizer, problems), strict=True):
+        ids = torch.tensor([prompt])
         out = dsb.generate(model, ids, config)
         response = out.sequences[0, ids.shape[1] :].tolist()
         length = response.index(eos) + 1 if eos in response else len(response)

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from dsb_kernels.rules import RULES, Rule
 from dsb_runtime.config import DecodingConfig
 from dsb_runtime.demo.tasks import TASKS, Task
-from dsb_runtime.engine.engine import generate
+from dsb_runtime.engine.batch import generate_batch
 from dsb_runtime.measure.command import add_output
 from dsb_runtime.measure.scores import Record, Score, show
 
@@ -31,8 +31,6 @@ PUBLISHED: dict[str, tuple[float, ...]] = {
 }  # fmt: skip
 PROGRESS = (0.3, 0.6)
 FULL_EVERY = (4, 99)  # with response refreshes, one refresh in so many is full
-
-Batch = tuple[list[Any], torch.Tensor, torch.Tensor]  # problems, their prompts and what is no pad
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -128,45 +126,29 @@ def measure(
     task: Task,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    batches: list[Batch],
+    problems: list[Any],
     config: DecodingConfig,
+    max_rows: int,
     each: Callable[[], object] = lambda: None,
 ) -> Score:
-    """Decode every batch with one setting, and call `each` after it.
-
-    Batches of one length and one setting leave little to continuous batching, whose lanes are a
-    little longer than their rows: on one core `generate_batch` took 1.2 times as long.
-    """
-    exact = forwards = tokens = count = 0
-    for problems, input_ids, mask in batches:
-        out = generate(model, input_ids, config, attention_mask=mask)
-        responses = out.sequences[:, input_ids.shape[1] :].tolist()
-        answers = tokenizer.batch_decode(
-            [ids[:length] for ids, length in zip(responses, out.row_tokens, strict=True)],
-            skip_special_tokens=True,
-        )
-        exact += sum(map(task.is_exact, problems, answers))
-        forwards += sum(out.row_nfe)
-        tokens += sum(out.row_tokens)
-        count += len(problems)
+    """Decode every problem with one setting, `max_rows` at a time, and call `each` after it."""
+    exact = forwards = tokens = 0
+    prompts = encode_prompts(tokenizer, problems)
+    for index, out in generate_batch(model, prompts, config, max_rows=max_rows):
+        length, response = out.row_tokens[0], out.sequences[0, len(prompts[index]) :]
+        answer = str(tokenizer.decode(response[:length], skip_special_tokens=True))
+        exact += task.is_exact(problems[index], answer)
+        forwards += out.nfe
+        tokens += length
         each()
-    return Score(config, count, exact, forwards / count, tokens / count)
+    return Score(config, len(problems), exact, forwards / len(problems), tokens / len(problems))
 
 
-def encode_batches(
-    tokenizer: PreTrainedTokenizerBase, problems: list[Any], size: int, device: torch.device
-) -> list[Batch]:
-    """Batches of problems and their left-padded prompts, by length so that padding is short."""
-    order = sorted(problems, key=lambda p: len(p.prompt))
-    batches = []
-    for first in range(0, len(order), size):
-        part = order[first : first + size]
-        encoded: Any = tokenizer.apply_chat_template(
-            [[{"role": "user", "content": p.prompt}] for p in part], add_generation_prompt=True,
-            padding=True, return_tensors="pt", tokenizer_kwargs={"padding_side": "left"},
-        )  # fmt: skip
-        batches.append((part, encoded.input_ids.to(device), encoded.attention_mask.to(device)))
-    return batches
+def encode_prompts(tokenizer: PreTrainedTokenizerBase, problems: Sequence[Any]) -> list[list[int]]:
+    """The ids of the problems' prompts, in the chat template."""
+    chats = [[{"role": "user", "content": problem.prompt}] for problem in problems]
+    encoded: Any = tokenizer.apply_chat_template(chats, add_generation_prompt=True)
+    return encoded["input_ids"]
 
 
 def digest(model: PreTrainedModel) -> str:
@@ -189,14 +171,12 @@ def run(
     record = Record(task.name, digest(model), args.limit, args.seed, []).continued(args.json)
     known = {score.config for score in record.scores}
     missing = [config for config in configs if config not in known]
-    batches: list[Batch] = []
-    if missing:
-        problems = task.heldout(args.limit, args.seed)
-        batches = encode_batches(tokenizer, problems, args.batch, model.device)
-    with tqdm(total=len(missing) * len(batches), unit="batch", disable=None) as bar:
+    # Rows are as wide as the widest beside them, so that neighbours should be of one length.
+    problems = sorted(task.heldout(args.limit, args.seed), key=lambda p: len(p.prompt))
+    with tqdm(total=len(missing) * len(problems), unit="problem", disable=None) as bar:
         for number, config in enumerate(missing, 1):
             bar.set_description(f"setting {number} of {len(missing)}")
-            score = measure(task, model, tokenizer, batches, config, bar.update)
+            score = measure(task, model, tokenizer, problems, config, args.batch, bar.update)
             record.scores.append(score)
             if args.json:  # after each setting, so that an interrupt loses one setting only
                 record.write(args.json)
