@@ -23,7 +23,7 @@ from dsb_kernels.linear import MAX_TOKENS
 from dsb_kernels.rows import Column, StepKind
 from dsb_runtime.engine import layers, sampling
 from dsb_runtime.engine.graphs import HostCopy
-from dsb_runtime.engine.loop import Session
+from dsb_runtime.engine.session import Session
 from dsb_runtime.engine.step import StepShape
 from tests import golden
 from tests.fake_cuda import FakeCuda, Launcher, cuda, fake_cuda
