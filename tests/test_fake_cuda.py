@@ -64,7 +64,7 @@ def session_of(
     config = dsb.DecodingConfig(**SHAPE, **settings)
     gpu.answers = [SHAPE["block_length"], padded]  # what the host reads: candidates and padding
     leftpad = cuda(rows, dtype=torch.int32)
-    session = engine.loop.session(config, cuda(rows, LENGTH), leftpad, 0)
+    session = engine.loop.session(config, cuda(rows, LENGTH), leftpad)
     assert not gpu.answers and session.step.padded is padded
     return session
 

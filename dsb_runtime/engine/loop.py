@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from dsb_kernels.rows import Row, read_rows
+from dsb_kernels.rows import Row, UnmaskSpec, read_rows
 from dsb_runtime.config import DecodingConfig
 from dsb_runtime.engine.cache import (
     CacheShape,
@@ -34,7 +34,7 @@ from dsb_runtime.engine.cache import (
 from dsb_runtime.engine.called import CalledModel, wrapped_module
 from dsb_runtime.engine.drafts import DraftingStep, new_drafts
 from dsb_runtime.engine.forward import Backbone, Phase, no_phase
-from dsb_runtime.engine.graphs import Capture, HostCopy
+from dsb_runtime.engine.graphs import Capture, HostCopy, length_class
 from dsb_runtime.engine.layers import check_dtypes, fingerprint
 from dsb_runtime.engine.sampling import ban_of
 from dsb_runtime.engine.session import Session, next_step, speculate
@@ -42,7 +42,8 @@ from dsb_runtime.engine.step import DecodeState, Step, StepShape, new_state, spe
 from dsb_runtime.families import check_model
 
 logger = logging.get_logger(__name__)
-SESSIONS = 8  # how many sessions, of different shapes or settings, a loop keeps
+Group = tuple[int, UnmaskSpec, tuple[Any, ...], bool, bool]  # batch, spec, settings, record, roomy
+SESSIONS = 8  # how many sessions, of different batch sizes or settings, a loop keeps
 SPECULATION_WINDOW = 8  # how many recent steps predict the most tokens that a row may commit
 
 
@@ -151,13 +152,41 @@ class Loop:
         config: DecodingConfig,
         canvas: Tensor,
         leftpad: Tensor,
-        pad: int,
+        *,
         record: bool = False,
+        roomy: bool = False,
     ) -> Session:
-        """Return a session in the state before the first step, with `pad` more padding positions
-        before the canvas (B, L). With `record`, its steps keep what they commit."""
+        """Return a session in the state before the first step, over a canvas (B, L). With `record`,
+        its steps keep what they commit. With `roomy`, a captured session has more padding before
+        the canvas, so that its steps serve every length up to its own."""
         info = check_model(self.model)
         spec = spec_of(config, info)
+        roomy = roomy and self.capture is not None and wrapped_module(self.model) is None
+        # Everything that a captured step takes as a constant, but for its canvas.
+        settings = {**vars(config), "gen_length": None}
+        group = (len(canvas), spec, tuple(settings.values()), record, roomy)
+        pad = self.room(group, canvas.shape[1]) - canvas.shape[1] if roomy else 0
+        try:
+            return self.session_of(group, config, canvas, leftpad, pad)
+        except torch.OutOfMemoryError:
+            if pad == 0:
+                raise
+            return self.session_of(group, config, canvas, leftpad, 0)
+
+    def room(self, group: Group, length: int) -> int:
+        """How many positions the canvas of a captured session has that serves `length`: those that
+        a session of the group has already, or a class of lengths."""
+        sessions = [s for key, s in self.sessions.items() if key[0] == group]
+        longest = max((s.state.canvas.shape[1] for s in sessions), default=0)
+        # Some rotary tables change if they are longer than what the model was trained for.
+        limit = self.model.config.max_position_embeddings
+        return longest if longest >= length else min(length_class(length), limit)
+
+    def session_of(
+        self, group: Group, config: DecodingConfig, canvas: Tensor, leftpad: Tensor, pad: int
+    ) -> Session:
+        """Return a session of this group with `pad` more padding positions before the canvas."""
+        info, (_, spec, _, record, roomy) = check_model(self.model), group
         canvas = torch.cat([canvas.new_zeros(len(canvas), pad), canvas], dim=1)
         state = new_state(canvas, leftpad + pad, spec, config, record)
         shape = cache_shape_of(self.model)
@@ -171,8 +200,9 @@ class Loop:
         copies = 2 if second else 1
         reserved = replace(shape, layers=copies * shape.layers)
         backbone, storage = self.reserve(batch, length, reserved)
-        padded = pad > 0 or bool((leftpad > 0).any())
-        key = (canvas.shape, state.position.shape, spec, config, padded, record)
+        # Steps that serve other lengths take every row for padded.
+        padded = roomy or bool((leftpad > 0).any())
+        key = (group, canvas.shape, state.position.shape, padded)
         session = self.sessions.pop(key, None)
         if session is None:
             cache = KVCache.over(storage, shape, copies * batch, length, num_layers)

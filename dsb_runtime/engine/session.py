@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dsb_kernels.commit import block_of, next_prefix, tokens_due
 from dsb_kernels.rows import Column, Row, StepKind, UnmaskSpec
-from dsb_runtime.engine.graphs import Capture, row_class, width_class
+from dsb_runtime.engine.graphs import Capture, refresh_class, row_class, width_class
 from dsb_runtime.engine.step import DecodeState, Step, StepShape
 
 
@@ -60,8 +60,8 @@ def capacity_for(
         most = max(row.num_candidates for row in every)
         return StepShape(kind, len(rows), width, most, len(drafts))
     batch, length = session.state.canvas.shape
-    if kind != StepKind.RESPONSE:
-        width = width_class(width, length)
+    classes = width_class if kind == StepKind.WINDOW else refresh_class
+    width = classes(width, length)
     num_rows = row_class(len(rows), batch)
     # Every row may have a draft, so that steps with fewer drafts need no captures of their own.
     num_drafts = num_rows if kind == session.step.draft_kind else 0
