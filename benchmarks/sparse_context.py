@@ -26,7 +26,8 @@ from dsb_runtime.cli.process import OneLineParser, run_process
 from dsb_runtime.config import DecodingConfig
 from dsb_runtime.demo.tasks import TASKS
 from dsb_runtime.engine.engine import Engine
-from dsb_runtime.engine.loop import Launched, Loop, Session
+from dsb_runtime.engine.loop import Launched, Loop
+from dsb_runtime.engine.session import Session
 from dsb_runtime.engine.step import StepShape
 from dsb_runtime.files import write_json
 from dsb_runtime.measure.command import check_arguments

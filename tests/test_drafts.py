@@ -215,7 +215,7 @@ def test_no_step_with_drafts_can_be_wrong(data):
     engine = engine_of()
     with torch.no_grad():
         masks = ids.new_full((3, 24), engine.model.dsb.mask_id)
-        session = engine.loop.session(config, torch.cat([ids, masks], 1), leftpad, 0)
+        session = engine.loop.session(config, torch.cat([ids, masks], 1), leftpad)
         for _ in range(400):
             tables = loop.read_tables(session.step.tables())
             shape = loop.next_step(session, tables.now, tables.drafts)
@@ -334,7 +334,7 @@ def test_without_drafts_a_step_is_what_it_was():
     ids = prompts(1)[0][None]
     canvas = torch.cat([ids, ids.new_full((1, 24), engine.model.dsb.mask_id)], 1)
     config = dsb.DecodingConfig(**SHAPE)
-    step = engine.loop.session(config, canvas, torch.zeros(1, dtype=torch.int32), 0).step
+    step = engine.loop.session(config, canvas, torch.zeros(1, dtype=torch.int32)).step
     assert not isinstance(step, DraftingStep) and step.tables() is step.state.table
     assert step.tables().shape[1] == len(Column)
     assert engine.generate(ids, **SHAPE).drafts == (0, 0)

@@ -181,7 +181,7 @@ def test_no_step_can_be_wrong(data):
     engine = engine_of(family)
     with torch.no_grad():
         masks = ids.new_full((3, 24), engine.model.dsb.mask_id)
-        session = engine.loop.session(config, torch.cat([ids, masks], 1), leftpad, 0)
+        session = engine.loop.session(config, torch.cat([ids, masks], 1), leftpad)
         length = session.state.canvas.shape[1]
         for _ in range(400):
             shape = loop.next_step(session, read_rows(session.state.table))

@@ -22,8 +22,8 @@ from dsb_kernels import score
 from dsb_kernels.linear import MAX_TOKENS
 from dsb_kernels.rows import Column, StepKind
 from dsb_runtime.engine import layers, sampling
-from dsb_runtime.engine.graphs import HostCopy
-from dsb_runtime.engine.loop import Session
+from dsb_runtime.engine.graphs import HostCopy, refresh_class
+from dsb_runtime.engine.session import Session
 from dsb_runtime.engine.step import StepShape
 from tests import golden
 from tests.fake_cuda import FakeCuda, Launcher, cuda, fake_cuda
@@ -64,7 +64,7 @@ def session_of(
     config = dsb.DecodingConfig(**SHAPE, **settings)
     gpu.answers = [SHAPE["block_length"], padded]  # what the host reads: candidates and padding
     leftpad = cuda(rows, dtype=torch.int32)
-    session = engine.loop.session(config, cuda(rows, LENGTH), leftpad, 0)
+    session = engine.loop.session(config, cuda(rows, LENGTH), leftpad)
     assert not gpu.answers and session.step.padded is padded
     return session
 
@@ -99,6 +99,22 @@ def test_every_kind_of_step(gpu, monkeypatch, family, padded, packed):
             run(gpu, session, kind, rows, width)
             assert gpu.launched["_lm_head_kernel"] == gpu.launched["combine_kernel"] == 1
             assert {kernel: gpu.launched[kernel] for kernel in linears} == linears
+
+
+def test_a_captured_refresh_takes_the_same_kernels_for_every_length(gpu, monkeypatch):
+    """Aligned to a class of lengths (112) or not."""
+    monkeypatch.setattr(layers, "is_plain", lambda module: True)
+    engine = dsb.Engine(on_gpu(golden.model("llada")), capture=lambda run: run)
+    config, launched = dsb.DecodingConfig(**SHAPE), []
+    for length in (100, 101, 112):
+        gpu.answers = [SHAPE["block_length"]]
+        leftpad = cuda(1, dtype=torch.int32)
+        session = engine.loop.session(config, cuda(1, length), leftpad, roomy=True)
+        assert session.state.canvas.shape == (1, 112) and not gpu.answers
+        run(gpu, session, "refresh", 1, refresh_class(length, 112))
+        launched.append(gpu.launched)
+    assert launched[0] == launched[1] == launched[2] and len(engine.loop.sessions) == 1
+    assert launched[0]["_attention_kernel"] == len(session.step.backbone.layers)
 
 
 @pytest.mark.parametrize(("width", "expected"), [(32, FEW), (33, MANY)])

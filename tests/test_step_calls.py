@@ -46,7 +46,7 @@ def record(model: PreTrainedModel, kind: str, rows: int = 2) -> Recording:
     ids = torch.tensor([*range(2, 18), *[127] * 24]).repeat(rows, 1)
     with torch.no_grad():
         canvas = torch.cat([ids, torch.full((rows, 24), model.dsb.mask_id)], 1)
-        session = engine.loop.session(config, canvas, torch.tensor([3] + [0] * (rows - 1)).int(), 0)
+        session = engine.loop.session(config, canvas, torch.tensor([3] + [0] * (rows - 1)).int())
         with Recording() as recording:
             session.step(SHAPES[kind])
     return recording

@@ -30,7 +30,6 @@ from dsb_runtime.engine.turns import Turns, as_published, check_process
 from dsb_runtime.families import check_model, device_of, unwrap
 
 ENGINE = "_dsb_engine"  # where a model keeps the engine that `generate` made for it
-PROMPT_MULTIPLE = 64  # where steps are captured, prompts are left-padded to a multiple of this
 
 
 @dataclass
@@ -267,12 +266,10 @@ class Engine:
         self.follow_last_call()
         batch, length = canvas.shape
         watched = on_step is not None
-        # A captured step serves every prompt up to the next multiple, so fewer graphs are captured.
-        # A call with `on_step` adds no padding, since the caller sees the canvas.
-        prompt = length - config.gen_length
-        pad = 0 if watched or self.loop.capture is None else -prompt % PROMPT_MULTIPLE
-        session = self.loop.session(config, canvas, leftpad, pad, record)
+        # A call with `on_step` adds no padding, since the caller sees the state's tensors.
+        session = self.loop.session(config, canvas, leftpad, record=record, roomy=not watched)
         state, info = session.state, check_model(self.model)
+        pad = state.canvas.shape[1] - length
         index = torch.arange(length, device=canvas.device)
         masked = (canvas == info.mask_id) & (index >= leftpad[:, None])
 
@@ -331,7 +328,7 @@ class Engine:
             drafts = Drafts(*session.step.drafts.counts.sum(0).tolist())
         if record:
             recorded = counted if config.stop_at_eos else masked
-            first = 0 if fill else prompt
+            first = 0 if fill else length - config.gen_length
             step_map = torch.where(recorded, state.step_map[:, pad:-1], -1)[:, first:]
             logprobs = torch.where(recorded, state.logprobs[:, pad:-1], 0)[:, first:]
         return GenerationOutput(

@@ -26,6 +26,22 @@ def width_class(width: int, most: int) -> int:
     return min(next((w for w in WIDTHS if w >= width), most), most)
 
 
+def refresh_class(width: int, most: int) -> int:
+    """The width of a captured refresh that computes `width` positions of its widest row: a multiple
+    of 16 below 512, of 32 below 1024 and of 64 above, or `most`. So at most a sixteenth of the
+    positions from 256 on, and at most 63, are computed in vain."""
+    step = min(64, max(16, 1 << max(width.bit_length() - 5, 0)))
+    return min(-(-width // step) * step, most)
+
+
+def length_class(length: int) -> int:
+    """How many positions the canvas has over which steps are captured for `length` positions: a
+    power of two from 64 on, or one and a quarter, one and a half or one and three quarters of it.
+    Positions in vain cost memory alone, at most a quarter more."""
+    step = max(16, 1 << max((length - 1).bit_length() - 3, 0))
+    return max(64, -(-length // step) * step)
+
+
 def row_class(rows: int, most: int) -> int:
     """The capacity of a captured step for `rows` rows: a power of two, or `most`."""
     return min(1 << (rows - 1).bit_length(), most)

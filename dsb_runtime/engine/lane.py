@@ -27,10 +27,11 @@ from dsb_runtime.engine.cache import (
     step_message,
 )
 from dsb_runtime.engine.engine import GenerationOutput, until_eos
-from dsb_runtime.engine.graphs import HostCopy, width_class
-from dsb_runtime.engine.loop import Loop, Session, capacity_for
+from dsb_runtime.engine.graphs import HostCopy
+from dsb_runtime.engine.loop import Loop
 from dsb_runtime.engine.request import Request, RowEvent
 from dsb_runtime.engine.sampling import ban_of
+from dsb_runtime.engine.session import Session, capacity_for, width_of
 from dsb_runtime.engine.step import DecodeState, Step, StepShape, new_state
 from dsb_runtime.families import check_model, device_of
 
@@ -179,27 +180,13 @@ class Lane:
                 rows = rows[: self.crowd]
             self.crowd = 2 * self.crowd if left_over else self.usual_crowd
         rows = rows[: self.most]
-        table = [self.table[index] for index in rows]
-        shape = capacity_for(self.session, kind, table)
-        if kind != StepKind.WINDOW:
-            width = max(self.width(row, kind) for row in table)
-            if self.session.captured:
-                width = width_class(width, self.length)
-            shape = replace(shape, width=width)
-        return shape, rows
-
-    def width(self, row: Row, kind: StepKind) -> int:
-        """How many positions a refresh of this kind computes of a row."""
-        if kind == StepKind.REFRESH:
-            return row.context
-        first = max(row.response_start - int(self.info.family.shift), row.leftpad)
-        return row.response_end - first
+        return capacity_for(self.session, kind, [self.table[index] for index in rows]), rows
 
     def narrow(self, rows: list[int], kind: StepKind) -> list[int]:
         """The rows of a refresh: all, or those that are so much narrower than the widest that two
         steps are cheaper than one. The wide ones are passed over a few times at most. Captured
         steps are those of a GPU, where a step of few positions costs what one of many does."""
-        widths = {index: self.width(self.table[index], kind) for index in rows}
+        widths = {index: width_of(self.session, self.table[index], kind) for index in rows}
         ordered = sorted(widths.values())
         saved, widest = max(
             (n * (ordered[-1] - width), width) for n, width in enumerate(ordered, 1)

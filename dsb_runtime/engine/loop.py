@@ -12,8 +12,8 @@ A wrong guess is harmless: a step skips every row that needs something else.
 from __future__ import annotations
 
 from collections import OrderedDict, deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from dsb_kernels.rows import Row, StepKind, read_rows
+from dsb_kernels.rows import Row, UnmaskSpec, read_rows
 from dsb_runtime.config import DecodingConfig
 from dsb_runtime.engine.cache import (
     CacheShape,
@@ -34,14 +34,16 @@ from dsb_runtime.engine.cache import (
 from dsb_runtime.engine.called import CalledModel, wrapped_module
 from dsb_runtime.engine.drafts import DraftingStep, new_drafts
 from dsb_runtime.engine.forward import Backbone, Phase, no_phase
-from dsb_runtime.engine.graphs import Capture, HostCopy, row_class, width_class
+from dsb_runtime.engine.graphs import Capture, HostCopy, length_class
 from dsb_runtime.engine.layers import check_dtypes, fingerprint
 from dsb_runtime.engine.sampling import ban_of
+from dsb_runtime.engine.session import Session, next_step, speculate
 from dsb_runtime.engine.step import DecodeState, Step, StepShape, new_state, spec_of
 from dsb_runtime.families import check_model
 
 logger = logging.get_logger(__name__)
-SESSIONS = 8  # how many sessions, of different shapes or settings, a loop keeps
+Group = tuple[int, UnmaskSpec, tuple[Any, ...], bool, bool]  # batch, spec, settings, record, roomy
+SESSIONS = 8  # how many sessions, of different batch sizes or settings, a loop keeps
 SPECULATION_WINDOW = 8  # how many recent steps predict the most tokens that a row may commit
 
 
@@ -84,93 +86,6 @@ class StepDone:
     def rows(self) -> list[int]:
         """The batch rows that took part."""
         return [i for i, row in enumerate(self.after) if row.took_part]
-
-
-@dataclass
-class Session:
-    """The state of a batch of one shape and the steps over it."""
-
-    step: Step
-    capture: Capture | None
-    replays: dict[StepShape, Callable[[], None]] = field(default_factory=dict)
-
-    @property
-    def captured(self) -> bool:
-        """Whether steps are captured, for which capacities are rounded up."""
-        return self.capture is not None
-
-    @property
-    def state(self) -> DecodeState:
-        return self.step.state
-
-
-def capacity_for(
-    session: Session, kind: StepKind, rows: list[Row], growth: int = 0, drafts: Sequence[Row] = ()
-) -> StepShape:
-    """The capacity of a step of this kind for these rows and draft states. Until the step is
-    launched, their windows may grow by `growth` positions."""
-    batch, length = session.state.canvas.shape
-    if kind == StepKind.WINDOW:
-        suffix, every = session.step.config.suffix_window, (*rows, *drafts)
-        width = max(min(row.end + suffix, length) - row.start + row.prefix for row in every)
-        width += growth
-    elif kind == StepKind.REFRESH:
-        width = max(row.context for row in (*rows, *drafts))
-    else:
-        width = session.step.response_width
-    if not session.captured:
-        most = max(row.num_candidates for row in (*rows, *drafts))
-        return StepShape(kind, len(rows), width, most, len(drafts))
-    if kind != StepKind.RESPONSE:
-        width = width_class(width, length)
-    num_rows = row_class(len(rows), batch)
-    # Every row may have a draft, so that steps with fewer drafts need no captures of their own.
-    num_drafts = num_rows if kind == session.step.draft_kind else 0
-    return StepShape(kind, num_rows, width, session.state.position.shape[1], num_drafts)
-
-
-def next_step(session: Session, table: list[Row], drafts: Sequence[Row] = ()) -> StepShape | None:
-    """The step that the rows need now, or None if every row is done. Refreshes come first, so that
-    the rows that were refreshed then share window steps with the others. `drafts` is the table of
-    the draft states."""
-    for kind in (StepKind.REFRESH, StepKind.RESPONSE, StepKind.WINDOW):
-        rows = [row for row in table if row.next_kind == kind]
-        if rows:
-            beside = [row for row in drafts if row.next_kind == kind]
-            return capacity_for(session, kind, rows, drafts=beside)
-    return None
-
-
-def speculate(
-    session: Session, table: list[Row], launched: StepShape, most_new: int
-) -> StepShape | None:
-    """The step that almost certainly follows `launched`, or None if the host must wait.
-
-    The guess is right unless a row stops at an EOS or commits more than `most_new` tokens.
-
-    Args:
-        table: the row table that `launched` began with.
-        most_new: the most tokens that `launched` is expected to commit in one row.
-    """
-    config, spec = session.step.config, session.step.spec
-    rows = [row for row in table if row.next_kind != StepKind.NOTHING]
-    if not session.captured or len(rows) > launched.num_rows:
-        return None
-    for row in rows:
-        # The row must take part in `launched`, and have masks left after it.
-        masks_left = row.response_end - row.response_start - row.unmasked
-        if row.next_kind != launched.kind or masks_left <= most_new:
-            return None
-    if config.cache == "none":
-        return launched  # with cache="none" every step is a refresh
-    is_window = launched.kind == StepKind.WINDOW
-    since_refresh = max(row.since_refresh for row in rows) if is_window else 0
-    if since_refresh + most_new >= config.block_length:
-        return None  # a refresh may be due
-    growth = most_new if is_window else most_new + spec.prefix_window
-    if session.step.draft_kind is not None:
-        growth += most_new  # the draft state is one more step ahead
-    return capacity_for(session, StepKind.WINDOW, rows, growth)
 
 
 class Loop:
@@ -237,13 +152,41 @@ class Loop:
         config: DecodingConfig,
         canvas: Tensor,
         leftpad: Tensor,
-        pad: int,
+        *,
         record: bool = False,
+        roomy: bool = False,
     ) -> Session:
-        """Return a session in the state before the first step, with `pad` more padding positions
-        before the canvas (B, L). With `record`, its steps keep what they commit."""
+        """Return a session in the state before the first step, over a canvas (B, L). With `record`,
+        its steps keep what they commit. With `roomy`, a captured session has more padding before
+        the canvas, so that its steps serve every length up to its own."""
         info = check_model(self.model)
         spec = spec_of(config, info)
+        roomy = roomy and self.capture is not None and wrapped_module(self.model) is None
+        # Everything that a captured step takes as a constant, but for its canvas.
+        settings = {**vars(config), "gen_length": None}
+        group = (len(canvas), spec, tuple(settings.values()), record, roomy)
+        pad = self.room(group, canvas.shape[1]) - canvas.shape[1] if roomy else 0
+        try:
+            return self.session_of(group, config, canvas, leftpad, pad)
+        except torch.OutOfMemoryError:
+            if pad == 0:
+                raise
+            return self.session_of(group, config, canvas, leftpad, 0)
+
+    def room(self, group: Group, length: int) -> int:
+        """How many positions the canvas of a captured session has that serves `length`: those that
+        a session of the group has already, or a class of lengths."""
+        sessions = [s for key, s in self.sessions.items() if key[0] == group]
+        longest = max((s.state.canvas.shape[1] for s in sessions), default=0)
+        # Some rotary tables change if they are longer than what the model was trained for.
+        limit = self.model.config.max_position_embeddings
+        return longest if longest >= length else min(length_class(length), limit)
+
+    def session_of(
+        self, group: Group, config: DecodingConfig, canvas: Tensor, leftpad: Tensor, pad: int
+    ) -> Session:
+        """Return a session of this group with `pad` more padding positions before the canvas."""
+        info, (_, spec, _, record, roomy) = check_model(self.model), group
         canvas = torch.cat([canvas.new_zeros(len(canvas), pad), canvas], dim=1)
         state = new_state(canvas, leftpad + pad, spec, config, record)
         shape = cache_shape_of(self.model)
@@ -257,8 +200,9 @@ class Loop:
         copies = 2 if second else 1
         reserved = replace(shape, layers=copies * shape.layers)
         backbone, storage = self.reserve(batch, length, reserved)
-        padded = pad > 0 or bool((leftpad > 0).any())
-        key = (canvas.shape, state.position.shape, spec, config, padded, record)
+        # Steps that serve other lengths take every row for padded.
+        padded = roomy or bool((leftpad > 0).any())
+        key = (group, canvas.shape, state.position.shape, padded)
         session = self.sessions.pop(key, None)
         if session is None:
             cache = KVCache.over(storage, shape, copies * batch, length, num_layers)

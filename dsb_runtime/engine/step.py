@@ -154,13 +154,6 @@ class Step:
         self.between = state  # the state after a step, before the drafts that it accepts
 
     @property
-    def response_width(self) -> int:
-        """How many positions a response step computes at most. If tokens are predicted from the
-        position before, the one before the response is computed too."""
-        width = self.config.gen_length + int(self.info.family.shift)
-        return min(width, self.state.canvas.shape[1])
-
-    @property
     def buffers(self) -> tuple[Tensor, ...]:
         """The tensors that a new call sets to the state before its first step."""
         return self.state

@@ -1,0 +1,94 @@
+"""Captured steps serve prompts of many lengths, and refresh each of them by the same kernels."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import dsb_runtime as dsb
+from dsb_kernels.rows import StepKind
+from dsb_runtime.engine.graphs import length_class, refresh_class
+from tests.random_models import random_model
+from tests.recorded import Recorder
+
+SETTINGS = {"block_length": 8, "max_block_length": 8, "prefix_window": 8, "stop_at_eos": False}
+
+
+@pytest.fixture(scope="module")
+def model():
+    plain = random_model("Llama", num_hidden_layers=1, max_position_embeddings=2100)
+    return dsb.patch(plain, family="llada", mask_id=511)
+
+
+def prompt(length: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(length)
+    return torch.randint(2, 500, (1, length), generator=generator)
+
+
+def captures(monkeypatch, engine, lengths: list[int], gen_length: int = 16) -> list[tuple]:
+    """What is captured for prompts of these lengths: the canvas and the step's shape. No refresh
+    computes many more positions than the prompt has."""
+    captured, launch = [], engine.loop.launch
+
+    def watch(session, shape):
+        if shape not in session.replays:
+            captured.append((session.state.canvas.shape[1], shape))
+        if shape.kind == StepKind.REFRESH:
+            extra = shape.width - (length + gen_length)
+            assert 0 <= extra < min(64, max(16, (length + gen_length) / 16))
+        return launch(session, shape)
+
+    with monkeypatch.context() as patches:
+        patches.setattr(engine.loop, "launch", watch)
+        for length in lengths:
+            engine.generate(
+                prompt(length), gen_length=gen_length, steps=gen_length // 4, **SETTINGS
+            )
+    return captured
+
+
+def test_a_set_of_captures_serves_all_lengths_of_a_class(monkeypatch, model):
+    """In any order of the lengths: longer prompts grow the canvas by a class at a time, and what is
+    captured for the longest serves every other."""
+    engine = dsb.Engine(model, capture=lambda step: step)
+    lengths = torch.randint(100, 2001, (12,), generator=torch.Generator().manual_seed(0)).tolist()
+    captured = captures(monkeypatch, engine, lengths)
+    assert len(set(captured)) == len(captured), "nothing is captured twice"
+    windows = [shape for _, shape in captured if shape.kind == StepKind.WINDOW]
+    canvases = {canvas for canvas, _ in captured}
+    assert len(windows) == len(canvases) <= len({length_class(n + 16) for n in lengths})
+    # On the longest canvas, the refreshes of the shorter prompts are captured once more.
+    again = captures(monkeypatch, engine, lengths)
+    assert {shape.kind for _, shape in again} == {StepKind.REFRESH}
+    assert captures(monkeypatch, engine, lengths) == []
+
+
+def test_a_recorded_step_is_right_for_every_length(model):
+    captured, direct = dsb.Engine(model, capture=Recorder()), dsb.Engine(model)
+    recordings = []
+    for length in 2 * (93, 40, 90, 41, 85):
+        for gen_length in (24, 16):
+            settings = {"gen_length": gen_length, "steps": 6, "record": True, **SETTINGS}
+            out, expected = (e.generate(prompt(length), **settings) for e in (captured, direct))
+            assert torch.equal(out.sequences, expected.sequences)
+            assert torch.equal(out.step_map, expected.step_map) and out.nfe == expected.nfe
+        recordings.append(len(captured.loop.capture.recordings))
+    assert len(captured.loop.sessions) == 1 and recordings[4] == recordings[-1]
+    widths = {refresh_class(n + g, 128) for n in (93, 40, 90, 41, 85) for g in (16, 24)}
+    assert recordings[-1] <= len(widths) + 2, "the windows' classes are two at most"
+
+
+def test_classes_of_lengths():
+    assert [length_class(n) for n in (1, 64, 65, 1024, 1025, 1281)] == [
+        64,
+        64,
+        80,
+        1024,
+        1280,
+        1536,
+    ]
+    for n in range(64, 5000):
+        assert n <= length_class(n) < 1.25 * n + 1
+        assert (
+            n <= refresh_class(n, 9999) < n + min(64, max(16, n / 16)) and refresh_class(n, n) == n
+        )
