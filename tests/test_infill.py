@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -50,6 +50,12 @@ def settings_of(
     return {**shape, "steps": total}, {**shape, "rule": "quota", "steps": steps}
 
 
+def tied(event: dsb.StepEvent) -> bool:
+    """Whether two candidates of the only row have nearly the same confidence."""
+    confidence = event.confidence[0][event.position[0] >= 0]
+    return bool((confidence.sort().values.diff() < 1e-5).any())
+
+
 @settings(max_examples=120, deadline=None)
 @given(
     family=st.sampled_from(golden.FAMILIES),
@@ -63,6 +69,7 @@ def settings_of(
     context=st.sampled_from([None, None, 0, 1, 4]),
     seed=st.integers(0, 999),
 )
+@example("dream", (("dsb", 4), "none", ("quota", 6)), 16, 0, 0.5, 1, 0, 2.0, 0, 16)
 def test_every_way_equals_the_plain_loop(
     family, way, length, suffix, share, full_every, after, cfg_scale, context, seed
 ):
@@ -79,11 +86,14 @@ def test_every_way_equals_the_plain_loop(
     if cache != "none":
         ours |= {"suffix_window": after}
         method |= {"suffix_window": after}
-    kinds: list[str] = []
+    events: list[tuple[str, bool]] = []
     out = dsb.infill(
-        golden.model(family), ids[None], on_step=lambda e: kinds.append(e.kind),
+        golden.model(family), ids[None], on_step=lambda e: events.append((e.kind, tied(e))),
         cfg_scale=cfg_scale, **ours,
     )  # fmt: skip
+    # Guidance makes several candidates so sure that the order of their confidences is rounding's.
+    assume(not any(tie for _, tie in events))
+    kinds = [kind for kind, _ in events]
     expected, expected_kinds = plain_loop(family, ids, cfg_scale=cfg_scale, **method)
     assert out.sequences[0].tolist() == expected and kinds == expected_kinds
     given = ids != MASK[family]
