@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from dsb_kernels._op import launch_options
+from dsb_kernels._launch import launch_options
 
 # `tools.compile_report` compiles for these. Any other architecture takes the configurations of one
 # of them (`architecture_of`).

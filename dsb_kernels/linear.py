@@ -19,7 +19,14 @@ from torch.nn.functional import linear, rms_norm, silu
 
 from dsb_kernels._check import FLOATS, check_tensor
 from dsb_kernels._configs import Launch, architecture_of, configuration, of_dtype
-from dsb_kernels._op import jit, launch_options, op, tl, triton, wrap_triton
+from dsb_kernels._launch import (
+    launch_options,
+    prefetch,
+    prefetch_rows,
+    wait_for_previous,
+    wrap_triton,
+)
+from dsb_kernels._op import jit, op, tl, triton
 
 MAX_TOKENS = 128  # the kernels read each weight once for up to so many tokens
 SILU_BLOCK = 1024
@@ -97,7 +104,7 @@ def linear_add_norm_reference(
 def _window_linear_kernel(
     weight_ptr, x_ptr, bias_ptr, out_ptr, stride_wf, stride_xn, stride_on, num_tokens, F, E,
     BLOCK_V: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr,
-    GATED: tl.constexpr,
+    GATED: tl.constexpr, PDL: tl.constexpr = False,
 ):  # fmt: skip
     """Program (tile of features, block of tokens): compute a tile (BLOCK_N, BLOCK_V) of out and
     round it once."""
@@ -110,6 +117,12 @@ def _window_linear_kernel(
     up_ptrs = gate_ptrs + tl.cast(F, tl.int64) * stride_wf
     x_ptrs = x_ptr + token.to(tl.int64)[None, :] * stride_xn + k[:, None]
 
+    if bias_ptr is not None:
+        prefetch(bias_ptr + feature, feature < F, PDL)
+    prefetch_rows(weight_ptr, feature, F, stride_wf, 0, E, PDL, 2 if GATED else 1)
+    if GATED:
+        prefetch_rows(weight_ptr, F + feature, 2 * F, stride_wf, 0, E, PDL, 2)
+    wait_for_previous(PDL)
     gate = tl.zeros((BLOCK_V, BLOCK_N), tl.float32)  # the only sum where not gated
     up = tl.zeros((BLOCK_V, BLOCK_N), tl.float32)
     for k0 in range(0, E, BLOCK_K):
@@ -133,9 +146,12 @@ def _window_linear_kernel(
 
 
 @jit
-def _silu_mul_kernel(gate_up_ptr, out_ptr, numel, F, BLOCK: tl.constexpr):
+def _silu_mul_kernel(
+    gate_up_ptr, out_ptr, numel, F, BLOCK: tl.constexpr, PDL: tl.constexpr = False
+):
     """Program: compute BLOCK elements of out = silu(gate) * up, which is (N, F); gate and up are
     the halves of gate_up (N, 2 F)."""
+    wait_for_previous(PDL)
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = index < numel
     gate_ptrs = gate_up_ptr + index // F * F + index
@@ -149,6 +165,7 @@ def _silu_mul_kernel(gate_up_ptr, out_ptr, numel, F, BLOCK: tl.constexpr):
 def _split_linear_kernel(
     weight_ptr, x_ptr, partial_ptr, stride_wf, stride_xn, num_tokens, F, E, share,
     BLOCK_V: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr,
+    PDL: tl.constexpr = False,
 ):  # fmt: skip
     """Program (tile of features, split, block of tokens): write a tile of partial (S, N, F), the
     sum over the `share` input features of its split. There are S splits."""
@@ -163,6 +180,8 @@ def _split_linear_kernel(
 
     first = split * share  # a multiple of BLOCK_K
     last = tl.minimum(first + share, E)
+    prefetch_rows(weight_ptr, feature, F, stride_wf, first, last, PDL)
+    wait_for_previous(PDL)
     y = tl.zeros((BLOCK_V, BLOCK_N), tl.float32)
     for k0 in range(first, last, BLOCK_K):
         inside = k0 + k < E
@@ -176,7 +195,7 @@ def _split_linear_kernel(
 @jit
 def _add_norm_kernel(
     partial_ptr, residual_ptr, norm_weight_ptr, out_ptr, stride_rn, stride_on, num_tokens, F, eps,
-    SPLITS: tl.constexpr, BLOCK_F: tl.constexpr,
+    SPLITS: tl.constexpr, BLOCK_F: tl.constexpr, PDL: tl.constexpr = False,
 ):  # fmt: skip
     """Program (token): add the splits to the residual, round it once, and compute the norm of the
     rounded residual."""
@@ -184,6 +203,8 @@ def _add_norm_kernel(
     feature = tl.arange(0, BLOCK_F)
     inside = feature < F
     residual_ptr += token * stride_rn + feature
+    prefetch(norm_weight_ptr + feature, inside, PDL)
+    wait_for_previous(PDL)
     y = tl.zeros((BLOCK_F,), tl.float32)
     for split in tl.static_range(SPLITS):
         partial_token = tl.cast(split, tl.int64) * num_tokens + token

@@ -134,8 +134,8 @@ CASE = OpCase(
             ("< numel", "< numel - 1"), ("tl.exp(-gate)", "tl.exp(gate)"),
         ]),
         ("nan_in_a_token", "_window_linear_kernel", [  # a token that spoils its tile
-            ("if bias_ptr is not None:",
-             "gate += 0 * tl.sum(gate, 1)[:, None]\n    if bias_ptr is not None:"),
+            ("if bias_ptr is not None:\n        gate",
+             "gate += 0 * tl.sum(gate, 1)[:, None]\n    if bias_ptr is not None:\n        gate"),
         ]),
         ("gated_20_tokens", "_window_linear_kernel", [  # which float32 could not show
             ("gate = tl.dot(w, x, gate,", "gate = tl.dot(w, x, gate.to(w.dtype).to(tl.float32),"),
@@ -271,7 +271,7 @@ NORM_CASE = OpCase(
             ("tl.store(residual_ptr, rounded, mask=inside)", "pass"),
             ("/ F + eps", "/ BLOCK_F + eps"),
             ("/ F + eps", "/ F"),
-            ("norm_weight_ptr + feature", "norm_weight_ptr + 0 * feature"),
+            ("load(norm_weight_ptr + feature", "load(norm_weight_ptr + 0 * feature"),
             ("inside = feature < F", "inside = feature < F - 1"),
         ]),
         ("nan_in_a_token", "_split_linear_kernel", [  # a token that spoils its tile

@@ -55,6 +55,7 @@ def linear_case(
         f"*{dtype}",
         odd=("num_tokens",),
         architectures=(architecture,),
+        prefetches=True,
         expects_tensor_cores=dtype != "fp32",
         expects_wide_loads=not bias,  # a bias is loaded by narrower loads
     )  # fmt: skip
@@ -68,6 +69,7 @@ def split_case(architecture: str, tokens: int, dtype: str) -> CompileCase:
         types={"partial_ptr": "*fp32"},
         odd=("num_tokens",),
         architectures=(architecture,),
+        prefetches=True,
         expects_tensor_cores=dtype != "fp32",
         expects_wide_loads=True,
     )  # fmt: skip
@@ -81,6 +83,7 @@ def norm_case(E: int, dtype: str, splits: int) -> CompileCase:
         {"SPLITS": splits, "BLOCK_F": triton.next_power_of_2(E)}, f"*{dtype}",
         types={"partial_ptr": "*fp32", "eps": "fp32"},
         odd=("num_tokens",),
+        prefetches=True,
         expects_wide_loads=True,
     )  # fmt: skip
 
