@@ -26,7 +26,6 @@ from dsb_kernels._op import jit, tl, triton
 
 MAX_SPLITS, DEFAULT_MAX_SPLITS = 128, 32
 COMBINE_QUERIES = 8  # how many queries a program of `_combine_kernel` takes
-FRUGAL_POSITIONS = 4096  # for a cache of this many positions `choose_splits` saves memory traffic
 
 
 def tile_of(queries: int, D: int, dtype: torch.dtype, architecture: str) -> Config:
@@ -35,21 +34,12 @@ def tile_of(queries: int, D: int, dtype: torch.dtype, architecture: str) -> Conf
     return configuration(f"window_attention {kind}", queries, architecture)
 
 
-def choose_splits(programs: int, sm_count: int, queries: int) -> int:
-    """How many splits the keys are divided into.
-
-    A number of splits keeps some share of the SMs busy. FlashAttention-3's rule takes the fewest
-    splits whose share is at least 85% of the best one.
-
-    Relative to the bytes of K and V, partial results have `queries` (of a KV head) x splits /
-    positions bytes. Where fewer splits keep that within a tenth for FRUGAL_POSITIONS positions,
-    they are taken if their share is at least 65% of the best one.
-    """
+def choose_splits(programs: int, sm_count: int) -> int:
+    """How many splits the keys are divided into: by FlashAttention-3's rule, the fewest with which
+    the share of busy SMs is at least 85% of the best one."""
     waves = [programs * splits / sm_count for splits in range(1, DEFAULT_MAX_SPLITS + 1)]
     share = [w / math.ceil(w) for w in waves]
-    splits = next(i for i, s in enumerate(share, 1) if s >= 0.85 * max(share))
-    frugal = min(splits, max(1, FRUGAL_POSITIONS // (10 * queries)))
-    return frugal if share[frugal - 1] >= 0.65 * max(share) else splits
+    return next(i for i, s in enumerate(share, 1) if s >= 0.85 * max(share))
 
 
 @functools.cache
@@ -354,7 +344,7 @@ def launch(a: Any) -> tuple[Tensor, Tensor]:
         if a.kv_indices is not None:
             blocks["BLOCK_N"] = min(blocks["BLOCK_N"], a.kv_block_size)
         tiles = triton.cdiv(group * W, blocks["BLOCK_M"])
-        splits = a.num_splits or choose_splits(B * H_kv * tiles, sm_count(a.q.device), group * W)
+        splits = a.num_splits or choose_splits(B * H_kv * tiles, sm_count(a.q.device))
         target, target_lse = out, lse
         if splits > 1:
             # Partial results are normalised and have the dtype of q; their weights are float32.

@@ -29,6 +29,8 @@ from dsb_kernels._launch import (
 from dsb_kernels._op import jit, op, tl, triton
 
 MAX_TOKENS = 128  # the kernels read each weight once for up to so many tokens
+MAX_STAGES = 16  # of a program's loads, where memory for more is free
+SMS = 100  # up to so many programs have an SM each
 SILU_BLOCK = 1024
 
 # --- definitions ------------------------------------------------------------------------------
@@ -198,7 +200,7 @@ def _add_norm_kernel(
     SPLITS: tl.constexpr, BLOCK_F: tl.constexpr, PDL: tl.constexpr = False,
 ):  # fmt: skip
     """Program (token): add the splits to the residual, round it once, and compute the norm of the
-    rounded residual."""
+    rounded residual. There are no splits where cuBLAS has added the product already."""
     token = tl.program_id(0).to(tl.int64)
     feature = tl.arange(0, BLOCK_F)
     inside = feature < F
@@ -211,7 +213,8 @@ def _add_norm_kernel(
         y += tl.load(partial_ptr + partial_token * F + feature, mask=inside, other=0.0)
     y += tl.load(residual_ptr, mask=inside, other=0.0).to(tl.float32)
     rounded = y.to(residual_ptr.dtype.element_ty)
-    tl.store(residual_ptr, rounded, mask=inside)
+    if SPLITS > 0:
+        tl.store(residual_ptr, rounded, mask=inside)
 
     y = rounded.to(tl.float32)
     eps = tl.cast(eps, tl.float32)  # Inductor passes scalars as float64
@@ -230,17 +233,21 @@ def linear_launch(
     """The launch of window_linear, whose grid is (tiles of features, blocks of tokens).
 
     While the tiles of features are fewer than PROGRAMS, they are halved, down to the 64 features
-    that tensor cores want.
+    that tensor cores want. Where every program has an SM to itself, its stages fill ALONE_KIB.
     """
     name = of_dtype("window_linear" + " gated" * gated, dtype)
     config = configuration(name, num_tokens, architecture)
     blocks, warps = dict(config.blocks), config.num_warps
-    programs = blocks.pop("PROGRAMS")
+    programs, alone = blocks.pop("PROGRAMS"), blocks.pop("ALONE_KIB", 0)
     while blocks["BLOCK_V"] > 64 and triton.cdiv(F, blocks["BLOCK_V"]) < programs:
         blocks["BLOCK_V"] //= 2
         warps //= 2
     grid = (triton.cdiv(F, blocks["BLOCK_V"]), triton.cdiv(num_tokens, blocks["BLOCK_N"]))
-    return Launch(blocks, warps, config.num_stages, grid=grid)
+    stages = config.num_stages
+    if alone and grid[0] * grid[1] <= SMS:
+        lines = blocks["BLOCK_V"] * (2 if gated else 1) + blocks["BLOCK_N"]
+        stages = min(MAX_STAGES, alone * 1024 // (lines * blocks["BLOCK_K"] * dtype.itemsize))
+    return Launch(blocks, warps, stages, grid=grid)
 
 
 def _silu_mul(gate_up: Tensor, out: Tensor) -> Tensor:
@@ -308,15 +315,20 @@ def norm_warps(F: int) -> int:
 
 def _launch_add_norm(a: Any) -> Tensor:
     num_tokens, (F, E) = len(a.x), a.weight.shape
-    if num_tokens > MAX_TOKENS or 0 in (num_tokens, E, F):
+    if 0 in (num_tokens, E, F):
         return linear_add_norm_reference(*a)
-    launch = split_launch(num_tokens, E, F, a.x.dtype, architecture_of(a.x.device))
-    splits = launch.grid[1]
-    partial = a.x.new_empty((splits, num_tokens, F), dtype=torch.float32)
-    wrap_triton(_split_linear_kernel)[launch.grid](
-        a.weight, a.x, partial, a.weight.stride(0), a.x.stride(0), num_tokens, F, E, launch.share,
-        EVEN_K=E % launch.blocks["BLOCK_K"] == 0, **launch.options(),
-    )  # fmt: skip
+    partial: Tensor | None = None
+    splits = 0
+    if num_tokens > MAX_TOKENS:
+        a.residual.addmm_(a.x, a.weight.t())
+    else:
+        launch = split_launch(num_tokens, E, F, a.x.dtype, architecture_of(a.x.device))
+        splits = launch.grid[1]
+        partial = a.x.new_empty((splits, num_tokens, F), dtype=torch.float32)
+        wrap_triton(_split_linear_kernel)[launch.grid](
+            a.weight, a.x, partial, a.weight.stride(0), a.x.stride(0), num_tokens, F, E,
+            launch.share, EVEN_K=E % launch.blocks["BLOCK_K"] == 0, **launch.options(),
+        )  # fmt: skip
     out = a.x.new_empty((num_tokens, F))
     wrap_triton(_add_norm_kernel)[(num_tokens,)](
         partial, a.residual, a.norm_weight, out, a.residual.stride(0), out.stride(0),

@@ -188,7 +188,7 @@ def test_programs_of_the_models_run_at_once_and_keep_the_memory_busy(production,
         assert 72 <= programs <= 296 and shared <= SHARED
         late = programs - 132 * (228 * 1024 // (shared + 1024))
         assert late <= (16 if (name, tokens, gated) == ("Dream-7B", 128, True) else 0)
-        assert programs * (launch.num_stages - 1) * tile * 64 * 2 >= 2.9e6
+        assert programs * (launch.num_stages - 1) * tile * 64 * 2 >= 4.7e6
 
 
 # --- linear_add_norm --------------------------------------------------------------------------
@@ -322,7 +322,7 @@ def test_splits_of_the_models_run_at_once_and_keep_the_memory_busy(production, n
         assert splits * launch.share == F  # equal work
         assert programs * (launch.num_stages - 1) * tile * 64 * 2 >= 4.5e6
         must = 2 * (E * F + tokens * (F + 3 * E) + E)
-        allowed = {16: 1.1, 32: 1.1, 64: 1.15, 128: 1.5}[tokens]  # from 64 on: of L2
+        allowed = {16: 1.1, 32: 1.1, 64: 1.3, 128: 1.5}[tokens]  # from 64 on: of L2
         partials = 2 * 4 * splits * tokens * E
         assert 1 + partials / must <= allowed and partials / 2 < 10e6
 
