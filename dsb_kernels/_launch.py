@@ -98,9 +98,9 @@ def wrap_triton(kernel: Any) -> Any:
 
 def launch_options(num_warps: int, num_stages: int) -> dict[str, Any]:
     """Return the keyword arguments of a launch, which fuses floating-point operations whatever
-    Triton's default is."""
-    options: dict[str, Any] = {"num_warps": num_warps, "num_stages": num_stages}
-    # The traced launch (torch.compile) takes no compiler options besides these two.
+    Triton's default is. `OnDevice` decides on PDL."""
+    options: dict[str, Any] = {"num_warps": num_warps, "num_stages": num_stages, "PDL": False}
+    # The traced launch (torch.compile) takes no compiler options besides the first two.
     if not torch._library.triton.is_wrap_triton_enabled():
         options["enable_fp_fusion"] = True
     return options

@@ -25,7 +25,7 @@ OF_TRITON = ("program_id", "num_programs", "arange", "cdiv", "minimum", "cast") 
 def test_launches_set_fp_fusion_explicitly():
     with torch._library.triton.set_wrap_triton_enabled(False):  # as in an eager call
         options = launching.launch_options(4, 2)
-    assert options == {"num_warps": 4, "num_stages": 2, "enable_fp_fusion": True}
+    assert options == {"num_warps": 4, "num_stages": 2, "PDL": False, "enable_fp_fusion": True}
     assert "enable_fp_fusion" not in launching.launch_options(4, 2)  # as while tracing
 
 

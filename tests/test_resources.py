@@ -154,6 +154,7 @@ def test_how_a_kernel_overlaps_with_the_one_before_it():
         /*0060*/                   STG.E desc[UR4][R8.64], R3 ;
     """
     assert overlap(sass) == "PWLA"
+    assert overlap(sass.replace("CCTL.E.PF2 [R4]", "ATOMS.OR RZ, [R4], R5")) == "PWLA"  # is shared
     assert overlap(sass.replace("CCTL.E.PF2 [R4]", "LDG.E R2, desc[UR4][R4.64]")) == "PAWLA"
 
 

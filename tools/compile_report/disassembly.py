@@ -18,6 +18,10 @@ _BRANCH = re.compile(
     r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?BRA\b.*?0x([0-9a-f]+)", re.MULTILINE
 )
 _INSTRUCTION_BYTES = 16
+_ACCESSES = (
+    "LDG", "STG", "LDGSTS", "RED", "REDG", "ATOM", "ATOMG", "UBLKCP", "UTMALDG", "UTMASTG",
+    "UTMAREDG",
+)  # fmt: skip
 _USAGE = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
 
 
@@ -63,16 +67,9 @@ def overlap(sass: str) -> str:
     """How a kernel overlaps with the one before it, by one letter for each instruction, in order:
     P prefetches into the L2 cache, W waits for that kernel, L lets the next one begin, and A
     accesses global memory. Several prefetches or accesses in a row are one letter."""
-    letters = (
-        ("P", "CCTL"), ("W", "ACQBULK"), ("L", "PREEXIT"),
-        ("A", ("LDG", "STG", "RED", "ATOM", "UBLKCP", "UTMA")),
-    )  # fmt: skip
-    order = [
-        letter
-        for opcode in _INSTRUCTION.findall(sass)
-        for letter, prefix in letters
-        if opcode.startswith(prefix)
-    ]
+    letters = {"CCTL": "P", "ACQBULK": "W", "PREEXIT": "L"} | dict.fromkeys(_ACCESSES, "A")
+    opcodes = (opcode.split(".")[0] for opcode in _INSTRUCTION.findall(sass))
+    order = [letters[opcode] for opcode in opcodes if opcode in letters]
     return re.sub(r"([PA])\1+", r"\1", "".join(order))
 
 
