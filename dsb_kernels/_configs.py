@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from dsb_kernels._op import launch_options
+from dsb_kernels._launch import launch_options
 
 # `tools.compile_report` compiles for these. Any other architecture takes the configurations of one
 # of them (`architecture_of`).
@@ -69,13 +69,22 @@ def scoring(columns: Four, programs: Four, stages: Four, *, last: int = 128) -> 
     }
 
 
-def linear(programs: int, stages: Four, *, last: tuple[int, int] = (128, 8)) -> Classes:
+def linear(
+    programs: int,
+    stages: Four,
+    *,
+    third: tuple[int, int] = (64, 4),
+    last: tuple[int, int] = (128, 8),
+    **more: int,
+) -> Classes:
     """The classes of a linear op, which should run at least `programs` programs: `linear_launch`
-    halves tiles for that, `split_launch` splits the input features. `last` gives the features and
-    the warps of the last class. A program has one load fewer in flight than it has stages."""
-    sizes = ((64, 4), (64, 4), (64, 4), last)
+    halves tiles for that, `split_launch` splits the input features. `third` and `last` give the
+    features and the warps of the last two classes. A program has one load fewer in flight than it
+    has stages. `more` may have ALONE_KIB, the shared memory that `linear_launch` fills with stages
+    where every program has an SM to itself."""
+    sizes = ((64, 4), (64, 4), third, last)
     return {
-        limit: matmul((features, min(limit, 128)), warps, s, PROGRAMS=programs)
+        limit: matmul((features, min(limit, 128)), warps, s, PROGRAMS=programs, **more)
         for limit, s, (features, warps) in zip(LIMITS, stages, sizes, strict=True)
     }
 
@@ -119,12 +128,16 @@ CONFIGS: dict[tuple[str, str], Classes] = {
     ),
     # size = tokens. sm_89 has 99 KiB of shared memory. Two accumulators of 128 x 128 do not fit
     # the registers that mma.sync leaves on sm_80 and sm_89.
-    ("window_linear", "any"): linear(64, (7, 7, 6, 6)),
+    ("window_linear", "any"): linear(64, (7, 7, 9, 6), third=(128, 8), ALONE_KIB=216),
+    ("window_linear", "sm_80"): linear(64, (7, 7, 6, 6)),
+    ("window_linear", "sm_100"): linear(64, (7, 7, 6, 6)),
     ("window_linear", "sm_89"): linear(64, (7, 6, 5, 4), last=(64, 4)),
     ("window_linear gated", "any"): linear(64, (4, 3, 3, 4)),
     ("window_linear gated", "sm_80"): linear(64, (4, 3, 3, 3), last=(64, 8)),
     ("window_linear gated", "sm_89"): linear(64, (4, 3, 3, 3), last=(64, 8)),
-    ("linear_add_norm", "any"): linear(100, (7, 7, 6, 6)),
+    ("linear_add_norm", "any"): linear(100, (7, 7, 8, 6), third=(128, 8)),
+    ("linear_add_norm", "sm_80"): linear(100, (7, 7, 6, 6)),
+    ("linear_add_norm", "sm_100"): linear(100, (7, 7, 6, 6)),
     ("linear_add_norm", "sm_89"): linear(100, (7, 6, 5, 4), last=(64, 4)),
     # size = queries of a KV head (group x window), for head dims up to 128, then up to 256
     ("window_attention 128", "any"): {

@@ -252,36 +252,3 @@ def _custom_op(name: str, fn: Callable, fake: Callable, mutates_args: Sequence[s
     custom = torch.library.custom_op(f"dsb::{name}", fn, mutates_args=tuple(mutates_args))
     custom.register_fake(fake)
     return custom
-
-
-class OnDevice:
-    """Launches a kernel on the device of its tensors; Triton itself uses the current device."""
-
-    def __init__(self, kernel: Any) -> None:
-        self.kernel = kernel
-
-    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-        def launch(*args: Any, **options: Any) -> None:
-            with torch.cuda.device(next(a.device for a in args if isinstance(a, Tensor))):
-                self.kernel[grid](*args, **options)
-
-        return launch
-
-
-def wrap_triton(kernel: Any) -> Any:
-    """Return an object that launches the kernel as `object[grid](...)`. While torch traces, it is
-    the one of `torch.library.wrap_triton`."""
-    if not isinstance(kernel, triton.runtime.jit.JITFunction):
-        return kernel  # The kernel is an interpreted one, which torch does not wrap.
-    wrapped = torch.library.wrap_triton(kernel)
-    return OnDevice(kernel) if wrapped is kernel else wrapped
-
-
-def launch_options(num_warps: int, num_stages: int) -> dict[str, Any]:
-    """Return the keyword arguments of a launch, which fuses floating-point operations whatever
-    Triton's default is."""
-    options: dict[str, Any] = {"num_warps": num_warps, "num_stages": num_stages}
-    # The traced launch (torch.compile) takes no compiler options besides these two.
-    if not torch._library.triton.is_wrap_triton_enabled():
-        options["enable_fp_fusion"] = True
-    return options

@@ -14,11 +14,18 @@ import torch
 from torch import Tensor
 
 from dsb_kernels._configs import Config, architecture_of, configuration
-from dsb_kernels._op import jit, launch_options, tl, triton, wrap_triton
+from dsb_kernels._launch import (
+    LINE_BYTES,
+    PREFETCHED_LINES,
+    launch_options,
+    prefetch_rows,
+    wait_for_previous,
+    wrap_triton,
+)
+from dsb_kernels._op import jit, tl, triton
 
 MAX_SPLITS, DEFAULT_MAX_SPLITS = 128, 32
 COMBINE_QUERIES = 8  # how many queries a program of `_combine_kernel` takes
-FRUGAL_POSITIONS = 4096  # for a cache of this many positions `choose_splits` saves memory traffic
 
 
 def tile_of(queries: int, D: int, dtype: torch.dtype, architecture: str) -> Config:
@@ -27,21 +34,12 @@ def tile_of(queries: int, D: int, dtype: torch.dtype, architecture: str) -> Conf
     return configuration(f"window_attention {kind}", queries, architecture)
 
 
-def choose_splits(programs: int, sm_count: int, queries: int) -> int:
-    """How many splits the keys are divided into.
-
-    A number of splits keeps some share of the SMs busy. FlashAttention-3's rule takes the fewest
-    splits whose share is at least 85% of the best one.
-
-    Relative to the bytes of K and V, partial results have `queries` (of a KV head) x splits /
-    positions bytes. Where fewer splits keep that within a tenth for FRUGAL_POSITIONS positions,
-    they are taken if their share is at least 65% of the best one.
-    """
+def choose_splits(programs: int, sm_count: int) -> int:
+    """How many splits the keys are divided into: by FlashAttention-3's rule, the fewest with which
+    the share of busy SMs is at least 85% of the best one."""
     waves = [programs * splits / sm_count for splits in range(1, DEFAULT_MAX_SPLITS + 1)]
     share = [w / math.ceil(w) for w in waves]
-    splits = next(i for i, s in enumerate(share, 1) if s >= 0.85 * max(share))
-    frugal = min(splits, max(1, FRUGAL_POSITIONS // (10 * queries)))
-    return frugal if share[frugal - 1] >= 0.65 * max(share) else splits
+    return next(i for i, s in enumerate(share, 1) if s >= 0.85 * max(share))
 
 
 @functools.cache
@@ -99,6 +97,60 @@ def _visit_list(
 
 
 @jit
+def _find_block(
+    j, fresh, offset, before_end, after_end, own_end, after, own, n_before, n_cached,
+    window_start, window_length, seqlen, leftpad, W, indices_ptr, list_start,
+    KV_BLOCK: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Where KV block `j` of those that `_visit_list` counts begins, and which of its keys, at
+    `offset` from there, queries see. `fresh` says whether it lies in the window's own columns."""
+    if indices_ptr is None:
+        in_before = j < n_before
+        n0 = tl.where(in_before, leftpad + j * BLOCK_N, after + (j - n_before) * BLOCK_N)
+        stop = tl.where(in_before, before_end, after_end)
+    else:
+        part = KV_BLOCK // BLOCK_N
+        entry = indices_ptr + list_start + j // part
+        n0 = tl.load(entry, mask=j < n_cached, other=0) * KV_BLOCK + j % part * BLOCK_N
+        stop = seqlen
+    n0 = tl.where(fresh, own + (j - n_cached) * BLOCK_N, n0)
+    seen = offset < tl.where(fresh, own_end, stop) - n0
+    if indices_ptr is not None:  # a listed KV block may reach into the padding or the window
+        seen &= offset >= tl.where(fresh, 0, leftpad - n0)
+        hole = (offset - tl.where(fresh, W, window_start - n0)).to(tl.uint32)
+        seen &= hole >= tl.where(fresh, 0, window_length).to(tl.uint32)
+    return n0, seen
+
+
+@jit
+def _prefetch_keys(
+    kc_ptr, vc_ptr, split, stride_n, C,
+    HEAD_DIM: tl.constexpr, NUM_SPLITS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    """Ask the L2 cache for the first keys and values that a split visits if it shares the whole
+    cache with the others. Padding shifts that by less than these are."""
+    if PDL:
+        BITS: tl.constexpr = kc_ptr.dtype.element_ty.primitive_bitwidth
+        LINES: tl.constexpr = BLOCK_D * BITS // (8 * LINE_BYTES)  # of a key
+        share = tl.cdiv(tl.cdiv(C, BLOCK_N), NUM_SPLITS) * BLOCK_N
+        key = split * share + tl.arange(0, PREFETCHED_LINES // (2 * LINES))
+        prefetch_rows(kc_ptr, key, C, stride_n, 0, HEAD_DIM, PDL, 2)
+        prefetch_rows(vc_ptr, key, C, stride_n, 0, HEAD_DIM, PDL, 2)
+
+
+@jit
+def _load_queries(q_ptrs, mask, softmax_scale):
+    """The queries, and the positive factor of their scores, which includes log2(e)."""
+    q = tl.load(q_ptrs, mask=mask, other=0.0)
+    scale = tl.cast(softmax_scale, tl.float32) * 1.4426950408889634  # log2(e)
+    # The largest score is found before scores are scaled, so that scale must be positive. In place
+    # of 0, a tiny scale makes all scores equal as well, and keeps -inf (-inf * 0 would be NaN).
+    q = tl.where(scale < 0, -q, q)
+    return q, tl.maximum(tl.abs(scale), 1e-37)
+
+
+@jit
 def _online_softmax(q, k, seen, top, total, scale):
     """Extend the online softmax by one KV block. The weight of a key is 2^(score * scale - top),
     where `top` is the largest score * scale so far and `scale` includes log2(e).
@@ -148,6 +200,7 @@ def _attention_kernel(
     stride_cb, stride_ch, stride_cn, W, C, softmax_scale,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, NUM_SPLITS: tl.constexpr,
     KV_BLOCK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    PDL: tl.constexpr = False,
 ):  # fmt: skip
     """Program (tile and split, KV head, batch row): BLOCK_M queries of a KV head against one split
     of its keys. kw_ptr is None where the window's keys are in the cache.
@@ -163,6 +216,13 @@ def _attention_kernel(
     first_query = tl.program_id(0) % tiles * BLOCK_M
     split = tl.program_id(0) // tiles
     kv_head, b = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    if batch_idx_ptr is None and indices_ptr is None:  # otherwise what is visited is not known yet
+        cached = b * stride_cb + kv_head * stride_ch
+        _prefetch_keys(
+            kc_ptr + cached, vc_ptr + cached, split, stride_cn, C, HEAD_DIM, NUM_SPLITS, BLOCK_N,
+            BLOCK_D, PDL,
+        )  # fmt: skip
+    wait_for_previous(PDL)
     H = tl.num_programs(1) * GROUP
     window_start, window_length, seqlen, leftpad = _load_bounds(
         window_start_ptr + b, window_length_ptr + b, seqlens_ptr, leftpad_ptr, b, W, C
@@ -186,18 +246,13 @@ def _attention_kernel(
     inside = (d < HEAD_DIM)[None, :]
     q_ptrs = q_ptr + b * stride_qb + head[:, None] * stride_qh + column[:, None] * stride_qw
     q_mask = valid[:, None] if HEAD_DIM == BLOCK_D else valid[:, None] & inside
-    q = tl.load(q_ptrs + d[None, :], mask=q_mask, other=0.0)
-    scale = tl.cast(softmax_scale, tl.float32) * 1.4426950408889634  # log2(e)
-    # The largest score is found before scores are scaled, so that scale must be positive. In place
-    # of 0, a tiny scale makes all scores equal as well, and keeps -inf (-inf * 0 would be NaN).
-    q = tl.where(scale < 0, -q, q)
-    scale = tl.maximum(tl.abs(scale), 1e-37)
+    q, scale = _load_queries(q_ptrs + d[None, :], q_mask, softmax_scale)
 
     cache_row = b
     if batch_idx_ptr is not None:
         cache_row = tl.load(batch_idx_ptr + b).to(tl.int64)
-    kc_ptr += cache_row * stride_cb + kv_head * stride_ch
-    vc_ptr += cache_row * stride_cb + kv_head * stride_ch
+    cached = cache_row * stride_cb + kv_head * stride_ch
+    kc_ptr, vc_ptr = kc_ptr + cached, vc_ptr + cached
     if kw_ptr is not None:
         kw_ptr += b * stride_wb + kv_head * stride_wh
         vw_ptr += b * stride_wb + kv_head * stride_wh
@@ -207,21 +262,12 @@ def _attention_kernel(
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     offset = tl.arange(0, BLOCK_N)
     for j in range(low, high):
-        fresh, in_before = j >= n_cached, j < n_before
-        if indices_ptr is None:
-            n0 = tl.where(in_before, leftpad + j * BLOCK_N, after + (j - n_before) * BLOCK_N)
-            stop = tl.where(in_before, before_end, after_end)
-        else:
-            part = KV_BLOCK // BLOCK_N
-            entry = indices_ptr + list_index * list_size + j // part
-            n0 = tl.load(entry, mask=j < n_cached, other=0) * KV_BLOCK + j % part * BLOCK_N
-            stop = seqlen
-        n0 = tl.where(fresh, own + (j - n_cached) * BLOCK_N, n0)
-        seen = offset < tl.where(fresh, own_end, stop) - n0
-        if indices_ptr is not None:  # a listed KV block may reach into the padding or the window
-            seen &= offset >= tl.where(fresh, 0, leftpad - n0)
-            hole = (offset - tl.where(fresh, W, window_start - n0)).to(tl.uint32)
-            seen &= hole >= tl.where(fresh, 0, window_length).to(tl.uint32)
+        fresh = j >= n_cached
+        n0, seen = _find_block(
+            j, fresh, offset, before_end, after_end, own_end, after, own, n_before, n_cached,
+            window_start, window_length, seqlen, leftpad, W, indices_ptr, list_index * list_size,
+            KV_BLOCK, BLOCK_N,
+        )  # fmt: skip
         k_ptr, v_ptr, stride_n = kc_ptr, vc_ptr, stride_cn
         if kw_ptr is None:
             n0 += tl.where(fresh, window_start, 0)
@@ -248,9 +294,11 @@ def _attention_kernel(
 def _combine_kernel(
     partial_ptr, partial_lse_ptr, out_ptr, lse_ptr, window_length_ptr, H, W,
     HEAD_DIM: tl.constexpr, NUM_SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+    PDL: tl.constexpr = False,
 ):  # fmt: skip
     """Program (tile, batch row): combine the splits of BLOCK_M of the row's W * H queries, in a
     fixed order."""
+    wait_for_previous(PDL)
     b = tl.program_id(1).to(tl.int64)
     query = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     column, head = (query // H).to(tl.int64), (query % H).to(tl.int64)
@@ -296,7 +344,7 @@ def launch(a: Any) -> tuple[Tensor, Tensor]:
         if a.kv_indices is not None:
             blocks["BLOCK_N"] = min(blocks["BLOCK_N"], a.kv_block_size)
         tiles = triton.cdiv(group * W, blocks["BLOCK_M"])
-        splits = a.num_splits or choose_splits(B * H_kv * tiles, sm_count(a.q.device), group * W)
+        splits = a.num_splits or choose_splits(B * H_kv * tiles, sm_count(a.q.device))
         target, target_lse = out, lse
         if splits > 1:
             # Partial results are normalised and have the dtype of q; their weights are float32.

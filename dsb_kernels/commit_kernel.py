@@ -10,7 +10,8 @@ from __future__ import annotations
 from typing import Any
 
 from dsb_kernels._configs import Config, configuration
-from dsb_kernels._op import constant, jit, launch_options, tl, triton, wrap_triton
+from dsb_kernels._launch import launch_options, wait_for_previous, wrap_triton
+from dsb_kernels._op import constant, jit, tl, triton
 from dsb_kernels.rows import NUM_COLUMNS, Column, StepKind, UnmaskSpec
 
 WINDOW = constant(StepKind.WINDOW)
@@ -105,9 +106,12 @@ def _commit_count(
 
 
 @jit
-def _tokens_due(step, masks, masks_left, steps):
+def _tokens_due(table_ptr, step, masks_left, steps, SCHEDULE: tl.constexpr):
     """How many tokens the step must commit to meet the plan of the quota, which includes those that
-    earlier steps could not commit. The plan covers `masks`."""
+    earlier steps could not commit. The response has `masks_left` masks."""
+    masks = tl.load(table_ptr + PLANNED)  # those that the plan covers
+    if SCHEDULE == "naive":  # it covers a block
+        masks_left = tl.load(table_ptr + NUM_CANDIDATES)
     planned = (step + 1) * (masks // steps) + tl.minimum(step + 1, masks % steps)
     return tl.where(step + 1 >= steps, masks, planned) - (masks - masks_left)
 
@@ -233,14 +237,14 @@ def _unmask_kernel(
     PROGRESS: tl.constexpr, REFRESH_FIRST: tl.constexpr, EOS_IDS: tl.constexpr,
     EOS_BOUND: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_R: tl.constexpr,
+    PDL: tl.constexpr = False,
 ):  # fmt: skip
     """Program (batch row): select, commit, slide and plan. EOS_IDS is empty if no EOS stops."""
+    wait_for_previous(PDL)
     b = tl.program_id(0).to(tl.int64)
     r, is_scored = _scored_row(rows_ptr, b, num_rows, BLOCK_R)
-    canvas_ptr += b * stride_cb
-    table_ptr += b * COLUMNS
-    position_ptr += b * K
-    confidence_ptr += r * num_scored
+    canvas_ptr, table_ptr = canvas_ptr + b * stride_cb, table_ptr + b * COLUMNS
+    position_ptr, confidence_ptr = position_ptr + b * K, confidence_ptr + r * num_scored
     old_kind, old_end = tl.load(table_ptr + NEXT_KIND), tl.load(table_ptr + END)
     was_refresh = old_kind != WINDOW
     active = tl.load(active_ptr + r, mask=is_scored != 0, other=0)
@@ -264,16 +268,15 @@ def _unmask_kernel(
     )  # fmt: skip
     c = tl.where(valid, c, float("-inf")).to(tl.float64)
     begin, last = tl.load(table_ptr + RESPONSE_START), tl.load(table_ptr + RESPONSE_END)
-    old_start = tl.load(table_ptr + START)
-    old_step, old_unmasked = tl.load(table_ptr + STEP), tl.load(table_ptr + UNMASKED)
+    old_start, old_step = tl.load(table_ptr + START), tl.load(table_ptr + STEP)
+    old_unmasked = tl.load(table_ptr + UNMASKED)
     due = 0
     if RULE == "quota":
-        planned, num = tl.load(table_ptr + PLANNED), tl.load(table_ptr + NUM_CANDIDATES)
-        masks_left = num if SCHEDULE == "naive" else last - begin - old_unmasked
-        due = _tokens_due(old_step, planned, masks_left, steps)
+        due = _tokens_due(table_ptr, old_step, last - begin - old_unmasked, steps, SCHEDULE)
     m = tl.sum(valid.to(tl.int32), 0)
+    total = total_before + c
     count = _commit_count(
-        c, rank, total_before + c, valid, m, K, due, old_end - old_start, RULE, RULE_VALUE, PROGRESS
+        c, rank, total, valid, m, K, due, old_end - old_start, RULE, RULE_VALUE, PROGRESS
     )
     commit = valid & (rank <= tl.maximum(count, 1))
     if REFRESH_FIRST:

@@ -19,9 +19,18 @@ from torch.nn.functional import linear, rms_norm, silu
 
 from dsb_kernels._check import FLOATS, check_tensor
 from dsb_kernels._configs import Launch, architecture_of, configuration, of_dtype
-from dsb_kernels._op import jit, launch_options, op, tl, triton, wrap_triton
+from dsb_kernels._launch import (
+    launch_options,
+    prefetch,
+    prefetch_rows,
+    wait_for_previous,
+    wrap_triton,
+)
+from dsb_kernels._op import jit, op, tl, triton
 
 MAX_TOKENS = 128  # the kernels read each weight once for up to so many tokens
+MAX_STAGES = 16  # of a program's loads, where memory for more is free
+SMS = 100  # up to so many programs have an SM each
 SILU_BLOCK = 1024
 
 # --- definitions ------------------------------------------------------------------------------
@@ -97,7 +106,7 @@ def linear_add_norm_reference(
 def _window_linear_kernel(
     weight_ptr, x_ptr, bias_ptr, out_ptr, stride_wf, stride_xn, stride_on, num_tokens, F, E,
     BLOCK_V: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr,
-    GATED: tl.constexpr,
+    GATED: tl.constexpr, PDL: tl.constexpr = False,
 ):  # fmt: skip
     """Program (tile of features, block of tokens): compute a tile (BLOCK_N, BLOCK_V) of out and
     round it once."""
@@ -110,6 +119,12 @@ def _window_linear_kernel(
     up_ptrs = gate_ptrs + tl.cast(F, tl.int64) * stride_wf
     x_ptrs = x_ptr + token.to(tl.int64)[None, :] * stride_xn + k[:, None]
 
+    if bias_ptr is not None:
+        prefetch(bias_ptr + feature, feature < F, PDL)
+    prefetch_rows(weight_ptr, feature, F, stride_wf, 0, E, PDL, 2 if GATED else 1)
+    if GATED:
+        prefetch_rows(weight_ptr, F + feature, 2 * F, stride_wf, 0, E, PDL, 2)
+    wait_for_previous(PDL)
     gate = tl.zeros((BLOCK_V, BLOCK_N), tl.float32)  # the only sum where not gated
     up = tl.zeros((BLOCK_V, BLOCK_N), tl.float32)
     for k0 in range(0, E, BLOCK_K):
@@ -133,9 +148,12 @@ def _window_linear_kernel(
 
 
 @jit
-def _silu_mul_kernel(gate_up_ptr, out_ptr, numel, F, BLOCK: tl.constexpr):
+def _silu_mul_kernel(
+    gate_up_ptr, out_ptr, numel, F, BLOCK: tl.constexpr, PDL: tl.constexpr = False
+):
     """Program: compute BLOCK elements of out = silu(gate) * up, which is (N, F); gate and up are
     the halves of gate_up (N, 2 F)."""
+    wait_for_previous(PDL)
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = index < numel
     gate_ptrs = gate_up_ptr + index // F * F + index
@@ -149,6 +167,7 @@ def _silu_mul_kernel(gate_up_ptr, out_ptr, numel, F, BLOCK: tl.constexpr):
 def _split_linear_kernel(
     weight_ptr, x_ptr, partial_ptr, stride_wf, stride_xn, num_tokens, F, E, share,
     BLOCK_V: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr,
+    PDL: tl.constexpr = False,
 ):  # fmt: skip
     """Program (tile of features, split, block of tokens): write a tile of partial (S, N, F), the
     sum over the `share` input features of its split. There are S splits."""
@@ -163,6 +182,8 @@ def _split_linear_kernel(
 
     first = split * share  # a multiple of BLOCK_K
     last = tl.minimum(first + share, E)
+    prefetch_rows(weight_ptr, feature, F, stride_wf, first, last, PDL)
+    wait_for_previous(PDL)
     y = tl.zeros((BLOCK_V, BLOCK_N), tl.float32)
     for k0 in range(first, last, BLOCK_K):
         inside = k0 + k < E
@@ -176,21 +197,24 @@ def _split_linear_kernel(
 @jit
 def _add_norm_kernel(
     partial_ptr, residual_ptr, norm_weight_ptr, out_ptr, stride_rn, stride_on, num_tokens, F, eps,
-    SPLITS: tl.constexpr, BLOCK_F: tl.constexpr,
+    SPLITS: tl.constexpr, BLOCK_F: tl.constexpr, PDL: tl.constexpr = False,
 ):  # fmt: skip
     """Program (token): add the splits to the residual, round it once, and compute the norm of the
-    rounded residual."""
+    rounded residual. There are no splits where cuBLAS has added the product already."""
     token = tl.program_id(0).to(tl.int64)
     feature = tl.arange(0, BLOCK_F)
     inside = feature < F
     residual_ptr += token * stride_rn + feature
+    prefetch(norm_weight_ptr + feature, inside, PDL)
+    wait_for_previous(PDL)
     y = tl.zeros((BLOCK_F,), tl.float32)
     for split in tl.static_range(SPLITS):
         partial_token = tl.cast(split, tl.int64) * num_tokens + token
         y += tl.load(partial_ptr + partial_token * F + feature, mask=inside, other=0.0)
     y += tl.load(residual_ptr, mask=inside, other=0.0).to(tl.float32)
     rounded = y.to(residual_ptr.dtype.element_ty)
-    tl.store(residual_ptr, rounded, mask=inside)
+    if SPLITS > 0:
+        tl.store(residual_ptr, rounded, mask=inside)
 
     y = rounded.to(tl.float32)
     eps = tl.cast(eps, tl.float32)  # Inductor passes scalars as float64
@@ -209,17 +233,21 @@ def linear_launch(
     """The launch of window_linear, whose grid is (tiles of features, blocks of tokens).
 
     While the tiles of features are fewer than PROGRAMS, they are halved, down to the 64 features
-    that tensor cores want.
+    that tensor cores want. Where every program has an SM to itself, its stages fill ALONE_KIB.
     """
     name = of_dtype("window_linear" + " gated" * gated, dtype)
     config = configuration(name, num_tokens, architecture)
     blocks, warps = dict(config.blocks), config.num_warps
-    programs = blocks.pop("PROGRAMS")
+    programs, alone = blocks.pop("PROGRAMS"), blocks.pop("ALONE_KIB", 0)
     while blocks["BLOCK_V"] > 64 and triton.cdiv(F, blocks["BLOCK_V"]) < programs:
         blocks["BLOCK_V"] //= 2
         warps //= 2
     grid = (triton.cdiv(F, blocks["BLOCK_V"]), triton.cdiv(num_tokens, blocks["BLOCK_N"]))
-    return Launch(blocks, warps, config.num_stages, grid=grid)
+    stages = config.num_stages
+    if alone and grid[0] * grid[1] <= SMS:
+        lines = blocks["BLOCK_V"] * (2 if gated else 1) + blocks["BLOCK_N"]
+        stages = min(MAX_STAGES, alone * 1024 // (lines * blocks["BLOCK_K"] * dtype.itemsize))
+    return Launch(blocks, warps, stages, grid=grid)
 
 
 def _silu_mul(gate_up: Tensor, out: Tensor) -> Tensor:
@@ -287,15 +315,20 @@ def norm_warps(F: int) -> int:
 
 def _launch_add_norm(a: Any) -> Tensor:
     num_tokens, (F, E) = len(a.x), a.weight.shape
-    if num_tokens > MAX_TOKENS or 0 in (num_tokens, E, F):
+    if 0 in (num_tokens, E, F):
         return linear_add_norm_reference(*a)
-    launch = split_launch(num_tokens, E, F, a.x.dtype, architecture_of(a.x.device))
-    splits = launch.grid[1]
-    partial = a.x.new_empty((splits, num_tokens, F), dtype=torch.float32)
-    wrap_triton(_split_linear_kernel)[launch.grid](
-        a.weight, a.x, partial, a.weight.stride(0), a.x.stride(0), num_tokens, F, E, launch.share,
-        EVEN_K=E % launch.blocks["BLOCK_K"] == 0, **launch.options(),
-    )  # fmt: skip
+    partial: Tensor | None = None
+    splits = 0
+    if num_tokens > MAX_TOKENS:
+        a.residual.addmm_(a.x, a.weight.t())
+    else:
+        launch = split_launch(num_tokens, E, F, a.x.dtype, architecture_of(a.x.device))
+        splits = launch.grid[1]
+        partial = a.x.new_empty((splits, num_tokens, F), dtype=torch.float32)
+        wrap_triton(_split_linear_kernel)[launch.grid](
+            a.weight, a.x, partial, a.weight.stride(0), a.x.stride(0), num_tokens, F, E,
+            launch.share, EVEN_K=E % launch.blocks["BLOCK_K"] == 0, **launch.options(),
+        )  # fmt: skip
     out = a.x.new_empty((num_tokens, F))
     wrap_triton(_add_norm_kernel)[(num_tokens,)](
         partial, a.residual, a.norm_weight, out, a.residual.stride(0), out.stride(0),

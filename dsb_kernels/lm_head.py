@@ -20,7 +20,8 @@ from torch.nn.functional import linear
 
 from dsb_kernels._check import FLOATS, check_tensor
 from dsb_kernels._configs import Launch, architecture_of, configuration, of_dtype
-from dsb_kernels._op import jit, op, tl, triton, wrap_triton
+from dsb_kernels._launch import prefetch_rows, wait_for_previous, wrap_triton
+from dsb_kernels._op import jit, op, tl, triton
 from dsb_kernels.noise import gumbel
 from dsb_kernels.score import (
     NO_TOKEN,
@@ -226,11 +227,15 @@ def _lm_head_kernel(
     partial_ptr, stride_wv, stride_hn, num_candidates, V, E, share, token_base, temperature,
     BLOCK_V: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr,
     COLUMNS: tl.constexpr, BANNED: tl.constexpr, EXCLUDED: tl.constexpr, SAMPLE: tl.constexpr,
-    CONFIDENCE: tl.constexpr, SEEDS: tl.constexpr = False,
+    CONFIDENCE: tl.constexpr, SEEDS: tl.constexpr = False, PDL: tl.constexpr = False,
 ):  # fmt: skip
     """Program (share, block of candidates): the states of these candidates over each tile of one
     share of the vocabulary."""
     program = tl.program_id(0)
+    first = program * share
+    last = tl.minimum(first + share, V)
+    prefetch_rows(weight_ptr, first + tl.arange(0, BLOCK_V), last, stride_wv, 0, E, PDL)
+    wait_for_previous(PDL)
     first_candidate = tl.program_id(1) * BLOCK_N
     candidate = first_candidate + tl.arange(0, BLOCK_N)
     present = candidate < num_candidates
@@ -248,8 +253,6 @@ def _lm_head_kernel(
     # nothing twice.
     hidden_mask = present[None, :]
 
-    first = program * share
-    last = tl.minimum(first + share, V)
     part = program.to(tl.int64) * tl.cdiv(share, BLOCK_V)
     part_ptr = partial_ptr + part * num_candidates * 6
     # The loops are flattened, so that the next tile's first loads run while a tile is scored.

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from dsb_kernels._check import check_between, check_choice, check_tensor
 from dsb_kernels._configs import configuration
-from dsb_kernels._op import constant, jit, op, tl, triton, wrap_triton
+from dsb_kernels._launch import wait_for_previous, wrap_triton
+from dsb_kernels._op import constant, jit, op, tl, triton
 from dsb_kernels.rows import NUM_COLUMNS, Column, StepKind
 
 CONFIG = configuration("place_rows", 0, "any")  # every batch and architecture takes the same
@@ -165,6 +166,7 @@ def _place_rows_kernel(
     stride_cb, B, L, K, width, capacity, suffix_window,
     KIND: tl.constexpr, SHIFT: tl.constexpr, ALL: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_W: tl.constexpr,
+    PDL: tl.constexpr = False,
 ):  # fmt: skip
     """Program (r, piece): write BLOCK_W tokens of the step's row r; piece 0 also writes the row's
     other fields of the layout.
@@ -173,6 +175,7 @@ def _place_rows_kernel(
     in the batch's order, and then the others, in that order too. With ALL it is batch row r.
     `capacity` is k.
     """
+    wait_for_previous(PDL)
     r = tl.program_id(0)
     b = tl.arange(0, BLOCK_B)
     inside = b < B

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from dsb_kernels._check import check_tensor, check_window
 from dsb_kernels._configs import configuration
-from dsb_kernels._op import jit, op, tl, triton, wrap_triton
+from dsb_kernels._launch import wait_for_previous, wrap_triton
+from dsb_kernels._op import jit, op, tl, triton
 
 EVEN = range(2, 1 << 31, 2)
 TILE = configuration("rope_write_kv", 0, "any")  # every window and architecture takes the same
@@ -132,12 +133,14 @@ def _rope_write_kv_kernel(
     stride_vb, stride_vh, stride_vw, stride_p, stride_cb, stride_ch, stride_cn,
     stride_ob, stride_oh, stride_ow, H, W, C, max_pos,
     HEAD_DIM: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_D: tl.constexpr,
+    PDL: tl.constexpr = False,
 ):  # fmt: skip
     """Program (tile, head, batch row): take BLOCK_W columns of a query head, or of a KV head.
 
     Columns at or past the window's length (or the cache's end) are neither read nor written, except
     that the rotated queries are 0 there.
     """
+    wait_for_previous(PDL)
     head = tl.program_id(1).to(tl.int64)
     b = tl.program_id(2).to(tl.int64)
     column = tl.program_id(0) * BLOCK_W + tl.arange(0, BLOCK_W)

@@ -30,7 +30,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from dsb_kernels._check import check_choice, check_tensor
-from dsb_kernels._op import constant, jit, launch_options, op, tl, triton, wrap_triton
+from dsb_kernels._launch import launch_options, wait_for_previous, wrap_triton
+from dsb_kernels._op import constant, jit, op, tl, triton
 from dsb_kernels.noise import sampling_scores
 
 CONFIDENCES = ("probability", "margin", "entropy")
@@ -201,10 +202,11 @@ def store_state(
 def combine_kernel(
     partial_ptr, eligible_ptr, token_ptr, confidence_ptr, state_ptr,
     num_candidates, parts, first_allowed,
-    PARTS: tl.constexpr, CONFIDENCE: tl.constexpr,
+    PARTS: tl.constexpr, CONFIDENCE: tl.constexpr, PDL: tl.constexpr = False,
 ):  # fmt: skip
     """Program (candidate): combine the states of all its parts at once, in a fixed order, and write
     one state, or, if `state_ptr` is None, the token and its confidence."""
+    wait_for_previous(PDL)
     candidate = tl.program_id(0)
     part = tl.arange(0, PARTS)
     if eligible_ptr is not None:  # the states of other candidates were never written

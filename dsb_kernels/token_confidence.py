@@ -18,7 +18,8 @@ from torch import Tensor
 
 from dsb_kernels._check import FLOATS, check_tensor
 from dsb_kernels._configs import Launch, architecture_of, configuration
-from dsb_kernels._op import jit, op, tl, wrap_triton
+from dsb_kernels._launch import wait_for_previous, wrap_triton
+from dsb_kernels._op import jit, op, tl
 from dsb_kernels.noise import gumbel, philox_words, sampling_scores
 from dsb_kernels.score import (
     NO_TOKEN,
@@ -244,9 +245,10 @@ def _token_confidence_kernel(
     stride_n, num_candidates, V, temperature,
     BLOCK_V: tl.constexpr, SPLIT_BLOCKS: tl.constexpr, BANNED: tl.constexpr, EXCLUDED: tl.constexpr,
     SAMPLE: tl.constexpr, CONFIDENCE: tl.constexpr, STAGES: tl.constexpr, LANES: tl.constexpr,
-    SEEDS: tl.constexpr = False,
+    SEEDS: tl.constexpr = False, PDL: tl.constexpr = False,
 ):  # fmt: skip
     """Program (candidate, split): the state of one candidate over one split of the vocabulary."""
+    wait_for_previous(PDL)
     candidate = tl.program_id(0)
     split = tl.program_id(1)
     if eligible_ptr is not None:  # noqa: SIM102 (a compile-time and a run-time condition)

@@ -33,6 +33,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction, MockTensor
 
 import dsb_kernels
+from dsb_kernels._launch import PDL_OPTIONS
 from tools.compile_report.cases import collect_cases
 
 SM_COUNT = 132  # of an H100
@@ -169,6 +170,7 @@ class Launcher:
             assert 0 < grid[0] < 2**31 and all(0 < n < 65536 for n in grid[1:]), grid
             assert all(a.is_cuda for a in args if isinstance(a, Tensor)), "a CPU tensor in a launch"
             bound = [MockTensor(a.dtype) if isinstance(a, Tensor) else a for a in args]
+            options |= PDL_OPTIONS  # as `OnDevice` adds for an H100
             self.compiled(self.kernel.__name__, self.kernel.warmup(*bound, grid=grid, **options))
 
         return launch

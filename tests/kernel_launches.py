@@ -144,6 +144,9 @@ def linear_calls() -> Iterator[Call]:
     many = cuda(300, 128, dtype=BF16)
     yield call(window_linear, "_silu_mul_kernel", x=many, weight=cuda(64, 128, dtype=BF16),
                gated=True)  # fmt: skip
+    yield call(linear_add_norm, "_add_norm_kernel", x=many, weight=cuda(64, 128, dtype=BF16),
+               residual=cuda(300, 64, dtype=BF16), norm_weight=cuda(64, dtype=BF16),
+               eps=1e-5)  # fmt: skip
 
 
 def calls() -> list[Call]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import os
 import shutil
@@ -233,40 +232,6 @@ def test_definitions_work_without_triton():
         [sys.executable, "-c", WITHOUT_TRITON], cwd=ROOT, capture_output=True, text=True
     )
     assert result.returncode == 0, result.stderr
-
-
-def test_launches_set_fp_fusion_explicitly():
-    with torch._library.triton.set_wrap_triton_enabled(False):  # as in an eager call
-        options = dispatch.launch_options(4, 2)
-    assert options == {"num_warps": 4, "num_stages": 2, "enable_fp_fusion": True}
-    assert "enable_fp_fusion" not in dispatch.launch_options(4, 2)  # as while tracing
-
-
-def test_a_kernel_is_launched_on_the_device_of_its_tensors(monkeypatch):
-    """Triton takes the current one."""
-    where: list[torch.device] = []
-    launched: list[tuple] = []
-
-    def fn(x_ptr, n):
-        pass
-
-    @contextlib.contextmanager
-    def device(device):
-        where.append(device)
-        yield
-        where.append(None)
-
-    monkeypatch.setattr(torch.cuda, "device", device)
-    kernel = dispatch.triton.runtime.jit.JITFunction(fn)
-    run = lambda *a, grid, warmup, **o: launched.append((where[-1].index, grid, len(a), o))  # noqa: E731
-    monkeypatch.setattr(kernel, "run", run)
-    with FakeTensorMode():
-        x = torch.empty(2, device="cuda:1")
-    with torch._library.triton.set_wrap_triton_enabled(False):
-        dispatch.wrap_triton(kernel)[(3,)](x, 2, num_warps=4)
-    assert launched == [(1, (3,), 2, {"num_warps": 4})] and where[-1] is None
-    traced = dispatch.wrap_triton(kernel)
-    assert type(traced).__name__ == "TraceableTritonKernelWrapper"
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,8 @@ LENGTH = PROMPT + SHAPE["gen_length"]
 # What follows attention in a layer, with the q, k and v of the next one.
 ADD_NORM = ["_split_linear_kernel", "_add_norm_kernel"]
 FEW = [*ADD_NORM, "_window_linear_kernel", *ADD_NORM, "_window_linear_kernel"]
-MANY = ["addmm_", "rms_norm", "linear", "_silu_mul_kernel", "addmm_", "rms_norm", "linear"]
+AFTER_CUBLAS = ["addmm_", "_add_norm_kernel", "linear"]
+MANY = [*AFTER_CUBLAS, "_silu_mul_kernel", *AFTER_CUBLAS]
 
 
 @pytest.fixture

@@ -134,8 +134,8 @@ CASE = OpCase(
             ("< numel", "< numel - 1"), ("tl.exp(-gate)", "tl.exp(gate)"),
         ]),
         ("nan_in_a_token", "_window_linear_kernel", [  # a token that spoils its tile
-            ("if bias_ptr is not None:",
-             "gate += 0 * tl.sum(gate, 1)[:, None]\n    if bias_ptr is not None:"),
+            ("if bias_ptr is not None:\n        gate",
+             "gate += 0 * tl.sum(gate, 1)[:, None]\n    if bias_ptr is not None:\n        gate"),
         ]),
         ("gated_20_tokens", "_window_linear_kernel", [  # which float32 could not show
             ("gate = tl.dot(w, x, gate,", "gate = tl.dot(w, x, gate.to(w.dtype).to(tl.float32),"),
@@ -188,7 +188,7 @@ def test_programs_of_the_models_run_at_once_and_keep_the_memory_busy(production,
         assert 72 <= programs <= 296 and shared <= SHARED
         late = programs - 132 * (228 * 1024 // (shared + 1024))
         assert late <= (16 if (name, tokens, gated) == ("Dream-7B", 128, True) else 0)
-        assert programs * (launch.num_stages - 1) * tile * 64 * 2 >= 2.9e6
+        assert programs * (launch.num_stages - 1) * tile * 64 * 2 >= 4.7e6
 
 
 # --- linear_add_norm --------------------------------------------------------------------------
@@ -271,7 +271,7 @@ NORM_CASE = OpCase(
             ("tl.store(residual_ptr, rounded, mask=inside)", "pass"),
             ("/ F + eps", "/ BLOCK_F + eps"),
             ("/ F + eps", "/ F"),
-            ("norm_weight_ptr + feature", "norm_weight_ptr + 0 * feature"),
+            ("load(norm_weight_ptr + feature", "load(norm_weight_ptr + 0 * feature"),
             ("inside = feature < F", "inside = feature < F - 1"),
         ]),
         ("nan_in_a_token", "_split_linear_kernel", [  # a token that spoils its tile
@@ -322,7 +322,7 @@ def test_splits_of_the_models_run_at_once_and_keep_the_memory_busy(production, n
         assert splits * launch.share == F  # equal work
         assert programs * (launch.num_stages - 1) * tile * 64 * 2 >= 4.5e6
         must = 2 * (E * F + tokens * (F + 3 * E) + E)
-        allowed = {16: 1.1, 32: 1.1, 64: 1.15, 128: 1.5}[tokens]  # from 64 on: of L2
+        allowed = {16: 1.1, 32: 1.1, 64: 1.3, 128: 1.5}[tokens]  # from 64 on: of L2
         partials = 2 * 4 * splits * tokens * E
         assert 1 + partials / must <= allowed and partials / 2 < 10e6
 

@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -17,8 +18,9 @@ import triton
 from dsb_kernels.attention_kernel import tile_of
 from dsb_runtime.engine.graphs import WIDTHS
 from tools.compile_report import report
+from tools.compile_report.case import OVERLAPPING
 from tools.compile_report.cases import collect_cases
-from tools.compile_report.disassembly import Disassembly, longest_loop
+from tools.compile_report.disassembly import Disassembly, longest_loop, overlap
 from tools.compile_report.report import ARCHITECTURES, CHIPS, Resources, failures
 
 ROOT = Path(__file__).parent.parent
@@ -64,7 +66,8 @@ def test_every_tile_of_window_attention_that_the_runtime_launches_is_a_case(mode
 @pytest.mark.slow
 def test_every_kernel_is_fit_for_the_chips():
     """On sm_90: no spills, no stack, shared memory of a block, tensor cores, 128-bit loads and
-    1.1 exponentials per element where the case asks for them. Elsewhere: it compiles and fits."""
+    1.1 exponentials per element where the case asks for them. Elsewhere: it compiles and fits. From
+    sm_90 on a kernel waits for the one before it, once, before it loads or stores anything."""
     output = run_module("tools.compile_report", "--json", "--jobs", "2")
     rows = [json.loads(line) for line in output.splitlines()]
     assert len(rows) == sum(len(case.architectures) for case in collect_cases())
@@ -75,6 +78,8 @@ def test_every_kernel_is_fit_for_the_chips():
     for row in rows:
         assert row["shared_bytes"] <= CHIPS[row["architecture"]].shared_bytes_block, row
         assert row["resident_blocks"] >= 1, row
+        order = "P?WLA" if row["architecture"] in OVERLAPPING else "A"
+        assert re.fullmatch(order, row["overlap"]), row
 
 
 @pytest.mark.parametrize(
@@ -113,7 +118,7 @@ def test_opcodes_are_read_as_what_they_are():
         40, 0,
         Counter({"LDG.E.128": 2, "LDG.E.U8": 1, "LDGSTS.E.BYPASS.128": 3, "STL.64": 2, "LDL": 5,
                  "MUFU.EX2": 7, "MUFU.LG2": 1, "HGMMA.64x32x16.F32.BF16": 4, "HMMA.16816.F32": 1}),
-        0,
+        0, "",
     )  # fmt: skip
     assert code.global_loads == {16: 5, 1: 1}
     assert code.spilled_bytes == 16
@@ -138,13 +143,35 @@ def test_the_longest_loop_that_holds_no_other():
     assert longest_loop("        /*0000*/                   EXIT ;") == 0
 
 
+def test_how_a_kernel_overlaps_with_the_one_before_it():
+    sass = """
+        /*0000*/                   LDC R1, c[0x0][0x28] ;
+        /*0010*/              @!P3 CCTL.E.PF2 [R2] ;
+        /*0020*/                   CCTL.E.PF2 [R4] ;
+        /*0030*/                   ACQBULK ;
+        /*0040*/                   PREEXIT ;
+        /*0050*/               @P1 LDGSTS.E.BYPASS.128 [R6], desc[UR4][R8.64] ;
+        /*0060*/                   STG.E desc[UR4][R8.64], R3 ;
+    """
+    assert overlap(sass) == "PWLA"
+    assert overlap(sass.replace("CCTL.E.PF2 [R4]", "ATOMS.OR RZ, [R4], R5")) == "PWLA"  # is shared
+    assert overlap(sass.replace("CCTL.E.PF2 [R4]", "LDG.E R2, desc[UR4][R4.64]")) == "PAWLA"
+
+
 def test_failures_are_named_and_printed(capsys):
     case = next(case for case in collect_cases() if case.op == "token_confidence")
-    good = Resources("op", "k", "sm_90", 90, 0, 0, 0, 5, "", 1, 517, 1.03)
+    good = Resources("op", "k", "sm_90", 90, 0, 0, 0, 5, "", 1, 517, 1.03, "WLA")
     assert failures(case, good) == []
-    bad = Resources("op", "k", "sm_90", 90, 8, 16, 0, 5, "", 64, 600, 3.0)
+    bad = Resources("op", "k", "sm_90", 90, 8, 16, 0, 5, "", 64, 600, 3.0, "AWLA")
     words = " ".join(failures(case, bad))
-    expected = "8 bytes spilled", "16 bytes of stack", "less than 128 bits", "600 inst", "3.0 expo"
+    expected = (
+        "8 bytes spilled",
+        "16 bytes of stack",
+        "less than 128 bits",
+        "600 inst",
+        "3.0 expo",
+        "AWLA",
+    )
     assert all(word in words for word in expected)
     report.print_table([bad])
     assert "sm_90 │   90 │       8 │" in capsys.readouterr().out

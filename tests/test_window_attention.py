@@ -272,20 +272,22 @@ CASE = OpCase(
         *WINDOW_REFUSED,
     ],
     mistakes=mistakes_of(
-        ("left_padding-fresh", ATTENTION, [("offset < tl.where", "offset <= tl.where")]),
+        ("left_padding-fresh", "_find_block", [("offset < tl.where", "offset <= tl.where")]),
+        ("many_keys-fresh", "_find_block", [("(j - n_before)", "j")]),
         ("many_keys-fresh", ATTENTION, [
-            ("(j - n_before)", "j"),
             ("split, n_blocks)\n", "split, n_blocks - 1)\n"),
             ("acc * decay[:, None]", "acc"),
         ]),
-        ("lists-fresh", ATTENTION, [("start - n0)", "start - n0 + 1)"), ("hole >= ", "hole > ")]),
-        ("lists_padded-fresh", ATTENTION, [("leftpad - n0)", "0)")]),
+        ("lists-fresh", "_find_block", [
+            ("start - n0)", "start - n0 + 1)"), ("hole >= ", "hole > "),
+        ]),
+        ("lists_padded-fresh", "_find_block", [("leftpad - n0)", "0)")]),
         ("lists_per_head-fresh", ATTENTION, [("tl.minimum(kv_head, ", "tl.minimum(0, ")]),
-        ("negative_scale-fresh", ATTENTION, [("scale < 0", "scale < -1e9")]),
+        ("negative_scale-fresh", "_load_queries", [("scale < 0", "scale < -1e9")]),
         ("cache_rows-fresh", ATTENTION, [("tl.load(batch_idx_ptr + b)", "(b)")]),
         ("gqa_7-fresh", ATTENTION, [("query % GROUP\n", "query % (GROUP - 1)\n")]),
         ("gqa_4-fresh", ATTENTION, [("tl.where(fresh, vw_ptr, vc_ptr)", "vc_ptr")]),
-        ("lists_of_large_blocks-fresh", ATTENTION, [("j % part * BLOCK_N", "0 * BLOCK_N")]),
+        ("lists_of_large_blocks-fresh", "_find_block", [("j % part * BLOCK_N", "0 * BLOCK_N")]),
         ("splits-fresh", COMBINE, [
             ("weight = ", "weight = (split > 0) * "),
             ("(tl.float32) * weight[:, None]", "(tl.float32)"),
@@ -405,13 +407,8 @@ def test_partial_results_may_be_more_than_an_int32_counts() -> None:
 
 
 @pytest.mark.parametrize(
-    ("programs", "queries", "splits"),
-    [
-        (128, 64, 1), (32, 64, 4), (28, 64, 4), (1, 8, 28),
-        # Fewer splits where their results would be more than a tenth of what is read.
-        (1, 16, 25), (32, 128, 3), (8, 128, 14), (28, 896, 4),
-        (64, 256, 2),  # one split would use 64 of 132 SMs
-    ],
-)  # fmt: skip
-def test_splits_depend_on_static_shapes_only(programs: int, queries: int, splits: int) -> None:
-    assert module.choose_splits(programs, 132, queries) == splits
+    ("programs", "splits"),
+    [(128, 1), (32, 4), (28, 4), (1, 28), (8, 14), (64, 2)],  # 64 programs would use 64 of 132 SMs
+)
+def test_splits_depend_on_static_shapes_only(programs: int, splits: int) -> None:
+    assert module.choose_splits(programs, 132) == splits

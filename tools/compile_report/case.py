@@ -10,6 +10,7 @@ import torch
 
 from dsb_kernels._configs import ARCHITECTURES
 
+OVERLAPPING = ("sm_90", "sm_100")  # where a kernel begins before the one before it has ended
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -31,6 +32,7 @@ class CompileCase:
     architectures: tuple[str, ...] = ARCHITECTURES
     expects_tensor_cores: bool = False  # HGMMA on sm_90
     expects_wide_loads: bool = False  # global loads have 128 bits, except those of scalars
+    prefetches: bool = False  # into the L2 cache, before it waits for the kernel before
     scalar_load_bytes: int = 0  # bytes of these scalars (a flag, a seed)
     max_loop: int | None = None  # instructions of the longest loop that holds no other
     max_exponentials: float | None = None  # MUFU.EX2 of a thread for each element
@@ -42,7 +44,7 @@ class CompileCase:
         return {
             name: self.types.get(name, self.pointers if name.endswith("_ptr") else "i32")
             for name in self.kernel.arg_names
-            if name not in self.constexprs
+            if name not in self.constexprs and name != "PDL"
         }
 
     @property

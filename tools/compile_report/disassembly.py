@@ -18,6 +18,10 @@ _BRANCH = re.compile(
     r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?BRA\b.*?0x([0-9a-f]+)", re.MULTILINE
 )
 _INSTRUCTION_BYTES = 16
+_ACCESSES = (
+    "LDG", "STG", "LDGSTS", "RED", "REDG", "ATOM", "ATOMG", "UBLKCP", "UTMALDG", "UTMASTG",
+    "UTMAREDG",
+)  # fmt: skip
 _USAGE = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
 
 
@@ -29,6 +33,7 @@ class Disassembly:
     stack: int  # bytes per thread
     opcodes: Counter[str]  # static instruction counts, modifiers included
     loop: int  # instructions of the longest loop that holds no other
+    overlap: str  # how it overlaps with the kernel before it, see `overlap`
 
     def count(self, prefix: str) -> int:
         return sum(n for opcode, n in self.opcodes.items() if opcode.startswith(prefix))
@@ -56,6 +61,16 @@ class Disassembly:
     @property
     def exponentials(self) -> int:
         return self.count("MUFU.EX2")
+
+
+def overlap(sass: str) -> str:
+    """How a kernel overlaps with the one before it, by one letter for each instruction, in order:
+    P prefetches into the L2 cache, W waits for that kernel, L lets the next one begin, and A
+    accesses global memory. Several prefetches or accesses in a row are one letter."""
+    letters = {"CCTL": "P", "ACQBULK": "W", "PREEXIT": "L"} | dict.fromkeys(_ACCESSES, "A")
+    opcodes = (opcode.split(".")[0] for opcode in _INSTRUCTION.findall(sass))
+    order = [letters[opcode] for opcode in opcodes if opcode in letters]
+    return re.sub(r"([PA])\1+", r"\1", "".join(order))
 
 
 def longest_loop(sass: str) -> int:
@@ -95,4 +110,4 @@ def disassemble(cubin: bytes) -> Disassembly:
         raise RuntimeError(f"cuobjdump -res-usage printed no resource usage: {usage!r}")
     registers, stack = int(match[1]), int(match[2])
     opcodes = Counter(_INSTRUCTION.findall(sass))
-    return Disassembly(registers, stack, opcodes, longest_loop(sass))
+    return Disassembly(registers, stack, opcodes, longest_loop(sass), overlap(sass))

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 from dsb_kernels._configs import ARCHITECTURES
 from dsb_kernels._op import interpreted, triton
-from tools.compile_report.case import CompileCase
+from tools.compile_report.case import OVERLAPPING, CompileCase
 from tools.compile_report.cases import collect_cases
 from tools.compile_report.disassembly import disassemble
 
@@ -65,6 +65,7 @@ class Resources:
     narrow_loads: int  # bytes per thread (static) of global loads of less than 128 bits
     loop: int  # instructions of the longest loop that holds no other
     exponentials: float | None  # per element, where the case says how to count them
+    overlap: str = ""  # how it overlaps with the kernel before it, see `disassembly.overlap`
     failures: tuple[str, ...] = ()  # what keeps it from being fit for sm_90, in words
 
 
@@ -76,13 +77,16 @@ def compile_case(case: CompileCase, architecture: str) -> Resources:
     names = case.kernel.arg_names
     attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in case.divisible}
     signature = {name: case.signature.get(name, "constexpr") for name in names}
-    constexprs = {(names.index(name),): value for name, value in case.constexprs.items()}
+    overlapping = architecture in OVERLAPPING
+    values = {**case.constexprs, "PDL": overlapping}
+    constexprs = {(names.index(name),): value for name, value in values.items()}
     warps = case.config.num_warps
     compiled = triton.compile(
         ASTSource(case.kernel, signature, constexprs, attributes),
         target=GPUTarget("cuda", int(architecture.removeprefix("sm_")), 32),
         options={
             "num_warps": warps, "num_stages": case.config.num_stages, "enable_fp_fusion": True,
+            "launch_pdl": overlapping,
         },
     )  # fmt: skip
     code = disassemble(compiled.asm["cubin"])
@@ -100,6 +104,7 @@ def compile_case(case: CompileCase, architecture: str) -> Resources:
         narrow_loads=sum(width * n for width, n in code.global_loads.items() if width < 16),
         loop=code.loop,
         exponentials=None if elements is None else code.exponentials / elements,
+        overlap=code.overlap,
     )
     if architecture != "sm_90":
         return resources
@@ -135,6 +140,10 @@ def failures(case: CompileCase, resources: Resources) -> list[str]:
         (resources.stack == 0, f"{resources.stack} bytes of stack"),
         (resources.shared_bytes <= limit, f"{resources.shared_bytes} bytes of shared memory"),
         (resources.resident_blocks >= 1, "does not fit on an SM"),
+        (
+            resources.overlap == ("PWLA" if case.prefetches else "WLA"),
+            f"prefetches, wait, launch and accesses in the order {resources.overlap}",
+        ),
         (not case.expects_tensor_cores or resources.tensor_cores == "HGMMA", "no HGMMA"),
         (
             not case.expects_wide_loads or resources.narrow_loads <= case.scalar_load_bytes,

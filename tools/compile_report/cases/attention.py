@@ -81,6 +81,7 @@ def attention_case(
         odd=("lists", "list_size"),
         architectures=(architecture,),
         expects_tensor_cores=block_m >= 64,
+        prefetches=not listed and not indexed,
         expects_wide_loads="visible" not in way,  # each key's visibility is a byte
         max_loop=None if "visible" in way else max_loop,
         # These are the row's start, length and padding, and its row of the cache. With a list they

@@ -96,6 +96,7 @@ def head_case(
         types=TYPES,
         odd=("num_candidates", "share", "token_base"),
         architectures=(architecture,),
+        prefetches=True,
         expects_tensor_cores=dtype != "fp32",
     )  # fmt: skip
 

@@ -18,7 +18,8 @@ LINEAR = [  # tokens, features, gated, dtype, bias
 ]
 SPLIT_LINEAR = [(16, "bf16"), (32, "bf16"), (64, "bf16"), (128, "bf16"), (32, "fp16")]
 SPLIT_LINEAR += [(32, "fp32"), (64, "fp32")]  # tokens, dtype
-ADD_NORM = [(4096, "bf16", 2), (3584, "bf16", 4), (4096, "fp16", 2)]  # features, dtype, splits
+ADD_NORM = [(4096, "bf16", 2), (3584, "bf16", 4), (4096, "fp16", 2)]
+ADD_NORM += [(4096, "bf16", 0)]  # features, dtype, splits; none after cuBLAS's product
 
 
 def cases() -> list[CompileCase]:
@@ -55,6 +56,7 @@ def linear_case(
         f"*{dtype}",
         odd=("num_tokens",),
         architectures=(architecture,),
+        prefetches=True,
         expects_tensor_cores=dtype != "fp32",
         expects_wide_loads=not bias,  # a bias is loaded by narrower loads
     )  # fmt: skip
@@ -68,6 +70,7 @@ def split_case(architecture: str, tokens: int, dtype: str) -> CompileCase:
         types={"partial_ptr": "*fp32"},
         odd=("num_tokens",),
         architectures=(architecture,),
+        prefetches=True,
         expects_tensor_cores=dtype != "fp32",
         expects_wide_loads=True,
     )  # fmt: skip
@@ -78,9 +81,12 @@ def norm_case(E: int, dtype: str, splits: int) -> CompileCase:
     return CompileCase(
         "linear_add_norm", f"add norm {dtype} {E} features {splits} splits",
         linear._add_norm_kernel, Config({}, linear.norm_warps(E)),
-        {"SPLITS": splits, "BLOCK_F": triton.next_power_of_2(E)}, f"*{dtype}",
+        {"SPLITS": splits, "BLOCK_F": triton.next_power_of_2(E)}
+        | ({} if splits else {"partial_ptr": None}),
+        f"*{dtype}",
         types={"partial_ptr": "*fp32", "eps": "fp32"},
         odd=("num_tokens",),
+        prefetches=True,
         expects_wide_loads=True,
     )  # fmt: skip
 

@@ -1,0 +1,127 @@
+"""How kernels are launched, and that each waits for the kernel before it prior to any access."""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import dsb_kernels
+from dsb_kernels import _launch as launching
+
+pytest.importorskip("triton")
+from triton.runtime.jit import JITFunction
+
+FOLDER = Path(dsb_kernels.__file__).parent
+SAFE = ("prefetch", "_prefetch")  # how the names of functions begin that only prefetch
+OF_TRITON = ("program_id", "num_programs", "arange", "cdiv", "minimum", "cast")  # no accesses
+
+
+def test_launches_set_fp_fusion_explicitly():
+    with torch._library.triton.set_wrap_triton_enabled(False):  # as in an eager call
+        options = launching.launch_options(4, 2)
+    assert options == {"num_warps": 4, "num_stages": 2, "PDL": False, "enable_fp_fusion": True}
+    assert "enable_fp_fusion" not in launching.launch_options(4, 2)  # as while tracing
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (8, 9), (9, 0), (12, 0)])
+def test_where_and_how_a_kernel_is_launched(capability, monkeypatch):
+    """On the device of its tensors, where Triton would take the current one. It begins before the
+    kernel before it has ended where the GPU can do that."""
+    where: list[torch.device] = []
+    launched: list[tuple] = []
+
+    def fn(x_ptr, n):
+        pass
+
+    @contextlib.contextmanager
+    def device(device):
+        where.append(device)
+        yield
+        where.append(None)
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    launching.overlaps.cache_clear()
+    kernel = JITFunction(fn)
+    run = lambda *a, grid, warmup, **o: launched.append((where[-1].index, grid, len(a), o))  # noqa: E731
+    monkeypatch.setattr(kernel, "run", run)
+    with FakeTensorMode():
+        x = torch.empty(2, device="cuda:1")
+    with torch._library.triton.set_wrap_triton_enabled(False):
+        launching.wrap_triton(kernel)[(3,)](x, 2, num_warps=4)
+    launching.overlaps.cache_clear()
+    early = {"PDL": True, "launch_pdl": True} if capability >= (9, 0) else {}
+    assert launched == [(1, (3,), 2, {"num_warps": 4, **early})] and where[-1] is None
+    traced = launching.wrap_triton(kernel)
+    assert type(traced).__name__ == "TraceableTritonKernelWrapper"
+
+
+def functions() -> Iterator[ast.FunctionDef]:
+    for path in FOLDER.glob("*.py"):
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.FunctionDef):
+                yield node
+
+
+def launched_kernels() -> set[str]:
+    """Names of all kernels that the package launches."""
+    names = set()
+    for path in FOLDER.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "wrap_triton":
+                names.add(ast.unparse(node.args[0]))
+    return names
+
+
+def called_before_waiting(kernel: ast.FunctionDef) -> list[str]:
+    """What a kernel calls before `wait_for_previous(PDL)`, which is a statement of its body."""
+    waits = [i for i, x in enumerate(kernel.body) if ast.unparse(x) == "wait_for_previous(PDL)"]
+    assert len(waits) == 1, f"{kernel.name} waits {len(waits)} times"
+    early = [node for x in kernel.body[: waits[0]] for node in ast.walk(x)]
+    assert not any(isinstance(node, ast.Return) for node in early), kernel.name
+    return [ast.unparse(node.func) for node in early if isinstance(node, ast.Call)]
+
+
+def is_safe(call: str) -> bool:
+    return call.startswith(SAFE) or call.removeprefix("tl.") in OF_TRITON or call.endswith(".to")
+
+
+def unsafe_calls(kernel: ast.FunctionDef) -> list[str]:
+    return [call for call in called_before_waiting(kernel) if not is_safe(call)]
+
+
+def test_every_kernel_waits_before_it_loads_or_stores():
+    """Before it waits, a kernel computes addresses and prefetches."""
+    kernels = [f for f in functions() if f.name in launched_kernels()]
+    assert len(kernels) == len(launched_kernels()) >= 12
+    assert {k.name: unsafe_calls(k) for k in kernels if unsafe_calls(k)} == {}
+
+
+def test_what_only_prefetches_neither_loads_nor_stores():
+    helpers = [f for f in functions() if f.name.startswith(SAFE)]
+    assert len(helpers) == 3
+    for text in map(ast.unparse, helpers):
+        assert "tl.load(" not in text and "tl.store(" not in text
+
+
+@pytest.mark.parametrize(
+    ("line", "unsafe"),
+    [("y = tl.load(x)", ["tl.load"]), ("if y: tl.store(x, 1)", ["tl.store"]),
+     ("y = helper(x)", ["helper"]), ("x += tl.program_id(0)", []), ("prefetch(x, y, PDL)", [])],
+)  # fmt: skip
+def test_the_rule_finds_an_access_before_the_wait(line, unsafe):
+    source = f"def kernel(x, y, PDL):\n    {line}\n    wait_for_previous(PDL)"
+    (kernel,) = ast.parse(source).body
+    assert unsafe_calls(kernel) == unsafe
+
+
+def test_a_kernel_that_does_not_wait_is_refused():
+    (kernel,) = ast.parse("def kernel(x, PDL):\n    if x: wait_for_previous(PDL)").body
+    with pytest.raises(AssertionError, match="waits 0 times"):
+        unsafe_calls(kernel)
