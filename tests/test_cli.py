@@ -351,9 +351,15 @@ def test_a_signal_leaves_no_half_written_folder(
     assert "Traceback" not in capsys.readouterr().err and list(tmp_path.iterdir()) == []
 
 
+def test_help_names_the_commands(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["--help"])
+    out = capsys.readouterr().out
+    commands = ("generate", "batch", "serve", "bench", "profile", "eval", "convert")
+    assert all(command in out for command in commands)
+
+
 def test_processes(chat):
-    out = python("-m", "dsb_runtime", "--help").stdout
-    assert all(command in out for command in ("generate", "bench", "eval", "convert"))
     generate = ("-m", "dsb_runtime", "generate")
     done = python(*generate, "-", "--model", chat, *SHORT, input=PROMPT)
     assert done.stderr == ""

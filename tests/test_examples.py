@@ -1,9 +1,10 @@
-"""Every file of examples/ runs offline, in a process of its own, and prints what it is about."""
+"""Every file of examples/ runs offline and prints what it is about."""
 
 from __future__ import annotations
 
 import ast
 import re
+from pathlib import Path
 
 import pytest
 
@@ -31,25 +32,38 @@ EXPECTED = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", [path.name for path in EXAMPLES.glob("*.py")])
-def test_example(name):
-    """It prints what it is about, is short, and says how to run it."""
-    output = python(EXAMPLES / name).stdout
-    for pattern in EXPECTED[name]:
-        assert re.search(pattern, output), output
-    text = (EXAMPLES / name).read_text(encoding="utf-8")
-    assert len(text.splitlines()) <= 45
-    assert f"python examples/{name}" in ast.get_docstring(ast.parse(text))
+# One process for all, since importing torch and transformers takes longer than any of them.
+RUN = """
+import runpy, sys
+for path in sys.argv[1:]:
+    print("--- " + path)
+    runpy.run_path(path, run_name="__main__")
+"""
 
 
-def test_readme_code_runs_with_the_embedded_model(tmp_path):
-    """The README's Python, with the embedded model in the place of the hub's."""
+def test_every_example_and_the_readmes_code(tmp_path):
+    """An example prints what it is about. The README's Python runs with the embedded model in the
+    place of the hub's."""
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     code = re.search(r"```python\n(.*?)```", readme, re.DOTALL)[1]
     assert code.count('"GSAI-ML/LLaDA-8B-Instruct"') == 1
-    code = code.replace(
-        '"GSAI-ML/LLaDA-8B-Instruct"', "str(__import__('dsb_runtime.demo').demo.MODEL_DIR)"
-    )
     script = tmp_path / "readme.py"
-    script.write_text(code, encoding="utf-8")
-    assert re.search(r"\d+ forwards for \d+ tokens", python(script).stdout)
+    model_dir = "str(__import__('dsb_runtime.demo').demo.MODEL_DIR)"
+    script.write_text(code.replace('"GSAI-ML/LLaDA-8B-Instruct"', model_dir), encoding="utf-8")
+    examples = sorted(path for path in EXAMPLES.glob("*.py"))
+    assert [path.name for path in examples] == sorted(EXPECTED)
+    expected = {**EXPECTED, "readme.py": [r"\d+ forwards for \d+ tokens"]}
+    output = python("-c", RUN, *examples, script).stdout
+    parts = re.split("^--- (.*)$", output, flags=re.MULTILINE)
+    printed = {Path(path).name: text for path, text in zip(parts[1::2], parts[2::2], strict=True)}
+    assert printed.keys() == expected.keys()
+    for name, patterns in expected.items():
+        for pattern in patterns:
+            assert re.search(pattern, printed[name]), (name, printed[name])
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_an_example_is_short_and_says_how_to_run_it(name):
+    text = (EXAMPLES / name).read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 45
+    assert f"python examples/{name}" in ast.get_docstring(ast.parse(text))

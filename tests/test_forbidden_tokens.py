@@ -156,11 +156,10 @@ def test_every_road_scores_the_distribution_without_the_tokens(family, confidenc
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", golden.FAMILIES)
-def test_kernels_propose_the_same(family):
+def test_kernels_propose_the_same():
     generate = functools.partial(
-        dsb.generate, golden.model(family), PROMPT[None], gen_length=10, block_length=10, steps=2,
-        banned_tokens=usual(family), min_new_tokens=4,
+        dsb.generate, golden.model("llada"), PROMPT[None], gen_length=10, block_length=10, steps=2,
+        banned_tokens=usual("llada"), min_new_tokens=4,
     )  # fmt: skip
     expected = generate()
     with kernels():
