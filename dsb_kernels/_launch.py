@@ -10,6 +10,7 @@ torch traces the launch.
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -66,7 +67,10 @@ def prefetch_rows(
 
 @functools.cache
 def overlaps(device: torch.device) -> bool:
-    """Whether kernels on a device are launched while the one before them still runs."""
+    """Whether kernels on a device are launched while the one before them still runs. `DSB_PDL=0`
+    forbids it, to see what it brings or whether a fault comes from it."""
+    if os.environ.get("DSB_PDL") == "0":
+        return False
     return torch.cuda.get_device_capability(device)[0] >= 9
 
 

@@ -31,6 +31,7 @@ METHODS = [("llada", "naive"), ("dream", "dual_cache"), ("dream", "dsb_greedy"),
            ("llada", "dsb_cache_const")]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_trajectory():
     with kernels():
         golden.check_trajectory(

@@ -29,8 +29,11 @@ def test_launches_set_fp_fusion_explicitly():
     assert "enable_fp_fusion" not in launching.launch_options(4, 2)  # as while tracing
 
 
-@pytest.mark.parametrize("capability", [(8, 0), (8, 9), (9, 0), (12, 0)])
-def test_where_and_how_a_kernel_is_launched(capability, monkeypatch):
+@pytest.mark.parametrize(
+    ("capability", "variable"),
+    [((8, 0), ""), ((8, 9), ""), ((9, 0), ""), ((12, 0), ""), ((9, 0), "0")],
+)
+def test_where_and_how_a_kernel_is_launched(capability, variable, monkeypatch):
     """On the device of its tensors, where Triton would take the current one. It begins before the
     kernel before it has ended where the GPU can do that."""
     where: list[torch.device] = []
@@ -47,6 +50,7 @@ def test_where_and_how_a_kernel_is_launched(capability, monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "device", device)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setenv("DSB_PDL", variable)
     launching.overlaps.cache_clear()
     kernel = JITFunction(fn)
     run = lambda *a, grid, warmup, **o: launched.append((where[-1].index, grid, len(a), o))  # noqa: E731
@@ -56,7 +60,7 @@ def test_where_and_how_a_kernel_is_launched(capability, monkeypatch):
     with torch._library.triton.set_wrap_triton_enabled(False):
         launching.wrap_triton(kernel)[(3,)](x, 2, num_warps=4)
     launching.overlaps.cache_clear()
-    early = {"PDL": True, "launch_pdl": True} if capability >= (9, 0) else {}
+    early = {"PDL": True, "launch_pdl": True} if capability >= (9, 0) and not variable else {}
     assert launched == [(1, (3,), 2, {"num_warps": 4, **early})] and where[-1] is None
     traced = launching.wrap_triton(kernel)
     assert type(traced).__name__ == "TraceableTritonKernelWrapper"
