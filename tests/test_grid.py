@@ -17,7 +17,7 @@ from dsb_runtime.cli import demo
 from dsb_runtime.cli.grid import Grid, LiveGrid, color_of
 from dsb_runtime.demo import sudoku
 from dsb_runtime.measure.command import PlainConsole
-from dsb_runtime.measure.evaluate import encode_batches
+from dsb_runtime.measure.evaluate import encode_prompts
 from tools import animation
 from tools.embedded_model.course import Settings
 from tools.embedded_model.sudoku import COURSE
@@ -43,7 +43,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def sudoku_model(folder) -> SimpleNamespace:
     model, tokenizer = dsb.load_model(folder, device="cpu"), dsb.load_tokenizer(folder)
-    ((_, ids, _),) = encode_batches(tokenizer, [PUZZLE], 1, model.device)
+    ids = torch.tensor(encode_prompts(tokenizer, [PUZZLE]))
     return SimpleNamespace(model=model, tokenizer=tokenizer, ids=ids)
 
 

@@ -113,11 +113,9 @@ class Errors:
         return (kernel / plain).sqrt().item()
 
 
-@pytest.mark.parametrize("family", ["dream", pytest.param("llada", marks=pytest.mark.slow)])
-def test_bfloat16_error_is_at_most_twice_the_definitions(
-    family: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model = dsb.load_model(golden.DATA / family, dtype="bfloat16", device=DEVICE)
+@pytest.mark.slow
+def test_bfloat16_error_is_at_most_twice_the_definitions(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = dsb.load_model(golden.DATA / "dream", dtype="bfloat16", device=DEVICE)
     errors, kinds = Errors(model, monkeypatch), set()
     ids, mask = (t.to(DEVICE) for t in golden.left_pad([row[:6] for row in golden.prompts(2)]))
     with kernels():

@@ -183,6 +183,7 @@ def test_a_made_up_rule_and_field_reach_every_door(changed, chat):
         assert committed[0] <= 2 and sum(committed) == 8 and max(committed) == 2
 
 
+@pytest.mark.slow
 def test_the_recipe_for_a_rule(changed, chat):
     """What CONTRIBUTING says, to the letter: two tokens are committed by each step of kernels."""
     options = ["--gen-length", "4", "--block-length", "4", "--two", "2", "--json"]

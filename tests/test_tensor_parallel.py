@@ -106,6 +106,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", golden.FAMILIES)
 def test_two_processes_decode_what_one_does(ranks, family):
     """The golden trajectories, a batch by each confidence, and a model that transformers itself
@@ -123,6 +124,7 @@ def test_two_processes_decode_what_one_does(ranks, family):
     assert not any(model.dsb.mask_id in row for row in split["sampled"])
 
 
+@pytest.mark.slow
 def test_fully_sharded_models_decode_between_training_steps(ranks):
     for rank in range(2):
         expected = decode_between_steps(copy.deepcopy(golden.model("llada")), rank)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+import torch
 from PIL import Image, ImageDraw, ImageFont
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -23,13 +24,13 @@ import dsb_runtime as dsb
 from dsb_runtime.cli.grid import Cell, Grid, color_of
 from dsb_runtime.demo import SUDOKU_DIR, sudoku
 from dsb_runtime.demo.sudoku import BOX_COLUMNS, BOX_ROWS, CELLS, SIZE, Puzzle
-from dsb_runtime.measure.evaluate import encode_batches
+from dsb_runtime.measure.evaluate import encode_prompts
 
 SIDES: dict[str, dict[str, Any]] = {
     "naive blocks": {"schedule": "naive"}, "DSB greedy": {"schedule": "dsb"}
 }  # fmt: skip
 SETTINGS: dict[str, Any] = {"block_length": 12, "threshold": 0.9, "cache": "none"}
-FIRST, BATCH = 100, 50  # held-out puzzles among which the typical one is, and how many at a time
+FIRST = 100  # so many held-out puzzles are those among which the typical one is
 
 CELL, MARGIN, HEAD, FOOT = 44, 18, 34, 36  # pixels
 FRAME_MS, LAST_MS = 900, 4000
@@ -42,16 +43,14 @@ Frames = list[list[Cell]]  # the cells before the first forward and after each
 def typical(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, count: int) -> Puzzle:
     """The puzzle that the animation shows, of the first `count`."""
     puzzles, solved, away = sudoku.heldout(count), set(range(count)), [0.0] * count
-    number = {puzzle.prompt: index for index, puzzle in enumerate(puzzles)}
     for schedule in SIDES.values():
         forwards = [0] * count
-        for part, ids, mask in encode_batches(tokenizer, puzzles, BATCH, model.device):
-            out = dsb.generate(model, ids, attention_mask=mask, **SETTINGS, **schedule)
-            answers = tokenizer.batch_decode(out.sequences[:, ids.shape[1] :])
-            for puzzle, answer, nfe in zip(part, answers, out.row_nfe, strict=True):
-                forwards[number[puzzle.prompt]] = nfe
-                if not sudoku.is_exact(puzzle, answer):
-                    solved.discard(number[puzzle.prompt])
+        prompts = encode_prompts(tokenizer, puzzles)
+        for index, out in dsb.generate_batch(model, prompts, **SETTINGS, **schedule):
+            forwards[index] = out.nfe
+            answer = str(tokenizer.decode(out.sequences[0, len(prompts[index]) :]))
+            if not sudoku.is_exact(puzzles[index], answer):
+                solved.discard(index)
         mean = statistics.fmean(forwards)
         away = [old + abs(nfe - mean) for old, nfe in zip(away, forwards, strict=True)]
     if not solved:
@@ -63,7 +62,7 @@ def decode(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, puzzle: Puzzle, side: str
 ) -> Frames:
     """The frames of one side."""
-    ((_, ids, _),) = encode_batches(tokenizer, [puzzle], 1, model.device)
+    ids = torch.tensor(encode_prompts(tokenizer, [puzzle]), device=model.device)
     grid = Grid(puzzle, tokenizer, ids.shape[1], model.dsb.mask_id)
     first = [
         replace(cell, active=i < SETTINGS["block_length"]) for i, cell in enumerate(grid.cells)
