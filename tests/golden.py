@@ -95,10 +95,11 @@ def check_trajectory(
     return out
 
 
-def check_kernels(generate: Generate, family: str, method: str) -> None:
-    """A short response by kernels has the tokens, and takes the forwards, of the definitions."""
+def check_kernels(generate: Generate, family: str, method: str, blocks: int = 1) -> None:
+    """A response of a few blocks by kernels has the tokens, and takes the forwards, of the
+    definitions."""
     case = cases(family)[shortest(family, method)[1]]
-    short = {"gen_length": 8, "block_length": 4, "steps": 4}
+    short = {"gen_length": 4 * blocks, "block_length": 4, "steps": 2 * blocks}
     arguments = {k: v for k, v in settings(case).items() if k in ("schedule", "cache")} | short
     ids = torch.tensor([case["prompt"][:7]])
     expected = generate_of(family)(ids, **arguments)

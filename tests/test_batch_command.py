@@ -202,7 +202,7 @@ def test_a_killed_command_goes_on_where_it_was(job, number, code):
 @pytest.mark.slow
 def test_many_kills(job):
     _, out, words = job
-    for answered in range(1, 40, 5):
+    for answered in range(1, 40, 9):
         kill_after(start(words), out, signal.SIGKILL, answered)
     assert main(words) == 0
     assert sorted(answers(out)) == list(range(1, 41))

@@ -246,7 +246,7 @@ CASE = OpCase(
     | {f.__name__: f for f in (one_huge_score, keys_of_minus_infinity)},
     quick=("splits-fresh", "lists_padded-fresh", "cache_rows-fresh"),
     any_check=cases().map(lambda case: case.check),
-    examples=(15, 150),
+    examples=(15, 100),
     strided=TENSORS,
     low_calls={
         **{f"{name}-low-fresh": FRESH[f"{name}-fresh"].in_precision
