@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import signal
 
 import numpy as np
 import pytest
@@ -16,6 +17,11 @@ if importlib.util.find_spec("triton"):
     from tests.interpreter import repair_bfloat16
 
     repair_bfloat16()
+
+# A shell that runs tests in the background lets them ignore Ctrl-C, and so would the processes that
+# they start and interrupt.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # The tests' tensors are tiny: a second thread costs more than it brings.
 torch.set_num_threads(1)
