@@ -84,8 +84,8 @@ def test_captured_batch_rows_equal_single_runs(family, cache, rule):
 @pytest.mark.parametrize(("family", "policy"), [("llada", "full"), ("dream", "response")])
 def test_a_batch_by_kernel(family, policy):
     """Rows that step apart: the kernels then serve some of the cache's rows, in any order."""
-    settings = {"gen_length": 8, "block_length": 4, "threshold": 0.6, "refresh_policy": policy}
-    rows = [row[:6] for row in prompts(3)]
+    settings = {"gen_length": 6, "block_length": 3, "threshold": 0.6, "refresh_policy": policy}
+    rows = [row[:6] for row in prompts(2, seed=2)]
     ids, mask = left_pad(rows)
     expected = dsb.generate(golden.model(family), ids, attention_mask=mask, **settings)
     kinds: list[tuple[str, int]] = []
@@ -95,7 +95,7 @@ def test_a_batch_by_kernel(family, policy):
             **settings,
         )  # fmt: skip
     assert torch.equal(out.sequences, expected.sequences) and out.row_nfe == expected.row_nfe
-    assert any(0 < count < 3 for _, count in kinds), "rows must step apart, or this shows little"
+    assert any(count == 1 for _, count in kinds), "rows must step apart, or this shows little"
 
 
 @pytest.mark.parametrize("family", golden.FAMILIES)
