@@ -62,7 +62,35 @@ def prefetch_rows(
         prefetch(ptr + row.to(tl.int64)[:, None] * stride + column[None, :], mask, PDL)
 
 
+@jit
+def prefetch_odd_kib(
+    ptr, stride, num_rows, step, LINES: tl.constexpr, ROW_LINES: tl.constexpr, PDL: tl.constexpr
+):
+    """Ask the L2 cache for some of the odd KiB of a matrix's rows, which have ROW_LINES lines
+    (`odd_lines`). Each program has an equal share of the rows and asks for it in steps of LINES
+    lines, of which this is number `step`; after the last one the function asks for nothing."""
+    if PDL:
+        PER_ROW: tl.constexpr = triton.next_power_of_2(ROW_LINES)
+        PER_LINE: tl.constexpr = LINE_BYTES * 8 // ptr.dtype.element_ty.primitive_bitwidth
+        ROWS: tl.constexpr = LINES // PER_ROW
+        n0, n1, n2 = tl.num_programs(0), tl.num_programs(1), tl.num_programs(2)
+        share = tl.cdiv(num_rows, n0 * n1 * n2)
+        first = ((tl.program_id(2) * n1 + tl.program_id(1)) * n0 + tl.program_id(0)) * share
+        row, line = first + step * ROWS + tl.arange(0, ROWS), tl.arange(0, PER_ROW)
+        mask = (row < tl.minimum(first + share, num_rows))[:, None]
+        if PER_ROW > ROW_LINES:
+            mask &= (line < ROW_LINES)[None, :]
+        column = (line // 8 * 16 + 8 + line % 8) * PER_LINE
+        prefetch(ptr + row.to(tl.int64)[:, None] * stride + column[None, :], mask, PDL)
+
+
 # --- launches -----------------------------------------------------------------------------------
+
+
+def odd_lines(weight: Tensor) -> int:
+    """How many lines of the L2 cache the odd KiB of a row of `weight` (F, E) have."""
+    lines = triton.cdiv(weight.shape[1] * weight.itemsize, LINE_BYTES.value)
+    return lines // 16 * 8 + max(lines % 16 - 8, 0)
 
 
 @functools.cache

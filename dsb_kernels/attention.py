@@ -59,6 +59,7 @@ def window_attention_reference(
     kv_visible: Tensor | None = None,
     softmax_scale: float | None = None,
     num_splits: int | None = None,
+    next_weight: Tensor | None = None,
     return_lse: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Attention of the window's queries to every stored position and to the window itself.
@@ -88,6 +89,8 @@ def window_attention_reference(
         softmax_scale: the scores' factor. None means 1 / sqrt(D).
         num_splits: into how many splits the kernel divides the keys. None lets shapes, dtype and
             GPU decide, never C or the cache's content, so that results are reproducible.
+        next_weight: (F, H * D) of q's dtype, the weight of the linear layer that comes next, or
+            None. Half of it may be asked into a GPU's L2 cache; no result depends on it.
         return_lse: whether to return also the log-sum-exp (lse) of the scaled scores.
 
     Tensors that are not called contiguous may have any strides with the last dimension contiguous.
@@ -221,6 +224,8 @@ def _check(a: Any) -> None:
                      shape=(B, a.k_cache.shape[2]), device=a.q.device, contiguous=True)  # fmt: skip
         if a.k_window is not None:
             raise ValueError(f"{name}: k_window with kv_visible: accepted is None")
+    if a.next_weight is not None:
+        like_q("next_weight", a.next_weight, shape=("F", a.q.shape[1] * D))
     size, scale = a.kv_block_size, a.softmax_scale
     if size < 16 or size & (size - 1):
         raise ValueError(f"{name}: kv_block_size={size}: accepted is a power of 2 from 16")

@@ -18,6 +18,8 @@ from dsb_kernels._launch import (
     LINE_BYTES,
     PREFETCHED_LINES,
     launch_options,
+    odd_lines,
+    prefetch_odd_kib,
     prefetch_rows,
     wait_for_previous,
     wrap_triton,
@@ -195,15 +197,16 @@ def _store_split(
 def _attention_kernel(
     q_ptr, kw_ptr, vw_ptr, kc_ptr, vc_ptr, out_ptr, lse_ptr,
     window_start_ptr, window_length_ptr, seqlens_ptr, leftpad_ptr, batch_idx_ptr,
-    num_blocks_ptr, indices_ptr, visible_ptr, lists, list_size,
+    num_blocks_ptr, indices_ptr, visible_ptr, next_ptr, lists, list_size,
     stride_qb, stride_qh, stride_qw, stride_wb, stride_wh, stride_wn,
-    stride_cb, stride_ch, stride_cn, W, C, softmax_scale,
+    stride_cb, stride_ch, stride_cn, stride_next, next_rows, W, C, softmax_scale,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, NUM_SPLITS: tl.constexpr,
     KV_BLOCK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    PDL: tl.constexpr = False,
+    NEXT_LINES: tl.constexpr, NEXT_ROW_LINES: tl.constexpr, PDL: tl.constexpr = False,
 ):  # fmt: skip
     """Program (tile and split, KV head, batch row): BLOCK_M queries of a KV head against one split
-    of its keys. kw_ptr is None where the window's keys are in the cache.
+    of its keys. kw_ptr is None where the window's keys are in the cache. next_ptr is the weight of
+    the next layer, which the kernel does not read (`prefetch_odd_kib`), or None.
 
     A KV head serves the GROUP query heads of its group. Of its GROUP * W queries, query i is column
     i // GROUP of the group's head i % GROUP. So the columns that the window uses come first, and
@@ -283,6 +286,10 @@ def _attention_kernel(
         p, decay, top, total = _online_softmax(q, k, seen, top, total, scale)
         v = tl.load(v_ptr + n0.to(tl.int64) * stride_n + offsets, mask=mask, other=0.0)
         acc = tl.dot(p.to(v.dtype), v, acc * decay[:, None], input_precision="ieee")
+        if next_ptr is not None:  # in the last KV blocks, so that what they read evicts nothing
+            prefetch_odd_kib(
+                next_ptr, stride_next, next_rows, high - 1 - j, NEXT_LINES, NEXT_ROW_LINES, PDL
+            )
 
     _store_split(
         out_ptr, lse_ptr, acc, top, total, (b * NUM_SPLITS + split) * W, column, head,
@@ -356,14 +363,21 @@ def launch(a: Any) -> tuple[Tensor, Tensor]:
         lists, list_size = 1, 1
         if a.kv_indices is not None:
             lists, list_size = a.kv_num_blocks.numel() // B, a.kv_indices.shape[-1]
+        # With larger heads registers would be spilled.
+        asked = odd_lines(a.next_weight) if a.next_weight is not None and D <= 128 else 0
+        next_weight = a.next_weight if asked else None
+        next_sizes = (0, 0) if next_weight is None else (next_weight.stride(0), len(next_weight))
         wrap_triton(_attention_kernel)[(tiles * splits, H_kv, B)](
             a.q, k_window, v_window, a.k_cache, a.v_cache, target, target_lse,
             a.window_start, a.window_length, a.cache_seqlens, a.cache_leftpad, a.cache_batch_idx,
-            a.kv_num_blocks, a.kv_indices, a.kv_visible, lists, list_size, *a.q.stride()[:3],
-            *(a.k_cache if k_window is None else k_window).stride()[:3], *a.k_cache.stride()[:3],
-            W, C, 1 / math.sqrt(D) if a.softmax_scale is None else a.softmax_scale,
+            a.kv_num_blocks, a.kv_indices, a.kv_visible, next_weight, lists, list_size,
+            *a.q.stride()[:3], *(a.k_cache if k_window is None else k_window).stride()[:3],
+            *a.k_cache.stride()[:3], *next_sizes, W, C,
+            1 / math.sqrt(D) if a.softmax_scale is None else a.softmax_scale,
             GROUP=group, HEAD_DIM=D, NUM_SPLITS=splits, KV_BLOCK=a.kv_block_size,
-            **blocks, **launch_options(config.num_warps, config.num_stages),
+            NEXT_LINES=max(32 * config.num_warps, triton.next_power_of_2(asked)),
+            NEXT_ROW_LINES=asked, **blocks,
+            **launch_options(config.num_warps, config.num_stages),
         )  # fmt: skip
         if splits > 1:
             wrap_triton(_combine_kernel)[(triton.cdiv(H * W, COMBINE_QUERIES), B)](

@@ -67,19 +67,22 @@ def test_every_tile_of_window_attention_that_the_runtime_launches_is_a_case(mode
 def test_every_kernel_is_fit_for_the_chips():
     """On sm_90: no spills, no stack, shared memory of a block, tensor cores, 128-bit loads and
     1.1 exponentials per element where the case asks for them. Elsewhere: it compiles and fits. From
-    sm_90 on a kernel waits for the one before it, once, before it loads or stores anything."""
+    sm_90 on a kernel waits for the one before it, once, before it loads or stores anything, and
+    attention asks for the next layer's weight in its loop."""
     output = run_module("tools.compile_report", "--json", "--jobs", "2")
     rows = [json.loads(line) for line in output.splitlines()]
-    assert len(rows) == sum(len(case.architectures) for case in collect_cases())
+    cases = [case for case in collect_cases() for _ in case.architectures]
     bad = [words for row in rows for words in row["failures"]]
     if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9):
         bad = [words for words in bad if not words.startswith(SPILLED_BEFORE_3_9)]
     assert not bad, "\n".join(bad)
-    for row in rows:
+    for case, row in zip(cases, rows, strict=True):
         assert row["shared_bytes"] <= CHIPS[row["architecture"]].shared_bytes_block, row
         assert row["resident_blocks"] >= 1, row
-        order = "P?WLA" if row["architecture"] in OVERLAPPING else "A"
+        order = "P?WLA" + "(PA)+" * case.prefetches_in_loop
+        order = order if row["architecture"] in OVERLAPPING else "A"
         assert re.fullmatch(order, row["overlap"]), row
+        assert (row["loop_prefetches"] > 0) == case.prefetches_in_loop, row
 
 
 @pytest.mark.parametrize(
@@ -118,8 +121,9 @@ def test_opcodes_are_read_as_what_they_are():
         40, 0,
         Counter({"LDG.E.128": 2, "LDG.E.U8": 1, "LDGSTS.E.BYPASS.128": 3, "STL.64": 2, "LDL": 5,
                  "MUFU.EX2": 7, "MUFU.LG2": 1, "HGMMA.64x32x16.F32.BF16": 4, "HMMA.16816.F32": 1}),
-        0, "",
+        ["CCTL.E.PF2", "LDGSTS.E.BYPASS.128", "CCTL.E.PF2", "BRA"], "",
     )  # fmt: skip
+    assert code.loop_prefetches == 2
     assert code.global_loads == {16: 5, 1: 1}
     assert code.spilled_bytes == 16
     assert code.exponentials == 7
@@ -139,8 +143,8 @@ def test_the_longest_loop_that_holds_no_other():
         /*0080*/               @P2 BRA 0x10 ;
         /*0090*/                   BRA 0x90;
     """
-    assert longest_loop(sass) == 3  # 0x50 to 0x70; 0x10 to 0x80 holds it
-    assert longest_loop("        /*0000*/                   EXIT ;") == 0
+    assert longest_loop(sass) == ["FADD", "FADD", "BRA"]  # 0x50 to 0x70; 0x10 to 0x80 holds it
+    assert longest_loop("        /*0000*/                   EXIT ;") == []
 
 
 def test_how_a_kernel_overlaps_with_the_one_before_it():
@@ -160,9 +164,9 @@ def test_how_a_kernel_overlaps_with_the_one_before_it():
 
 def test_failures_are_named_and_printed(capsys):
     case = next(case for case in collect_cases() if case.op == "token_confidence")
-    good = Resources("op", "k", "sm_90", 90, 0, 0, 0, 5, "", 1, 517, 1.03, "WLA")
+    good = Resources("op", "k", "sm_90", 90, 0, 0, 0, 5, "", 1, 517, 1.03, 0, "WLA")
     assert failures(case, good) == []
-    bad = Resources("op", "k", "sm_90", 90, 8, 16, 0, 5, "", 64, 600, 3.0, "AWLA")
+    bad = Resources("op", "k", "sm_90", 90, 8, 16, 0, 5, "", 64, 600, 3.0, 2, "AWLA")
     words = " ".join(failures(case, bad))
     expected = (
         "8 bytes spilled",
@@ -171,6 +175,7 @@ def test_failures_are_named_and_printed(capsys):
         "600 inst",
         "3.0 expo",
         "AWLA",
+        "2 prefetches in its loop",
     )
     assert all(word in words for word in expected)
     report.print_table([bad])

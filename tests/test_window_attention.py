@@ -44,6 +44,7 @@ class Case(WindowCase):
     hidden: float | None = None  # the share of positions that kv_visible hides
     num_splits: int | None = 1
     softmax_scale: float | None = None
+    next_features: int | None = None  # of the layer that comes next
 
     def visible(self) -> Tensor | None:
         if self.hidden is None:
@@ -51,6 +52,13 @@ class Case(WindowCase):
         draw = torch.Generator().manual_seed(self.seed)
         shown = torch.rand(len(self.starts), self.C, generator=draw) >= self.hidden
         return shown.to(DEVICE)
+
+    def next_weight(self) -> Tensor | None:
+        if self.next_features is None:
+            return None
+        return torch.full(
+            (self.next_features, self.heads * self.D), NAN, dtype=self.dtype, device=DEVICE
+        )
 
     def tensors(self) -> list[Tensor | None]:
         """q, k_window, v_window, k_cache, v_cache; NaN wherever nothing may be read."""
@@ -84,6 +92,7 @@ class Case(WindowCase):
             "kv_visible": self.visible(),
             "softmax_scale": self.softmax_scale,
             "num_splits": self.num_splits,
+            "next_weight": self.next_weight(),
             "return_lse": True,
         }  # fmt: skip
 
@@ -185,7 +194,7 @@ CASES = {
     "ends_in_window": Case(seqlens=(33,), starts=(30,)),
     "gap": Case(seqlens=(20,), starts=(60,)),
     "window_is_everything": Case(W=20, C=20, starts=(0,), lengths=(20,), seqlens=(20,)),
-    "splits": Case(num_splits=3, leftpads=(0, 33, 0), **THREE),
+    "splits": Case(num_splits=3, leftpads=(0, 33, 0), next_features=12, **THREE),
     "more_splits_than_blocks": Case(num_splits=9, **THREE),
     "tile_past_the_window": Case(heads=7, kv_heads=1, W=16, lengths=(2,), num_splits=2),
     "lists": Case(
@@ -256,7 +265,7 @@ CASE = OpCase(
     },
     good=Case(
         **THREE, leftpads=(0, 33, 0), cache_rows=(2, 0, 1), cache_batch=3,
-        lists=block_lists([0, 1], [], [1]),
+        lists=block_lists([0, 1], [], [1]), next_features=3,
     ).arguments,
     refused=[
         ({"k_window": None}, "k_window=None: v_window is not None"),
@@ -269,6 +278,7 @@ CASE = OpCase(
         ({"num_splits": 0}, "num_splits=0"),
         ({"kv_visible": torch.ones(3, 90, dtype=torch.bool)}, "k_window with kv_visible"),
         ({"kv_visible": torch.ones(3, 89, dtype=torch.bool)}, r"kv_visible has shape \(3, 89\)"),
+        ({"next_weight": lambda t: t[:, 1:]}, r"next_weight has shape \(3, 255\): .* \(F, 256\)"),
         *WINDOW_REFUSED,
     ],
     mistakes=mistakes_of(

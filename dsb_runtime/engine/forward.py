@@ -152,6 +152,7 @@ class Backbone:
                         q, None, None, keys, values, window_start=query_start,
                         window_length=query_length, cache_leftpad=leftpad, cache_batch_idx=rows,
                         kv_visible=visible, softmax_scale=layer.scaling,
+                        next_weight=None if full else layer.out,
                     ).transpose(1, 2)  # fmt: skip
                 out = out.reshape(-1, out.shape[2] * out.shape[3])
                 if drafts is not None:

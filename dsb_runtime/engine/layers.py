@@ -158,6 +158,7 @@ class ModuleLayer:
         self.layer, self.attn = layer, layer.self_attn
         self.head_dim, self.scaling = self.attn.head_dim, self.attn.scaling
         self.input_norm = layer.input_layernorm
+        self.out: Tensor | None = None  # no op of ours reads the weight that follows attention
 
     def qkv(self, x: Tensor, width: int) -> list[Tensor]:
         projected = []

@@ -33,6 +33,7 @@ class CompileCase:
     expects_tensor_cores: bool = False  # HGMMA on sm_90
     expects_wide_loads: bool = False  # global loads have 128 bits, except those of scalars
     prefetches: bool = False  # into the L2 cache, before it waits for the kernel before
+    prefetches_in_loop: bool = False  # into the L2 cache, beside its accesses
     scalar_load_bytes: int = 0  # bytes of these scalars (a flag, a seed)
     max_loop: int | None = None  # instructions of the longest loop that holds no other
     max_exponentials: float | None = None  # MUFU.EX2 of a thread for each element

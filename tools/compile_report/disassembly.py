@@ -12,12 +12,15 @@ from pathlib import Path
 from dsb_kernels._op import triton
 
 # A line of SASS has a comment with the address, perhaps a predicate, and the opcode with modifiers.
-_INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", re.MULTILINE)
+# The groups are the address and the opcode.
+_INSTRUCTION = re.compile(
+    r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", re.MULTILINE
+)
 # This matches a branch; its groups are its own address and the address that it leads to.
 _BRANCH = re.compile(
     r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?BRA\b.*?0x([0-9a-f]+)", re.MULTILINE
 )
-_INSTRUCTION_BYTES = 16
+PREFETCH = "CCTL"  # into the L2 cache
 _ACCESSES = (
     "LDG", "STG", "LDGSTS", "RED", "REDG", "ATOM", "ATOMG", "UBLKCP", "UTMALDG", "UTMASTG",
     "UTMAREDG",
@@ -32,7 +35,7 @@ class Disassembly:
     registers: int  # per thread
     stack: int  # bytes per thread
     opcodes: Counter[str]  # static instruction counts, modifiers included
-    loop: int  # instructions of the longest loop that holds no other
+    loop: list[str]  # opcodes of the longest loop that holds no other
     overlap: str  # how it overlaps with the kernel before it, see `overlap`
 
     def count(self, prefix: str) -> int:
@@ -59,6 +62,11 @@ class Disassembly:
         return dict(loads)
 
     @property
+    def loop_prefetches(self) -> int:
+        """How many prefetches into the L2 cache the longest loop has."""
+        return sum(opcode.split(".")[0] == PREFETCH for opcode in self.loop)
+
+    @property
     def exponentials(self) -> int:
         return self.count("MUFU.EX2")
 
@@ -67,23 +75,28 @@ def overlap(sass: str) -> str:
     """How a kernel overlaps with the one before it, by one letter for each instruction, in order:
     P prefetches into the L2 cache, W waits for that kernel, L lets the next one begin, and A
     accesses global memory. Several prefetches or accesses in a row are one letter."""
-    letters = {"CCTL": "P", "ACQBULK": "W", "PREEXIT": "L"} | dict.fromkeys(_ACCESSES, "A")
-    opcodes = (opcode.split(".")[0] for opcode in _INSTRUCTION.findall(sass))
+    letters = {PREFETCH: "P", "ACQBULK": "W", "PREEXIT": "L"} | dict.fromkeys(_ACCESSES, "A")
+    opcodes = (opcode.split(".")[0] for opcode in opcodes_of(sass))
     order = [letters[opcode] for opcode in opcodes if opcode in letters]
     return re.sub(r"([PA])\1+", r"\1", "".join(order))
 
 
-def longest_loop(sass: str) -> int:
-    """How many instructions the longest loop has that holds no other loop. A loop reaches from
-    where a branch back leads to that branch."""
+def opcodes_of(sass: str) -> list[str]:
+    return [opcode for _, opcode in _INSTRUCTION.findall(sass)]
+
+
+def longest_loop(sass: str) -> list[str]:
+    """The opcodes of the longest loop that holds no other loop. A loop reaches from where a branch
+    back leads to that branch."""
     branches = [(int(start, 16), int(end, 16)) for end, start in _BRANCH.findall(sass)]
     loops = [(start, end) for start, end in branches if start < end]
-    sizes = (
-        (end - start) // _INSTRUCTION_BYTES + 1
+    innermost = [
+        (start, end)
         for start, end in loops
         if not any(start <= s and e < end for s, e in loops)
-    )
-    return max(sizes, default=0)
+    ]
+    start, end = max(innermost, key=lambda loop: loop[1] - loop[0], default=(0, -1))
+    return [op for at, op in _INSTRUCTION.findall(sass) if start <= int(at, 16) <= end]
 
 
 def _width(opcode: str) -> int:
@@ -109,5 +122,5 @@ def disassemble(cubin: bytes) -> Disassembly:
     if match is None:
         raise RuntimeError(f"cuobjdump -res-usage printed no resource usage: {usage!r}")
     registers, stack = int(match[1]), int(match[2])
-    opcodes = Counter(_INSTRUCTION.findall(sass))
+    opcodes = Counter(opcodes_of(sass))
     return Disassembly(registers, stack, opcodes, longest_loop(sass), overlap(sass))

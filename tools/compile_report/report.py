@@ -65,6 +65,7 @@ class Resources:
     narrow_loads: int  # bytes per thread (static) of global loads of less than 128 bits
     loop: int  # instructions of the longest loop that holds no other
     exponentials: float | None  # per element, where the case says how to count them
+    loop_prefetches: int = 0  # of its instructions
     overlap: str = ""  # how it overlaps with the kernel before it, see `disassembly.overlap`
     failures: tuple[str, ...] = ()  # what keeps it from being fit for sm_90, in words
 
@@ -102,7 +103,8 @@ def compile_case(case: CompileCase, architecture: str) -> Resources:
         resident_blocks=CHIPS[architecture].resident_blocks(code.registers, shared, warps),
         tensor_cores=code.tensor_cores,
         narrow_loads=sum(width * n for width, n in code.global_loads.items() if width < 16),
-        loop=code.loop,
+        loop=len(code.loop),
+        loop_prefetches=code.loop_prefetches,
         exponentials=None if elements is None else code.exponentials / elements,
         overlap=code.overlap,
     )
@@ -135,14 +137,19 @@ def compile_all(architectures: Sequence[str], ops: Sequence[str], jobs: int) -> 
 def failures(case: CompileCase, resources: Resources) -> list[str]:
     """What keeps a kernel from being fit for sm_90, in words; empty if nothing does."""
     limit = CHIPS["sm_90"].shared_bytes_block
+    order = "P" * case.prefetches + "WLA" + "PA" * case.prefetches_in_loop
     checks = [
         (resources.spilled_bytes == 0, f"{resources.spilled_bytes} bytes spilled"),
         (resources.stack == 0, f"{resources.stack} bytes of stack"),
         (resources.shared_bytes <= limit, f"{resources.shared_bytes} bytes of shared memory"),
         (resources.resident_blocks >= 1, "does not fit on an SM"),
         (
-            resources.overlap == ("PWLA" if case.prefetches else "WLA"),
+            resources.overlap == order,
             f"prefetches, wait, launch and accesses in the order {resources.overlap}",
+        ),
+        (
+            (resources.loop_prefetches > 0) == case.prefetches_in_loop,
+            f"{resources.loop_prefetches} prefetches in its loop",
         ),
         (not case.expects_tensor_cores or resources.tensor_cores == "HGMMA", "no HGMMA"),
         (

@@ -12,7 +12,7 @@ from dsb_kernels.attention_kernel import (
     _combine_kernel,
     tile_of,
 )
-from tools.compile_report.case import DTYPES, CompileCase
+from tools.compile_report.case import DTYPES, OVERLAPPING, CompileCase
 
 SHAPES = [  # name, heads, KV heads, head dim, window capacities
     ("LLaDA-8B", 32, 32, 128, (16, 32, 64, 128, 256)),
@@ -27,8 +27,9 @@ def cases() -> list[CompileCase]:
     """LLaDA-8B, iLLaDA-8B and Dream-7B at every window capacity, and the other head dims.
 
     Capacities that share tile and splits are one case. Either the window is in the K/V cache
-    already, as in the runtime, and the cache has the batch's rows or others too. Or the window's
-    keys and values are arguments, and the KV blocks of a list are visited.
+    already, as in the runtime, and the cache has the batch's rows or others too; the weight of the
+    next layer is asked for, but not where a window is "full", as at a refresh. Or the window's keys
+    and values are arguments, and the KV blocks of a list are visited.
     """
     by_name: dict[object, CompileCase] = {}
     for architecture, (name, H, H_kv, D, capacities) in itertools.product(ARCHITECTURES, SHAPES):
@@ -38,6 +39,10 @@ def cases() -> list[CompileCase]:
             words = f"{name} {min(H // H_kv * W, 128)} rows {way}"
             case = attention_case(words, H, H_kv, W, D, way, 4, architecture)
             by_name.setdefault((words, architecture), case)
+    for name, H, H_kv, D, _ in SHAPES[:3]:
+        by_name[name] = attention_case(
+            f"{name} 128 rows in cache full", H, H_kv, 128, D, "in cache full", 1, "sm_90"
+        )
     for architecture in ARCHITECTURES:
         by_name["one split", architecture] = attention_case(
             "LLaDA-8B one split", 32, 32, 64, 128, "in cache", 1, architecture
@@ -59,16 +64,19 @@ def attention_case(
     config = tile_of(H // H_kv * W, D, DTYPES[dtype], architecture)
     block_m = config.blocks["BLOCK_M"]
     listed, indexed = "listed" in way, "indexed" in way
+    prefetching = D <= 128 and "in cache" in way and "full" not in way
     lists, window = ("num_blocks_ptr", "indices_ptr"), ("kw_ptr", "vw_ptr")
     # The runtime's caches are full, so that C is the end of what is stored.
     absent = (
         *(() if listed else (*lists, "seqlens_ptr")), *(() if indexed else ("batch_idx_ptr",)),
         *(window if "in cache" in way else ()), *(("lse_ptr",) if splits == 1 else ()),
         *(() if "visible" in way else ("visible_ptr",)),
+        *(() if prefetching else ("next_ptr",)),
     )  # fmt: skip
     constexprs = {
         "GROUP": H // H_kv, "HEAD_DIM": D, "NUM_SPLITS": splits, "KV_BLOCK": 64, **config.blocks,
         "BLOCK_D": max(64, triton.next_power_of_2(D)), **dict.fromkeys(absent),
+        "NEXT_LINES": 32 * config.num_warps, "NEXT_ROW_LINES": H * D * DTYPES[dtype].itemsize // 256,
     }  # fmt: skip
     integers = ("window_start_ptr", "window_length_ptr", "seqlens_ptr", "leftpad_ptr")
     types = dict.fromkeys((*integers, "batch_idx_ptr", *lists), "*i32")
@@ -82,6 +90,7 @@ def attention_case(
         architectures=(architecture,),
         expects_tensor_cores=block_m >= 64,
         prefetches=not listed and not indexed,
+        prefetches_in_loop=prefetching and architecture in OVERLAPPING,
         expects_wide_loads="visible" not in way,  # each key's visibility is a byte
         max_loop=None if "visible" in way else max_loop,
         # These are the row's start, length and padding, and its row of the cache. With a list they
