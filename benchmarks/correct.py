@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import describe_benchmark
+from benchmarks.attention_cases import MODELS
 from benchmarks.gpu_hour import WITHOUT_PRECISION
 from benchmarks.op_case import check, device, on_gpu, timed_precision
 from benchmarks.op_cases import HEADS, LAYERS, OUTPUTS, RULES
@@ -64,6 +65,12 @@ def attention_shapes() -> list[Shape]:
     return shapes + [{**one, "width": w, "head_dim": d} for d in heads for w in widths.popitem()[1]]
 
 
+def refresh_shapes() -> list[Shape]:
+    positions = 1280 if on_gpu() else 32
+    return [{"model": m, "positions": positions, "length": positions - n}
+            for m in MODELS for n in (0, 7)]  # fmt: skip
+
+
 def rope_shapes() -> list[Shape]:
     widths, positions = ((16, 29, 64), 1283) if on_gpu() else ((5,), 83)
     return [
@@ -90,6 +97,7 @@ def more_shapes(op: str) -> list[Shape]:
         "token_confidence": lambda: scoring_shapes(op),
         "lm_head_confidence": lambda: scoring_shapes(op),
         "window_attention": attention_shapes,
+        "refresh_attention": refresh_shapes,
         "rope_write_kv": rope_shapes,
         "unmask_and_slide": unmask_shapes,
         "window_linear": lambda: linear_shapes([x for x in layers if x in LAYERS]),

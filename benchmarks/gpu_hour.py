@@ -43,7 +43,7 @@ REAP = 10  # seconds to wait for a killed process, which may hang in the driver
 COUNTS = re.compile(r"(\d+) (passed|failed|error|skipped)")
 OPS = {
     "scoring": ["lm_head_confidence", "token_confidence"],
-    "attention": ["window_attention"],
+    "attention": ["window_attention", "refresh_attention"],
     "small": ["unmask_and_slide", "rope_write_kv", "place_rows"],
     "linear": ["window_linear", "linear_add_norm"],
 }
@@ -116,7 +116,7 @@ def parts(small: bool, folder: Path) -> dict[str, Part]:
            for width in (64, 32, 128)},
         "roofline": Part("the phases of decode_64 beside their floors", 10,
                          [module("roofline", "--measured", str(folder / "decode_64.json"))]),
-        "sweep_64": Part("launch configurations at 64 positions", 60,
+        "sweep_64": Part("launch configurations at 64 positions", 65,
                          [module("sweep", "--size", "64")]),
         "scoring": Part("LM head, token_confidence", 45, ops("scoring")),
         "attention": Part("window_attention beside SDPA, FlexAttention, flash-attn", 90,
@@ -127,7 +127,7 @@ def parts(small: bool, folder: Path) -> dict[str, Part]:
             decode("llada-8b", small, "--batch", *(("2", "3") if small else ("8", "32")),
                    "--no-eager", "--rounds", "1")]),
         "dream": Part("Dream-7B beside the eager loop", 50, [decode("dream-7b", small, *rounds)]),
-        "sweep": Part("launch configurations at other sizes", 90,
+        "sweep": Part("launch configurations at other sizes", 85,
                       [module("sweep", "--size", *OTHER_SIZES)]),
     }  # fmt: skip
     if small:  # on a CPU, which may be a slow one

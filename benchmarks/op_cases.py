@@ -12,11 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import flex_attention
-from torch.nn.functional import linear, scaled_dot_product_attention, silu
+from torch.nn.functional import linear, silu
 
-from benchmarks.op_case import Case, allowed_error, compiled, device, on_gpu, randn, relative_error
-from dsb_kernels.attention import window_attention
+from benchmarks.attention_cases import EPS, HEAD_DIM, MODELS, each
+from benchmarks.op_case import Case, allowed_error, device, randn, relative_error
 from dsb_kernels.commit import initial_rows, unmask_and_slide
 from dsb_kernels.linear import linear_add_norm, window_linear
 from dsb_kernels.lm_head import lm_head_confidence
@@ -27,16 +26,9 @@ from dsb_kernels.rows import Column, StepKind, UnmaskSpec
 from dsb_kernels.score import confidence_of, exclude_tokens
 from dsb_kernels.token_confidence import token_confidence
 
-try:
-    from flash_attn import flash_attn_with_kvcache
-except ImportError:
-    flash_attn_with_kvcache = None
-
-EPS = 1e-5
-HEAD_DIM, BLOCK, PREFIX = 128, 32, 8
+BLOCK, PREFIX = 32, 8
 TIE = 1e-3  # logits this close may be ordered either way by another order of summation
 RULES = {"threshold": 0.9, "factor": 1.0, "frechet": 0.25}
-MODELS = {"LLaDA-8B": (32, 32), "iLLaDA-8B": (32, 8), "Dream-7B": (28, 4)}  # heads, KV heads
 HEADS = {
     "LLaDA-8B": (126464, 4096), "iLLaDA-8B": (155136, 4096), "Dream-7B": (152064, 3584),
     "small": (2000, 64),
@@ -59,11 +51,6 @@ OUTPUTS = {
     "Dream-7B down": (3584, 18944),
     "small out": (64, 96),
 }
-# FlexAttention is compiled for each shape, which takes longer than everything else of that shape.
-FLEX = {
-    ("LLaDA-8B", 64, 4096), ("iLLaDA-8B", 64, 4096), ("Dream-7B", 128, 16384),
-    ("LLaDA-8B", 8, 96),  # on a CPU
-}  # fmt: skip
 
 
 def scoring_options(
@@ -164,67 +151,6 @@ def lm_head_confidence_case(
         {"matmul + op": lambda: token_confidence(linear(hidden, weight), **options)},
         bytes=(V + candidates) * E * weight.element_size() + 12 * candidates,
         flops=2 * V * E * candidates, error=error,
-    )  # fmt: skip
-
-
-def each(batch: int, value: int) -> Tensor:
-    return torch.full((batch,), value, dtype=torch.int32, device=device())
-
-
-def window_attention_case(
-    model: str, batch: int, width: int, positions: int, splits: int | None = None,
-    precision: str | None = None, way: str = "plain", head_dim: int = HEAD_DIM,
-) -> Case:  # fmt: skip
-    """The window's keys and values are in the cache already, every stored position is visible and
-    the cache is full, so that every contender computes the same thing from the same tensors.
-
-    `way` names what else is checked: "fresh" (the window's keys and values beside the cache, a
-    window that is not full, padding and free positions), "rows" (`cache_batch_idx`), "blocks" and
-    "blocks of heads" (lists of KV blocks), "visible" (`kv_visible`) or "lse".
-    """
-    H, H_kv = MODELS[model]
-    rows = batch + 1 if way == "rows" else batch
-    q = randn(batch, H, width, head_dim, precision=precision)
-    k, v = (randn(rows, H_kv, positions, head_dim, precision=precision) for _ in range(2))
-    window: tuple[Tensor | None, Tensor | None] = (None, None)
-    seqlens = each(batch, positions)
-    options: dict[str, Any] = {
-        "window_start": each(batch, (positions - width) // 2),
-        "window_length": each(batch, width), "cache_seqlens": seqlens, "num_splits": splits,
-    }  # fmt: skip
-    if way == "fresh":
-        new = [randn(batch, H_kv, width, head_dim, precision=precision) for _ in range(2)]
-        window = (new[0], new[1])
-        options |= {
-            "window_length": each(batch, max(1, width - 3)),
-            "cache_seqlens": each(batch, positions - 5), "cache_leftpad": each(batch, 7),
-        }  # fmt: skip
-    elif way == "rows":
-        options["cache_batch_idx"] = torch.arange(batch, 0, -1, device=device()).int()
-    elif way.startswith("blocks"):
-        lists = (batch, H_kv) if way == "blocks of heads" else (batch,)
-        indices = torch.rand(*lists, -(-positions // 64), device=device()).argsort(-1).int()
-        count = torch.full(lists, indices.shape[-1] // 2, dtype=torch.int32, device=device())
-        options |= {"kv_num_blocks": count, "kv_indices": indices}
-    elif way == "visible":
-        options["kv_visible"] = torch.rand(batch, positions, device=device()) < 0.5
-    elif way == "lse":
-        options["return_lse"] = True
-
-    def flash() -> Tensor:
-        by_position = (x.transpose(1, 2) for x in (q, k, v))
-        return flash_attn_with_kvcache(*by_position, cache_seqlens=seqlens).transpose(1, 2)
-
-    others = {"sdpa": lambda: scaled_dot_product_attention(q, k, v, enable_gqa=True)}
-    if batch == 1 and (model, width, positions) in FLEX:
-        flex = compiled(flex_attention, q.shape, k.shape)
-        others["flex"] = lambda: flex(q, k, v, enable_gqa=True)
-    if flash_attn_with_kvcache is not None and on_gpu():
-        others["flash"] = flash
-    return Case(
-        window_attention, (q, *window, k, v), options, others,
-        bytes=2 * batch * (H * width + H_kv * positions) * head_dim * q.element_size(),
-        flops=4 * batch * H * width * positions * head_dim,
     )  # fmt: skip
 
 

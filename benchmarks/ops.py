@@ -4,7 +4,7 @@
     python -m pytest benchmarks/ops.py -k window_attention
 
 `BENCHMARKS` lists the shapes of each op, those of the targets first, and the function of
-`op_cases.py` that makes a `Case` of a shape, which `op_case.py` checks and times.
+`op_cases.py` or `attention_cases.py` that makes a `Case` of a shape, which `op_case.py` checks and times.
 
 On a GPU the figures are microseconds with a cold and a warm L2, the share of the copy bandwidth
 that the needed bytes amount to in the cold time, and TFLOP/s. On a CPU the shapes are small, "op"
@@ -26,11 +26,11 @@ import pytest
 import torch
 
 from benchmarks import describe_benchmark
+from benchmarks.attention_cases import MODELS, refresh_attention_case, window_attention_case
 from benchmarks.op_case import DEFINITIONS, Case, check, device, on_gpu, time_contender
 from benchmarks.op_cases import (
     HEADS,
     LAYERS,
-    MODELS,
     OUTPUTS,
     RULES,
     linear_add_norm_case,
@@ -39,7 +39,6 @@ from benchmarks.op_cases import (
     rope_write_kv_case,
     token_confidence_case,
     unmask_and_slide_case,
-    window_attention_case,
     window_linear_case,
 )
 from dsb_runtime.cli.process import OneLineParser, run_process
@@ -100,10 +99,16 @@ BENCHMARKS = {
          *(("Dream-7B", 1, W, C) for C in (16384, 4096) for W in (128, 64, 32)),
          *(("iLLaDA-8B", 1, W, C) for C in (4096, 16384) for W in (64, 128, 32)),
          *((m, 1, 64, 1024) for m in MODELS), *((m, 8, 64, 4096) for m in MODELS),
-         *((m, 1, 256, C) for m in MODELS for C in (1024, 4096, 16384)),
+         *((m, 1, 256, 4096) for m in MODELS),
          *((m, 64, 64, 4096) for m in MODELS if m != "LLaDA-8B")],
         [("LLaDA-8B", 1, 8, 96), ("Dream-7B", 2, 8, 96)],
         ("sdpa", "flex", "flash"),
+    ),
+    "refresh_attention": Benchmark(
+        refresh_attention_case, "model positions length",
+        [(m, 1280, n) for m in ("LLaDA-8B", "Dream-7B") for n in (1280, 1256)],
+        [("LLaDA-8B", 32, 32), ("Dream-7B", 32, 25)],
+        ("sdpa", "cudnn", "varlen"),
     ),
     "rope_write_kv": Benchmark(
         # The cache's length changes nothing; a short one leaves memory for many of them.

@@ -18,6 +18,7 @@ from typing import Any
 from unittest import mock
 
 from benchmarks import describe_benchmark, ops, read_toml
+from benchmarks.attention_cases import attention_out_case
 from benchmarks.op_case import Case, check, device, on_gpu, time_contender
 from dsb_kernels import _configs
 from dsb_kernels._configs import Config, architecture_of
@@ -66,6 +67,18 @@ def sweep_splits(run: Run) -> Iterator[dict[str, Any]]:
         }  # fmt: skip
 
 
+def sweep_next_weight(run: Run) -> Iterator[dict[str, Any]]:
+    """Run attention and the linear layer that follows it, of whose weight attention is told or
+    not."""
+    sizes = {"width": 64, "positions": 1280} if on_gpu() else {"width": 8, "positions": 96}
+    shape = {"model": "LLaDA-8B", **sizes}
+    for told in (True, False):
+        yield run(functools.partial(attention_out_case, **shape, told=told)) | {
+            "key": "window_attention, linear_add_norm", "size": sizes["width"], "shape": shape,
+            "configuration": "next_weight" if told else "next_weight=None", "current": told,
+        }  # fmt: skip
+
+
 def checked(make: Callable[[], Case]) -> dict[str, Any]:
     """The error of a call over what is allowed, or the reason why it is not used."""
     try:
@@ -103,6 +116,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     record = {**describe_benchmark("sweep", argv, device()), "lines": []}
     run = checked if args.check else two_times
     sweeps = [sweep_one(item, run) for item in items if item["size"] in (args.size or sizes)]
+    if 64 in (args.size or sizes):
+        sweeps.append(sweep_next_weight(run))
     if 128 in (args.size or sizes):
         sweeps.append(sweep_splits(run))
     for line in itertools.chain(*sweeps):

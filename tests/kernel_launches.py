@@ -85,7 +85,8 @@ def attention_calls() -> Iterator[Call]:
         yield call(rope_write_kv, "_rope_write_kv_kernel", **rotation, **caches, **where,
                    position=cuda(B, W, dtype=INT32))  # fmt: skip
         yield call(window_attention, "_attention_kernel", q=q, k_window=None, v_window=None,
-                   **caches, **where, kv_visible=cuda(B, 96, dtype=BOOL), num_splits=1)  # fmt: skip
+                   **caches, **where, kv_visible=cuda(B, 96, dtype=BOOL), num_splits=1,
+                   next_weight=cuda(40, 8 * 128, dtype=BF16))  # fmt: skip
         yield call(window_attention, "_attention_kernel", q=q, k_window=None, v_window=None,
                    **caches, **where, cache_seqlens=row, num_splits=1)  # fmt: skip
         lists = {"kv_num_blocks": row, "kv_indices": cuda(B, 1, dtype=INT32)}

@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import dsb_kernels
 from dsb_kernels import _launch as launching
+from dsb_kernels._op import jit, tl
 
 pytest.importorskip("triton")
 from triton.runtime.jit import JITFunction
@@ -64,6 +65,39 @@ def test_where_and_how_a_kernel_is_launched(capability, variable, monkeypatch):
     assert launched == [(1, (3,), 2, {"num_warps": 4, **early})] and where[-1] is None
     traced = launching.wrap_triton(kernel)
     assert type(traced).__name__ == "TraceableTritonKernelWrapper"
+
+
+@jit
+def count_lines(ptrs, mask, PDL: tl.constexpr):
+    """In place of `prefetch`: add 1 where an address points to."""
+    tl.atomic_add(ptrs, 1, mask=mask)
+
+
+@jit
+def odd_kib_kernel(
+    ptr, stride, num_rows, steps, LINES: tl.constexpr, ROW_LINES: tl.constexpr,
+):  # fmt: skip
+    for step in range(steps):
+        launching.prefetch_odd_kib(ptr, stride, num_rows, step, LINES, ROW_LINES, True)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="under the interpreter")
+@pytest.mark.parametrize(
+    ("rows", "columns", "lines"),
+    [(13, 512, 32), (13, 512, 8), (5, 1100, 64), (1, 1024, 16), (40, 768, 16), (3, 300, 128)],
+)
+def test_all_programs_together_ask_for_the_odd_kib_of_every_row_once(
+    rows, columns, lines, monkeypatch
+):
+    monkeypatch.setattr(launching, "prefetch", count_lines)
+    counts = torch.zeros(rows, columns + 7, dtype=torch.int32)
+    row_lines = launching.odd_lines(counts[:, :columns])
+    odd_kib_kernel[(2, 3, 1)](counts, counts.stride(0), rows, 12, LINES=lines, ROW_LINES=row_lines)
+    first = torch.arange(columns) % 32 == 0  # of a line of 128 bytes
+    odd = torch.arange(columns) // 256 % 2 == 1  # KiB
+    assert counts[:, columns:].sum() == 0
+    assert torch.equal(counts[:, :columns], (first & odd).int().expand(rows, -1))
+    assert row_lines == (first & odd).sum()
 
 
 def functions() -> Iterator[ast.FunctionDef]:

@@ -133,10 +133,11 @@ def test_the_checks_reach_every_configuration_of_16_bits(monkeypatch):
 
 def key_and_size(op: str, shape: dict[str, Any]) -> tuple[str, int]:
     """The entry of the table that a shape uses, and its size there."""
-    if op == "window_attention":
+    if op.endswith("_attention"):
         heads, kv_heads = op_cases.MODELS[shape["model"]]
         head_dim = 128 if shape.get("head_dim", 128) <= 128 else 256
-        return f"{op} {head_dim}", shape["width"] * heads // kv_heads
+        width = shape.get("width", shape.get("positions"))
+        return f"window_attention {head_dim}", width * heads // kv_heads
     if op == "window_linear":
         gated = op_cases.LAYERS[shape["layer"]][3]
         return op + " gated" * gated, shape["num_tokens"]

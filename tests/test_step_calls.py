@@ -98,6 +98,21 @@ def test_a_window_steps_layer_is_eight_kernels_and_at_most_25_calls():
 
 
 @pytest.mark.parametrize("kind", SHAPES)
+def test_attention_is_told_of_the_weight_that_follows_it_but_at_a_refresh(kind):
+    model = model_of(2)
+    with kernels():
+        recording = record(model, kind, rows=1)
+    given = [
+        {x.data_ptr() for x in args if isinstance(x, torch.Tensor)}
+        for func, args, *_ in recording.calls
+        if func._schema.name == "dsb::window_attention"
+    ]
+    weights = [layer.self_attn.o_proj.weight.data_ptr() for layer in model.model.layers]
+    told = [weight in some for weight, some in zip(weights, given, strict=True)]
+    assert told == [kind != "refresh"] * 2
+
+
+@pytest.mark.parametrize("kind", SHAPES)
 @pytest.mark.parametrize("rows", [1, 2])
 def test_a_step_is_few_kernels_outside_its_layers(kind, rows):
     """The whole of a step's bookkeeping is two launches, whatever its kind and whichever of the

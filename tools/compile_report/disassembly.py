@@ -91,9 +91,7 @@ def longest_loop(sass: str) -> list[str]:
     branches = [(int(start, 16), int(end, 16)) for end, start in _BRANCH.findall(sass)]
     loops = [(start, end) for start, end in branches if start < end]
     innermost = [
-        (start, end)
-        for start, end in loops
-        if not any(start <= s and e < end for s, e in loops)
+        (start, end) for start, end in loops if not any(start <= s and e < end for s, e in loops)
     ]
     start, end = max(innermost, key=lambda loop: loop[1] - loop[0], default=(0, -1))
     return [op for at, op in _INSTRUCTION.findall(sass) if start <= int(at, 16) <= end]

@@ -76,7 +76,8 @@ def attention_case(
     constexprs = {
         "GROUP": H // H_kv, "HEAD_DIM": D, "NUM_SPLITS": splits, "KV_BLOCK": 64, **config.blocks,
         "BLOCK_D": max(64, triton.next_power_of_2(D)), **dict.fromkeys(absent),
-        "NEXT_LINES": 32 * config.num_warps, "NEXT_ROW_LINES": H * D * DTYPES[dtype].itemsize // 256,
+        "NEXT_LINES": 32 * config.num_warps,
+        "NEXT_ROW_LINES": H * D * DTYPES[dtype].itemsize // 256,  # half of those of a row
     }  # fmt: skip
     integers = ("window_start_ptr", "window_length_ptr", "seqlens_ptr", "leftpad_ptr")
     types = dict.fromkeys((*integers, "batch_idx_ptr", *lists), "*i32")
