@@ -4,7 +4,8 @@
     python -m pytest benchmarks/ops.py -k window_attention
 
 `BENCHMARKS` lists the shapes of each op, those of the targets first, and the function of
-`op_cases.py` or `attention_cases.py` that makes a `Case` of a shape, which `op_case.py` checks and times.
+`op_cases.py` or `attention_cases.py` that makes a `Case` of a shape. `op_case.py` checks and times
+it.
 
 On a GPU the figures are microseconds with a cold and a warm L2, the share of the copy bandwidth
 that the needed bytes amount to in the cold time, and TFLOP/s. On a CPU the shapes are small, "op"
