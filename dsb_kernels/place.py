@@ -143,6 +143,8 @@ def response_index(noise_ids: Tensor) -> Tensor:
 # --- kernel -----------------------------------------------------------------------------------
 
 
+# torch 2.11 compiles no loop over an enum, so that the accepted kinds are listed here.
+KINDS = [int(kind) for kind in StepKind if kind.name != "NOTHING"]
 WINDOW = constant(StepKind.WINDOW)
 RESPONSE = constant(StepKind.RESPONSE)
 COLUMNS = constant(NUM_COLUMNS)
@@ -266,7 +268,7 @@ def _check(a: Any) -> None:
     )
     integers("table", a.table, shape=(B, NUM_COLUMNS))
     integers("position", a.position, shape=(B, "K"))
-    check_choice(name, "kind", a.kind, [int(kind) for kind in StepKind if kind.name != "NOTHING"])
+    check_choice(name, "kind", a.kind, KINDS)
     check_between(name, "num_rows", a.num_rows, 1, B)
     check_between(name, "width", a.width, 1, L)
     check_between(name, "num_candidates", a.num_candidates, 1, a.position.shape[1])
