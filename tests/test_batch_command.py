@@ -61,9 +61,10 @@ def test_our_format(chat, tmp_path, capsys):
         1: ("a", direct([10, 20, 30], factor=1.0)),
         2: (7, direct([11], threshold=0.5)),
         4: (None, direct([12], 5, factor=1.0, temperature=0.7)),
-        5: ("d", direct([13], steps=16)),
+        5: ("d", direct([13], steps=16, stop_strings="w", tokenizer=dsb.load_tokenizer(chat))),
     }
     assert by_line.keys() == expected.keys()
+    assert by_line[5]["tokens"] == 1  # a row counts up to the token that completes a stop string
     for line, (name, output) in expected.items():
         assert by_line[line] == {
             "line": line,

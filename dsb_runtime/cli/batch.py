@@ -247,6 +247,7 @@ class Decoder:
         return self.engine.submit(
             ids, defaults_for(model, **settings),
             generator=None if own is None else generator.manual_seed(own),
+            stop_strings=line.stops or None, tokenizer=self.tokenizer if line.stops else None,
         )  # fmt: skip
 
     def answer(self, line: Line, request: Request) -> tuple[dict[str, Any], int | None]:

@@ -169,9 +169,9 @@ def answer_of(
     "length" where the response is full."""
     prompt, tokens = len(request.ids), out.row_tokens[0]
     ids = out.sequences[0, prompt : prompt + tokens]
-    text = str(tokenizer.decode(ids, skip_special_tokens=True)).strip()
+    text = str(tokenizer.decode(ids, skip_special_tokens=True))
     ends = [at for stop in line.stops if (at := text.find(stop)) >= 0]
-    text = text[: min(ends, default=None)]
+    text = text[: min(ends, default=None)].strip()
     stopped = bool(ends) or int(ids[-1]) in request.spec.eos_ids
     reason = "stop" if stopped else "length"
     if line.url is None:
