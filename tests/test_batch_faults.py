@@ -156,6 +156,8 @@ def test_a_failed_prompt_does_not_stop_the_others():
         ({"config": 3}, TypeError, "config=3: expected a DecodingConfig"),
         ({"generator": 3}, TypeError, "generator=int"),
         ({"top_p": 0.9}, ValueError, "top_p=0.9: llada samples"),
+        ({"banned_tokens": (9999,)}, ValueError, "banned_tokens has 9999: expected ids"),
+        ({"record": 1}, TypeError, "record=1"),
         ({"bloc": 3}, TypeError, "bloc=3: expected one of"),
     ],
 )

@@ -19,16 +19,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dsb_runtime.config import DecodingConfig
 from dsb_runtime.engine.batcher import Batcher
-from dsb_runtime.engine.check import (
-    check_family_settings,
-    check_generator,
-    check_side_by_side,
-)
 from dsb_runtime.engine.engine import GenerationOutput, config_of
 from dsb_runtime.engine.graphs import Capture
-from dsb_runtime.engine.request import OnStep, OnTokens, Request
+from dsb_runtime.engine.request import OnStep, OnTokens, Request, check_settings
 from dsb_runtime.engine.turns import check_process
-from dsb_runtime.families import check_model
 
 
 def generate_batch(
@@ -62,16 +56,15 @@ def generate_batch(
         one row.
 
     Raises:
-        TypeError, ValueError: the model or a setting is not accepted, which is checked at once.
+        TypeError, ValueError: the model or a setting is not accepted, which is checked at once
+            (but for a `gen_length` that the model has no positions for).
         RuntimeError: a prompt has failed (it is not accepted, its logits are NaN, or it is too long
             for the memory). It is raised once all others have been yielded, from the error of the
             first that failed.
     """
     batcher = Batcher(model, max_rows)
     config = config_of(batcher.model, config, settings)
-    check_family_settings(check_model(batcher.model), config)
-    check_side_by_side(config)
-    check_generator(generator, batcher.device)
+    check_settings(batcher.model, config, generator, record)
     return _yield_outputs(batcher, iter(prompts), config, generator, record)
 
 

@@ -26,9 +26,22 @@ from dsb_runtime.engine.check import (
 from dsb_runtime.engine.engine import GenerationOutput, config_of
 from dsb_runtime.engine.step import spec_of
 from dsb_runtime.engine.stops import RowEnds, check_stop_strings
-from dsb_runtime.families import check_model, device_of
+from dsb_runtime.families import DiffusionInfo, check_model, device_of
 
 OnTokens = Callable[[list[int]], object]
+
+
+def check_settings(
+    model: PreTrainedModel, config: DecodingConfig, generator: Any, record: Any
+) -> DiffusionInfo:
+    """Check what a request has beside its prompt, and return what its model is."""
+    info = check_model(model)
+    check_family_settings(info, config)
+    check_tokens(info, config, model.config.vocab_size)
+    check_side_by_side(config)
+    check_generator(generator, device_of(model))
+    check_bool("record", record)
+    return info
 
 
 @dataclass
@@ -69,16 +82,12 @@ class Request(Future[GenerationOutput]):
     ) -> None:
         """Check the arguments of `BatchEngine.submit`, and draw the request's seed."""
         super().__init__()
-        self.config, info = config_of(model, config, settings), check_model(model)
-        self.ids = as_ids(ids)
+        self.config = config_of(model, config, settings)
         # All of this on the CPU: the decoding thread has the GPU.
-        check_family_settings(info, self.config)
-        check_tokens(info, self.config, model.config.vocab_size)
-        check_side_by_side(self.config)
+        info = check_settings(model, self.config, generator, record)
+        self.ids = as_ids(ids)
         check_ids(model, self.ids[None], self.config.gen_length)
         check_no_masks(self.ids[None], torch.zeros(1), info)
-        check_generator(generator, device_of(model))
-        check_bool("record", record)
         if on_tokens is not None and not callable(on_tokens):
             raise TypeError(
                 f"on_tokens={on_tokens!r}: expected a callable that takes token ids, or None"
