@@ -136,6 +136,8 @@ def test_two_runs_write_the_same_file_and_an_interrupt_loses_one_setting(
     assert len(measured) == written and capsys.readouterr().out == table
     assert cli.main([*QUICK, "--json", str(second), "--seed", "1"]) == 2
     assert "it has scores of seed 0; expected 1, or a new file" in capsys.readouterr().err
+    assert cli.main([*QUICK, "--json", str(second), "--gen-length", "128"]) == 2
+    assert "it has scores of gen_length 64; expected 128, or" in capsys.readouterr().err
 
 
 def scores() -> list[Score]:

@@ -169,6 +169,13 @@ def run(
     that the options name."""
     task = TASKS[args.task]
     record = Record(task.name, digest(model), args.limit, args.seed, []).continued(args.json)
+    for score in record.scores:
+        old, new = score.config.gen_length, configs[0].gen_length
+        if old != new:
+            raise ValueError(
+                f"--json {args.json}: it has scores of gen_length {old}; expected {new}, or a new "
+                "file"
+            )
     known = {score.config for score in record.scores}
     missing = [config for config in configs if config not in known]
     # Rows are as wide as the widest beside them, so that neighbours should be of one length.
