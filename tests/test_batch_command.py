@@ -209,7 +209,7 @@ def test_many_kills(job):
     assert sorted(answers(out)) == list(range(1, 41))
 
 
-def test_what_is_no_file_of_answers_stays_as_it_is(job, capsys, tmp_path):
+def test_what_is_no_file_of_answers_stays_as_it_is(job, capsys, tmp_path, monkeypatch):
     source, out, words = job
     for content in ("my notes", "my notes\n", '{"a": 1}\n{"line": 1', "3\n"):
         out.write_text(content)
@@ -222,6 +222,8 @@ def test_what_is_no_file_of_answers_stays_as_it_is(job, capsys, tmp_path):
     refused(capsys, "batch", source, source, said="both IN.jsonl and OUT.jsonl")
     refused(capsys, "batch", tmp_path / "none", out, said="no such file; expected lines of JSON")
     refused(capsys, *words, "--max-rows", "0", said="--max-rows=0: expected an int >= 1")
+    monkeypatch.setattr(sys, "stdout", None)  # as Python has it where the shell closed it
+    refused(capsys, "batch", source, "-", said="OUT.jsonl -: standard output is closed")
 
 
 def test_a_cluster_needs_the_extra(job, capsys, monkeypatch):

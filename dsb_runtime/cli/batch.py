@@ -77,6 +77,8 @@ def check_arguments(args: argparse.Namespace) -> None:
             raise ValueError("IN.jsonl -: standard input is closed; expected lines")
     elif not source.is_file() and not source.is_fifo():
         raise ValueError(f"{source}: no such file; expected lines of JSON")
+    if args.target == "-" and sys.stdout is None:
+        raise ValueError("OUT.jsonl -: standard output is closed; expected a place for answers")
     if "-" not in (args.source, args.target) and target.exists() and source.samefile(target):
         raise ValueError(f"{target}: both IN.jsonl and OUT.jsonl; expected two files")
 
