@@ -23,7 +23,7 @@ import dsb_runtime as dsb
 from dsb_runtime.demo import MODEL_DIR
 from dsb_runtime.demo.problems import heldout
 from tests.commands import ROOT, refused
-from tests.served import HEADERS, KEY
+from tests.served import HEADERS, KEY, half_a_body
 
 CLIENTS = 64
 
@@ -61,21 +61,21 @@ def test_sigterm_finishes_what_runs_and_refuses_what_comes():
         "messages": [{"role": "user", "content": "Mia has 12 secrets."}], "stream": True,
         "threshold": 1.0, "max_tokens": 400, "stop_at_eos": False,
     }  # fmt: skip
-    with process() as (server, url):
+    with process() as (server, url), half_a_body(int(url.rpartition(":")[2])) as half:
         with httpx.stream(
             "POST", f"{url}/v1/chat/completions?token=abc", json=body, headers=HEADERS, timeout=300
         ) as stream:
             lines = stream.iter_lines()
             next(lines)
             server.send_signal(signal.SIGTERM)
-            wait = time.monotonic() + 60
-            while (answer := httpx.get(f"{url}/health")).status_code == 200:
-                assert time.monotonic() < wait
+            assert half.recv(4096).startswith(b"HTTP/1.1 503 ")
+            answer = httpx.get(f"{url}/health")
             assert answer.status_code == 503 and answer.headers["Retry-After"]
             assert list(lines)[-2:] == ["data: [DONE]", ""]
         _, log = server.communicate(timeout=60)
         assert server.returncode == 0
     assert "POST /v1/chat/completions 200" in log and "GET /health 503" in log
+    assert "POST /v1/chat/completions 503" in log
     assert not [word for word in ("abc", "secrets", KEY, "Traceback") if word in log]
 
 
