@@ -154,10 +154,14 @@ def test_a_bad_line_is_answered_by_an_error(chat, tmp_path, capsys):
     assert capsys.readouterr().out.startswith(f"1 answers, {len(BAD)} errors")
 
 
-def test_pipes(chat, tmp_path):
+def test_pipes_without_the_extra_of_the_server(chat):
+    absent = ("fastapi", "starlette", "pydantic", "uvicorn", "prometheus_client")
+    script = (
+        f"import runpy, sys; sys.modules.update(dict.fromkeys({absent}))\n"
+        "runpy.run_module('dsb_runtime', run_name='__main__', alter_sys=True)"
+    )
     lines = "".join(json.dumps({"id": i, "prompt": f"w{i}"}) + "\n" for i in range(10, 14))
-    batch = ("-m", "dsb_runtime", "batch", "-", "-", "--model", chat, *SHORT)
-    done = python(*batch, input=lines)
+    done = python("-c", script, "batch", "-", "-", "--model", chat, *SHORT, input=lines)
     got = {a["id"]: a for a in map(json.loads, done.stdout.splitlines())}
     assert done.stderr == "" and sorted(got) == [10, 11, 12, 13]
     for i, answer in got.items():

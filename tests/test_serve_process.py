@@ -18,10 +18,13 @@ from typing import Any
 import httpx
 import openai
 import pytest
+import uvicorn
 
 import dsb_runtime as dsb
 from dsb_runtime.demo import MODEL_DIR
 from dsb_runtime.demo.problems import heldout
+from dsb_runtime.doors.server import draining
+from dsb_runtime.doors.server.gate import Traffic
 from tests.commands import ROOT, refused
 from tests.served import HEADERS, KEY, half_a_body
 
@@ -77,6 +80,25 @@ def test_sigterm_finishes_what_runs_and_refuses_what_comes():
     assert "POST /v1/chat/completions 200" in log and "GET /health 503" in log
     assert "POST /v1/chat/completions 503" in log
     assert not [word for word in ("abc", "secrets", KEY, "Traceback") if word in log]
+
+
+def test_a_client_that_does_not_read_is_not_waited_for(monkeypatch):
+    rows: set[Any] = set()
+    traffic = Traffic(rows, open=1)
+    server = draining.Draining(uvicorn.Config("app:app"), traffic, lambda: None)
+    monkeypatch.setattr(draining, "READ_SECONDS", 0.05)
+
+    def ends() -> bool:
+        time.sleep(0.1)
+        return asyncio.run(server.on_tick(1))
+
+    assert not ends()
+    server.handle_exit(signal.SIGTERM, None)
+    rows.add("a row")
+    asyncio.run(server.on_tick(1))
+    assert not ends()  # what is decoded is waited for
+    rows.clear()
+    assert ends() and traffic.open == 1
 
 
 def memory(pid: int) -> float:

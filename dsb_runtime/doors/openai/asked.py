@@ -81,11 +81,8 @@ def refusal(name: str, value: Any, accepted: str, why: str = "") -> BodyError:
 
 def setting_error(error: Exception) -> BodyError:
     """What a check of this package says of a setting, whose name its message begins with."""
-    if isinstance(error, BodyError):
-        return error
-    name = re.match(r"\w*", str(error))
-    known = name is not None and name[0] in (*LENGTHS, *settings())
-    return BodyError(str(error), name[0] if name is not None and known else None)
+    name = re.split(r"\W", str(error), maxsplit=1)[0]
+    return BodyError(str(error), name if name in (*LENGTHS, *settings()) else None)
 
 
 # --- one field each ---------------------------------------------------------------------------

@@ -171,7 +171,7 @@ def create_app(
     if api_key is not None and not api_key:
         raise ValueError("api_key='': expected some text")
     service = Service(engine, tokenizer, max_queue)
-    traffic = Traffic()
+    traffic = Traffic(service.unfinished)
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import Container
+from collections.abc import Collection, Container
 from dataclasses import dataclass
 from urllib.parse import quote
 
@@ -15,6 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from dsb_runtime.doors.server.errors import RETRY_SECONDS, ApiError
 from dsb_runtime.doors.server.metrics import Metrics
+from dsb_runtime.engine.request import Request
 
 logger = logging.getLogger(__name__)
 GUARDED = "/v1/"  # what needs a key
@@ -26,8 +27,10 @@ TICK = 0.2  # seconds after which a body that has not come is looked at again
 
 @dataclass
 class Traffic:
-    """How many HTTP requests are under way, and whether the server takes no more of them."""
+    """How many HTTP requests are under way, which rows of them are not done, and whether the server
+    takes no more of them."""
 
+    rows: Collection[Request]
     open: int = 0
     draining: bool = False
 
