@@ -159,7 +159,7 @@ def test_a_score_survives_its_line():
 
 def test_what_is_shown_of_a_file(tmp_path, capsys):
     path, picture = tmp_path / "scores.json", tmp_path / "scores.png"
-    write_json(path, Record("sudoku", "0", 1000, 0, 36, scores()).written())
+    write_json(path, Record("sudoku", "0", 1000, 0, 36, scores()).as_json())
     shown = ["eval", "--from", str(path)]
     assert cli.main([*shown, "--plot", str(picture)]) == 0
     table = capsys.readouterr().out

@@ -186,19 +186,19 @@ class Job:
             OSError: the lines cannot be read further. Those that were read have their answers.
         """
         threading.Thread(target=self.read, name="dsb batch lines", daemon=True).start()
-        under_way, more, unreadable = 0, True, None
+        under_way, more, error = 0, True, None
         while under_way or more:
             event = self.events.get()
             if event is None or isinstance(event, OSError):
-                more, unreadable = False, event
+                more, error = False, event
             elif len(event) == 2:
                 under_way += self.submit(*event)
             else:
                 under_way -= 1
                 digest, line, request = event
                 self.finish(digest, *self.decoder.answer(line, request))
-        if unreadable is not None:
-            raise unreadable
+        if error is not None:
+            raise error
 
     def submit(self, number: int, text: bytes) -> bool:
         """Let a line be decoded, unless it is wrong or has its answer."""

@@ -128,10 +128,10 @@ def build_parser(defaults: Mapping[str, Any] | None = None) -> argparse.Argument
 
 def named_options(args: argparse.Namespace) -> list[str]:
     """The attributes of the options that the command line names, be it at their defaults."""
-    words, unnamed = shlex.split(args.command_line)[1:], object()
+    words, default = shlex.split(args.command_line)[1:], object()
     names = [n for n in vars(args) if n not in ("command", "run", "command_line", "process")]
-    parsed = vars(build_parser(dict.fromkeys(names, unnamed)).parse_args(words))
-    return [name for name in names if parsed[name] is not unnamed]
+    parsed = vars(build_parser(dict.fromkeys(names, default)).parse_args(words))
+    return [name for name in names if parsed[name] is not default]
 
 
 def load(args: argparse.Namespace) -> tuple[PreTrainedModel, Any]:

@@ -78,17 +78,17 @@ def _yield_outputs(
 ) -> Iterator[tuple[int, GenerationOutput]]:
     index_of: dict[Request, int] = {}
     failed: dict[int, BaseException] = {}
-    broken: list[Exception] = []
+    source_errors: list[Exception] = []
 
-    def readable() -> Iterator[Tensor | Sequence[int]]:
+    def read_prompts() -> Iterator[Tensor | Sequence[int]]:
         try:
             for ids in prompts:  # noqa: UP028 (it would close the caller's generator)
                 yield ids
         except Exception as error:  # what was read before is decoded to its end
-            broken.append(error)
+            source_errors.append(error)
 
     def requests() -> Iterator[Request]:
-        for index, ids in enumerate(readable()):
+        for index, ids in enumerate(read_prompts()):
             try:
                 request = Request(batcher.model, ids, config, generator, record)
             except (TypeError, ValueError) as error:
@@ -109,8 +109,8 @@ def _yield_outputs(
             others = f" ({len(failed)} prompts failed)" if len(failed) > 1 else ""
             raise RuntimeError(f"prompt {first}: {failed[first]}{others}") from failed[first]
     finally:
-        if broken:  # an error that is raised here has the one above as its context
-            raise broken[0]
+        if source_errors:  # an error that is raised here has the one above as its context
+            raise source_errors[0]
 
 
 class _Worker:

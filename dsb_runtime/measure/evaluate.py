@@ -181,7 +181,7 @@ def run(
                 bar.set_description(f"setting {number} of {len(missing)}")
                 score = measure(task, model, tokenizer, problems, config, args.batch, bar.update)
                 record.scores.append(score)
-                write(record.written())  # so that an interrupt loses one setting only
+                write(record.as_json())  # so that an interrupt loses one setting only
     show(record.only(configs), args.plot, args.markdown)
     return 0
 

@@ -132,7 +132,7 @@ class Record:
             raise ValueError("scores of several gen_length: expected one")
         return cls(**head, gen_length=length, scores=scores)
 
-    def written(self) -> dict[str, Any]:
+    def as_json(self) -> dict[str, Any]:
         """The record as JSON."""
         head = {name: getattr(self, name) for name in ("task", "model", "problems", "seed")}
         return head | {"scores": [score.line() for score in self.scores]}
