@@ -18,6 +18,7 @@ from dsb_runtime.cli import main as cli
 from dsb_runtime.config import DecodingConfig
 from dsb_runtime.demo import MODEL_DIR
 from dsb_runtime.demo.tasks import TASKS
+from dsb_runtime.files import write_json
 from dsb_runtime.measure import evaluate
 from dsb_runtime.measure.evaluate import build_settings, encode_prompts, measure, rule_values
 from dsb_runtime.measure.plots import CURVE_COLORS, spread
@@ -158,7 +159,7 @@ def test_a_score_survives_its_line():
 
 def test_what_is_shown_of_a_file(tmp_path, capsys):
     path, picture = tmp_path / "scores.json", tmp_path / "scores.png"
-    Record("sudoku", "0", 1000, 0, scores()).write(path)
+    write_json(path, Record("sudoku", "0", 1000, 0, 36, scores()).as_json())
     shown = ["eval", "--from", str(path)]
     assert cli.main([*shown, "--plot", str(picture)]) == 0
     table = capsys.readouterr().out

@@ -15,6 +15,7 @@ from dsb_runtime.engine.engine import GenerationOutput
 from dsb_runtime.engine.request import Request
 
 MOST_BYTES = 2**26  # of a line
+INVALID, SERVER = "invalid_request", "server_error"  # codes of errors
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 # What a body of OpenAI's may have that changes no answer, and what has only one value here.
 WITHOUT_EFFECT = ("model", "user", "metadata", "store", "service_tier", "stream_options")
@@ -199,12 +200,14 @@ def answer_of(
     }  # fmt: skip
 
 
-def error_of(line: Line, error: BaseException) -> dict[str, Any]:
-    """The answer of a line that has none."""
+def error_of(line: Line, error: BaseException, code: str) -> dict[str, Any]:
+    """The answer of a line that has none. The code is INVALID for what the line asks wrongly, and
+    SERVER for what failed here while it was decoded."""
     message = " ".join(str(error).split()) or type(error).__name__
+    said = {"code": code, "message": message}
     if line.url is None:
-        return {"line": line.number, "id": line.id, "error": message}
+        return {"line": line.number, "id": line.id, "error": said}
     return {
         "line": line.number, "id": f"batch_req_{line.number}", "custom_id": line.id,
-        "response": None, "error": {"code": "invalid_request", "message": message},
+        "response": None, "error": said,
     }  # fmt: skip

@@ -20,6 +20,7 @@ from dsb_kernels.rules import RULES, Rule
 from dsb_runtime.config import DecodingConfig
 from dsb_runtime.demo.tasks import TASKS, Task
 from dsb_runtime.engine.batch import generate_batch
+from dsb_runtime.files import sole_writer
 from dsb_runtime.measure.command import add_output
 from dsb_runtime.measure.scores import Record, Score, show
 
@@ -167,26 +168,20 @@ def run(
 ) -> int:
     """Decode with every setting that the file of `--json` has not, show all, and write the files
     that the options name."""
-    task = TASKS[args.task]
-    record = Record(task.name, digest(model), args.limit, args.seed, []).continued(args.json)
-    for score in record.scores:
-        old, new = score.config.gen_length, configs[0].gen_length
-        if old != new:
-            raise ValueError(
-                f"--json {args.json}: it has scores of gen_length {old}; expected {new}, or a new "
-                "file"
-            )
-    known = {score.config for score in record.scores}
-    missing = [config for config in configs if config not in known]
-    # Rows are as wide as the widest beside them, so that neighbours should be of one length.
-    problems = sorted(task.heldout(args.limit, args.seed), key=lambda p: len(p.prompt))
-    with tqdm(total=len(missing) * len(problems), unit="problem", disable=None) as bar:
-        for number, config in enumerate(missing, 1):
-            bar.set_description(f"setting {number} of {len(missing)}")
-            score = measure(task, model, tokenizer, problems, config, args.batch, bar.update)
-            record.scores.append(score)
-            if args.json:  # after each setting, so that an interrupt loses one setting only
-                record.write(args.json)
+    task, length = TASKS[args.task], configs[0].gen_length
+    with sole_writer("--json", args.json) as write:
+        new = Record(task.name, digest(model), args.limit, args.seed, length, [])
+        record = new.continued(args.json)
+        known = {score.config for score in record.scores}
+        missing = [config for config in configs if config not in known]
+        # Rows are as wide as the widest beside them, so that neighbours should be of one length.
+        problems = sorted(task.heldout(args.limit, args.seed), key=lambda p: len(p.prompt))
+        with tqdm(total=len(missing) * len(problems), unit="problem", disable=None) as bar:
+            for number, config in enumerate(missing, 1):
+                bar.set_description(f"setting {number} of {len(missing)}")
+                score = measure(task, model, tokenizer, problems, config, args.batch, bar.update)
+                record.scores.append(score)
+                write(record.as_json())  # so that an interrupt loses one setting only
     show(record.only(configs), args.plot, args.markdown)
     return 0
 
@@ -195,7 +190,7 @@ def show_file(written: Any, args: argparse.Namespace) -> None:
     """Show what `--json` wrote; with `--quick` only the settings that it would measure."""
     record = Record.of(written)
     if args.quick:
-        task = TASKS[record.task]
-        configs = build_settings(task, args.gen_length, args.block_length or (), quick=True)
+        task, length = TASKS[record.task], record.gen_length
+        configs = build_settings(task, length, args.block_length or (), quick=True)
         record = record.only(configs)
     show(record, args.plot, args.markdown)
