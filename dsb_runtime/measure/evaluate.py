@@ -16,6 +16,7 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from dsb_kernels.rows import CACHES
 from dsb_kernels.rules import RULES, Rule
 from dsb_runtime.config import DecodingConfig
 from dsb_runtime.demo.tasks import TASKS, Task
@@ -24,6 +25,7 @@ from dsb_runtime.files import sole_writer
 from dsb_runtime.measure.command import add_output
 from dsb_runtime.measure.scores import Record, Score, show
 
+POLICIES = ("none", *(cache for cache in CACHES if cache != "none"))
 THRESHOLDS = (0.5, 0.7, 0.9, 0.99)
 THRESHOLD = 0.9  # at which caches, progress, margins and refreshes are compared
 # The values at which the other rules are published; a rule without any has the middle of its range.
@@ -61,8 +63,8 @@ def build_settings(
 ) -> list[DecodingConfig]:  # fmt: skip
     """The settings that are measured, the telling ones first: one token a step over the whole
     canvas and every schedule with every cache at threshold 0.9 (with `quick` no others), then
-    thresholds and block lengths without a cache and with one, and then rules, confidences and
-    refreshes that leave the prompt's K/V as they are."""
+    every threshold, then confidences and refreshes that leave the prompt's K/V as they are, and
+    then every other rule; thresholds and rules with every cache and block length."""
     length = task.gen_length if gen_length is None else gen_length
     blocks = tuple(block_lengths) or task.block_lengths
     compared = tuple(block_lengths) or task.compared
@@ -92,23 +94,17 @@ def build_settings(
                 add(name, block, cache, **settings)
 
     add("naive", length, steps=length)
-    for cache in ("none", "dsb", "dual"):
+    for cache in POLICIES:
         add_schedules(compared[0], cache, threshold=THRESHOLD)
     if quick:
         return list(configs)
     for block in compared:
         add_schedules(block, steps=length)
-    for cache in ("none", "dsb", "dual"):
+    for cache in POLICIES:
         for block in (*blocks, length):
             for threshold in THRESHOLDS:
                 add_schedules(block, cache, threshold=threshold)
     for block in compared:
-        for rule in RULES.values():
-            for value in rule_values(rule):
-                add_schedules(block, "none", **{rule.setting: value})
-        for share in PROGRESS:
-            add_schedules(block, threshold=THRESHOLD, progress=share)
-        add_schedules(block, threshold=THRESHOLD, confidence="margin")
         for every in FULL_EVERY:
             add("greedy", block, "dsb", threshold=THRESHOLD, refresh_policy="response",
                 full_refresh_every=every)  # fmt: skip
@@ -120,6 +116,14 @@ def build_settings(
     add("greedy", **small)
     for every in FULL_EVERY:
         add("greedy", **small, refresh_policy="response", full_refresh_every=every)
+    for cache in POLICIES:
+        for block in (*compared, *blocks, length):
+            for rule in RULES.values():
+                for value in rule_values(rule):
+                    add_schedules(block, cache, **{rule.setting: value})
+            for share in PROGRESS:
+                add_schedules(block, cache, threshold=THRESHOLD, progress=share)
+            add_schedules(block, cache, threshold=THRESHOLD, confidence="margin")
     return list(configs)
 
 
@@ -187,10 +191,15 @@ def run(
 
 
 def show_file(written: Any, args: argparse.Namespace) -> None:
-    """Show what `--json` wrote; with `--quick` only the settings that it would measure."""
+    """Show what `--json` wrote; with `--quick` only the settings that it would measure, with
+    `--block-length` only those of the lengths that it names."""
     record = Record.of(written)
     if args.quick:
         task, length = TASKS[record.task], record.gen_length
         configs = build_settings(task, length, args.block_length or (), quick=True)
         record = record.only(configs)
+    elif args.block_length:
+        record = record.only(
+            [s.config for s in record.scores if s.config.block_length in args.block_length]
+        )
     show(record, args.plot, args.markdown)

@@ -166,6 +166,21 @@ class Record:
         scores = [by_config[config] for config in configs if config in by_config]
         return replace(self, scores=scores)
 
+    def markdown(self) -> str:
+        """A Markdown table with the schedules side by side, in the order of the scores."""
+        places: dict[tuple[str, int, str], dict[str, str]] = defaultdict(dict)
+        for s in self.scores:
+            place = (s.rule, s.config.block_length, s.cache)
+            places[place][s.schedule] = f"{s.shown()} in {s.forwards:.1f}"
+        lines = [
+            f"| rule | block | cache | {' | '.join(SCHEDULES)} |",
+            f"|---|---:|---|{'---|' * len(SCHEDULES)}",
+        ]
+        for (rule, block, cache), cells in places.items():
+            columns = " | ".join(cells.get(schedule, "") for schedule in SCHEDULES)
+            lines.append(f"| {rule} | {block} | {cache} | {columns} |")
+        return "\n".join(lines)
+
 
 def front(scores: Sequence[Score]) -> list[Score]:
     """The scores that no other beats: each has more exact answers than every one with as few
@@ -195,24 +210,14 @@ def print_table(record: Record) -> None:
     PlainConsole().print(table)
 
 
-def print_markdown(record: Record) -> None:
-    """Print a Markdown table with the schedules side by side, in the order of the scores."""
-    places: dict[tuple[str, int, str], dict[str, str]] = defaultdict(dict)
-    for s in record.scores:
-        place = (s.rule, s.config.block_length, s.cache)
-        places[place][s.schedule] = f"{s.shown()} in {s.forwards:.1f}"
-    print(f"| rule | block | cache | {' | '.join(SCHEDULES)} |")
-    print(f"|---|---:|---|{'---|' * len(SCHEDULES)}")
-    for (rule, block, cache), cells in places.items():
-        columns = " | ".join(cells.get(schedule, "") for schedule in SCHEDULES)
-        print(f"| {rule} | {block} | {cache} | {columns} |")
-
-
 def show(record: Record, plot: Path | None, markdown: bool = False) -> None:
     """Print the table of a record, and draw its picture where `plot` names a file."""
     if not record.scores:
         raise ValueError("no scores of these settings")
-    (print_markdown if markdown else print_table)(record)
+    if markdown:
+        print(record.markdown())
+    else:
+        print_table(record)
     if plot is not None:
         curves: dict[str, list[Score]] = {name: [] for name in (*SCHEDULES, WHOLE)}
         for score in record.scores:
