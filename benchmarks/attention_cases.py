@@ -163,12 +163,12 @@ def attention_out_case(
     def both(*args: Tensor) -> Tensor:
         return run(window_attention, linear_add_norm, args)
 
-    both.definition = lambda *args: run(  # type: ignore[attr-defined]
-        window_attention.definition, linear_add_norm.definition, args
-    )
+    def definition(*args: Tensor) -> Tensor:
+        return run(window_attention.definition, linear_add_norm.definition, args)
+
     where = (each(1, (positions - width) // 2), each(1, width))
     moved = E * E + 2 * (H_kv * positions + H * width) * HEAD_DIM + 3 * width * E
     return Case(
         both, (q, k, v, *where, weight, residual, gain), written=(residual,),
-        bytes=moved * q.element_size(),
+        bytes=moved * q.element_size(), definition=definition,
     )  # fmt: skip

@@ -56,7 +56,7 @@ def compiled(function: Callable[..., Any], *sizes: Any) -> Callable[..., Any]:
 class Case:
     """One call of an op at one shape."""
 
-    op: Any  # the public function, which has `definition`
+    op: Any  # a public function, or one with a `definition` of its own
     args: tuple[Any, ...]
     options: dict[str, Any] = field(default_factory=dict)  # its keyword arguments
     others: dict[str, Callable[[], Any]] = field(default_factory=dict)  # what computes the same
@@ -65,8 +65,11 @@ class Case:
     flops: int = 0
     # This measures the error of a result over the allowed error where integers may differ.
     error: Callable[[Any], float] | None = None
+    definition: Any = None  # what a result is held against: that of the op where it is None
 
     def __post_init__(self) -> None:
+        if self.definition is None:
+            self.definition = self.op.definition
         self.before = [tensor.clone() for tensor in self.written]
 
     def restore(self) -> None:
@@ -78,7 +81,7 @@ class Case:
         if contender in self.others:
             run = self.others[contender]
         else:
-            function = self.op if contender == "op" else self.op.definition
+            function = self.op if contender == "op" else self.definition
             if contender == "definition compiled":
                 sizes = [x.shape for x in self.args if isinstance(x, Tensor)]
                 function = compiled(function, *sizes)
@@ -115,7 +118,7 @@ def by_definition(case: Case, change: Callable[[Tensor], Tensor], count: int) ->
         return copies.setdefault(id(tensor), change(tensor))
 
     args, options = tree_map_only(Tensor, copy, (case.args, case.options))
-    result = case.op.definition(*args, **options)
+    result = case.definition(*args, **options)
     return [*tensors_of(result)[:count], *(copies[id(tensor)] for tensor in case.written)]
 
 

@@ -1,11 +1,16 @@
-"""Files: JSON that is read with one line for an error and is never half written."""
+"""Files: JSON that is read with one line for an error and is never half written, and files that
+one process alone writes."""
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import fcntl
 import json
 import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 MOST_BYTES = 2**26  # of a JSON file that is read
 
@@ -32,7 +37,38 @@ def check_writable(name: str, path: Path | None) -> None:
             f"{name} {path}: {error.strerror}; expected a file that can be written"
         ) from error
     if not existed:
-        path.unlink()
+        path.resolve().unlink()  # a link stays
+
+
+def lock(file: IO[Any], name: str) -> None:
+    """Keep other processes that ask out of an open file until it is closed. A file system without
+    locks (some of a cluster's) keeps nobody out.
+
+    Raises:
+        ValueError: another process has the lock. `name` is what the message calls the file.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(f"{name}: another process writes it; expected one at a time") from None
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+            raise
+
+
+def lock_path(path: Path, name: str) -> IO[bytes]:
+    """A file, open and locked as by `lock`. It is made where there is none."""
+    while True:
+        file = path.open("ab")
+        try:
+            lock(file, name)
+            # While it was opened, another may have taken its place.
+            if path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno())):
+                return file
+        except BaseException:
+            file.close()
+            raise
+        file.close()
 
 
 def write_json(path: Path, record: Any) -> None:
@@ -42,14 +78,64 @@ def write_json(path: Path, record: Any) -> None:
     folder that accepts a new file. Pipes, links, and files in other folders are written in place,
     where an interrupt may leave half a file.
     """
+    file = replace_json(path, record)
+    if file is not None:
+        file.close()
+
+
+def replace_json(path: Path, record: Any) -> IO[bytes] | None:
+    """What `write_json` does. Returns the new file, which was locked before it got its name, or
+    None if the old one was written in place."""
     text = json.dumps(record, indent=1) + "\n"
     special = path.is_symlink() or (path.exists() and not path.is_file())
     if special or not os.access(path.absolute().parent, os.W_OK):
         path.write_text(text, encoding="utf-8")
-        return
+        return None
     part = path.with_name(f"{path.name}.part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)
+    file = lock_path(part, str(part))
+    try:
+        file.truncate(0)  # one that was killed may have left it
+        file.write(text.encode())
+        file.flush()
+        part.replace(path)
+    except BaseException:
+        file.close()
+        raise
+    return file
+
+
+@contextlib.contextmanager
+def sole_writer(name: str, path: Path | None) -> Iterator[Callable[[Any], None]]:
+    """A function that writes a record as `write_json` does, or nowhere if the path is None. Until
+    the end of the `with`, another process that asks for the same file is refused.
+
+    The lock is on the file itself, so that none is left behind. Pipes and devices have no lock.
+
+    Raises:
+        ValueError: another process has the file. `name` is the argument that named it.
+    """
+    if path is None:
+        yield lambda record: None
+        return
+    if path.exists() and not path.is_file():
+        yield lambda record: write_json(path, record)
+        return
+    existed = path.exists()
+    file = lock_path(path, f"{name} {path}")
+    try:
+
+        def write(record: Any) -> None:
+            nonlocal file
+            new = replace_json(path, record)
+            if new is not None:
+                file.close()
+                file = new
+
+        yield write
+    finally:
+        if not existed and path.exists() and path.stat().st_size == 0:  # nothing was written
+            path.resolve().unlink()
+        file.close()
 
 
 def read_json(path: Path, name: str = "--from") -> Any:

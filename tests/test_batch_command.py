@@ -5,9 +5,13 @@ from __future__ import annotations
 import importlib
 import io
 import json
+import os
 import re
+import shutil
 import signal
 import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +19,9 @@ import pytest
 import torch
 
 import dsb_runtime as dsb
+from dsb_runtime.cli import batch
 from dsb_runtime.cli.main import main
+from dsb_runtime.engine import lane
 from tests import golden
 from tests.checkpoints import write_chat_model
 from tests.commands import answers, kill_after, python, refused, start, write_lines
@@ -66,6 +72,7 @@ def test_our_format(chat, tmp_path, capsys):
     assert by_line.keys() == expected.keys()
     assert by_line[5]["tokens"] == 1  # a row counts up to the token that completes a stop string
     for line, (name, output) in expected.items():
+        assert re.fullmatch("[0-9a-f]{16}", by_line[line].pop("digest"))
         assert by_line[line] == {
             "line": line,
             "id": name,
@@ -94,7 +101,7 @@ def test_openai_format(chat, tmp_path):
         {"custom_id": "d", "url": "/v1/embeddings", "body": {}},
     ])  # fmt: skip
     out = tmp_path / "out.jsonl"
-    assert main(["batch", str(source), str(out), "--model", str(chat), *SHORT]) == 0
+    assert main(["batch", str(source), str(out), "--model", str(chat), *SHORT]) == 3
     by_line = answers(out)
     expected = direct([10, 20])
     first = by_line[1]
@@ -145,13 +152,59 @@ def test_a_bad_line_is_answered_by_an_error(chat, tmp_path, capsys):
     good = {"id": "good", "prompt": "w10"}
     source = write_lines(tmp_path / "in.jsonl", [*(line for line, _ in BAD), good])
     out = tmp_path / "out.jsonl"
-    assert main(["batch", str(source), str(out), "--model", str(chat), *SHORT]) == 0
+    words = ["batch", str(source), str(out), "--model", str(chat), *SHORT]
+    assert main(words) == 3
     by_line = answers(out)
     for number, (_, said) in enumerate(BAD, 1):
-        assert said in by_line[number]["error"]
-        assert "\n" not in by_line[number]["error"]
+        error = by_line[number]["error"]
+        assert error["code"] in ("invalid_request", "context_length_exceeded")
+        assert said in error["message"]
+        assert "\n" not in error["message"]
     assert by_line[len(BAD) + 1]["answer"] == text_of(direct([10]))
-    assert capsys.readouterr().out.startswith(f"1 answers, {len(BAD)} errors")
+    summary = f"dsb: {len(BAD)} of {len(BAD) + 1} lines are answered by an error\n"
+    said = capsys.readouterr()
+    assert said.out.startswith(f"1 answers, {len(BAD)} errors") and said.err == summary
+    # They count as answers, and are told again.
+    assert main(words) == 3
+    said = capsys.readouterr()
+    assert said.out.startswith("0 answers, 0 errors") and said.err == summary
+
+
+def test_what_fails_while_it_is_decoded_is_no_fault_of_the_line(chat, tmp_path, monkeypatch):
+    launch = lane.Lane.launch
+
+    def raising(self, shape):
+        for row in self.occupied:
+            if self.requests[row].config.gen_length == 8:
+                raise FloatingPointError("step 0: the model's logits are NaN (row 0)")
+        return launch(self, shape)
+
+    monkeypatch.setattr(lane.Lane, "launch", raising)
+    lines = [{"prompt": "w10"}, {"prompt": "w11", "gen_length": 8, "threshold": 0.5}]
+    source, out = write_lines(tmp_path / "in.jsonl", lines), tmp_path / "out.jsonl"
+    assert main(["batch", str(source), str(out), "--model", str(chat), *SHORT]) == 3
+    by_line = answers(out)
+    assert by_line[1]["answer"] == text_of(direct([10]))
+    assert by_line[2]["error"] == {
+        "code": "server_error", "message": "step 0: the model's logits are NaN (row 0)",
+        "param": None,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ("--gen-length 0", "gen_length=0: expected an int >= 1"),
+        ("--gen-length 9000", "gen_length=9000 after a prompt of 1 needs 9001 positions"),
+        ("--block-length 17", "block_length=17: expected an int from 1 to 16"),
+        ("--top-p 0.5", "top_p=0.5: llada samples by Gumbel noise"),
+        ("--banned-tokens 9999", "banned_tokens has 9999: expected ids"),
+    ],
+)
+def test_a_wrong_setting_of_the_command_is_refused_once(job, wrong, said, capsys):
+    _, out, words = job
+    refused(capsys, *words, *wrong.split(), said=said)
+    assert not out.exists()
 
 
 def test_pipes_without_the_extra_of_the_server(chat):
@@ -219,19 +272,75 @@ def test_many_kills(job):
 
 def test_what_is_no_file_of_answers_stays_as_it_is(job, capsys, tmp_path, monkeypatch):
     source, out, words = job
-    for content in ("my notes", "my notes\n", '{"a": 1}\n{"line": 1', "3\n"):
+    earlier = '{"line": 1, "id": "q0", "answer": "x"}\n'  # without a digest
+    for content in ("my notes", "my notes\n", '{"a": 1}\n{"line": 1', "3\n", earlier):
         out.write_text(content)
-        refused(capsys, *words, said="line 1: no answer of dsb batch; expected its own file")
+        refused(capsys, *words, said="line 1: no answer of this dsb batch; expected its own file")
         assert out.read_text() == content
-    write_lines(out, [{"line": 1, "id": "other", "answer": "x"}])
-    refused(
-        capsys, *words, said="line 1 is answered as 'other', and is 'q0' now; expected the same"
-    )
+    out.unlink()
     refused(capsys, "batch", source, source, said="both IN.jsonl and OUT.jsonl")
     refused(capsys, "batch", tmp_path / "none", out, said="no such file; expected lines of JSON")
     refused(capsys, *words, "--max-rows", "0", said="--max-rows=0: expected an int >= 1")
     monkeypatch.setattr(sys, "stdout", None)  # as Python has it where the shell closed it
     refused(capsys, "batch", source, "-", said="OUT.jsonl -: standard output is closed")
+
+
+def test_an_answer_counts_for_its_own_line_model_and_settings(chat, tmp_path, capsys):
+    """The lines have no ids, which would tell them apart."""
+    lines = [{"prompt": f"w{i}"} for i in range(10, 14)]
+    source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text("\n".join(map(json.dumps, lines[:3])))  # its last line does not end
+    words = ["batch", source, out, "--model", chat, *SHORT]
+    assert main([*map(str, words)]) == 0
+    kept = out.read_bytes()
+    write_lines(source, lines)  # one more
+    for option in ("--threshold 0.5", "--seed 3", "--raw", "--dtype float32", "--model elsewhere"):
+        if option == "--model elsewhere":
+            shutil.copytree(chat, tmp_path / "elsewhere")
+            option = f"--model {tmp_path / 'elsewhere'}"
+        refused(
+            capsys, *words, *option.split(), quiet=False,
+            said=f"{out}: line 1 is answered for another IN.jsonl, model or setting; expected",
+        )  # fmt: skip
+    others = {1: [lines[1], *lines[1:]], 3: [*lines[:2], {"prompt": "w12", "steps": 16}],
+              2: [lines[0], "", *lines[2:]]}  # fmt: skip
+    for number, changed in others.items():
+        write_lines(source, changed)
+        refused(capsys, *words, quiet=False, said=f"line {number} is answered for another IN.jsonl")
+    assert out.read_bytes() == kept, "nothing was decoded"
+    write_lines(source, lines)
+    assert main([*map(str, words), "--max-rows", "2"]) == 0
+    assert out.read_bytes().startswith(kept) and sorted(answers(out)) == [1, 2, 3, 4]
+
+
+def test_a_line_of_a_pipe_that_has_changed(chat, tmp_path, capsys):
+    lines = [{"prompt": f"w{i}"} for i in range(10, 13)]
+    source, out = write_lines(tmp_path / "in.jsonl", lines), tmp_path / "out.jsonl"
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    words = ["--model", str(chat), *SHORT]
+    assert main(["batch", str(source), str(out), *words]) == 0
+    capsys.readouterr()
+    with ThreadPoolExecutor() as pool:
+        pool.submit(pipe.write_text, '{"prompt": "w10"}\n{"prompt": "w50"}\n')
+        refused(capsys, "batch", pipe, out, *words, quiet=False, said="line 2 is answered for")
+
+
+def test_lines_that_cannot_be_read_to_the_end(chat, tmp_path, capsys, monkeypatch):
+    """Those that were read are answered."""
+    lines = batch.lines_of
+
+    def broken(path: str) -> Iterator[tuple[int, bytes]]:
+        yield from lines(path)
+        raise OSError(5, "Input/output error")
+
+    source = write_lines(tmp_path / "in.jsonl", [{"prompt": f"w{i}"} for i in range(10, 13)])
+    out = tmp_path / "out.jsonl"
+    monkeypatch.setattr(batch, "lines_of", broken)
+    refused(
+        capsys, "batch", source, out, "--model", chat, *SHORT, said="Input/output error",
+    )  # fmt: skip
+    assert sorted(answers(out)) == [1, 2, 3]
 
 
 def test_a_cluster_needs_the_extra(job, capsys, monkeypatch):
@@ -253,7 +362,7 @@ def test_two_commands_do_not_write_one_file(job, capsys):
     _, out, words = job
     with out.open("ab") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        refused(capsys, *words, said="another dsb batch writes it; expected one")
+        refused(capsys, *words, said="another process writes it; expected one at a time")
 
 
 def test_a_reader_that_goes_away(chat, tmp_path, monkeypatch):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -147,12 +149,60 @@ def test_a_failed_prompt_does_not_stop_the_others():
     assert sorted(outs) == [0, 1, 2]
 
 
+@pytest.mark.parametrize("bad", [False, True])
+def test_prompts_that_raise_lose_none_that_were_read(bad):
+    model, rows = golden.model("llada"), prompts(5)
+
+    def source() -> Iterator[Any]:
+        yield from rows[:4]
+        yield [] if bad else rows[4]
+        raise OSError("line 6 cannot be read")
+
+    outs = {}
+    with pytest.raises(OSError, match="line 6 cannot be read") as raised:
+        for i, out in dsb.generate_batch(model, source(), max_rows=2, **SHAPE):
+            outs[i] = out
+    assert sorted(outs) == list(range(4 if bad else 5))
+    for i, out in outs.items():
+        check(out, alone(model, rows[i], **SHAPE))
+    failure = raised.value.__context__
+    assert str(failure).startswith("prompt 4: ids: an empty prompt") if bad else failure is None
+
+
+def test_prompts_stay_the_callers():
+    rows = (row for row in prompts(2) * 20)
+    next(dsb.generate_batch(golden.model("llada"), rows, max_rows=1, **SHAPE))
+    assert len(list(rows)) > 20
+
+
+@pytest.mark.parametrize("name", ["drain", "release"])
+def test_the_decoding_thread_does_not_wait_for_itself(name):
+    engine, said = dsb.BatchEngine(golden.model("llada")), []
+
+    def ask(*_: Any) -> None:
+        try:
+            getattr(engine, name)()
+        except RuntimeError as error:
+            said.append(str(error))
+
+    there = threading.Event()
+    engine.submit([5, 6], on_step=ask, gen_length=1)
+    engine.submit([5, 6], on_tokens=ask, gen_length=1)
+    last = engine.submit([5, 6], on_tokens=lambda _: there.wait(60), gen_length=1)
+    last.add_done_callback(ask)
+    there.set()
+    engine.drain()
+    expected = f"BatchEngine.{name}: called in the decoding thread, by a request's on_tokens, "
+    assert len(said) == 3 and all(each.startswith(expected) for each in said)
+
+
 @pytest.mark.parametrize(
     ("arguments", "kind", "said"),
     [
         ({"max_rows": 0}, ValueError, "max_rows=0: expected an int >= 1"),
         ({"max_rows": 1.5}, TypeError, "max_rows=1.5"),
         ({"gen_length": 0}, ValueError, "gen_length=0"),
+        ({"gen_length": 9000}, ValueError, "gen_length=9000 after a prompt of 1 needs 9001 pos"),
         ({"config": 3}, TypeError, "config=3: expected a DecodingConfig"),
         ({"generator": 3}, TypeError, "generator=int"),
         ({"top_p": 0.9}, ValueError, "top_p=0.9: llada samples"),

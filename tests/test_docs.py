@@ -105,6 +105,7 @@ def test_site_builds_strictly(tmp_path):
     assert "first_masked" in pages["method.html"]
     for name in hooks.op_names():
         assert f'id="{name}"' in pages["api.html"]
+    assert pages["scores.html"].count("<td>threshold 0.9</td>") > 20  # lines of both tasks
     assert "silu(gate)" in pages["api.html"]  # the definition's docstring under the op's name
     loaded = r'<(?:script|img|link)[^>]*(?:src|href)="https?://[^"]*\.(?:js|css|png)'
     assert not re.findall(loaded, "".join(pages.values())), "a browser would ask another host"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+from collections import Counter
 from pathlib import Path
 
 import matplotlib.image
@@ -18,6 +19,7 @@ from dsb_runtime.cli import main as cli
 from dsb_runtime.config import DecodingConfig
 from dsb_runtime.demo import MODEL_DIR
 from dsb_runtime.demo.tasks import TASKS
+from dsb_runtime.files import write_json
 from dsb_runtime.measure import evaluate
 from dsb_runtime.measure.evaluate import build_settings, encode_prompts, measure, rule_values
 from dsb_runtime.measure.plots import CURVE_COLORS, spread
@@ -56,10 +58,14 @@ def test_settings_cover_every_schedule_cache_and_rule(task):
     assert whole[0].block_length == whole[0].steps == task.gen_length
     names = {Score(c, 1, 1, 1.0, 1.0).schedule for c in whole}
     assert names == {"naive", "DSB const", "DSB greedy"}
-    grid = {(c.schedule, c.max_block_length == c.block_length, c.cache, c.block_length,
-             c.threshold) for c in whole if c.rule == "threshold" and c.full_every == 1
-            and c.block_length < task.gen_length and c.confidence == "probability"}  # fmt: skip
-    assert len(grid) == 3 * 3 * len(task.block_lengths) * 4
+    # Every point has each of three schedules, three caches and all block lengths.
+    grid = Counter(Score(c, 1, 1, 1.0, 1.0).rule for c in whole
+                   if c.full_every == 1 and c.block_length < task.gen_length)  # fmt: skip
+    points = [name for name in grid if not name.startswith("one token")]
+    assert {grid[name] for name in points} == {3 * 3 * len(task.block_lengths)}
+    assert points == ["threshold 0.9", "threshold 0.5", "threshold 0.7", "threshold 0.99",
+                      "factor 1", "frechet 0.25", "entropy 0.4", "eb 0.1", "eb 0.6",
+                      "progress 0.3", "progress 0.6", "margin 0.9"]  # fmt: skip
     assert {c.rule for c in whole} == set(RULES)
     assert {c.full_every for c in whole} == {1, 4, 99}
     assert {c.confidence for c in whole} == {"probability", "margin", "entropy"}
@@ -158,7 +164,7 @@ def test_a_score_survives_its_line():
 
 def test_what_is_shown_of_a_file(tmp_path, capsys):
     path, picture = tmp_path / "scores.json", tmp_path / "scores.png"
-    Record("sudoku", "0", 1000, 0, scores()).write(path)
+    write_json(path, Record("sudoku", "0", 1000, 0, 36, scores()).as_json())
     shown = ["eval", "--from", str(path)]
     assert cli.main([*shown, "--plot", str(picture)]) == 0
     table = capsys.readouterr().out
@@ -172,6 +178,8 @@ def test_what_is_shown_of_a_file(tmp_path, capsys):
     assert lines[2] == "| one token a step | 36 | none | 94.0 (92.4-95.3) in 36.0 |  |  |"
     assert lines[3].startswith("| threshold 0.9 | 6 | none | 90.0 (88.0-91.7) in 11.0 | 86.0 (")
     assert len(lines) == 6, "what --quick does not measure is left out"
+    assert cli.main([*shown, "--block-length", "36", "12", "--markdown"]) == 0
+    assert capsys.readouterr().out.splitlines()[2:] == lines[2:3]
 
 
 def test_names_of_rules():

@@ -14,6 +14,7 @@ import torch
 from benchmarks import decode, roofline
 from dsb_runtime.cli import main as cli
 from dsb_runtime.config import DecodingConfig
+from dsb_runtime.files import sole_writer
 from dsb_runtime.measure.scores import Score
 from tests.commands import ROOT
 
@@ -33,8 +34,14 @@ SHARED = [
       for command, option in (("bench", "--json"), ("profile", "--torch"), (H100, "--json"))),
     *((command, "--plot picture.txt", "--plot picture.txt: expected a file ending in")
       for command in ("bench", "eval", "decode")),
-    *((command, "--from a.json --json b.json", "--from and --json: expected one of the two")
-      for command in ("bench", "eval")),
+    *((command, f"--from a.json {options}", f"--from and {refused}: nothing is measured; expected")
+      for command, options, refused in (
+        ("bench", "--json b.json", "--json"), ("eval", "--js b.json", "--json"),
+        ("bench", "--batch 1 2 --rounds=5", "--batch, --rounds"), ("bench", "--rate 2", "--rate"),
+        ("bench", "--no-stop-at-eos --device cpu", "--device, --stop-at-eos"),
+        ("eval", "--limit 500 --quick", "--limit"), ("eval", "--task words", "--task"),
+        ("eval", "--seed 0 --gen-length 64", "--gen-length, --seed"),
+        ("eval", "--block-length 4", "--block-length"))),
     *((command, "--from /nowhere/at/all.json", "--from /nowhere/at/all.json: No such file")
       for command in ("bench", "eval")),
     *((command, "--model /no/such/folder", "expected a checkpoint folder or a hub id")
@@ -106,7 +113,8 @@ def run(line: str) -> int | str | None:
     try:
         if command in ("decode", "roofline"):
             return {"decode": decode, "roofline": roofline}[command].main(options)
-        return cli.main([command, "--device", "cpu", *options])
+        device = () if "--from" in options else ("--device", "cpu")
+        return cli.main([command, *device, *options])
     except SystemExit as stop:
         return stop.code
 
@@ -155,6 +163,15 @@ def test_asking_whether_a_file_can_be_written_changes_none(tmp_path: Path):
     for path in (old, new):
         assert run(f"bench --json {path} --plot picture.txt") == 2
     assert old.read_text() == "mine" and not new.exists()
+
+
+@pytest.mark.parametrize("command", ["bench", "eval"])
+def test_two_commands_do_not_write_one_file(command, tmp_path, capsys):
+    path = tmp_path / "scores.json"
+    with sole_writer("--json", path):
+        assert run(f"{command} --json {path}") == 2
+    error = f"dsb: --json {path}: another process writes it; expected one at a time\n"
+    assert capsys.readouterr() == ("", error) and not path.exists()
 
 
 def leaves(value: object, path: tuple = ()) -> list[tuple]:

@@ -121,7 +121,7 @@ def lines(tmp_path_factory) -> dict[int, dict[str, Any]]:
         {"custom_id": str(i), "method": "POST", "url": url, "body": whole(url, body)}
         for i, (url, body) in enumerate(BODIES)
     ])  # fmt: skip
-    assert main(["batch", str(source), str(folder / "out.jsonl"), "--max-rows", "4"]) == 0
+    assert main(["batch", str(source), str(folder / "out.jsonl"), "--max-rows", "4"]) == 3
     return answers(folder / "out.jsonl")
 
 

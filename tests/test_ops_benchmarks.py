@@ -44,8 +44,7 @@ def test_an_error_is_measured_against_what_is_allowed():
         def double(x: Tensor) -> Tensor:
             return 2 * x + x * error if error else 2 * x
 
-        double.definition = lambda x: 2 * x  # type: ignore[attr-defined]
-        return Case(double, (x,), bytes=8)
+        return Case(double, (x,), bytes=8, definition=lambda x: 2 * x)
 
     numbers = torch.linspace(1, 2, 100)
     for error, expected in ((0, 0), (0.5e-5, 0.25), (3e-5, 1.5)):
@@ -59,9 +58,8 @@ def test_what_a_call_writes_is_checked_and_restored():
     def add(x: Tensor, number: float = 1.0) -> None:
         x += number
 
-    add.definition = add  # type: ignore[attr-defined]
     x = torch.zeros(4)
-    case = Case(add, (x,), written=(x,))
+    case = Case(add, (x,), written=(x,), definition=add)
     case.others["wrong"] = lambda: add(x, 2.0)
     assert check(case, "op") == 0 and check(case, "wrong") > 1
     call = case.call("op")

@@ -69,12 +69,12 @@ def test_a_killed_command_and_a_killed_replica_lose_no_line(cluster, tmp_path, c
     )
     alone, out = tmp_path / "alone.jsonl", tmp_path / "out.jsonl"
     how = ["--model", str(chat), *SETTINGS, "--temperature", "0.5", "--seed", "9"]
-    assert main(["batch", str(source), str(alone), *how]) == 0
+    assert main(["batch", str(source), str(alone), *how]) == 3  # the line that is no JSON
     words = ["batch", str(source), str(out), *how, "--ray"]
     # A replica that cannot begin ends the command with what is wrong, below what Ray may log.
-    assert main([*words, "--threshold", "2"]) == 2
+    assert main([*words, "--gen-length", "9000"]) == 2
     said = capsys.readouterr().err.splitlines()[-1]
-    assert said == "dsb: threshold=2.0: expected a number in [0, 1]"
+    assert said.startswith("dsb: gen_length=9000 after a prompt of 1 needs 9001 positions")
     assert out.read_bytes() == b""
     # The command is killed.
     said = kill_after(start(words, RAY_ADDRESS=cluster), out, signal.SIGKILL, 4)
@@ -93,13 +93,13 @@ def test_a_killed_command_and_a_killed_replica_lose_no_line(cluster, tmp_path, c
 
     thread = threading.Thread(target=kill_a_replica)
     thread.start()
-    assert main([*words, "--replicas", "2"]) == 0
+    assert main([*words, "--replicas", "2"]) == 3
     thread.join()
     assert killed[0] < LINES
     assert out.read_bytes().splitlines(keepends=True)[: len(lines)] == lines
     assert answers(out) == answers(alone)
     before = out.read_bytes()
-    assert main(words) == 0 and out.read_bytes() == before
+    assert main(words) == 3 and out.read_bytes() == before
 
 
 def test_a_replica_of_the_server_answers_as_one_process_does(cluster):

@@ -1,24 +1,17 @@
 """`dsb batch`: answer every line of a file, many at a time, and go on after any end.
 
-An answer is one line that is written at once, and says which line it answers. So a file of answers
-tells what is left to do: whoever starts the same command again loses no line and repeats none.
+Whoever starts the same command again loses no line and repeats none: the file of answers
+(`dsb_runtime.cli.batch_files`) tells what is left to do.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import fcntl
-import itertools
-import json
-import os
 import queue
-import stat
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +19,8 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from dsb_runtime.cli.batch_lines import MOST_BYTES, Line, Work, answer_of, error_of, read_line
+from dsb_runtime.cli.batch_files import Answers, lines_of
+from dsb_runtime.cli.batch_lines import INVALID, SERVER, Line, Work, answer_of, error_of, read_line
 from dsb_runtime.config import check_int
 from dsb_runtime.defaults import defaults_for
 from dsb_runtime.doors.openai.answers import Answer
@@ -35,15 +29,18 @@ from dsb_runtime.doors.openai.text import GrowingText
 from dsb_runtime.doors.server import served_name
 from dsb_runtime.engine.batch import BatchEngine
 from dsb_runtime.engine.batcher import READ_AHEAD
+from dsb_runtime.engine.request import check_settings
 from dsb_runtime.families import check_model
 
-OURS = b'{"line": '  # how every answer begins
-# A line, one that has another row done, the end of the lines, or why they cannot be read.
-Event = tuple[int, bytes] | tuple[Line, Work] | OSError | None
+LINES_FAILED = 3  # the exit status; 1 would be that of a traceback
+# A line that was read (its number and text), one that has another row done (with the line's digest),
+# the end of the lines, or why they cannot be read.
+Event = tuple[int, bytes] | tuple[str, Line, Work] | OSError | None
 NOTE = (
     'A line is {"id", "prompt" or "messages", settings by name} or a request of OpenAI\'s batch '
-    "format. A line that cannot be answered is answered by an error. Started again with the same "
-    "files, the command goes on with the lines that have no answer."
+    "format. A line that cannot be answered is answered by an error, and the command ends with 3 "
+    "if there is such an answer in OUT.jsonl. Started again in the same way, it goes on with the "
+    "lines that have no answer; other lines, another model or other settings are refused."
 )
 
 
@@ -87,111 +84,6 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise ValueError(f"{target}: both IN.jsonl and OUT.jsonl; expected two files")
 
 
-class Answers:
-    """The file of answers: which lines have one, and where the next goes.
-
-    Raises:
-        ValueError: the file holds something else, or another command writes it.
-    """
-
-    def __init__(self, target: str) -> None:
-        self.ids: dict[int, Any] = {}  # of each line that has an answer
-        self.path, self.file = target, None
-        if target == "-":
-            return
-        self.file = open(target, "a+b", buffering=0)  # noqa: SIM115 (it stays open to the end)
-        try:
-            self.take_over(self.file)
-        except BaseException:
-            self.close()
-            raise
-
-    def take_over(self, file: FileIO) -> None:
-        """Lock the file, read what is answered, and drop a last line that was cut off."""
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"{self.path}: another dsb batch writes it; expected one") from None
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):  # a pipe, of which nothing is read
-            return
-        whole = 0
-        with open(self.path, "rb") as lines:
-            for number, line in enumerate(lines, 1):
-                if not line.endswith(b"\n") and (line.startswith(OURS) or OURS.startswith(line)):
-                    break
-                self.note(number, line)
-                whole += len(line)
-        file.truncate(whole)
-
-    def close(self) -> None:
-        """Let other commands write the file."""
-        if self.file is not None:
-            self.file.close()
-
-    def note(self, number: int, line: bytes) -> None:
-        """Take note of an answer that is there."""
-        try:
-            answer = json.loads(line)
-            of, name = answer["line"], answer.get("custom_id", answer.get("id"))
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-            of, name = None, None
-        if not isinstance(of, int) or not line.startswith(OURS):
-            raise ValueError(
-                f"{self.path} line {number}: no answer of dsb batch; expected its own file of "
-                "answers, or none"
-            )
-        self.ids[of] = name
-
-    def has(self, line: Line) -> bool:
-        """Whether a line has its answer.
-
-        Raises:
-            ValueError: the answer is that of another line.
-        """
-        if line.number not in self.ids:
-            return False
-        if self.ids[line.number] != line.id:
-            raise ValueError(
-                f"{self.path}: line {line.number} is answered as {self.ids[line.number]!r}, and is "
-                f"{line.id!r} now; expected the same IN.jsonl, or another OUT.jsonl"
-            )
-        return True
-
-    def write(self, answer: dict[str, Any]) -> None:
-        """Write an answer, so that it is there whatever ends the process."""
-        line = json.dumps(answer) + "\n"
-        if self.file is None:
-            sys.stdout.write(line)
-            sys.stdout.flush()
-            return
-        left = memoryview(line.encode())
-        while left:
-            left = left[self.file.write(left) :]
-
-
-def lines_of(path: str) -> Iterator[tuple[int, bytes]]:
-    """(number, line) of every line that is not blank; of a longer one the first MOST_BYTES + 1."""
-    source = 0 if path == "-" else path
-    with open(source, "rb", closefd=source != 0) as file:
-        for number in itertools.count(1):
-            line = file.readline(MOST_BYTES + 1)
-            if not line:
-                return
-            last = line
-            while len(last) > MOST_BYTES and not last.endswith(b"\n"):
-                last = file.readline(MOST_BYTES + 1)
-            if line.strip():
-                yield number, line
-
-
-def count_lines(path: str) -> int | None:
-    """How many lines of a file are to be answered; None for a pipe, which can be read once."""
-    if path == "-" or not Path(path).is_file():
-        return None
-    with open(path, "rb") as file:
-        return sum(1 for line in file if line.strip())
-
-
 class Progress:
     """A bar with answers and tokens per second, on standard error where that is a terminal."""
 
@@ -213,11 +105,17 @@ class Progress:
         self.bar.set_postfix_str(f"{self.speed:.1f} tokens/s, {self.errors} errors", refresh=False)
         self.bar.update()
 
-    def report(self, target: str) -> None:
-        """Say at the end what there was to count, unless the answers went where that would go."""
-        if target != "-":
+    def report(self, answers: Answers) -> int:
+        """Say at the end what there was to count, unless the answers went where that would go, and
+        how many answers are errors, with those of before. Returns the exit status."""
+        if answers.path != "-":
             said = f"{self.answers} answers, {self.errors} errors, {self.tokens} tokens"
             print(f"{said}, {self.speed:.1f} tokens/s")
+        if not answers.errors:
+            return 0
+        said = f"dsb: {answers.errors} of {answers.count} lines are answered by an error"
+        print(said, file=sys.stderr)
+        return LINES_FAILED
 
 
 class Decoder:
@@ -225,7 +123,7 @@ class Decoder:
     may override.
 
     Raises:
-        TypeError, ValueError: the model does not take `named`.
+        TypeError, ValueError: the model does not take `named`, whatever the line.
     """
 
     def __init__(
@@ -235,7 +133,7 @@ class Decoder:
         tokenizer: PreTrainedTokenizerBase,
         named: dict[str, Any],
     ) -> None:
-        defaults_for(model, **named)
+        check_settings(model, defaults_for(model, **named), None, False)
         self.args, self.engine = args, BatchEngine(model, args.max_rows)
         self.reader = Reader(model, tokenizer, served_name(args.model), streams=False, named=named)
         self.eos_ids = check_model(model).eos_ids
@@ -270,7 +168,7 @@ class Decoder:
         for index, request in enumerate(work.requests):
             error = request.exception()
             if error is not None:
-                return error_of(line, error), None
+                return error_of(line, error, SERVER), None
             text = GrowingText(tokenizer, self.eos_ids, work.asked.stops)
             answers.append(Answer(index, request.ids.tolist(), text))
             answers[-1].end(request.result())
@@ -281,10 +179,9 @@ class Decoder:
 class Job:
     """The lines of one command, each on its way to an answer."""
 
-    def __init__(self, args: argparse.Namespace, decoder: Decoder) -> None:
-        self.args, self.decoder = args, decoder
-        self.answers = Answers(args.target)
-        self.progress = Progress(count_lines(args.source), len(self.answers.ids))
+    def __init__(self, args: argparse.Namespace, decoder: Decoder, answers: Answers) -> None:
+        self.args, self.decoder, self.answers = args, decoder, answers
+        self.progress = Progress(answers.check_lines(args.source), answers.count)
         # So many lines are read and have no answer yet at most.
         self.room = threading.Semaphore(decoder.engine.max_rows + READ_AHEAD)
         self.events: queue.SimpleQueue[Event] = queue.SimpleQueue()
@@ -300,41 +197,47 @@ class Job:
             self.events.put(error)
 
     def answer_all(self) -> None:
-        """Submit lines and write answers until all lines have one."""
+        """Submit lines and write answers until all lines have one.
+
+        Raises:
+            OSError: the lines cannot be read further. Those that were read have their answers.
+        """
         threading.Thread(target=self.read, name="dsb batch lines", daemon=True).start()
-        under_way, more = 0, True
+        under_way, more, error = 0, True, None
         while under_way or more:
             event = self.events.get()
-            if event is None:
-                more = False
-            elif isinstance(event, OSError):
-                raise event
-            elif isinstance(event[1], bytes):
-                under_way += self.submit(read_line(event[0], event[1]))
+            if event is None or isinstance(event, OSError):
+                more, error = False, event
+            elif len(event) == 2:
+                under_way += self.submit(*event)
             else:
-                line, work = event
+                digest, line, work = event
                 work.left -= 1
                 if not work.left:
                     under_way -= 1
-                    self.finish(*self.decoder.answer(line, work))
+                    self.finish(digest, *self.decoder.answer(line, work))
+        if error is not None:
+            raise error
 
-    def submit(self, line: Line) -> bool:
+    def submit(self, number: int, text: bytes) -> bool:
         """Let a line be decoded, unless it is wrong or has its answer."""
-        if self.answers.has(line):
+        digest = self.answers.digest(text)
+        if self.answers.has(number, digest):
             self.room.release()
             return False
+        line = read_line(number, text)
         try:
             work = self.decoder.submit(line)
         except (TypeError, ValueError) as error:
-            self.finish(error_of(line, error), None)
+            self.finish(digest, error_of(line, error, INVALID), None)
             return False
         for request in work.requests:
-            request.add_done_callback(lambda _: self.events.put((line, work)))
+            request.add_done_callback(lambda _: self.events.put((digest, line, work)))
         return True
 
-    def finish(self, answer: dict[str, Any], tokens: int | None) -> None:
+    def finish(self, digest: str, answer: dict[str, Any], tokens: int | None) -> None:
         """Write an answer, and make room for another line."""
-        self.answers.write(answer)
+        self.answers.write(digest, answer)
         self.progress.count(tokens)
         self.room.release()
 
@@ -346,8 +249,9 @@ def run(
     named: dict[str, Any],
 ) -> int:
     """Answer the lines of `args.source`, with the settings `named` where a line names no others."""
-    job = Job(args, Decoder(args, model, tokenizer, named))
-    with contextlib.closing(job.answers), contextlib.closing(job.progress.bar):
-        job.answer_all()
-    job.progress.report(args.target)
-    return 0
+    decoder = Decoder(args, model, tokenizer, named)
+    with contextlib.closing(Answers(args, named)) as answers:
+        job = Job(args, decoder, answers)
+        with contextlib.closing(job.progress.bar):
+            job.answer_all()
+    return job.progress.report(answers)

@@ -26,6 +26,7 @@ from dsb_runtime.engine.request import Request
 from dsb_runtime.families import check_model
 
 MOST_BYTES = 2**26  # of a line
+INVALID, SERVER = "invalid_request", "server_error"  # codes of errors
 
 
 @dataclass
@@ -76,7 +77,7 @@ def own(body: dict[str, Any], reader: Reader, raw: bool) -> Asked:
         name, ids = "prompt", encode(reader.tokenizer, prompt, raw)[0].tolist()
     else:
         raise refusal("prompt", prompt, "some text")
-    reader.check_prompt(name, ids, config, length)
+    reader.check(name, [ids], config, length)
     return Asked([ids], config, seed_of(body), stops_of(body))
 
 
@@ -129,15 +130,16 @@ def answer_of(line: Line, answers: list[Answer], samples: int, reader: Reader) -
     }  # fmt: skip
 
 
-def error_of(line: Line, error: BaseException) -> dict[str, Any]:
-    """The answer of a line that has none."""
-    message = " ".join(str(error).split()) or type(error).__name__
+def error_of(line: Line, error: BaseException, code: str) -> dict[str, Any]:
+    """The answer of a line that has none. The code is INVALID for what the line asks wrongly, where
+    the error has none of its own, and SERVER for what failed here while it was decoded."""
+    message, param = " ".join(str(error).split()) or type(error).__name__, None
+    if isinstance(error, BodyError):
+        code, param = error.code or code, error.param
+    said = {"code": code, "message": message, "param": param}
     if line.url is None:
-        return {"line": line.number, "id": line.id, "error": message}
+        return {"line": line.number, "id": line.id, "error": said}
     return {
         "line": line.number, "id": f"batch_req_{line.number}", "custom_id": line.id,
-        "response": None, "error": {
-            "code": getattr(error, "code", None) or "invalid_request", "message": message,
-            "param": getattr(error, "param", None),
-        },
+        "response": None, "error": said,
     }  # fmt: skip

@@ -15,8 +15,9 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from dsb_runtime.cli.batch import Answers, Decoder, Progress, lines_of
-from dsb_runtime.cli.batch_lines import error_of, read_line
+from dsb_runtime.cli.batch import Decoder, Progress
+from dsb_runtime.cli.batch_files import Answers, lines_of
+from dsb_runtime.cli.batch_lines import INVALID, error_of, read_line
 from dsb_runtime.cli.process import ERRORS
 from dsb_runtime.engine.batcher import MOST_ROWS, READ_AHEAD
 
@@ -38,14 +39,15 @@ class Replica:
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         """The answer of a line as JSON, and its tokens; -1 for an error."""
         if self.wrong:
-            return {"answer": "", "tokens": -1, "wrong": self.wrong}
+            return {"digest": "", "answer": "", "tokens": -1, "wrong": self.wrong}
         line = read_line(row["number"], row["text"])
         try:
             answer, tokens = self.decoder.answer(line, self.decoder.submit(line))
         except (TypeError, ValueError) as error:
-            answer, tokens = error_of(line, error), None
+            answer, tokens = error_of(line, error, INVALID), None
         tokens = -1 if tokens is None else tokens
-        return {"answer": json.dumps(answer), "tokens": tokens, "wrong": ""}
+        done = {"digest": row["digest"], "answer": json.dumps(answer), "tokens": tokens}
+        return {**done, "wrong": ""}
 
 
 def check_arguments(args: argparse.Namespace) -> None:
@@ -84,13 +86,13 @@ def run(args: argparse.Namespace, load: Load, named: dict[str, Any]) -> int:
     """Answer the lines of `args.source` that have no answer yet."""
     import ray
 
-    answers = Answers(args.target)
-    with contextlib.closing(answers):
-        already = len(answers.ids)
+    with contextlib.closing(Answers(args, named)) as answers:
+        answers.check_lines(args.source)
+        already = answers.count
         todo = [
-            {"number": number, "text": text}
+            {"number": number, "text": text, "digest": digest}
             for number, text in lines_of(args.source)
-            if not answers.has(read_line(number, text))
+            if not answers.has(number, digest := answers.digest(text))
         ]
         if todo and not ray.is_initialized():
             # The cluster of RAY_ADDRESS or of this machine, or one that ends with this process.
@@ -100,7 +102,6 @@ def run(args: argparse.Namespace, load: Load, named: dict[str, Any]) -> int:
             for row in answered(args, load, named, todo) if todo else ():
                 if row["wrong"]:
                     raise ValueError(row["wrong"])
-                answers.write(json.loads(row["answer"]))
+                answers.write(row["digest"], json.loads(row["answer"]))
                 progress.count(None if row["tokens"] < 0 else row["tokens"])
-    progress.report(args.target)
-    return 0
+    return progress.report(answers)

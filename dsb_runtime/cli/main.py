@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -19,7 +19,7 @@ from dsb_runtime.demo import MODEL_DIR
 from dsb_runtime.demo.tasks import TASKS
 from dsb_runtime.families import FAMILIES
 from dsb_runtime.measure import bench, evaluate, profile, requests
-from dsb_runtime.measure.command import check_arguments, show_again
+from dsb_runtime.measure.command import check_arguments, check_shown, show_again
 from dsb_runtime.measure.models import check_room, load_preset, random_prompts
 from dsb_runtime.models.convert import convert
 from dsb_runtime.models.load import load_model, load_tokenizer
@@ -96,7 +96,8 @@ def add_convert(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="default: 5GB")
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser(defaults: Mapping[str, Any] | None = None) -> argparse.ArgumentParser:
+    """The parser of all commands, of whose options those in `defaults` have the defaults there."""
     parser = OneLineParser(
         prog="dsb", description="Decode diffusion language models with DSB and DSB Cache."
     )
@@ -106,7 +107,7 @@ def build_parser() -> argparse.ArgumentParser:
         subparser = commands.add_parser(name, help=help, **how)
         for each in add:
             each(subparser)
-        subparser.set_defaults(run=run)
+        subparser.set_defaults(run=run, **(defaults or {}))
 
     command("generate", "answer a prompt", run_generate, add_settings, generate.add_arguments,
             epilog=COUNTING)  # fmt: skip
@@ -123,6 +124,14 @@ def build_parser() -> argparse.ArgumentParser:
             add_model, evaluate.add_arguments, epilog=COUNTING)  # fmt: skip
     command("convert", "write a checkpoint for plain transformers", run_convert, add_convert)
     return parser
+
+
+def named_options(args: argparse.Namespace) -> list[str]:
+    """The attributes of the options that the command line names, be it at their defaults."""
+    words, default = shlex.split(args.command_line)[1:], object()
+    names = [n for n in vars(args) if n not in ("command", "run", "command_line", "process")]
+    parsed = vars(build_parser(dict.fromkeys(names, default)).parse_args(words))
+    return [name for name in names if parsed[name] is not default]
 
 
 def load(args: argparse.Namespace) -> tuple[PreTrainedModel, Any]:
@@ -160,9 +169,10 @@ def run_serve(args: argparse.Namespace) -> int:
 
 def run_bench(args: argparse.Namespace) -> int:
     check_arguments(args)
-    requests.check_arguments(args)
     if args.source is not None:
+        check_shown(named_options(args), ("plot",))
         return show_again(args, bench.show)
+    requests.check_arguments(args)
     model, tokenizer = load(args)
     return bench.run(args, model, tokenizer, named_settings(args, model), args.command_line)
 
@@ -179,6 +189,8 @@ def run_profile(args: argparse.Namespace) -> int:
 def run_eval(args: argparse.Namespace) -> int:
     check_arguments(args)
     if args.source is not None:
+        blocks = ("block_length",) if args.quick else ()
+        check_shown(named_options(args), ("plot", "markdown", "quick", *blocks))
         return show_again(args, lambda record, _: evaluate.show_file(record, args))
     task = TASKS[args.task]
     configs = evaluate.build_settings(task, args.gen_length, args.block_length or (), args.quick)

@@ -56,11 +56,12 @@ def generate_batch(
         one row.
 
     Raises:
-        TypeError, ValueError: the model or a setting is not accepted, which is checked at once
-            (but for a `gen_length` that the model has no positions for).
+        TypeError, ValueError: the model or a setting is not accepted, which is checked at once.
         RuntimeError: a prompt has failed (it is not accepted, its logits are NaN, or it is too long
             for the memory). It is raised once all others have been yielded, from the error of the
             first that failed.
+        Exception: what `prompts` raises, once all prompts that it gave before have been yielded.
+            `__context__` has the RuntimeError if some of these have failed.
     """
     batcher = Batcher(model, max_rows)
     config = config_of(batcher.model, config, settings)
@@ -77,9 +78,17 @@ def _yield_outputs(
 ) -> Iterator[tuple[int, GenerationOutput]]:
     index_of: dict[Request, int] = {}
     failed: dict[int, BaseException] = {}
+    source_errors: list[Exception] = []
+
+    def read_prompts() -> Iterator[Tensor | Sequence[int]]:
+        try:
+            for ids in prompts:  # noqa: UP028 (it would close the caller's generator)
+                yield ids
+        except Exception as error:  # what was read before is decoded to its end
+            source_errors.append(error)
 
     def requests() -> Iterator[Request]:
-        for index, ids in enumerate(prompts):
+        for index, ids in enumerate(read_prompts()):
             try:
                 request = Request(batcher.model, ids, config, generator, record)
             except (TypeError, ValueError) as error:
@@ -94,10 +103,14 @@ def _yield_outputs(
             yield index, request.outcome
         elif request.outcome is not None:
             failed[index] = request.outcome
-    if failed:
-        first = min(failed)
-        others = f" ({len(failed)} prompts failed)" if len(failed) > 1 else ""
-        raise RuntimeError(f"prompt {first}: {failed[first]}{others}") from failed[first]
+    try:
+        if failed:
+            first = min(failed)
+            others = f" ({len(failed)} prompts failed)" if len(failed) > 1 else ""
+            raise RuntimeError(f"prompt {first}: {failed[first]}{others}") from failed[first]
+    finally:
+        if source_errors:  # an error that is raised here has the one above as its context
+            raise source_errors[0]
 
 
 class _Worker:
@@ -220,20 +233,33 @@ class BatchEngine:
         has the mode that the caller gave it.
 
         Raises:
-            RuntimeError: an `on_tokens` of this engine calls it, and would wait for itself.
+            RuntimeError: a function that the decoding thread calls (`on_tokens`, `on_step`, or a
+                callback of a `Request` that is done) calls it, and would wait for itself.
         """
-        if self.worker.thread is threading.current_thread():
-            raise RuntimeError("BatchEngine.drain: called by an on_tokens of its own")
+        self.check_caller("drain")
         if self.process == os.getpid():
             with self.changed:
                 self.changed.wait_for(lambda: self.worker.thread is None)
 
     def release(self) -> None:
-        """`drain`, and give back the memory and every captured step."""
+        """`drain`, and give back the memory and every captured step.
+
+        Raises:
+            RuntimeError: as in `drain`.
+        """
+        self.check_caller("release")
         self.drain()
         with self.changed:
             if self.worker.thread is None:
                 self.batcher.release()
+
+    def check_caller(self, name: str) -> None:
+        """Raise RuntimeError if the decoding thread itself calls the method of this name."""
+        if self.worker.thread is threading.current_thread():
+            raise RuntimeError(
+                f"BatchEngine.{name}: called in the decoding thread, by a request's on_tokens, "
+                "on_step or done callback, and would wait for itself; expected another thread"
+            )
 
     # --- the decoding thread ------------------------------------------------------------------
 

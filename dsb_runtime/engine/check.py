@@ -105,10 +105,15 @@ def check_ids(model: Any, input_ids: Tensor, gen_length: int) -> None:
     for extreme in (int(input_ids.min()), int(input_ids.max())):
         if not 0 <= extreme < vocab:
             raise ValueError(f"input_ids holds {extreme}: expected ids from 0 to {vocab - 1}")
+    check_positions(model, input_ids.shape[1], gen_length)
+
+
+def check_positions(model: Any, prompt_length: int, gen_length: int) -> None:
+    """Check that the model has enough positions for a prompt and `gen_length` more."""
     limit = model.config.max_position_embeddings
-    length = input_ids.shape[1] + gen_length
+    length = prompt_length + gen_length
     if length > limit:
-        prompt = f"gen_length={gen_length} after a prompt of {input_ids.shape[1]} needs"
+        prompt = f"gen_length={gen_length} after a prompt of {prompt_length} needs"
         raise ValueError(
             f"{prompt if gen_length else 'input_ids has'} {length} positions: expected at most the "
             f"model's {limit}"

@@ -20,6 +20,7 @@ from dsb_runtime.engine.check import (
     check_generator,
     check_ids,
     check_no_masks,
+    check_positions,
     check_side_by_side,
     check_tokens,
 )
@@ -36,6 +37,7 @@ def check_settings(
 ) -> DiffusionInfo:
     """Check what a request has beside its prompt, and return what its model is."""
     info = check_model(model)
+    check_positions(model, 1, config.gen_length)  # no prompt is shorter
     check_family_settings(info, config)
     check_tokens(info, config, model.config.vocab_size)
     check_side_by_side(config)

@@ -24,7 +24,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from dsb_runtime.config import DecodingConfig
 from dsb_runtime.demo import MODEL_DIR
 from dsb_runtime.engine.engine import GenerationOutput
-from dsb_runtime.files import write_json
+from dsb_runtime.files import sole_writer
 from dsb_runtime.measure import requests
 from dsb_runtime.measure.command import PlainConsole, add_output, table_of
 from dsb_runtime.measure.machine import describe_run
@@ -241,14 +241,16 @@ def run(
         "settings": asdict(config),
         "seed": seed,
     }
-    if args.requests is not None:
-        return requests.run(args, model, tokenizer, config, about)
-    batches = list(dict.fromkeys(args.batch or BATCHES))
-    check_room(model, max(batches), args.prompt_length, config)
-    prompts = random_prompts(model, tokenizer, max(batches), args.prompt_length, seed)
-    for figures in measure(model, prompts, config, batches, rounds=args.rounds, seed=seed):
-        record = {**about, **figures}
-        if args.json:  # written after each round, so that an interrupt loses one round only
-            write_json(args.json, record)
+    with sole_writer("--json", args.json) as write:
+        if args.requests is not None:
+            record = requests.run(args, model, tokenizer, config, about)
+            write(record)
+        else:
+            batches = list(dict.fromkeys(args.batch or BATCHES))
+            check_room(model, max(batches), args.prompt_length, config)
+            prompts = random_prompts(model, tokenizer, max(batches), args.prompt_length, seed)
+            for figures in measure(model, prompts, config, batches, rounds=args.rounds, seed=seed):
+                record = {**about, **figures}
+                write(record)  # after each round, so that an interrupt loses one round only
     show(record, args.plot)
     return 0

@@ -39,17 +39,31 @@ def check_arguments(args: argparse.Namespace) -> None:
     """Raise ValueError for a wrong argument of any of the commands; called before a checkpoint is
     read."""
     named = {name: value for name, value in vars(args).items() if value is not None}
-    if {"source", "json"} <= named.keys():
-        raise ValueError("--from and --json: expected one of the two")
     for name in LEAST.keys() & named.keys():
         for value in named[name] if isinstance(named[name], list) else [named[name]]:
-            check_int(f"--{name.replace('_', '-')}", value, LEAST[name], MOST.get(name))
+            check_int(option(name), value, LEAST[name], MOST.get(name))
     check_writable("--json", named.get("json"))
     check_picture("--plot", named.get("plot"))
     trace = named.get("torch")
     check_writable("--torch", trace)
     if trace is not None and trace.suffix != ".json":
         raise ValueError(f"--torch {trace}: expected a file ending in .json")
+
+
+def option(name: str) -> str:
+    """The option whose value an attribute of this name holds."""
+    return f"--{'from' if name == 'source' else name.replace('_', '-')}"
+
+
+def check_shown(named: Iterable[str], effective: Sequence[str]) -> None:
+    """Raise ValueError if the command line of `--from` names an option that would change nothing
+    that is shown. `named` are all options that it names, `effective` those that have an effect."""
+    others = [option(name) for name in named if name not in ("source", *effective)]
+    if others:
+        accepted = ", ".join(map(option, effective))
+        raise ValueError(
+            f"--from and {', '.join(others)}: nothing is measured; expected {accepted} at most"
+        )
 
 
 def show_again(args: argparse.Namespace, show: Callable[[Any, Path | None], None]) -> int:

@@ -16,13 +16,16 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from dsb_kernels.rows import CACHES
 from dsb_kernels.rules import RULES, Rule
 from dsb_runtime.config import DecodingConfig
 from dsb_runtime.demo.tasks import TASKS, Task
 from dsb_runtime.engine.batch import generate_batch
+from dsb_runtime.files import sole_writer
 from dsb_runtime.measure.command import add_output
 from dsb_runtime.measure.scores import Record, Score, show
 
+POLICIES = ("none", *(cache for cache in CACHES if cache != "none"))
 THRESHOLDS = (0.5, 0.7, 0.9, 0.99)
 THRESHOLD = 0.9  # at which caches, progress, margins and refreshes are compared
 # The values at which the other rules are published; a rule without any has the middle of its range.
@@ -60,8 +63,8 @@ def build_settings(
 ) -> list[DecodingConfig]:  # fmt: skip
     """The settings that are measured, the telling ones first: one token a step over the whole
     canvas and every schedule with every cache at threshold 0.9 (with `quick` no others), then
-    thresholds and block lengths without a cache and with one, and then rules, confidences and
-    refreshes that leave the prompt's K/V as they are."""
+    every threshold, then confidences and refreshes that leave the prompt's K/V as they are, and
+    then every other rule; thresholds and rules with every cache and block length."""
     length = task.gen_length if gen_length is None else gen_length
     blocks = tuple(block_lengths) or task.block_lengths
     compared = tuple(block_lengths) or task.compared
@@ -91,23 +94,17 @@ def build_settings(
                 add(name, block, cache, **settings)
 
     add("naive", length, steps=length)
-    for cache in ("none", "dsb", "dual"):
+    for cache in POLICIES:
         add_schedules(compared[0], cache, threshold=THRESHOLD)
     if quick:
         return list(configs)
     for block in compared:
         add_schedules(block, steps=length)
-    for cache in ("none", "dsb", "dual"):
+    for cache in POLICIES:
         for block in (*blocks, length):
             for threshold in THRESHOLDS:
                 add_schedules(block, cache, threshold=threshold)
     for block in compared:
-        for rule in RULES.values():
-            for value in rule_values(rule):
-                add_schedules(block, "none", **{rule.setting: value})
-        for share in PROGRESS:
-            add_schedules(block, threshold=THRESHOLD, progress=share)
-        add_schedules(block, threshold=THRESHOLD, confidence="margin")
         for every in FULL_EVERY:
             add("greedy", block, "dsb", threshold=THRESHOLD, refresh_policy="response",
                 full_refresh_every=every)  # fmt: skip
@@ -119,6 +116,14 @@ def build_settings(
     add("greedy", **small)
     for every in FULL_EVERY:
         add("greedy", **small, refresh_policy="response", full_refresh_every=every)
+    for cache in POLICIES:
+        for block in (*compared, *blocks, length):
+            for rule in RULES.values():
+                for value in rule_values(rule):
+                    add_schedules(block, cache, **{rule.setting: value})
+            for share in PROGRESS:
+                add_schedules(block, cache, threshold=THRESHOLD, progress=share)
+            add_schedules(block, cache, threshold=THRESHOLD, confidence="margin")
     return list(configs)
 
 
@@ -167,35 +172,34 @@ def run(
 ) -> int:
     """Decode with every setting that the file of `--json` has not, show all, and write the files
     that the options name."""
-    task = TASKS[args.task]
-    record = Record(task.name, digest(model), args.limit, args.seed, []).continued(args.json)
-    for score in record.scores:
-        old, new = score.config.gen_length, configs[0].gen_length
-        if old != new:
-            raise ValueError(
-                f"--json {args.json}: it has scores of gen_length {old}; expected {new}, or a new "
-                "file"
-            )
-    known = {score.config for score in record.scores}
-    missing = [config for config in configs if config not in known]
-    # Rows are as wide as the widest beside them, so that neighbours should be of one length.
-    problems = sorted(task.heldout(args.limit, args.seed), key=lambda p: len(p.prompt))
-    with tqdm(total=len(missing) * len(problems), unit="problem", disable=None) as bar:
-        for number, config in enumerate(missing, 1):
-            bar.set_description(f"setting {number} of {len(missing)}")
-            score = measure(task, model, tokenizer, problems, config, args.batch, bar.update)
-            record.scores.append(score)
-            if args.json:  # after each setting, so that an interrupt loses one setting only
-                record.write(args.json)
+    task, length = TASKS[args.task], configs[0].gen_length
+    with sole_writer("--json", args.json) as write:
+        new = Record(task.name, digest(model), args.limit, args.seed, length, [])
+        record = new.continued(args.json)
+        known = {score.config for score in record.scores}
+        missing = [config for config in configs if config not in known]
+        # Rows are as wide as the widest beside them, so that neighbours should be of one length.
+        problems = sorted(task.heldout(args.limit, args.seed), key=lambda p: len(p.prompt))
+        with tqdm(total=len(missing) * len(problems), unit="problem", disable=None) as bar:
+            for number, config in enumerate(missing, 1):
+                bar.set_description(f"setting {number} of {len(missing)}")
+                score = measure(task, model, tokenizer, problems, config, args.batch, bar.update)
+                record.scores.append(score)
+                write(record.as_json())  # so that an interrupt loses one setting only
     show(record.only(configs), args.plot, args.markdown)
     return 0
 
 
 def show_file(written: Any, args: argparse.Namespace) -> None:
-    """Show what `--json` wrote; with `--quick` only the settings that it would measure."""
+    """Show what `--json` wrote; with `--quick` only the settings that it would measure, with
+    `--block-length` only those of the lengths that it names."""
     record = Record.of(written)
     if args.quick:
-        task = TASKS[record.task]
-        configs = build_settings(task, args.gen_length, args.block_length or (), quick=True)
+        task, length = TASKS[record.task], record.gen_length
+        configs = build_settings(task, length, args.block_length or (), quick=True)
         record = record.only(configs)
+    elif args.block_length:
+        record = record.only(
+            [s.config for s in record.scores if s.config.block_length in args.block_length]
+        )
     show(record, args.plot, args.markdown)

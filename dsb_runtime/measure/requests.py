@@ -25,7 +25,6 @@ from dsb_runtime.demo import problems
 from dsb_runtime.engine.batch import BatchEngine
 from dsb_runtime.engine.engine import Engine
 from dsb_runtime.families import check_model
-from dsb_runtime.files import write_json
 from dsb_runtime.measure.command import PlainConsole, table_of
 from dsb_runtime.measure.models import check_room, random_prompts
 from dsb_runtime.measure.plots import draw_rows
@@ -292,9 +291,8 @@ def run(
     tokenizer: PreTrainedTokenizerBase | None,
     config: DecodingConfig,
     about: dict[str, Any],
-) -> int:
-    """Measure, print the table, and write the files that the options name. `about` is the head of
-    the record."""
+) -> dict[str, Any]:
+    """Measure, and return the record. `about` is its head."""
     max_rows, embedded = args.max_rows or MAX_ROWS, about["model"] == EMBEDDED
     if embedded:  # whose answers end
         config = replace(config, stop_at_eos=True)
@@ -304,12 +302,8 @@ def run(
         model, tokenizer, config, args.requests, word_problems=embedded,
         prompt_length=args.prompt_length, rate=args.rate, seed=about["seed"],
     )  # fmt: skip
-    record = {
+    return {
         **about, "settings": asdict(config), "requests": args.requests, "rate": args.rate,
         "max_rows": max_rows, "rounds": args.rounds,
         **measure(model, jobs, max_rows, args.rounds),
     }  # fmt: skip
-    if args.json:
-        write_json(args.json, record)
-    show(record, args.plot)
-    return 0

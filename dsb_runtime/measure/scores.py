@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from rich import box
 from dsb_kernels.rules import RULES
 from dsb_runtime.config import DEFAULT_RULE, DecodingConfig, settings
 from dsb_runtime.demo.tasks import TASKS
-from dsb_runtime.files import read_json, write_json
+from dsb_runtime.files import read_json
 from dsb_runtime.measure.command import MALFORMED, PlainConsole, table_of
 from dsb_runtime.measure.plots import Point, draw_fronts
 
@@ -111,6 +111,7 @@ class Record:
     model: str  # a digest of its weights
     problems: int
     seed: int
+    gen_length: int  # of every setting
     scores: list[Score]
 
     @classmethod
@@ -126,11 +127,15 @@ class Record:
             )
             for line in written["scores"]
         ]  # fmt: skip
-        return cls(**head, scores=scores)
+        length = scores[0].config.gen_length  # of which JSON has one in each score's settings
+        if any(score.config.gen_length != length for score in scores):
+            raise ValueError("scores of several gen_length: expected one")
+        return cls(**head, gen_length=length, scores=scores)
 
-    def write(self, path: Path) -> None:
-        """Write the record as JSON; an interrupt leaves the old file."""
-        write_json(path, vars(self) | {"scores": [score.line() for score in self.scores]})
+    def as_json(self) -> dict[str, Any]:
+        """The record as JSON."""
+        head = {name: getattr(self, name) for name in ("task", "model", "problems", "seed")}
+        return head | {"scores": [score.line() for score in self.scores]}
 
     def continued(self, path: Path | None) -> Record:
         """The record that a file has of the same model and problems, or this one if there is none.
@@ -147,7 +152,7 @@ class Record:
             raise ValueError(
                 f"--json {path}: expected what dsb eval --json writes, or a new file"
             ) from error
-        for name in ("task", "model", "problems", "seed"):
+        for name in ("task", "model", "problems", "seed", "gen_length"):
             old, new = getattr(other, name), getattr(self, name)
             if old != new:
                 raise ValueError(
@@ -159,7 +164,22 @@ class Record:
         """The record of these settings alone, in their order."""
         by_config = {score.config: score for score in self.scores}
         scores = [by_config[config] for config in configs if config in by_config]
-        return Record(self.task, self.model, self.problems, self.seed, scores)
+        return replace(self, scores=scores)
+
+    def markdown(self) -> str:
+        """A Markdown table with the schedules side by side, in the order of the scores."""
+        places: dict[tuple[str, int, str], dict[str, str]] = defaultdict(dict)
+        for s in self.scores:
+            place = (s.rule, s.config.block_length, s.cache)
+            places[place][s.schedule] = f"{s.shown()} in {s.forwards:.1f}"
+        lines = [
+            f"| rule | block | cache | {' | '.join(SCHEDULES)} |",
+            f"|---|---:|---|{'---|' * len(SCHEDULES)}",
+        ]
+        for (rule, block, cache), cells in places.items():
+            columns = " | ".join(cells.get(schedule, "") for schedule in SCHEDULES)
+            lines.append(f"| {rule} | {block} | {cache} | {columns} |")
+        return "\n".join(lines)
 
 
 def front(scores: Sequence[Score]) -> list[Score]:
@@ -181,34 +201,23 @@ def print_table(record: Record) -> None:
         ]
         for s in record.scores
     ]  # fmt: skip
-    length = record.scores[0].config.gen_length
     table = table_of(
         ["rule", "schedule", "cache", "block", "exact, % (95%)", "forwards", "tokens/\nforward"],
         lines, left=(0, 1, 2), no_wrap=True,
-        title=f"{record.task}: {record.problems} held-out problems, gen {length}",
+        title=f"{record.task}: {record.problems} held-out problems, gen {record.gen_length}",
         box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True,
     )  # fmt: skip
     PlainConsole().print(table)
-
-
-def print_markdown(record: Record) -> None:
-    """Print a Markdown table with the schedules side by side, in the order of the scores."""
-    places: dict[tuple[str, int, str], dict[str, str]] = defaultdict(dict)
-    for s in record.scores:
-        place = (s.rule, s.config.block_length, s.cache)
-        places[place][s.schedule] = f"{s.shown()} in {s.forwards:.1f}"
-    print(f"| rule | block | cache | {' | '.join(SCHEDULES)} |")
-    print(f"|---|---:|---|{'---|' * len(SCHEDULES)}")
-    for (rule, block, cache), cells in places.items():
-        columns = " | ".join(cells.get(schedule, "") for schedule in SCHEDULES)
-        print(f"| {rule} | {block} | {cache} | {columns} |")
 
 
 def show(record: Record, plot: Path | None, markdown: bool = False) -> None:
     """Print the table of a record, and draw its picture where `plot` names a file."""
     if not record.scores:
         raise ValueError("no scores of these settings")
-    (print_markdown if markdown else print_table)(record)
+    if markdown:
+        print(record.markdown())
+    else:
+        print_table(record)
     if plot is not None:
         curves: dict[str, list[Score]] = {name: [] for name in (*SCHEDULES, WHOLE)}
         for score in record.scores:

@@ -5,12 +5,14 @@ A page names such a part by a comment on a line of its own:
     <!-- ops -->            an API entry for every op of `dsb_kernels`
     <!-- modules: FOLDER -->   a table of the folder's modules and the first sentence of each
     <!-- file: NAME -->     a Markdown file of the repository's root, without its title
+    <!-- scores: NAME -->   the table of a file that `dsb eval --json` wrote
 """
 
 from __future__ import annotations
 
 import ast
 import importlib
+import json
 import pkgutil
 import re
 from pathlib import Path
@@ -18,7 +20,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 MARKER = re.compile(
-    r"^<!-- (?P<part>settings|ops|modules|file)(: (?P<name>\S+))? -->$", re.MULTILINE
+    r"^<!-- (?P<part>settings|ops|modules|file|scores)(: (?P<name>\S+))? -->$", re.MULTILINE
 )
 
 
@@ -76,6 +78,13 @@ def root_file(name: str) -> str:
     return text.replace("](CHANGELOG.md)", "](changelog.md)")
 
 
+def scores(name: str) -> str:
+    """The scores of a file of the repository, the schedules side by side."""
+    from dsb_runtime.measure.scores import Record
+
+    return Record.of(json.loads((ROOT / name).read_text(encoding="utf-8"))).markdown()
+
+
 def on_page_markdown(markdown: str, **_: Any) -> str:
     """MkDocs' event: fill in the marked parts of a page."""
 
@@ -85,6 +94,6 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
             return settings()
         if kind == "ops":
             return ops()
-        return modules(name) if kind == "modules" else root_file(name)
+        return {"modules": modules, "file": root_file, "scores": scores}[kind](name)
 
     return MARKER.sub(part, markdown)

@@ -282,8 +282,7 @@ class Reader:
             name, prompts = "messages", [chat_ids(self.tokenizer, body.get("messages"))]
         else:
             name, prompts = "prompt", prompts_of(self.tokenizer, body.get("prompt"))
-        for ids in prompts:
-            self.check_prompt(name, ids, config, length)
+        self.check(name, prompts, config, length)
         return Asked(
             prompts, config, seed_of(body), stops_of(body), samples, wants_logprobs(url, body),
             stream, bool(options.get("include_usage")), bool(options.get("include_canvas")),
@@ -335,17 +334,27 @@ class Reader:
                 both["gen_length"] = length[1]
                 if "block_length" in named:
                     both["block_length"] = min(named["block_length"], length[1])
-            config = defaults_for(self.model, **both)
+            return defaults_for(self.model, **both)
+        except (TypeError, ValueError) as error:
+            raise setting_error(error) from error
+
+    def check(
+        self, name: str, prompts: list[list[int]], config: DecodingConfig,
+        length: tuple[str, Any] | None,
+    ) -> None:  # fmt: skip
+        """Raise BodyError unless the model takes these prompts with these settings. `name` is the
+        field that the prompts are from, `length` as of `length_of`."""
+        for ids in prompts:
+            self.check_prompt(name, ids, config, length)
+        try:
             check_settings(self.model, config, None, False)
         except (TypeError, ValueError) as error:
             raise setting_error(error) from error
-        return config
 
     def check_prompt(
         self, name: str, ids: list[int], config: DecodingConfig, length: tuple[str, Any] | None
     ) -> None:
-        """Raise BodyError unless the model takes the ids, with room for the answer. `name` is the
-        field that they are from, `length` as of `length_of`."""
+        """Raise BodyError unless the model takes the ids, with room for the answer."""
         most, vocabulary = self.model.config.max_position_embeddings, self.model.config.vocab_size
         if not ids:
             raise BodyError(f"{name}: no token; expected some text", name)
