@@ -33,7 +33,7 @@ from dsb_runtime.engine.request import check_settings
 from dsb_runtime.families import check_model
 
 LINES_FAILED = 3  # the exit status; 1 would be that of a traceback
-# A line that was read (its number and text), one that has another row done (with the line's digest),
+# A line that was read (its number and text), a line (its digest first) that has another row done,
 # the end of the lines, or why they cannot be read.
 Event = tuple[int, bytes] | tuple[str, Line, Work] | OSError | None
 NOTE = (
