@@ -40,8 +40,7 @@ SHARED = [
         ("bench", "--batch 1 2 --rounds=5", "--batch, --rounds"), ("bench", "--rate 2", "--rate"),
         ("bench", "--no-stop-at-eos --device cpu", "--device, --stop-at-eos"),
         ("eval", "--limit 500 --quick", "--limit"), ("eval", "--task words", "--task"),
-        ("eval", "--seed 0 --gen-length 64", "--gen-length, --seed"),
-        ("eval", "--block-length 4", "--block-length"))),
+        ("eval", "--seed 0 --gen-length 64", "--gen-length, --seed"))),
     *((command, "--from /nowhere/at/all.json", "--from /nowhere/at/all.json: No such file")
       for command in ("bench", "eval")),
     *((command, "--model /no/such/folder", "expected a checkpoint folder or a hub id")

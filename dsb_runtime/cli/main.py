@@ -189,8 +189,7 @@ def run_profile(args: argparse.Namespace) -> int:
 def run_eval(args: argparse.Namespace) -> int:
     check_arguments(args)
     if args.source is not None:
-        blocks = ("block_length",) if args.quick else ()
-        check_shown(named_options(args), ("plot", "markdown", "quick", *blocks))
+        check_shown(named_options(args), ("plot", "markdown", "quick", "block_length"))
         return show_again(args, lambda record, _: evaluate.show_file(record, args))
     task = TASKS[args.task]
     configs = evaluate.build_settings(task, args.gen_length, args.block_length or (), args.quick)
