@@ -66,6 +66,15 @@ def serving(max_rows: int = 4, **how: Any) -> Iterator[Served]:
             thread.join()
 
 
+def half_a_body(port: int) -> socket.socket:
+    """A client that names more bytes than it sends."""
+    client = socket.create_connection(("127.0.0.1", port), timeout=60)
+    head = ("POST /v1/chat/completions HTTP/1.1", "Host: x", f"Authorization: Bearer {KEY}",
+            "Content-Type: application/json", "Content-Length: 99", "", "")  # fmt: skip
+    client.sendall("\r\n".join(head).encode() + b'{"messages": ')
+    return client
+
+
 def wait_until(condition: Callable[[], bool], seconds: float = 60) -> None:
     """Wait until something is so, which must not take longer than `seconds`."""
     end = time.monotonic() + seconds

@@ -18,12 +18,15 @@ from typing import Any
 import httpx
 import openai
 import pytest
+import uvicorn
 
 import dsb_runtime as dsb
 from dsb_runtime.demo import MODEL_DIR
 from dsb_runtime.demo.problems import heldout
+from dsb_runtime.doors.server import draining
+from dsb_runtime.doors.server.gate import Traffic
 from tests.commands import ROOT, refused
-from tests.served import HEADERS, KEY
+from tests.served import HEADERS, KEY, half_a_body
 
 CLIENTS = 64
 
@@ -61,22 +64,41 @@ def test_sigterm_finishes_what_runs_and_refuses_what_comes():
         "messages": [{"role": "user", "content": "Mia has 12 secrets."}], "stream": True,
         "threshold": 1.0, "max_tokens": 400, "stop_at_eos": False,
     }  # fmt: skip
-    with process() as (server, url):
+    with process() as (server, url), half_a_body(int(url.rpartition(":")[2])) as half:
         with httpx.stream(
             "POST", f"{url}/v1/chat/completions?token=abc", json=body, headers=HEADERS, timeout=300
         ) as stream:
             lines = stream.iter_lines()
             next(lines)
             server.send_signal(signal.SIGTERM)
-            wait = time.monotonic() + 60
-            while (answer := httpx.get(f"{url}/health")).status_code == 200:
-                assert time.monotonic() < wait
+            assert half.recv(4096).startswith(b"HTTP/1.1 503 ")
+            answer = httpx.get(f"{url}/health")
             assert answer.status_code == 503 and answer.headers["Retry-After"]
             assert list(lines)[-2:] == ["data: [DONE]", ""]
         _, log = server.communicate(timeout=60)
         assert server.returncode == 0
     assert "POST /v1/chat/completions 200" in log and "GET /health 503" in log
+    assert "POST /v1/chat/completions 503" in log
     assert not [word for word in ("abc", "secrets", KEY, "Traceback") if word in log]
+
+
+def test_a_client_that_does_not_read_is_not_waited_for(monkeypatch):
+    rows: set[Any] = set()
+    traffic = Traffic(rows, open=1)
+    server = draining.Draining(uvicorn.Config("app:app"), traffic, lambda: None)
+    monkeypatch.setattr(draining, "READ_SECONDS", 0.05)
+
+    def ends() -> bool:
+        time.sleep(0.1)
+        return asyncio.run(server.on_tick(1))
+
+    assert not ends()
+    server.handle_exit(signal.SIGTERM, None)
+    rows.add("a row")
+    asyncio.run(server.on_tick(1))
+    assert not ends()  # what is decoded is waited for
+    rows.clear()
+    assert ends() and traffic.open == 1
 
 
 def memory(pid: int) -> float:

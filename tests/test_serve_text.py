@@ -8,7 +8,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from dsb_runtime.doors.server.text import HALF, GrowingText
+from dsb_runtime.doors.openai.text import HALF, GrowingText
 
 EOS = 256
 TEXT = "né €uro 🙂 end"

@@ -20,17 +20,22 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dsb_runtime.cli.batch_files import Answers, lines_of
-from dsb_runtime.cli.batch_lines import INVALID, SERVER, Line, answer_of, error_of, read_line
+from dsb_runtime.cli.batch_lines import INVALID, SERVER, Line, Work, answer_of, error_of, read_line
 from dsb_runtime.config import check_int
 from dsb_runtime.defaults import defaults_for
+from dsb_runtime.doors.openai.answers import Answer
+from dsb_runtime.doors.openai.asked import Reader
+from dsb_runtime.doors.openai.text import GrowingText
+from dsb_runtime.doors.server import served_name
 from dsb_runtime.engine.batch import BatchEngine
 from dsb_runtime.engine.batcher import READ_AHEAD
-from dsb_runtime.engine.request import Request, check_settings
+from dsb_runtime.engine.request import check_settings
+from dsb_runtime.families import check_model
 
 LINES_FAILED = 3  # the exit status; 1 would be that of a traceback
-# A line that was read (its number and text), a request that is done (with its line's digest and its
-# line), the end of the lines, or why they cannot be read.
-Event = tuple[int, bytes] | tuple[str, Line, Request] | OSError | None
+# A line that was read (its number and text), a line (its digest first) that has another row done,
+# the end of the lines, or why they cannot be read.
+Event = tuple[int, bytes] | tuple[str, Line, Work] | OSError | None
 NOTE = (
     'A line is {"id", "prompt" or "messages", settings by name} or a request of OpenAI\'s batch '
     "format. A line that cannot be answered is answered by an error, and the command ends with 3 "
@@ -129,34 +134,46 @@ class Decoder:
         named: dict[str, Any],
     ) -> None:
         check_settings(model, defaults_for(model, **named), None, False)
-        self.args, self.tokenizer, self.named = args, tokenizer, named
-        self.engine = BatchEngine(model, args.max_rows)
+        self.args, self.engine = args, BatchEngine(model, args.max_rows)
+        self.reader = Reader(model, tokenizer, served_name(args.model), streams=False, named=named)
+        self.eos_ids = check_model(model).eos_ids
 
-    def submit(self, line: Line) -> Request:
+    def submit(self, line: Line) -> Work:
         """Let a line be decoded.
 
         Raises:
             TypeError, ValueError: it cannot be; the message is one line.
         """
-        model, seed = self.engine.model, self.args.seed
-        ids, settings, own = line.request(self.tokenizer, self.args.raw, self.named)
-        if own is None and seed is not None:
-            own = seed + line.number
-        generator = torch.Generator(model.device)
-        return self.engine.submit(
-            ids, defaults_for(model, **settings),
-            generator=None if own is None else generator.manual_seed(own),
-            stop_strings=line.stops or None, tokenizer=self.tokenizer if line.stops else None,
-        )  # fmt: skip
+        asked, generator = line.asked(self.reader, self.args.raw), None
+        seed = asked.seed
+        if seed is None and self.args.seed is not None:
+            seed = self.args.seed + line.number
+        if seed is not None:
+            generator = torch.Generator(self.engine.model.device).manual_seed(seed)
+        # Without an EOS no row ends before its response is full, and the text alone is cut.
+        stops = {"stop_strings": asked.stops, "tokenizer": self.reader.tokenizer}
+        how: dict[str, Any] = stops if self.eos_ids else {}
+        requests = [
+            self.engine.submit(
+                prompt, asked.config, generator=generator, record=asked.logprobs, **how
+            )
+            for prompt in asked.prompts
+            for _ in range(asked.samples)
+        ]
+        return Work(asked, requests, len(requests))
 
-    def answer(self, line: Line, request: Request) -> tuple[dict[str, Any], int | None]:
-        """The answer of a line whose request is done, and its tokens; None for an error."""
-        error = request.exception()
-        if error is not None:
-            return error_of(line, error, SERVER), None
-        out = request.result()
-        answer = answer_of(line, request, out, self.tokenizer, str(self.args.model))
-        return answer, out.row_tokens[0]
+    def answer(self, line: Line, work: Work) -> tuple[dict[str, Any], int | None]:
+        """The answer of a line whose rows are done, and its tokens; None for an error."""
+        answers, tokenizer = [], self.reader.tokenizer
+        for index, request in enumerate(work.requests):
+            error = request.exception()
+            if error is not None:
+                return error_of(line, error, SERVER), None
+            text = GrowingText(tokenizer, self.eos_ids, work.asked.stops)
+            answers.append(Answer(index, request.ids.tolist(), text))
+            answers[-1].end(request.result())
+        tokens = sum(len(answer.text.ids) for answer in answers)
+        return answer_of(line, answers, work.asked.samples, self.reader), tokens
 
 
 class Job:
@@ -194,9 +211,11 @@ class Job:
             elif len(event) == 2:
                 under_way += self.submit(*event)
             else:
-                under_way -= 1
-                digest, line, request = event
-                self.finish(digest, *self.decoder.answer(line, request))
+                digest, line, work = event
+                work.left -= 1
+                if not work.left:
+                    under_way -= 1
+                    self.finish(digest, *self.decoder.answer(line, work))
         if error is not None:
             raise error
 
@@ -208,11 +227,12 @@ class Job:
             return False
         line = read_line(number, text)
         try:
-            request = self.decoder.submit(line)
+            work = self.decoder.submit(line)
         except (TypeError, ValueError) as error:
             self.finish(digest, error_of(line, error, INVALID), None)
             return False
-        request.add_done_callback(lambda _: self.events.put((digest, line, request)))
+        for request in work.requests:
+            request.add_done_callback(lambda _: self.events.put((digest, line, work)))
         return True
 
     def finish(self, digest: str, answer: dict[str, Any], tokens: int | None) -> None:

@@ -2,28 +2,31 @@
 
 from __future__ import annotations
 
-import json
-import time
 from dataclasses import dataclass, field
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
-
-from dsb_runtime.cli.generate import check_text, encode, encode_messages
-from dsb_runtime.config import check_int, rule_names, settings
-from dsb_runtime.engine.engine import GenerationOutput
+from dsb_runtime.cli.generate import check_text, encode
+from dsb_runtime.config import settings
+from dsb_runtime.doors.openai.answers import ANSWERS, Answer
+from dsb_runtime.doors.openai.asked import (
+    CHAT,
+    TEXT,
+    Asked,
+    BodyError,
+    Reader,
+    chat_ids,
+    check_fields,
+    length_of,
+    read_object,
+    refusal,
+    seed_of,
+    stops_of,
+)
 from dsb_runtime.engine.request import Request
+from dsb_runtime.families import check_model
 
 MOST_BYTES = 2**26  # of a line
 INVALID, SERVER = "invalid_request", "server_error"  # codes of errors
-CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
-# What a body of OpenAI's may have that changes no answer, and what has only one value here.
-WITHOUT_EFFECT = ("model", "user", "metadata", "store", "service_tier", "stream_options")
-ONLY = {
-    "n": 1, "best_of": 1, "stream": False, "echo": False, "logprobs": False, "frequency_penalty": 0,
-    "presence_penalty": 0, "logit_bias": {}, "tools": [], "suffix": "",
-}  # fmt: skip
-LENGTHS = ("max_completion_tokens", "max_tokens")
 
 
 @dataclass
@@ -35,176 +38,105 @@ class Line:
     id: Any = None
     url: str | None = None
     body: dict[str, Any] = field(default_factory=dict)
-    wrong: str | None = None
-    stops: list[str] = field(default_factory=list)
+    wrong: BodyError | None = None
 
-    def request(
-        self, tokenizer: PreTrainedTokenizerBase, raw: bool, named: dict[str, Any]
-    ) -> tuple[list[int], dict[str, Any], int | None]:
-        """The prompt's ids, the settings (those of the line, and `named` where it names no others),
-        and the seed.
+    def asked(self, reader: Reader, raw: bool) -> Asked:
+        """What is to be decoded.
 
         Raises:
             TypeError, ValueError: the line cannot be answered; the message is one line.
         """
         if self.wrong is not None:
-            raise ValueError(self.wrong)
-        asked = {name: value for name, value in self.body.items() if value is not None}
-        prompt, messages = asked.pop("prompt", None), asked.pop("messages", None)
-        if (prompt is None) == (messages is None):
-            raise ValueError("expected either prompt or messages")
-        seed = asked.pop("seed", None)
-        if seed is not None:
-            check_int("seed", seed, 0, 2**63 - 1)
-        self.stops = stops_of(asked.pop("stop", None))
+            raise self.wrong
         if self.url is not None:
-            asked = of_openai(asked)
-        if messages is not None:
-            ids = encode_messages(tokenizer, checked_messages(messages))
-        elif isinstance(prompt, str) and prompt.strip():
-            check_text("prompt", prompt)
-            ids = encode(tokenizer, prompt, raw or self.url == TEXT)
-        else:
-            raise ValueError(f"prompt={shown(prompt)}: expected some text")
-        return ids[0].tolist(), merged(named, asked), seed
+            return reader.read(self.url, self.body)
+        return own(self.body, reader, raw)
+
+
+@dataclass
+class Work:
+    """The rows of a line, and how many of them are not done."""
+
+    asked: Asked
+    requests: list[Request]
+    left: int
+
+
+def own(body: dict[str, Any], reader: Reader, raw: bool) -> Asked:
+    """What a line of our format asks for."""
+    check_fields(body, {}, ("prompt", "messages", "seed", "stop", *settings()))
+    prompt, messages = body.get("prompt"), body.get("messages")
+    if (prompt is None) == (messages is None):
+        raise BodyError("expected either prompt or messages")
+    length = length_of(body)
+    config = reader.config(body, length)
+    if messages is not None:
+        name, ids = "messages", chat_ids(reader.tokenizer, messages)
+    elif isinstance(prompt, str) and prompt.strip():
+        check_text("prompt", prompt)
+        name, ids = "prompt", encode(reader.tokenizer, prompt, raw)[0].tolist()
+    else:
+        raise refusal("prompt", prompt, "some text")
+    reader.check(name, [ids], config, length)
+    return Asked([ids], config, seed_of(body), stops_of(body))
 
 
 def read_line(number: int, text: bytes) -> Line:
     """What a line says. A line that is wrong says so in `Line.wrong`."""
     line = Line(number)
-    if len(text) > MOST_BYTES:
-        line.wrong = f"expected at most {MOST_BYTES} bytes"
-        return line
     try:
-        record = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        line.wrong = f"no JSON: {error}"
-        return line
-    if not isinstance(record, dict):
-        line.wrong = f"{shown(record)}: expected a JSON object"
-        return line
-    openai = "custom_id" in record
-    line.id = record.pop("custom_id" if openai else "id", None)
-    if openai:
-        line.url, body = record.get("url", CHAT), record.get("body")
-        if line.url not in (CHAT, TEXT):
-            line.wrong = f"url={shown(line.url)}: expected {CHAT} or {TEXT}"
-        elif not isinstance(body, dict):
-            line.wrong = f"body={shown(body)}: expected a JSON object"
-        else:
-            line.body = body
-    else:
-        line.body = record
-    named = line.id is not None or not openai
-    if not named or isinstance(line.id, bool) or not isinstance(line.id, str | int | None):
-        line.wrong = f"{'custom_id' if openai else 'id'}={shown(line.id)}: expected text or an int"
+        if len(text) > MOST_BYTES:
+            raise BodyError(f"the line: expected at most {MOST_BYTES} bytes")
+        take_in(line, read_object("the line", text))
+    except BodyError as error:
+        line.wrong = error
     return line
 
 
-def shown(value: Any) -> str:
-    """A value as a message names it: its beginning, in one line."""
-    text = json.dumps(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+def take_in(line: Line, record: dict[str, Any]) -> None:
+    """Set the fields of a line. Raise BodyError for what is none."""
+    openai = "custom_id" in record
+    name = "custom_id" if openai else "id"
+    line.id = given = record.pop(name, None)
+    body: Any = record
+    if openai:
+        url, body = record.get("url"), record.get("body")
+        line.url = CHAT if url is None else url
+    fits = given is not None or not openai
+    if not fits or isinstance(given, bool) or not isinstance(given, str | int | None):
+        raise refusal(name, given, "text or an int")
+    if line.url not in (None, CHAT, TEXT):
+        raise refusal("url", line.url, f"{CHAT} or {TEXT}")
+    if not isinstance(body, dict):
+        raise refusal("body", body, "a JSON object")
+    line.body = body
 
 
-def stops_of(stop: Any) -> list[str]:
-    """The texts before which an answer ends."""
-    stops = [stop] if isinstance(stop, str) else stop or []
-    if not isinstance(stops, list) or not all(isinstance(s, str) and s for s in stops):
-        raise TypeError(f"stop={shown(stop)}: expected text, or a list of texts")
-    return stops
-
-
-def checked_messages(messages: Any) -> list[dict[str, str]]:
-    """The messages of a chat.
-
-    Raises:
-        TypeError: they are no list of {"role": text, "content": text}.
-    """
-    fits = isinstance(messages, list) and messages and all(
-        isinstance(m, dict) and all(isinstance(m.get(k), str) for k in ("role", "content"))
-        for m in messages
-    )  # fmt: skip
-    if not fits:
-        raise TypeError(f"messages={shown(messages)}: expected a list of role and content, as text")
-    for message in messages:
-        check_text("messages", message["content"])
-    return messages
-
-
-def of_openai(asked: dict[str, Any]) -> dict[str, Any]:
-    """The settings that a body of OpenAI's asks for.
-
-    Raises:
-        ValueError: it asks for what would change the answer and does not exist here.
-    """
-    asked = {name: value for name, value in asked.items() if name not in WITHOUT_EFFECT}
-    for name, value in ONLY.items():
-        given = asked.pop(name, value)
-        if given != value and not (name == "logprobs" and given == 0):
-            raise ValueError(f"{name}={shown(given)}: expected {shown(value)}, or none")
-    length = [asked.pop(name) for name in LENGTHS if name in asked]
-    return {**asked, **({"gen_length": length[0]} if length else {})}
-
-
-def merged(named: dict[str, Any], asked: dict[str, Any]) -> dict[str, Any]:
-    """The settings of a line. Its selection rule replaces that of the command line, and a block is
-    at most as long as the response."""
-    if set(asked) & set(rule_names()):
-        named = {name: value for name, value in named.items() if name not in rule_names()}
-    both = {**named, **asked}
-    length, block = both.get("gen_length"), both.get("block_length")
-    if "gen_length" in asked and isinstance(length, int) and isinstance(block, int):
-        both["block_length"] = min(length, block)
-    for name in sorted(set(both) - set(settings())):
-        known = ", ".join(("prompt", "messages", "seed", "stop", *settings()))
-        raise ValueError(f"{name}={shown(both[name])}: expected one of {known}")
-    return both
-
-
-def answer_of(
-    line: Line, request: Request, out: GenerationOutput, tokenizer: PreTrainedTokenizerBase,
-    model: str,
-) -> dict[str, Any]:  # fmt: skip
-    """The answer of a line, in its format. It ends for "stop" at an EOS or a stop text, for
-    "length" where the response is full."""
-    prompt, tokens = len(request.ids), out.row_tokens[0]
-    ids = out.sequences[0, prompt : prompt + tokens]
-    text = str(tokenizer.decode(ids, skip_special_tokens=True))
-    ends = [at for stop in line.stops if (at := text.find(stop)) >= 0]
-    text = text[: min(ends, default=None)].strip()
-    stopped = bool(ends) or int(ids[-1]) in request.spec.eos_ids
-    reason = "stop" if stopped else "length"
+def answer_of(line: Line, answers: list[Answer], samples: int, reader: Reader) -> dict[str, Any]:
+    """The answer of a line, in its format."""
     if line.url is None:
+        (answer,) = answers
         return {
-            "line": line.number, "id": line.id, "answer": text, "tokens": tokens,
-            "forwards": out.nfe, "finish_reason": reason,
+            "line": line.number, "id": line.id, "answer": answer.text.text.strip(),
+            "tokens": len(answer.text.ids), "forwards": answer.forwards,
+            "finish_reason": answer.finish_reason,
         }  # fmt: skip
-    chat = line.url == CHAT
-    said = {"message": {"role": "assistant", "content": text}} if chat else {"text": text}
-    body = {
-        "id": f"{'chatcmpl' if chat else 'cmpl'}-{line.number}",
-        "object": "chat.completion" if chat else "text_completion",
-        "created": int(time.time()),
-        "model": model,
-        "choices": [{"index": 0, **said, "logprobs": None, "finish_reason": reason}],
-        "usage": {
-            "prompt_tokens": prompt, "completion_tokens": tokens, "total_tokens": prompt + tokens,
-        },
-        "forwards": out.nfe,
-    }  # fmt: skip
+    mask_id = check_model(reader.model).mask_id
+    body = ANSWERS[line.url](reader.model_name, reader.tokenizer, mask_id)
     name = f"batch_req_{line.number}"
-    response = {"status_code": 200, "request_id": name, "body": body}
+    response = {"status_code": 200, "request_id": name, "body": body.answer(answers, samples)}
     return {
         "line": line.number, "id": name, "custom_id": line.id, "response": response, "error": None,
     }  # fmt: skip
 
 
 def error_of(line: Line, error: BaseException, code: str) -> dict[str, Any]:
-    """The answer of a line that has none. The code is INVALID for what the line asks wrongly, and
-    SERVER for what failed here while it was decoded."""
-    message = " ".join(str(error).split()) or type(error).__name__
-    said = {"code": code, "message": message}
+    """The answer of a line that has none. The code is INVALID for what the line asks wrongly, where
+    the error has none of its own, and SERVER for what failed here while it was decoded."""
+    message, param = " ".join(str(error).split()) or type(error).__name__, None
+    if isinstance(error, BodyError):
+        code, param = error.code or code, error.param
+    said = {"code": code, "message": message, "param": param}
     if line.url is None:
         return {"line": line.number, "id": line.id, "error": said}
     return {

@@ -6,7 +6,6 @@ import argparse
 import logging
 import os
 import socket
-from types import FrameType
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -86,33 +85,15 @@ def run(
     import uvicorn
 
     from dsb_runtime.doors.server.app import create_app
-    from dsb_runtime.doors.server.gate import Traffic
-
-    class Draining(uvicorn.Server):
-        """The first SIGTERM or Ctrl-C ends the server once it has no request; meanwhile new ones
-        get 503. The second ends it at once."""
-
-        def __init__(self, config: uvicorn.Config, traffic: Traffic) -> None:
-            super().__init__(config)
-            self.traffic = traffic
-
-        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-            await super().startup(sockets)
-            print(f"{name}: {url_of(bound)}", flush=True)
-
-        def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-            if self.traffic.draining:
-                self.force_exit = True
-                super().handle_exit(sig, frame)
-            self.traffic.draining = True
-
-        async def on_tick(self, counter: int) -> bool:
-            self.should_exit |= self.traffic.draining and not self.traffic.open
-            return await super().on_tick(counter)
+    from dsb_runtime.doors.server.draining import READ_SECONDS, Draining
 
     name, engine = served_name(args.model), BatchEngine(model, args.max_rows)
     app = create_app(engine, tokenizer, name, api_key=args.api_key, max_queue=args.max_queue)
     log_requests()
-    config = uvicorn.Config(app, log_config=None, access_log=False, server_header=False)
-    Draining(config, app.state.traffic).run([bound])
+    config = uvicorn.Config(
+        app, log_config=None, access_log=False, server_header=False,
+        timeout_graceful_shutdown=READ_SECONDS,
+    )  # fmt: skip
+    said = f"{name}: {url_of(bound)}"
+    Draining(config, app.state.traffic, lambda: print(said, flush=True)).run([bound])
     return 0

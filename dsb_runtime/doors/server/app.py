@@ -10,22 +10,23 @@ from importlib import resources
 from typing import Any
 
 from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.background import BackgroundTask
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from transformers import PreTrainedTokenizerBase
 
 from dsb_runtime.config import check_int
+from dsb_runtime.doors.openai.answers import ANSWERS, END, Completions, server_sent
+from dsb_runtime.doors.openai.asked import CHAT, TEXT, BodyError, Reader, read_object
 from dsb_runtime.doors.server import MAX_QUEUE
-from dsb_runtime.doors.server.answers import END, ChatCompletions, Completions, server_sent
-from dsb_runtime.doors.server.asked import Body, ChatBody, CompletionBody, read
 from dsb_runtime.doors.server.decoding import Decoding, Service
 from dsb_runtime.doors.server.errors import ApiError, body_error
-from dsb_runtime.doors.server.gate import Gate, Traffic
+from dsb_runtime.doors.server.gate import Gate, Traffic, shown_path
 from dsb_runtime.engine.batch import BatchEngine
 from dsb_runtime.families import check_model
+from dsb_runtime.fields import shown
 
 MOST_BYTES = 2**20  # of a body, many times what any prompt has
 INDEX = "index.html"
@@ -41,9 +42,8 @@ PAGE_HEADERS = {
     "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer",
 }  # fmt: skip
 STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # proxies keep nothing
-ROUTES = (
-    "/", "/health", "/metrics", "/v1/models", "/v1/completions", "/v1/chat/completions",
-)  # fmt: skip
+ROUTES = ("/health", "/metrics", "/v1/models", "/v1/models/{id}", TEXT, CHAT)
+READ = ["GET", "HEAD"]
 
 
 class Server:
@@ -51,6 +51,7 @@ class Server:
 
     def __init__(self, service: Service, model_name: str) -> None:
         self.service, self.model_name, self.created = service, model_name, int(time.time())
+        self.reader = Reader(service.model, service.tokenizer, model_name)
 
     def model(self) -> dict[str, Any]:
         """The model as /v1/models lists it."""
@@ -59,19 +60,15 @@ class Server:
             "max_model_len": self.service.model.config.max_position_embeddings,
         }  # fmt: skip
 
-    def check_name(self, name: str | None) -> None:
-        if name not in (None, self.model_name):
-            raise ApiError(
-                404, f"model={name!r}: not served here; expected {self.model_name!r}",
-                param="model", code="model_not_found",
-            )  # fmt: skip
-
-    async def complete(self, request: Request, body: Body, kind: type[Completions]) -> Response:
+    async def complete(self, request: Request, url: str) -> Response:
         """Answer a completion request. Its rows are freed whenever the client goes away."""
-        self.check_name(body.model)
+        try:
+            asked = self.reader.read(url, await body_of(request))
+        except ClientDisconnect:
+            return Response(status_code=499)  # which nobody reads
         service = self.service
-        asked = read(body, service.model, service.tokenizer)
-        answers = kind(self.model_name, service.tokenizer, check_model(service.model).mask_id)
+        mask_id = check_model(service.model).mask_id
+        answers = ANSWERS[url](self.model_name, service.tokenizer, mask_id)
         decoding = Decoding(service, asked)
         if asked.stream:
 
@@ -88,6 +85,22 @@ class Server:
         finally:
             decoding.cancel()
         return JSONResponse(answers.answer(decoding.answers, asked.samples))
+
+
+async def body_of(request: Request) -> dict[str, Any]:
+    """The JSON object that is the body. Another content type is refused: pages of other origins may
+    send that without asking.
+
+    Raises:
+        BodyError: the body is none.
+        ClientDisconnect: the client has gone away.
+    """
+    text = await request.body()
+    kind = request.headers.get("content-type", "")
+    if kind.partition(";")[0].strip().lower() != "application/json":
+        said = f"the header Content-Type is {shown(kind)}; expected application/json"
+        raise BodyError(said)
+    return read_object("the body", text)
 
 
 async def finished(request: Request, decoding: Decoding) -> bool:
@@ -158,7 +171,7 @@ def create_app(
     if api_key is not None and not api_key:
         raise ValueError("api_key='': expected some text")
     service = Service(engine, tokenizer, max_queue)
-    traffic = Traffic()
+    traffic = Traffic(service.unfinished)
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -167,11 +180,12 @@ def create_app(
             request.cancel()
 
     # No pages of FastAPI's own: they load scripts from other hosts.
-    app = FastAPI(title="dsb serve", openapi_url=None, lifespan=lifespan)
+    app = FastAPI(title="dsb serve", openapi_url=None, lifespan=lifespan, redirect_slashes=False)
+    paths = (*map(page_path, PAGE), *ROUTES)
     app.state.traffic = traffic
     app.add_middleware(
         Gate, traffic=traffic, metrics=service.metrics, api_key=api_key, most_bytes=most_bytes,
-        paths=ROUTES,
+        paths=paths,
     )  # fmt: skip
     add_errors(app)
     add_routes(app, Server(service, model_name))
@@ -186,46 +200,55 @@ def add_errors(app: FastAPI) -> None:
         return error.response()
 
     async def invalid(_: Request, error: Any) -> Response:
-        return body_error(error.errors()).response()
+        return body_error(error).response()
 
-    async def http_error(_: Request, error: Any) -> Response:
-        return ApiError(error.status_code, str(error.detail), headers=error.headers).response()
+    async def http_error(request: Request, error: Any) -> Response:
+        said = f"{request.method} {shown_path(request.scope['path'])}: {error.detail}"
+        if error.status_code == 404:
+            said += f"; expected one of {', '.join(ROUTES)}"
+        elif error.status_code == 405:
+            said += f"; expected {' or '.join(sorted(error.headers['Allow'].split(', ')))}"
+        return ApiError(error.status_code, said, headers=error.headers).response()
 
     async def fault(_: Request, error: Any) -> Response:  # its traceback is in the log
         said = "the server has a fault; its log says more"
         return ApiError(500, said, code="internal_error").response()
 
     app.add_exception_handler(ApiError, api_error)
-    app.add_exception_handler(RequestValidationError, invalid)
+    app.add_exception_handler(BodyError, invalid)
     app.add_exception_handler(HTTPException, http_error)
     app.add_exception_handler(Exception, fault)
 
 
 def add_routes(app: FastAPI, server: Server) -> None:
-    @app.post("/v1/chat/completions")
-    async def chat(request: Request, body: ChatBody) -> Response:
-        return await server.complete(request, body, ChatCompletions)
+    @app.post(CHAT)
+    async def chat(request: Request) -> Response:
+        return await server.complete(request, CHAT)
 
-    @app.post("/v1/completions")
-    async def completions(request: Request, body: CompletionBody) -> Response:
-        return await server.complete(request, body, Completions)
+    @app.post(TEXT)
+    async def completions(request: Request) -> Response:
+        return await server.complete(request, TEXT)
 
-    @app.get("/v1/models")
+    @app.api_route("/v1/models", methods=READ)
     async def models() -> dict[str, Any]:
         return {"object": "list", "data": [server.model()]}
 
-    @app.get("/v1/models/{name:path}")
+    @app.api_route("/v1/models/{name:path}", methods=READ)
     async def model(name: str) -> dict[str, Any]:
-        server.check_name(name)
+        server.reader.check_name(name)
         return server.model()
 
-    @app.get("/health")
+    @app.api_route("/health", methods=READ)
     async def health() -> dict[str, str]:
         return {"status": "ok"}
 
-    @app.get("/metrics")
+    @app.api_route("/metrics", methods=READ)
     async def metrics() -> Response:
         return Response(server.service.metrics.text(), media_type=CONTENT_TYPE_LATEST)
+
+
+def page_path(name: str) -> str:
+    return "/" if name == INDEX else f"/{name}"
 
 
 def add_page(app: FastAPI) -> None:
@@ -238,7 +261,7 @@ def add_page(app: FastAPI) -> None:
         async def file() -> Response:
             return Response(content, media_type=media_type, headers=PAGE_HEADERS)
 
-        app.add_api_route("/" if name == INDEX else f"/{name}", file, methods=["GET"])
+        app.add_api_route(page_path(name), file, methods=READ)
 
     for name, media_type in PAGE.items():
         add(name, media_type)

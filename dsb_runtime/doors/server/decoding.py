@@ -10,51 +10,22 @@ import secrets
 import time
 from collections.abc import AsyncIterator
 from concurrent.futures import CancelledError
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from dsb_runtime.doors.server.asked import Asked
-from dsb_runtime.doors.server.errors import ApiError, full, setting_error
+from dsb_runtime.doors.openai.answers import Answer, Event
+from dsb_runtime.doors.openai.asked import Asked, setting_error
+from dsb_runtime.doors.openai.text import GrowingText
+from dsb_runtime.doors.server.errors import ApiError, full
 from dsb_runtime.doors.server.metrics import Metrics
-from dsb_runtime.doors.server.text import GrowingText
 from dsb_runtime.engine.batch import BatchEngine
 from dsb_runtime.engine.cache import is_out_of_memory
-from dsb_runtime.engine.engine import GenerationOutput
 from dsb_runtime.engine.request import Request, RowEvent
 from dsb_runtime.families import check_model
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass
-class Answer:
-    """One row of a request, and what is known of it so far."""
-
-    index: int
-    prompt: list[int]
-    text: GrowingText
-    request: Request | None = None
-    ended: bool = False
-    forwards: int = 0
-    logprobs: list[float] | None = None  # of each token, once the row has ended
-
-    @property
-    def finish_reason(self) -> str:
-        ids = self.text.ids
-        ends = self.text.stopped or (bool(ids) and ids[-1] in self.text.eos_ids)
-        return "stop" if ends else "length"
-
-
-@dataclass
-class Event:
-    """New text of an answer, or its canvas; `answer.ended` says whether it is the last of it."""
-
-    answer: Answer
-    text: str = ""
-    canvas: RowEvent | None = None
 
 
 class Service:
@@ -152,7 +123,8 @@ class Decoding:
                     first = False
                 text = answer.text.grow(what)
                 # Log-probabilities come with the row's output, so such a row goes on to its end.
-                if answer.text.stopped and not self.asked.logprobs:
+                if answer.text.stopped and answer.request is not None and not self.asked.logprobs:
+                    answer.forwards = len(answer.request.commits)
                     self.count(answer)
                     self.cancel(answer)
                 yield Event(answer, text)
@@ -164,19 +136,13 @@ class Decoding:
         except Exception as error:
             self.cancel()
             raise failed(error) from error
-        prompt, tokens = len(answer.prompt), output.row_tokens[0]
-        ids = output.sequences[0, prompt : prompt + tokens].tolist()
-        text = answer.text.grow(ids[len(answer.text.ids) :]) + answer.text.finish()
-        if self.asked.logprobs and output.logprobs is not None:
-            answer.logprobs = output.logprobs[0, : len(answer.text.ids)].tolist()
-        self.count(answer, output)
+        text = answer.end(output)
+        self.count(answer)
         return text
 
-    def count(self, answer: Answer, output: GenerationOutput | None = None) -> None:
-        """Note that an answer has ended: by its row's output, or before it by a stop string."""
+    def count(self, answer: Answer) -> None:
+        """Note that an answer has ended."""
         answer.ended, metrics = True, self.service.metrics
-        if answer.request is not None:
-            answer.forwards = len(answer.request.commits) if output is None else output.nfe
         metrics.forwards.inc(answer.forwards)
         metrics.tokens.inc(len(answer.text.ids))
         metrics.last_token.observe(time.perf_counter() - self.began)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import secrets
 import time
-from collections.abc import Container
+from collections.abc import Collection, Container
 from dataclasses import dataclass
 from urllib.parse import quote
 
@@ -14,16 +15,22 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from dsb_runtime.doors.server.errors import RETRY_SECONDS, ApiError
 from dsb_runtime.doors.server.metrics import Metrics
+from dsb_runtime.engine.request import Request
 
 logger = logging.getLogger(__name__)
 GUARDED = "/v1/"  # what needs a key
 METRICS = "/metrics"  # answered to the end
+MODEL = "/v1/models/"  # what a model's name follows
+BODY_SECONDS = 60.0  # within which a body must be there
+TICK = 0.2  # seconds after which a body that has not come is looked at again
 
 
 @dataclass
 class Traffic:
-    """How many HTTP requests are under way, and whether the server takes no more of them."""
+    """How many HTTP requests are under way, which rows of them are not done, and whether the server
+    takes no more of them."""
 
+    rows: Collection[Request]
     open: int = 0
     draining: bool = False
 
@@ -53,9 +60,9 @@ class Gate:
 
         self.traffic.open += path != METRICS
         try:
-            refused = self.refusal(path, Headers(scope=scope))
-            if refused is not None:
-                await refused.response()(scope, receive, watched_send)
+            error = self.refusal(path, Headers(scope=scope))
+            if error is not None:
+                await error.response()(scope, receive, watched_send)
             else:
                 await self.app(scope, self.limited(receive), watched_send)
         except BaseException:
@@ -63,20 +70,18 @@ class Gate:
             raise
         finally:
             self.traffic.open -= path != METRICS
-            known = path if path in self.paths else "other"  # so that labels are few
+            known = f"{MODEL}{{id}}" if path.startswith(MODEL) else path
+            known = known if known in self.paths else "other"  # so that labels are few
             self.metrics.requests.labels(known, str(status)).inc()
             client = (scope.get("client") or ["-"])[0]
             seconds = time.perf_counter() - began
-            where = f"{scope['method']} {quote(path)[:200]}"
+            where = f"{scope['method']} {shown_path(path)}"
             logger.info("%s %s %d %.3fs", client, where, status, seconds)
 
     def refusal(self, path: str, headers: Headers) -> ApiError | None:
         """Why a request is refused before its body is read, or None."""
         if self.traffic.draining and path != METRICS:
-            return ApiError(
-                503, "the server is about to end", code="shutting_down",
-                headers={"Retry-After": RETRY_SECONDS, "Connection": "close"},
-            )  # fmt: skip
+            return ending()
         if self.key is not None and path.startswith(GUARDED):
             kind, _, given = headers.get("authorization", "").partition(" ")
             right = secrets.compare_digest(given.strip().encode("latin-1"), self.key)
@@ -91,18 +96,55 @@ class Gate:
         return None
 
     def limited(self, receive: Receive) -> Receive:
-        """`receive` that refuses a body whose length was not named once it is too long."""
-        total = 0
+        """`receive` that refuses a body which is too long, comes too slowly, or has not come once
+        the server drains: a client that sends half a body would keep it alive."""
+        total, more = 0, True
+        end = time.perf_counter() + BODY_SECONDS
 
         async def limited_receive() -> Message:
-            nonlocal total
-            message = await receive()
+            nonlocal total, more
+            if not more:
+                return await receive()
+            coming = asyncio.ensure_future(receive())
+            try:
+                while not (await asyncio.wait([coming], timeout=TICK))[0]:
+                    self.check_coming(end)
+                message = coming.result()
+            finally:
+                coming.cancel()
             total += len(message.get("body", b""))
             if total > self.most_bytes:
                 raise too_large(self.most_bytes)
+            more = message.get("more_body", False)
+            if more:
+                self.check_coming(end)
             return message
 
         return limited_receive
+
+    def check_coming(self, end: float) -> None:
+        """Raise ApiError if a body that is not there yet is waited for no longer."""
+        if self.traffic.draining:
+            raise ending()
+        if time.perf_counter() > end:
+            raise too_slow()
+
+
+def shown_path(path: str) -> str:
+    """A path as the log and messages show it."""
+    return quote(path)[:200]
+
+
+def ending() -> ApiError:
+    return ApiError(
+        503, "the server is about to end", code="shutting_down",
+        headers={"Retry-After": RETRY_SECONDS, "Connection": "close"},
+    )  # fmt: skip
+
+
+def too_slow() -> ApiError:
+    said = f"the body has not come: expected it within {BODY_SECONDS:g} seconds"
+    return ApiError(408, said, code="body_too_slow", headers={"Connection": "close"})
 
 
 def too_large(most: int) -> ApiError:

@@ -10,14 +10,56 @@ import json
 import secrets
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from dsb_runtime.doors.server.decoding import Answer, Event
-from dsb_runtime.engine.request import RowEvent
+from dsb_runtime.doors.openai.asked import CHAT, TEXT
+from dsb_runtime.doors.openai.text import GrowingText
+from dsb_runtime.engine.engine import GenerationOutput
+from dsb_runtime.engine.request import Request, RowEvent
 
 END = b"data: [DONE]\n\n"
+
+
+@dataclass
+class Answer:
+    """One row of a request, and what is known of it so far."""
+
+    index: int
+    prompt: list[int]
+    text: GrowingText
+    request: Request | None = None
+    ended: bool = False
+    forwards: int = 0
+    logprobs: list[float] | None = None  # of each token, once the row has ended
+
+    @property
+    def finish_reason(self) -> str:
+        """ "stop" after an EOS or a stop string, "length" where the response is full."""
+        ids = self.text.ids
+        ends = self.text.stopped or (bool(ids) and ids[-1] in self.text.eos_ids)
+        return "stop" if ends else "length"
+
+    def end(self, output: GenerationOutput) -> str:
+        """Take the output of the row. Returns the rest of its text."""
+        prompt, tokens = len(self.prompt), output.row_tokens[0]
+        ids = output.sequences[0, prompt : prompt + tokens].tolist()
+        text = self.text.grow(ids[len(self.text.ids) :]) + self.text.finish()
+        if output.logprobs is not None:
+            self.logprobs = output.logprobs[0, : len(self.text.ids)].tolist()
+        self.forwards = output.nfe
+        return text
+
+
+@dataclass
+class Event:
+    """New text of an answer, or its canvas; `answer.ended` says whether it is the last of it."""
+
+    answer: Answer
+    text: str = ""
+    canvas: RowEvent | None = None
 
 
 def server_sent(chunk: dict[str, Any]) -> bytes:
@@ -150,3 +192,6 @@ class ChatCompletions(Completions):
             for (text, _), logprob in pieces
         ]
         return {"content": content, "refusal": None}
+
+
+ANSWERS = {CHAT: ChatCompletions, TEXT: Completions}  # what answers a body of each URL
