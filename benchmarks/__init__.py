@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from dsb_runtime import load_model, load_tokenizer
+from dsb_runtime.cli.process import OneLineParser
+from dsb_runtime.demo.tasks import Task
+from dsb_runtime.files import read_json, write_json
+from dsb_runtime.measure.command import check_arguments, table_of, wide_console
 from dsb_runtime.measure.evaluate import encode_prompts
 from dsb_runtime.measure.machine import describe_run
 
@@ -49,3 +55,69 @@ def encode_batches(
         mask = pad_sequence([torch.ones_like(p) for p in prompts], True, padding_side="left")
         batches.append((part, ids, mask))
     return batches
+
+
+# --- figures of the embedded models, which are kept and printed again ----------------------------
+
+
+def problems_parser(name: str, description: str | None) -> OneLineParser:
+    """A parser with the options of `batches_of`, `record_of` and `print_lines`."""
+    parser = OneLineParser(prog=name, description=(description or "").split("\n")[0])
+    add = parser.add_argument
+    add("--problems", type=int, default=100, help="held-out (default: 100)")
+    add("--batch", type=int, default=50, help="decoded together (default: 50)")
+    add("--seed", type=int, default=0, help="of the problems (default: 0)")
+    add("--json", type=Path, metavar="FILE", help="write the figures here")
+    add("--from", type=Path, dest="source", metavar="FILE",
+        help="measure nothing: print what --json wrote")  # fmt: skip
+    add("--markdown", action="store_true", help="print the table as Markdown")
+    return parser
+
+
+def batches_of(
+    task: Task, args: argparse.Namespace
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, list[tuple[list[Any], Tensor, Tensor]]]:
+    """The embedded model of a task on the CPU, its tokenizer, and the problems as `encode_batches`
+    returns them."""
+    model, tokenizer = load_model(task.folder, device="cpu"), load_tokenizer(task.folder)
+    problems = task.heldout(args.problems, args.seed)
+    return model, tokenizer, encode_batches(tokenizer, problems, args.batch)
+
+
+def record_of(
+    parser: argparse.ArgumentParser,
+    argv: Sequence[str] | None,
+    measure: Callable[[argparse.Namespace], list[dict[str, Any]]],
+) -> tuple[argparse.Namespace, list[dict[str, Any]]]:
+    """The lines of a benchmark: measured, and written where --json says, or those of --from.
+
+    Raises:
+        ValueError: the file of --from is none that this benchmark's --json writes.
+    """
+    args, name = parser.parse_args(argv), parser.prog
+    try:
+        check_arguments(args)
+    except ValueError as error:
+        parser.error(str(error))
+    if args.source is None:
+        record = {**describe_benchmark(name, argv, torch.device("cpu")), "lines": measure(args)}
+        if args.json:
+            write_json(args.json, record)
+        return args, record["lines"]
+    record = read_json(args.source)
+    if not isinstance(record, dict) or record.get("benchmark") != name:
+        raise ValueError(
+            f"--from {args.source}: expected what python -m benchmarks.{name} --json writes"
+        )
+    return args, record["lines"]
+
+
+def print_lines(columns: dict[str, str], lines: Iterable[Sequence[str]], markdown: bool) -> None:
+    """Print a table. `columns` has the alignment of each column, "left" or "right"."""
+    if not markdown:
+        left = [index for index, side in enumerate(columns.values()) if side == "left"]
+        wide_console().print(table_of(list(columns), lines, left=left))
+        return
+    rules = ["--:" if side == "right" else "---" for side in columns.values()]
+    for line in (columns, rules, *lines):
+        print(f"| {' | '.join(line)} |")

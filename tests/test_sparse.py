@@ -122,6 +122,6 @@ def test_its_benchmark_counts_the_positions_that_are_left_out(tmp_path, capsys):
     options = ["--problems", "2", "--gen-length", "48", "--cache", "dsb", "--batch", "2"]
     assert sparse_context.main([*options, "--json", str(file)]) == 0
     whole, eight, bound = json.loads(file.read_text())["lines"]
-    assert "context_masks=8 eos_bound=True" in capsys.readouterr().out
+    assert "`context_masks=8` and `eos_bound`" in capsys.readouterr().out
     assert bound["positions"] <= eight["positions"] < whole["positions"]
     assert (whole["exact"], whole["interval"][1]) == (2, 1.0)

@@ -17,7 +17,7 @@ from dsb_runtime.measure.plots import check_picture
 
 LEAST = {
     "batch": 1, "prompt_length": 1, "rounds": 1, "limit": 1, "profile_steps": 1, "warmup": 0,
-    "seed": 0, "requests": 1, "max_rows": 1,
+    "seed": 0, "requests": 1, "max_rows": 1, "problems": 1,
 }  # fmt: skip
 # A million problems are all different; with many more, the draw of new ones would not end.
 MOST = {"seed": 2**63 - 1, "limit": 1_000_000, "requests": 1_000_000}
