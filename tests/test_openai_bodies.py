@@ -151,9 +151,8 @@ def test_both_give_the_same_answer(served, lines, index):
     line = lines[len(REFUSED) + index + 1]
     assert status == 200 and line["error"] is None, (answer, line)
     other = line["response"]["body"]
-    if body.get("stop"):  # the server notices one some forwards later
+    if body.get("stop"):
         assert any(choice["finish_reason"] == "stop" for choice in answer["choices"])
-        assert other["usage"].pop("forwards") <= answer["usage"].pop("forwards")
     for name in ("id", "created"):
         assert type(answer.pop(name)) is type(other.pop(name))
     assert other == answer

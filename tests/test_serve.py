@@ -24,6 +24,7 @@ from tests.served import HEADERS, KEY, Served, half_a_body, serving, wait_until
 PROBLEMS = [p.prompt for p in heldout(4, seed=5, steps=3)]
 # Without an EOS and at one token a forward, such a row takes seconds.
 LONG = {"threshold": 1.0, "max_tokens": 400, "stop_at_eos": False}
+STREAM = {"stream": True, "stream_options": {"include_usage": True}}
 
 
 @pytest.fixture(scope="module")
@@ -127,22 +128,25 @@ def test_logprobs_are_those_of_the_forward_that_committed(served):
     assert stream[-1].choices[0].logprobs.content == content
 
 
-@pytest.mark.parametrize("more", [{}, {"logprobs": True}, {"stream": True}])
+@pytest.mark.parametrize("more", [{}, {"logprobs": True}, STREAM])
 def test_text_ends_before_a_stop_string(served, more):
     out = alone(served, PROBLEMS[0])
     (text,) = text_of(served, PROBLEMS[0], out)
     stop = text[len(text) // 2 :][:3]  # which may begin and end inside of tokens
-    answer = served.chat(messages=chat(PROBLEMS[0]), stop=["never", stop], **more)
+    stops = ["never", stop]
+    answer = served.chat(messages=chat(PROBLEMS[0]), stop=stops, **more)
     if more.get("stream"):
-        events = [json.loads(line[6:]) for line in answer.text.split("\n\n")[:-2]]
+        *events, last = [json.loads(line[6:]) for line in answer.text.split("\n\n")[:-2]]
         shown = "".join(e["choices"][0]["delta"].get("content", "") for e in events)
-        reason = events[-1]["choices"][0]["finish_reason"]
+        reason, usage = events[-1]["choices"][0]["finish_reason"], last["usage"]
     else:
         (choice,), usage = answer.json()["choices"], answer.json()["usage"]
         shown, reason = choice["message"]["content"], choice["finish_reason"]
-        assert usage["completion_tokens"] < out.row_tokens[0]
     assert shown == text[: text.index(stop)]
     assert reason == "stop"
+    expected = alone(served, PROBLEMS[0], stop_strings=stops, tokenizer=served.tokenizer)
+    assert usage["completion_tokens"] == expected.row_tokens[0] < out.row_tokens[0]
+    assert usage["forwards"] == expected.nfe < out.nfe
 
 
 def test_length_is_the_reason_where_no_eos_ends_the_answer(served):

@@ -89,8 +89,9 @@ class Decoding:
         tell = functools.partial(self.tell, answer)
         answer.request = request = service.engine.submit(
             prompt, asked.config, generator=generator, record=asked.logprobs,
-            on_tokens=tell if asked.stream or asked.stops else None,
-            on_step=tell if asked.canvas else None,
+            on_tokens=tell if asked.stream else None, on_step=tell if asked.canvas else None,
+            # Without an EOS no row ends before its response is full, and the text alone is cut.
+            stop_strings=asked.stops if service.eos_ids else None, tokenizer=service.tokenizer,
         )  # fmt: skip
         self.answers.append(answer)
         service.unfinished.add(request)
@@ -111,23 +112,15 @@ class Decoding:
         first = True
         while not all(answer.ended for answer in self.answers):
             answer, what = await self.queue.get()
-            if answer.ended:
-                continue
             if isinstance(what, RowEvent):
                 yield Event(answer, canvas=what)
             elif isinstance(what, Request):
                 yield Event(answer, self.end(answer, what))
             else:
-                if first and self.asked.stream:
+                if first:
                     self.service.metrics.first_token.observe(time.perf_counter() - self.began)
                     first = False
-                text = answer.text.grow(what)
-                # Log-probabilities come with the row's output, so such a row goes on to its end.
-                if answer.text.stopped and answer.request is not None and not self.asked.logprobs:
-                    answer.forwards = len(answer.request.commits)
-                    self.count(answer)
-                    self.cancel(answer)
-                yield Event(answer, text)
+                yield Event(answer, answer.text.grow(what))
 
     def end(self, answer: Answer, request: Request) -> str:
         """Take the outcome of a row. Returns the rest of its text."""
@@ -137,19 +130,15 @@ class Decoding:
             self.cancel()
             raise failed(error) from error
         text = answer.end(output)
-        self.count(answer)
-        return text
-
-    def count(self, answer: Answer) -> None:
-        """Note that an answer has ended."""
         answer.ended, metrics = True, self.service.metrics
         metrics.forwards.inc(answer.forwards)
         metrics.tokens.inc(len(answer.text.ids))
         metrics.last_token.observe(time.perf_counter() - self.began)
+        return text
 
-    def cancel(self, *answers: Answer) -> None:
-        """Free the rows of these answers, or of all that have not ended."""
-        for answer in answers or self.answers:
+    def cancel(self) -> None:
+        """Free the rows of all answers that have not ended."""
+        for answer in self.answers:
             request = answer.request
             if request is not None and request.cancel() and not answer.ended:
                 answer.ended = True
