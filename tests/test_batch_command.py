@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import fcntl
 import importlib
 import io
 import json
 import os
+import pty
 import re
 import shutil
 import signal
+import struct
 import sys
+import termios
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -168,6 +172,19 @@ def test_a_bad_line_is_answered_by_an_error(chat, tmp_path, capsys):
     assert main(words) == 3
     said = capsys.readouterr()
     assert said.out.startswith("0 answers, 0 errors") and said.err == summary
+
+
+def test_a_terminal_gets_a_progress_bar(chat, tmp_path, monkeypatch):
+    source = write_lines(tmp_path / "in.jsonl", [{"prompt": "w10"}, {"prompt": "w11"}])
+    terminal, ours = pty.openpty()
+    fcntl.ioctl(ours, termios.TIOCSWINSZ, struct.pack("4H", 24, 100, 0, 0))  # 100 columns
+    with open(ours, "w") as stream:
+        monkeypatch.setattr(sys, "stderr", stream)
+        words = ["batch", str(source), str(tmp_path / "out.jsonl"), "--model", str(chat), *SHORT]
+        assert main(words) == 0
+        shown = os.read(terminal, 2**16).decode()
+    os.close(terminal)
+    assert "100%" in shown and "2/2" in shown and "tokens/s, 0 errors" in shown
 
 
 def test_what_fails_while_it_is_decoded_is_no_fault_of_the_line(chat, tmp_path, monkeypatch):
