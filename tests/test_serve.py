@@ -160,7 +160,7 @@ def test_length_is_the_reason_where_no_eos_ends_the_answer(served):
 @pytest.mark.parametrize(
     ("fields", "param", "said"),
     [
-        ({"n": 7, "temperature": 1}, "n", "1 prompts times n=7: expected at most 6 answers"),
+        ({"n": 7, "temperature": 1}, "n", "7 answers (prompts times n=7): expected at most 6, as"),
         ({"stream_options": {"x": 1}}, "stream_options.x", "x=1: no such field; expected one of"),
         ({"stream_options": {"include_usage": 1}}, "stream_options.include_usage", "expected true"),
         ({"stream_options": []}, "stream_options", "stream_options=[]: expected a JSON object"),
@@ -193,6 +193,16 @@ def test_body_that_is_no_request(served, body, kind, said):
     assert answer.status_code == 400
     error = answer.json()["error"]
     assert said in error["message"] and error["type"] == "invalid_request_error"
+
+
+@pytest.mark.parametrize("field", ["threshold", "stream_options", "n"])
+def test_values_of_many_levels_are_refused(served, field):
+    """Those that Python can just read are more than it can write."""
+    for levels in range(940, 1000, 2):
+        body = f'{{"messages": [], "stream": true, "{field}": {"[" * levels}{"]" * levels}}}'
+        headers = {"Content-Type": "application/json"}
+        answer = served.http.post("/v1/chat/completions", content=body, headers=headers)
+        assert answer.status_code == 400, levels
 
 
 def test_other_routes_and_verbs(served):

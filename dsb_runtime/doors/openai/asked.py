@@ -64,7 +64,10 @@ def one_line(text: str) -> str:
 
 def as_json(value: Any) -> str:
     """A value of a body as its writer knows it, cut to readable length."""
-    text = json.dumps(value, ensure_ascii=False)
+    try:
+        text = json.dumps(value, ensure_ascii=False)
+    except RecursionError:
+        return f"a {type(value).__name__} of more levels than Python can write"
     return text if len(text) <= MOST_SHOWN else f"{text[:MOST_SHOWN]}..."
 
 
@@ -351,6 +354,9 @@ class Reader:
         except (TypeError, ValueError) as error:
             values = both if length is None else {**both, length[0]: length[1]}
             raise setting_error(error, values) from error
+        except RecursionError as error:  # of a message that would show the value
+            said = "a setting is a list of more levels than Python can write; expected its own type"
+            raise BodyError(said) from error
 
     def check(
         self, name: str, prompts: list[list[int]], config: DecodingConfig,

@@ -48,8 +48,10 @@ class Service:
         """Raise ApiError, 429 if there is no room for so many rows now, 400 if there never is."""
         rows, most = prompts * samples, self.engine.max_rows + self.max_queue
         if rows > most:
-            said = f"{prompts} prompts times n={samples}: expected at most {most} answers, as many "
-            said += f"as the server decodes ({self.engine.max_rows}) and lets wait"
+            said = (
+                f"{rows} answers (prompts times n={samples}): expected at most {most}, as many as "
+            )
+            said += f"the server decodes ({self.engine.max_rows}) and lets wait ({self.max_queue})"
             raise ApiError(400, said, param="n" if samples > 1 else "prompt")
         if len(self.unfinished) + rows > most:
             raise full(self.waiting())
