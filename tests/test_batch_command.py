@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import importlib
 import io
 import json
 import os
+import pty
 import re
 import shutil
 import signal
+import struct
 import sys
+import termios
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -120,9 +125,9 @@ def test_openai_format(chat, tmp_path):
     answer = by_line[2]["response"]["body"]
     assert answer["object"] == "text_completion"
     assert answer["usage"]["completion_tokens"] == short.row_tokens[0]
-    said = "stream=True: expected false: a line is answered whole"
+    said = "stream=true: expected false: a line is answered whole"
     assert by_line[3]["error"] == {"code": "invalid_request", "message": said, "param": "stream"}
-    assert by_line[4]["error"]["message"].startswith("url='/v1/embeddings': expected /v1/chat")
+    assert by_line[4]["error"]["message"].startswith('url="/v1/embeddings": expected /v1/chat')
 
 
 BAD: list[tuple[Any, str]] = [
@@ -132,7 +137,7 @@ BAD: list[tuple[Any, str]] = [
     ({"id": [1], "prompt": "w5"}, "id=[1]: expected text or an int"),
     ({"id": "x"}, "expected either prompt or messages"),
     ({"prompt": "w5", "messages": []}, "expected either prompt or messages"),
-    ({"prompt": " "}, "prompt=' ': expected some text"),
+    ({"prompt": " "}, 'prompt=" ": expected some text'),
     ({"prompt": 5}, "prompt=5: expected some text"),
     ({"prompt": "w5", "bloc": 3}, "bloc=3: no such field; expected one of prompt, messages"),
     ({"prompt": "w5", "threshold": 2}, "threshold=2: expected a number in [0, 1]"),
@@ -140,8 +145,8 @@ BAD: list[tuple[Any, str]] = [
     ({"prompt": "w5", "gen_length": 8, "block_length": 16}, "expected an int from 1 to 8"),
     ({"prompt": "w5", "seed": 2**63}, "expected an int of 64 bits"),
     ({"prompt": "w5", "stop": [1]}, "stop=[1]: expected a string"),
-    ({"messages": [{"role": "user"}]}, "messages.0.content=None: expected text"),
-    ({"messages": [{"role": "x", "content": "w5"}]}, "messages.0.role='x': expected one of"),
+    ({"messages": [{"role": "user"}]}, "messages.0.content=null: expected text"),
+    ({"messages": [{"role": "x", "content": "w5"}]}, 'messages.0.role="x": expected one of'),
     ({"prompt": "w5 " * 9000}, "gen_length=16 after prompt of 9002 tokens: expected at most the"),
     ({"prompt": "w5 <mask>"}, "prompt: the mask token; expected other text"),
     ({"prompt": "\ud800"}, "expected text"),
@@ -168,6 +173,23 @@ def test_a_bad_line_is_answered_by_an_error(chat, tmp_path, capsys):
     assert main(words) == 3
     said = capsys.readouterr()
     assert said.out.startswith("0 answers, 0 errors") and said.err == summary
+
+
+def test_a_terminal_gets_a_progress_bar(chat, tmp_path, monkeypatch):
+    source = write_lines(tmp_path / "in.jsonl", [{"prompt": "w10"}, {"prompt": "w11"}])
+    terminal, ours = pty.openpty()
+    fcntl.ioctl(ours, termios.TIOCSWINSZ, struct.pack("4H", 24, 100, 0, 0))  # 100 columns
+    words = ["batch", str(source), str(tmp_path / "out.jsonl"), "--model", str(chat), *SHORT]
+    with open(ours, "w") as stream, monkeypatch.context() as patched:
+        patched.setattr(sys, "stderr", stream)
+        assert main(words) == 0
+    written = b""
+    with contextlib.suppress(OSError):  # Linux says so once all is read that was written
+        while part := os.read(terminal, 2**16):
+            written += part
+    os.close(terminal)
+    shown = written.decode()
+    assert "100%" in shown and "2/2" in shown and "tokens/s, 0 errors" in shown
 
 
 def test_what_fails_while_it_is_decoded_is_no_fault_of_the_line(chat, tmp_path, monkeypatch):
