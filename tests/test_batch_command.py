@@ -81,7 +81,7 @@ def test_our_format(chat, tmp_path, capsys):
             "forwards": output.nfe,
             "finish_reason": "stop" if name == "d" or output.row_tokens[0] < 16 else "length",
         }
-    said = capsys.readouterr().out
+    said = capsys.readouterr().err
     tokens = sum(output.row_tokens[0] for _, output in expected.values())
     assert said.startswith(f"4 answers, 0 errors, {tokens} tokens, ")
 
@@ -99,6 +99,9 @@ def test_openai_format(chat, tmp_path):
         {"custom_id": "b", "method": "POST", "url": "/v1/completions", "body": text},
         {"custom_id": "c", "body": {**body, "stream": True}},
         {"custom_id": "d", "url": "/v1/embeddings", "body": {}},
+        {"custom_id": "e", "method": "GET", "body": body},
+        {"custom_id": "f", "n": 2, "body": body},
+        {"custom_id": None, "body": body},
     ])  # fmt: skip
     out = tmp_path / "out.jsonl"
     assert main(["batch", str(source), str(out), "--model", str(chat), *SHORT]) == 3
@@ -121,8 +124,20 @@ def test_openai_format(chat, tmp_path):
     assert answer["object"] == "text_completion"
     assert answer["usage"]["completion_tokens"] == short.row_tokens[0]
     said = "stream=True: expected false: a line is answered whole"
-    assert by_line[3]["error"] == {"code": "invalid_request", "message": said, "param": "stream"}
-    assert by_line[4]["error"]["message"].startswith("url='/v1/embeddings': expected /v1/chat")
+    refused = {"message": said, "type": "invalid_request_error", "param": "stream", "code": None}
+    assert by_line[3]["error"] is None and by_line[3]["response"] == {
+        "status_code": 400, "request_id": "batch_req_3", "body": {"error": refused},
+    }  # fmt: skip
+    # These are no requests.
+    for number, param, said in (
+        (4, "url", "url='/v1/embeddings': expected /v1/chat"),
+        (5, "method", "method='GET': it cannot be honoured here; expected null or 'POST'"),
+        (6, "n", "n=2: no such field; expected one of url, body, method"),
+        (7, "custom_id", "custom_id=None: expected text or an int"),
+    ):
+        line = by_line[number]
+        assert line["response"] is None and line["error"]["message"].startswith(said)
+        assert line["error"]["code"] == "invalid_request" and line["error"]["param"] == param
 
 
 BAD: list[tuple[Any, str]] = [
@@ -144,7 +159,7 @@ BAD: list[tuple[Any, str]] = [
     ({"messages": [{"role": "x", "content": "w5"}]}, "messages.0.role='x': expected one of"),
     ({"prompt": "w5 " * 9000}, "gen_length=16 after prompt of 9002 tokens: expected at most the"),
     ({"prompt": "w5 <mask>"}, "prompt: the mask token; expected other text"),
-    ({"prompt": "\ud800"}, "expected text"),
+    ({"prompt": "\ud800"}, "prompt: character 0 is half of a surrogate pair; expected text"),
 ]
 
 
@@ -163,11 +178,11 @@ def test_a_bad_line_is_answered_by_an_error(chat, tmp_path, capsys):
     assert by_line[len(BAD) + 1]["answer"] == text_of(direct([10]))
     summary = f"dsb: {len(BAD)} of {len(BAD) + 1} lines are answered by an error\n"
     said = capsys.readouterr()
-    assert said.out.startswith(f"1 answers, {len(BAD)} errors") and said.err == summary
+    assert said.err.startswith(f"1 answers, {len(BAD)} errors") and said.err.endswith(summary)
     # They count as answers, and are told again.
     assert main(words) == 3
     said = capsys.readouterr()
-    assert said.out.startswith("0 answers, 0 errors") and said.err == summary
+    assert said.err.startswith("0 answers, 0 errors") and said.err.endswith(summary)
 
 
 def test_what_fails_while_it_is_decoded_is_no_fault_of_the_line(chat, tmp_path, monkeypatch):
