@@ -187,13 +187,25 @@ def test_a_bad_line_is_answered_by_an_error(chat, tmp_path, capsys):
     assert said.err.startswith("0 answers, 0 errors") and said.err.endswith(summary)
 
 
-def test_what_fails_while_it_is_decoded_is_no_fault_of_the_line(chat, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (
+            FloatingPointError("step 0: the model's logits are NaN (row 0)"),
+            "the model's logits are",
+        ),
+        (torch.OutOfMemoryError("CUDA out of memory"), "a refresh step of 1 x"),
+    ],
+)
+def test_what_fails_while_it_is_decoded_is_no_fault_of_the_line(
+    chat, tmp_path, monkeypatch, error, said
+):
     launch = lane.Lane.launch
 
     def raising(self, shape):
         for row in self.occupied:
             if self.requests[row].config.gen_length == 8:
-                raise FloatingPointError("step 0: the model's logits are NaN (row 0)")
+                raise error
         return launch(self, shape)
 
     monkeypatch.setattr(lane.Lane, "launch", raising)
@@ -202,10 +214,8 @@ def test_what_fails_while_it_is_decoded_is_no_fault_of_the_line(chat, tmp_path, 
     assert main(["batch", str(source), str(out), "--model", str(chat), *SHORT]) == 3
     by_line = answers(out)
     assert by_line[1]["answer"] == text_of(direct([10]))
-    assert by_line[2]["error"] == {
-        "code": "server_error", "message": "step 0: the model's logits are NaN (row 0)",
-        "param": None,
-    }  # fmt: skip
+    error = by_line[2]["error"]
+    assert error["code"] == "server_error" and error["param"] is None and said in error["message"]
 
 
 @pytest.mark.parametrize(

@@ -31,8 +31,9 @@ class Replica:
         self.wrong = ""
         try:
             self.decoder = Decoder(args, *load(args), named)
-        except ERRORS as error:
-            self.wrong = str(error) or type(error).__name__
+        except Exception as error:
+            self.wrong = str(error) if isinstance(error, ERRORS) else repr(error)
+            self.wrong = self.wrong or type(error).__name__
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         """The answer of a line as JSON, and its tokens. What it raises ends the command."""
