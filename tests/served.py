@@ -12,13 +12,13 @@ from typing import Any
 
 import httpx
 import openai
-import uvicorn
 from fastapi import FastAPI
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import dsb_runtime as dsb
 from dsb_runtime.demo import MODEL_DIR
 from dsb_runtime.doors.server.app import create_app
+from dsb_runtime.doors.server.draining import Draining
 
 KEY = "a-key-of-the-tests"
 HEADERS = {"Authorization": f"Bearer {KEY}"}
@@ -32,6 +32,7 @@ class Served:
     app: FastAPI
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
+    server: Draining
     http: httpx.Client  # with the key
     client: openai.OpenAI
 
@@ -49,9 +50,11 @@ def serving(max_rows: int = 4, **how: Any) -> Iterator[Served]:
     tokenizer = dsb.load_tokenizer(MODEL_DIR)
     app = create_app(dsb.BatchEngine(model, max_rows), tokenizer, "embedded", api_key=KEY, **how)
     with socket.socket() as bound:
+        # Connections inherit it: little is on its way to a client that does not read.
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
         bound.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{bound.getsockname()[1]}"
-        server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False))
+        server = Draining(app, lambda: None)
         thread = threading.Thread(target=server.run, args=([bound],))
         thread.start()
         try:
@@ -60,18 +63,24 @@ def serving(max_rows: int = 4, **how: Any) -> Iterator[Served]:
                 httpx.Client(base_url=url, headers=HEADERS, timeout=60) as http,
                 openai.OpenAI(base_url=f"{url}/v1", api_key=KEY, max_retries=0) as client,
             ):
-                yield Served(url, app, model, tokenizer, http, client)
+                yield Served(url, app, model, tokenizer, server, http, client)
         finally:
             server.should_exit = True
             thread.join()
 
 
+def post(body: bytes, length: int | None = None) -> bytes:
+    """A chat completion request as it goes over the wire."""
+    head = ("POST /v1/chat/completions HTTP/1.1", "Host: x", f"Authorization: Bearer {KEY}",
+            "Content-Type: application/json", f"Content-Length: {length or len(body)}", "",
+            "")  # fmt: skip
+    return "\r\n".join(head).encode() + body
+
+
 def half_a_body(port: int) -> socket.socket:
     """A client that names more bytes than it sends."""
     client = socket.create_connection(("127.0.0.1", port), timeout=60)
-    head = ("POST /v1/chat/completions HTTP/1.1", "Host: x", f"Authorization: Bearer {KEY}",
-            "Content-Type: application/json", "Content-Length: 99", "", "")  # fmt: skip
-    client.sendall("\r\n".join(head).encode() + b'{"messages": ')
+    client.sendall(post(b'{"messages": ', length=99))
     return client
 
 

@@ -16,7 +16,7 @@ import torch
 
 import dsb_runtime as dsb
 from dsb_runtime.cli.main import main
-from dsb_runtime.cli.process import prepare_process
+from dsb_runtime.cli.process import ENDING, prepare_process, run_process
 from tests import golden
 from tests.checkpoints import parts, write_changed, write_chat_model
 from tests.commands import python, refused
@@ -302,8 +302,8 @@ def test_a_reader_that_goes_away(chat, capsys, monkeypatch, options):
 
 @pytest.fixture
 def signals() -> Iterator[None]:
-    """Give the signals back that `prepare_process` takes."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    """Give the signals back that `run_process` takes."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, *ENDING)}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
@@ -343,12 +343,43 @@ def test_a_signal_leaves_no_half_written_folder(
             return super().write(text)
 
     monkeypatch.setattr(sys, "stdout", Killed())
-    for each in (signal.SIGTERM, signal.SIGHUP):  # whoever runs the tests may ignore one
+    for each in ENDING:  # whoever runs the tests may ignore one
         signal.signal(each, signal.SIG_DFL)
     prepare_process()
     with pytest.raises(SystemExit, match=str(128 + number)):
         main(["convert", str(chat), str(tmp_path / "new/copy")])
     assert "Traceback" not in capsys.readouterr().err and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("number", ENDING)
+def test_a_second_signal_does_not_disturb_the_end(signals, number):
+    cleaned = []
+
+    def work() -> None:
+        try:
+            signal.raise_signal(number)
+        finally:
+            for other in (number, *ENDING, signal.SIGINT):
+                signal.raise_signal(other)
+            cleaned.append(True)
+
+    for each in ENDING:
+        signal.signal(each, signal.SIG_DFL)
+    with pytest.raises(SystemExit, match=str(128 + number)):
+        run_process("dsb", work)
+    assert cleaned
+    for other in (number, *ENDING, signal.SIGINT):  # as in Python's own exit
+        signal.raise_signal(other)
+
+
+def test_a_signal_in_pythons_exit_is_no_exception(signals):
+    for each, handler in ((signal.SIGINT, signal.default_int_handler), (ENDING[0], signal.SIG_DFL)):
+        signal.signal(each, handler)
+    signal.signal(ENDING[1], signal.SIG_IGN)  # as nohup does
+    assert run_process("dsb", lambda: 3) == 3
+    assert [signal.getsignal(each) for each in (signal.SIGINT, *ENDING)] == [
+        signal.SIG_DFL, signal.SIG_DFL, signal.SIG_IGN,
+    ]  # fmt: skip
 
 
 def test_help_names_the_commands(capsys):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import signal
 import subprocess
 from collections.abc import Iterator
 from importlib import resources
@@ -18,12 +19,14 @@ import torch
 
 import dsb_runtime as dsb
 from dsb_runtime.demo.problems import heldout
-from dsb_runtime.doors.server import gate
+from dsb_runtime.doors.server import gate, served_name
+from dsb_runtime.engine import batcher
 from tests.served import HEADERS, KEY, Served, half_a_body, serving, wait_until
 
 PROBLEMS = [p.prompt for p in heldout(4, seed=5, steps=3)]
 # Without an EOS and at one token a forward, such a row takes seconds.
 LONG = {"threshold": 1.0, "max_tokens": 400, "stop_at_eos": False}
+STREAM = {"stream": True, "stream_options": {"include_usage": True}}
 
 
 @pytest.fixture(scope="module")
@@ -127,22 +130,25 @@ def test_logprobs_are_those_of_the_forward_that_committed(served):
     assert stream[-1].choices[0].logprobs.content == content
 
 
-@pytest.mark.parametrize("more", [{}, {"logprobs": True}, {"stream": True}])
+@pytest.mark.parametrize("more", [{}, {"logprobs": True}, STREAM])
 def test_text_ends_before_a_stop_string(served, more):
     out = alone(served, PROBLEMS[0])
     (text,) = text_of(served, PROBLEMS[0], out)
     stop = text[len(text) // 2 :][:3]  # which may begin and end inside of tokens
-    answer = served.chat(messages=chat(PROBLEMS[0]), stop=["never", stop], **more)
+    stops = ["never", stop]
+    answer = served.chat(messages=chat(PROBLEMS[0]), stop=stops, **more)
     if more.get("stream"):
-        events = [json.loads(line[6:]) for line in answer.text.split("\n\n")[:-2]]
+        *events, last = [json.loads(line[6:]) for line in answer.text.split("\n\n")[:-2]]
         shown = "".join(e["choices"][0]["delta"].get("content", "") for e in events)
-        reason = events[-1]["choices"][0]["finish_reason"]
+        reason, usage = events[-1]["choices"][0]["finish_reason"], last["usage"]
     else:
         (choice,), usage = answer.json()["choices"], answer.json()["usage"]
         shown, reason = choice["message"]["content"], choice["finish_reason"]
-        assert usage["completion_tokens"] < out.row_tokens[0]
     assert shown == text[: text.index(stop)]
     assert reason == "stop"
+    expected = alone(served, PROBLEMS[0], stop_strings=stops, tokenizer=served.tokenizer)
+    assert usage["completion_tokens"] == expected.row_tokens[0] < out.row_tokens[0]
+    assert usage["forwards"] == expected.nfe < out.nfe
 
 
 def test_length_is_the_reason_where_no_eos_ends_the_answer(served):
@@ -154,7 +160,7 @@ def test_length_is_the_reason_where_no_eos_ends_the_answer(served):
 @pytest.mark.parametrize(
     ("fields", "param", "said"),
     [
-        ({"n": 7, "temperature": 1}, None, "7 answers (prompts times n): expected at most 6"),
+        ({"n": 7, "temperature": 1}, "n", "1 prompts times n=7: expected at most 6 answers"),
         ({"stream_options": {"x": 1}}, "stream_options.x", "x=1: no such field; expected one of"),
         ({"stream_options": {"include_usage": 1}}, "stream_options.include_usage", "expected true"),
         ({"stream_options": []}, "stream_options", "stream_options=[]: expected a JSON object"),
@@ -175,7 +181,7 @@ def test_wrong_field_is_refused_by_name(served, fields, param, said):
         (b"\xff", "application/json", "the body is no JSON ("),
         (b"", "application/json", "the body is no JSON (Expecting value"),
         (b"[]", "application/json; charset=utf-8", "the body is []; expected a JSON object"),
-        (b"{}", "application/json", "messages=None: expected a list"),
+        (b"{}", "application/json", "messages=null: expected a list"),
         (b'{"messages": []}', "text/plain", "Content-Type is 'text/plain'; expected application/j"),
         (b'{"messages": []}', "", "Content-Type is ''; expected application/json"),
         (b"[" * 10000, "application/json", "the body is no JSON ("),
@@ -197,7 +203,7 @@ def test_other_routes_and_verbs(served):
     model = served.http.get("/v1/models/embedded").json()
     assert [model] == served.http.get("/v1/models").json()["data"]
     for method, path, status, said in (
-        ("GET", "/v1/models/gpt", 404, "model='gpt': not served here; expected 'embedded'"),
+        ("GET", "/v1/models/gpt", 404, 'model="gpt": not served here; expected "embedded"'),
         ("GET", "/v1/nowhere", 404, "GET /v1/nowhere: Not Found; expected one of /health, "),
         ("POST", "/v1/chat/completions/", 404, "/v1/chat/completions/: Not Found; expected one"),
         ("GET", "/v1/completions", 405, "Method Not Allowed; expected POST"),
@@ -231,7 +237,7 @@ def test_keys_models_and_sizes(served):
         assert answer.json()["error"]["code"] == "invalid_api_key"
     assert httpx.get(f"{served.url}/health").json() == {"status": "ok"}
     assert [model.id for model in served.client.models.list()] == ["embedded"]
-    with pytest.raises(openai.NotFoundError, match="expected 'embedded'"):
+    with pytest.raises(openai.NotFoundError, match='expected "embedded"'):
         served.client.chat.completions.create(model="gpt", messages=chat("x"))
     long = {"messages": chat("x" * 2**14)}
     body = json.dumps(long).encode()
@@ -269,6 +275,25 @@ def test_full_queue_and_clients_that_go_away(served):
     assert served.metric('dsb_requests_total{path="/v1/chat/completions",status="499"}') >= 1
 
 
+def test_memory_that_is_too_small(monkeypatch):
+    monkeypatch.setattr(batcher, "free_bytes", lambda device: 100_000)
+    with serving() as served:
+        answer, stream = [served.chat(messages=chat(PROBLEMS[0]), stream=s) for s in (False, True)]
+    error = answer.json()["error"]
+    assert answer.status_code == 400 and error["type"] == "invalid_request_error"
+    assert error["code"] == "context_length_exceeded" and "expected at most" in error["message"]
+    assert json.loads(stream.text.split("\n\n")[1][6:])["error"] == error
+
+
+def test_name_of_a_folder_is_as_it_is_typed(tmp_path, monkeypatch):
+    (tmp_path / "snapshots" / "abc123").mkdir(parents=True)
+    (tmp_path / "my-model").symlink_to(tmp_path / "snapshots" / "abc123")
+    monkeypatch.chdir(tmp_path)
+    assert served_name("my-model/") == "my-model"
+    assert served_name("snapshots/..") == served_name(".") == tmp_path.name
+    assert served_name("GSAI-ML/LLaDA-8B-Instruct") == "GSAI-ML/LLaDA-8B-Instruct"
+
+
 def test_failing_row_is_an_error_of_its_request_alone(served):
     weight = served.model.lm_head.weight
     kept = weight.detach().clone()
@@ -283,18 +308,21 @@ def test_failing_row_is_an_error_of_its_request_alone(served):
     assert served.chat(messages=chat(PROBLEMS[0])).status_code == 200
 
 
-def test_draining_server_refuses_what_comes(served):
-    half = half_a_body(int(served.url.rpartition(":")[2]))
-    wait_until(lambda: served.app.state.traffic.open == 1)
-    served.app.state.traffic.draining = True
-    try:
-        with half:
+def test_draining_server_refuses_what_comes():
+    """It ends with its last request. Half a body does not keep it alive."""
+    with serving() as served:
+        traffic, path = served.app.state.traffic, "/v1/chat/completions"
+        half = half_a_body(int(served.url.rpartition(":")[2]))
+        body = {"messages": chat(PROBLEMS[0]), "stream": True, **LONG}
+        with half, served.http.stream("POST", path, json=body):
+            wait_until(lambda: traffic.open == 2)
+            served.server.handle_exit(signal.SIGTERM, None)
             assert half.recv(4096).startswith(b"HTTP/1.1 503 ")
-        wait_until(lambda: served.app.state.traffic.open == 0)  # it does not keep the server alive
-        answers = [served.chat(messages=chat("x")), httpx.get(f"{served.url}/health")]
-        assert served.metric("dsb_rows_in_use") == 0  # the metrics are there to the end
-    finally:
-        served.app.state.traffic.draining = False
+            wait_until(lambda: traffic.open == 1)
+            answers = [served.chat(messages=chat("x")), httpx.get(f"{served.url}/health")]
+            assert served.metric("dsb_rows_in_use") == 1  # the metrics are there to the end
+            assert not served.server.should_exit
+        wait_until(lambda: served.server.should_exit)
     for answer in answers:
         assert answer.status_code == 503 and answer.headers["Retry-After"]
         assert answer.json()["error"]["code"] == "shutting_down"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from shutil import which
 
 import pytest
@@ -11,11 +12,12 @@ import dsb_runtime as dsb
 from tests.served import KEY, serving
 
 BROWSER = next(filter(None, map(which, ("chromium", "chromium-browser", "google-chrome"))), None)
-HAS_PLAYWRIGHT = importlib.util.find_spec("playwright") is not None
+HAS_BROWSER = BROWSER is not None and importlib.util.find_spec("playwright") is not None
+REQUIRED = "DSB_REQUIRE_BROWSER" in os.environ  # the test fails without a browser
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not (BROWSER and HAS_PLAYWRIGHT), reason="needs playwright and Chromium")
+@pytest.mark.skipif(not (HAS_BROWSER or REQUIRED), reason="needs playwright and Chromium")
 def test_page_shows_the_canvas_filling():
     from playwright.sync_api import expect, sync_playwright
 

@@ -5,36 +5,40 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import json
+import logging
 import os
+import re
 import signal
+import socket
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from shutil import which
 from typing import Any
 
 import httpx
 import openai
 import pytest
-import uvicorn
 
 import dsb_runtime as dsb
 from dsb_runtime.demo import MODEL_DIR
 from dsb_runtime.demo.problems import heldout
+from dsb_runtime.doors.openai.asked import CHAT
 from dsb_runtime.doors.server import draining
-from dsb_runtime.doors.server.gate import Traffic
 from tests.commands import ROOT, refused
-from tests.served import HEADERS, KEY, half_a_body
+from tests.served import HEADERS, KEY, half_a_body, post, serving, wait_until
 
 CLIENTS = 64
 
 
 @contextlib.contextmanager
-def process(*options: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+def process(*options: str, key: str = KEY) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """`dsb serve` on a free port, and its address, which it prints."""
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DSB_API_KEY": KEY}
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DSB_API_KEY": key}
     env.pop("TRITON_INTERPRET", None)
     words = [sys.executable, "-m", "dsb_runtime", "serve", "--port", "0", *options]
     server = subprocess.Popen(
@@ -82,23 +86,63 @@ def test_sigterm_finishes_what_runs_and_refuses_what_comes():
     assert not [word for word in ("abc", "secrets", KEY, "Traceback") if word in log]
 
 
-def test_a_client_that_does_not_read_is_not_waited_for(monkeypatch):
-    rows: set[Any] = set()
-    traffic = Traffic(rows, open=1)
-    server = draining.Draining(uvicorn.Config("app:app"), traffic, lambda: None)
-    monkeypatch.setattr(draining, "READ_SECONDS", 0.05)
+@pytest.mark.slow
+def test_a_second_sigterm_ends_the_stream_at_once():
+    with process() as (server, url), unread(url) as client:
+        assert client.recv(512).startswith(b"HTTP/1.1 200 ")
+        server.send_signal(signal.SIGTERM)
+        wait_until(lambda: httpx.get(f"{url}/health").status_code == 503)
+        server.send_signal(signal.SIGTERM)
+        _, log = server.communicate(timeout=60)
+    assert server.returncode == 143 and f"POST {CHAT} 200" in log
+    assert all(" 127.0.0.1 " in line for line in log.splitlines()), log
 
-    def ends() -> bool:
-        time.sleep(0.1)
-        return asyncio.run(server.on_tick(1))
 
-    assert not ends()
-    server.handle_exit(signal.SIGTERM, None)
-    rows.add("a row")
-    asyncio.run(server.on_tick(1))
-    assert not ends()  # what is decoded is waited for
-    rows.clear()
-    assert ends() and traffic.open == 1
+@pytest.mark.slow
+@pytest.mark.skipif(not which("curl"), reason="needs curl")
+def test_the_docs_curl_and_sighup():
+    """SIGHUP ends the server as SIGTERM does."""
+    text = (ROOT / "docs/serving.md").read_text()
+    (command,) = re.findall(r"^```\n(curl .*?)^```", text, re.MULTILINE | re.DOTALL)
+    with process(key="") as (server, url):
+        command = command.replace("http://127.0.0.1:8000", url)
+        done = subprocess.run(["sh", "-c", command], capture_output=True, check=True)
+        (choice,) = json.loads(done.stdout)["choices"]
+        assert choice["message"]["role"] == "assistant" and choice["finish_reason"]
+        server.send_signal(signal.SIGHUP)
+        _, log = server.communicate(timeout=60)
+    assert server.returncode == 0 and len(log.splitlines()) == 1, log
+
+
+@contextlib.contextmanager
+def unread(url: str) -> Iterator[socket.socket]:
+    """A client that asks for a stream and does not read it, with small buffers."""
+    body = {"messages": [{"role": "user", "content": "x"}], "stream": True, "max_tokens": 64,
+            "steps": 64, "n": 4, "temperature": 0.5, "stop_at_eos": False,
+            "stream_options": {"include_canvas": True}}  # fmt: skip
+    with socket.socket() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+        client.connect(("127.0.0.1", int(url.rpartition(":")[2])))
+        client.sendall(post(json.dumps(body).encode()))
+        yield client
+
+
+@pytest.mark.parametrize("signals", [1, 2])
+def test_an_answer_that_is_not_read_ends_in_silence(signals, monkeypatch, caplog):
+    """It is waited for no longer than READ_SECONDS, and not at all after a second signal."""
+    monkeypatch.setattr(draining, "READ_SECONDS", 1 if signals == 1 else 60)
+    with caplog.at_level(logging.WARNING), serving(max_rows=4) as served, unread(served.url):
+        server, traffic = served.server, served.app.state.traffic
+        wait_until(lambda: len(traffic.rows) == 4)
+        for _ in range(signals):
+            server.handle_exit(signal.SIGTERM, None)
+        if signals == 1:
+            wait_until(lambda: not traffic.rows)
+            assert traffic.open == 1
+        wait_until(lambda: not traffic.open)
+        assert server.should_exit and not traffic.rows
+    assert not caplog.records
+    assert server.second == (None if signals == 1 else signal.SIGTERM)
 
 
 def memory(pid: int) -> float:

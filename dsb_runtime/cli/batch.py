@@ -25,13 +25,12 @@ from dsb_runtime.cli.batch_files import Answers, lines_of
 from dsb_runtime.cli.batch_lines import Line, Work, answer_of, error_of, is_error, read_line
 from dsb_runtime.config import check_int
 from dsb_runtime.defaults import defaults_for
-from dsb_runtime.doors.openai.answers import Answer
-from dsb_runtime.doors.openai.asked import Reader
+from dsb_runtime.doors.openai.answers import INTERNAL, Answer, failure_of
+from dsb_runtime.doors.openai.asked import BodyError, Reader
 from dsb_runtime.doors.openai.text import GrowingText
 from dsb_runtime.doors.server import served_name
 from dsb_runtime.engine.batch import BatchEngine
 from dsb_runtime.engine.batcher import READ_AHEAD
-from dsb_runtime.engine.cache import is_out_of_memory
 from dsb_runtime.engine.request import check_settings
 from dsb_runtime.families import check_model
 from dsb_runtime.files import check_writable
@@ -175,10 +174,10 @@ class Decoder:
         for index, request in enumerate(work.requests):
             error = request.exception()
             if error is not None:
-                out_of_memory = isinstance(error, RuntimeError) and is_out_of_memory(error)
-                if out_of_memory or isinstance(error, FloatingPointError):
-                    return error_of(line, error), 0
-                raise error
+                status, code = failure_of(error)
+                if code == INTERNAL:
+                    raise error
+                return error_of(line, BodyError(str(error), code=code, status=status)), 0
             text = GrowingText(tokenizer, self.eos_ids, work.asked.stops)
             answers.append(Answer(index, request.ids.tolist(), text))
             answers[-1].end(request.result())

@@ -27,8 +27,7 @@ from dsb_runtime.engine.request import Request
 from dsb_runtime.families import check_model
 
 MOST_BYTES = 2**26  # of a line
-# Codes of errors that have no other: the line is wrong, or its decoding failed.
-WRONG_LINE, FAILED = "invalid_request", "server_error"
+WRONG_LINE = "invalid_request"  # the code of an error that has no other
 
 
 @dataclass
@@ -136,18 +135,16 @@ def response_of(line: Line, status: int, body: dict[str, Any]) -> dict[str, Any]
     }  # fmt: skip
 
 
-def error_of(line: Line, error: BaseException) -> dict[str, Any]:
-    """The answer of a line that has none. A ValueError or TypeError is a fault of the line, another
-    error is one of its decoding. In OpenAI's format both are responses, and `error` is for a line
-    that is no request."""
+def error_of(line: Line, error: Exception) -> dict[str, Any]:
+    """The answer of a line that is wrong, or whose decoding failed. In OpenAI's format that is a
+    response, and `error` is for a line that is no request."""
     message = " ".join(str(error).split()) or type(error).__name__
-    param, code, status = None, None, 400 if isinstance(error, TypeError | ValueError) else 500
+    param, code, status = None, None, 400
     if isinstance(error, BodyError):
         param, code, status = error.param, error.code, error.status
     if line.url is not None and line.wrong is None:
         return response_of(line, status, error_body(status, message, param, code))
-    code = code or (WRONG_LINE if status < 500 else FAILED)
-    said = {"code": code, "message": message, "param": param}
+    said = {"code": code or WRONG_LINE, "message": message, "param": param}
     if line.url is None:
         return {"line": line.number, "id": line.id, "error": said}
     return {

@@ -26,6 +26,7 @@ ERRORS = (
     torch.OutOfMemoryError,
 )  # fmt: skip
 FAILED, INTERRUPTED, READER_GONE = 2, 130, 141  # the last two are what a shell calls these signals
+ENDING = (signal.SIGTERM, signal.SIGHUP)
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -37,14 +38,17 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 def end_by_signal(number: int, frame: FrameType | None) -> NoReturn:
-    """A signal handler. What is half done is cleaned up on the way out, as after an interrupt."""
+    """A signal handler. What is half done is cleaned up on the way out, as after an interrupt, and
+    another signal does not disturb that."""
+    for each in (signal.SIGINT, *ENDING):
+        signal.signal(each, signal.SIG_IGN)
     raise SystemExit(128 + number)
 
 
 def prepare_process() -> None:
     """Let SIGTERM and SIGHUP end the process as Ctrl-C does, unless whoever started it has chosen
     otherwise. Let the streams write `\\u25a2` for a character that a terminal's encoding lacks."""
-    for number in (signal.SIGTERM, signal.SIGHUP):
+    for number in ENDING:
         if signal.getsignal(number) is signal.SIG_DFL:
             signal.signal(number, end_by_signal)
     for stream in (sys.stdout, sys.stderr):
@@ -53,9 +57,16 @@ def prepare_process() -> None:
 
 
 def run_process(name: str, main: Callable[[], int | None]) -> int:
-    """`ending` for a command that is a process of its own."""
+    """`ending` for a command that is a process of its own. A signal that comes once it has returned
+    ends the process at once: an exception in Python's own exit would be printed with its traceback.
+    """
     prepare_process()
-    return ending(name, main)
+    try:
+        return ending(name, main)
+    finally:
+        for number in (signal.SIGINT, *ENDING):
+            if signal.getsignal(number) in (end_by_signal, signal.default_int_handler):
+                signal.signal(number, signal.SIG_DFL)
 
 
 def flush() -> None:

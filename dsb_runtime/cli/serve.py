@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import signal
 import socket
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from dsb_runtime.cli.process import end_by_signal
 from dsb_runtime.config import check_int
 from dsb_runtime.doors.server import KEY, MAX_QUEUE, served_name
 from dsb_runtime.engine.batch import BatchEngine
@@ -81,19 +83,17 @@ def run(
     args: argparse.Namespace, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
     bound: socket.socket,
 ) -> int:  # fmt: skip
-    """Serve until a signal comes and the requests under way have ended."""
-    import uvicorn
-
+    """Serve until a signal comes and the requests under way have ended. Returns 0, or the status of
+    a second signal, which has ended the server at once."""
     from dsb_runtime.doors.server.app import create_app
-    from dsb_runtime.doors.server.draining import READ_SECONDS, Draining
+    from dsb_runtime.doors.server.draining import Draining
 
     name, engine = served_name(args.model), BatchEngine(model, args.max_rows)
     app = create_app(engine, tokenizer, name, api_key=args.api_key, max_queue=args.max_queue)
     log_requests()
-    config = uvicorn.Config(
-        app, log_config=None, access_log=False, server_header=False,
-        timeout_graceful_shutdown=READ_SECONDS,
-    )  # fmt: skip
     said = f"{name}: {url_of(bound)}"
-    Draining(config, app.state.traffic, lambda: print(said, flush=True)).run([bound])
-    return 0
+    server = Draining(app, lambda: print(said, flush=True))
+    if signal.getsignal(signal.SIGHUP) is end_by_signal:  # uvicorn takes the other two
+        signal.signal(signal.SIGHUP, server.handle_exit)
+    server.run([bound])
+    return 0 if server.second is None else 128 + server.second

@@ -10,6 +10,7 @@ import json
 import secrets
 import time
 from collections.abc import Sequence
+from concurrent.futures import CancelledError
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,10 +18,12 @@ from transformers import PreTrainedTokenizerBase
 
 from dsb_runtime.doors.openai.asked import CHAT, TEXT
 from dsb_runtime.doors.openai.text import GrowingText
+from dsb_runtime.engine.cache import is_out_of_memory
 from dsb_runtime.engine.engine import GenerationOutput
 from dsb_runtime.engine.request import Request, RowEvent
 
 END = b"data: [DONE]\n\n"
+INTERNAL = "internal_error"  # the code of a fault of this package or of the machine
 
 
 @dataclass
@@ -54,12 +57,24 @@ class Answer:
 
 
 @dataclass
-class Event:
+class AnswerEvent:
     """New text of an answer, or its canvas; `answer.ended` says whether it is the last of it."""
 
     answer: Answer
     text: str = ""
     canvas: RowEvent | None = None
+
+
+def failure_of(error: BaseException) -> tuple[int, str]:
+    """The status of HTTP and the code of an error that a row has failed of while it was decoded.
+    The code is INTERNAL where it is a fault of this package or of the machine."""
+    if isinstance(error, CancelledError):
+        return 503, "cancelled"
+    if isinstance(error, RuntimeError) and is_out_of_memory(error):
+        return 400, "context_length_exceeded"
+    if isinstance(error, FloatingPointError):
+        return 500, "not_a_number"
+    return 500, INTERNAL
 
 
 def server_sent(chunk: dict[str, Any]) -> bytes:
@@ -143,7 +158,7 @@ class Completions:
         opening = self.opening()
         return b"" if opening is None else self.chunk(self.choice(answer, opening, None, None))
 
-    def event(self, event: Event) -> bytes:
+    def event(self, event: AnswerEvent) -> bytes:
         """The chunk of an event, which is empty where it has nothing to show."""
         answer = event.answer
         if event.canvas is not None:

@@ -19,10 +19,10 @@ from dsb_runtime.config import DecodingConfig, check_int, rule_names, settings
 from dsb_runtime.defaults import defaults_for, fitted
 from dsb_runtime.engine.request import check_settings
 from dsb_runtime.families import check_model
-from dsb_runtime.fields import shown
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
-LONGEST = 1000  # how many characters of a message are sent back
+LONGEST, MOST_SHOWN = 1000, 120  # characters of a message, and of a value in it
+JSON_WORDS = {"None": "null", "True": "true", "False": "false"}
 LENGTHS = ("max_completion_tokens", "max_tokens", "gen_length")  # three names of one setting
 MOST_STOPS, MOST_SAMPLES = 4, 128  # as OpenAI's API has them
 ROLES = ("system", "developer", "user", "assistant")
@@ -62,6 +62,12 @@ def one_line(text: str) -> str:
     return text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
 
 
+def as_json(value: Any) -> str:
+    """A value of a body as its writer knows it, cut to readable length."""
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= MOST_SHOWN else f"{text[:MOST_SHOWN]}..."
+
+
 class BodyError(ValueError):
     """A body that is not accepted. `param` is the field that is wrong, `code` what programs read,
     `status` that of HTTP."""
@@ -76,13 +82,20 @@ class BodyError(ValueError):
 
 def refusal(name: str, value: Any, accepted: str, why: str = "") -> BodyError:
     """The error for a field whose value is not accepted."""
-    return BodyError(f"{name}={shown(value)}:{why} expected {accepted}", name)
+    return BodyError(f"{name}={as_json(value)}:{why} expected {accepted}", name)
 
 
-def setting_error(error: Exception) -> BodyError:
-    """What a check of this package says of a setting, whose name its message begins with."""
-    name = re.split(r"\W", str(error), maxsplit=1)[0]
-    return BodyError(str(error), name if name in (*LENGTHS, *settings()) else None)
+def setting_error(error: Exception, values: Mapping[str, Any]) -> BodyError:
+    """What a check of this package says of a setting, whose name its message begins with. `values`
+    has the settings by their names. What the message has in Python is written as JSON."""
+    name, said = re.split(r"\W", str(error), maxsplit=1)[0], str(error)
+    if name not in (*LENGTHS, *settings()):
+        return BodyError(said)
+    begin, own = f"{name}={values.get(name)!r}:", ""
+    if said.startswith(begin):
+        own, said = f"{name}={as_json(values[name])}:", said[len(begin) :]
+    said = re.sub(r"\b(None|True|False)\b", lambda word: JSON_WORDS[word[0]], said)
+    return BodyError(own + said, name)
 
 
 # --- one field each ---------------------------------------------------------------------------
@@ -99,7 +112,7 @@ def read_object(what: str, text: bytes) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise BodyError(f"{what} is no JSON ({error}); expected a JSON object") from error
     if not isinstance(read, dict):
-        raise BodyError(f"{what} is {shown(read)}; expected a JSON object")
+        raise BodyError(f"{what} is {as_json(read)}; expected a JSON object")
     return read
 
 
@@ -110,7 +123,7 @@ def check_fields(
     for name, value in body.items():
         if name in neutral:
             if value is not None and value not in neutral[name]:
-                accepted = " or ".join(["null", *map(repr, neutral[name])])
+                accepted = " or ".join(map(as_json, [None, *neutral[name]]))
                 raise refusal(where + name, value, accepted, " it cannot be honoured here;")
         elif name not in known:
             accepted = ", ".join(dict.fromkeys([*known, *neutral]))
@@ -151,7 +164,7 @@ def length_of(body: Mapping[str, Any]) -> tuple[str, Any] | None:
     named = [(name, body[name]) for name in LENGTHS if body.get(name) is not None]
     for name, value in named[1:]:
         if value != named[0][1]:
-            raise refusal(name, value, f"the same as {named[0][0]}={named[0][1]!r}")
+            raise refusal(name, value, f"the same as {named[0][0]}={as_json(named[0][1])}")
     return named[0] if named else None
 
 
@@ -293,7 +306,7 @@ class Reader:
             BodyError: the message names the field, its value and what is accepted.
         """
         check_fields(body, NEUTRAL[url], (*FIELDS[url], *LENGTHS, *LABELS, *settings()))
-        self.check_name(typed(body, "model", str, repr(self.model_name)))
+        self.check_name(typed(body, "model", str, as_json(self.model_name)))
         stream, options = self.streaming(body)
         length = length_of(body)
         config = self.config(body, length)
@@ -310,7 +323,7 @@ class Reader:
 
     def check_name(self, name: str | None) -> None:
         if name not in (None, self.model_name):
-            said = f"model={shown(name)}: not served here; expected {self.model_name!r}"
+            said = f"model={as_json(name)}: not served here; expected {as_json(self.model_name)}"
             raise BodyError(said, "model", "model_not_found", 404)
 
     def streaming(self, body: Mapping[str, Any]) -> tuple[bool, dict[str, Any]]:
@@ -320,7 +333,7 @@ class Reader:
             raise refusal("stream", stream, "false: a line is answered whole")
         options = typed(body, "stream_options", dict, "a JSON object")
         if options is not None and not stream:
-            raise refusal("stream_options", options, "it with stream=true only")
+            raise refusal("stream_options", options, 'it with "stream": true only')
         options, where = options or {}, "stream_options."
         known = ("include_usage", "include_canvas")  # the second is ours
         check_fields(options, {"include_obfuscation": (False,)}, known, where)
@@ -355,7 +368,8 @@ class Reader:
                 both = {**both, **fitted(named, before, length[1]), "gen_length": length[1]}
             return defaults_for(self.model, **both)
         except (TypeError, ValueError) as error:
-            raise setting_error(error) from error
+            values = both if length is None else {**both, length[0]: length[1]}
+            raise setting_error(error, values) from error
 
     def check(
         self, name: str, prompts: list[list[int]], config: DecodingConfig,
@@ -368,7 +382,7 @@ class Reader:
         try:
             check_settings(self.model, config, None, False)
         except (TypeError, ValueError) as error:
-            raise setting_error(error) from error
+            raise setting_error(error, vars(config)) from error
 
     def check_prompt(
         self, name: str, ids: list[int], config: DecodingConfig, length: tuple[str, Any] | None

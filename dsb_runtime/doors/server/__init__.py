@@ -1,5 +1,6 @@
 """`dsb serve`: OpenAI's API over HTTP, on a `BatchEngine`. It needs the extra `serve`."""
 
+import os
 from pathlib import Path
 
 from dsb_runtime.demo import MODEL_DIR
@@ -9,7 +10,8 @@ KEY = "DSB_API_KEY"  # the environment variable that may hold the key, which `ps
 
 
 def served_name(model: str) -> str:
-    """What clients call the model: a hub id, a folder's last name, or `embedded`."""
+    """What clients call the model: a hub id, a folder's last name as it was typed (also where that
+    is a link), or `embedded`."""
     if Path(model) == MODEL_DIR:
         return "embedded"
-    return Path(model).resolve().name if Path(model).is_dir() else model
+    return Path(os.path.abspath(model)).name if Path(model).is_dir() else model

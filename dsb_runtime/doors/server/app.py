@@ -18,11 +18,11 @@ from starlette.requests import ClientDisconnect
 from transformers import PreTrainedTokenizerBase
 
 from dsb_runtime.config import check_int
-from dsb_runtime.doors.openai.answers import ANSWERS, END, Completions, server_sent
+from dsb_runtime.doors.openai.answers import ANSWERS, END, INTERNAL, Completions, server_sent
 from dsb_runtime.doors.openai.asked import CHAT, TEXT, BodyError, Reader, read_object
 from dsb_runtime.doors.server import MAX_QUEUE
 from dsb_runtime.doors.server.decoding import Decoding, Service
-from dsb_runtime.doors.server.errors import ApiError, body_error
+from dsb_runtime.doors.server.errors import FAULT, ApiError, body_error
 from dsb_runtime.doors.server.gate import Gate, Traffic, shown_path
 from dsb_runtime.engine.batch import BatchEngine
 from dsb_runtime.families import check_model
@@ -211,8 +211,7 @@ def add_errors(app: FastAPI) -> None:
         return ApiError(error.status_code, said, headers=error.headers).response()
 
     async def fault(_: Request, error: Any) -> Response:  # its traceback is in the log
-        said = "the server has a fault; its log says more"
-        return ApiError(500, said, code="internal_error").response()
+        return ApiError(500, FAULT, code=INTERNAL).response()
 
     app.add_exception_handler(ApiError, api_error)
     app.add_exception_handler(BodyError, invalid)

@@ -9,19 +9,17 @@ import logging
 import secrets
 import time
 from collections.abc import AsyncIterator
-from concurrent.futures import CancelledError
 from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from dsb_runtime.doors.openai.answers import Answer, Event
+from dsb_runtime.doors.openai.answers import INTERNAL, Answer, AnswerEvent, failure_of
 from dsb_runtime.doors.openai.asked import Asked, setting_error
 from dsb_runtime.doors.openai.text import GrowingText
-from dsb_runtime.doors.server.errors import ApiError, full
+from dsb_runtime.doors.server.errors import FAULT, ApiError, full
 from dsb_runtime.doors.server.metrics import Metrics
 from dsb_runtime.engine.batch import BatchEngine
-from dsb_runtime.engine.cache import is_out_of_memory
 from dsb_runtime.engine.request import Request, RowEvent
 from dsb_runtime.families import check_model
 
@@ -46,11 +44,13 @@ class Service:
     def waiting(self) -> int:
         return max(0, len(self.unfinished) - self.rows_in_use())
 
-    def check_room(self, rows: int) -> None:
+    def check_room(self, prompts: int, samples: int) -> None:
         """Raise ApiError, 429 if there is no room for so many rows now, 400 if there never is."""
-        most = self.engine.max_rows + self.max_queue
+        rows, most = prompts * samples, self.engine.max_rows + self.max_queue
         if rows > most:
-            raise ApiError(400, f"{rows} answers (prompts times n): expected at most {most}")
+            said = f"{prompts} prompts times n={samples}: expected at most {most} answers, as many "
+            said += f"as the server decodes ({self.engine.max_rows}) and lets wait"
+            raise ApiError(400, said, param="n" if samples > 1 else "prompt")
         if len(self.unfinished) + rows > most:
             raise full(self.waiting())
 
@@ -68,7 +68,7 @@ class Decoding:
         self.loop = asyncio.get_running_loop()
         self.queue: asyncio.Queue[tuple[Answer, Any]] = asyncio.Queue()
         self.answers: list[Answer] = []
-        service.check_room(len(asked.prompts) * asked.samples)
+        service.check_room(len(asked.prompts), asked.samples)
         generator = None
         if asked.config.draws:
             seed = secrets.randbits(63) if asked.seed is None else asked.seed
@@ -79,7 +79,7 @@ class Decoding:
                     self.submit(prompt, generator)
         except (TypeError, ValueError) as error:
             self.cancel()
-            raise setting_error(error) from error
+            raise setting_error(error, vars(asked.config)) from error
         service.metrics.prompt_tokens.inc(sum(map(len, asked.prompts)))
 
     def submit(self, prompt: list[int], generator: torch.Generator | None) -> None:
@@ -89,8 +89,9 @@ class Decoding:
         tell = functools.partial(self.tell, answer)
         answer.request = request = service.engine.submit(
             prompt, asked.config, generator=generator, record=asked.logprobs,
-            on_tokens=tell if asked.stream or asked.stops else None,
-            on_step=tell if asked.canvas else None,
+            on_tokens=tell if asked.stream else None, on_step=tell if asked.canvas else None,
+            # Without an EOS no row ends before its response is full, and the text alone is cut.
+            stop_strings=asked.stops if service.eos_ids else None, tokenizer=service.tokenizer,
         )  # fmt: skip
         self.answers.append(answer)
         service.unfinished.add(request)
@@ -102,7 +103,7 @@ class Decoding:
         with contextlib.suppress(RuntimeError):  # the event loop is closed: the server has ended
             self.loop.call_soon_threadsafe(self.queue.put_nowait, (answer, what))
 
-    async def events(self) -> AsyncIterator[Event]:
+    async def events(self) -> AsyncIterator[AnswerEvent]:
         """What the rows do, until all have ended.
 
         Raises:
@@ -111,23 +112,15 @@ class Decoding:
         first = True
         while not all(answer.ended for answer in self.answers):
             answer, what = await self.queue.get()
-            if answer.ended:
-                continue
             if isinstance(what, RowEvent):
-                yield Event(answer, canvas=what)
+                yield AnswerEvent(answer, canvas=what)
             elif isinstance(what, Request):
-                yield Event(answer, self.end(answer, what))
+                yield AnswerEvent(answer, self.end(answer, what))
             else:
-                if first and self.asked.stream:
+                if first:
                     self.service.metrics.first_token.observe(time.perf_counter() - self.began)
                     first = False
-                text = answer.text.grow(what)
-                # Log-probabilities come with the row's output, so such a row goes on to its end.
-                if answer.text.stopped and answer.request is not None and not self.asked.logprobs:
-                    answer.forwards = len(answer.request.commits)
-                    self.count(answer)
-                    self.cancel(answer)
-                yield Event(answer, text)
+                yield AnswerEvent(answer, answer.text.grow(what))
 
     def end(self, answer: Answer, request: Request) -> str:
         """Take the outcome of a row. Returns the rest of its text."""
@@ -137,19 +130,15 @@ class Decoding:
             self.cancel()
             raise failed(error) from error
         text = answer.end(output)
-        self.count(answer)
-        return text
-
-    def count(self, answer: Answer) -> None:
-        """Note that an answer has ended."""
         answer.ended, metrics = True, self.service.metrics
         metrics.forwards.inc(answer.forwards)
         metrics.tokens.inc(len(answer.text.ids))
         metrics.last_token.observe(time.perf_counter() - self.began)
+        return text
 
-    def cancel(self, *answers: Answer) -> None:
-        """Free the rows of these answers, or of all that have not ended."""
-        for answer in answers or self.answers:
+    def cancel(self) -> None:
+        """Free the rows of all answers that have not ended."""
+        for answer in self.answers:
             request = answer.request
             if request is not None and request.cancel() and not answer.ended:
                 answer.ended = True
@@ -158,11 +147,10 @@ class Decoding:
 
 def failed(error: Exception) -> ApiError:
     """What a client is told of a row that has failed."""
-    if isinstance(error, CancelledError):
-        return ApiError(503, "the server has given this request up; try again", code="cancelled")
-    if isinstance(error, RuntimeError) and is_out_of_memory(error):
-        return ApiError(400, str(error), code="context_length_exceeded")
-    if isinstance(error, FloatingPointError):
-        return ApiError(500, str(error), code="not_a_number")
-    logger.error("a request has failed", exc_info=error)
-    return ApiError(500, "the server has a fault; its log says more", code="internal_error")
+    (status, code), said = failure_of(error), str(error)
+    if code == "cancelled":
+        said = "the server has given this request up; try again"
+    elif code == INTERNAL:
+        logger.error("a request has failed", exc_info=error)
+        said = FAULT
+    return ApiError(status, said, code=code)

@@ -11,6 +11,7 @@ from starlette.exceptions import HTTPException
 from dsb_runtime.doors.openai.asked import BodyError, one_line
 from dsb_runtime.doors.openai.errors import error_body
 
+FAULT = "the server has a fault; its log says more"
 RETRY_SECONDS = "1"  # what Retry-After says: a row is free as soon as some answer ends
 
 
