@@ -7,6 +7,7 @@ prompt has the same schedule and the same stop by each of them.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -46,6 +47,20 @@ def defaults_for(
     elif named.get("eos_bound"):  # the model will say whether it has an EOS
         defaults["stop_at_eos"] = True
     return DecodingConfig(**{**defaults, **named, "gen_length": gen_length})
+
+
+def fitted(named: Mapping[str, Any], before: int, after: int) -> dict[str, Any]:
+    """Those of some settings, which are for a response of `before` positions, that depend on the
+    length, for one of `after`: `steps` commits as many tokens a step, `block_length` and
+    `min_new_tokens` are cut to the response."""
+    fits = {
+        name: min(named[name], after)
+        for name in ("block_length", "min_new_tokens")
+        if named.get(name) is not None
+    }
+    if named.get("steps") is not None:
+        fits["steps"] = max(1, round(named["steps"] * after / before))
+    return fits
 
 
 def infill_defaults(

@@ -40,6 +40,11 @@ def check_writable(name: str, path: Path | None) -> None:
         path.resolve().unlink()  # a link stays
 
 
+def absolute_folder(name: str) -> str:
+    """The absolute path of a folder; what names none, such as a hub id, as it is."""
+    return str(Path(name).absolute()) if Path(name).is_dir() else name
+
+
 def lock(file: IO[Any], name: str) -> None:
     """Keep other processes that ask out of an open file until it is closed. A file system without
     locks (some of a cluster's) keeps nobody out.

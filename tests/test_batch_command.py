@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import importlib
 import io
+import itertools
 import json
 import os
 import pty
@@ -25,6 +26,7 @@ import torch
 
 import dsb_runtime as dsb
 from dsb_runtime.cli import batch
+from dsb_runtime.cli import main as command
 from dsb_runtime.cli.main import main
 from dsb_runtime.engine import lane
 from tests import golden
@@ -86,7 +88,7 @@ def test_our_format(chat, tmp_path, capsys):
             "forwards": output.nfe,
             "finish_reason": "stop" if name == "d" or output.row_tokens[0] < 16 else "length",
         }
-    said = capsys.readouterr().out
+    said = capsys.readouterr().err
     tokens = sum(output.row_tokens[0] for _, output in expected.values())
     assert said.startswith(f"4 answers, 0 errors, {tokens} tokens, ")
 
@@ -104,6 +106,9 @@ def test_openai_format(chat, tmp_path):
         {"custom_id": "b", "method": "POST", "url": "/v1/completions", "body": text},
         {"custom_id": "c", "body": {**body, "stream": True}},
         {"custom_id": "d", "url": "/v1/embeddings", "body": {}},
+        {"custom_id": "e", "method": "GET", "body": body},
+        {"custom_id": "f", "n": 2, "body": body},
+        {"custom_id": None, "body": body},
     ])  # fmt: skip
     out = tmp_path / "out.jsonl"
     assert main(["batch", str(source), str(out), "--model", str(chat), *SHORT]) == 3
@@ -126,8 +131,20 @@ def test_openai_format(chat, tmp_path):
     assert answer["object"] == "text_completion"
     assert answer["usage"]["completion_tokens"] == short.row_tokens[0]
     said = "stream=true: expected false: a line is answered whole"
-    assert by_line[3]["error"] == {"code": "invalid_request", "message": said, "param": "stream"}
-    assert by_line[4]["error"]["message"].startswith('url="/v1/embeddings": expected /v1/chat')
+    refused = {"message": said, "type": "invalid_request_error", "param": "stream", "code": None}
+    assert by_line[3]["error"] is None and by_line[3]["response"] == {
+        "status_code": 400, "request_id": "batch_req_3", "body": {"error": refused},
+    }  # fmt: skip
+    # These are no requests.
+    for number, param, said in (
+        (4, "url", 'url="/v1/embeddings": expected /v1/chat'),
+        (5, "method", 'method="GET": it cannot be honoured here; expected null or "POST"'),
+        (6, "n", "n=2: no such field; expected one of url, body, method"),
+        (7, "custom_id", "custom_id=null: expected text or an int"),
+    ):
+        line = by_line[number]
+        assert line["response"] is None and line["error"]["message"].startswith(said)
+        assert line["error"]["code"] == "invalid_request" and line["error"]["param"] == param
 
 
 BAD: list[tuple[Any, str]] = [
@@ -149,7 +166,7 @@ BAD: list[tuple[Any, str]] = [
     ({"messages": [{"role": "x", "content": "w5"}]}, 'messages.0.role="x": expected one of'),
     ({"prompt": "w5 " * 9000}, "gen_length=16 after prompt of 9002 tokens: expected at most the"),
     ({"prompt": "w5 <mask>"}, "prompt: the mask token; expected other text"),
-    ({"prompt": "\ud800"}, "expected text"),
+    ({"prompt": "\ud800"}, "prompt: character 0 is half of a surrogate pair; expected text"),
 ]
 
 
@@ -168,11 +185,11 @@ def test_a_bad_line_is_answered_by_an_error(chat, tmp_path, capsys):
     assert by_line[len(BAD) + 1]["answer"] == text_of(direct([10]))
     summary = f"dsb: {len(BAD)} of {len(BAD) + 1} lines are answered by an error\n"
     said = capsys.readouterr()
-    assert said.out.startswith(f"1 answers, {len(BAD)} errors") and said.err == summary
+    assert said.err.startswith(f"1 answers, {len(BAD)} errors") and said.err.endswith(summary)
     # They count as answers, and are told again.
     assert main(words) == 3
     said = capsys.readouterr()
-    assert said.out.startswith("0 answers, 0 errors") and said.err == summary
+    assert said.err.startswith("0 answers, 0 errors") and said.err.endswith(summary)
 
 
 def test_a_terminal_gets_a_progress_bar(chat, tmp_path, monkeypatch):
@@ -192,13 +209,22 @@ def test_a_terminal_gets_a_progress_bar(chat, tmp_path, monkeypatch):
     assert "100%" in shown and "2/2" in shown and "tokens/s, 0 errors" in shown
 
 
-def test_what_fails_while_it_is_decoded_is_no_fault_of_the_line(chat, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (FloatingPointError("step 0: the logits are NaN"), "not_a_number", "logits are NaN"),
+        (torch.OutOfMemoryError("CUDA"), "context_length_exceeded", "a refresh step of 1 x"),
+    ],
+)
+def test_what_fails_while_it_is_decoded_is_no_fault_of_the_line(
+    chat, tmp_path, monkeypatch, error, code, said
+):
     launch = lane.Lane.launch
 
     def raising(self, shape):
         for row in self.occupied:
             if self.requests[row].config.gen_length == 8:
-                raise FloatingPointError("step 0: the model's logits are NaN (row 0)")
+                raise error
         return launch(self, shape)
 
     monkeypatch.setattr(lane.Lane, "launch", raising)
@@ -207,10 +233,8 @@ def test_what_fails_while_it_is_decoded_is_no_fault_of_the_line(chat, tmp_path, 
     assert main(["batch", str(source), str(out), "--model", str(chat), *SHORT]) == 3
     by_line = answers(out)
     assert by_line[1]["answer"] == text_of(direct([10]))
-    assert by_line[2]["error"] == {
-        "code": "server_error", "message": "step 0: the model's logits are NaN (row 0)",
-        "param": None,
-    }  # fmt: skip
+    error = by_line[2]["error"]
+    assert error["code"] == code and error["param"] is None and said in error["message"]
 
 
 @pytest.mark.parametrize(
@@ -238,7 +262,8 @@ def test_pipes_without_the_extra_of_the_server(chat):
     lines = "".join(json.dumps({"id": i, "prompt": f"w{i}"}) + "\n" for i in range(10, 14))
     done = python("-c", script, "batch", "-", "-", "--model", chat, *SHORT, input=lines)
     got = {a["id"]: a for a in map(json.loads, done.stdout.splitlines())}
-    assert done.stderr == "" and sorted(got) == [10, 11, 12, 13]
+    assert done.stderr.startswith("4 answers, 0 errors") and done.stderr.count("\n") == 1
+    assert sorted(got) == [10, 11, 12, 13]
     for i, answer in got.items():
         assert answer["answer"] == text_of(direct([i]))
 
@@ -299,7 +324,10 @@ def test_what_is_no_file_of_answers_stays_as_it_is(job, capsys, tmp_path, monkey
         out.write_text(content)
         refused(capsys, *words, said="line 1: no answer of this dsb batch; expected its own file")
         assert out.read_text() == content
+    out.write_text('{"line": 1, "digest": "0"}\n' * 2)
+    refused(capsys, *words, said="line 2: the second answer to line 1, after that at line 1;")
     out.unlink()
+    refused(capsys, "batch", source, tmp_path / "a" / "b", said="OUT.jsonl")
     refused(capsys, "batch", source, source, said="both IN.jsonl and OUT.jsonl")
     refused(capsys, "batch", tmp_path / "none", out, said="no such file; expected lines of JSON")
     refused(capsys, *words, "--max-rows", "0", said="--max-rows=0: expected an int >= 1")
@@ -307,35 +335,46 @@ def test_what_is_no_file_of_answers_stays_as_it_is(job, capsys, tmp_path, monkey
     refused(capsys, "batch", source, "-", said="OUT.jsonl -: standard output is closed")
 
 
-def test_an_answer_counts_for_its_own_line_model_and_settings(chat, tmp_path, capsys):
+def test_an_answer_counts_for_its_own_line_model_and_settings(chat, tmp_path, capsys, monkeypatch):
     """The lines have no ids, which would tell them apart."""
     lines = [{"prompt": f"w{i}"} for i in range(10, 14)]
     source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     source.write_text("\n".join(map(json.dumps, lines[:3])))  # its last line does not end
     words = ["batch", source, out, "--model", chat, *SHORT]
     assert main([*map(str, words)]) == 0
+    capsys.readouterr()
     kept = out.read_bytes()
+    load = command.load
+    monkeypatch.setattr(command, "load", lambda _: pytest.fail("a checkpoint was loaded"))
     write_lines(source, lines)  # one more
     for option in ("--threshold 0.5", "--seed 3", "--raw", "--dtype float32", "--model elsewhere"):
         if option == "--model elsewhere":
             shutil.copytree(chat, tmp_path / "elsewhere")
             option = f"--model {tmp_path / 'elsewhere'}"
         refused(
-            capsys, *words, *option.split(), quiet=False,
+            capsys, *words, *option.split(),
             said=f"{out}: line 1 is answered for another IN.jsonl, model or setting; expected",
         )  # fmt: skip
     others = {1: [lines[1], *lines[1:]], 3: [*lines[:2], {"prompt": "w12", "steps": 16}],
               2: [lines[0], "", *lines[2:]]}  # fmt: skip
     for number, changed in others.items():
         write_lines(source, changed)
-        refused(capsys, *words, quiet=False, said=f"line {number} is answered for another IN.jsonl")
+        refused(capsys, *words, said=f"line {number} is answered for another IN.jsonl")
     assert out.read_bytes() == kept, "nothing was decoded"
+    monkeypatch.setattr(command, "load", load)
     write_lines(source, lines)
     assert main([*map(str, words), "--max-rows", "2"]) == 0
     assert out.read_bytes().startswith(kept) and sorted(answers(out)) == [1, 2, 3, 4]
 
 
-def test_a_line_of_a_pipe_that_has_changed(chat, tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('{"prompt": "w10"}\n{"prompt": "w50"}\n', "line 2 is answered for"),
+        ('{"prompt": "w10"}\n{"prompt": "w11"}\n', "line 3 is answered for"),  # the end comes early
+    ],
+)
+def test_a_line_of_a_pipe_that_has_changed(chat, tmp_path, capsys, text, said):
     lines = [{"prompt": f"w{i}"} for i in range(10, 13)]
     source, out = write_lines(tmp_path / "in.jsonl", lines), tmp_path / "out.jsonl"
     pipe = tmp_path / "pipe"
@@ -344,23 +383,99 @@ def test_a_line_of_a_pipe_that_has_changed(chat, tmp_path, capsys):
     assert main(["batch", str(source), str(out), *words]) == 0
     capsys.readouterr()
     with ThreadPoolExecutor() as pool:
-        pool.submit(pipe.write_text, '{"prompt": "w10"}\n{"prompt": "w50"}\n')
-        refused(capsys, "batch", pipe, out, *words, quiet=False, said="line 2 is answered for")
+        pool.submit(pipe.write_text, text)
+        refused(capsys, "batch", pipe, out, *words, said=said)
 
 
-def test_lines_that_cannot_be_read_to_the_end(chat, tmp_path, capsys, monkeypatch):
+def test_a_wrong_line_is_mended(chat, tmp_path, capsys):
+    """Its answer is deleted, as the message says, or all errors are, as the documentation says."""
+    wrong: list[dict[str, Any]] = [
+        {"prompt": 5}, {"custom_id": "b", "url": "/v1/completions", "body": {"prompt": ""}},
+        {"custom_id": "c", "body": 5},
+    ]  # fmt: skip
+    lines = [{"prompt": '"error": {'}, *wrong]
+    source, out = write_lines(tmp_path / "in.jsonl", lines), tmp_path / "out.jsonl"
+    words = ["batch", str(source), str(out), "--model", str(chat), *SHORT]
+    assert main(words) == 3
+    capsys.readouterr()
+    write_lines(source, [lines[0], {"prompt": "w11"}, *wrong[1:]])
+    texts = out.read_text().splitlines(keepends=True)
+    at = next(i for i, text in enumerate(texts, 1) if json.loads(text)["line"] == 2)
+    refused(capsys, *words, said=f"(or delete its line {at}, an error, to have that tried again)")
+    out.write_text("".join(text for text in texts if '"error": {' not in text))
+    assert sorted(answers(out)) == [1]
+    assert main(words) == 3
+    by_line = answers(out)
+    assert [n for n in sorted(by_line) if '"error": {' in json.dumps(by_line[n])] == [3, 4]
+
+
+def test_a_fault_of_the_device_leaves_its_lines_open(chat, tmp_path, monkeypatch):
+    lines = [{"prompt": f"w{i}"} for i in range(10, 20)]
+    source, out = write_lines(tmp_path / "in.jsonl", lines), tmp_path / "out.jsonl"
+    words = ["batch", str(source), str(out), "--model", str(chat), *SHORT, "--max-rows", "2"]
+    launch, launches = lane.Lane.launch, itertools.count()
+
+    def faulty(self, shape):
+        if next(launches) >= 40:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        return launch(self, shape)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(lane.Lane, "launch", faulty)
+        with pytest.raises(RuntimeError, match="illegal memory access"):
+            main(words)
+    before = answers(out)
+    assert 0 < len(before) < 10 and all("answer" in answer for answer in before.values())
+    assert main(words) == 0
+    assert sorted(answers(out)) == list(range(1, 11))
+
+
+def test_answers_go_into_a_pipe(chat, tmp_path, capsys):
+    source = write_lines(tmp_path / "in.jsonl", [{"prompt": f"w{i}"} for i in range(10, 15)])
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    words = ["batch", str(source), str(pipe), "--model", str(chat), *SHORT]
+    with ThreadPoolExecutor() as pool:
+        text = pool.submit(pipe.read_text)
+        assert main(words) == 0
+        by_line = [json.loads(line)["line"] for line in text.result().splitlines()]
+        assert sorted(by_line) == [1, 2, 3, 4, 5]
+        pool.submit(lambda: pipe.open().close())  # a reader that goes away
+        assert main(words) == 141
+
+
+def test_the_commands_settings_fit_shorter_and_longer_lines(chat, tmp_path):
+    lengths = {"gen_length": 8}, {"gen_length": 32}, {}
+    source = write_lines(tmp_path / "in.jsonl", [{"prompt": "w10", **more} for more in lengths])
+    out = tmp_path / "out.jsonl"
+    words = ["batch", str(source), str(out), "--model", str(chat), "--gen-length", "16"]
+    words += ["--block-length", "16", "--steps", "12", "--min-new-tokens", "16"]
+    assert main(words) == 0
+    by_line = answers(out)
+    for number, settings in enumerate((
+        {"gen_length": 8, "block_length": 8, "steps": 6, "min_new_tokens": 8},
+        {"gen_length": 32, "block_length": 16, "steps": 24, "min_new_tokens": 16},
+        {"gen_length": 16, "block_length": 16, "steps": 12, "min_new_tokens": 16},
+    ), 1):  # fmt: skip
+        expected = direct([10], **settings)
+        answer = by_line[number]
+        assert (answer["tokens"], answer["forwards"]) == (expected.row_tokens[0], expected.nfe)
+
+
+@pytest.mark.parametrize("error", [OSError(5, "Input/output error"), MemoryError("no memory")])
+def test_lines_that_cannot_be_read_to_the_end(chat, tmp_path, capsys, monkeypatch, error):
     """Those that were read are answered."""
     lines = batch.lines_of
 
     def broken(path: str) -> Iterator[tuple[int, bytes]]:
         yield from lines(path)
-        raise OSError(5, "Input/output error")
+        raise error
 
     source = write_lines(tmp_path / "in.jsonl", [{"prompt": f"w{i}"} for i in range(10, 13)])
     out = tmp_path / "out.jsonl"
     monkeypatch.setattr(batch, "lines_of", broken)
     refused(
-        capsys, "batch", source, out, "--model", chat, *SHORT, said="Input/output error",
+        capsys, "batch", source, out, "--model", chat, *SHORT, said=str(error),
     )  # fmt: skip
     assert sorted(answers(out)) == [1, 2, 3]
 

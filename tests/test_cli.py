@@ -204,8 +204,8 @@ def test_a_template_that_makes_nothing_or_fails(tmp_path, capsys):
     folder = write_chat_model(tmp_path)
     for text, said in (
         ("{{ '' }}", "an empty prompt"),
-        ("{{ 1 / 0 }}", "chat template: division"),
-        ("{% if %}", "chat template: "),
+        ("{{ 1 / 0 }}", "prompt: refused by the model's chat template: division"),
+        ("{% if %}", "prompt: refused by the model's chat template: "),
     ):
         (folder / "chat_template.jinja").write_text(text)
         refused(capsys, "generate", PROMPT, "--model", folder, *SHORT, said=said)

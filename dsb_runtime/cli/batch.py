@@ -12,6 +12,8 @@ import queue
 import sys
 import threading
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,22 +22,21 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dsb_runtime.cli.batch_files import Answers, lines_of
-from dsb_runtime.cli.batch_lines import INVALID, SERVER, Line, Work, answer_of, error_of, read_line
+from dsb_runtime.cli.batch_lines import Line, Work, answer_of, error_of, is_error, read_line
 from dsb_runtime.config import check_int
 from dsb_runtime.defaults import defaults_for
-from dsb_runtime.doors.openai.answers import Answer
-from dsb_runtime.doors.openai.asked import Reader
+from dsb_runtime.doors.openai.answers import INTERNAL, Answer, failure_of
+from dsb_runtime.doors.openai.asked import BodyError, Reader
 from dsb_runtime.doors.openai.text import GrowingText
 from dsb_runtime.doors.server import served_name
 from dsb_runtime.engine.batch import BatchEngine
 from dsb_runtime.engine.batcher import READ_AHEAD
 from dsb_runtime.engine.request import check_settings
 from dsb_runtime.families import check_model
+from dsb_runtime.files import check_writable
 
 LINES_FAILED = 3  # the exit status; 1 would be that of a traceback
-# A line that was read (its number and text), a line (its digest first) that has another row done,
-# the end of the lines, or why they cannot be read.
-Event = tuple[int, bytes] | tuple[str, Line, Work] | OSError | None
+Load = Callable[[argparse.Namespace], tuple[PreTrainedModel, PreTrainedTokenizerBase]]
 NOTE = (
     'A line is {"id", "prompt" or "messages", settings by name} or a request of OpenAI\'s batch '
     "format. A line that cannot be answered is answered by an error, and the command ends with 3 "
@@ -82,6 +83,7 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise ValueError("OUT.jsonl -: standard output is closed; expected a place for answers")
     if "-" not in (args.source, args.target) and target.exists() and source.samefile(target):
         raise ValueError(f"{target}: both IN.jsonl and OUT.jsonl; expected two files")
+    check_writable("OUT.jsonl", None if args.target == "-" else target)
 
 
 class Progress:
@@ -95,22 +97,21 @@ class Progress:
     def speed(self) -> float:
         return self.tokens / (time.perf_counter() - self.began)
 
-    def count(self, tokens: int | None) -> None:
-        """Count an answer of so many tokens, or an error."""
-        if tokens is None:
+    def count(self, answer: dict[str, Any], tokens: int) -> None:
+        """Count an answer, which may be an error, of so many tokens."""
+        self.tokens += tokens
+        if is_error(answer):
             self.errors += 1
         else:
             self.answers += 1
-            self.tokens += tokens
         self.bar.set_postfix_str(f"{self.speed:.1f} tokens/s, {self.errors} errors", refresh=False)
         self.bar.update()
 
     def report(self, answers: Answers) -> int:
-        """Say at the end what there was to count, unless the answers went where that would go, and
-        how many answers are errors, with those of before. Returns the exit status."""
-        if answers.path != "-":
-            said = f"{self.answers} answers, {self.errors} errors, {self.tokens} tokens"
-            print(f"{said}, {self.speed:.1f} tokens/s")
+        """Say at the end, on standard error, what there was to count, and how many answers are
+        errors, with those of before. Returns the exit status."""
+        said = f"{self.answers} answers, {self.errors} errors, {self.tokens} tokens"
+        print(f"{said}, {self.speed:.1f} tokens/s", file=sys.stderr)
         if not answers.errors:
             return 0
         said = f"dsb: {answers.errors} of {answers.count} lines are answered by an error"
@@ -162,13 +163,21 @@ class Decoder:
         ]
         return Work(asked, requests, len(requests))
 
-    def answer(self, line: Line, work: Work) -> tuple[dict[str, Any], int | None]:
-        """The answer of a line whose rows are done, and its tokens; None for an error."""
+    def answer(self, line: Line, work: Work) -> tuple[dict[str, Any], int]:
+        """The answer of a line, once its rows are done, and its tokens.
+
+        Raises:
+            BaseException: what a row has failed of, unless that is its own (NaN, or no memory for
+                it). A device that has a fault fails every line, and none of them is to blame.
+        """
         answers, tokenizer = [], self.reader.tokenizer
         for index, request in enumerate(work.requests):
             error = request.exception()
             if error is not None:
-                return error_of(line, error, SERVER), None
+                status, code = failure_of(error)
+                if code == INTERNAL:
+                    raise error
+                return error_of(line, BodyError(str(error), code=code, status=status)), 0
             text = GrowingText(tokenizer, self.eos_ids, work.asked.stops)
             answers.append(Answer(index, request.ids.tolist(), text))
             answers[-1].end(request.result())
@@ -176,48 +185,69 @@ class Decoder:
         return answer_of(line, answers, work.asked.samples, self.reader), tokens
 
 
+@dataclass
+class Read:
+    """A line has been read."""
+
+    number: int
+    text: bytes
+
+
+@dataclass
+class RowDone:
+    """A line has another row done."""
+
+    digest: str
+    line: Line
+    work: Work
+
+
 class Job:
     """The lines of one command, each on its way to an answer."""
 
     def __init__(self, args: argparse.Namespace, decoder: Decoder, answers: Answers) -> None:
         self.args, self.decoder, self.answers = args, decoder, answers
-        self.progress = Progress(answers.check_lines(args.source), answers.count)
+        self.progress = Progress(answers.num_lines, answers.count)
         # So many lines are read and have no answer yet at most.
         self.room = threading.Semaphore(decoder.engine.max_rows + READ_AHEAD)
-        self.events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        # None is the end of the lines, an Exception says why they cannot be read further.
+        self.events: queue.SimpleQueue[Read | RowDone | Exception | None] = queue.SimpleQueue()
 
     def read(self) -> None:
         """Read the lines, in a thread of its own: a pipe may keep it waiting."""
         try:
-            for line in lines_of(self.args.source):
+            for number, text in lines_of(self.args.source):
                 self.room.acquire()
-                self.events.put(line)
+                self.events.put(Read(number, text))
             self.events.put(None)
-        except OSError as error:
+        except Exception as error:  # `answer_all` would wait for ever
             self.events.put(error)
 
     def answer_all(self) -> None:
         """Submit lines and write answers until all lines have one.
 
         Raises:
-            OSError: the lines cannot be read further. Those that were read have their answers.
+            Exception: why the lines cannot be read further. Those that were read have their
+                answers.
+            ValueError: an answer is that of a line that was not there.
+            BaseException: a fault that is no line's own. The lines under way have no answer.
         """
         threading.Thread(target=self.read, name="dsb batch lines", daemon=True).start()
         under_way, more, error = 0, True, None
         while under_way or more:
             event = self.events.get()
-            if event is None or isinstance(event, OSError):
-                more, error = False, event
-            elif len(event) == 2:
-                under_way += self.submit(*event)
-            else:
-                digest, line, work = event
-                work.left -= 1
-                if not work.left:
+            if isinstance(event, Read):
+                under_way += self.submit(event.number, event.text)
+            elif isinstance(event, RowDone):
+                event.work.left -= 1
+                if not event.work.left:
                     under_way -= 1
-                    self.finish(digest, *self.decoder.answer(line, work))
+                    self.finish(event.digest, *self.decoder.answer(event.line, event.work))
+            else:
+                more, error = False, event
         if error is not None:
             raise error
+        self.answers.check_all_read()
 
     def submit(self, number: int, text: bytes) -> bool:
         """Let a line be decoded, unless it is wrong or has its answer."""
@@ -229,29 +259,25 @@ class Job:
         try:
             work = self.decoder.submit(line)
         except (TypeError, ValueError) as error:
-            self.finish(digest, error_of(line, error, INVALID), None)
+            self.finish(digest, error_of(line, error), 0)
             return False
         for request in work.requests:
-            request.add_done_callback(lambda _: self.events.put((digest, line, work)))
+            request.add_done_callback(lambda _: self.events.put(RowDone(digest, line, work)))
         return True
 
-    def finish(self, digest: str, answer: dict[str, Any], tokens: int | None) -> None:
+    def finish(self, digest: str, answer: dict[str, Any], tokens: int) -> None:
         """Write an answer, and make room for another line."""
         self.answers.write(digest, answer)
-        self.progress.count(tokens)
+        self.progress.count(answer, tokens)
         self.room.release()
 
 
-def run(
-    args: argparse.Namespace,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    named: dict[str, Any],
-) -> int:
-    """Answer the lines of `args.source`, with the settings `named` where a line names no others."""
-    decoder = Decoder(args, model, tokenizer, named)
-    with contextlib.closing(Answers(args, named)) as answers:
-        job = Job(args, decoder, answers)
+def run(args: argparse.Namespace, load: Load, named: dict[str, Any]) -> int:
+    """Answer the lines of `args.source`, with the settings `named` where a line names no others.
+    The two files are looked at before the checkpoint is loaded."""
+    with Answers(args, named) as answers:
+        answers.check_lines(args.source)
+        job = Job(args, Decoder(args, *load(args), named), answers)
         with contextlib.closing(job.progress.bar):
             job.answer_all()
     return job.progress.report(answers)

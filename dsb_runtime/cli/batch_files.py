@@ -8,19 +8,19 @@ not pass for the answers to other lines.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import itertools
 import json
 import os
-import stat
 import sys
 from collections.abc import Iterator
-from io import FileIO
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import IO, Any, NoReturn
 
-from dsb_runtime.cli.batch_lines import MOST_BYTES
-from dsb_runtime.files import lock
+from dsb_runtime.cli.batch_lines import MOST_BYTES, is_error
+from dsb_runtime.files import lock_path
 
 OURS = b'{"line": '  # how every answer begins
 
@@ -49,8 +49,21 @@ def common_part(args: argparse.Namespace, named: dict[str, Any]) -> bytes:
     return json.dumps([where, how, named], sort_keys=True).encode()
 
 
+@dataclass(frozen=True)
+class Before:
+    """An answer that was there before: where it stands, the digest of its line, whether it is an
+    error."""
+
+    at: int
+    digest: str
+    error: bool
+
+
 class Answers:
-    """The file of answers: which lines have one, and where the next goes.
+    """The file of answers: which lines have one, and where the next goes. It is open, and locked
+    against other commands, to the end of a `with`; one that is new and got no answer is removed
+    where the `with` ends with an exception. What is no file (a pipe, a device) has no lock, and is
+    only written: opening a pipe waits for its reader.
 
     Raises:
         ValueError: the file holds something else, or another command writes it.
@@ -58,25 +71,29 @@ class Answers:
 
     def __init__(self, args: argparse.Namespace, named: dict[str, Any]) -> None:
         self.common = common_part(args, named)
-        self.digests: dict[int, str] = {}  # of each line that had an answer before
+        self.before: dict[int, Before] = {}  # by the number of the line
+        self.unread: set[int] = set()  # the lines of these that have not been read yet
         self.count, self.errors = 0, 0  # of all answers, and of those that are errors
-        self.path, self.file = args.target, None
+        self.num_lines: int | None = None  # of IN.jsonl, where they could be counted
+        self.path, self.new = Path(args.target), False
+        self.file: IO[bytes] | None = None
         if args.target == "-":
             return
-        self.file = open(self.path, "a+b", buffering=0)  # noqa: SIM115 (it stays open to the end)
+        if self.path.exists() and not self.path.is_file():
+            self.file = self.path.open("wb")
+            return
+        self.new = not self.path.exists()
+        self.file = lock_path(self.path, str(self.path))
         try:
             self.take_over(self.file)
         except BaseException:
-            self.close()
+            self.file.close()
             raise
 
-    def take_over(self, file: FileIO) -> None:
-        """Lock the file, read what is answered, and drop a last line that was cut off."""
-        lock(file, self.path)
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):  # a pipe, of which nothing is read
-            return
+    def take_over(self, file: IO[bytes]) -> None:
+        """Read what is answered, and drop a last line that was cut off."""
         whole = 0
-        with open(self.path, "rb") as lines:
+        with self.path.open("rb") as lines:
             for number, line in enumerate(lines, 1):
                 if not line.endswith(b"\n") and (line.startswith(OURS) or OURS.startswith(line)):
                     break
@@ -84,8 +101,13 @@ class Answers:
                 whole += len(line)
         file.truncate(whole)
 
-    def close(self) -> None:
-        """Let other commands write the file."""
+    def __enter__(self) -> Answers:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if self.new and not self.count and kind is not None:
+            with contextlib.suppress(FileNotFoundError):
+                self.path.resolve().unlink()  # a link stays
         if self.file is not None:
             self.file.close()
 
@@ -93,62 +115,75 @@ class Answers:
         """Take note of an answer that is there."""
         try:
             answer = json.loads(line)
-            of, digest, error = answer["line"], answer["digest"], answer.get("error")
+            of, digest, error = answer["line"], answer["digest"], is_error(answer)
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-            of, digest, error = None, None, None
+            of, digest, error = None, None, False
         if not isinstance(of, int) or not isinstance(digest, str) or not line.startswith(OURS):
             raise ValueError(
                 f"{self.path} line {number}: no answer of this dsb batch; expected its own file of "
                 "answers, or none"
             )
-        self.digests[of] = digest
+        if of in self.before:
+            raise ValueError(
+                f"{self.path} line {number}: the second answer to line {of}, after that at line "
+                f"{self.before[of].at}; expected one"
+            )
+        self.before[of] = Before(number, digest, error)
+        self.unread.add(of)
         self.count += 1
-        self.errors += error is not None
+        self.errors += error
 
     def digest(self, text: bytes) -> str:
         """Sixteen digits of a line and of what all answers depend on."""
         return hashlib.sha256(self.common + b"\n" + text.strip()).hexdigest()[:16]
 
     def has(self, number: int, digest: str) -> bool:
-        """Whether the line of this number and digest had its answer before.
+        """Whether the line of this number and digest, which has been read, had its answer before.
 
         Raises:
             ValueError: the answer is that of another line.
         """
-        if number in self.digests and self.digests[number] != digest:
+        if number not in self.before:
+            return False
+        if self.before[number].digest != digest:
             self.refuse(number)
-        return number in self.digests
+        self.unread.discard(number)
+        return True
 
     def refuse(self, number: int) -> NoReturn:
         """Raise ValueError for an answer that is not of this command."""
+        answer = self.before[number]
+        error = f" (or delete its line {answer.at}, an error, to have that tried again)"
         raise ValueError(
             f"{self.path}: line {number} is answered for another IN.jsonl, model or setting; "
-            "expected those of before, or another OUT.jsonl"
+            f"expected those of before, or another OUT.jsonl{error if answer.error else ''}"
         )
 
-    def check_lines(self, source: str) -> int | None:
-        """Check that all answers are of lines of a file, before the first line is decoded. Returns
-        how many lines the file has; None for a pipe, which can be read once.
+    def check_all_read(self) -> None:
+        """Raise ValueError for an answer to a line that was not in IN.jsonl to its end."""
+        if self.unread:
+            self.refuse(min(self.unread))
+
+    def check_lines(self, source: str) -> None:
+        """Check that all answers are of lines of a file, before the first line is decoded. Of a
+        pipe, which can be read once, this is checked as it is read.
 
         Raises:
             ValueError: an answer is that of another line.
         """
         if source == "-" or not Path(source).is_file():
-            return None
-        count, others = 0, set(self.digests)
+            return
+        self.num_lines = 0
         for number, text in lines_of(source):
-            count += 1
-            if self.has(number, self.digest(text)):
-                others.remove(number)
-        if others:
-            self.refuse(min(others))
-        return count
+            self.num_lines += 1
+            self.has(number, self.digest(text))
+        self.check_all_read()
 
     def write(self, digest: str, answer: dict[str, Any]) -> None:
         """Write the answer of a line of this digest, so that it is there whatever ends the
         process."""
         self.count += 1
-        self.errors += answer.get("error") is not None
+        self.errors += is_error(answer)
         line = json.dumps({"line": answer["line"], "digest": digest, **answer}) + "\n"
         if self.file is None:
             sys.stdout.write(line)
@@ -156,4 +191,4 @@ class Answers:
             return
         left = memoryview(line.encode())
         while left:
-            left = left[self.file.write(left) :]
+            left = left[os.write(self.file.fileno(), left) :]

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from dsb_runtime.cli.generate import check_text, encode
 from dsb_runtime.config import settings
 from dsb_runtime.doors.openai.answers import ANSWERS, Answer
 from dsb_runtime.doors.openai.asked import (
@@ -17,16 +16,18 @@ from dsb_runtime.doors.openai.asked import (
     chat_ids,
     check_fields,
     length_of,
+    prompt_ids,
     read_object,
     refusal,
     seed_of,
     stops_of,
 )
+from dsb_runtime.doors.openai.errors import error_body
 from dsb_runtime.engine.request import Request
 from dsb_runtime.families import check_model
 
 MOST_BYTES = 2**26  # of a line
-INVALID, SERVER = "invalid_request", "server_error"  # codes of errors
+WRONG_LINE = "invalid_request"  # the code of an error that has no other
 
 
 @dataclass
@@ -73,8 +74,7 @@ def own(body: dict[str, Any], reader: Reader, raw: bool) -> Asked:
     if messages is not None:
         name, ids = "messages", chat_ids(reader.tokenizer, messages)
     elif isinstance(prompt, str) and prompt.strip():
-        check_text("prompt", prompt)
-        name, ids = "prompt", encode(reader.tokenizer, prompt, raw)[0].tolist()
+        name, ids = "prompt", prompt_ids(reader.tokenizer, prompt, raw)
     else:
         raise refusal("prompt", prompt, "some text")
     reader.check(name, [ids], config, length)
@@ -95,17 +95,17 @@ def read_line(number: int, text: bytes) -> Line:
 
 def take_in(line: Line, record: dict[str, Any]) -> None:
     """Set the fields of a line. Raise BodyError for what is none."""
-    openai = "custom_id" in record
-    name = "custom_id" if openai else "id"
-    line.id = given = record.pop(name, None)
-    body: Any = record
-    if openai:
-        url, body = record.get("url"), record.get("body")
-        line.url = CHAT if url is None else url
-    fits = given is not None or not openai
-    if not fits or isinstance(given, bool) or not isinstance(given, str | int | None):
-        raise refusal(name, given, "text or an int")
-    if line.url not in (None, CHAT, TEXT):
+    if "custom_id" not in record:
+        line.id, line.body = record.pop("id", None), record
+        if line.id is not None and type(line.id) not in (str, int):
+            raise refusal("id", line.id, "text or an int")
+        return
+    line.id, body, url = record.pop("custom_id"), record.get("body"), record.get("url")
+    line.url = CHAT if url is None else url
+    if type(line.id) not in (str, int):
+        raise refusal("custom_id", line.id, "text or an int")
+    check_fields(record, {"method": ("POST",)}, ("url", "body"))
+    if line.url not in (CHAT, TEXT):
         raise refusal("url", line.url, f"{CHAT} or {TEXT}")
     if not isinstance(body, dict):
         raise refusal("body", body, "a JSON object")
@@ -123,23 +123,37 @@ def answer_of(line: Line, answers: list[Answer], samples: int, reader: Reader) -
         }  # fmt: skip
     mask_id = check_model(reader.model).mask_id
     body = ANSWERS[line.url](reader.model_name, reader.tokenizer, mask_id)
+    return response_of(line, 200, body.answer(answers, samples))
+
+
+def response_of(line: Line, status: int, body: dict[str, Any]) -> dict[str, Any]:
+    """The answer of a line of OpenAI's format: what the server would have sent."""
     name = f"batch_req_{line.number}"
-    response = {"status_code": 200, "request_id": name, "body": body.answer(answers, samples)}
+    response = {"status_code": status, "request_id": name, "body": body}
     return {
         "line": line.number, "id": name, "custom_id": line.id, "response": response, "error": None,
     }  # fmt: skip
 
 
-def error_of(line: Line, error: BaseException, code: str) -> dict[str, Any]:
-    """The answer of a line that has none. The code is INVALID for what the line asks wrongly, where
-    the error has none of its own, and SERVER for what failed here while it was decoded."""
-    message, param = " ".join(str(error).split()) or type(error).__name__, None
+def error_of(line: Line, error: Exception) -> dict[str, Any]:
+    """The answer of a line that is wrong, or whose decoding failed. In OpenAI's format that is a
+    response, and `error` is for a line that is no request."""
+    message = " ".join(str(error).split()) or type(error).__name__
+    param, code, status = None, None, 400
     if isinstance(error, BodyError):
-        code, param = error.code or code, error.param
-    said = {"code": code, "message": message, "param": param}
+        param, code, status = error.param, error.code, error.status
+    if line.url is not None and line.wrong is None:
+        return response_of(line, status, error_body(status, message, param, code))
+    said = {"code": code or WRONG_LINE, "message": message, "param": param}
     if line.url is None:
         return {"line": line.number, "id": line.id, "error": said}
     return {
         "line": line.number, "id": f"batch_req_{line.number}", "custom_id": line.id,
         "response": None, "error": said,
     }  # fmt: skip
+
+
+def is_error(answer: dict[str, Any]) -> bool:
+    """Whether an answer, of either format, is an error."""
+    response = answer.get("response") or {}
+    return answer.get("error") is not None or response.get("status_code", 200) != 200

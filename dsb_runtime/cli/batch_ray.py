@@ -10,19 +10,17 @@ import argparse
 import contextlib
 import json
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-from dsb_runtime.cli.batch import Decoder, Progress
+from dsb_runtime.cli.batch import Decoder, Load, Progress
 from dsb_runtime.cli.batch_files import Answers, lines_of
-from dsb_runtime.cli.batch_lines import INVALID, error_of, read_line
+from dsb_runtime.cli.batch_lines import error_of, read_line
 from dsb_runtime.cli.process import ERRORS
 from dsb_runtime.engine.batcher import MOST_ROWS, READ_AHEAD
+from dsb_runtime.files import absolute_folder
 
 MOST_TASKS = 10_000  # a task has one line, or more where the file has more lines than this
-Load = Callable[[argparse.Namespace], tuple[PreTrainedModel, PreTrainedTokenizerBase]]
 
 
 class Replica:
@@ -33,21 +31,23 @@ class Replica:
         self.wrong = ""
         try:
             self.decoder = Decoder(args, *load(args), named)
-        except ERRORS as error:
-            self.wrong = str(error) or type(error).__name__
+        except Exception as error:
+            self.wrong = str(error) if isinstance(error, ERRORS) else repr(error)
+            self.wrong = self.wrong or type(error).__name__
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        """The answer of a line as JSON, and its tokens; -1 for an error."""
+        """The answer of a line as JSON, and its tokens. What it raises ends the command."""
         if self.wrong:
-            return {"digest": "", "answer": "", "tokens": -1, "wrong": self.wrong}
+            return {"digest": "", "answer": "", "tokens": 0, "wrong": self.wrong}
         line = read_line(row["number"], row["text"])
         try:
-            answer, tokens = self.decoder.answer(line, self.decoder.submit(line))
+            work = self.decoder.submit(line)
         except (TypeError, ValueError) as error:
-            answer, tokens = error_of(line, error, INVALID), None
-        tokens = -1 if tokens is None else tokens
-        done = {"digest": row["digest"], "answer": json.dumps(answer), "tokens": tokens}
-        return {**done, "wrong": ""}
+            answer, tokens = error_of(line, error), 0
+        else:
+            answer, tokens = self.decoder.answer(line, work)
+        answered = {"digest": row["digest"], "answer": json.dumps(answer), "tokens": tokens}
+        return {**answered, "wrong": ""}
 
 
 def check_arguments(args: argparse.Namespace) -> None:
@@ -86,14 +86,17 @@ def run(args: argparse.Namespace, load: Load, named: dict[str, Any]) -> int:
     """Answer the lines of `args.source` that have no answer yet."""
     import ray
 
-    with contextlib.closing(Answers(args, named)) as answers:
+    with Answers(args, named) as answers:
         answers.check_lines(args.source)
-        already = answers.count
-        todo = [
-            {"number": number, "text": text, "digest": digest}
-            for number, text in lines_of(args.source)
-            if not answers.has(number, digest := answers.digest(text))
-        ]
+        already, todo = answers.count, []
+        for number, text in lines_of(args.source):
+            digest = answers.digest(text)
+            if not answers.has(number, digest):
+                todo.append({"number": number, "text": text, "digest": digest})
+        answers.check_all_read()
+        # The replicas run in folders of their own.
+        args.model = absolute_folder(args.model)
+        args.adapter = args.adapter and absolute_folder(args.adapter)
         if todo and not ray.is_initialized():
             # The cluster of RAY_ADDRESS or of this machine, or one that ends with this process.
             ray.init(log_to_driver=False, logging_level=logging.ERROR)
@@ -102,6 +105,7 @@ def run(args: argparse.Namespace, load: Load, named: dict[str, Any]) -> int:
             for row in answered(args, load, named, todo) if todo else ():
                 if row["wrong"]:
                     raise ValueError(row["wrong"])
-                answers.write(row["digest"], json.loads(row["answer"]))
-                progress.count(None if row["tokens"] < 0 else row["tokens"])
+                answer = json.loads(row["answer"])
+                answers.write(row["digest"], answer)
+                progress.count(answer, row["tokens"])
     return progress.report(answers)

@@ -6,13 +6,14 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from transformers.utils import logging as transformers_logging
 
 from dsb_runtime.cli import main as command
-from dsb_runtime.cli.generate import encode
 from dsb_runtime.cli.grid import Grid, LiveGrid
 from dsb_runtime.cli.process import OneLineParser, ending, run_process
 from dsb_runtime.demo import SUDOKU_DIR, problems, sudoku
+from dsb_runtime.doors.openai.asked import prompt_ids
 from dsb_runtime.engine.engine import generate
 from dsb_runtime.families import check_model
 from dsb_runtime.measure.command import PlainConsole
@@ -33,7 +34,8 @@ def show_grids(console: PlainConsole) -> None:
     for puzzle in [p for p in sudoku.heldout(DRAWN) if p.clues == CLUES][:PUZZLES]:
         console.rule(characters="-", style="dim")
         console.print(f"6 x 6 Sudoku, {puzzle.clues} clues, by DSB greedy", style="bold")
-        input_ids = encode(tokenizer, puzzle.prompt, raw=False).to(model.device)
+        ids = prompt_ids(tokenizer, puzzle.prompt, raw=False)
+        input_ids = torch.tensor([ids], device=model.device)
         grid = Grid(puzzle, tokenizer, input_ids.shape[1], check_model(model).mask_id)
         with LiveGrid(grid, FRAME_SECONDS, console) as live:
             out = generate(model, input_ids, on_step=live, **SUDOKU)

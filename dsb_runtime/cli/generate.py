@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dsb_runtime.cli.live import LiveCanvas
 from dsb_runtime.config import DecodingConfig, check_int, check_real
+from dsb_runtime.doors.openai.asked import prompt_ids
 from dsb_runtime.engine.engine import GenerationOutput, StepEvent, generate, infill
 from dsb_runtime.families import check_model
 from dsb_runtime.measure.plots import check_picture
@@ -95,30 +96,13 @@ def read_prompt(prompt: str) -> str:
     return prompt
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, prompt: str, raw: bool) -> torch.Tensor:
-    """(1, P) ids of the prompt, in the checkpoint's chat format unless `raw`."""
-    if not tokenizer.chat_template or raw:
-        return tokenizer(prompt, return_tensors="pt").input_ids
-    return encode_messages(tokenizer, [{"role": "user", "content": prompt}])
-
-
-def encode_messages(
-    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]
-) -> torch.Tensor:
-    """(1, P) ids of a chat, in the checkpoint's chat format."""
-    try:
-        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    except Exception as error:  # a checkpoint's template may raise anything
-        raise ValueError(f"chat template: {error}; --raw leaves it out") from error
-    return tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
-
-
 def run(
     args: argparse.Namespace, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
     config: DecodingConfig,
 ) -> int:  # fmt: skip
     """Print the answer and its counts."""
-    input_ids = encode(tokenizer, args.prompt, args.raw).to(model.device)
+    prompt_tokens = prompt_ids(tokenizer, args.prompt, args.raw)
+    input_ids = torch.tensor([prompt_tokens], dtype=torch.int64, device=model.device)
     prompt, mask_id = input_ids.shape[1], check_model(model).mask_id
     stops = {"stop_strings": args.stop, "tokenizer": tokenizer}
     decode: Callable[..., GenerationOutput] = functools.partial(generate, **stops)

@@ -157,8 +157,7 @@ def run_batch(args: argparse.Namespace) -> int:
     if args.ray:
         batch_ray.check_arguments(args)
         return batch_ray.run(args, load, named_alone(args))
-    model, tokenizer = load(args)
-    return batch.run(args, model, tokenizer, named_alone(args))
+    return batch.run(args, load, named_alone(args))
 
 
 def run_serve(args: argparse.Namespace) -> int:

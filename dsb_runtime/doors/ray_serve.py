@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from dsb_runtime.demo import MODEL_DIR
 from dsb_runtime.doors.server import KEY, MAX_QUEUE, served_name
 from dsb_runtime.engine.batcher import MOST_ROWS
+from dsb_runtime.files import absolute_folder
 
 try:
     import ray
@@ -44,6 +45,9 @@ def app(args: Args) -> serve.Application:
     has any and `device` is not the CPU, and answers what `dsb serve` answers. Serve sends up to
     `max_rows + max_queue` requests to a replica, and starts replicas, up to `max_replicas`, while
     they have more than `max_rows` each. The key is the replicas' variable DSB_API_KEY."""
+    # The replicas run in folders of their own.
+    model = absolute_folder(args.model)
+    adapter = args.adapter and absolute_folder(args.adapter)
 
     def build() -> FastAPI:
         """The ASGI app of a replica. This runs in it."""
@@ -51,12 +55,10 @@ def app(args: Args) -> serve.Application:
         from dsb_runtime.engine.batch import BatchEngine
         from dsb_runtime.models.load import load_model, load_tokenizer
 
-        how: dict[str, Any] = args.model_dump(
-            include={"adapter", "dtype", "device", "family", "mask_id"}
-        )
-        engine = BatchEngine(load_model(args.model, **how), args.max_rows)
+        how: dict[str, Any] = args.model_dump(include={"dtype", "device", "family", "mask_id"})
+        engine = BatchEngine(load_model(model, adapter=adapter, **how), args.max_rows)
         return create_app(
-            engine, load_tokenizer(args.model), served_name(args.model),
+            engine, load_tokenizer(model), served_name(model),
             api_key=os.environ.get(KEY) or None, max_queue=args.max_queue,
         )  # fmt: skip
 

@@ -20,7 +20,8 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from dsb_runtime.config import DecodingConfig, check_real
+from dsb_runtime.config import DecodingConfig, check_real, settings
+from dsb_runtime.defaults import fitted
 from dsb_runtime.demo import problems
 from dsb_runtime.engine.batch import BatchEngine
 from dsb_runtime.engine.engine import Engine
@@ -124,10 +125,9 @@ def make_jobs(
 
 
 def with_length(config: DecodingConfig, gen_length: int) -> DecodingConfig:
-    """The settings for another length. A fixed number of steps commits as many tokens a step."""
-    steps = config.steps and max(1, round(config.steps * gen_length / config.gen_length))
-    block = min(config.block_length, gen_length)
-    return replace(config, gen_length=gen_length, block_length=block, steps=steps)
+    """The settings for another length."""
+    own = {name: getattr(config, name) for name in settings()}
+    return replace(config, gen_length=gen_length, **fitted(own, config.gen_length, gen_length))
 
 
 def wanted(job: Job, ids: list[int], eos_ids: tuple[int, ...]) -> list[int]:

@@ -23,6 +23,7 @@ from dsb_runtime.engine.engine import GenerationOutput
 from dsb_runtime.engine.request import Request, RowEvent
 
 END = b"data: [DONE]\n\n"
+INTERNAL = "internal_error"  # the code of a fault of this package or of the machine
 
 
 @dataclass
@@ -66,14 +67,14 @@ class AnswerEvent:
 
 def failure_of(error: BaseException) -> tuple[int, str]:
     """The status of HTTP and the code of an error that a row has failed of while it was decoded.
-    The code is "internal_error" for a fault of this package or of the machine."""
+    The code is INTERNAL where it is a fault of this package or of the machine."""
     if isinstance(error, CancelledError):
         return 503, "cancelled"
     if isinstance(error, RuntimeError) and is_out_of_memory(error):
         return 400, "context_length_exceeded"
     if isinstance(error, FloatingPointError):
         return 500, "not_a_number"
-    return 500, "internal_error"
+    return 500, INTERNAL
 
 
 def server_sent(chunk: dict[str, Any]) -> bytes:

@@ -16,7 +16,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dsb_runtime.config import DecodingConfig, check_int, rule_names, settings
-from dsb_runtime.defaults import defaults_for
+from dsb_runtime.defaults import defaults_for, fitted
 from dsb_runtime.engine.request import check_settings
 from dsb_runtime.families import check_model
 
@@ -171,15 +171,20 @@ def length_of(body: Mapping[str, Any]) -> tuple[str, Any] | None:
     return named[0] if named else None
 
 
-def encode(
-    tokenizer: PreTrainedTokenizerBase, name: str, text: str, add_special_tokens: bool = True
-) -> list[int]:
-    """The ids of a text, which must not have half of a surrogate pair (JSON may)."""
+def check_text(name: str, text: str) -> None:
+    """Raise BodyError for half of a surrogate pair, which JSON may have."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
         said = f"{name}: character {error.start} is half of a surrogate pair; expected text"
         raise BodyError(said, name) from error
+
+
+def encode(
+    tokenizer: PreTrainedTokenizerBase, name: str, text: str, add_special_tokens: bool = True
+) -> list[int]:
+    """The ids of a text, checked by `check_text`."""
+    check_text(name, text)
     return list(tokenizer(text, add_special_tokens=add_special_tokens).input_ids)
 
 
@@ -213,12 +218,27 @@ def chat_ids(tokenizer: PreTrainedTokenizerBase, messages: Any) -> list[int]:
     if not tokenizer.chat_template:
         raise BodyError("messages: the model has no chat template; expected a prompt", "messages")
     chat = [message_of(message, f"messages.{i}") for i, message in enumerate(messages)]
+    return template_ids(tokenizer, "messages", chat)
+
+
+def template_ids(
+    tokenizer: PreTrainedTokenizerBase, name: str, chat: list[dict[str, str]]
+) -> list[int]:
+    """The ids of a chat in the checkpoint's template. `name` is the field that it is from."""
     try:
         text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
     except Exception as error:  # a checkpoint's template may raise anything
-        said = f"messages: the model's chat template refuses them: {error}"
-        raise BodyError(said, "messages") from error
-    return encode(tokenizer, "messages", str(text), add_special_tokens=False)
+        raise BodyError(f"{name}: refused by the model's chat template: {error}", name) from error
+    return encode(tokenizer, name, str(text), add_special_tokens=False)
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, raw: bool) -> list[int]:
+    """The ids of a prompt: of a chat of one message, or of the text alone where that is `raw` or
+    the checkpoint has no template."""
+    check_text("prompt", prompt)  # its characters, and not those of the template, are counted
+    if raw or not tokenizer.chat_template:
+        return encode(tokenizer, "prompt", prompt)
+    return template_ids(tokenizer, "prompt", [{"role": "user", "content": prompt}])
 
 
 def prompts_of(tokenizer: PreTrainedTokenizerBase, prompt: Any) -> list[list[int]]:
@@ -273,7 +293,7 @@ class Reader:
         model_name: what clients call it.
         streams: whether an answer may be streamed.
         named: settings that hold where a body names no others. The selection rule of a body
-            replaces theirs, and their block is at most as long as the response of a body.
+            replaces theirs, and for a response of another length than theirs they are `fitted`.
     """
 
     model: PreTrainedModel
@@ -347,9 +367,8 @@ class Reader:
         try:
             if length is not None:
                 check_int(*length, 1)
-                both["gen_length"] = length[1]
-                if "block_length" in named:
-                    both["block_length"] = min(named["block_length"], length[1])
+                before = defaults_for(self.model, **self.named).gen_length
+                both = {**both, **fitted(named, before, length[1]), "gen_length": length[1]}
             return defaults_for(self.model, **both)
         except (TypeError, ValueError) as error:
             values = both if length is None else {**both, length[0]: length[1]}

@@ -18,7 +18,7 @@ from starlette.requests import ClientDisconnect
 from transformers import PreTrainedTokenizerBase
 
 from dsb_runtime.config import check_int
-from dsb_runtime.doors.openai.answers import ANSWERS, END, Completions, server_sent
+from dsb_runtime.doors.openai.answers import ANSWERS, END, INTERNAL, Completions, server_sent
 from dsb_runtime.doors.openai.asked import CHAT, TEXT, BodyError, Reader, read_object
 from dsb_runtime.doors.server import MAX_QUEUE
 from dsb_runtime.doors.server.decoding import Decoding, Service
@@ -211,7 +211,7 @@ def add_errors(app: FastAPI) -> None:
         return ApiError(error.status_code, said, headers=error.headers).response()
 
     async def fault(_: Request, error: Any) -> Response:  # its traceback is in the log
-        return ApiError(500, FAULT, code="internal_error").response()
+        return ApiError(500, FAULT, code=INTERNAL).response()
 
     app.add_exception_handler(ApiError, api_error)
     app.add_exception_handler(BodyError, invalid)

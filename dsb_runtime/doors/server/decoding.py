@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from dsb_runtime.doors.openai.answers import Answer, AnswerEvent, failure_of
+from dsb_runtime.doors.openai.answers import INTERNAL, Answer, AnswerEvent, failure_of
 from dsb_runtime.doors.openai.asked import Asked, setting_error
 from dsb_runtime.doors.openai.text import GrowingText
 from dsb_runtime.doors.server.errors import FAULT, ApiError, full
@@ -152,7 +152,7 @@ def failed(error: Exception) -> ApiError:
     (status, code), said = failure_of(error), str(error)
     if code == "cancelled":
         said = "the server has given this request up; try again"
-    elif code == "internal_error":
+    elif code == INTERNAL:
         logger.error("a request has failed", exc_info=error)
         said = FAULT
     return ApiError(status, said, code=code)

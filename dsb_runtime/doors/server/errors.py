@@ -9,8 +9,8 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from dsb_runtime.doors.openai.asked import BodyError, one_line
+from dsb_runtime.doors.openai.errors import error_body
 
-INVALID, SERVER = "invalid_request_error", "server_error"
 FAULT = "the server has a fault; its log says more"
 RETRY_SECONDS = "1"  # what Retry-After says: a row is free as soon as some answer ends
 
@@ -31,13 +31,7 @@ class ApiError(HTTPException):
         self.param, self.code, self.message = param, code, one_line(message)
 
     def body(self) -> dict[str, Any]:
-        kind = {429: "rate_limit_error"}.get(self.status_code, INVALID)
-        return {
-            "error": {
-                "message": self.message, "type": kind if self.status_code < 500 else SERVER,
-                "param": self.param, "code": self.code,
-            }
-        }  # fmt: skip
+        return error_body(self.status_code, self.message, self.param, self.code)
 
     def response(self) -> JSONResponse:
         return JSONResponse(self.body(), self.status_code, self.headers)
