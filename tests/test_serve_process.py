@@ -41,9 +41,12 @@ def process(*options: str, key: str = KEY) -> Iterator[tuple[subprocess.Popen[st
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DSB_API_KEY": key}
     env.pop("TRITON_INTERPRET", None)
     words = [sys.executable, "-m", "dsb_runtime", "serve", "--port", "0", *options]
+    # Tests that `nohup` runs ignore SIGHUP, and a process would inherit that.
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     server = subprocess.Popen(
         words, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
+    signal.signal(signal.SIGHUP, before)
     assert server.stdout is not None
     try:
         line = server.stdout.readline()

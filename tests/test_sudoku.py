@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import re
 from dataclasses import replace
 from itertools import product
+from pathlib import Path
 
 import pytest
 import torch
@@ -107,3 +110,18 @@ def test_a_run_writes_its_losses_and_goes_on_from_its_checkpoint(tmp_path, monke
     assert train.main([*arguments, "--steps", "5"]) == 0
     lines = log.read_text().splitlines()
     assert [line.split(",")[0] for line in lines] == ['{"step": 2', '{"step": 4']
+
+
+def test_the_log_of_the_training_is_whole_and_what_the_docs_say():
+    log = Path("benchmarks/train_sudoku.jsonl").read_text()
+    lines = [json.loads(line) for line in log.splitlines()]
+    assert [line["step"] for line in lines] == list(range(100, COURSE.settings.steps + 1, 100))
+    loss = {line["step"]: float(f"{line['loss']:.2g}") for line in lines}
+    said = re.search(
+        r"The loss fell from (\S+) \(mean of steps 401 to 500\) to (\S+) \(at 1000\), (\S+) "
+        r"\(2000\), (\S+) \(4000\) and (\S+) \(6000\)",
+        " ".join(Path("docs/results.md").read_text().split()),
+    )
+    assert said is not None
+    figures = [loss[step] for step in (500, 1000, 2000, 4000, 6000)]
+    assert list(map(float, said.groups())) == figures
