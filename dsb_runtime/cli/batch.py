@@ -151,12 +151,15 @@ class Decoder:
             seed = self.args.seed + line.number
         if seed is not None:
             generator = torch.Generator(self.engine.model.device).manual_seed(seed)
-        # Without an EOS no row ends before its response is full, and the text alone is cut.
-        stops = {"stop_strings": asked.stops, "tokenizer": self.reader.tokenizer}
-        how: dict[str, Any] = stops if self.eos_ids else {}
         requests = [
             self.engine.submit(
-                prompt, asked.config, generator=generator, record=asked.logprobs, **how
+                prompt,
+                asked.config,
+                generator=generator,
+                record=asked.logprobs,
+                # Without an EOS no row ends before its response is full, and the text alone is cut.
+                stop_strings=asked.stops if self.eos_ids else None,
+                tokenizer=self.reader.tokenizer,
             )
             for prompt in asked.prompts
             for _ in range(asked.samples)

@@ -42,13 +42,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--task", choices=TASKS, default="words", help="default: words; its model is the default")
     add("--limit", type=int, default=500, metavar="N", help="held-out problems (default: 500)")
     add("--gen-length", type=int, metavar="N", help="default: the task's")
-    add(
-        "--block-length",
-        type=int,
-        nargs="+",
-        metavar="N",
-        help="default: the task's; with --from, show these only",
-    )
+    add("--block-length", type=int, nargs="+", metavar="N",
+        help="default: the task's; with --from, show these only")  # fmt: skip
     add("--batch", type=int, default=100, help="decoded together (default: 100)")
     add("--seed", type=int, default=0, help="of the problems (default: 0)")
     add("--quick", action="store_true", help="threshold 0.9 and one block length only")
