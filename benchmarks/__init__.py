@@ -17,7 +17,12 @@ from dsb_runtime import load_model, load_tokenizer
 from dsb_runtime.cli.process import OneLineParser
 from dsb_runtime.demo.tasks import Task
 from dsb_runtime.files import read_json, write_json
-from dsb_runtime.measure.command import check_arguments, table_of, wide_console
+from dsb_runtime.measure.command import (
+    check_arguments,
+    markdown_table,
+    table_of,
+    wide_console,
+)
 from dsb_runtime.measure.evaluate import encode_prompts
 from dsb_runtime.measure.machine import describe_run
 
@@ -114,10 +119,8 @@ def record_of(
 
 def print_lines(columns: dict[str, str], lines: Iterable[Sequence[str]], markdown: bool) -> None:
     """Print a table. `columns` has the alignment of each column, "left" or "right"."""
-    if not markdown:
-        left = [index for index, side in enumerate(columns.values()) if side == "left"]
-        wide_console().print(table_of(list(columns), lines, left=left))
+    if markdown:
+        print(markdown_table(columns, lines))
         return
-    rules = ["--:" if side == "right" else "---" for side in columns.values()]
-    for line in (columns, rules, *lines):
-        print(f"| {' | '.join(line)} |")
+    left = [index for index, side in enumerate(columns.values()) if side == "left"]
+    wide_console().print(table_of(list(columns), lines, left=left))

@@ -34,6 +34,7 @@ from typing import Any
 from benchmarks import read_toml
 from dsb_runtime.cli.process import OneLineParser, run_process
 from dsb_runtime.files import read_json
+from dsb_runtime.measure.command import markdown_table
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "build" / "gpu_hour"  # ignored by git; a second call of the hour continues from it
@@ -250,7 +251,7 @@ def report(folder: Path, state: dict[str, Any]) -> str:
     """The table of all figures beside their targets, in Markdown, and what did not run."""
     machines: dict[str, None] = {}
     on_gpu = not state["small"]
-    table = ["| figure | target | measured | reached |", "| --- | --- | --- | --- |"]
+    table = []
     for target in read_toml("targets.toml")["target"]:
         lines: list[Any] = []
         for file in files_of(folder, target["part"]):
@@ -274,15 +275,15 @@ def report(folder: Path, state: dict[str, Any]) -> str:
             if value is not None:
                 right = value >= limit if bound == "at_least" else value <= limit
                 reached = "-" if not on_gpu else "yes" if right else "NO"
-        cells = (target["figure"], limit_text, measured.replace("|", "/"), reached)
-        table.append(f"| {' | '.join(cells)} |")
+        table.append((target["figure"], limit_text, measured, reached))
     others = [
         f"- {name}: {part['status']} {part['why']}"
         for name, part in state["parts"].items() if part["status"] != "ran"
     ]  # fmt: skip
     head = "\n".join(machines) or "nothing was measured"
     head += "" if on_gpu else "\nSmall shapes: the targets do not apply."
-    return "\n\n".join(filter(None, (head, "\n".join(table), "\n".join(others))))
+    columns = dict.fromkeys(("figure", "target", "measured", "reached"), "left")
+    return "\n\n".join(filter(None, (head, markdown_table(columns, table), "\n".join(others))))
 
 
 def calls_of(every: dict[str, Part], budget: float) -> dict[str, int]:

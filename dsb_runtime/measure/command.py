@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +89,14 @@ def table_of(
     for line in lines:
         table.add_row(*line)
     return table
+
+
+def markdown_table(columns: Mapping[str, str], lines: Iterable[Sequence[str]]) -> str:
+    """A table as Markdown. `columns` has the alignment of each column, "left" or "right"."""
+    rules = ("---:" if side == "right" else "---" for side in columns.values())
+    cells = ([cell.replace("|", "\\|") for cell in line] for line in (columns, *lines))
+    head, *rows = (f"| {' | '.join(line)} |" for line in cells)
+    return "\n".join([head, f"|{'|'.join(rules)}|", *rows])
 
 
 class PlainConsole(Console):

@@ -15,7 +15,7 @@ from dsb_kernels.rules import RULES
 from dsb_runtime.config import DEFAULT_RULE, DecodingConfig, settings
 from dsb_runtime.demo.tasks import TASKS
 from dsb_runtime.files import read_json
-from dsb_runtime.measure.command import MALFORMED, PlainConsole, table_of
+from dsb_runtime.measure.command import MALFORMED, PlainConsole, markdown_table, table_of
 from dsb_runtime.measure.plots import Point, draw_fronts
 
 SCHEDULES = ("naive", "DSB const", "DSB greedy")
@@ -172,14 +172,12 @@ class Record:
         for s in self.scores:
             place = (s.rule, s.config.block_length, s.cache)
             places[place][s.schedule] = f"{s.shown()} in {s.forwards:.1f}"
-        lines = [
-            f"| rule | block | cache | {' | '.join(SCHEDULES)} |",
-            f"|---|---:|---|{'---|' * len(SCHEDULES)}",
-        ]
-        for (rule, block, cache), cells in places.items():
-            columns = " | ".join(cells.get(schedule, "") for schedule in SCHEDULES)
-            lines.append(f"| {rule} | {block} | {cache} | {columns} |")
-        return "\n".join(lines)
+        columns = {"rule": "left", "block": "right", "cache": "left"}
+        columns |= dict.fromkeys(SCHEDULES, "left")
+        return markdown_table(columns, [
+            [rule, str(block), cache, *(cells.get(schedule, "") for schedule in SCHEDULES)]
+            for (rule, block, cache), cells in places.items()
+        ])  # fmt: skip
 
 
 def front(scores: Sequence[Score]) -> list[Score]:

@@ -27,12 +27,11 @@ MARKER = re.compile(
 def settings() -> str:
     """The settings as a Markdown table with a line for each field."""
     from dsb_runtime.config import settings_table
+    from dsb_runtime.measure.command import markdown_table
 
-    lines = ["| setting | type | default | accepted | what it does |", "|---|---|---|---|---|"]
-    for cells in settings_table():
-        name, kind, default, accepted, text = (str(cell).replace("|", "\\|") for cell in cells)
-        lines.append(f"| `{name}` | {kind} | {default} | {accepted} | {text} |")
-    return "\n".join(lines)
+    columns = ("setting", "type", "default", "accepted", "what it does")
+    lines = ([f"`{name}`", *map(str, cells)] for name, *cells in settings_table())
+    return markdown_table(dict.fromkeys(columns, "left"), lines)
 
 
 def op_names() -> list[str]:
@@ -61,13 +60,14 @@ def first_sentence(docstring: str) -> str:
 
 def modules(folder: str) -> str:
     """A Markdown table of a folder's modules and of what each says about itself."""
-    lines = ["| file | what it is |", "|---|---|"]
+    from dsb_runtime.measure.command import markdown_table
+
+    lines = []
     for path in sorted((ROOT / folder).glob("*.py")):
         docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
         if path.name not in ("__init__.py", "__main__.py"):
-            text = first_sentence(docstring).replace("|", "\\|")
-            lines.append(f"| `{path.name}` | {text} |")
-    return "\n".join(lines)
+            lines.append([f"`{path.name}`", first_sentence(docstring)])
+    return markdown_table({"file": "left", "what it is": "left"}, lines)
 
 
 def root_file(name: str) -> str:
