@@ -35,3 +35,11 @@ def pytest_configure(config):
 @pytest.fixture
 def production():
     """Asks for the table's own configurations (see `small_tiles` in tests/op_contract.py)."""
+
+
+@pytest.fixture(scope="module")
+def chat(tmp_path_factory):
+    """The folder of the golden LLaDA with a tokenizer. No test changes it."""
+    from tests.checkpoints import write_chat_model
+
+    return write_chat_model(tmp_path_factory.mktemp("chat"))

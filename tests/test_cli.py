@@ -27,11 +27,6 @@ SHORT = ("--gen-length", "16", "--block-length", "8")
 COUNTS = r"(\d+) tokens, (\d+) forwards, ([\d.]+) tokens per forward, [\d.]+ tokens/s"
 
 
-@pytest.fixture(scope="module")
-def chat(tmp_path_factory) -> Path:
-    return write_chat_model(tmp_path_factory.mktemp("chat"))
-
-
 def direct(ids: list[list[int]] = IDS, **settings: Any) -> dsb.GenerationOutput:
     """The same decoding through Python. The golden model is the chat model."""
     shape = {"gen_length": 16, "block_length": 8, "stop_at_eos": True}

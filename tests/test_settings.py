@@ -18,16 +18,10 @@ from dsb_runtime.config import settings, settings_table
 from dsb_runtime.defaults import defaults_for
 from dsb_runtime.engine.engine import Engine
 from tests import golden
-from tests.checkpoints import write_chat_model
 from tests.commands import ROOT, python
 
 IDS = torch.tensor([[2, 10, 20, 30, 3]])  # "w10 w20 w30" in the chat template
 PROMPT = "w10 w20 w30"
-
-
-@pytest.fixture(scope="module")
-def chat(tmp_path_factory) -> Path:
-    return write_chat_model(tmp_path_factory.mktemp("chat"))
 
 
 # --- the table --------------------------------------------------------------------------------

@@ -25,7 +25,6 @@ from dsb_runtime.measure.trace import (
     Trace,
 )
 from tests import golden
-from tests.checkpoints import write_chat_model
 
 PROMPT = torch.tensor([[5, 6, 7, 8, 9]])
 SHAPE = {"gen_length": 24, "block_length": 8}
@@ -33,8 +32,8 @@ MASK = 511
 
 
 @pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory) -> PreTrainedTokenizerBase:
-    return dsb.load_tokenizer(write_chat_model(tmp_path_factory.mktemp("chat")))
+def tokenizer(chat) -> PreTrainedTokenizerBase:
+    return dsb.load_tokenizer(chat)
 
 
 def decode(watch, ids: torch.Tensor = PROMPT, family: str = "llada", **settings):

@@ -26,7 +26,8 @@ from dsb_runtime.cli.batch_lines import Line, Work, answer_of, error_of, is_erro
 from dsb_runtime.config import check_int
 from dsb_runtime.defaults import defaults_for
 from dsb_runtime.doors.openai.answers import INTERNAL, Answer, failure_of
-from dsb_runtime.doors.openai.asked import BodyError, Reader
+from dsb_runtime.doors.openai.asked import Reader
+from dsb_runtime.doors.openai.errors import BodyError
 from dsb_runtime.doors.openai.text import GrowingText
 from dsb_runtime.doors.server import served_name
 from dsb_runtime.engine.batch import BatchEngine

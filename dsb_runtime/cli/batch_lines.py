@@ -11,18 +11,16 @@ from dsb_runtime.doors.openai.asked import (
     CHAT,
     TEXT,
     Asked,
-    BodyError,
     Reader,
     chat_ids,
     check_fields,
     length_of,
     prompt_ids,
     read_object,
-    refusal,
     seed_of,
     stops_of,
 )
-from dsb_runtime.doors.openai.errors import error_body
+from dsb_runtime.doors.openai.errors import BodyError, error_body, refusal
 from dsb_runtime.engine.request import Request
 from dsb_runtime.families import check_model
 

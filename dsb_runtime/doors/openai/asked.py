@@ -17,11 +17,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dsb_runtime.config import DecodingConfig, check_int, rule_names, settings
 from dsb_runtime.defaults import defaults_for, fitted
+from dsb_runtime.doors.openai.errors import BodyError, as_json, refusal
 from dsb_runtime.engine.request import check_settings
 from dsb_runtime.families import check_model
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
-LONGEST, MOST_SHOWN = 1000, 120  # characters of a message, and of a value in it
 JSON_WORDS = {"None": "null", "True": "true", "False": "false"}
 LENGTHS = ("max_completion_tokens", "max_tokens", "gen_length")  # three names of one setting
 MOST_STOPS, MOST_SAMPLES = 4, 128  # as OpenAI's API has them
@@ -54,38 +54,6 @@ NEUTRAL: dict[str, Neutral] = {
 NEUTRAL_MESSAGE: Neutral = {
     "refusal": (), "tool_calls": ([],), "function_call": (), "audio": (), "annotations": ([],),
 }  # fmt: skip
-
-
-def one_line(text: str) -> str:
-    """A message as it is sent: one line of readable length, without halves of surrogate pairs."""
-    text = " ".join(text.encode(errors="backslashreplace").decode().split())
-    return text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
-
-
-def as_json(value: Any) -> str:
-    """A value of a body as its writer knows it, cut to readable length."""
-    try:
-        text = json.dumps(value, ensure_ascii=False)
-    except RecursionError:
-        return f"a {type(value).__name__} of more levels than Python can write"
-    return text if len(text) <= MOST_SHOWN else f"{text[:MOST_SHOWN]}..."
-
-
-class BodyError(ValueError):
-    """A body that is not accepted. `param` is the field that is wrong, `code` what programs read,
-    `status` that of HTTP."""
-
-    def __init__(
-        self, message: str, param: str | None = None, code: str | None = None, status: int = 400
-    ) -> None:
-        super().__init__(one_line(message))
-        self.param = None if param is None else one_line(param)
-        self.code, self.status = code, status
-
-
-def refusal(name: str, value: Any, accepted: str, why: str = "") -> BodyError:
-    """The error for a field whose value is not accepted."""
-    return BodyError(f"{name}={as_json(value)}:{why} expected {accepted}", name)
 
 
 def setting_error(error: Exception, values: Mapping[str, Any]) -> BodyError:

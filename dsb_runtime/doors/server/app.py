@@ -19,7 +19,8 @@ from transformers import PreTrainedTokenizerBase
 
 from dsb_runtime.config import check_int
 from dsb_runtime.doors.openai.answers import ANSWERS, END, INTERNAL, Completions, server_sent
-from dsb_runtime.doors.openai.asked import CHAT, TEXT, BodyError, Reader, read_object
+from dsb_runtime.doors.openai.asked import CHAT, TEXT, Reader, read_object
+from dsb_runtime.doors.openai.errors import BodyError
 from dsb_runtime.doors.server import MAX_QUEUE
 from dsb_runtime.doors.server.decoding import Decoding, Service
 from dsb_runtime.doors.server.errors import FAULT, ApiError, body_error

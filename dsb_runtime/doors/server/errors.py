@@ -8,8 +8,7 @@ from typing import Any
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from dsb_runtime.doors.openai.asked import BodyError, one_line
-from dsb_runtime.doors.openai.errors import error_body
+from dsb_runtime.doors.openai.errors import BodyError, error_body, one_line
 
 FAULT = "the server has a fault; its log says more"
 RETRY_SECONDS = "1"  # what Retry-After says: a row is free as soon as some answer ends
