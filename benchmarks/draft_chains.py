@@ -2,10 +2,10 @@
 
     python -m benchmarks.draft_chains --json benchmarks/draft_chains.json
 
-The steps are the engine's own, without a cache, and so is every guess: the rule selects by the
-confidences that are known. In a *chain* each draft follows from the one before it, and all of them
-are computed beside the step. Of the *two likeliest* next states one is the engine's guess; the
-other decides otherwise about the candidate of which the guess was least certain.
+The steps are the engine's own, and so is every guess: the rule selects by the confidences that are
+known. In a *chain* each draft follows from the one before it and sees its keys and values, and all
+of them are computed beside the step. Of the *two likeliest* next states one is the engine's guess;
+the other decides otherwise about the candidate of which the guess was least certain.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from benchmarks.drafts import NAMES, settings_of
 from dsb_kernels.rows import read_rows
 from dsb_runtime.cli.process import run_process
 from dsb_runtime.demo.tasks import TASKS
+from dsb_runtime.engine.cache import KVCache
 from dsb_runtime.engine.drafts import STATE, DraftingStep, DraftState
 from dsb_runtime.engine.session import Session, next_step
 
@@ -65,11 +66,28 @@ def guess(step: DraftingStep, drafts: Sequence[DraftState], chain: int) -> None:
         step.guess()
 
 
+def copy_of(cache: KVCache) -> KVCache:
+    """A cache into which a draft may write before it is accepted."""
+    if cache.scratch:  # no forward reads what another has written
+        return cache
+    keys, values = ([x.clone() for x in buffers] for buffers in (cache.keys, cache.values))
+    return replace(cache, keys=keys, values=values)
+
+
+def keep(cache: KVCache, drafted: KVCache, accepted: torch.Tensor) -> None:
+    """Write the K and V of accepted drafts (B,) into the cache."""
+    for mine, theirs in zip(
+        (*cache.keys, *cache.values), (*drafted.keys, *drafted.values), strict=True
+    ):
+        if mine is not theirs:
+            mine[accepted] = theirs[accepted]
+
+
 def decode(session: Session, chain: int, second: bool) -> int:
-    """Decode a session of `drafts=1` and `cache="none"` to its end. Returns how many forwards its
-    rows took part in."""
+    """Decode a session of `drafts=1` to its end. Returns how many forwards its rows took part
+    in."""
     step, forwards = session.step, 0
-    state, known = step.state, step.drafts
+    state, known, cache = step.state, step.drafts, step.cache
     drafts = [
         known._replace(**{name: getattr(known, name).clone() for name in STATE})
         for _ in range(chain + second)
@@ -82,16 +100,23 @@ def decode(session: Session, chain: int, second: bool) -> int:
             return forwards
         forwards += shape.num_rows
         shape = replace(shape, num_rows=num_rows)
-        computed = []
-        for each in (state, *drafts):
+        computed, caches = [], [cache]
+        for number, each in enumerate((state, *drafts)):
+            if number:  # a draft of the chain sees the one before it, another the step alone
+                caches.append(copy_of(caches[number - 1 if number <= chain else 0]))
+            step.cache = caches[-1]
             layout, position = step.place(each, shape, num_rows)
             computed.append((layout, position, step.propose(shape, layout, None, None)[0]))
+        step.cache = cache
         for layout, position, proposed in reversed(computed):
             step.remember(layout, position, proposed)
         step.unmask(computed[0][0], computed[0][2])
-        for draft, (layout, position, proposed) in zip(drafts, computed[1:], strict=True):
+        for draft, drafted, (layout, position, proposed) in zip(
+            drafts, caches[1:], computed[1:], strict=True
+        ):
             step.drafts = draft
             accepted, table = layout.active & step.equal(), state.table.clone()
+            keep(cache, drafted, accepted)
             layout = layout._replace(active=accepted)
             step.remember(layout, position, proposed)
             step.unmask(layout, proposed)
@@ -126,7 +151,7 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
         for block in task.compared:
             for name, how in settings_of(task.gen_length, block, [0.9], False):
                 general = {"steps", "threshold"} & how.keys()
-                if general and name["cache"] == "none" and name["schedule"] != "DSB const":
+                if general and name["schedule"] != "DSB const":
                     counts = {
                         way: count_forwards(model, batches, how, *drafts)[0]
                         for way, drafts in WAYS.items()
@@ -137,10 +162,11 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args, lines = record_of(problems_parser("draft_chains", __doc__), argv, measure)
+    names = NAMES | {"cache": "left"}
     print_lines(
-        NAMES | dict.fromkeys(WAYS, "right"),
+        names | dict.fromkeys(WAYS, "right"),
         [
-            [*(str(line[name]) for name in NAMES),
+            [*(str(line[name]) for name in names),
              *(f"{line[way] / line['problems']:.2f}" for way in WAYS)]
             for line in lines
         ],

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import dsb_runtime as dsb
-from benchmarks import batches_of, draft_chains, drafts, problems_parser
+from benchmarks import batches_of, draft_chains, drafts, problems_parser, slow_forwards
 from dsb_runtime.demo.tasks import TASKS
 from dsb_runtime.files import read_json
 from tests.commands import ROOT
@@ -22,13 +22,14 @@ def puzzles():
     return model, batches
 
 
+@pytest.mark.parametrize("cache", drafts.CACHES)
 @pytest.mark.parametrize(
-    "rule", [{"threshold": 0.9}, {"steps": 12, "schedule": "naive"}], ids=["threshold", "quota"]
+    "rule", [{"threshold": 0.99}, {"steps": 18, "schedule": "naive"}], ids=["threshold", "quota"]
 )
-def test_one_draft_is_counted_as_the_engine_runs_it(puzzles, rule):
+def test_one_draft_is_counted_as_the_engine_runs_it(puzzles, rule, cache):
     """Forwards without drafts and with one, and the tokens in every way to run drafts."""
     model, batches = puzzles
-    how = {"gen_length": 36, "block_length": 6, "cache": "none", "stop_at_eos": True, **rule}
+    how = {"gen_length": 36, "block_length": 12, "cache": cache, "stop_at_eos": True, **rule}
     counts = {}
     for way, (chain, second) in draft_chains.WAYS.items():
         counts[way], (canvas,) = draft_chains.count_forwards(model, batches, how, chain, second)
@@ -37,7 +38,8 @@ def test_one_draft_is_counted_as_the_engine_runs_it(puzzles, rule):
             (expected,), measured = drafts.decode(model, batches, config)
             assert counts[way] == sum(measured["kinds"].values())
         assert torch.equal(canvas, expected)
-    assert counts["of three"] <= counts["a chain of two"] < counts["one"] < counts["no draft"]
+    assert counts["of three"] <= counts["a chain of two"] <= counts["one"] <= counts["no draft"]
+    assert "threshold" in rule or counts["a chain of two"] < counts["one"] < counts["no draft"]
     assert counts["the two likeliest"] <= counts["one"]
 
 
@@ -74,3 +76,21 @@ def test_kept_counts_are_the_measured_ones():
     for line in lines:
         names = tuple(line[name] for name in ("cache", "problems", *drafts.NAMES))
         assert (line["no draft"], line["one"]) == measured[names], names
+
+
+def test_forwards_of_one_token_are_counted(puzzles):
+    """Against the events of a decoding that is watched."""
+    model, batches = puzzles
+    config = dsb.DecodingConfig(
+        gen_length=36, block_length=6, threshold=0.99, cache="none", stop_at_eos=True
+    )
+    committed = []
+
+    def watch(event: dsb.StepEvent) -> None:
+        committed.extend(event.commit[event.rows].sum(-1).tolist())
+
+    counts = slow_forwards.count(model, batches, config)
+    for _, ids, mask in batches:
+        dsb.generate(model, ids, config, attention_mask=mask, on_step=watch)
+    assert counts["forwards"] == len(committed)
+    assert counts["one token"] == committed.count(1) > 0

@@ -212,5 +212,6 @@ def test_names_beside_the_curves_do_not_overlap():
 @pytest.mark.parametrize("path", sorted(Path("benchmarks").glob("eval_*.json")), ids=str)
 def test_the_scores_of_the_repository_are_those_of_todays_settings(path, tmp_path, capsys):
     record = Record.of(json.loads(path.read_text()))
-    assert {s.config for s in record.scores} <= set(build_settings(TASKS[record.task]))
+    measured, every = {s.config for s in record.scores}, set(build_settings(TASKS[record.task]))
+    assert measured == every or (measured < every and "2000" in path.stem)
     show(record, tmp_path / "scores.png")
