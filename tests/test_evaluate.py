@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import matplotlib.image
 import numpy as np
@@ -22,8 +22,17 @@ from dsb_runtime.demo.tasks import TASKS
 from dsb_runtime.files import write_json
 from dsb_runtime.measure import evaluate
 from dsb_runtime.measure.evaluate import build_settings, encode_prompts, measure, rule_values
-from dsb_runtime.measure.plots import CURVE_COLORS, spread
-from dsb_runtime.measure.scores import Record, Score, front, show, wilson
+from dsb_runtime.measure.plots import CURVES, Box, place_name
+from dsb_runtime.measure.scores import (
+    SCHEDULES,
+    WHOLE,
+    Record,
+    Score,
+    front,
+    one_token_note,
+    show,
+    wilson,
+)
 
 WORDS, SUDOKU = TASKS["words"], TASKS["sudoku"]
 QUICK = ["eval", "--limit", "2", "--batch", "2", "--quick", "--device", "cpu"]
@@ -169,10 +178,7 @@ def test_what_is_shown_of_a_file(tmp_path, capsys):
     assert cli.main([*shown, "--plot", str(picture)]) == 0
     table = capsys.readouterr().out
     assert "94.0 (92.4-95.3)" in table and "threshold 0.5" in table and "progress 1" in table
-    picture_rgb = (matplotlib.image.imread(picture)[:, :, :3] * 255).round()
-    for color in CURVE_COLORS:  # naive, const, greedy and the whole canvas
-        rgb = [int(color[i : i + 2], 16) for i in (1, 3, 5)]
-        assert (np.abs(picture_rgb - rgb).max(-1) <= 1).sum() > 100
+    assert colors_in(picture) == SCHEDULES
     assert cli.main([*shown, "--quick", "--markdown"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[2] == "| one token a step | 36 | none | 94.0 (92.4-95.3) in 36.0 |  |  |"
@@ -202,11 +208,58 @@ def test_the_front_has_what_no_other_beats():
     assert [(s.exact, s.forwards) for s in front(made)] == [(60, 5.0), (70, 8.0)]
 
 
+def colors_in(picture: Path) -> tuple[str, ...]:
+    """The names of the curves whose colours a picture has."""
+    image = (matplotlib.image.imread(picture)[:, :, :3] * 255).round()
+
+    def drawn(color: str) -> bool:
+        rgb = [int(color[i : i + 2], 16) for i in (1, 3, 5)]
+        return (np.abs(image - rgb).max(-1) <= 1).sum() > 100
+
+    names = (*SCHEDULES, WHOLE)
+    return tuple(n for n, style in zip(names, CURVES, strict=True) if drawn(style["color"]))
+
+
+def test_one_token_a_step_is_drawn_where_there_is_nothing_else(tmp_path):
+    path, scored = tmp_path / "scores.png", scores()
+
+    def drawn(*scores: Score) -> tuple[str, ...]:
+        show(Record("sudoku", "0", 1000, 0, 36, list(scores)), path)
+        return colors_in(path)
+
+    assert drawn(scored[0]) == (WHOLE,)
+    whole = Score(DecodingConfig(gen_length=36, block_length=36), 1000, 900, 3.0, 36.0)
+    assert drawn(*scored, whole) == (*SCHEDULES, WHOLE)
+
+
+def test_what_the_picture_says_of_one_token_a_step():
+    def of(exact: int, forwards: float, **settings: Any) -> Score:
+        config = DecodingConfig(gen_length=36, steps=36, **settings)
+        return Score(config, 1000, exact, forwards, 36.0)
+
+    slow = {"naive": [of(780, 30.4), of(782, 36.0)], "DSB const": [], "DSB greedy": [of(782, 36.0)],
+            "no blocks": [of(994, 36.0, confidence="margin")]}  # fmt: skip
+    assert all(score.one_token for scores in slow.values() for score in scores)
+    said = "One token a step (30 to 36 forwards): naive, DSB greedy 78.2%; no blocks 99.4%."
+    assert one_token_note(slow) == said
+    assert "(36 forwards)" in one_token_note({"naive": [of(1, 36.0)]})
+    assert one_token_note({"naive": []}) == ""
+
+
 def test_names_beside_the_curves_do_not_overlap():
-    heights = spread({"a": 100.0, "b": 100.0, "c": 99.0, "d": 20.0}, 5.0)
-    assert sorted(heights, key=lambda name: heights[name]) == ["d", "c", "a", "b"]
-    ordered = sorted(heights.values())
-    assert all(high - low >= 4.99 for low, high in itertools.pairwise(ordered))
+    inside, size, random = Box(80, 70, 1000, 640), (110, 20), np.random.default_rng(0)
+    places = random.uniform((80, 70), (1000, 640), (50, 4, 2))
+    for ends in (*places, 4 * [(500, 640)], 4 * [(80, 70)], 4 * [(1000, 355)]):
+        names: list[Box] = []
+        for end in ends:
+            box = place_name(size, end, inside, names, [tuple(end) for end in ends])
+            assert inside.has(*box[:2]) and inside.has(*box[2:])
+            assert not any(box.meets(name) for name in names)
+            names.append(box)
+    free = place_name(size, (500, 300), inside, [], [])
+    assert free == (512, 290, 622, 310), "a name is on the right of its end where nothing is"
+    beside = place_name(size, (500, 300), inside, [], [(560, 305)])
+    assert not beside.has(560, 305)
 
 
 @pytest.mark.parametrize("path", sorted(Path("benchmarks").glob("eval_*.json")), ids=str)

@@ -6,6 +6,8 @@ matplotlib is imported where a picture is drawn: it is slow to import.
 from __future__ import annotations
 
 import functools
+import itertools
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, ParamSpec
@@ -15,9 +17,12 @@ from dsb_runtime.files import check_writable
 STEP_COLORS = {"window": "#5b8cc9", "response": "#7fb069", "refresh": "#e0a63a"}
 ROW_COLORS = {"continuous": "#5b8cc9", "static": "#e0a63a"}  # of the ways to batch
 LIMIT_STYLES: tuple[dict[str, Any], ...] = ({"color": "black"}, {"color": "#b02a2a", "ls": ":"})
-CURVE_COLORS = ("#2b6cb0", "#c05621", "#2f855a", "#6b46c1")
-TICKS = (1, 2, 3, 4, 5, 6, 8, 10, 14, 20, 28, 36, 50, 64, 100, 200, 500)  # of forwards
-LABEL_SPACE = 0.06  # between two names, as a share of the picture's height
+# Colours that the colour-blind tell apart (Okabe and Ito's, and grey), and a mark for each.
+CURVES: tuple[dict[str, Any], ...] = (
+    {"color": "#0072b2", "marker": "o"}, {"color": "#d55e00", "marker": "s"},
+    {"color": "#009e73", "marker": "D"}, {"color": "#6b7280", "marker": "^", "ls": "--"},
+)  # fmt: skip
+AWAY = (12, 30, 55, 85, 120, 160, 200)  # pixels from a curve's end to its name
 
 P = ParamSpec("P")
 
@@ -57,65 +62,126 @@ class Point(NamedTuple):
     high: float
 
 
+class Box(NamedTuple):
+    """A rectangle of the picture, in pixels."""
+
+    left: float
+    bottom: float
+    right: float
+    top: float
+
+    @classmethod
+    def around(cls, middle: tuple[float, float], size: tuple[float, float]) -> Box:
+        (x, y), (width, height) = middle, size
+        return cls(x - width / 2, y - height / 2, x + width / 2, y + height / 2)
+
+    @property
+    def middle(self) -> tuple[float, float]:
+        return (self.left + self.right) / 2, (self.bottom + self.top) / 2
+
+    def nearest(self, x: float, y: float) -> tuple[float, float]:
+        return min(max(x, self.left), self.right), min(max(y, self.bottom), self.top)
+
+    def has(self, x: float, y: float) -> bool:
+        return self.left <= x <= self.right and self.bottom <= y <= self.top
+
+    def meets(self, other: Box) -> bool:
+        across = self.left < other.right and other.left < self.right
+        return across and self.bottom < other.top and other.bottom < self.top
+
+
 @without_formulas
 def draw_fronts(
-    curves: dict[str, list[Point]], points: list[Point], title: str, path: Path
+    curves: dict[str, list[Point]], points: list[Point], title: str, note: str, path: Path
 ) -> None:
-    """Draw exact answers against forwards: each curve with its intervals and its name beside it,
-    and all `points` as faint dots. A curve's points are in the order of their forwards."""
+    """Draw exact answers against forwards: each curve with its intervals and its name beside its
+    end, all `points` as faint dots, and a `note` below. A curve's points are in the order of their
+    forwards; a curve without points is left out, and its colour too. The axis ends behind the
+    curves: dots further right are counted alone."""
     from matplotlib.figure import Figure
-    from matplotlib.ticker import FixedLocator, NullLocator, ScalarFormatter
 
-    figure = Figure(figsize=(7.2, 4.6), layout="constrained")
+    styles = dict(zip(curves, itertools.cycle(CURVES), strict=False))
+    curves = {name: curve for name, curve in curves.items() if curve}
+    figure = Figure(figsize=(7.2, 4.8), dpi=140, layout="constrained")
     axes = figure.subplots()
-    axes.set_xscale("log")
-    for p in points:
-        axes.plot(p.forwards, p.exact, ".", ms=5, color="#b9bec6", mew=0)
-    colors = {name: CURVE_COLORS[i % len(CURVE_COLORS)] for i, name in enumerate(curves)}
+    left, right = axis_of([p.forwards for curve in curves.values() for p in curve])
+    dots = [p for p in points if p.forwards <= right]
+    axes.plot([p.forwards for p in dots], [p.exact for p in dots], ".", ms=4, mew=0, c="#c9cdd3")
     for name, curve in curves.items():
-        x, y = [p.forwards for p in curve], [p.exact for p in curve]
-        # At 0 and 100% an end of the interval may lie a rounding error inside of it.
-        ends = [(max(0.0, p.exact - p.low), max(0.0, p.high - p.exact)) for p in curve]
-        axes.errorbar(
-            x, y, list(zip(*ends, strict=True)), color=colors[name], marker="o", ms=4.5, lw=1.8,
-            elinewidth=0.9, capsize=2,
-        )  # fmt: skip
-    low, high = min(p.forwards for p in points), max(p.forwards for p in points)
-    axes.set_xlim(low / 1.12, high * 2.1)  # the names stand on the right
-    axes.xaxis.set_major_locator(FixedLocator([t for t in TICKS if low / 1.12 <= t <= high * 1.1]))
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(ScalarFormatter())
-    axes.set(xlabel="forwards per problem (logarithmic)")
-    axes.set(ylabel="exact answers, %, with 95% interval")
-    axes.set_title(title, fontsize=10.5)
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
-    bottom, top = min(p.low for p in points), max(p.high for p in points)
+        forwards, exact, low, high = zip(*curve, strict=True)
+        axes.vlines(forwards, low, high, styles[name]["color"], lw=0.9, alpha=0.5)
+        axes.plot(forwards, exact, lw=1.8, ms=6, mec="white", mew=0.7, **styles[name])
+    bottom, top = axes.dataLim.intervaly
     margin = max(0.05 * (top - bottom), 0.5)
-    axes.set_ylim(bottom - margin, top + margin)
-    axes.set_yticks([t for t in axes.get_yticks() if bottom - margin <= t <= 100])
-    last = {name: curve[-1] for name, curve in curves.items()}
-    right = 1.1 * max(p.forwards for p in last.values())
-    apart = LABEL_SPACE * (top - bottom + 2 * margin)
-    for name, height in spread({name: p.exact for name, p in last.items()}, apart).items():
-        axes.annotate(
-            name, (last[name].forwards, last[name].exact), (right, height), color=colors[name],
-            va="center", fontsize=10, fontweight="bold",
-            arrowprops={"arrowstyle": "-", "color": colors[name], "alpha": 0.4, "lw": 0.8},
+    axes.set_yticks([t for t in axes.get_yticks() if 0 <= t <= 100])
+    axes.set(xlim=(left, right), ylim=(bottom - margin, top + margin))
+    axes.set(xlabel="forwards per problem", ylabel="exact answers, %, with 95% interval")
+    axes.set_title(title, fontsize=10.5)
+    axes.grid(alpha=0.2)
+    axes.spines[["top", "right"]].set_visible(False)
+    others = f" (and {len(points) - len(dots)} further right)" if len(points) > len(dots) else ""
+    note = f"Up and to the left is better. Grey dots: the other settings{others}.\n{note}"
+    figure.supxlabel(note.strip(), x=0.01, ha="left", fontsize=8.5, color="#4a4f57")
+    figure.draw_without_rendering()  # the layout is known from here on
+    write_names(axes, curves, {name: styles[name]["color"] for name in curves})
+    figure.savefig(path)
+
+
+def axis_of(forwards: list[float]) -> tuple[float, float]:
+    """The ends of the axis around the curves' forwards, with room on the right for names."""
+    low, high = min(forwards), max(forwards)
+    wide = max(high - low, 0.1 * high)
+    return low - 0.05 * wide, high + 0.3 * wide
+
+
+def write_names(axes: Any, curves: dict[str, list[Point]], colors: dict[str, str]) -> None:
+    """Write each curve's name near its end; a line leads to an end that is further off."""
+    from matplotlib.patheffects import withStroke
+
+    pixels, inside = axes.transData, Box(*axes.get_window_extent().extents)
+    lines = [pixels.transform([p[:2] for p in curve]) for curve in curves.values()]
+    drawn = [tuple(line[-1]) for line in lines]
+    for line in lines:
+        for a, b in itertools.pairwise(line):
+            drawn += [tuple(a + (b - a) * i / 40) for i in range(40)]
+    names: list[Box] = []
+    # From the right on: there names have the least room.
+    for name in sorted(curves, key=lambda name: -curves[name][-1].forwards):
+        color, end = colors[name], pixels.transform(curves[name][-1][:2])
+        text = axes.text(
+            0, 0, name, color=color, fontsize=10, fontweight="bold", ha="center", va="center",
+            path_effects=[withStroke(linewidth=3, foreground="white")],
         )  # fmt: skip
-    figure.savefig(path, dpi=140)
+        box = place_name(text.get_window_extent().size, end, inside, names, drawn)
+        text.set_position(pixels.inverted().transform(box.middle))
+        near = box.nearest(*end)
+        if math.dist(near, end) > 1.5 * AWAY[0]:
+            ends = pixels.inverted().transform((near, end))
+            axes.plot(*ends.T, color=color, lw=0.8, alpha=0.6, zorder=1)
+        names.append(box)
 
 
-def spread(heights: dict[str, float], apart: float) -> dict[str, float]:
-    """The heights moved until each is at least `apart` from the next, in the same order, about
-    their mean."""
-    order = sorted(heights, key=lambda name: heights[name])
-    moved: dict[str, float] = {}
-    for name in order:
-        below = max(moved.values(), default=-1e9)
-        moved[name] = max(heights[name], below + apart)
-    shift = sum(heights.values()) / len(heights) - sum(moved.values()) / len(moved)
-    return {name: height + shift for name, height in moved.items()}
+def place_name(
+    size: tuple[float, float],
+    end: tuple[float, float],
+    inside: Box,
+    names: list[Box],
+    drawn: list[tuple[float, float]],
+) -> Box:
+    """Where a name of this size goes: inside the axes, on none of `names`, and so that it is near
+    its curve's end and covers few of the points `drawn`. All is in pixels."""
+    best, least = Box.around(end, size), math.inf
+    for away, turn in itertools.product(AWAY, range(24)):
+        angle = 2 * math.pi * turn / 24  # the first is on the right
+        across, up = away + size[0] / 2, away + size[1] / 2
+        middle = end[0] + across * math.cos(angle), end[1] + up * math.sin(angle)
+        box = Box.around(middle, size)
+        air = Box.around(middle, (size[0] + 16, size[1] + 16))
+        cost = away + 20 * (1 - math.cos(angle)) + 30 * sum(air.has(*p) for p in drawn)
+        free = inside.has(*box[:2]) and inside.has(*box[2:])
+        if cost < least and free and not any(box.meets(name) for name in names):
+            best, least = box, cost
+    return best
 
 
 @without_formulas

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import defaultdict
 from collections.abc import Sequence
@@ -67,6 +68,12 @@ class Score:
         return WHOLE if whole else self.schedule
 
     @property
+    def one_token(self) -> bool:
+        """Whether each step commits one token, whatever the confidence."""
+        rule = RULES[self.config.rule]
+        return rule.kind is int and getattr(self.config, rule.setting) == self.config.gen_length
+
+    @property
     def cache(self) -> str:
         """The cache policy; "dsb/4" where one refresh in four is full."""
         every = self.config.full_every
@@ -79,7 +86,7 @@ class Score:
         config, rule = self.config, RULES[self.config.rule]
         value = getattr(config, rule.setting)
         other = config.confidence != rule.confidences[0]
-        if rule.kind is int and value == config.gen_length:
+        if self.one_token:
             return f"one token, {config.confidence}" if other else "one token a step"
         words = f"{rule.setting} {value:g}"
         if other:
@@ -217,15 +224,37 @@ def show(record: Record, plot: Path | None, markdown: bool = False) -> None:
     else:
         print_table(record)
     if plot is not None:
-        curves: dict[str, list[Score]] = {name: [] for name in (*SCHEDULES, WHOLE)}
-        for score in record.scores:
-            curves.setdefault(score.curve, []).append(score)
-        fronts = {name: front(scores) for name, scores in curves.items() if scores}
-        draw_fronts(
-            {name: [point(score) for score in scores] for name, scores in fronts.items()},
-            [point(score) for score in record.scores],
-            f"{record.task}, {record.problems} held-out problems: the best of each schedule", plot,
-        )  # fmt: skip
+        draw(record, plot)
+
+
+def draw(record: Record, plot: Path) -> None:
+    """Draw the front of each schedule. What commits one token a step takes far more forwards than
+    the others, and stands in a note, unless the record has nothing else."""
+    curves: dict[str, list[Score]] = {name: [] for name in (*SCHEDULES, WHOLE)}
+    slow: dict[str, list[Score]] = {name: [] for name in curves}
+    for score in record.scores:
+        (slow if score.one_token else curves).setdefault(score.curve, []).append(score)
+    note = one_token_note(slow)
+    if not any(curves.values()):
+        curves, note = slow, ""
+    draw_fronts(
+        {name: [point(score) for score in front(scores)] for name, scores in curves.items()},
+        [point(score) for scores in curves.values() for score in scores],
+        f"{record.task}, {record.problems} held-out problems: the best of each schedule", note,
+        plot,
+    )  # fmt: skip
+
+
+def one_token_note(curves: dict[str, list[Score]]) -> str:
+    """A sentence with the best share of each curve at one token a step, or "" without scores."""
+    best = {name: max(point(s).exact for s in scores) for name, scores in curves.items() if scores}
+    if not best:
+        return ""
+    taken = [f"{s.forwards:.0f}" for scores in curves.values() for s in scores]
+    forwards = " to ".join(dict.fromkeys((min(taken, key=int), max(taken, key=int))))
+    same = itertools.groupby(best, key=lambda name: f"{best[name]:.1f}%")
+    shares = "; ".join(f"{', '.join(names)} {share}" for share, names in same)
+    return f"One token a step ({forwards} forwards): {shares}."
 
 
 def point(score: Score) -> Point:
