@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -26,7 +27,7 @@ HEADERS = {"Authorization": f"Bearer {KEY}"}
 
 @dataclass
 class Served:
-    """A server with the embedded model, and what its tests need."""
+    """A server with an embedded model, and what its tests need."""
 
     url: str
     app: FastAPI
@@ -45,9 +46,9 @@ class Served:
 
 
 @contextlib.contextmanager
-def serving(max_rows: int = 4, **how: Any) -> Iterator[Served]:
-    model = dsb.load_model(MODEL_DIR, device="cpu")
-    tokenizer = dsb.load_tokenizer(MODEL_DIR)
+def serving(max_rows: int = 4, folder: Path = MODEL_DIR, **how: Any) -> Iterator[Served]:
+    model = dsb.load_model(folder, device="cpu")
+    tokenizer = dsb.load_tokenizer(folder)
     app = create_app(dsb.BatchEngine(model, max_rows), tokenizer, "embedded", api_key=KEY, **how)
     with socket.socket() as bound:
         # Connections inherit it: little is on its way to a client that does not read.

@@ -18,6 +18,7 @@ import pytest
 import torch
 
 import dsb_runtime as dsb
+from dsb_runtime.demo import SUDOKU_DIR, sudoku
 from dsb_runtime.demo.problems import heldout
 from dsb_runtime.doors.server import gate, served_name
 from dsb_runtime.engine import batcher
@@ -83,6 +84,20 @@ def test_openai_client_gets_the_answer_of_generate(served, prompt):
     assert "".join(pieces) == choice.message.content
     assert chunks[-1].choices[0].finish_reason == "stop"
     assert last.usage == answer.usage and not last.choices
+
+
+def test_the_page_of_usage_has_a_puzzle_that_the_sudoku_model_solves():
+    puzzle = sudoku.heldout(1)[0]
+    solution = puzzle.response.replace(" ", "")
+    usage = Path("docs/usage.md").read_text(encoding="utf-8")
+    assert f'sudoku_model "{puzzle.prompt}"' in usage and f"`{solution}`" in usage
+    with serving(folder=SUDOKU_DIR) as served:
+        answer = served.client.chat.completions.create(
+            model="embedded", messages=chat(puzzle.prompt)
+        )
+    (choice,) = answer.choices
+    assert (choice.message.content, choice.finish_reason) == (solution, "length")
+    assert answer.usage.completion_tokens == 36 > answer.usage.forwards
 
 
 def test_samples_are_those_of_the_seed(served):
