@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -116,6 +117,17 @@ def test_the_demo_fills_grids(monkeypatch, capsys):
     shown = capsys.readouterr().out
     assert shown.count("10 clues") == shown.count(" forwards for 36 cells") == 2
     assert max(map(len, shown.splitlines())) <= 80
+
+
+def test_the_demo_has_problems_that_take_long_enough_to_watch(monkeypatch, capsys):
+    monkeypatch.setattr(demo, "WORDS_FRAME_SECONDS", 0)
+    assert demo.show_problems(PlainConsole()) == 0
+    shown = capsys.readouterr().out.replace(" \n", " ").replace("\n", " ")
+    forwards = [int(number) for number in re.findall(r"(\d+) forwards", shown)]
+    assert len(forwards) == len(demo.PROBLEMS) and min(forwards) >= 10
+    answers = re.findall(r"(Monday [^?<_]*?Answer \d+\.) \d+ tokens", shown)
+    expected = re.findall(r"expected: (Monday .*?Answer \d+\.)", shown)
+    assert answers == expected != []
 
 
 def test_colours_go_from_red_to_green():

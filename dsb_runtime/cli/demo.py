@@ -22,8 +22,9 @@ from dsb_runtime.models.load import load_model, load_tokenizer
 # With so high thresholds there are some ten to twenty forwards to watch.
 SUDOKU: dict[str, Any] = {"block_length": 6, "threshold": 0.99}
 WORDS = ["--block-length", "16", "--max-block-length", "24", "--threshold", "0.999"]
+PROBLEMS = ((1, 4), (4, 5), (1, 6))  # the seed and the steps of each
 DRAWN, PUZZLES, CLUES = 100, 2, 10  # of so many held-out puzzles the first with these clues
-FRAME_SECONDS = 0.4
+FRAME_SECONDS, WORDS_FRAME_SECONDS = 0.4, 0.25
 
 
 def show_grids(console: PlainConsole) -> None:
@@ -46,13 +47,12 @@ def show_grids(console: PlainConsole) -> None:
 
 def show_problems(console: PlainConsole) -> int:
     """Answer word problems, and return the exit status."""
-    for seed, steps in ((1, 3), (2, 4), (3, 6)):
+    frame = ["--frame-seconds", str(WORDS_FRAME_SECONDS)]
+    for seed, steps in PROBLEMS:
         (problem,) = problems.heldout(1, seed=seed, steps=steps)
         console.rule(characters="-", style="dim")
         console.print(problem.prompt, style="bold")
-        status = command.main(
-            ["generate", problem.prompt, "--live", "--frame-seconds", "0.25", *WORDS]
-        )
+        status = command.main(["generate", problem.prompt, "--live", *frame, *WORDS])
         if status:
             return status
         console.print(f"expected: {problem.response}", style="dim")
