@@ -15,7 +15,7 @@ from rich.console import Console
 
 import dsb_runtime as dsb
 from dsb_runtime.cli import demo
-from dsb_runtime.cli.grid import Grid, LiveGrid, color_of
+from dsb_runtime.cli.grid import Grid, LiveGrid, color_of, mark_of
 from dsb_runtime.demo import sudoku
 from dsb_runtime.measure.command import PlainConsole
 from dsb_runtime.measure.evaluate import encode_prompts
@@ -90,12 +90,19 @@ def test_a_terminal_sees_it_fill_and_then_what_is_wrong(sudoku_model):
     assert after.partition(f"forward {out.nfe}:")[0].count("\x1b[1;37;41m") == wrong
 
 
-def test_ascii_without_colours(sudoku_model):
+@pytest.mark.parametrize("how", [{"color_system": None}, {"no_color": True}])
+def test_ascii_without_colours(sudoku_model, how):
     stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
-    fill(sudoku_model, Console(file=stream, force_terminal=True, width=80, color_system=None))
+    fill(sudoku_model, Console(file=stream, force_terminal=True, width=80, **how))
     stream.seek(0)
-    shown = stream.read()
-    assert "+---------+---------+" in shown and "[.]" in shown and "colour" not in shown
+    shown = re.sub("\x1b\\[.*?[a-zA-Z]", "", stream.read())
+    assert "+---------+---------+" in shown and "colour" not in shown
+    assert "[-]" in shown and "- + * # how sure the model is" in shown
+
+
+def test_a_mark_for_each_confidence():
+    marks = [mark_of(confidence) for confidence in (0.0, 0.2, 0.45, 0.7, 0.9, 1.0)]
+    assert "".join(marks) == "--+*##"
 
 
 def test_anything_else_gets_the_last_frame(sudoku_model):

@@ -17,6 +17,7 @@ LEGEND = {
     " clue ": "dim", " active block ": "on grey30", " just committed ": "bold black on bright_green"
 }  # fmt: skip
 WRONG = "bold white on red"
+MARKS = "-+*#"  # of a masked cell's confidence, in a terminal without colours
 
 
 @dataclass(frozen=True)
@@ -66,17 +67,29 @@ class Grid:
         return self.cells
 
 
+def share_of(confidence: float) -> float:
+    """How far up a confidence is, from 0 to 1."""
+    # A model that has six digits to choose from is rarely less sure than this.
+    return max(0.0, min(1.0, (confidence - 0.2) / 0.8))
+
+
+def mark_of(confidence: float) -> str:
+    """The mark of a confidence from 0 to 1."""
+    return MARKS[min(int(len(MARKS) * share_of(confidence)), len(MARKS) - 1)]
+
+
 def color_of(confidence: float) -> tuple[int, int, int]:
     """The red, green and blue of a confidence from 0 to 1, 0 to 255 each."""
-    # A model that has six digits to choose from is rarely less sure than this.
-    share = max(0.0, min(1.0, (confidence - 0.2) / 0.8))
+    share = share_of(confidence)
     low, high, part = (LOW, MIDDLE, 2 * share) if share < 0.5 else (MIDDLE, HIGH, 2 * share - 1)
     red, green, blue = (round(a + (b - a) * part) for a, b in zip(low, high, strict=True))
     return red, green, blue
 
 
-def cell_text(cell: Cell, solution: str, glyph: str, brackets: bool) -> Text:
+def cell_text(cell: Cell, solution: str, glyph: str, colors: bool) -> Text:
     """Three columns of a cell. Where a `solution` digit is given, a wrong digit is marked."""
+    if cell.confidence is not None and not colors:
+        glyph = mark_of(cell.confidence)
     word = cell.digit or cell.clue or glyph
     style = ""
     if solution and cell.digit != solution:
@@ -89,12 +102,12 @@ def cell_text(cell: Cell, solution: str, glyph: str, brackets: bool) -> Text:
         style = "rgb({},{},{})".format(*color_of(cell.confidence))
     if cell.active:
         style += f" {LEGEND[' active block ']}"
-    return Text(f"[{word}]" if brackets and cell.active else f" {word} ", style)
+    return Text(f" {word} " if colors or not cell.active else f"[{word}]", style)
 
 
 class LiveGrid(LiveView):
     """A grid with its boxes, and how many forwards have run. Without colours, brackets mark the
-    active block."""
+    active block, and a mark says how sure the model is of a cell."""
 
     def __init__(
         self, grid: Grid, frame_seconds: float = 0.1, console: Console | None = None
@@ -123,7 +136,8 @@ class LiveGrid(LiveView):
 
     def picture(self, solution: str = "") -> RenderableType:
         """The grid, the forwards and a legend; with a `solution`, wrong digits are marked."""
-        plain, brackets = self.ascii_only, self.live.console.color_system is None
+        plain, console = self.ascii_only, self.live.console
+        colors = console.color_system is not None and not console.no_color
         bar, glyph = ("|", ".") if plain else ("│", "·")
         # The corners and crossings of the top, of a line between boxes, and of the bottom.
         top, middle, bottom = ("+++",) * 3 if plain else ("┌┬┐", "├┼┤", "└┴┘")
@@ -141,10 +155,15 @@ class LiveGrid(LiveView):
                     text.append(bar, "dim")
                 index = row * SIZE + column
                 text.append_text(
-                    cell_text(self.grid.cells[index], solution[index : index + 1], glyph, brackets)
+                    cell_text(self.grid.cells[index], solution[index : index + 1], glyph, colors)
                 )
             text.append(f"{bar}\n", "dim")
         text.append(line(bottom), "dim")
-        legend = Text("  ").join([Text(word, style) for word, style in LEGEND.items()])
-        legend.append("  colour: how sure the model is")
-        return Group(text, Text(), self.status, *([] if brackets else [legend]))
+        if colors:
+            legend = Text("  ").join([Text(word, style) for word, style in LEGEND.items()])
+            legend.append("  colour: how sure the model is")
+        else:
+            legend = Text(f"[ ] active block  {' '.join(MARKS)} how sure the model is")
+        # Where nothing is redrawn, the full grid is all that is seen.
+        shown = [legend] if console.is_terminal else []
+        return Group(text, Text(), self.status, *shown)
