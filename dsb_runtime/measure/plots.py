@@ -113,15 +113,19 @@ def draw_fronts(
         axes.plot(forwards, exact, lw=1.8, ms=6, mec="white", mew=0.7, **styles[name])
     bottom, top = axes.dataLim.intervaly
     margin = max(0.05 * (top - bottom), 0.5)
-    axes.set_yticks([t for t in axes.get_yticks() if 0 <= t <= 100])
     axes.set(xlim=(left, right), ylim=(bottom - margin, top + margin))
+    ticks = [t for t in axes.get_yticks() if max(0, bottom - margin) <= t <= min(100, top + margin)]
+    axes.set_yticks(ticks)
     axes.set(xlabel="forwards per problem", ylabel="exact answers, %, with 95% interval")
     axes.set_title(title, fontsize=10.5)
     axes.grid(alpha=0.2)
     axes.spines[["top", "right"]].set_visible(False)
-    others = f" (and {len(points) - len(dots)} further right)" if len(points) > len(dots) else ""
-    note = f"Up and to the left is better. Grey dots: the other settings{others}.\n{note}"
-    figure.supxlabel(note.strip(), x=0.01, ha="left", fontsize=8.5, color="#4a4f57")
+    says = "Up and to the left is better."
+    if len(points) > sum(map(len, curves.values())):
+        further = len(points) - len(dots)
+        says += " Grey dots: the other settings"
+        says += f" (and {further} further right)." if further else "."
+    figure.supxlabel(f"{says}\n{note}".strip(), x=0.01, ha="left", fontsize=8.5, color="#4a4f57")
     figure.draw_without_rendering()  # the layout is known from here on
     write_names(axes, curves, {name: styles[name]["color"] for name in curves})
     figure.savefig(path)
@@ -139,11 +143,12 @@ def write_names(axes: Any, curves: dict[str, list[Point]], colors: dict[str, str
     from matplotlib.patheffects import withStroke
 
     pixels, inside = axes.transData, Box(*axes.get_window_extent().extents)
-    lines = [pixels.transform([p[:2] for p in curve]) for curve in curves.values()]
-    drawn = [tuple(line[-1]) for line in lines]
-    for line in lines:
-        for a, b in itertools.pairwise(line):
-            drawn += [tuple(a + (b - a) * i / 40) for i in range(40)]
+    drawn: list[tuple[float, float]] = []  # on the curves, and on their intervals
+    for curve in curves.values():
+        lines = [[p[:2] for p in curve], *([(p[0], p.low), (p[0], p.high)] for p in curve)]
+        for line in lines:
+            for a, b in itertools.pairwise(pixels.transform(line)):
+                drawn += [tuple(a + (b - a) * i / 40) for i in range(41)]
     names: list[Box] = []
     # From the right on: there names have the least room.
     for name in sorted(curves, key=lambda name: -curves[name][-1].forwards):
