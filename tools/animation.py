@@ -118,7 +118,8 @@ def draw_frame(sides: dict[str, Frames], step: int) -> Image.Image:
             cells = [replace(cell, new=False) for cell in cells]
         draw.text((left, HEAD / 2), side, INK, font(16, bold=True), anchor="lm")
         draw_grid(draw, left, cells)
-        words = f"{forwards} forwards" + (": solved" if done else f", {filled} of {CELLS} cells")
+        words = f"{forwards} forward" + "s" * (forwards != 1)
+        words += ": solved" if done else f", {filled} of {CELLS} cells"
         where = (left, HEAD + width + FOOT / 2)
         draw.text(where, words, INK, font(15, bold=done), anchor="lm")
     return image
