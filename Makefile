@@ -1,4 +1,4 @@
-# make demo: decode real prompts with the embedded model; make test: run the tests.
+# make demo: decode real prompts with the embedded models; make test: run the tests.
 # Every target builds .venv first. A machine without a GPU gets the versions in constraints.txt.
 
 PYTHON ?= python3
