@@ -203,9 +203,12 @@ def test_kernels_decode_the_same_and_visit_fewer_blocks(monkeypatch):
 
 def test_its_benchmark_counts_the_positions_that_are_left_out(tmp_path, capsys):
     file = tmp_path / "sparse.json"
-    options = ["--problems", "2", "--gen-length", "48", "--cache", "dsb", "--batch", "2"]
+    options = ["--problems", "2", "--gen-length", "40", "48", "--cache", "dsb", "--batch", "2"]
     assert sparse_context.main([*options, "--json", str(file)]) == 0
-    whole, eight, bound = json.loads(file.read_text())["lines"]
+    lines = json.loads(file.read_text())["lines"]
+    assert [line["response"] for line in lines] == [40] * 4 + [48] * 4
+    whole, eight, bound, both = lines[4:]
     assert "`context_masks=8` and `eos_bound`" in capsys.readouterr().out
-    assert bound["positions"] <= eight["positions"] < whole["positions"]
+    assert both["positions"] <= eight["positions"] < bound["positions"] <= whole["positions"]
+    assert lines[0]["positions"] < whole["positions"]
     assert (whole["exact"], whole["interval"][1]) == (2, 1.0)
