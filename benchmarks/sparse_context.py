@@ -40,7 +40,7 @@ SETTINGS: tuple[tuple[str, bool, bool, bool], ...] = (
     ("none", True, False, False), ("none", True, False, True),
 )  # fmt: skip
 CACHES = tuple(dict.fromkeys(cache for cache, *_ in SETTINGS))
-RESPONSE = {"words": [96, 120]}  # an answer has 29 tokens on average
+RESPONSE = {"words": [96, 120]}  # an answer has 28 tokens on average, its EOS included
 
 
 class CountingLoop(Loop):
