@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from dsb_kernels._check import FLOATS, check_tensor
 
@@ -113,6 +114,29 @@ def blocks_near_window(
     if cache_leftpad is not None:
         visited &= first + block_size > cache_leftpad[:, None]
     return lists_of(visited)
+
+
+def blocks_visible(
+    kv_visible: Tensor, window_start: Tensor, window_length: Tensor, block_size: int = 64
+) -> BlockLists:
+    """List every KV block that has a visible position outside the window. With these lists queries
+    see what they see with `kv_visible` alone, and skip the KV blocks that hold nothing for them.
+
+    Args:
+        kv_visible: (B, C) bool, which positions of the cache queries see.
+        window_start, window_length: (B,) int32, the window in the canvas.
+        block_size: as in `blocks_all`, which raises the same errors.
+    """
+    _check_rows(window_start=window_start, window_length=window_length)
+    check_tensor(
+        "block lists", "kv_visible", kv_visible, dtype=torch.bool, shape=(len(window_start), "C"),
+        device=window_start.device,
+    )  # fmt: skip
+    C, position = kv_visible.shape[1], torch.arange(kv_visible.shape[1], device=kv_visible.device)
+    N = len(_blocks(C, block_size, kv_visible))
+    start, end = window_start[:, None], (window_start + window_length)[:, None]
+    outside = kv_visible & ((position < start) | (position >= end))
+    return lists_of(pad(outside, (0, N * block_size - C)).unflatten(1, (N, block_size)).any(-1))
 
 
 def blocks_top_k(

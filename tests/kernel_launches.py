@@ -84,12 +84,12 @@ def attention_calls() -> Iterator[Call]:
                        position_offset=offset)  # fmt: skip
         yield call(rope_write_kv, "_rope_write_kv_kernel", **rotation, **caches, **where,
                    position=cuda(B, W, dtype=INT32))  # fmt: skip
+        lists = {"kv_num_blocks": row, "kv_indices": cuda(B, 1, dtype=INT32)}
         yield call(window_attention, "_attention_kernel", q=q, k_window=None, v_window=None,
-                   **caches, **where, kv_visible=cuda(B, 96, dtype=BOOL), num_splits=1,
+                   **caches, **where, kv_visible=cuda(B, 96, dtype=BOOL), **lists, num_splits=1,
                    next_weight=cuda(40, 8 * 128, dtype=BF16))  # fmt: skip
         yield call(window_attention, "_attention_kernel", q=q, k_window=None, v_window=None,
                    **caches, **where, cache_seqlens=row, num_splits=1)  # fmt: skip
-        lists = {"kv_num_blocks": row, "kv_indices": cuda(B, 1, dtype=INT32)}
         yield call(window_attention, "_attention_kernel _combine_kernel", q=q, k_window=k,
                    v_window=k, **caches, **where, cache_seqlens=row, cache_leftpad=row, **lists,
                    num_splits=3, return_lse=True)  # fmt: skip

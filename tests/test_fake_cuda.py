@@ -133,6 +133,7 @@ SETTINGS = (
     {"cache": "none"}, {"cache": "dual", "schedule": "naive", "steps": 6}, {"temperature": 0.7},
     {"confidence": "margin"}, {"confidence": "entropy", "temperature": 0.7, "steps": 6},
     {"factor": 1.0, "stop_at_eos": True}, {"frechet": 0.25, "max_block_length": 8},
+    {"context_masks": 4}, {"stop_at_eos": True, "eos_bound": True, "cfg_scale": 1.5},
 )  # fmt: skip
 NUCLEUS = (
     {"top_p": 0.9, "confidence": "entropy", "steps": 6},

@@ -6,17 +6,24 @@ from __future__ import annotations
 import functools
 import itertools
 import json
+from collections import Counter
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 import dsb_runtime as dsb
 from benchmarks import sparse_context
+from dsb_kernels import attention_kernel
+from dsb_kernels.block_lists import BlockLists, blocks_visible
+from dsb_runtime.engine import sparse
+from dsb_runtime.engine.batcher import Batcher
 from dsb_runtime.engine.engine import Engine
 from tests import golden
 from tests.golden import biased_to_eos, prompts, refusal
-from tests.mutations import kernels
+from tests.mutations import DEVICE, kernels
 from tests.plain_loop import plain_loop
 from tests.recorded import Recorder
 from tests.test_infill import CACHES, blanks
@@ -95,6 +102,68 @@ def test_a_refresh_computes_what_it_sees(family):
     assert seen == [min(len(prompt) + 4 + n + 3 + 1, len(prompt) + 32) for n in committed]
 
 
+@pytest.fixture
+def listed(monkeypatch) -> list[Tensor]:
+    """The definitions are given the kernels' lists of KV blocks. Holds, for each list of each step,
+    how many KV blocks it leaves out."""
+    left_out: list[Tensor] = []
+
+    def recorded(visible: Tensor, *window: Tensor) -> BlockLists:
+        num_blocks, indices = blocks_visible(visible, *window)
+        left_out.append(indices.shape[1] - num_blocks)
+        return num_blocks, indices
+
+    monkeypatch.setattr(sparse, "use_triton", lambda *tensors: True)
+    monkeypatch.setattr(sparse, "blocks_visible", recorded)
+    return left_out
+
+
+def long(family: str, cache: str, schedule: str) -> tuple[list[Tensor], dict[str, Any]]:
+    """Prompts of different lengths and settings of a canvas of four or five KV blocks."""
+    how = {"gen_length": 200, "block_length": 32, "threshold": 0.2, "stop_at_eos": True}
+    how |= {"context_masks": 3, "eos_bound": True, "cache": cache, "schedule": schedule}
+    return [prompt.repeat(4) for prompt in prompts(2)], how
+
+
+def by_masks_alone(model: PreTrainedModel, *args: Any, **named: Any) -> dsb.GenerationOutput:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sparse, "use_triton", lambda *tensors: False)
+        return dsb.generate(model, *args, **named)
+
+
+@pytest.mark.parametrize(
+    ("family", "cache", "schedule"),
+    list(itertools.product(golden.FAMILIES, CACHES, ["naive", "dsb"])),
+)
+def test_lists_of_blocks_change_no_token(listed, family, cache, schedule):
+    """With left padding."""
+    rows, how = long(family, cache, schedule)
+    ids, mask = golden.left_pad(rows)
+    with biased_to_eos(family) as model:
+        expected = by_masks_alone(model, ids, attention_mask=mask, **how)
+        assert not listed
+        out = dsb.generate(model, ids, attention_mask=mask, **how)
+    assert any(count.any() for count in listed)
+    assert torch.equal(out.sequences, expected.sequences) and out.row_nfe == expected.row_nfe
+
+
+@pytest.mark.parametrize("family", golden.FAMILIES)
+def test_lists_of_blocks_in_replayed_steps_and_rows_that_come_and_go(listed, family):
+    rows, how = long(family, "dsb", "dsb")
+    model = golden.model(family)
+    expected = [by_masks_alone(model, row[None], **how) for row in rows]
+    batcher = Batcher(model, 2, capture=(recorder := Recorder()))
+    requests = [dsb.Request(model, row, None, **how) for row in rows]
+    batcher.waiting.extend(requests)
+    while not batcher.idle:
+        for request in batcher.run(lambda done: True):
+            request.settle()
+    assert recorder.replays and any(count.any() for count in listed)
+    for request, alone in zip(requests, expected, strict=True):
+        out = request.result(timeout=0)
+        assert torch.equal(out.sequences, alone.sequences) and out.nfe == alone.nfe
+
+
 def test_what_cannot_hold_is_refused():
     for settings, said in (
         ({"context_masks": 4, "refresh_policy": "response"}, "a response refresh computes every"),
@@ -107,21 +176,39 @@ def test_what_cannot_hold_is_refused():
 
 
 @pytest.mark.slow
-def test_kernels_decode_the_same():
-    ids, mask = golden.left_pad([prompts(1)[0], prompts(1)[0][:3]])
-    how = {"gen_length": 8, "block_length": 2, "steps": 4, "context_masks": 1}
-    how |= {"attention_mask": mask, "stop_at_eos": True, "eos_bound": True}
-    expected = dsb.generate(golden.model("llada"), ids, **how)
-    with kernels():
-        actual = dsb.generate(golden.model("llada"), ids, **how)
-    assert torch.equal(actual.sequences, expected.sequences)
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="counts in the interpreter")
+def test_kernels_decode_the_same_and_visit_fewer_blocks(monkeypatch):
+    """Two of three KV blocks are behind an EOS, and one row is padded."""
+    model, prompt = golden.model("llada"), prompts(1)[0]
+    end = prompt.new_tensor([model.dsb.eos_ids[0]])
+    rows = [torch.cat([with_masks("llada", prompt[:n], 2), end]) for n in (5, 3)]
+    ids, mask = golden.left_pad([with_masks("llada", row, 150) for row in rows])
+    how = {"block_length": 2, "threshold": 0.01, "context_masks": 1, "attention_mask": mask}
+    how |= {"stop_at_eos": True, "eos_bound": True}
+    expected = dsb.infill(model, ids, **how)
+    visited, find_block = Counter[bool](), attention_kernel._find_block
+
+    def counted(*args: Any, **named: Any) -> Any:
+        visited[listing] += 1
+        return find_block(*args, **named)
+
+    monkeypatch.setattr(attention_kernel, "_find_block", counted)
+    for listing in (True, False):
+        monkeypatch.setattr(sparse, "use_triton", lambda *tensors, listing=listing: listing)
+        with kernels():
+            actual = dsb.infill(model, ids, **how)
+        assert torch.equal(actual.sequences, expected.sequences) and actual.nfe == expected.nfe
+    assert 2 * visited[True] < visited[False]
 
 
 def test_its_benchmark_counts_the_positions_that_are_left_out(tmp_path, capsys):
     file = tmp_path / "sparse.json"
-    options = ["--problems", "2", "--gen-length", "48", "--cache", "dsb", "--batch", "2"]
+    options = ["--problems", "2", "--gen-length", "40", "48", "--cache", "dsb", "--batch", "2"]
     assert sparse_context.main([*options, "--json", str(file)]) == 0
-    whole, eight, bound = json.loads(file.read_text())["lines"]
+    lines = json.loads(file.read_text())["lines"]
+    assert [line["response"] for line in lines] == [40] * 4 + [48] * 4
+    whole, eight, bound, both = lines[4:]
     assert "`context_masks=8` and `eos_bound`" in capsys.readouterr().out
-    assert bound["positions"] <= eight["positions"] < whole["positions"]
+    assert both["positions"] <= eight["positions"] < bound["positions"] <= whole["positions"]
+    assert lines[0]["positions"] < whole["positions"]
     assert (whole["exact"], whole["interval"][1]) == (2, 1.0)

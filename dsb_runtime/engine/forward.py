@@ -36,7 +36,7 @@ from dsb_runtime.engine.layers import (
     wrapping,
 )
 from dsb_runtime.engine.parallel import is_tensor_parallel
-from dsb_runtime.engine.sparse import Context
+from dsb_runtime.engine.sparse import Context, blocks_seen
 
 rope_write_kv = unchecked(rope_kv.rope_write_kv)
 window_attention = unchecked(attention.window_attention)
@@ -110,6 +110,7 @@ class Backbone:
         with self.phase("embed"):
             both = layout if drafts is None else beside(layout, drafts.layout)
             hidden = self.embed(both.input_ids).flatten(0, 1)
+            num_blocks, indices = blocks_seen(context, layout.start, layout.length)
         # On a GPU, torch or flash-attn has faster kernels for full attention, but these support
         # neither padding nor a selection of the cache's rows.
         dense = full and rows is None and leftpad is None and hidden.is_cuda and context is None
@@ -139,6 +140,7 @@ class Backbone:
                 # wherever it stands, so these queries are passed off as a window that begins at the
                 # first position after the padding.
                 query_start, query_length = layout.leftpad, layout.num_scored
+                num_blocks, indices = blocks_seen(context, query_start, query_length)
                 q = q.transpose(1, 2).flatten(0, 1).index_select(0, layout.source_index)
                 q = q.unflatten(0, (b, -1)).transpose(1, 2)
                 hidden = hidden.index_select(0, both.source_index)
@@ -151,7 +153,8 @@ class Backbone:
                     out = window_attention(
                         q, None, None, keys, values, window_start=query_start,
                         window_length=query_length, cache_leftpad=leftpad, cache_batch_idx=rows,
-                        kv_visible=visible, softmax_scale=layer.scaling,
+                        kv_num_blocks=num_blocks, kv_indices=indices, kv_visible=visible,
+                        softmax_scale=layer.scaling,
                         next_weight=None if full else layer.out,
                     ).transpose(1, 2)  # fmt: skip
                 out = out.reshape(-1, out.shape[2] * out.shape[3])

@@ -2,7 +2,8 @@
 
 `dsb_kernels.method` says which positions a forward sees (`Row.context` and `Row.seen`). A refresh
 computes these alone: they are packed into its columns, each at its true position. K and V keep the
-place of their position in the cache, and attention is told which of them are visible.
+place of their position in the cache. Attention is told which of them are visible, and which KV
+blocks have any that are.
 
 Shapes: B batch rows, L canvas positions; a step has b rows of W tokens and k candidates each.
 """
@@ -14,6 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dsb_kernels._op import use_triton
+from dsb_kernels.block_lists import BlockLists, blocks_visible
 from dsb_kernels.commit import first_eos_of
 from dsb_kernels.place import Layout
 from dsb_kernels.rows import Column, UnmaskSpec
@@ -24,6 +27,23 @@ class Context(NamedTuple):
 
     visible: Tensor  # (b, L) bool, which positions queries see
     position: Tensor | None  # (b, W) int32, the position of each column; None for a window
+
+
+def blocks_seen(
+    context: Context | None, start: Tensor, length: Tensor
+) -> BlockLists | tuple[None, None]:
+    """The lists of KV blocks that the queries of windows visit: all but those in which they see
+    nothing outside their window. They change no result. None, None if there are no lists.
+
+    The definition gets none, since it reads every key anyway: with them, a step of one row took 8%
+    longer on a CPU (the embedded model, 4 layers), and a step of 20 rows 3%.
+
+    Args:
+        start, length: (b,) int32, the queries' windows.
+    """
+    if context is None or not use_triton(context.visible):
+        return None, None
+    return blocks_visible(context.visible, start, length)
 
 
 def beyond_eos(canvas: Tensor, table: Tensor, spec: UnmaskSpec) -> Tensor:

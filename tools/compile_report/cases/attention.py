@@ -28,8 +28,9 @@ def cases() -> list[CompileCase]:
 
     Capacities that share tile and splits are one case. Either the window is in the K/V cache
     already, as in the runtime, and the cache has the batch's rows or others too; the weight of the
-    next layer is asked for, but not where a window is "full", as at a refresh. Or the window's keys
-    and values are arguments, and the KV blocks of a list are visited.
+    next layer is asked for, but not where a window is "full", as at a refresh. In a sparse context
+    there is a list of KV blocks, and each key's visibility. Or the window's keys and values are
+    arguments, and the KV blocks of a list are visited.
     """
     by_name: dict[object, CompileCase] = {}
     for architecture, (name, H, H_kv, D, capacities) in itertools.product(ARCHITECTURES, SHAPES):
@@ -47,8 +48,8 @@ def cases() -> list[CompileCase]:
         by_name["one split", architecture] = attention_case(
             "LLaDA-8B one split", 32, 32, 64, 128, "in cache", 1, architecture
         )
-        by_name["visible", architecture] = attention_case(
-            "LLaDA-8B 64 rows visible", 32, 32, 64, 128, "in cache visible", 4, architecture
+        by_name["sparse", architecture] = attention_case(
+            "LLaDA-8B 64 rows sparse", 32, 32, 64, 128, "in cache visible listed", 4, architecture
         )
         for D in (64, 128, 256):
             by_name["float32", D, architecture] = attention_case(
@@ -63,13 +64,13 @@ def attention_case(
 ) -> CompileCase:  # fmt: skip
     config = tile_of(H // H_kv * W, D, DTYPES[dtype], architecture)
     block_m = config.blocks["BLOCK_M"]
-    listed, indexed = "listed" in way, "indexed" in way
-    prefetching = D <= 128 and "in cache" in way and "full" not in way
+    listed, indexed, in_cache = "listed" in way, "indexed" in way, "in cache" in way
+    prefetching = D <= 128 and in_cache and "full" not in way
     lists, window = ("num_blocks_ptr", "indices_ptr"), ("kw_ptr", "vw_ptr")
     # The runtime's caches are full, so that C is the end of what is stored.
     absent = (
-        *(() if listed else (*lists, "seqlens_ptr")), *(() if indexed else ("batch_idx_ptr",)),
-        *(window if "in cache" in way else ()), *(("lse_ptr",) if splits == 1 else ()),
+        *(() if listed else lists), *(() if indexed else ("batch_idx_ptr",)),
+        *((*window, "seqlens_ptr") if in_cache else ()), *(("lse_ptr",) if splits == 1 else ()),
         *(() if "visible" in way else ("visible_ptr",)),
         *(() if prefetching else ("next_ptr",)),
     )  # fmt: skip
@@ -94,9 +95,10 @@ def attention_case(
         prefetches_in_loop=prefetching and architecture in OVERLAPPING,
         expects_wide_loads="visible" not in way,  # each key's visibility is a byte
         max_loop=None if "visible" in way else max_loop,
-        # These are the row's start, length and padding, and its row of the cache. With a list they
-        # are also the end of what is stored, the list's length, and an entry for each stage.
-        scalar_load_bytes=12 + 4 * indexed + 4 * (2 + config.num_stages) * listed,
+        # These are the row's start, length and padding, its row of the cache, and the end of what
+        # is stored where the cache is not full. With a list they are also its length, and an entry
+        # for each stage.
+        scalar_load_bytes=12 + 4 * (indexed + (not in_cache) + (1 + config.num_stages) * listed),
     )  # fmt: skip
 
 
