@@ -77,20 +77,31 @@ def test_commands_of_a_part_run_side_by_side(tmp_path, monkeypatch):
     ]
 
 
+MEMCHECK = "========= ERROR SUMMARY: {} errors"
+RACECHECK = "========= RACECHECK SUMMARY: {0} hazards displayed ({0} errors, 0 warnings)"
+
+
 @pytest.mark.parametrize(
-    ("last", "code", "counts"),
+    ("log", "code", "counts", "status"),
     [
-        ("..F\n1 failed, 70 passed, 2 skipped, 3 errors in 5.0s", 1, [(70, 4, 2)]),
-        ("2 skipped in 1s", 0, []),
-        ("", 0, []),
+        ("..F\n1 failed, 70 passed, 2 skipped, 3 errors in 5.0s", 1, [(70, 4, 2)], "failed"),
+        ("2 skipped in 1s", 0, [], "failed"),
+        ("", 0, [], "failed"),
+        *((f"2 passed, 1 warning in 65.1s (0:01:05)\n{summary}".format(0), 0, [(2, 0, 0)], "ran")
+          for summary in (MEMCHECK, RACECHECK)),
+        *((f"2 passed in 5.0s\n{summary}".format(3), 9, [], "failed")
+          for summary in (MEMCHECK, RACECHECK)),
+        (f"1 failed in 5.0s\n{MEMCHECK}".format(0), 1, [(0, 1, 0)], "failed"),
+        ("ran 3 errors in 2.0s\n========= 1 failed to launch", 0, [], "failed"),
     ],
-)
-def test_tests_that_did_not_run_are_no_figure(tmp_path, monkeypatch, last, code, counts):
-    """Where nothing ran, nothing failed: that must not reach a target."""
-    program = f"print({last!r}); raise SystemExit({code})"
+)  # fmt: skip
+def test_tests_that_did_not_run_are_no_figure(tmp_path, monkeypatch, log, code, counts, status):
+    """Where nothing ran, nothing failed: that must not reach a target. What a sanitizer counts
+    below pytest's last line are no tests."""
+    program = f"print({log!r}); raise SystemExit({code})"
     tests = Part("tests", 15, [[sys.executable, "-c", program, "pytest"]])
     state = run(monkeypatch, tmp_path, {"goldens": tests})
-    assert state["goldens"]["status"] == "failed"
+    assert state["goldens"]["status"] == status
     lines = json.loads((tmp_path / "goldens.json").read_text())["lines"]
     assert [(line["passed"], line["failed"], line["skipped"]) for line in lines] == counts
 
