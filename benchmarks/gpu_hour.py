@@ -22,7 +22,6 @@ import os
 import re
 import shutil
 import signal
-import statistics
 import subprocess
 import sys
 import time
@@ -31,10 +30,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks import read_toml
+from benchmarks.hour_report import report
 from dsb_runtime.cli.process import OneLineParser, run_process
 from dsb_runtime.files import read_json
-from dsb_runtime.measure.command import markdown_table
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "build" / "gpu_hour"  # ignored by git; a second call of the hour continues from it
@@ -167,11 +165,6 @@ def sanitize(tool: str, graphs: bool) -> Part:
     ])  # fmt: skip
 
 
-def files_of(folder: Path, name: str) -> list[Path]:
-    """The JSON files of a part, one for each command."""
-    return sorted(folder.glob(f"{name}.[0-9][0-9].json")) or [folder / f"{name}.json"]
-
-
 def run_part(name: str, part: Part, folder: Path, seconds: float) -> dict[str, Any]:
     """Run the commands of a part side by side for at most `seconds`, and say how it went."""
     for old in folder.glob(f"{name}.*"):
@@ -223,72 +216,6 @@ def count_tests(log: Path) -> dict[str, int]:
     for number, what in COUNTS.findall(lines[-1] if lines else ""):
         counts["failed" if what == "error" else what] += int(number)
     return counts
-
-
-def value_of(line: Any, path: str) -> Any:
-    """The value at a path with dots; None where there is none."""
-    for key in path.split("."):
-        line = line.get(key) if isinstance(line, dict) else None
-    return line
-
-
-def figure_of(target: dict[str, Any], lines: list[Any], applies: bool) -> float | None:
-    """The figure of a target. Small runs have other shapes, so that shapes in `where` are ignored
-    there."""
-    where = target.get("where", {})
-    if not applies:
-        where = {k: v for k, v in where.items() if not k.startswith(("shape", "batch"))}
-    meant = [line for line in lines if all(value_of(line, k) == v for k, v in where.items())]
-    values = [value_of(line, target["value"]) for line in meant]
-    numbers = [float(value) for value in values if value is not None]
-    if not numbers:
-        return None
-    if target.get("reduce") == "mean":
-        return statistics.geometric_mean(numbers)
-    return min(numbers) if "at_least" in target else max(numbers)
-
-
-def show(value: float, unit: str) -> str:
-    return f"{value:.1%}" if unit == "share" else f"{value:.4g} {unit}".strip()
-
-
-def report(folder: Path, state: dict[str, Any]) -> str:
-    """The table of all figures beside their targets, in Markdown, and what did not run."""
-    machines: dict[str, None] = {}
-    on_gpu = not state["small"]
-    table = []
-    for target in read_toml("targets.toml")["target"]:
-        lines: list[Any] = []
-        for file in files_of(folder, target["part"]):
-            if file.is_file():
-                record = json.loads(file.read_text("utf-8"))
-                lines += record.get("runs", record.get("lines", []))
-                if "machine" in record:
-                    versions = (f"{k} {v}" for k, v in record["versions"].items() if v is not None)
-                    machines[f"{record['machine']['device']}; {', '.join(versions)}"] = None
-        unit, value = target.get("unit", ""), figure_of(target, lines, on_gpu)
-        part = state["parts"].get(target["part"], {"status": "not run", "why": ""})
-        measured = f"{part['status']} {part['why']}" if value is None else show(value, unit)
-        limit_text = reached = ""
-        for bound in {"at_least", "at_most"} & target.keys():
-            limit = target[bound]
-            if "H200" in target and any("H200" in machine for machine in machines):
-                limit = target["H200"]
-            limit_text = f"{bound.replace('_', ' ')} {show(limit, unit)}"
-            if "stretch" in target:
-                limit_text += f", at best {show(target['stretch'], unit)}"
-            if value is not None:
-                right = value >= limit if bound == "at_least" else value <= limit
-                reached = "-" if not on_gpu else "yes" if right else "NO"
-        table.append((target["figure"], limit_text, measured, reached))
-    others = [
-        f"- {name}: {part['status']} {part['why']}"
-        for name, part in state["parts"].items() if part["status"] != "ran"
-    ]  # fmt: skip
-    head = "\n".join(machines) or "nothing was measured"
-    head += "" if on_gpu else "\nSmall shapes: the targets do not apply."
-    columns = dict.fromkeys(("figure", "target", "measured", "reached"), "left")
-    return "\n\n".join(filter(None, (head, markdown_table(columns, table), "\n".join(others))))
 
 
 def calls_of(every: dict[str, Part], budget: float) -> dict[str, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import sys
 import time
@@ -13,7 +14,8 @@ from unittest import mock
 import pytest
 
 from benchmarks import gpu_hour, ops, read_toml
-from benchmarks.gpu_hour import Part, figure_of, report
+from benchmarks.gpu_hour import Part
+from benchmarks.hour_report import figure_of, files_of, report
 from tests import golden
 
 PRINT = "import json, sys; json.dump({'lines': [{'value': 3}]}, open(sys.argv[1], 'w'))"
@@ -72,7 +74,7 @@ def test_commands_of_a_part_run_side_by_side(tmp_path, monkeypatch):
     began = time.monotonic()
     assert run(monkeypatch, tmp_path, {"all": part(wait, count=11)})["all"]["status"] == "ran"
     assert time.monotonic() - began < 15
-    assert [p.name for p in gpu_hour.files_of(tmp_path, "all")] == [
+    assert [p.name for p in files_of(tmp_path, "all")] == [
         f"all.{index:02}.json" for index in range(11)
     ]
 
@@ -120,6 +122,10 @@ def test_a_figure_is_the_worst_of_the_lines_that_are_meant():
     assert figure({"op": "a", "shape.n": 1}, at_most=1) == 3
     assert figure({"op": "a", "shape.n": 1}, at_most=1, applies=False) == 12
     assert figure({"op": "c"}) is None and figure({}, value="deep.er") is None
+    lines.append({"op": "b", "failed": "RuntimeError: no"})
+    assert math.isnan(figure({"op": "b"}, at_most=100)) and figure({"op": "a"}, at_most=1) == 12
+    lines[:] = [{"failed": 0, "passed": 7}]  # what pytest counts
+    assert figure({}, value="failed", at_most=0) == 0
 
 
 def test_a_program_that_is_missing_costs_its_part(tmp_path, monkeypatch):
@@ -169,6 +175,31 @@ def test_the_report_compares_with_the_targets_of_the_gpu(tmp_path, device, reach
     line = next(line for line in lines if "32 positions, prompt 1024" in line)
     limit = {"NO": "78.0%", "yes": "75.0%"}[reached]
     assert line.endswith(f"| at least {limit}, at best 85.0% | 76.0% | {reached} |")
+
+
+@pytest.mark.parametrize(
+    ("line", "status", "measured", "reached"),
+    [
+        ({"error": 0.5}, "ran", "0.5", "yes"),
+        ({"error": 2}, "ran", "2", "NO"),
+        ({"failed": "MemoryError: 9 GB"}, "ran", "1 of 2 failed: MemoryError: 9 GB", "NO"),
+        ({"failed": "MemoryError: 9 GB"}, "failed",
+         "1 of 2 failed: MemoryError: 9 GB, failed exit code 1: no", "NO"),
+        ({"error": 0.5}, "failed", "0.5, failed exit code 1: no", "failed"),
+        ({"error": 0.5}, "out of time", "0.5, out of time exit code 1: no", "out of time"),
+        (None, "failed", "failed exit code 1: no", "NO"),
+        (None, "ran", "ran and wrote no figure", "NO"),
+        (None, "not run", "not run 3 s were left of 9", "-"),
+    ],
+)  # fmt: skip
+def test_what_failed_has_not_reached_its_target(tmp_path, line, status, measured, reached):
+    """Neither one shape of many, nor a command that ended before it wrote all of its shapes."""
+    lines = [{"contender": "op", "error": 0.25}, {"contender": "op", **(line or {})}]
+    (tmp_path / "check.00.json").write_text(json.dumps({"lines": lines if line else []}))
+    why = {"ran": "", "not run": "3 s were left of 9"}.get(status, "exit code 1: no")
+    state = {"small": False, "parts": {"check": {"status": status, "why": why}}}
+    row = next(x for x in report(tmp_path, state).splitlines() if "in float64: error" in x)
+    assert row.split(" | ")[1:] == ["at most 1", measured, f"{reached} |"]
 
 
 def test_every_target_names_a_part_and_every_op_is_in_one(tmp_path):
