@@ -61,8 +61,8 @@ def attention_shapes() -> list[Shape]:
     one: Shape = {"model": "LLaDA-8B", "batch": 1, "positions": positions}
     width = 128 if on_gpu() else 4
     shapes += [{**one, "width": width, "splits": splits} for splits in (1, 3, 4, 8)]
-    heads = (64, 256) if on_gpu() else (16,)
-    return shapes + [{**one, "width": w, "head_dim": d} for d in heads for w in widths.popitem()[1]]
+    heads, some = ((64, 256), widths["LLaDA-8B"]) if on_gpu() else ((16,), (4,))
+    return shapes + [{**one, "width": w, "head_dim": d} for d in heads for w in some]
 
 
 def refresh_shapes() -> list[Shape]:

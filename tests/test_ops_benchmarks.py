@@ -115,17 +115,25 @@ def test_wrong_tokens_and_confidences_are_errors():
 
 
 def test_the_checks_reach_every_configuration_of_16_bits(monkeypatch):
-    """On a GPU; here only the shapes are made."""
+    """On a GPU; here only the shapes are made. Each head dim that is checked is checked at every
+    class."""
     monkeypatch.setattr(correct, "on_gpu", lambda: True)
+    head_dims: set[int] = set()
     sizes: dict[str, set[int]] = {}
     for op, benchmark_of in ops.BENCHMARKS.items():
         for shape in [*benchmark_of.named(benchmark_of.gpu), *correct.more_shapes(op)]:
             key, size = key_and_size(op, shape)
             sizes.setdefault(key, set()).add(size)
-    for (key, _), table in _configs.CONFIGS.items():
-        if "float32" not in key:
-            limits = [0, *sorted(table)]
-            for low, high in itertools.pairwise(limits):
+            if op.endswith("_attention"):
+                head_dims.add(shape.get("head_dim", 128))
+    assert head_dims == {64, 128, 256}
+    for (name, _), table in _configs.CONFIGS.items():
+        keys = [name]
+        if name.startswith("window_attention"):
+            small = name.endswith(" 128")
+            keys = [f"window_attention {d}" for d in head_dims if (d <= 128) == small]
+        for low, high in itertools.pairwise([0, *sorted(table)]) if "float32" not in name else ():
+            for key in keys:
                 assert any(low < size <= high for size in sizes[key]), (key, high)
 
 
@@ -133,9 +141,8 @@ def key_and_size(op: str, shape: dict[str, Any]) -> tuple[str, int]:
     """The entry of the table that a shape uses, and its size there."""
     if op.endswith("_attention"):
         heads, kv_heads = op_cases.MODELS[shape["model"]]
-        head_dim = 128 if shape.get("head_dim", 128) <= 128 else 256
         width = shape.get("width", shape.get("positions"))
-        return f"window_attention {head_dim}", width * heads // kv_heads
+        return f"window_attention {shape.get('head_dim', 128)}", width * heads // kv_heads
     if op == "window_linear":
         gated = op_cases.LAYERS[shape["layer"]][3]
         return op + " gated" * gated, shape["num_tokens"]
