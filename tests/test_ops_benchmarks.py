@@ -158,12 +158,10 @@ def test_candidates_of_the_sweep_are_entries_of_the_table():
     for item in read_toml("sweep.toml")["sweep"]:
         now = _configs.configuration(item["key"], item["size"], "sm_90")
         assert item["op"] in ops.BENCHMARKS
-        for config in item["configs"]:
-            blocks = {k: v for k, v in config.items() if k not in ("num_warps", "num_stages")}
-            assert blocks.keys() == dict(now.blocks).keys()
-            other = _configs.Config(blocks, config["num_warps"], config["num_stages"])
+        for other in sweep.candidates(item):
+            assert other.blocks.keys() == now.blocks.keys()
             assert other != now, f"{item['key']} {item['size']}: the table has it already"
-            with sweep.using(item["key"], item["size"], other):
+            with sweep.using(item["key"], item["size"], other, "sm_90"):
                 assert _configs.configuration(item["key"], item["size"], "sm_90") is other
             assert _configs.configuration(item["key"], item["size"], "sm_90") is now
 
