@@ -18,8 +18,8 @@ of their own, in which a GPU spins while the host submits a step: watched runs, 
 looks at each step before it launches the next, and free runs as `generate` makes them, in which a
 speculative launch may be wasted. Refreshes of free runs are captured for prompts of many lengths
 and take `window_attention`; those of watched runs take torch's attention. A GPU is idle while no
-kernel runs, the gaps between kernels included; "between steps" is the part in which it waits for
-the host.
+kernel runs and none that has been launched waits for the one before it; "between steps" is the part
+in which it waits for the host.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ import dsb_runtime as dsb
 from benchmarks import against, describe_benchmark
 from benchmarks.decode_report import draw, median_ms, print_runs, step_figures
 from benchmarks.eager import EagerOutput, eager_generate
-from benchmarks.profiled import gpu_busy_seconds, phase_times
+from benchmarks.profiled import gap_share, gpu_busy_seconds, phase_times
 from benchmarks.roofline import KINDS, Ceilings, check_most, positive
 from benchmarks.step_cost import total_cost
 from benchmarks.trajectory import Agreement, EagerClock, Trajectory, agreement
@@ -290,7 +290,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--rounds", type=above, default=7, help="timed rounds (7)")
     add("--no-graphs", action="store_true", help="launch every kernel instead of CUDA graphs")
     add("--no-eager", action="store_true", help="do not compare with the eager loop")
-    add("--phases", action="store_true", help="time the phases of steps as well, for roofline")
+    add(
+        "--phases",
+        action="store_true",
+        help="time the phases of steps, and kernels one after another",
+    )
     add("--against", type=Path, metavar="DIR", help="compare with this other checkout instead")
     add("--seed", type=int, default=0)
     add("--json", type=Path, metavar="FILE", help="write the figures here")
@@ -339,6 +343,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for case, run in zip(cases, result["runs"], strict=True):
         run["gpu_idle_share"] = idle_share(case, run)
         if args.phases:
+            run["gpu_gap_share"] = gap_share(engine, case.ours, run["seconds"]["ours"])
             run["phase_us"] = phase_times(model, case.prompt, settings, case.record.kinds)
         write()
     print_runs(result)
