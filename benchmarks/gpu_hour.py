@@ -3,6 +3,7 @@
     python -m benchmarks.gpu_hour                       # 540 seconds; then it says what is left
     python -m benchmarks.gpu_hour --continue            # the parts that have not run
     python -m benchmarks.gpu_hour --report              # what the folder holds, beside the targets
+    tar czf gpu_hour.tgz build/gpu_hour                 # at the end: all of it in one file
 
 Each part runs commands of this repository in processes of their own, under a time limit. Each
 writes its JSON as it goes, with a log beside it, so that a part that fails or hangs loses its own
@@ -10,7 +11,8 @@ figures only. The parts run in the order of `--help`, which says how long each s
 correctness, which also compiles the kernels side by side, then the most valuable figures. A part
 begins only where there is that much time left, and what follows it may fit in its place.
 `targets.toml` has the targets, which do not apply to `--small`. The command needs the packages of
-`pip install ".[test]"`.
+`pip install ".[test]"`. A machine that is lent for the hour may hand back few files, so that the
+folder is packed before it goes.
 """
 
 from __future__ import annotations
@@ -50,6 +52,7 @@ OPS = {
 }
 WITHOUT_PRECISION = ("place_rows", "unmask_and_slide")  # their arguments are integers
 OTHER_SIZES = ["32", "128", "896", "1024"]  # of sweep.toml
+TOOL = "--tool"  # of compute-sanitizer
 SANITIZERS = {"memcheck": False, "racecheck": True}  # whether steps are captured
 GOLDENS = {"llada": 13, "dream": 23}  # a short trajectory of each family with DSB Cache
 
@@ -107,7 +110,7 @@ def parts(small: bool, folder: Path) -> dict[str, Part]:
         "check": Part("ops against their definitions in float64; compiles", 100, check(small)),
         "goldens": Part("recorded trajectories, on a GPU with CUDA graphs as well", 60,
                         [pytest(goldens, *workers)]),
-        "decode_64": Part("LLaDA-8B, windows of 64: steps, eager loop, phases, idle share", 80,
+        "decode_64": Part("LLaDA-8B, windows of 64: steps, eager loop, phases, idle share", 90,
                           bounded(64, 1024, "--phases")),
         "decode_32": Part("windows of 32", 25, bounded(32, 1024, "--no-eager")),
         "decode_128": Part("windows of 128", 25, bounded(128, 1024, "--no-eager")),
@@ -124,16 +127,20 @@ def parts(small: bool, folder: Path) -> dict[str, Part]:
                           ops("attention")),
         "small": Part("the small ops", 30, ops("small")),
         "linear": Part("the linear layers of window steps beside cuBLAS", 50, ops("linear")),
+        "dream": Part("Dream-7B beside the eager loop", 50, [decode("dream-7b", small, *rounds)]),
+        # Their GPU work is small, and each takes its time to begin.
+        "sanitizers": Part("one trajectory of each family under compute-sanitizer", 70, [
+            command for tool in SANITIZERS for command in sanitize(tool)]),
         "batches": Part("LLaDA-8B, batch 8 and 32", 90, [
             decode("llada-8b", small, "--batch", *(("2", "3") if small else ("8", "32")),
                    "--no-eager", "--rounds", "1")]),
-        "dream": Part("Dream-7B beside the eager loop", 50, [decode("dream-7b", small, *rounds)]),
         "sweep": Part("launch configurations at other sizes", 85,
                       [module("sweep", "--size", *OTHER_SIZES)]),
     }  # fmt: skip
     if small:  # on a CPU, which may be a slow one
+        del every["sanitizers"]
         return {name: replace(part, patience=20) for name, part in every.items()}
-    return every | {tool: sanitize(tool, graphs) for tool, graphs in SANITIZERS.items()}
+    return every
 
 
 def check(small: bool) -> list[list[str]]:
@@ -149,20 +156,22 @@ def check(small: bool) -> list[list[str]]:
                          for sizes in (["64"], OTHER_SIZES))]  # fmt: skip
 
 
-def sanitize(tool: str, graphs: bool) -> Part:
-    """A trajectory of each family under compute-sanitizer. Without CUDA graphs torch need not keep
-    memory, so that a tensor ends where its allocation ends and memcheck sees what is beyond it."""
+def sanitize(tool: str) -> list[list[str]]:
+    """A trajectory of each family under a tool of compute-sanitizer. Without CUDA graphs torch need
+    not keep memory, so that a tensor ends where its allocation ends and memcheck sees what is
+    beyond it."""
     path = os.pathsep.join((os.environ.get("PATH", ""), "/usr/local/cuda/bin"))
     program = shutil.which("compute-sanitizer", path=path) or "compute-sanitizer"
+    graphs = SANITIZERS[tool]
     alone = [] if graphs else ["env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1"]
     # Libraries ask the driver for functions and attributes that it may not have. Memcheck would
     # count each such call as an error; one that matters is an exception of torch or Triton.
     options = ["--report-api-errors", "no"] if tool == "memcheck" else []
-    return Part(f"compute-sanitizer --tool {tool} on one trajectory of each family", 60, [
-        [*alone, program, "--tool", tool, *options, "--error-exitcode", "9",
+    return [
+        [*alone, program, TOOL, tool, *options, "--error-exitcode", "9",
          *pytest([f"tests/test_cuda.py::test_trajectory[{family}-{index}-{graphs}]"])]
         for family, index in GOLDENS.items()
-    ])  # fmt: skip
+    ]  # fmt: skip
 
 
 def run_part(name: str, part: Part, folder: Path, seconds: float) -> dict[str, Any]:
@@ -200,11 +209,16 @@ def run_part(name: str, part: Part, folder: Path, seconds: float) -> dict[str, A
                 os.killpg(process.pid, signal.SIGKILL)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(REAP)
-    for path in processes if "pytest" in part.commands[0] else ():
-        counts = count_tests(path)
-        ended = status == "ran" or counts["failed"] > 0
+    tests = (
+        zip(part.commands, processes.items(), strict=False) if "pytest" in part.commands[0] else ()
+    )
+    for command, (path, process) in tests:
+        counts: dict[str, Any] = count_tests(path)
         if status == "ran" and not counts["passed"]:
-            status, why, ended = "failed", "no test ran", False
+            status, why = "failed", "no test ran"
+        ended = (process.returncode == 0 and counts["passed"] > 0) or counts["failed"] > 0
+        if TOOL in command:
+            counts["tool"] = command[command.index(TOOL) + 1]
         path.with_suffix(".json").write_text(json.dumps({"lines": [counts] * ended}))
     return {"status": status, "why": why, "seconds": round(time.monotonic() - began, 1)}
 
