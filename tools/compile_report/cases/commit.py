@@ -52,7 +52,7 @@ def cases() -> list[CompileCase]:
 
 def case(K: int, rows: int, spec: UnmaskSpec, everywhere: bool) -> CompileCase:
     name = f"{spec.schedule} cache={spec.cache} {spec.rule} K={K}"
-    name += " progress" * (spec.progress > 0) + " any EOS" * (not spec.stop_at_eos)
+    name += " progress" * (spec.progress > 0) + " without EOS" * (not spec.stop_at_eos)
     name += " first" * (spec.refresh_commit == "first") + f" of {rows} rows" * (rows > 1)
     constexprs = constants(K, rows, spec) | ({"rows_ptr": None} if rows == 1 else {})
     return CompileCase(
