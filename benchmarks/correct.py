@@ -4,7 +4,9 @@
 
 The shapes are those that `ops.py` times, one for each launch configuration of 16 bits, and one for
 each option that a step may use. Nothing is timed. On a GPU the command compiles what `ops.py` then
-times. On a CPU the shapes are small, and what is checked is that the command works.
+times. On a CPU the shapes are small, and what is checked is that the command works. `gpu_hour.py`
+runs one such process for each op and precision side by side, in the memory of one GPU: no check may
+need more than about 10 GB.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from dsb_runtime.measure.command import check_arguments
 # One number for each class of a table of `dsb_kernels/_configs.py` whose sizes are tokens or
 # candidates (29 does not fill its tile), then one that cuBLAS computes.
 TOKENS = (16, 29, 64, 128, 200)
+MOST_ROWS = 8  # of a batch that is checked: 64 rows of float64 scores, keys and values take 40 GB
 WAYS = [
     {"confidence": "margin"}, {"confidence": "entropy"}, {"way": "eligible"},
     {"way": "excluded"}, {"temperature": 1.0}, {"temperature": 0.7, "way": "seeds"},
@@ -61,8 +64,8 @@ def attention_shapes() -> list[Shape]:
     one: Shape = {"model": "LLaDA-8B", "batch": 1, "positions": positions}
     width = 128 if on_gpu() else 4
     shapes += [{**one, "width": width, "splits": splits} for splits in (1, 3, 4, 8)]
-    heads = (64, 256) if on_gpu() else (16,)
-    return shapes + [{**one, "width": w, "head_dim": d} for d in heads for w in widths.popitem()[1]]
+    heads, some = ((64, 256), widths["LLaDA-8B"]) if on_gpu() else ((16,), (4,))
+    return shapes + [{**one, "width": w, "head_dim": d} for d in heads for w in some]
 
 
 def refresh_shapes() -> list[Shape]:
@@ -105,6 +108,15 @@ def more_shapes(op: str) -> list[Shape]:
     }.get(op, list)()
 
 
+def shapes_of(op: str, is_timed: bool) -> list[Shape]:
+    """What is checked: the shapes that `ops.py` times, where they are timed in this precision, and
+    others. Fewer rows stand for large batches, whose launches have the same configuration."""
+    shapes = [*(BENCHMARKS[op].shapes if is_timed else ()), *more_shapes(op)]
+    if op == "window_attention":
+        shapes = [{**shape, "batch": min(shape["batch"], MOST_ROWS)} for shape in shapes]
+    return [shape for i, shape in enumerate(shapes) if shape not in shapes[:i]]
+
+
 def check_op(op: str, precision: str) -> Iterator[dict[str, Any]]:
     """A line for each shape of an op."""
     options: Shape = {"precision": precision}
@@ -112,8 +124,7 @@ def check_op(op: str, precision: str) -> Iterator[dict[str, Any]]:
         if precision != timed_precision():
             return
         options = {}
-    timed = BENCHMARKS[op].shapes if precision == timed_precision() else []
-    for shape in [*timed, *more_shapes(op)]:
+    for shape in shapes_of(op, precision == timed_precision()):
         line = {"op": op, "shape": shape | options, "contender": "op"}
         try:
             yield line | {"error": check(BENCHMARKS[op].case(**shape, **options), "op")}

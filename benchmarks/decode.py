@@ -16,8 +16,10 @@ other multiplies everything with all positions of a forward, as published loops 
 median of each round's ratio, so that a drift of the machine cancels. Single steps are timed in runs
 of their own, in which a GPU spins while the host submits a step: watched runs, in which the host
 looks at each step before it launches the next, and free runs as `generate` makes them, in which a
-speculative launch may be wasted. A GPU is idle while no kernel runs, the gaps between
-kernels included; "between steps" is the part in which it waits for the host.
+speculative launch may be wasted. Refreshes of free runs are captured for prompts of many lengths
+and take `window_attention`; those of watched runs take torch's attention. A GPU is idle while no
+kernel runs and none that has been launched waits for the one before it; "between steps" is the part
+in which it waits for the host.
 """
 
 from __future__ import annotations
@@ -39,7 +41,7 @@ import dsb_runtime as dsb
 from benchmarks import against, describe_benchmark
 from benchmarks.decode_report import draw, median_ms, print_runs, step_figures
 from benchmarks.eager import EagerOutput, eager_generate
-from benchmarks.profiled import gpu_busy_seconds, phase_times
+from benchmarks.profiled import gap_share, gpu_busy_seconds, phase_times
 from benchmarks.roofline import KINDS, Ceilings, check_most, positive
 from benchmarks.step_cost import total_cost
 from benchmarks.trajectory import Agreement, EagerClock, Trajectory, agreement
@@ -216,20 +218,24 @@ def measure(
         **{f"{kind}_step_ms": steps.get(kind, {}).get("ms") for kind in KINDS},
         **{f"eager_{kind}_step_ms": median_ms(eager.steps, kind) for kind in KINDS},
         **{f"free_{kind}_step_ms": median_ms(free, kind) for kind in KINDS},
-        "free_window_share_of_weights_limit": free_share(free, steps),
+        "free_window_share_of_weights_limit": free_share(free, steps, "window", "weights"),
+        "free_refresh_share_of_products_limit": free_share(free, steps, "refresh", "products"),
         "wasted_launches": len(free) / rounds - case.out.nfe,
         "gpu_wait_share": 1 - statistics.median(shares) if device.type == "cuda" else None,
         "peak_memory_bytes": case.peak,
     }  # fmt: skip
 
 
-def free_share(free: list[tuple[str, float]], steps: dict[str, dict[str, Any]]) -> float | None:
-    """The share of the weight-streaming limit that window steps of free runs reach. All of them
-    stream the same weights, so that wider ones and wasted ones only add time."""
-    seconds = [took for kind, took in free if kind == "window"]
-    if not seconds or "window" not in steps:
+def free_share(
+    free: list[tuple[str, float]], steps: dict[str, dict[str, Any]], kind: str, limit: str
+) -> float | None:
+    """The share of the "weights" or "products" limit that steps of a kind reach in free runs. Their
+    limit is that of the watched run's steps, which compute the same without the positions that only
+    fill a width class. Wider steps and wasted ones only add time."""
+    seconds = [took for k, took in free if k == kind]
+    if not seconds or kind not in steps:
         return None
-    return 1e-3 * steps["window"]["weights_ms"] / statistics.mean(seconds)
+    return 1e-3 * steps[kind][f"{limit}_ms"] / statistics.mean(seconds)
 
 
 def idle_share(case: Case, run: dict[str, Any]) -> float | None:
@@ -284,7 +290,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--rounds", type=above, default=7, help="timed rounds (7)")
     add("--no-graphs", action="store_true", help="launch every kernel instead of CUDA graphs")
     add("--no-eager", action="store_true", help="do not compare with the eager loop")
-    add("--phases", action="store_true", help="time the phases of steps as well, for roofline")
+    add(
+        "--phases",
+        action="store_true",
+        help="time the phases of steps, and kernels one after another",
+    )
     add("--against", type=Path, metavar="DIR", help="compare with this other checkout instead")
     add("--seed", type=int, default=0)
     add("--json", type=Path, metavar="FILE", help="write the figures here")
@@ -333,6 +343,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for case, run in zip(cases, result["runs"], strict=True):
         run["gpu_idle_share"] = idle_share(case, run)
         if args.phases:
+            run["gpu_gap_share"] = gap_share(engine, case.ours, run["seconds"]["ours"])
             run["phase_us"] = phase_times(model, case.prompt, settings, case.record.kinds)
         write()
     print_runs(result)

@@ -3,6 +3,7 @@
     python -m benchmarks.gpu_hour                       # 540 seconds; then it says what is left
     python -m benchmarks.gpu_hour --continue            # the parts that have not run
     python -m benchmarks.gpu_hour --report              # what the folder holds, beside the targets
+    tar czf gpu_hour.tgz build/gpu_hour                 # at the end: all of it in one file
 
 Each part runs commands of this repository in processes of their own, under a time limit. Each
 writes its JSON as it goes, with a log beside it, so that a part that fails or hangs loses its own
@@ -10,7 +11,8 @@ figures only. The parts run in the order of `--help`, which says how long each s
 correctness, which also compiles the kernels side by side, then the most valuable figures. A part
 begins only where there is that much time left, and what follows it may fit in its place.
 `targets.toml` has the targets, which do not apply to `--small`. The command needs the packages of
-`pip install ".[test]"`.
+`pip install ".[test]"`. A machine that is lent for the hour may hand back few files, so that the
+folder is packed before it goes.
 """
 
 from __future__ import annotations
@@ -22,7 +24,6 @@ import os
 import re
 import shutil
 import signal
-import statistics
 import subprocess
 import sys
 import time
@@ -31,10 +32,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks import read_toml
+from benchmarks.hour_report import report
 from dsb_runtime.cli.process import OneLineParser, run_process
 from dsb_runtime.files import read_json
-from dsb_runtime.measure.command import markdown_table
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "build" / "gpu_hour"  # ignored by git; a second call of the hour continues from it
@@ -42,6 +42,8 @@ BUDGET = 540  # seconds of one call
 START = 10  # of them, until the first part runs
 REAP = 10  # seconds to wait for a killed process, which may hang in the driver
 COUNTS = re.compile(r"(\d+) (passed|failed|error|skipped)")
+# Pytest's last line. What compute-sanitizer counts it prints below that line.
+LAST_LINE = re.compile(r"=* ?\d+ \w+(, \d+ \w+)* in [\d.]+s\b")
 OPS = {
     "scoring": ["lm_head_confidence", "token_confidence"],
     "attention": ["window_attention", "refresh_attention"],
@@ -50,6 +52,7 @@ OPS = {
 }
 WITHOUT_PRECISION = ("place_rows", "unmask_and_slide")  # their arguments are integers
 OTHER_SIZES = ["32", "128", "896", "1024"]  # of sweep.toml
+TOOL = "--tool"  # of compute-sanitizer
 SANITIZERS = {"memcheck": False, "racecheck": True}  # whether steps are captured
 GOLDENS = {"llada": 13, "dream": 23}  # a short trajectory of each family with DSB Cache
 
@@ -107,7 +110,7 @@ def parts(small: bool, folder: Path) -> dict[str, Part]:
         "check": Part("ops against their definitions in float64; compiles", 100, check(small)),
         "goldens": Part("recorded trajectories, on a GPU with CUDA graphs as well", 60,
                         [pytest(goldens, *workers)]),
-        "decode_64": Part("LLaDA-8B, windows of 64: steps, eager loop, phases, idle share", 80,
+        "decode_64": Part("LLaDA-8B, windows of 64: steps, eager loop, phases, idle share", 90,
                           bounded(64, 1024, "--phases")),
         "decode_32": Part("windows of 32", 25, bounded(32, 1024, "--no-eager")),
         "decode_128": Part("windows of 128", 25, bounded(128, 1024, "--no-eager")),
@@ -124,16 +127,20 @@ def parts(small: bool, folder: Path) -> dict[str, Part]:
                           ops("attention")),
         "small": Part("the small ops", 30, ops("small")),
         "linear": Part("the linear layers of window steps beside cuBLAS", 50, ops("linear")),
+        "dream": Part("Dream-7B beside the eager loop", 50, [decode("dream-7b", small, *rounds)]),
+        # Their GPU work is small, and each takes its time to begin.
+        "sanitizers": Part("one trajectory of each family under compute-sanitizer", 70, [
+            command for tool in SANITIZERS for command in sanitize(tool)]),
         "batches": Part("LLaDA-8B, batch 8 and 32", 90, [
             decode("llada-8b", small, "--batch", *(("2", "3") if small else ("8", "32")),
                    "--no-eager", "--rounds", "1")]),
-        "dream": Part("Dream-7B beside the eager loop", 50, [decode("dream-7b", small, *rounds)]),
         "sweep": Part("launch configurations at other sizes", 85,
                       [module("sweep", "--size", *OTHER_SIZES)]),
     }  # fmt: skip
     if small:  # on a CPU, which may be a slow one
+        del every["sanitizers"]
         return {name: replace(part, patience=20) for name, part in every.items()}
-    return every | {tool: sanitize(tool, graphs) for tool, graphs in SANITIZERS.items()}
+    return every
 
 
 def check(small: bool) -> list[list[str]]:
@@ -149,22 +156,22 @@ def check(small: bool) -> list[list[str]]:
                          for sizes in (["64"], OTHER_SIZES))]  # fmt: skip
 
 
-def sanitize(tool: str, graphs: bool) -> Part:
-    """A trajectory of each family under compute-sanitizer. Without CUDA graphs torch need not keep
-    memory, so that a tensor ends where its allocation ends and memcheck sees what is beyond it."""
+def sanitize(tool: str) -> list[list[str]]:
+    """A trajectory of each family under a tool of compute-sanitizer. Without CUDA graphs torch need
+    not keep memory, so that a tensor ends where its allocation ends and memcheck sees what is
+    beyond it."""
     path = os.pathsep.join((os.environ.get("PATH", ""), "/usr/local/cuda/bin"))
     program = shutil.which("compute-sanitizer", path=path) or "compute-sanitizer"
+    graphs = SANITIZERS[tool]
     alone = [] if graphs else ["env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1"]
-    return Part(f"compute-sanitizer --tool {tool} on one trajectory of each family", 60, [
-        [*alone, program, "--tool", tool, "--error-exitcode", "9",
+    # Libraries ask the driver for functions and attributes that it may not have. Memcheck would
+    # count each such call as an error; one that matters is an exception of torch or Triton.
+    options = ["--report-api-errors", "no"] if tool == "memcheck" else []
+    return [
+        [*alone, program, TOOL, tool, *options, "--error-exitcode", "9",
          *pytest([f"tests/test_cuda.py::test_trajectory[{family}-{index}-{graphs}]"])]
         for family, index in GOLDENS.items()
-    ])  # fmt: skip
-
-
-def files_of(folder: Path, name: str) -> list[Path]:
-    """The JSON files of a part, one for each command."""
-    return sorted(folder.glob(f"{name}.[0-9][0-9].json")) or [folder / f"{name}.json"]
+    ]  # fmt: skip
 
 
 def run_part(name: str, part: Part, folder: Path, seconds: float) -> dict[str, Any]:
@@ -202,11 +209,16 @@ def run_part(name: str, part: Part, folder: Path, seconds: float) -> dict[str, A
                 os.killpg(process.pid, signal.SIGKILL)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(REAP)
-    for path in processes if "pytest" in part.commands[0] else ():
-        counts = count_tests(path)
-        ended = status == "ran" or counts["failed"] > 0
+    tests = (
+        zip(part.commands, processes.items(), strict=False) if "pytest" in part.commands[0] else ()
+    )
+    for command, (path, process) in tests:
+        counts: dict[str, Any] = count_tests(path)
         if status == "ran" and not counts["passed"]:
-            status, why, ended = "failed", "no test ran", False
+            status, why = "failed", "no test ran"
+        ended = (process.returncode == 0 and counts["passed"] > 0) or counts["failed"] > 0
+        if TOOL in command:
+            counts["tool"] = command[command.index(TOOL) + 1]
         path.with_suffix(".json").write_text(json.dumps({"lines": [counts] * ended}))
     return {"status": status, "why": why, "seconds": round(time.monotonic() - began, 1)}
 
@@ -214,76 +226,10 @@ def run_part(name: str, part: Part, folder: Path, seconds: float) -> dict[str, A
 def count_tests(log: Path) -> dict[str, int]:
     """What pytest counted in its last line: "3 failed, 70 passed in 5.0s"."""
     counts = {"passed": 0, "failed": 0, "skipped": 0}
-    lines = [line for line in log.read_text(errors="replace").splitlines() if COUNTS.search(line)]
+    lines = list(filter(LAST_LINE.match, log.read_text(errors="replace").splitlines()))
     for number, what in COUNTS.findall(lines[-1] if lines else ""):
         counts["failed" if what == "error" else what] += int(number)
     return counts
-
-
-def value_of(line: Any, path: str) -> Any:
-    """The value at a path with dots; None where there is none."""
-    for key in path.split("."):
-        line = line.get(key) if isinstance(line, dict) else None
-    return line
-
-
-def figure_of(target: dict[str, Any], lines: list[Any], applies: bool) -> float | None:
-    """The figure of a target. Small runs have other shapes, so that shapes in `where` are ignored
-    there."""
-    where = target.get("where", {})
-    if not applies:
-        where = {k: v for k, v in where.items() if not k.startswith(("shape", "batch"))}
-    meant = [line for line in lines if all(value_of(line, k) == v for k, v in where.items())]
-    values = [value_of(line, target["value"]) for line in meant]
-    numbers = [float(value) for value in values if value is not None]
-    if not numbers:
-        return None
-    if target.get("reduce") == "mean":
-        return statistics.geometric_mean(numbers)
-    return min(numbers) if "at_least" in target else max(numbers)
-
-
-def show(value: float, unit: str) -> str:
-    return f"{value:.1%}" if unit == "share" else f"{value:.4g} {unit}".strip()
-
-
-def report(folder: Path, state: dict[str, Any]) -> str:
-    """The table of all figures beside their targets, in Markdown, and what did not run."""
-    machines: dict[str, None] = {}
-    on_gpu = not state["small"]
-    table = []
-    for target in read_toml("targets.toml")["target"]:
-        lines: list[Any] = []
-        for file in files_of(folder, target["part"]):
-            if file.is_file():
-                record = json.loads(file.read_text("utf-8"))
-                lines += record.get("runs", record.get("lines", []))
-                if "machine" in record:
-                    versions = (f"{k} {v}" for k, v in record["versions"].items() if v is not None)
-                    machines[f"{record['machine']['device']}; {', '.join(versions)}"] = None
-        unit, value = target.get("unit", ""), figure_of(target, lines, on_gpu)
-        part = state["parts"].get(target["part"], {"status": "not run", "why": ""})
-        measured = f"{part['status']} {part['why']}" if value is None else show(value, unit)
-        limit_text = reached = ""
-        for bound in {"at_least", "at_most"} & target.keys():
-            limit = target[bound]
-            if "H200" in target and any("H200" in machine for machine in machines):
-                limit = target["H200"]
-            limit_text = f"{bound.replace('_', ' ')} {show(limit, unit)}"
-            if "stretch" in target:
-                limit_text += f", at best {show(target['stretch'], unit)}"
-            if value is not None:
-                right = value >= limit if bound == "at_least" else value <= limit
-                reached = "-" if not on_gpu else "yes" if right else "NO"
-        table.append((target["figure"], limit_text, measured, reached))
-    others = [
-        f"- {name}: {part['status']} {part['why']}"
-        for name, part in state["parts"].items() if part["status"] != "ran"
-    ]  # fmt: skip
-    head = "\n".join(machines) or "nothing was measured"
-    head += "" if on_gpu else "\nSmall shapes: the targets do not apply."
-    columns = dict.fromkeys(("figure", "target", "measured", "reached"), "left")
-    return "\n\n".join(filter(None, (head, markdown_table(columns, table), "\n".join(others))))
 
 
 def calls_of(every: dict[str, Part], budget: float) -> dict[str, int]:

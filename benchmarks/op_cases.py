@@ -27,6 +27,7 @@ from dsb_kernels.score import confidence_of, exclude_tokens
 from dsb_kernels.token_confidence import token_confidence
 
 BLOCK, PREFIX = 32, 8
+SLICE, COLUMNS = 256, 1 << 14  # candidates and tokens whose float64 logits are there at a time
 TIE = 1e-3  # logits this close may be ordered either way by another order of summation
 RULES = {"threshold": 0.9, "factor": 1.0, "frechet": 0.25}
 HEADS = {
@@ -121,7 +122,14 @@ def token_confidence_case(
 
     def error(result: tuple[Tensor, Tensor]) -> float:
         tie = TIE if temperature else 0.0  # without noise nothing is rounded before it is compared
-        return scoring_error(result, logits.double(), logits.float(), options, tie)
+        return max(
+            scoring_error(
+                (result[0][some], result[1][some]), logits[some].double(), logits[some].float(),
+                {k: v[some] if isinstance(v, Tensor) and v.ndim else v for k, v in options.items()},
+                tie,
+            )
+            for some in (slice(i, i + SLICE) for i in range(0, candidates, SLICE))
+        )  # fmt: skip
 
     is_plain = confidence == "probability" and temperature == 0
     return Case(
@@ -141,7 +149,8 @@ def lm_head_confidence_case(
     options = scoring_options(candidates, V, confidence, temperature, way)
 
     def error(result: tuple[Tensor, Tensor]) -> float:
-        exact = hidden.double() @ weight.double().T
+        parts = weight.split(COLUMNS)
+        exact = torch.cat([hidden.double() @ part.double().T for part in parts], 1)
         # The kernel scores in float32; everything else rounds logits to their own precision.
         tie = max(TIE, 4 * torch.finfo(hidden.dtype).eps * exact.abs().max().item())
         return scoring_error(result, exact, linear(hidden, weight).float(), options, tie)

@@ -30,27 +30,34 @@ Run = Callable[[Callable[[], Case]], dict[str, Any]]  # from what makes a case t
 SPLITS = (2, 3, 4, 5, 6)  # of window_attention, at 128 positions of LLaDA
 
 
-def using(key: str, size: int, config: Config) -> Any:
+def candidates(item: dict[str, Any]) -> list[Config]:
+    """The configurations of an entry of `sweep.toml`."""
+    return [Config({k: v for k, v in c.items() if k.isupper()}, c["num_warps"], c["num_stages"])
+            for c in item["configs"]]  # fmt: skip
+
+
+def in_words(config: Config) -> str:
+    blocks = " ".join(f"{name}={value}" for name, value in config.blocks.items())
+    return f"{blocks} warps={config.num_warps} stages={config.num_stages}"
+
+
+def using(key: str, size: int, config: Config, architecture: str) -> Any:
     """A context in which the table's configuration of an op for a size is another one."""
-    entry = (key, architecture_of(device()))
+    entry = (key, architecture)
     table = _configs.CONFIGS[entry if entry in _configs.CONFIGS else (key, "any")]
     return mock.patch.dict(table, {min(most for most in table if most >= size): config})
 
 
 def sweep_one(item: dict[str, Any], run: Run) -> Iterator[dict[str, Any]]:
     """Run the table's configuration and every other one of an entry of `sweep.toml`."""
-    benchmark = ops.BENCHMARKS[item["op"]]
+    benchmark, architecture = ops.BENCHMARKS[item["op"]], architecture_of(device())
     shape = item["shape"] if on_gpu() else benchmark.shapes[0]
     key, size = item["key"], item["size"]
-    now = _configs.configuration(key, size, architecture_of(device()))
-    configs = [Config({k: v for k, v in c.items() if k.isupper()}, c["num_warps"], c["num_stages"])
-               for c in item["configs"]]  # fmt: skip
-    for config in (now, *configs):
-        blocks = " ".join(f"{name}={value}" for name, value in config.blocks.items())
-        words = f"{blocks} warps={config.num_warps} stages={config.num_stages}"
-        with using(key, size, config):
+    now = _configs.configuration(key, size, architecture)
+    for config in (now, *candidates(item)):
+        with using(key, size, config, architecture):
             yield run(functools.partial(benchmark.case, **shape)) | {
-                "key": key, "size": size, "shape": shape, "configuration": words,
+                "key": key, "size": size, "shape": shape, "configuration": in_words(config),
                 "current": config is now,
             }  # fmt: skip
 

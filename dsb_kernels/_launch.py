@@ -2,7 +2,7 @@
 
 A kernel of a step is launched while the one before it still runs ("programmatic dependent launch",
 GPUs of capability 9.0 and up). It asks the L2 cache for what does not depend on other kernels, the
-weights, by `prefetch` or `prefetch_rows`; then `wait_for_previous`. docs/tuning.md says why that is
+weights, by `prefetch_rows` and the like; then `wait_for_previous`. docs/tuning.md says why that is
 right. With `PDL` False these functions do nothing: on older GPUs, under the interpreter, and where
 torch traces the launch.
 """
@@ -47,6 +47,16 @@ def prefetch(ptrs, mask, PDL: tl.constexpr):
             "{ .reg .pred p; setp.ne.b32 p, $2, 0; @p prefetch.global.L2 [$1]; mov.b32 $0, 0; }",
             "=r,l,r", [ptrs, mask.to(tl.int32)], dtype=tl.int32, is_pure=False, pack=1,
         )  # fmt: skip
+
+
+@jit
+def prefetch_span(ptr, first, end, SIZE: tl.constexpr, PDL: tl.constexpr):
+    """Ask the L2 cache for SIZE neighbours from element `first` on, and before `end`."""
+    if PDL:
+        PER_LINE: tl.constexpr = LINE_BYTES * 8 // ptr.dtype.element_ty.primitive_bitwidth
+        LINES: tl.constexpr = SIZE // PER_LINE if SIZE > PER_LINE else 1
+        element = first + PER_LINE * tl.arange(0, LINES)
+        prefetch(ptr + element, element < end, PDL)
 
 
 @jit

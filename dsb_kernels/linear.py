@@ -21,8 +21,8 @@ from dsb_kernels._check import FLOATS, check_tensor
 from dsb_kernels._configs import Launch, architecture_of, configuration, of_dtype
 from dsb_kernels._launch import (
     launch_options,
-    prefetch,
     prefetch_rows,
+    prefetch_span,
     wait_for_previous,
     wrap_triton,
 )
@@ -120,7 +120,10 @@ def _window_linear_kernel(
     x_ptrs = x_ptr + token.to(tl.int64)[None, :] * stride_xn + k[:, None]
 
     if bias_ptr is not None:
-        prefetch(bias_ptr + feature, feature < F, PDL)
+        first = tl.program_id(0) * BLOCK_V
+        prefetch_span(bias_ptr, first, F, BLOCK_V, PDL)
+        if GATED:
+            prefetch_span(bias_ptr + F, first, F, BLOCK_V, PDL)
     prefetch_rows(weight_ptr, feature, F, stride_wf, 0, E, PDL, 2 if GATED else 1)
     if GATED:
         prefetch_rows(weight_ptr, F + feature, 2 * F, stride_wf, 0, E, PDL, 2)
@@ -205,7 +208,7 @@ def _add_norm_kernel(
     feature = tl.arange(0, BLOCK_F)
     inside = feature < F
     residual_ptr += token * stride_rn + feature
-    prefetch(norm_weight_ptr + feature, inside, PDL)
+    prefetch_span(norm_weight_ptr, 0, F, BLOCK_F, PDL)
     wait_for_previous(PDL)
     y = tl.zeros((BLOCK_F,), tl.float32)
     for split in tl.static_range(SPLITS):

@@ -89,6 +89,7 @@ def test_what_is_written(which, record_of):
             assert run[f"eager_{kind}_step_ms"] > 0 and run[f"free_{kind}_step_ms"] > 0
             assert 0 < step["share_of_floor"] < 1
         assert 0 < run["free_window_share_of_weights_limit"] < 1
+        assert 0 < run["free_refresh_share_of_products_limit"] < 1
         assert run["window_width"] < 56 == run["steps"]["refresh"]["width"]
         assert run["wasted_launches"] == 0, "nothing is speculative without captured steps"
         assert run["peak_memory_bytes"] > 1e8
@@ -96,6 +97,19 @@ def test_what_is_written(which, record_of):
         products = [run["steps"][kind]["products_ms"] for kind in ("window", "refresh")]
         most = run["forwards"] * max(products) / (1e3 * seconds["ours"])
         assert 0.3 * most < run["share_of_products_limit"] < batch * most
+
+
+def test_the_share_of_a_limit_is_that_of_the_free_runs_steps():
+    """Whatever the watched run's steps of that kind took: its refreshes run other kernels."""
+    free = [("refresh", 0.04), ("window", 0.02), ("window", 0.03), ("refresh", 0.06)]
+    steps = {
+        "window": {"ms": 1.0, "weights_ms": 5.0, "products_ms": 1.0},
+        "refresh": {"ms": 1.0, "weights_ms": 5.0, "products_ms": 25.0},
+    }
+    assert decode.free_share(free, steps, "window", "weights") == pytest.approx(0.2)
+    assert decode.free_share(free, steps, "refresh", "products") == pytest.approx(0.5)
+    assert decode.free_share(free[1:3], steps, "refresh", "products") is None
+    assert decode.free_share(free, {}, "window", "weights") is None
 
 
 def test_both_loops_commit_the_same_in_float32(record_of):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import sys
 import time
@@ -13,7 +14,8 @@ from unittest import mock
 import pytest
 
 from benchmarks import gpu_hour, ops, read_toml
-from benchmarks.gpu_hour import Part, figure_of, report
+from benchmarks.gpu_hour import Part
+from benchmarks.hour_report import figure_of, files_of, report
 from tests import golden
 
 PRINT = "import json, sys; json.dump({'lines': [{'value': 3}]}, open(sys.argv[1], 'w'))"
@@ -72,27 +74,51 @@ def test_commands_of_a_part_run_side_by_side(tmp_path, monkeypatch):
     began = time.monotonic()
     assert run(monkeypatch, tmp_path, {"all": part(wait, count=11)})["all"]["status"] == "ran"
     assert time.monotonic() - began < 15
-    assert [p.name for p in gpu_hour.files_of(tmp_path, "all")] == [
+    assert [p.name for p in files_of(tmp_path, "all")] == [
         f"all.{index:02}.json" for index in range(11)
     ]
 
 
+MEMCHECK = "========= ERROR SUMMARY: {} errors"
+RACECHECK = "========= RACECHECK SUMMARY: {0} hazards displayed ({0} errors, 0 warnings)"
+
+
 @pytest.mark.parametrize(
-    ("last", "code", "counts"),
+    ("log", "code", "counts", "status"),
     [
-        ("..F\n1 failed, 70 passed, 2 skipped, 3 errors in 5.0s", 1, [(70, 4, 2)]),
-        ("2 skipped in 1s", 0, []),
-        ("", 0, []),
+        ("..F\n1 failed, 70 passed, 2 skipped, 3 errors in 5.0s", 1, [(70, 4, 2)], "failed"),
+        ("2 skipped in 1s", 0, [], "failed"),
+        ("", 0, [], "failed"),
+        *((f"2 passed, 1 warning in 65.1s (0:01:05)\n{summary}".format(0), 0, [(2, 0, 0)], "ran")
+          for summary in (MEMCHECK, RACECHECK)),
+        *((f"2 passed in 5.0s\n{summary}".format(3), 9, [], "failed")
+          for summary in (MEMCHECK, RACECHECK)),
+        (f"1 failed in 5.0s\n{MEMCHECK}".format(0), 1, [(0, 1, 0)], "failed"),
+        ("ran 3 errors in 2.0s\n========= 1 failed to launch", 0, [], "failed"),
     ],
-)
-def test_tests_that_did_not_run_are_no_figure(tmp_path, monkeypatch, last, code, counts):
-    """Where nothing ran, nothing failed: that must not reach a target."""
-    program = f"print({last!r}); raise SystemExit({code})"
+)  # fmt: skip
+def test_tests_that_did_not_run_are_no_figure(tmp_path, monkeypatch, log, code, counts, status):
+    """Where nothing ran, nothing failed: that must not reach a target. What a sanitizer counts
+    below pytest's last line are no tests."""
+    program = f"print({log!r}); raise SystemExit({code})"
     tests = Part("tests", 15, [[sys.executable, "-c", program, "pytest"]])
     state = run(monkeypatch, tmp_path, {"goldens": tests})
-    assert state["goldens"]["status"] == "failed"
+    assert state["goldens"]["status"] == status
     lines = json.loads((tmp_path / "goldens.json").read_text())["lines"]
     assert [(line["passed"], line["failed"], line["skipped"]) for line in lines] == counts
+
+
+def test_a_sanitizer_that_finds_errors_costs_no_figure_of_the_others(tmp_path, monkeypatch):
+    def sanitized(tool: str, errors: int) -> list[str]:
+        program = f"print('1 passed in 5.0s'); raise SystemExit({9 * bool(errors)})"
+        return [sys.executable, "-c", program, "pytest", gpu_hour.TOOL, tool]
+
+    commands = [sanitized("memcheck", 0), sanitized("memcheck", 3), sanitized("racecheck", 0)]
+    state = run(monkeypatch, tmp_path, {"sanitizers": Part("tests", 15, commands)})
+    assert state["sanitizers"]["status"] == "failed"
+    lines = [json.loads(p.read_text())["lines"] for p in files_of(tmp_path, "sanitizers")]
+    expected = {"passed": 1, "failed": 0, "skipped": 0}
+    assert lines == [[expected | {"tool": "memcheck"}], [], [expected | {"tool": "racecheck"}]]
 
 
 def test_a_figure_is_the_worst_of_the_lines_that_are_meant():
@@ -109,6 +135,10 @@ def test_a_figure_is_the_worst_of_the_lines_that_are_meant():
     assert figure({"op": "a", "shape.n": 1}, at_most=1) == 3
     assert figure({"op": "a", "shape.n": 1}, at_most=1, applies=False) == 12
     assert figure({"op": "c"}) is None and figure({}, value="deep.er") is None
+    lines.append({"op": "b", "failed": "RuntimeError: no"})
+    assert math.isnan(figure({"op": "b"}, at_most=100)) and figure({"op": "a"}, at_most=1) == 12
+    lines[:] = [{"failed": 0, "passed": 7}]  # what pytest counts
+    assert figure({}, value="failed", at_most=0) == 0
 
 
 def test_a_program_that_is_missing_costs_its_part(tmp_path, monkeypatch):
@@ -124,6 +154,8 @@ def test_all_parts_fit_into_two_calls(tmp_path, capsys):
     every = gpu_hour.parts(False, tmp_path)
     calls = gpu_hour.calls_of(every, gpu_hour.BUDGET - gpu_hour.START)
     assert gpu_hour.BUDGET <= 9 * 60 and set(calls.values()) == {1, 2}
+    second = sum(part.expected for name, part in every.items() if calls[name] == 2)
+    assert second <= 480, "what takes longer than it should has room"
     assert next(iter(every)) == "check" and set(calls) == set(every)
     words = [word for command in every["check"].commands for word in command]
     assert {*ops.BENCHMARKS, *gpu_hour.OTHER_SIZES, "64"} <= set(words)
@@ -142,7 +174,7 @@ def test_what_the_sanitizer_runs_is_a_test(family, index):
     assert golden.settings(golden.cases(family)[index])["cache"] == "dsb"
     assert golden.cases(family)[index]["nfe"] <= 12
     for tool, graphs in gpu_hour.SANITIZERS.items():
-        command = gpu_hour.sanitize(tool, graphs).commands[list(gpu_hour.GOLDENS).index(family)]
+        command = gpu_hour.sanitize(tool)[list(gpu_hour.GOLDENS).index(family)]
         name = f"tests/test_cuda.py::test_trajectory[{family}-{index}-{graphs}]"
         assert name in command and tool in command
 
@@ -158,6 +190,31 @@ def test_the_report_compares_with_the_targets_of_the_gpu(tmp_path, device, reach
     line = next(line for line in lines if "32 positions, prompt 1024" in line)
     limit = {"NO": "78.0%", "yes": "75.0%"}[reached]
     assert line.endswith(f"| at least {limit}, at best 85.0% | 76.0% | {reached} |")
+
+
+@pytest.mark.parametrize(
+    ("line", "status", "measured", "reached"),
+    [
+        ({"error": 0.5}, "ran", "0.5", "yes"),
+        ({"error": 2}, "ran", "2", "NO"),
+        ({"failed": "MemoryError: 9 GB"}, "ran", "1 of 2 failed: MemoryError: 9 GB", "NO"),
+        ({"failed": "MemoryError: 9 GB"}, "failed",
+         "1 of 2 failed: MemoryError: 9 GB, failed exit code 1: no", "NO"),
+        ({"error": 0.5}, "failed", "0.5, failed exit code 1: no", "failed"),
+        ({"error": 0.5}, "out of time", "0.5, out of time exit code 1: no", "out of time"),
+        (None, "failed", "failed exit code 1: no", "NO"),
+        (None, "ran", "ran and wrote no figure", "NO"),
+        (None, "not run", "not run 3 s were left of 9", "-"),
+    ],
+)  # fmt: skip
+def test_what_failed_has_not_reached_its_target(tmp_path, line, status, measured, reached):
+    """Neither one shape of many, nor a command that ended before it wrote all of its shapes."""
+    lines = [{"contender": "op", "error": 0.25}, {"contender": "op", **(line or {})}]
+    (tmp_path / "check.00.json").write_text(json.dumps({"lines": lines if line else []}))
+    why = {"ran": "", "not run": "3 s were left of 9"}.get(status, "exit code 1: no")
+    state = {"small": False, "parts": {"check": {"status": status, "why": why}}}
+    row = next(x for x in report(tmp_path, state).splitlines() if "in float64: error" in x)
+    assert row.split(" | ")[1:] == ["at most 1", measured, f"{reached} |"]
 
 
 def test_every_target_names_a_part_and_every_op_is_in_one(tmp_path):
@@ -179,7 +236,7 @@ def test_the_docs_have_the_arithmetic_of_every_target():
     shown = {cell[1].strip(): {*re.findall(r"[\d.]+", cell[2])} for cell in cells[2:]}
     targets = [t for t in read_toml("targets.toml")["target"] if {"at_least", "at_most"} & t.keys()]
     of_errors = [t for t in targets if "why" not in t]
-    assert {t["part"] for t in of_errors} == {"check", "goldens", "memcheck", "racecheck"}
+    assert {t["part"] for t in of_errors} == {"check", "goldens", "sanitizers"}
     for target in targets:
         scale = 100 if target.get("unit") == "share" else 1
         bounds = {"at_least", "at_most", "H200", "stretch"} & target.keys()
@@ -199,4 +256,5 @@ def test_the_whole_hour_runs_on_a_cpu(tmp_path, capsys):
     table = [line.split("|") for line in output.splitlines() if line.startswith("| ")][1:]
     missing = [cells[1].strip() for cells in table if cells[3].strip().startswith(("ran", "not"))]
     assert missing[:2] == [figure for figure in missing if "compute-sanitizer" in figure]
-    assert missing[2:] == ["GPU idle, batch 1"], "every other figure is read from what a part wrote"
+    idle = ["GPU idle, batch 1", "time that kernels one after another do not take, batch 1"]
+    assert missing[2:] == idle, "every other figure is read from what a part wrote"

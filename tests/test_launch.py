@@ -100,6 +100,22 @@ def test_all_programs_together_ask_for_the_odd_kib_of_every_row_once(
     assert row_lines == (first & odd).sum()
 
 
+@jit
+def span_kernel(ptr, first, end, SIZE: tl.constexpr):
+    launching.prefetch_span(ptr, first, end, SIZE, True)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="under the interpreter")
+@pytest.mark.parametrize(("first", "end", "size"), [(0, 500, 512), (64, 500, 128), (32, 40, 16)])
+def test_a_span_asks_for_each_of_its_lines_once(first, end, size, monkeypatch):
+    monkeypatch.setattr(launching, "prefetch", count_lines)
+    counts = torch.zeros(512, dtype=torch.int32)
+    span_kernel[(1,)](counts, first, end, SIZE=size)
+    index = torch.arange(512)
+    inside = (index >= first) & (index < min(end, first + size))
+    assert torch.equal(counts, (inside & (index % 32 == 0)).int())
+
+
 def functions() -> Iterator[ast.FunctionDef]:
     for path in FOLDER.glob("*.py"):
         for node in ast.parse(path.read_text()).body:
@@ -144,7 +160,7 @@ def test_every_kernel_waits_before_it_loads_or_stores():
 
 def test_what_only_prefetches_neither_loads_nor_stores():
     helpers = [f for f in functions() if f.name.startswith(SAFE)]
-    assert len(helpers) == 4
+    assert len(helpers) == 5
     for text in map(ast.unparse, helpers):
         assert "tl.load(" not in text and "tl.store(" not in text
 

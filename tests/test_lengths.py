@@ -6,8 +6,9 @@ import pytest
 import torch
 
 import dsb_runtime as dsb
-from dsb_kernels.rows import StepKind
+from dsb_kernels.rows import StepKind, read_rows
 from dsb_runtime.engine.graphs import length_class, refresh_class
+from dsb_runtime.engine.session import next_step
 from tests.random_models import random_model
 from tests.recorded import Recorder
 
@@ -61,6 +62,56 @@ def test_a_set_of_captures_serves_all_lengths_of_a_class(monkeypatch, model):
     again = captures(monkeypatch, engine, lengths)
     assert {shape.kind for _, shape in again} == {StepKind.REFRESH}
     assert captures(monkeypatch, engine, lengths) == []
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_200_prompts_take_a_set_of_captures_for_each_class(monkeypatch, model, seed):
+    """Sessions and shapes are real; no step runs. A refresh follows from the prompt's length, and
+    windows do not depend on it, so that those of one decoding stand for all."""
+    settings = {"gen_length": 64, "block_length": 32, "max_block_length": 32, "steps": 16}
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(100, 2001, (200,), generator=generator).tolist()
+    engine, windows = dsb.Engine(model, capture=lambda step: step), set()
+    launch = engine.loop.launch
+    with monkeypatch.context() as patches:
+        patches.setattr(engine.loop, "launch", lambda *a: windows.add(a[1]) or launch(*a))
+        engine.generate(prompt(100), stop_at_eos=False, **settings)
+    windows = {shape for shape in windows if shape.kind == StepKind.WINDOW}
+    engine, captured, in_vain = dsb.Engine(model, capture=lambda step: step), [], 0
+    config = dsb.DecodingConfig(**settings)
+    for length in lengths:
+        canvas = torch.cat([prompt(length), torch.full((1, 64), 511)], 1)
+        leftpad = torch.zeros(1, dtype=torch.int32)
+        session = engine.loop.session(config, canvas, leftpad, roomy=True)
+        refresh = next_step(session, read_rows(session.state.table))
+        assert refresh is not None and refresh.kind == StepKind.REFRESH
+        in_vain += refresh.width - (length + 64)
+        for shape in {refresh, *windows} - session.replays.keys():
+            session.replays[shape] = lambda: None
+            captured.append((session.state.canvas.shape[1], shape))
+    canvases = {canvas for canvas, _ in captured}
+    refreshes = sum(shape.kind == StepKind.REFRESH for _, shape in captured)
+    alone = misses_of_multiples(lengths)
+    print(
+        f"{len(captured)} captures on {len(canvases)} canvases, of refreshes {refreshes}; "
+        f"{in_vain / 200:.1f} positions in vain, each; padded to multiples of 64: "
+        f"{alone * (1 + len(windows))} captures"
+    )
+    assert len(set(captured)) == len(captured), "nothing is captured twice"
+    assert len(captured) - refreshes == len(windows) * len(canvases)
+    assert len(canvases) <= len({length_class(n + 64) for n in lengths})
+    assert refreshes <= len(canvases) * len({refresh_class(n + 64, 9999) for n in lengths})
+
+
+def misses_of_multiples(lengths: list[int]) -> int:
+    """How often none of 8 canvases that are kept has a prompt's length, a multiple of 64."""
+    kept: list[int] = []
+    misses = 0
+    for length in lengths:
+        canvas = -(-(length + 64) // 64)
+        misses += canvas not in kept
+        kept = [canvas, *(other for other in kept if other != canvas)][:8]
+    return misses
 
 
 def test_a_recorded_step_is_right_for_every_length(model):

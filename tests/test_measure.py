@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import op_case
+from benchmarks import op_case, profiled
 from benchmarks.profiled import busy_seconds, gpu_busy_seconds
+from dsb_kernels._launch import overlaps
 from dsb_runtime.measure import timing
 from dsb_runtime.measure.steps import TimedEngine
 from dsb_runtime.measure.timing import Call, Timing, plan
@@ -198,6 +199,24 @@ def test_ceilings_count_what_they_move(monkeypatch):
     monkeypatch.setattr(timing, "CPU_SIZES", (64,))
     assert timing.matmul_speed.__wrapped__(torch.float32, CPU) == 64**3
     assert gpu_busy_seconds(lambda: None, CPU) is None
+
+
+def test_gaps_are_what_kernels_one_after_another_do_not_take(monkeypatch):
+    """Steps are captured anew for that, and once more after it."""
+    device, calls = torch.device("cuda"), []
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.delenv("DSB_PDL", raising=False)
+    monkeypatch.setattr(profiled, "gpu_busy_seconds", lambda run, device: run() or 0.95)
+    engine = SimpleNamespace(device=device, release=lambda: calls.append("release"))
+    overlaps.cache_clear()
+    before = overlaps(device)
+    share = profiled.gap_share(engine, lambda: calls.append(overlaps(device)), 1.0)
+    assert share == pytest.approx(0.05)
+    assert calls == ["release", False, False, "release"]
+    assert before and overlaps(device)
+    overlaps.cache_clear()
+    engine.device = CPU
+    assert profiled.gap_share(engine, lambda: None, 1.0) is None
 
 
 def test_busy_is_each_moment_once():

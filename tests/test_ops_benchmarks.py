@@ -115,27 +115,62 @@ def test_wrong_tokens_and_confidences_are_errors():
 
 
 def test_the_checks_reach_every_configuration_of_16_bits(monkeypatch):
-    """On a GPU; here only the shapes are made."""
+    """On a GPU; here only the shapes are made. Each head dim that is checked is checked at every
+    class."""
     monkeypatch.setattr(correct, "on_gpu", lambda: True)
+    monkeypatch.setattr(ops, "on_gpu", lambda: True)
+    head_dims: set[int] = set()
     sizes: dict[str, set[int]] = {}
-    for op, benchmark_of in ops.BENCHMARKS.items():
-        for shape in [*benchmark_of.named(benchmark_of.gpu), *correct.more_shapes(op)]:
+    for op in ops.BENCHMARKS:
+        for shape in correct.shapes_of(op, is_timed=True):
             key, size = key_and_size(op, shape)
             sizes.setdefault(key, set()).add(size)
-    for (key, _), table in _configs.CONFIGS.items():
-        if "float32" not in key:
-            limits = [0, *sorted(table)]
-            for low, high in itertools.pairwise(limits):
+            if op.endswith("_attention"):
+                head_dims.add(shape.get("head_dim", 128))
+    assert head_dims == {64, 128, 256}
+    for (name, _), table in _configs.CONFIGS.items():
+        keys = [name]
+        if name.startswith("window_attention"):
+            small = name.endswith(" 128")
+            keys = [f"window_attention {d}" for d in head_dims if (d <= 128) == small]
+        for low, high in itertools.pairwise([0, *sorted(table)]) if "float32" not in name else ():
+            for key in keys:
                 assert any(low < size <= high for size in sizes[key]), (key, high)
+
+
+def test_the_checks_fit_into_one_gpu_together(monkeypatch):
+    """The definition of attention in float64, keys and values of every head twice and scores three
+    times, is what takes most."""
+    monkeypatch.setattr(correct, "on_gpu", lambda: True)
+    monkeypatch.setattr(ops, "on_gpu", lambda: True)
+    for shape in correct.shapes_of("window_attention", is_timed=True):
+        heads, D = op_cases.MODELS[shape["model"]][0], shape.get("head_dim", 128)
+        elements = shape["positions"] * (4 * D + 3 * shape["width"])
+        assert 8 * shape["batch"] * heads * elements < 8e9, shape
+
+
+@pytest.mark.parametrize("way", ["plain", "eligible", "excluded", "seeds"])
+def test_logits_are_compared_slice_by_slice(monkeypatch, way):
+    """With the same outcome, whichever slice an error is in."""
+    case = ops.BENCHMARKS["token_confidence"].case(
+        candidates=7, V=300, confidence="entropy", temperature=0.7, way=way
+    )
+    assert case.error is not None
+    token, value = case.call("op").run()
+    wrong = token.clone()
+    wrong[5] = (wrong[5] + 2) % 100
+    whole = case.error((token, value))
+    monkeypatch.setattr(op_cases, "SLICE", 3)
+    assert whole <= 1 and case.error((token, value)) <= 1
+    assert case.error((wrong, value)) == math.inf and case.error((token, value + 1e-3)) > 1
 
 
 def key_and_size(op: str, shape: dict[str, Any]) -> tuple[str, int]:
     """The entry of the table that a shape uses, and its size there."""
     if op.endswith("_attention"):
         heads, kv_heads = op_cases.MODELS[shape["model"]]
-        head_dim = 128 if shape.get("head_dim", 128) <= 128 else 256
         width = shape.get("width", shape.get("positions"))
-        return f"window_attention {head_dim}", width * heads // kv_heads
+        return f"window_attention {shape.get('head_dim', 128)}", width * heads // kv_heads
     if op == "window_linear":
         gated = op_cases.LAYERS[shape["layer"]][3]
         return op + " gated" * gated, shape["num_tokens"]
@@ -151,12 +186,10 @@ def test_candidates_of_the_sweep_are_entries_of_the_table():
     for item in read_toml("sweep.toml")["sweep"]:
         now = _configs.configuration(item["key"], item["size"], "sm_90")
         assert item["op"] in ops.BENCHMARKS
-        for config in item["configs"]:
-            blocks = {k: v for k, v in config.items() if k not in ("num_warps", "num_stages")}
-            assert blocks.keys() == dict(now.blocks).keys()
-            other = _configs.Config(blocks, config["num_warps"], config["num_stages"])
+        for other in sweep.candidates(item):
+            assert other.blocks.keys() == now.blocks.keys()
             assert other != now, f"{item['key']} {item['size']}: the table has it already"
-            with sweep.using(item["key"], item["size"], other):
+            with sweep.using(item["key"], item["size"], other, "sm_90"):
                 assert _configs.configuration(item["key"], item["size"], "sm_90") is other
             assert _configs.configuration(item["key"], item["size"], "sm_90") is now
 

@@ -16,8 +16,9 @@ from torch.profiler import ProfilerActivity
 import dsb_runtime as dsb
 from dsb_runtime.cli import main as cli
 from dsb_runtime.demo import MODEL_DIR
+from dsb_runtime.engine.forward import Backbone
 from dsb_runtime.measure.models import random_prompts
-from dsb_runtime.measure.profile import Bracket, profile_steps
+from dsb_runtime.measure.profile import Bracket, launch_again, profile_steps
 from dsb_runtime.measure.profile_tables import by_kind, phase_table, read_trace, totals
 from tests import golden
 from tests.checkpoints import parts, write
@@ -89,6 +90,23 @@ def test_profiling_changes_no_token(model, prompts, decoded, tmp_path, cuda_call
         assert result.out.tokens_per_forward == decoded[0].tokens_per_forward
         assert (result.total, result.first, result.kinds) == (24, 2, decoded[1][2:7])
     assert cuda_calls == [], "a CPU has no NVTX"
+
+
+def test_steps_that_would_be_captured_are_profiled_kernel_by_kernel(
+    model, prompts, decoded, tmp_path, monkeypatch
+):
+    """As on a GPU, where `generate` captures steps for prompts of many lengths: refreshes compute
+    them as padded rows, by other kernels."""
+    padded, forward, trace = [], Backbone.__call__, tmp_path / "trace.json"
+    watch = lambda *a, **options: padded.append(options["padded"]) or forward(*a, **options)  # noqa: E731
+    monkeypatch.setattr(Backbone, "__call__", watch)
+    result = profile_steps(
+        model, prompts, config(), count=2, capture=launch_again, trace_file=trace
+    )
+    assert torch.equal(result.out.sequences, decoded[0].sequences) and all(padded)
+    assert sum(name.endswith("attention") for name in names(trace)) == 2 * 4
+    profile_steps(model, prompts, config(), count=2)
+    assert not all(padded)
 
 
 def test_the_same_seed_draws_the_same_tokens(model, prompts, tmp_path):

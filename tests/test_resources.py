@@ -15,6 +15,7 @@ import torch
 pytest.importorskip("triton")
 import triton
 
+from benchmarks import read_toml
 from dsb_kernels.attention_kernel import tile_of
 from dsb_runtime.engine.graphs import WIDTHS
 from tools.compile_report import report
@@ -83,6 +84,18 @@ def test_every_kernel_is_fit_for_the_chips():
         order = order if row["architecture"] in OVERLAPPING else "A"
         assert re.fullmatch(order, row["overlap"]), row
         assert (row["loop_prefetches"] > 0) == case.prefetches_in_loop, row
+
+
+@pytest.mark.slow
+def test_every_configuration_of_the_sweep_is_fit_for_sm_90():
+    """No spills, shared memory of a block: none is timed that production could not take."""
+    output = run_module(
+        "tools.compile_report", "--sweep", "--arch", "sm_90", "--json", "--jobs", "2"
+    )
+    rows = [json.loads(line) for line in output.splitlines()]
+    assert len(rows) == sum(len(item["configs"]) for item in read_toml("sweep.toml")["sweep"])
+    bad = [words for row in rows for words in row["failures"]]
+    assert not bad, "\n".join(bad)
 
 
 @pytest.mark.parametrize(

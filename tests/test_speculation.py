@@ -13,6 +13,7 @@ import torch
 import dsb_runtime as dsb
 from dsb_runtime.engine import loop
 from tests.random_models import random_model
+from tests.recorded import Recorder
 
 SETTINGS = {"gen_length": 256, "block_length": 32, "steps": 73, "stop_at_eos": False}
 IDS = torch.arange(3, 67)[None]
@@ -25,10 +26,12 @@ def model():
     return dsb.patch(plain, family="llada", mask_id=511)
 
 
-def run(monkeypatch, model, on_step: Callable | None, **settings: Any) -> tuple[Classes, ...]:
+def run(
+    monkeypatch, model, on_step: Callable | None, capture: Any = None, **settings: Any
+) -> tuple[Classes, ...]:
     """The steps that were needed, those that were launched, and those of them that were guessed."""
-    # Only the launches matter here, so that no step need be recorded to be captured.
-    engine = dsb.Engine(model, capture=lambda step: step)
+    # Where only the launches matter, no step need be recorded to be captured.
+    engine = dsb.Engine(model, capture=capture or (lambda step: step))
     needed, launched, guessed = [], [], []
     launch, next_step, speculate = engine.loop.launch, loop.next_step, loop.speculate
     with monkeypatch.context() as patches:
@@ -59,13 +62,20 @@ def test_a_guess_stays_in_its_width_class(monkeypatch, model, bound, prefix):
         assert prefix == 0 or guessed.total() >= 50
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [{"max_block_length": 32, "prefix_window": 32}, {"schedule": "naive", "cache": "dual"}],
-    ids=["dsb", "naive"],
-)
-def test_a_run_that_is_watched_launches_the_same(monkeypatch, model, settings):
-    settings = SETTINGS | {"gen_length": 128, "steps": 40} | settings
+@pytest.mark.slow
+@pytest.mark.parametrize("prefix", [0, 24, 32, 96])
+@pytest.mark.parametrize("bound", [32, None])
+def test_recorded_steps_are_of_the_classes_of_a_watched_run(monkeypatch, model, bound, prefix):
+    """A watched run guesses nothing. Both replay what they have recorded."""
+    settings = SETTINGS | {"max_block_length": bound, "prefix_window": prefix}
+    _, watched, none = run(monkeypatch, model, lambda event: None, Recorder(), **settings)
+    _, launched, _ = run(monkeypatch, model, None, Recorder(), **settings)
+    assert not none and (launched - watched).total() <= (2 if bound is None else 0)
+    assert (watched - launched).total() <= (2 if bound is None else 0)
+
+
+def test_a_naive_schedule_that_is_watched_launches_the_same(monkeypatch, model):
+    settings = SETTINGS | {"gen_length": 128, "steps": 40, "schedule": "naive", "cache": "dual"}
     _, watched, none = run(monkeypatch, model, lambda event: None, **settings)
     _, launched, guessed = run(monkeypatch, model, None, **settings)
     assert launched == watched and not none

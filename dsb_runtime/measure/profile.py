@@ -12,7 +12,7 @@ import argparse
 import contextlib
 import shlex
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -112,6 +112,11 @@ class Bracket:
         self.running = False
 
 
+def launch_again(step: Callable[[], None]) -> Callable[[], None]:
+    """In place of a capture: every replay of a step launches its kernels again."""
+    return step
+
+
 @dataclass(frozen=True)
 class Profiled:
     """The steps that were profiled, out of a decoding of `total` steps."""
@@ -136,7 +141,9 @@ def profile_steps(
 ) -> Profiled:
     """Decode prompts (B, P) twice and profile steps `first` to `first + count - 1` of the second
     decoding, or fewer if it ends before. With `graphs`, `capture` or else CUDA graphs record the
-    steps. torch's profiler is left out where there is no `trace_file`.
+    steps. Without, a GPU's steps are those that would be recorded, of the same classes of widths
+    and lengths, launched kernel by kernel; `capture` asks for that elsewhere. torch's profiler is
+    left out where there is no `trace_file`.
 
     Raises:
         ValueError: the decoding ends before step `first`, or `graphs` is set without a GPU.
@@ -144,7 +151,9 @@ def profile_steps(
     device = model.device
     # A replay enters no phase. A capture enters each once, but its time means nothing.
     phase = no_phase if graphs else ranges(device)
-    engine = Engine(model, graphs=graphs, capture=capture, phase=phase)
+    if not graphs and device.type == "cuda":
+        capture = launch_again
+    engine = Engine(model, graphs=graphs or capture is not None, capture=capture, phase=phase)
 
     def decode(bracket: Bracket) -> GenerationOutput:
         engine.loop.observer = bracket.step

@@ -19,6 +19,7 @@ from dsb_kernels._configs import ARCHITECTURES
 from dsb_kernels._op import interpreted, triton
 from tools.compile_report.case import OVERLAPPING, CompileCase
 from tools.compile_report.cases import collect_cases
+from tools.compile_report.cases.sweep import sweep_cases
 from tools.compile_report.disassembly import disassemble
 
 
@@ -113,18 +114,25 @@ def compile_case(case: CompileCase, architecture: str) -> Resources:
     return dataclasses.replace(resources, failures=tuple(failures(case, resources)))
 
 
-def _compile_indexed(job: tuple[int, Sequence[str], str]) -> Resources:
+def _compile_indexed(job: tuple[int, Sequence[str], str, bool]) -> Resources:
     """Compile a case in a worker. Cases hold kernels, which cannot be pickled, so that the worker
     gets the index of its case."""
-    index, ops, architecture = job
-    return compile_case(collect_cases(ops)[index], architecture)
+    index, ops, architecture, sweep = job
+    return compile_case(chosen_cases(ops, sweep)[index], architecture)
 
 
-def compile_all(architectures: Sequence[str], ops: Sequence[str], jobs: int) -> list[Resources]:
+def chosen_cases(ops: Sequence[str], sweep: bool) -> list[CompileCase]:
+    """What production launches, or the configurations that may take its place."""
+    return sweep_cases(ops) if sweep else collect_cases(ops)
+
+
+def compile_all(
+    architectures: Sequence[str], ops: Sequence[str], jobs: int, sweep: bool = False
+) -> list[Resources]:
     """The resources of every case on every architecture that it names, in a fixed order."""
     work = [
-        (index, ops, architecture)
-        for index, case in enumerate(collect_cases(ops))
+        (index, ops, architecture, sweep)
+        for index, case in enumerate(chosen_cases(ops, sweep))
         for architecture in architectures
         if architecture in case.architectures
     ]
@@ -192,6 +200,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tools.compile_report", description=__doc__)
     parser.add_argument("--arch", action="append", choices=ARCHITECTURES, help="default: all")
     parser.add_argument("--op", action="append", default=[], help="only this op (repeatable)")
+    parser.add_argument(
+        "--sweep", action="store_true", help="the configurations of benchmarks/sweep.toml instead"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument("--jobs", type=int, default=1, help="compiler processes")
     args = parser.parse_args()
@@ -205,9 +216,10 @@ def main() -> None:
             parser.error(f"--op {op}: expected one of {', '.join(known)}")
     if args.jobs < 1:
         parser.error(f"--jobs {args.jobs}: expected at least 1")
-    resources = compile_all(args.arch or ARCHITECTURES, args.op, args.jobs)
+    resources = compile_all(args.arch or ARCHITECTURES, args.op, args.jobs, args.sweep)
     if args.json:
         for r in resources:
             print(json.dumps(dataclasses.asdict(r)))
     else:
         print_table(resources)
+        print("\n".join(words for r in resources for words in r.failures) or "Nothing failed.")

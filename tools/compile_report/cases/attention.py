@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import itertools
+from types import SimpleNamespace
+from typing import Any
+
+import torch
 
 from dsb_kernels._configs import ARCHITECTURES, Config
+from dsb_kernels._launch import odd_lines
 from dsb_kernels._op import triton
 from dsb_kernels.attention_kernel import (
     COMBINE_QUERIES,
     _attention_kernel,
     _combine_kernel,
+    choose_splits,
     tile_of,
 )
 from tools.compile_report.case import DTYPES, OVERLAPPING, CompileCase
@@ -17,10 +23,12 @@ from tools.compile_report.case import DTYPES, OVERLAPPING, CompileCase
 SHAPES = [  # name, heads, KV heads, head dim, window capacities
     ("LLaDA-8B", 32, 32, 128, (16, 32, 64, 128, 256)),
     ("iLLaDA-8B", 32, 8, 128, (16, 32, 64, 128, 256)),
-    ("Dream-7B", 28, 4, 128, (32, 64, 128, 256)),  # its tile for a window of 16 is that for 32
+    ("Dream-7B", 28, 4, 128, (16, 32, 64, 128, 256)),
     *((f"head dim {d}", 16, 16, d, (64, 128)) for d in (64, 80, 96, 256)),
 ]
 WAYS = ("in cache", "in cache indexed", "fresh listed")
+REFRESH = (1280, 32)  # the queries of a refresh's layers, and those of its last layer
+SMS = 132  # of an H100, for which splits are chosen
 
 
 def cases() -> list[CompileCase]:
@@ -30,20 +38,23 @@ def cases() -> list[CompileCase]:
     already, as in the runtime, and the cache has the batch's rows or others too; the weight of the
     next layer is asked for, but not where a window is "full", as at a refresh. In a sparse context
     there is a list of KV blocks, and each key's visibility. Or the window's keys and values are
-    arguments, and the KV blocks of a list are visited.
+    arguments, and the KV blocks of a list are visited. Splits, which only divide the keys, are
+    those of one row where the runtime needs them, and else four.
     """
     by_name: dict[object, CompileCase] = {}
     for architecture, (name, H, H_kv, D, capacities) in itertools.product(ARCHITECTURES, SHAPES):
         for W, way in itertools.product(capacities, WAYS if D == 128 else WAYS[:1]):
             if architecture != "sm_90" and way == "in cache indexed":
                 continue  # it differs from "in cache" by one load
-            words = f"{name} {min(H // H_kv * W, 128)} rows {way}"
-            case = attention_case(words, H, H_kv, W, D, way, 4, architecture)
+            runs = architecture == "sm_90" and way == "in cache" and W <= 128
+            splits = splits_of(H, H_kv, W, D) if runs else 4
+            words = f"{name} {splits} splits {min(H // H_kv * W, 128)} rows {way}"
+            case = attention_case(words, H, H_kv, W, D, way, splits, architecture)
             by_name.setdefault((words, architecture), case)
-    for name, H, H_kv, D, _ in SHAPES[:3]:
-        by_name[name] = attention_case(
-            f"{name} 128 rows in cache full", H, H_kv, 128, D, "in cache full", 1, "sm_90"
-        )
+    for (name, H, H_kv, D, _), W in itertools.product(SHAPES[:3], REFRESH):
+        words = f"{name} refresh {W} queries"
+        splits = splits_of(H, H_kv, W, D)
+        by_name[words] = attention_case(words, H, H_kv, W, D, "in cache full", splits, "sm_90")
     for architecture in ARCHITECTURES:
         by_name["one split", architecture] = attention_case(
             "LLaDA-8B one split", 32, 32, 64, 128, "in cache", 1, architecture
@@ -55,7 +66,19 @@ def cases() -> list[CompileCase]:
             by_name["float32", D, architecture] = attention_case(
                 f"float32 head dim {D}", 16, 4, 64, D, "in cache", 4, architecture, "fp32"
             )
-    return [*by_name.values(), *(combine_case(*shape) for shape in ((128, 4), (128, 32), (256, 4)))]
+    combined = sorted({case.constexprs["NUM_SPLITS"] for case in by_name.values()} - {1, 4})
+    return [
+        *by_name.values(),
+        *(combine_case(*shape, ARCHITECTURES) for shape in ((128, 4), (128, 32), (256, 4))),
+        *(combine_case(128, splits, ("sm_90",)) for splits in combined),
+    ]
+
+
+def splits_of(H: int, H_kv: int, W: int, D: int) -> int:
+    """How many splits one row's queries have on an H100."""
+    queries = H // H_kv * W
+    tile = tile_of(queries, D, torch.bfloat16, "sm_90").blocks["BLOCK_M"]
+    return choose_splits(H_kv * triton.cdiv(queries, tile), SMS)
 
 
 def attention_case(
@@ -67,6 +90,9 @@ def attention_case(
     listed, indexed, in_cache = "listed" in way, "indexed" in way, "in cache" in way
     prefetching = D <= 128 and in_cache and "full" not in way
     lists, window = ("num_blocks_ptr", "indices_ptr"), ("kw_ptr", "vw_ptr")
+    # The next weight is the output projection, whose rows have the elements of all heads.
+    weight: Any = SimpleNamespace(shape=(H * D, H * D), itemsize=DTYPES[dtype].itemsize)
+    lines = odd_lines(weight) if prefetching else 0
     # The runtime's caches are full, so that C is the end of what is stored.
     absent = (
         *(() if listed else lists), *(() if indexed else ("batch_idx_ptr",)),
@@ -77,8 +103,8 @@ def attention_case(
     constexprs = {
         "GROUP": H // H_kv, "HEAD_DIM": D, "NUM_SPLITS": splits, "KV_BLOCK": 64, **config.blocks,
         "BLOCK_D": max(64, triton.next_power_of_2(D)), **dict.fromkeys(absent),
-        "NEXT_LINES": 32 * config.num_warps,
-        "NEXT_ROW_LINES": H * D * DTYPES[dtype].itemsize // 256,  # half of those of a row
+        "NEXT_LINES": max(32 * config.num_warps, triton.next_power_of_2(lines)),
+        "NEXT_ROW_LINES": lines,
     }  # fmt: skip
     integers = ("window_start_ptr", "window_length_ptr", "seqlens_ptr", "leftpad_ptr")
     types = dict.fromkeys((*integers, "batch_idx_ptr", *lists), "*i32")
@@ -102,7 +128,7 @@ def attention_case(
     )  # fmt: skip
 
 
-def combine_case(D: int, splits: int) -> CompileCase:
+def combine_case(D: int, splits: int, architectures: tuple[str, ...]) -> CompileCase:
     constexprs = {
         "HEAD_DIM": D, "NUM_SPLITS": splits, "BLOCK_M": COMBINE_QUERIES, "BLOCK_D": D,
         "lse_ptr": None,
@@ -112,6 +138,7 @@ def combine_case(D: int, splits: int) -> CompileCase:
         Config({}, num_warps=4), constexprs, "*bf16",
         types={"partial_lse_ptr": "*fp32", "window_length_ptr": "*i32"},
         odd=("H",),
+        architectures=architectures,
         expects_wide_loads=True,
         scalar_load_bytes=4 + 2 * 4 * splits,  # the row's length; each log-sum-exp, twice
     )  # fmt: skip

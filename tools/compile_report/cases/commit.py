@@ -32,6 +32,8 @@ VARIANTS: tuple[tuple[int, int, dict[str, object]], ...] = (
     (32, 1, {"eos_bound": True}),
     (256, 1, {}),
     (64, 1, FRECHET),
+    (32, 1, {"stop_at_eos": False}),
+    (32, 1, {"refresh_commit": "first", "stop_at_eos": False}),
 )
 EVERYWHERE = 3  # of them, one of each configuration; the others are compiled for sm_90 alone
 TYPES = {
@@ -50,7 +52,7 @@ def cases() -> list[CompileCase]:
 
 def case(K: int, rows: int, spec: UnmaskSpec, everywhere: bool) -> CompileCase:
     name = f"{spec.schedule} cache={spec.cache} {spec.rule} K={K}"
-    name += " progress" * (spec.progress > 0)
+    name += " progress" * (spec.progress > 0) + " without EOS" * (not spec.stop_at_eos)
     name += " first" * (spec.refresh_commit == "first") + f" of {rows} rows" * (rows > 1)
     constexprs = constants(K, rows, spec) | ({"rows_ptr": None} if rows == 1 else {})
     return CompileCase(

@@ -33,7 +33,7 @@ def cases() -> list[CompileCase]:
     """Every variant of confidence, greedy and sampled, at every shape class on sm_90. On the other
     architectures the probability alone: the other confidences have its tiles."""
     # Triton turns arguments equal to 1 into constants, which makes another program to compile.
-    parts = ((32, ()), (1024, ()), (1, ("num_candidates", "parts", "first_allowed")))
+    parts = ((32, ()), (1024, ()), (2048, ()), (1, ("num_candidates", "parts", "first_allowed")))
     return [
         *(logits_case(*variant) for variant in LOGITS),
         *(
