@@ -150,7 +150,7 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
         model, _, batches = batches_of(task, args)
         for block in task.compared:
             for name, how in settings_of(task.gen_length, block, [0.9], False):
-                general = {"steps", "threshold"} & how.keys()
+                general = name["rule"] in ("one token a step", "threshold 0.9")
                 if general and name["schedule"] != "DSB const":
                     counts = {
                         way: count_forwards(model, batches, how, *drafts)[0]

@@ -50,19 +50,18 @@ def schedules_of(block_length: int) -> dict[str, dict[str, Any]]:
 def settings_of(
     gen_length: int, block_length: int, thresholds: Sequence[float], lowered: bool
 ) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
-    """What names a setting, and the setting. Rules without a threshold are measured with one
-    schedule."""
+    """What names a setting, and the setting."""
     rules: dict[str, dict[str, Any]] = {"one token a step": {"steps": gen_length}}
     rules |= {f"threshold {value:g}": {"threshold": value} for value in thresholds}
     rules |= {
         "factor 1": {"factor": 1.0}, "frechet 0.25": {"frechet": 0.25},
         "entropy 0.4": {"entropy": 0.4}, "eb 0.2": {"eb": 0.2},
+        "progress 0.3": {"threshold": 0.9, "progress": 0.3},
+        "margin 0.9": {"threshold": 0.9, "confidence": "margin"},
     }  # fmt: skip
     for schedule, settings in schedules_of(block_length).items():
         for rule, setting in rules.items():
-            if lowered and (schedule == "DSB const" or "threshold" not in setting):
-                continue
-            if schedule != "DSB greedy" and not {"steps", "threshold"} & setting.keys():
+            if lowered and (schedule == "DSB const" or not rule.startswith("threshold")):
                 continue
             for cache in CACHES:
                 name = {"rule": rule, "schedule": schedule, "block": block_length, "cache": cache}
