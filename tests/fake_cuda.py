@@ -12,6 +12,7 @@ Not seen here: values, what a kernel reads and writes, and which of its own kern
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import importlib
 import pkgutil
@@ -23,12 +24,13 @@ from unittest import mock
 
 import torch
 import triton
-from torch import Tensor
+from torch import Tensor, nn
 from torch._library.custom_ops import OPDEFS
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformers import PreTrainedModel
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction, MockTensor
 
@@ -227,3 +229,12 @@ def fake_cuda() -> Iterator[FakeCuda]:
         Bindings(),
     ):
         yield fake
+
+
+def on_gpu(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy of a model on the fake GPU, in bfloat16."""
+    # deepcopy takes these for copies that it has made.
+    copies: dict[int, Any] = {id(b): cuda(*b.shape, dtype=b.dtype) for b in model.buffers()}
+    for p in model.parameters():
+        copies[id(p)] = nn.Parameter(cuda(*p.shape, dtype=torch.bfloat16), requires_grad=False)
+    return copy.deepcopy(model, copies)

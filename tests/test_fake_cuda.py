@@ -3,7 +3,6 @@ nothing in it touches the host."""
 
 from __future__ import annotations
 
-import copy
 from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -11,9 +10,8 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, unset_fake_temporarily
-from transformers import PreTrainedModel
 
 pytest.importorskip("triton")
 
@@ -26,7 +24,7 @@ from dsb_runtime.engine.graphs import HostCopy, refresh_class
 from dsb_runtime.engine.session import Session
 from dsb_runtime.engine.step import StepShape
 from tests import golden
-from tests.fake_cuda import FakeCuda, Launcher, cuda, fake_cuda
+from tests.fake_cuda import FakeCuda, Launcher, cuda, fake_cuda, on_gpu
 
 ROWS, PROMPT, SHAPE = 3, 12, {"gen_length": 24, "block_length": 8}
 LENGTH = PROMPT + SHAPE["gen_length"]
@@ -47,15 +45,6 @@ def gpu(monkeypatch) -> Iterator[FakeCuda]:
     monkeypatch.setattr(sampling, "is_plain_linear", lambda module: True)
     with fake_cuda() as fake:
         yield fake
-
-
-def on_gpu(model: PreTrainedModel) -> PreTrainedModel:
-    """A copy of a model on the fake GPU, in bfloat16."""
-    # deepcopy takes these for copies that it has made.
-    copies: dict[int, Any] = {id(b): cuda(*b.shape, dtype=b.dtype) for b in model.buffers()}
-    for p in model.parameters():
-        copies[id(p)] = nn.Parameter(cuda(*p.shape, dtype=torch.bfloat16), requires_grad=False)
-    return copy.deepcopy(model, copies)
 
 
 def session_of(

@@ -7,7 +7,6 @@ layer computes whole windows, the last one's queries are the candidates alone.
 
 from __future__ import annotations
 
-import copy
 import functools
 from collections.abc import Mapping
 from dataclasses import replace
@@ -16,8 +15,6 @@ from unittest import mock
 
 import pytest
 import torch
-from torch import nn
-from transformers import PreTrainedModel
 
 pytest.importorskip("triton")
 import triton
@@ -28,7 +25,7 @@ from dsb_kernels.rows import StepKind
 from dsb_runtime.engine import layers, sampling
 from dsb_runtime.engine.step import StepShape
 from dsb_runtime.measure import models
-from tests.fake_cuda import Launcher, cuda, fake_cuda
+from tests.fake_cuda import Launcher, cuda, fake_cuda, on_gpu
 from tools.compile_report.case import CompileCase
 from tools.compile_report.cases import collect_cases
 
@@ -60,14 +57,6 @@ def compiled_for_h100() -> dict[Any, list[CompileCase]]:
             )
             cases.setdefault((kernel.__name__, *key), []).append(case)
     return cases
-
-
-def on_gpu(model: PreTrainedModel) -> PreTrainedModel:
-    """A copy of a model on the fake GPU."""
-    copies: dict[int, Any] = {id(b): cuda(*b.shape, dtype=b.dtype) for b in model.buffers()}
-    for p in model.parameters():
-        copies[id(p)] = nn.Parameter(cuda(*p.shape, dtype=p.dtype), requires_grad=False)
-    return copy.deepcopy(model, copies)
 
 
 @pytest.mark.parametrize("preset", ["llada-8b", "illada-8b", "dream-7b"])

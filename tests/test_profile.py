@@ -98,7 +98,11 @@ def test_steps_that_would_be_captured_are_profiled_kernel_by_kernel(
     """As on a GPU, where `generate` captures steps for prompts of many lengths: refreshes compute
     them as padded rows, by other kernels."""
     padded, forward, trace = [], Backbone.__call__, tmp_path / "trace.json"
-    watch = lambda *a, **options: padded.append(options["padded"]) or forward(*a, **options)  # noqa: E731
+
+    def watch(*args, **options):
+        padded.append(options["padded"])
+        return forward(*args, **options)
+
     monkeypatch.setattr(Backbone, "__call__", watch)
     result = profile_steps(
         model, prompts, config(), count=2, capture=launch_again, trace_file=trace

@@ -136,7 +136,7 @@ def by_masks_alone(model: PreTrainedModel, *args: Any, **named: Any) -> dsb.Gene
     list(itertools.product(golden.FAMILIES, CACHES, ["naive", "dsb"])),
 )
 def test_lists_of_blocks_change_no_token(listed, family, cache, schedule):
-    """With left padding."""
+    """The rows are of different lengths, so that one has left padding."""
     rows, how = long(family, cache, schedule)
     ids, mask = golden.left_pad(rows)
     with biased_to_eos(family) as model:
