@@ -81,15 +81,15 @@ def exactly(op: Callable, arguments: Arguments) -> Results:
     return by_definition(op, arguments | floating)
 
 
-def errors(actual: Tensor, expected: Tensor) -> Tensor:
-    """Errors as a share of the largest value in the last dimension; NaN and infinities are where
-    they should be."""
+def errors(actual: Tensor, expected: Tensor, smallest: float = 1e-30) -> Tensor:
+    """Errors as a share of the largest value in the last dimension, or of `smallest` if that is
+    larger; NaN and infinities are where they should be."""
     finite = expected.isfinite()
     assert torch.equal(actual.isfinite(), finite) and torch.equal(actual.isnan(), expected.isnan())
     assert (actual.double() == expected)[expected.isinf()].all()
     if not expected.numel():
         return torch.zeros(())
-    scale = torch.where(finite, expected, 0).abs().amax(-1, keepdim=True).clamp(min=1e-30)
+    scale = torch.where(finite, expected, 0).abs().amax(-1, keepdim=True).clamp(min=smallest)
     return torch.where(finite, actual.double() - expected, 0).abs() / scale
 
 
@@ -216,6 +216,9 @@ class OpCase:
     # Errors are shares of the largest value, which in some call is a sum close to 0. Ops of long
     # sums therefore try the same calls in every run.
     same_examples: bool = False
+    # Which results are logarithms. Their errors are relative errors of what they are logarithms of,
+    # so they are not shares of a largest value, which may be close to 0.
+    logarithms: tuple[int, ...] = ()
     rounds_once: bool = True  # at most: then errors in 16 bits are those of the definition
 
     def compare(self, arguments: Arguments) -> Results:
@@ -235,15 +238,17 @@ class OpCase:
 
     def compare_floats(self, arguments: Arguments) -> Results:
         """Errors of the kernel are at most twice those of the definition. In float32 they may
-        always be 1e-5 of the largest value. With `rounds_once` their mean square in 16 bits is that
-        of the definition."""
+        always be 1e-5 of the largest value, or 1e-5 if it is a logarithm and below 1. With
+        `rounds_once` their mean square in 16 bits is that of the definition."""
         actual, exact = by_kernel(self.op, arguments), exactly(self.op, arguments)
         plain = by_definition(self.op, arguments)
-        for result, definition, expected in zip(actual, plain, exact, strict=True):
+        for i, (result, definition, expected) in enumerate(zip(actual, plain, exact, strict=True)):
             assert result.dtype == definition.dtype and result.shape == definition.shape
             if not result.numel():
                 continue
-            error, bound = errors(result, expected), errors(definition, expected)
+            smallest = 1.0 if i in self.logarithms else 1e-30
+            error = errors(result, expected, smallest)
+            bound = errors(definition, expected, smallest)
             # Where the largest value is a sum that cancels, the definition is no closer than 1e-5.
             low = result.dtype in LOW_PRECISION
             assert error.amax() <= max(2 * bound.amax(), 0 if low else 1e-5), error.amax()
