@@ -10,7 +10,8 @@ from dsb_runtime.doors.hf_generate import custom_generate
 from dsb_runtime.doors.patch import patch, unpatch
 from dsb_runtime.engine import attention
 from dsb_runtime.engine.batch import BatchEngine, generate_batch
-from dsb_runtime.engine.engine import Engine, GenerationOutput, StepEvent, generate, infill
+from dsb_runtime.engine.engine import Engine, generate, infill
+from dsb_runtime.engine.output import GenerationOutput, StepEvent
 from dsb_runtime.engine.request import Request, RowEvent
 from dsb_runtime.models.load import load_model, load_tokenizer
 

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import dsb_runtime as dsb
 from dsb_runtime.cli import main as cli
 from dsb_runtime.demo import MODEL_DIR
-from dsb_runtime.engine.engine import GenerationOutput
+from dsb_runtime.engine.output import GenerationOutput
 from dsb_runtime.measure.bench import Round, measure, summarize, summarize_steps
 from dsb_runtime.measure.models import PRESETS, random_model, random_prompts
 from dsb_runtime.measure.steps import LinearLayers, StepRecorder, StepWork

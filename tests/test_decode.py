@@ -11,7 +11,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import dsb_runtime as dsb
-from dsb_runtime.engine.engine import until_eos
+from dsb_runtime.engine.output import until_eos
 from tests import golden
 from tests.golden import biased_to_eos, prompts
 

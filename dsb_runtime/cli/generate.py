@@ -19,7 +19,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from dsb_runtime.cli.live import LiveCanvas
 from dsb_runtime.config import DecodingConfig, check_int, check_real
 from dsb_runtime.doors.openai.asked import prompt_ids
-from dsb_runtime.engine.engine import GenerationOutput, StepEvent, generate, infill
+from dsb_runtime.engine.engine import generate, infill
+from dsb_runtime.engine.output import GenerationOutput, StepEvent
 from dsb_runtime.families import check_model
 from dsb_runtime.measure.plots import check_picture
 from dsb_runtime.measure.trace import Trace

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dsb_runtime.cli.live import LiveView
 from dsb_runtime.demo.sudoku import BOX_COLUMNS, BOX_ROWS, CELLS, SIZE, Puzzle
-from dsb_runtime.engine.engine import StepEvent
+from dsb_runtime.engine.output import StepEvent
 
 LOW, MIDDLE, HIGH = (224, 82, 60), (230, 180, 60), (92, 190, 100)  # colours of a confidence
 LEGEND = {

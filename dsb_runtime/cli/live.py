@@ -10,7 +10,7 @@ from rich.live import Live
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
-from dsb_runtime.engine.engine import StepEvent
+from dsb_runtime.engine.output import StepEvent
 from dsb_runtime.measure.command import PlainConsole
 
 STYLES = {

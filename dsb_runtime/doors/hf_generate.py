@@ -32,7 +32,8 @@ from transformers.utils import ModelOutput
 
 from dsb_runtime.config import DecodingConfig, Setting, check_bool, check_ids, check_int, settings
 from dsb_runtime.defaults import defaults_for
-from dsb_runtime.engine.engine import ENGINE, StepEvent, generate
+from dsb_runtime.engine.engine import ENGINE, generate
+from dsb_runtime.engine.output import StepEvent
 from dsb_runtime.families import check_model
 
 DOOR = "custom_generate"

@@ -47,8 +47,8 @@ from dsb_runtime.doors.lm_eval_requests import (
 from dsb_runtime.engine.batcher import Batcher
 from dsb_runtime.engine.cache import is_out_of_memory
 from dsb_runtime.engine.check import check_side_by_side
-from dsb_runtime.engine.engine import GenerationOutput
 from dsb_runtime.engine.lane import response_of
+from dsb_runtime.engine.output import GenerationOutput
 from dsb_runtime.engine.request import Request
 from dsb_runtime.families import check_model
 from dsb_runtime.models.load import load_model, load_tokenizer

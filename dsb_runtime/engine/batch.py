@@ -19,8 +19,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dsb_runtime.config import DecodingConfig
 from dsb_runtime.engine.batcher import Batcher
-from dsb_runtime.engine.engine import GenerationOutput, config_of
+from dsb_runtime.engine.check import config_of
 from dsb_runtime.engine.graphs import Capture
+from dsb_runtime.engine.output import GenerationOutput
 from dsb_runtime.engine.request import OnStep, OnTokens, Request, check_settings
 from dsb_runtime.engine.turns import check_process
 

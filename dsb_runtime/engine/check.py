@@ -7,9 +7,31 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from dsb_runtime.config import DecodingConfig, check_int
+from dsb_runtime.defaults import defaults_for
 from dsb_runtime.families import DiffusionInfo, check_model, device_of
+
+
+def config_of(
+    model: PreTrainedModel, config: DecodingConfig | None, settings: dict[str, Any]
+) -> DecodingConfig:
+    """Return the config, or one made of the named settings and the model's defaults.
+
+    Raises:
+        TypeError: both a config and settings are given.
+    """
+    check_config(config, settings)
+    return defaults_for(model, **settings) if config is None else config
+
+
+def check_config(config: DecodingConfig | None, settings: dict[str, Any]) -> None:
+    """Raise TypeError if both a config and settings are given, or something else as a config."""
+    if not isinstance(config, DecodingConfig | None):
+        raise TypeError(f"config={config!r}: expected a DecodingConfig")
+    if config is not None and settings:
+        raise TypeError(f"config and {sorted(settings)[0]}: expected settings in one of the two")
 
 
 def check_inputs(

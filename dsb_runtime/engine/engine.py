@@ -8,21 +8,27 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from dsb_kernels.rows import Row
 from dsb_runtime.config import DecodingConfig, check_bool
-from dsb_runtime.defaults import defaults_for, infill_defaults
-from dsb_runtime.engine.check import check_inputs, check_masks, check_samples, check_settings
+from dsb_runtime.defaults import infill_defaults
+from dsb_runtime.engine.check import (
+    check_config,
+    check_inputs,
+    check_masks,
+    check_samples,
+    check_settings,
+    config_of,
+)
 from dsb_runtime.engine.drafts import NO_DRAFTS, DraftingStep, Drafts
 from dsb_runtime.engine.forward import Phase, no_phase
 from dsb_runtime.engine.graphs import Capture, CudaGraphs
 from dsb_runtime.engine.loop import Loop, StepDone
+from dsb_runtime.engine.output import GenerationOutput, StepEvent, make_output
 from dsb_runtime.engine.parallel import agree, is_tensor_parallel
 from dsb_runtime.engine.step import DecodeState
 from dsb_runtime.engine.stops import RowEnds, StopStrings, check_stop_strings
@@ -30,55 +36,6 @@ from dsb_runtime.engine.turns import Turns, as_published, check_process
 from dsb_runtime.families import check_model, device_of, unwrap
 
 ENGINE = "_dsb_engine"  # where a model keeps the engine that `generate` made for it
-
-
-@dataclass
-class GenerationOutput:
-    """What `generate` returns for B rows with P prompt and G response positions each, and `infill`
-    for B rows of L positions."""
-
-    sequences: Tensor  # (B, P + G) or (B, L) int64, with the left padding
-    nfe: int  # how many forwards ran
-    tokens_per_forward: list[int]  # how many tokens each forward committed, over all rows
-    row_nfe: list[int]  # how many forwards each row took part in
-    row_tokens: list[int]  # how many masks of each row were filled, to its first EOS inclusive, or
-    # to the token that completes a stop string
-    drafts: Drafts = NO_DRAFTS  # how many were run and accepted; see the setting `drafts`
-    # With `record`, of each response position, (B, G), or for `infill` of each position, (B, L):
-    step_map: Tensor | None = None  # int32, in which of its row's steps (the first is 0) its token
-    # was committed; -1 where no step did that, or after the EOS or the stop string at which the row
-    # stopped
-    logprobs: Tensor | None = None  # float32, the log-probability of that token in that step,
-    # under the model's own distribution (without temperature, cuts and banned tokens); 0 where
-    # step_map is -1
-
-
-@dataclass
-class StepEvent:
-    """One step, after its commit. `on_step` is called with it. Its tensors are copies, which the
-    caller may keep and change. A confidence is the number by which candidates were ranked: for
-    Dream, whose published code ranks so, it follows temperature, top_p and top_k; for LLaDA it does
-    not."""
-
-    index: int  # how many steps came before this one
-    kind: str  # "refresh" (every position), "response" (without the prompt) or "window"
-    rows: list[int]  # the batch rows that took part
-    before: list[tuple[int, int, int]]  # their (start, end, prefix) in this step
-    canvas: Tensor  # (B, L) after the commit
-    position: Tensor  # (B, K) the candidates of this step, then -1
-    commit: Tensor  # (B, K) bool, whether each candidate was committed
-    confidence: Tensor  # (B, K) the confidence of each candidate, 0 where none was scored
-    table: list[Row]  # every batch row as it is now: its block, and what it needs next
-    draft: bool = False  # whether the step ran in the forward of the step before it
-
-
-def until_eos(canvas: Tensor, masked: Tensor, eos_ids: tuple[int, ...]) -> Tensor:
-    """Which of the positions `masked` (B, L) bool each row of the canvas has up to and including
-    its response's first EOS. A row without an EOS has all of them."""
-    eos = torch.isin(canvas, torch.tensor(eos_ids, device=canvas.device, dtype=torch.int64))
-    eos &= masked.cumsum(-1) > 0  # an EOS of the prompt ends nothing
-    before = eos.cumsum(-1) - eos.int() == 0
-    return masked & before
 
 
 class Engine:
@@ -319,47 +276,17 @@ class Engine:
         # With stop strings, `each` decides whether a row takes part in the next step.
         self.loop.run(session, each, speculative=not watched and stops is None)
         sequences = filled(state)
-        ends = not fill or config.stop_at_eos  # whether an EOS ends a response
         if end_rows is not None:
             masked = masked & end_rows.before(range(batch), index + pad)
-        counted = until_eos(sequences, masked, info.eos_ids if ends else ())
         drafts = NO_DRAFTS
         if isinstance(session.step, DraftingStep):
             drafts = Drafts(*session.step.drafts.counts.sum(0).tolist())
-        if record:
-            recorded = counted if config.stop_at_eos else masked
-            first = 0 if fill else length - config.gen_length
-            step_map = torch.where(recorded, state.step_map[:, pad:-1], -1)[:, first:]
-            logprobs = torch.where(recorded, state.logprobs[:, pad:-1], 0)[:, first:]
-        return GenerationOutput(
-            sequences=sequences,
-            nfe=len(commits),
-            tokens_per_forward=commits,
-            row_nfe=row_nfe,
-            row_tokens=counted.sum(-1).tolist(),
-            drafts=drafts,
-            **({"step_map": step_map, "logprobs": logprobs} if record else {}),
-        )
-
-
-def config_of(
-    model: PreTrainedModel, config: DecodingConfig | None, settings: dict[str, Any]
-) -> DecodingConfig:
-    """Return the config, or one made of the named settings and the model's defaults.
-
-    Raises:
-        TypeError: both a config and settings are given.
-    """
-    check_config(config, settings)
-    return defaults_for(model, **settings) if config is None else config
-
-
-def check_config(config: DecodingConfig | None, settings: dict[str, Any]) -> None:
-    """Raise TypeError if both a config and settings are given, or something else as a config."""
-    if not isinstance(config, DecodingConfig | None):
-        raise TypeError(f"config={config!r}: expected a DecodingConfig")
-    if config is not None and settings:
-        raise TypeError(f"config and {sorted(settings)[0]}: expected settings in one of the two")
+        own = slice(pad if fill else pad + length - config.gen_length, -1)
+        return make_output(
+            sequences, masked, config, info, commits, row_nfe,
+            (state.step_map[:, own], state.logprobs[:, own]) if record else None,
+            drafts=drafts, ends=not fill or config.stop_at_eos,
+        )  # fmt: skip
 
 
 class EngineSlot:

@@ -26,9 +26,9 @@ from dsb_runtime.engine.cache import (
     is_out_of_memory,
     step_message,
 )
-from dsb_runtime.engine.engine import GenerationOutput, until_eos
 from dsb_runtime.engine.graphs import HostCopy
 from dsb_runtime.engine.loop import Loop
+from dsb_runtime.engine.output import GenerationOutput, make_output
 from dsb_runtime.engine.request import Request, RowEvent
 from dsb_runtime.engine.sampling import ban_of
 from dsb_runtime.engine.session import Session, capacity_for, width_of
@@ -302,20 +302,13 @@ class Lane:
         if request.end_row is not None:
             index = torch.arange(own.start, own.stop, device=state.canvas.device)
             masked &= request.end_row.before([row], index)
-        counted = until_eos(sequences, masked, self.info.eos_ids)
-        output = GenerationOutput(
-            sequences=sequences,
-            nfe=len(request.commits),
-            tokens_per_forward=request.commits,
-            row_nfe=[len(request.commits)],
-            row_tokens=counted.sum(-1).tolist(),
-        )
-        if request.record:
-            recorded = (counted if request.config.stop_at_eos else masked)[:, prompt:]
-            own = slice(self.length - request.config.gen_length, self.length)
-            output.step_map = torch.where(recorded, state.step_map[row, own], -1)
-            output.logprobs = torch.where(recorded, state.logprobs[row, own], 0)
-        return output
+        own = slice(self.length - request.config.gen_length, self.length)
+        return make_output(
+            sequences, masked, request.config, self.info, request.commits,
+            [len(request.commits)],
+            (state.step_map[row : row + 1, own], state.logprobs[row : row + 1, own])
+            if request.record else None,
+        )  # fmt: skip
 
 
 def row_bytes(shape: CacheShape, length: int) -> int:

@@ -23,8 +23,9 @@ from dsb_runtime.engine.check import (
     check_positions,
     check_side_by_side,
     check_tokens,
+    config_of,
 )
-from dsb_runtime.engine.engine import GenerationOutput, config_of
+from dsb_runtime.engine.output import GenerationOutput
 from dsb_runtime.engine.step import spec_of
 from dsb_runtime.engine.stops import RowEnds, check_stop_strings
 from dsb_runtime.families import DiffusionInfo, check_model, device_of

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dsb_runtime.config import DecodingConfig
 from dsb_runtime.demo import MODEL_DIR
-from dsb_runtime.engine.engine import GenerationOutput
+from dsb_runtime.engine.output import GenerationOutput
 from dsb_runtime.files import sole_writer
 from dsb_runtime.measure import requests
 from dsb_runtime.measure.command import PlainConsole, add_output, table_of

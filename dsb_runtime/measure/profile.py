@@ -23,9 +23,10 @@ from torch.profiler import record_function
 from transformers import PreTrainedModel
 
 from dsb_runtime.config import DecodingConfig
-from dsb_runtime.engine.engine import Engine, GenerationOutput
+from dsb_runtime.engine.engine import Engine
 from dsb_runtime.engine.forward import Phase, no_phase
 from dsb_runtime.engine.graphs import Capture
+from dsb_runtime.engine.output import GenerationOutput
 from dsb_runtime.measure.command import PlainConsole
 from dsb_runtime.measure.models import add_preset
 from dsb_runtime.measure.profile_tables import PREFIX, longest_table, phase_table, read_trace

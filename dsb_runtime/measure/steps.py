@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 from transformers import PreTrainedModel
 
-from dsb_runtime.engine.engine import Engine, StepEvent
+from dsb_runtime.engine.engine import Engine
+from dsb_runtime.engine.output import StepEvent
 from dsb_runtime.families import check_model
 from dsb_runtime.measure.timing import Marks
 

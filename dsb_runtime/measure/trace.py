@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dsb_runtime.engine.engine import StepEvent
+from dsb_runtime.engine.output import StepEvent
 from dsb_runtime.measure.plots import check_picture
 
 REFRESH_COLOR, RESPONSE_COLOR = "#dfe7f5", "#d3e8cd"  # what a forward recomputes, ...

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from dsb_runtime.doors.openai.asked import CHAT, TEXT
 from dsb_runtime.doors.openai.text import GrowingText
 from dsb_runtime.engine.cache import is_out_of_memory
-from dsb_runtime.engine.engine import GenerationOutput
+from dsb_runtime.engine.output import GenerationOutput
 from dsb_runtime.engine.request import Request, RowEvent
 
 END = b"data: [DONE]\n\n"
