@@ -70,6 +70,16 @@ def run(gpu: FakeCuda, session: Session, kind: str, rows: int, width: int) -> No
         assert gpu.launched["_attention_kernel"] == depth
 
 
+def test_definitions_are_not_captured(gpu, monkeypatch):
+    """They read values on the host."""
+    model = on_gpu(golden.model("llada"))
+    assert dsb.Engine(model).loop.capture is not None
+    monkeypatch.setenv("DSB_BACKEND", "eager")
+    assert dsb.Engine(model).loop.capture is None
+    with pytest.raises(ValueError, match="graphs=True: no kernels run here; expected False"):
+        dsb.Engine(model, graphs=True)
+
+
 # --- steps ------------------------------------------------------------------------------------
 
 

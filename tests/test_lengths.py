@@ -129,6 +129,20 @@ def test_a_recorded_step_is_right_for_every_length(model):
     assert recordings[-1] <= len(widths) + 2, "the windows' classes are two at most"
 
 
+def test_no_canvas_is_longer_than_the_rotary_table_allows():
+    """Dynamic RoPE has other angles for texts that are longer than those of the training."""
+    rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}
+    plain = random_model("Llama", max_position_embeddings=100, rope_parameters=rope)
+    model = dsb.patch(plain, family="llada", mask_id=511)
+    settings = {"gen_length": 20, "record": True, **SETTINGS}
+    expected = dsb.Engine(model).generate(prompt(76), **settings)
+    captured = dsb.Engine(model, capture=lambda step: step)
+    lane = dsb.BatchEngine(model).submit(prompt(76)[0], **settings).result(60)
+    for out in (captured.generate(prompt(76), **settings), lane):
+        assert torch.equal(out.sequences, expected.sequences)
+        torch.testing.assert_close(out.logprobs, expected.logprobs, rtol=0, atol=1e-5)
+
+
 def test_classes_of_lengths():
     assert [length_class(n) for n in (1, 64, 65, 1024, 1025, 1281)] == [
         64,

@@ -111,14 +111,21 @@ def test_a_model_that_was_trained_otherwise_is_refused():
         dsb.patch(model, mask_id=511)
 
 
+LONGROPE = {
+    "rope_type": "longrope", "rope_theta": 1e4, "factor": 4.0, "short_factor": [1.0] * 8,
+    "long_factor": [3.0] * 8, "original_max_position_embeddings": 100,
+}  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
         ({"num_key_value_heads": 3}, "num_key_value_heads=3 does not divide num_attention_heads=4"),
         ({"num_attention_heads": 64, "num_key_value_heads": 64}, "its heads have 1 dimensions"),
+        ({"rope_parameters": LONGROPE}, "its rotary angles (rope_type='longrope') depend on"),
     ],
 )
-def test_heads_that_nothing_serves_are_refused(fields, said):
+def test_what_nothing_serves_is_refused(fields, said):
     model = random_model("Llama", **fields)
     with golden.refusal("patch: ", said, kind=TypeError):
         dsb.patch(model, mask_id=511)

@@ -42,6 +42,9 @@ def refusal(model: Any) -> str | None:
         return f"config.num_key_value_heads={groups} does not divide num_attention_heads={heads}"
     if dim % 2:
         return f"its heads have {dim} dimensions, and RoPE rotates pairs"
+    rope = getattr(model.config, "rope_parameters", None) or {}
+    if rope.get("rope_type") == "longrope":  # one table could not serve rows of several lengths
+        return "its rotary angles (rope_type='longrope') depend on the length of the text"
     layer_types = getattr(model.config, "layer_types", None) or []
     if any(t != "full_attention" for t in layer_types):
         return "some of its layers attend to a sliding window"

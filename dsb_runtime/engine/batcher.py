@@ -16,7 +16,7 @@ from dsb_runtime.config import check_int
 from dsb_runtime.engine.cache import allocate, free_bytes
 from dsb_runtime.engine.engine import Engine
 from dsb_runtime.engine.graphs import Capture
-from dsb_runtime.engine.lane import Lane, buffers_of, length_class, row_bytes
+from dsb_runtime.engine.lane import Lane, buffers_of, lane_length, row_bytes
 from dsb_runtime.engine.layers import fingerprint
 from dsb_runtime.engine.parallel import is_fully_sharded, is_tensor_parallel
 from dsb_runtime.engine.request import Request
@@ -110,9 +110,10 @@ class Batcher:
         if lanes:
             return min(lanes, key=lambda lane: lane.length)
         # Others of the group that wait will fit in as well, unless they are much longer.
-        shortest = length_class(request.length)
+        model = self.engine.model
+        shortest = lane_length(model, request.length)
         first = itertools.islice(self.waiting, self.max_rows)
-        lengths = [length_class(r.length) for r in first if r.group == request.group]
+        lengths = [lane_length(model, r.length) for r in first if r.group == request.group]
         length = max(n for n in lengths if n <= 2 * shortest)
         unused = [lane for lane in self.lanes if not lane.occupied]
         for lane in unused[: max(0, len(self.lanes) - LANES + 1)]:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from dsb_kernels._op import use_triton
 from dsb_runtime.config import DecodingConfig, check_bool
 from dsb_runtime.defaults import infill_defaults
 from dsb_runtime.engine.check import (
@@ -45,8 +46,8 @@ class Engine:
 
     Args:
         model: from `load_model` or `patch`.
-        graphs: whether to capture steps and replay them. None means True on a GPU, or if `capture`
-            is set.
+        graphs: whether to capture steps and replay them. None means True where the ops launch
+            kernels on a GPU, or if `capture` is set.
         capture: how a step is captured. None means as a CUDA graph.
         phase: each phase of a step runs inside the context manager `phase(name)`, for a profiler.
         observer: each launch of a step runs inside the context manager `observer(kind)`, where
@@ -54,7 +55,8 @@ class Engine:
 
     Raises:
         TypeError: `model` does not come from `load_model` or `patch`.
-        ValueError: `graphs` is True, the model is not on a GPU, and `capture` is None.
+        ValueError: `graphs` is True, `capture` is None, and the model is not on a GPU or the ops
+            run their definitions there.
     """
 
     def __init__(
@@ -70,11 +72,14 @@ class Engine:
         check_model(model)
         self.model, self.device = model, device_of(model)
         on_gpu = self.device.type == "cuda"
+        # The definitions read values on the host, which no graph can hold.
+        by_kernels = on_gpu and use_triton(torch.empty(0, device=self.device))
         if graphs is None:
-            graphs = on_gpu or capture is not None
+            graphs = by_kernels or capture is not None
         if graphs and capture is None:
-            if not on_gpu:
-                raise ValueError("graphs=True: the model is not on a CUDA device; expected False")
+            if not by_kernels:
+                why = "no kernels run here" if on_gpu else "the model is not on a CUDA device"
+                raise ValueError(f"graphs=True: {why}; expected False")
             capture = CudaGraphs()
         self.loop = Loop(model, capture if graphs else None, phase, observer)
         self.turns = Turns()

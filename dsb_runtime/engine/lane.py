@@ -14,6 +14,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
+from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from dsb_kernels.rows import Column, Row, StepKind, read_rows
@@ -41,9 +42,11 @@ PATIENCE = 3  # so many refreshes in a row may leave out those that are wider
 LENGTH_MULTIPLE = 64  # a lane has a multiple of so many positions, so that others fit in later
 
 
-def length_class(length: int) -> int:
-    """How many positions the shortest lane for a request of `length` positions has."""
-    return -(-length // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
+def lane_length(model: PreTrainedModel, length: int) -> int:
+    """How many positions the shortest lane for a request of `length` positions has. Some rotary
+    tables change if they are longer than what the model was trained for, so no lane is."""
+    rounded = -(-length // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
+    return min(rounded, model.config.max_position_embeddings)
 
 
 def copies_of(config: DecodingConfig) -> int:
@@ -86,7 +89,7 @@ class Lane:
     """
 
     def __init__(self, loop: Loop, request: Request, rows: int, length: int) -> None:
-        model = loop.model
+        self.model = model = loop.model
         self.info, self.group, self.length = check_model(model), request.group, length
         shape = buffers_of(loop, request)
         self.nbytes = rows * row_bytes(shape, length)
@@ -121,7 +124,7 @@ class Lane:
     def takes(self, request: Request) -> bool:
         """Whether a request may enter. One that is much shorter would waste the memory of a row,
         and its attention would look at many positions that are padding."""
-        shortest = length_class(request.length)
+        shortest = lane_length(self.model, request.length)
         fits = self.group == request.group and shortest <= self.length <= 2 * shortest
         return fits and None in self.requests
 
