@@ -120,8 +120,8 @@ from dsb_runtime.engine.lane import Lane
 folder, ids = sys.argv[1], torch.tensor([[2, 10, 20, 30, 3]])
 model, seen, decode = dsb.load_model(folder, device="cpu"), [], Engine.decode
 
-def record(self, config, *rest):
-    out = decode(self, config, *rest)
+def record(self, call, config, *rest):
+    out = decode(self, call, config, *rest)
     seen.append((config.rule, config.rule_value, config.shade, out.tokens_per_forward))
     return out
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -37,6 +38,22 @@ from dsb_runtime.engine.turns import Turns, as_published, check_process
 from dsb_runtime.families import check_model, device_of, unwrap
 
 ENGINE = "_dsb_engine"  # where a model keeps the engine that `generate` made for it
+
+
+@dataclass(frozen=True)
+class Call:
+    """The arguments of `generate`, or with `fill` of `infill`, as they are given."""
+
+    fill: bool
+    input_ids: Tensor
+    config: DecodingConfig | None
+    settings: dict[str, Any]
+    attention_mask: Tensor | None
+    generator: torch.Generator | None
+    on_step: Callable[[StepEvent], None] | None
+    num_return_sequences: int
+    record: bool
+    stops: StopStrings | None = None
 
 
 class Engine:
@@ -130,10 +147,11 @@ class Engine:
                 that has used the GPU.
         """
         stops = check_stop_strings(stop_strings, tokenizer, check_model(self.model))
-        return self.call(
-            False, input_ids, config, attention_mask, generator, on_step, num_return_sequences,
-            record, stops, settings,
+        call = Call(
+            False, input_ids, config, settings, attention_mask, generator, on_step,
+            num_return_sequences, record, stops,
         )  # fmt: skip
+        return self.answer(call)
 
     def infill(
         self,
@@ -152,84 +170,72 @@ class Engine:
         Raises:
             RuntimeError: as in `generate`.
         """
-        return self.call(
-            True, input_ids, config, attention_mask, generator, on_step, num_return_sequences,
-            record, None, settings,
+        call = Call(
+            True, input_ids, config, settings, attention_mask, generator, on_step,
+            num_return_sequences, record,
         )  # fmt: skip
+        return self.answer(call)
 
-    def call(
-        self,
-        fill: bool,
-        input_ids: Tensor,
-        config: DecodingConfig | None,
-        attention_mask: Tensor | None,
-        generator: torch.Generator | None,
-        on_step: Callable[[StepEvent], None] | None,
-        num_return_sequences: int,
-        record: bool,
-        stops: StopStrings | None,
-        settings: dict[str, Any],
-    ) -> GenerationOutput:
-        """Check the arguments of `infill` (with `fill`) or of `generate`, and decode."""
+    def answer(self, call: Call) -> GenerationOutput:
+        """Check the arguments of a call, and decode."""
         check_process(self.device)
-        info = check_model(self.model)
-        if fill:
-            check_config(config, settings)
-            leftpad, lengths = check_masks(self.model, input_ids, attention_mask)
-            config = infill_defaults(self.model, max(lengths), config, **settings)
-            check_settings(self.model, config, lengths, generator)
-        else:
-            config = config_of(self.model, config, settings)
-            leftpad = check_inputs(self.model, config, input_ids, attention_mask, generator)
-        if stops is not None and config.drafts:
-            raise ValueError(
-                f"drafts={config.drafts}: a stop string may end a row before its draft; expected 0 "
-                "with stop_strings"
-            )
-        check_samples(num_return_sequences, config)
-        check_bool("record", record)
-        if on_step is not None and not callable(on_step):
-            raise TypeError(
-                f"on_step={on_step!r}: expected a callable that takes a StepEvent, or None"
-            )
+        config, leftpad = self.check(call)
         if self.in_call():
             raise RuntimeError(
-                f"Engine.{'infill' if fill else 'generate'}: called by its own on_step; expected "
-                "another engine"
+                f"Engine.{'infill' if call.fill else 'generate'}: called by its own on_step; "
+                "expected another engine"
             )
 
         def work() -> GenerationOutput:
             """Decode. A canvas that was made in the caller's inference mode could not be written
             outside it, so it is made here."""
-            canvas = input_ids.long()
-            if not fill:
-                response = canvas.new_full((len(canvas), config.gen_length), info.mask_id)
+            canvas = call.input_ids.long()
+            if not call.fill:
+                mask_id = check_model(self.model).mask_id
+                response = canvas.new_full((len(canvas), config.gen_length), mask_id)
                 canvas = torch.cat([canvas, response], dim=1)
             rows, padding = (
-                x.repeat_interleave(num_return_sequences, 0) for x in (canvas, leftpad)
+                x.repeat_interleave(call.num_return_sequences, 0) for x in (canvas, leftpad)
             )
-            return self.decode(config, rows, padding, generator, on_step, fill, record, stops)
+            return self.decode(call, config, rows, padding)
 
         return self.turns.run(lambda: as_published(self.model, self.device, work))
 
+    def check(self, call: Call) -> tuple[DecodingConfig, Tensor]:
+        """Check all arguments of a call. Returns its config, and how many padding positions stand
+        before each row, (B,) int32."""
+        if call.fill:
+            check_config(call.config, call.settings)
+            leftpad, lengths = check_masks(self.model, call.input_ids, call.attention_mask)
+            config = infill_defaults(self.model, max(lengths), call.config, **call.settings)
+            check_settings(self.model, config, lengths, call.generator)
+        else:
+            config = config_of(self.model, call.config, call.settings)
+            leftpad = check_inputs(
+                self.model, config, call.input_ids, call.attention_mask, call.generator
+            )
+        if call.stops is not None and config.drafts:
+            raise ValueError(
+                f"drafts={config.drafts}: a stop string may end a row before its draft; expected 0 "
+                "with stop_strings"
+            )
+        check_samples(call.num_return_sequences, config)
+        check_bool("record", call.record)
+        if call.on_step is not None and not callable(call.on_step):
+            raise TypeError(
+                f"on_step={call.on_step!r}: expected a callable that takes a StepEvent, or None"
+            )
+        return config, leftpad
+
     def decode(
-        self,
-        config: DecodingConfig,
-        canvas: Tensor,
-        leftpad: Tensor,
-        generator: torch.Generator | None,
-        on_step: Callable[[StepEvent], None] | None,
-        fill: bool,
-        record: bool,
-        stops: StopStrings | None,
+        self, call: Call, config: DecodingConfig, canvas: Tensor, leftpad: Tensor
     ) -> GenerationOutput:
-        """Fill the masks of a canvas (B, L) for `infill` (with `fill`) or for `generate`. The
-        arguments must have been checked."""
+        """Fill the masks of a canvas (B, L). The arguments of the call have been checked."""
         self.follow_last_call()
         batch, length = canvas.shape
-        watched = on_step is not None
+        watched = call.on_step is not None
         # A call with `on_step` adds no padding, since the caller sees the state's tensors.
-        session = self.loop.session(config, canvas, leftpad, record=record, roomy=not watched)
+        session = self.loop.session(config, canvas, leftpad, record=call.record, roomy=not watched)
         state, info = session.state, check_model(self.model)
         pad = state.canvas.shape[1] - length
         index = torch.arange(length, device=canvas.device)
@@ -242,8 +248,10 @@ class Engine:
 
         if config.draws:
             # A GPU's default generator refuses to draw while another thread captures a graph.
-            source = "cpu" if generator is None else generator.device
-            seed = torch.randint(2**62, (), dtype=torch.int64, generator=generator, device=source)
+            source = "cpu" if call.generator is None else call.generator.device
+            seed = torch.randint(
+                2**62, (), dtype=torch.int64, generator=call.generator, device=source
+            )
             seed = seed.to(canvas.device)
             if is_tensor_parallel(self.model):
                 agree(self.model.lm_head, seed)
@@ -251,7 +259,7 @@ class Engine:
         steps = 0
         commits: list[int] = []  # of each forward
         row_nfe = [0] * batch
-        end_rows = None if stops is None else RowEnds(stops, info, config.stop_at_eos)
+        end_rows = None if call.stops is None else RowEnds(call.stops, info, config.stop_at_eos)
         position = state.position.clone()  # the candidates of the coming step
 
         def each(done: StepDone) -> None:
@@ -266,7 +274,7 @@ class Engine:
             steps += 1
             if end_rows is not None:
                 end_rows(state, done.rows, done.after)
-            if on_step is not None:
+            if call.on_step is not None:
                 before = [done.before[row] for row in done.rows]
                 event = StepEvent(
                     index=steps - 1, kind=done.shape.kind.label, rows=done.rows,
@@ -275,22 +283,22 @@ class Engine:
                     commit=done.state.commit.clone(), confidence=done.state.confidence.clone(),
                     table=done.after, draft=done.draft,
                 )  # fmt: skip
-                on_step(event)
+                call.on_step(event)
                 position = done.state.position.clone()
 
         # With stop strings, `each` decides whether a row takes part in the next step.
-        self.loop.run(session, each, speculative=not watched and stops is None)
+        self.loop.run(session, each, speculative=not watched and call.stops is None)
         sequences = filled(state)
         if end_rows is not None:
             masked = masked & end_rows.before(range(batch), index + pad)
         drafts = NO_DRAFTS
         if isinstance(session.step, DraftingStep):
             drafts = Drafts(*session.step.drafts.counts.sum(0).tolist())
-        own = slice(pad if fill else pad + length - config.gen_length, -1)
+        own = slice(pad if call.fill else pad + length - config.gen_length, -1)
         return make_output(
             sequences, masked, config, info, commits, row_nfe,
-            (state.step_map[:, own], state.logprobs[:, own]) if record else None,
-            drafts=drafts, ends=not fill or config.stop_at_eos,
+            (state.step_map[:, own], state.logprobs[:, own]) if call.record else None,
+            drafts=drafts, ends=not call.fill or config.stop_at_eos,
         )  # fmt: skip
 
 
