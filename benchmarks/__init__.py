@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from dsb_runtime import load_model, load_tokenizer
 from dsb_runtime.cli.process import OneLineParser
 from dsb_runtime.demo.tasks import Task
-from dsb_runtime.files import read_json, write_json
+from dsb_runtime.files import check_replaced, read_json, write_json
 from dsb_runtime.measure.command import (
     check_arguments,
     markdown_table,
@@ -35,6 +35,12 @@ except ImportError:  # Python 3.10, where pytest brings it
 def read_toml(name: str) -> dict[str, Any]:
     """The content of a TOML file beside this one."""
     return tomllib.loads((Path(__file__).parent / name).read_text("utf-8"))
+
+
+def benchmark_parser(name: str, description: str | None, **how: Any) -> OneLineParser:
+    """The parser of `python -m benchmarks.NAME`, which is described by its first line."""
+    first = (description or "").split("\n")[0]
+    return OneLineParser(prog=f"python -m benchmarks.{name}", description=first, **how)
 
 
 def describe_benchmark(
@@ -67,7 +73,7 @@ def encode_batches(
 
 def problems_parser(name: str, description: str | None) -> OneLineParser:
     """A parser with the options of `batches_of`, `record_of` and `print_lines`."""
-    parser = OneLineParser(prog=name, description=(description or "").split("\n")[0])
+    parser = benchmark_parser(name, description)
     add = parser.add_argument
     add("--problems", type=int, default=100, help="held-out (default: 100)")
     add("--batch", type=int, default=50, help="decoded together (default: 50)")
@@ -89,6 +95,11 @@ def batches_of(
     return model, tokenizer, encode_batches(tokenizer, problems, args.batch)
 
 
+def is_record(written: Any, name: str) -> bool:
+    """Whether JSON is what a benchmark of this name writes."""
+    return isinstance(written, dict) and written.get("benchmark") == name
+
+
 def record_of(
     parser: argparse.ArgumentParser,
     argv: Sequence[str] | None,
@@ -99,18 +110,19 @@ def record_of(
     Raises:
         ValueError: the file of --from is none that this benchmark's --json writes.
     """
-    args, name = parser.parse_args(argv), parser.prog
+    args, name = parser.parse_args(argv), parser.prog.rpartition(".")[2]
     try:
         check_arguments(args)
     except ValueError as error:
         parser.error(str(error))
     if args.source is None:
+        check_replaced("--json", args.json, lambda written: is_record(written, name))
         record = {**describe_benchmark(name, argv, torch.device("cpu")), "lines": measure(args)}
         if args.json:
             write_json(args.json, record)
         return args, record["lines"]
     record = read_json(args.source)
-    if not isinstance(record, dict) or record.get("benchmark") != name:
+    if not is_record(record, name):
         raise ValueError(
             f"--from {args.source}: expected what python -m benchmarks.{name} --json writes"
         )

@@ -16,13 +16,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import describe_benchmark
+from benchmarks import benchmark_parser, describe_benchmark
 from benchmarks.attention_cases import MODELS
 from benchmarks.gpu_hour import WITHOUT_PRECISION
 from benchmarks.op_case import check, device, on_gpu, timed_precision
 from benchmarks.op_cases import HEADS, LAYERS, OUTPUTS, RULES
 from benchmarks.ops import BENCHMARKS, Shape, run_lines
-from dsb_runtime.cli.process import OneLineParser, run_process
+from dsb_runtime.cli.process import run_process
 from dsb_runtime.measure.command import check_arguments
 
 # One number for each class of a table of `dsb_kernels/_configs.py` whose sizes are tokens or
@@ -133,7 +133,7 @@ def check_op(op: str, precision: str) -> Iterator[dict[str, Any]]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = OneLineParser(prog="correct", description=(__doc__ or "").split("\n")[0])
+    parser = benchmark_parser("correct", __doc__)
     add = parser.add_argument
     add("--op", choices=BENCHMARKS, nargs="+", metavar="OP",
         help=f"these of {', '.join(BENCHMARKS)}")  # fmt: skip

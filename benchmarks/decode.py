@@ -38,14 +38,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 import dsb_runtime as dsb
-from benchmarks import against, describe_benchmark
+from benchmarks import against, benchmark_parser, describe_benchmark
 from benchmarks.decode_report import draw, median_ms, print_runs, step_figures
 from benchmarks.eager import EagerOutput, eager_generate
 from benchmarks.profiled import gap_share, gpu_busy_seconds, phase_times
 from benchmarks.roofline import KINDS, Ceilings, check_most, positive
 from benchmarks.step_cost import total_cost
 from benchmarks.trajectory import Agreement, EagerClock, Trajectory, agreement
-from dsb_runtime.cli.process import OneLineParser, run_process
+from dsb_runtime.cli.process import run_process
 from dsb_runtime.files import write_json
 from dsb_runtime.measure import models
 from dsb_runtime.measure.command import check_arguments
@@ -273,7 +273,7 @@ def settings_of(args: argparse.Namespace, preset: models.Preset) -> dict[str, An
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = OneLineParser(prog="decode", description=(__doc__ or "").split("\n")[0])
+    parser = benchmark_parser("decode", __doc__)
     add, above = parser.add_argument, positive(int)
     add("--preset", choices=models.PRESETS, default="60m", help="model shapes (60m)")
     add("--device", choices=["cpu", "cuda"], default="cpu")

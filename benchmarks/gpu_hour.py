@@ -32,8 +32,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from benchmarks import benchmark_parser
 from benchmarks.hour_report import report
-from dsb_runtime.cli.process import OneLineParser, run_process
+from dsb_runtime.cli.process import run_process
 from dsb_runtime.files import read_json
 
 ROOT = Path(__file__).parents[1]
@@ -252,8 +253,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         for name, part in every.items()
     )
     listed += f"\n  {'in all':15} {sum(part.expected for part in every.values()):4.0f} s"
-    parser = OneLineParser(
-        prog="gpu_hour", description=(__doc__ or "").split("\n")[0],
+    parser = benchmark_parser(
+        "gpu_hour", __doc__,
         epilog=f"parts, and how long each should take on one GPU:\n{listed}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip

@@ -26,7 +26,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import describe_benchmark
+from benchmarks import benchmark_parser, describe_benchmark
 from benchmarks.attention_cases import MODELS, refresh_attention_case, window_attention_case
 from benchmarks.op_case import DEFINITIONS, Case, check, device, on_gpu, time_contender
 from benchmarks.op_cases import (
@@ -42,7 +42,7 @@ from benchmarks.op_cases import (
     unmask_and_slide_case,
     window_linear_case,
 )
-from dsb_runtime.cli.process import OneLineParser, run_process
+from dsb_runtime.cli.process import run_process
 from dsb_runtime.files import write_json
 from dsb_runtime.measure.command import check_arguments
 from dsb_runtime.measure.timing import capture_calls, timed
@@ -213,7 +213,7 @@ def run_lines(record: dict[str, Any], lines: Iterable[dict[str, Any]], path: Pat
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = OneLineParser(prog="ops", description=(__doc__ or "").split("\n")[0])
+    parser = benchmark_parser("ops", __doc__)
     add = parser.add_argument
     add("--op", choices=BENCHMARKS, nargs="+", metavar="OP",
         help=f"these of {', '.join(BENCHMARKS)}")  # fmt: skip

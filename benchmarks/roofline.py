@@ -24,6 +24,7 @@ from typing import Any
 
 from rich.table import Table
 
+from benchmarks import benchmark_parser
 from benchmarks.step_cost import (
     LAYER_PHASES,
     OUTSIDE,
@@ -33,7 +34,7 @@ from benchmarks.step_cost import (
     total_cost,
     weight_bytes,
 )
-from dsb_runtime.cli.process import OneLineParser, run_process
+from dsb_runtime.cli.process import run_process
 from dsb_runtime.config import MAX_INT
 from dsb_runtime.files import read_json, write_json
 from dsb_runtime.measure.command import check_arguments, table_of, wide_console
@@ -236,7 +237,7 @@ def positive(kind: type) -> Any:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = OneLineParser(prog="roofline", description=__doc__.split("\n")[0])
+    parser = benchmark_parser("roofline", __doc__)
     add = parser.add_argument
     add("--preset", choices=PRESETS, help="which model's shapes")
     add("--gpu", choices=GPUS, help="ceilings of its data sheet")

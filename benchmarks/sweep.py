@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from benchmarks import describe_benchmark, ops, read_toml
+from benchmarks import benchmark_parser, describe_benchmark, ops, read_toml
 from benchmarks.attention_cases import attention_out_case
 from benchmarks.op_case import Case, check, device, on_gpu, time_contender
 from dsb_kernels import _configs
 from dsb_kernels._configs import Config, architecture_of
-from dsb_runtime.cli.process import OneLineParser, run_process
+from dsb_runtime.cli.process import run_process
 from dsb_runtime.files import write_json
 from dsb_runtime.measure.command import check_arguments
 
@@ -109,7 +109,7 @@ def two_times(make: Callable[[], Case]) -> dict[str, Any]:
 def main(argv: Sequence[str] | None = None) -> int:
     items = read_toml("sweep.toml")["sweep"]
     sizes = sorted({item["size"] for item in items})
-    parser = OneLineParser(prog="sweep", description=(__doc__ or "").split("\n")[0])
+    parser = benchmark_parser("sweep", __doc__)
     add = parser.add_argument
     add("--size", type=int, nargs="+", choices=sizes, metavar="N",
         help="these sizes of sweep.toml only")  # fmt: skip

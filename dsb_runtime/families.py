@@ -296,6 +296,9 @@ def supported_config(raw: RawConfig, family: Family) -> PretrainedConfig:
                 f"config.json has {what}, not supported for {family.name}: expected {accepted[0]!r}"
                 f"{hint if name == 'quantization_config' else ''}"
             )
-    config = family.build_config(full)
+    try:
+        config = family.build_config(full)
+    except ValueError as error:
+        raise ValueError(f"{error}; it is read as a checkpoint of {family.name}") from error
     check_shared(present, config.vocab_size)
     return config

@@ -40,6 +40,17 @@ def check_writable(name: str, path: Path | None) -> None:
         path.resolve().unlink()  # a link stays
 
 
+def check_replaced(name: str, path: Path | None, is_ours: Callable[[Any], bool]) -> None:
+    """Raise ValueError if the file that `path` names has something for which `is_ours` is False:
+    what another command has written would be lost. `name` is the argument that named the file."""
+    if path is None or not path.is_file() or path.stat().st_size == 0:
+        return
+    with contextlib.suppress(ValueError):
+        if is_ours(read_json(path, name)):
+            return
+    raise ValueError(f"{name} {path}: it has something else; expected a new file")
+
+
 def absolute_folder(name: str) -> str:
     """The absolute path of a folder; what names none, such as a hub id, as it is."""
     return str(Path(name).absolute()) if Path(name).is_dir() else name

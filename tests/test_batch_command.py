@@ -138,6 +138,7 @@ BAD: list[tuple[Any, str]] = [
     ("[" * 100_000, "the line is no JSON ("),
     ("[1]", "the line is [1]; expected a JSON object"),
     ({"id": [1], "prompt": "w5"}, "id=[1]: expected text or an int"),
+    ('{"id": 1e999, "prompt": "w5"}', "id=Infinity: expected text or an int"),
     ({"id": "x"}, "expected either prompt or messages"),
     ({"prompt": "w5", "messages": []}, "expected either prompt or messages"),
     ({"prompt": " "}, 'prompt=" ": expected some text'),
@@ -168,6 +169,7 @@ def test_a_bad_line_is_answered_by_an_error(chat, tmp_path, capsys):
         assert error["code"] in ("invalid_request", "context_length_exceeded")
         assert said in error["message"]
         assert "\n" not in error["message"]
+        json.dumps(by_line[number], allow_nan=False)  # which JSON lacks
     assert by_line[len(BAD) + 1]["answer"] == text_of(direct([10]))
     summary = f"dsb: {len(BAD)} of {len(BAD) + 1} lines are answered by an error\n"
     said = capsys.readouterr()

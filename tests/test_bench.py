@@ -19,6 +19,7 @@ from dsb_runtime.engine.output import GenerationOutput
 from dsb_runtime.measure.bench import Round, measure, summarize, summarize_steps
 from dsb_runtime.measure.models import PRESETS, random_model, random_prompts
 from dsb_runtime.measure.steps import LinearLayers, StepRecorder, StepWork
+from tests.commands import refused
 
 SMALL = ["--device", "cpu", "--prompt-length", "12", "--gen-length", "24", "--block-length", "8"]
 
@@ -193,6 +194,19 @@ def test_the_picture_is_drawn_from_the_record(measured, tmp_path, capsys):
     path.write_text(json.dumps({**record, "batches": record["batches"][:1]}))
     assert cli.main(["bench", "--from", str(path), "--plot", str(again)]) == 0
     assert again.read_bytes() != picture.read_bytes()
+
+
+def test_no_other_file_is_replaced(tmp_path, capsys):
+    path = tmp_path / "eval.json"
+    path.write_text('{"scores": []}')
+    argv = ["bench", *SMALL, "--batch", "1", "--rounds", "1"]
+    for options, said in (
+        (["--json", path], "it has something else; expected a new file"),
+        (["--json", path, "--plot", path], "expected a file ending in"),
+        (["--json", "a.svg", "--plot", "a.svg"], "--json and --plot a.svg: expected two files"),
+    ):
+        refused(capsys, *argv, *options, said=said)
+    assert path.read_text() == '{"scores": []}'
 
 
 def test_an_interrupt_leaves_the_rounds_before_it(tmp_path, capsys, monkeypatch):

@@ -101,7 +101,7 @@ def test_tokens_are_forbidden(chat, capsys):
     expected = direct(banned_tokens=(first, second), min_new_tokens=3).sequences[0, 5:].tolist()
     assert run_json(capsys, chat, *SHORT, *options)["response_ids"] == expected
     model = ("generate", PROMPT, "--model", chat)
-    refused(capsys, *model, "--banned-tokens", "5,x", said="--banned-tokens: invalid")
+    refused(capsys, *model, "--banned-tokens", "5,x", said="--banned-tokens: '5,x': expected ids")
     refused(capsys, *model, "--banned-tokens", "999", said="banned_tokens has 999: expected ids")
 
 
@@ -157,6 +157,17 @@ def test_live_to_a_pipe_shows_the_last_canvas_without_escapes(chat, capsys):
     assert words(direct().sequences[0].tolist()) in " ".join(out.split())
 
 
+def test_unknown_words_and_an_answer_without_text_are_said(chat, capsys):
+    model = dsb.load_model(chat, device="cpu")
+    others = {*range(model.config.vocab_size)} - {model.dsb.mask_id, *model.dsb.eos_ids}
+    banned = ["--banned-tokens", ",".join(map(str, others))]
+    assert main(["generate", "w10 nonsense w20", "--model", str(chat), *SHORT, *banned]) == 0
+    said = capsys.readouterr().err.splitlines()
+    assert said == [
+        "dsb: 1 tokens of the prompt are unknown to the model", "dsb: the answer has no text",
+    ]  # fmt: skip
+
+
 # --- errors -----------------------------------------------------------------------------------
 
 
@@ -172,12 +183,14 @@ WRONG = [
     (("--device", "gpu9"), "device='gpu9'"),
     (("--live", "--json"), "--live and --json"),
     (("--live", "--frame-seconds", -1), "--frame-seconds=-1.0: expected a number in [0, 3600]"),
+    (("--frame-seconds", 1), "--frame-seconds=1: expected it with --live only"),
     (("--trace", "/no/such/folder/a.png"), "no such folder"),
     (("--trace", "/proc/a.png"), "--trace /proc/a.png: No such file or directory; expected a file"),
     (("--trace", "a.txt"), "--trace a.txt: expected a file ending in"),
     (("--schedule", "fast"), "argument --schedule: invalid choice: 'fast'"),
     (("--gen-length", "many"), "argument --gen-length: invalid int value: 'many'"),
     (("--family", "gpt2"), "argument --family"),
+    (("--family", "dream"), "it is read as a checkpoint of dream"),
     (("--no-such-option",), "--no-such-option"),
 ]
 
@@ -190,6 +203,8 @@ def test_wrong_options(chat, capsys, options, said):
 def test_wrong_commands_and_empty_prompts(chat, capsys, monkeypatch):
     for argv in ((), ("generate",), ("decode", "x"), ("generate", "a", "b")):
         refused(capsys, *argv, said="--help")
+    refused(capsys, "serve", "--threshold", "1", said="--threshold 1 (see dsb serve --help)")
+    refused(capsys, "generate", "w1 <mask>", "--model", chat, said="prompt: it has the mask token")
     monkeypatch.setattr(sys, "stdin", io.StringIO(" \n"))
     for prompt in ("", "  \n", "-"):
         refused(capsys, "generate", prompt, "--model", chat, said="prompt: empty")

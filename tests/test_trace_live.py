@@ -199,6 +199,7 @@ def test_anything_else_gets_the_last_frame(tokenizer):
         out = decode(lambda event: (trace(event), live(event)))
     shown = stream.getvalue()
     assert "\x1b" not in shown and shown.count("forward ") == 1
+    assert LEGEND["new"] not in shown, "a legend explains colours"
     words = [f"w{i}" for i in out.sequences[0].tolist()]
     assert " ".join(words) in " ".join(shown.split())
     assert torch.equal(out.sequences, decode(None).sequences), "watching changes nothing"

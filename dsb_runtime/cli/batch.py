@@ -72,8 +72,6 @@ def check_arguments(args: argparse.Namespace) -> None:
         check_int("--replicas", args.replicas, 1)
         if not args.ray:
             raise ValueError(f"--replicas={args.replicas}: expected it with --ray only")
-    if args.drafts:
-        raise ValueError(f"--drafts={args.drafts}: prompts are decoded side by side; expected 0")
     source, target = Path(args.source), Path(args.target)
     if args.source == "-":
         if sys.stdin is None:

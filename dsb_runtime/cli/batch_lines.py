@@ -91,17 +91,22 @@ def read_line(number: int, text: bytes) -> Line:
     return line
 
 
+def id_of(record: dict[str, Any], name: str) -> str | int | None:
+    """The id of a line, which is taken out of the record."""
+    value = record.pop(name, None)
+    if type(value) not in (str, int) and (value is not None or name == "custom_id"):
+        raise refusal(name, value, "text or an int")
+    return value
+
+
 def take_in(line: Line, record: dict[str, Any]) -> None:
     """Set the fields of a line. Raise BodyError for what is none."""
     if "custom_id" not in record:
-        line.id, line.body = record.pop("id", None), record
-        if line.id is not None and type(line.id) not in (str, int):
-            raise refusal("id", line.id, "text or an int")
+        line.id, line.body = id_of(record, "id"), record
         return
-    line.id, body, url = record.pop("custom_id"), record.get("body"), record.get("url")
+    body, url = record.get("body"), record.get("url")
     line.url = CHAT if url is None else url
-    if type(line.id) not in (str, int):
-        raise refusal("custom_id", line.id, "text or an int")
+    line.id = id_of(record, "custom_id")
     check_fields(record, {"method": ("POST",)}, ("url", "body"))
     if line.url not in (CHAT, TEXT):
         raise refusal("url", line.url, f"{CHAT} or {TEXT}")

@@ -25,6 +25,7 @@ from dsb_runtime.families import check_model
 from dsb_runtime.measure.plots import check_picture
 from dsb_runtime.measure.trace import Trace
 
+FRAME_SECONDS = 0.1
 MOST_CHARACTERS = 2**24  # of a prompt, many times what any model has positions for
 
 
@@ -41,7 +42,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("output").add_argument
     add("--raw", action="store_true", help="do not apply the chat template")
     add("--live", action="store_true", help="show the canvas while it fills")
-    add("--frame-seconds", type=float, default=0.1, help="pause between frames (default: 0.1)")
+    add("--frame-seconds", type=float, metavar="S", help="with --live, the pause between frames "
+        f"(default: {FRAME_SECONDS})")  # fmt: skip
     add("--trace", type=Path, metavar="FILE.png", help="draw position by forward")
     add("--json", action="store_true", help="print one JSON object")
 
@@ -50,7 +52,12 @@ def check_arguments(args: argparse.Namespace) -> None:
     """Raise ValueError or TypeError for a wrong argument, before a checkpoint is read."""
     if args.live and args.json:
         raise ValueError("--live and --json: expected one of the two")
-    check_real("--frame-seconds", args.frame_seconds, 0, 3600)
+    if args.frame_seconds is not None:
+        check_real("--frame-seconds", args.frame_seconds, 0, 3600)
+        if not args.live:
+            raise ValueError(
+                f"--frame-seconds={args.frame_seconds:g}: expected it with --live only"
+            )
     check_picture("--trace", args.trace)
     check_text("--suffix", args.suffix or "")
     for stop in args.stop or ():
@@ -105,14 +112,23 @@ def run(
     prompt_tokens = prompt_ids(tokenizer, args.prompt, args.raw)
     input_ids = torch.tensor([prompt_tokens], dtype=torch.int64, device=model.device)
     prompt, mask_id = input_ids.shape[1], check_model(model).mask_id
+    if mask_id in prompt_tokens:
+        raise ValueError(
+            "prompt: it has the mask token; expected other text, or --suffix for a gap"
+        )
+    unknown = prompt_tokens.count(tokenizer.unk_token_id)
+    if unknown:
+        print(f"dsb: {unknown} tokens of the prompt are unknown to the model", file=sys.stderr)
     stops = {"stop_strings": args.stop, "tokenizer": tokenizer}
     decode: Callable[..., GenerationOutput] = functools.partial(generate, **stops)
     if args.suffix is not None:
         suffix = tokenizer(args.suffix, add_special_tokens=False).input_ids
         if not suffix:
             raise ValueError(f"--suffix={args.suffix!r}: no token; expected some text")
-        if mask_id in suffix or (input_ids == mask_id).any():
-            raise ValueError("the mask token in the prompt or in --suffix; expected other text")
+        if mask_id in suffix:
+            raise ValueError(
+                f"--suffix={args.suffix!r}: it has the mask token; expected other text"
+            )
         after = input_ids.new_tensor([[mask_id] * config.gen_length + suffix])
         input_ids, decode = torch.cat([input_ids, after], dim=1), infill
         config = replace(config, stop_at_eos=bool(args.stop_at_eos))
@@ -121,7 +137,8 @@ def run(
         generator = torch.Generator(model.device).manual_seed(args.seed)
 
     trace = Trace(prompt, config.gen_length) if args.trace else None
-    live = LiveCanvas(tokenizer, prompt, mask_id, args.frame_seconds) if args.live else None
+    pause = FRAME_SECONDS if args.frame_seconds is None else args.frame_seconds
+    live = LiveCanvas(tokenizer, prompt, mask_id, pause) if args.live else None
     watchers = [w for w in (trace, live) if w is not None]
 
     def on_step(event: StepEvent) -> None:
@@ -148,6 +165,8 @@ def run(
         }))  # fmt: skip
     else:
         print(answer)
+        if not answer:
+            print("dsb: the answer has no text", file=sys.stderr)
         print(
             f"{tokens} tokens, {out.nfe} forwards, {tokens / out.nfe:.2f} tokens per forward, "
             f"{tokens / seconds:.1f} tokens/s"

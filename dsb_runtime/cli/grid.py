@@ -136,8 +136,7 @@ class LiveGrid(LiveView):
 
     def picture(self, solution: str = "") -> RenderableType:
         """The grid, the forwards and a legend; with a `solution`, wrong digits are marked."""
-        plain, console = self.ascii_only, self.live.console
-        colors = console.color_system is not None and not console.no_color
+        plain, colors = self.ascii_only, self.colors
         bar, glyph = ("|", ".") if plain else ("│", "·")
         # The corners and crossings of the top, of a line between boxes, and of the bottom.
         top, middle, bottom = ("+++",) * 3 if plain else ("┌┬┐", "├┼┤", "└┴┘")
@@ -165,5 +164,5 @@ class LiveGrid(LiveView):
         else:
             legend = Text(f"[ ] active block  {' '.join(MARKS)} how sure the model is")
         # Where nothing is redrawn, the full grid is all that is seen.
-        shown = [legend] if console.is_terminal else []
+        shown = [legend] if self.live.console.is_terminal else []
         return Group(text, Text(), self.status, *shown)

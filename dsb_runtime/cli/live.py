@@ -67,6 +67,11 @@ class LiveView:
         """Whether the terminal's encoding lacks other characters."""
         return self.live.console.options.ascii_only
 
+    @property
+    def colors(self) -> bool:
+        """Whether the terminal shows colours."""
+        return self.live.console.color_system is not None and not self.live.console.no_color
+
     def __enter__(self: View) -> View:
         self.live.__enter__()
         return self
@@ -112,4 +117,6 @@ class LiveCanvas(LiveView):
         )
         glyph = "_" if self.ascii_only else MASK_GLYPH
         canvas = canvas_text(self.tokenizer, event, self.prompt_length, self.mask_id, glyph=glyph)
-        return Group(canvas, Text(), status, legend)
+        # Without colours there is nothing that a legend could explain.
+        colors = self.live.console.is_terminal and self.colors
+        return Group(canvas, Text(), status, *[legend] * colors)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -19,11 +20,13 @@ from dsb_runtime.demo import MODEL_DIR
 from dsb_runtime.demo.tasks import TASKS
 from dsb_runtime.families import FAMILIES
 from dsb_runtime.measure import bench, evaluate, profile, requests
-from dsb_runtime.measure.command import check_arguments, check_shown, show_again
+from dsb_runtime.measure.command import check_arguments, check_shown, read_again
 from dsb_runtime.measure.models import check_room, load_preset, random_prompts
+from dsb_runtime.measure.scores import Record
 from dsb_runtime.models.convert import convert
 from dsb_runtime.models.load import load_model, load_tokenizer
 
+BESIDE_OTHERS = ("drafts", "draft_threshold")  # settings that prompts beside others have not
 COUNTING = (
     "A row's tokens are its response positions up to and including its first EOS: never the "
     "prompt, never what follows the EOS."
@@ -54,14 +57,20 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 
 def token_ids(text: str) -> tuple[int, ...]:
     """The ids that a text such as "5,6,7" lists."""
-    return tuple(int(token) for token in text.split(","))
+    try:
+        return tuple(int(token) for token in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected ids such as 5,6,7") from None
 
 
-def add_settings(parser: argparse.ArgumentParser) -> None:
+def add_settings(parser: argparse.ArgumentParser, without: Sequence[str] = ()) -> None:
     """Add the model's options and one for each setting, which is None where it is not named."""
     add_model(parser)
     groups: dict[str, Any] = {}
     for name, entry in settings().items():
+        if name in without:
+            parser.set_defaults(**{name: None})
+            continue
         if entry.group not in groups:
             groups[entry.group] = parser.add_argument_group(entry.group)
         how: dict[str, Any] = {"type": entry.kind, "metavar": "N" if entry.kind is int else "X"}
@@ -111,8 +120,9 @@ def build_parser(defaults: Mapping[str, Any] | None = None) -> argparse.Argument
 
     command("generate", "answer a prompt", run_generate, add_settings, generate.add_arguments,
             epilog=COUNTING)  # fmt: skip
-    command("batch", "answer a file of prompts, a line each", run_batch, add_settings,
-            batch.add_arguments, epilog=f"{batch.NOTE} {COUNTING}")  # fmt: skip
+    command("batch", "answer a file of prompts, a line each", run_batch,
+            functools.partial(add_settings, without=BESIDE_OTHERS), batch.add_arguments,
+            epilog=f"{batch.NOTE} {COUNTING}")  # fmt: skip
     command("serve", "OpenAI's API over HTTP", run_serve, add_model, serve.add_arguments,
             epilog=COUNTING)  # fmt: skip
     command("bench", "time per step against its limit, tokens/s by batch", run_bench,
@@ -170,7 +180,8 @@ def run_bench(args: argparse.Namespace) -> int:
     check_arguments(args)
     if args.source is not None:
         check_shown(named_options(args), ("plot",))
-        return show_again(args, bench.show)
+        read_again(args, lambda record: bench.show(record, args.plot))
+        return 0
     requests.check_arguments(args)
     model, tokenizer = load(args)
     return bench.run(args, model, tokenizer, named_settings(args, model), args.command_line)
@@ -189,7 +200,8 @@ def run_eval(args: argparse.Namespace) -> int:
     check_arguments(args)
     if args.source is not None:
         check_shown(named_options(args), ("plot", "markdown", "quick", "block_length"))
-        return show_again(args, lambda record, _: evaluate.show_file(record, args))
+        evaluate.show_part(read_again(args, Record.of), args)
+        return 0
     task = TASKS[args.task]
     configs = evaluate.build_settings(task, args.gen_length, args.block_length or (), args.quick)
     args.model = args.model or str(task.folder)

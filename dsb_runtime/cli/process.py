@@ -14,7 +14,7 @@ import signal
 import sys
 from collections.abc import Callable
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 
@@ -31,6 +31,15 @@ ENDING = (signal.SIGTERM, signal.SIGHUP)
 
 class OneLineParser(argparse.ArgumentParser):
     """A parser that says what is wrong in one line, like every other error of the command."""
+
+    def parse_args(self, *words: Any, **named: Any) -> Any:
+        """As argparse does it, but that the hint names the command whose option is not known."""
+        args, unknown = self.parse_known_args(*words, **named)
+        if unknown:
+            prog = f"{self.prog} {getattr(args, 'command', '')}".strip()
+            said = " ".join(" ".join(unknown).split())
+            self.exit(FAILED, f"{self.prog}: unrecognized arguments: {said} (see {prog} --help)\n")
+        return args
 
     def error(self, message: str) -> NoReturn:
         said = " ".join(message.split())

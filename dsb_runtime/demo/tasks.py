@@ -17,6 +17,7 @@ class Task:
     name: str
     folder: Path  # of the model that was trained for it
     gen_length: int
+    any_length: bool  # whether other values of gen_length leave room for an answer
     block_lengths: tuple[int, ...]  # shorter than gen_length
     compared: tuple[int, ...]  # of them those at which rules are compared; --quick takes the first
     heldout: Callable[[int, int], list[Any]]  # so many problems of a seed that training never sees
@@ -27,11 +28,11 @@ TASKS = {
     task.name: task
     for task in (
         Task(
-            "words", MODEL_DIR, 64, (4, 6, 8, 12, 16, 18, 32, 36), (16,),
+            "words", MODEL_DIR, 64, True, (4, 6, 8, 12, 16, 18, 32, 36), (16,),
             problems.heldout, problems.is_exact,
         ),
         Task(
-            "sudoku", SUDOKU_DIR, sudoku.CELLS, (4, 6, 12, 18), (6, 12),
+            "sudoku", SUDOKU_DIR, sudoku.CELLS, False, (4, 6, 12, 18), (6, 12),
             sudoku.heldout, sudoku.is_exact,
         ),
     )

@@ -24,7 +24,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from dsb_runtime.config import DecodingConfig
 from dsb_runtime.demo import MODEL_DIR
 from dsb_runtime.engine.output import GenerationOutput
-from dsb_runtime.files import sole_writer
+from dsb_runtime.files import check_replaced, sole_writer
 from dsb_runtime.measure import requests
 from dsb_runtime.measure.command import PlainConsole, add_output, table_of
 from dsb_runtime.measure.machine import describe_run
@@ -181,6 +181,11 @@ def measure(
                 }
 
 
+def is_record(written: Any) -> bool:
+    """Whether JSON is what this command writes."""
+    return isinstance(written, dict) and ("batches" in written or "requests" in written)
+
+
 def show(record: dict[str, Any], plot: Path | None) -> None:
     """Print the table of a record, and draw its picture where `plot` names a file."""
     if "requests" in record:
@@ -241,6 +246,7 @@ def run(
         "settings": asdict(config),
         "seed": seed,
     }
+    check_replaced("--json", args.json, is_record)
     with sole_writer("--json", args.json) as write:
         if args.requests is not None:
             record = requests.run(args, model, tokenizer, config, about)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.errors import ConsoleError
@@ -22,6 +22,7 @@ LEAST = {
 # A million problems are all different; with many more, the draw of new ones would not end.
 MOST = {"seed": 2**63 - 1, "limit": 1_000_000, "requests": 1_000_000}
 
+T = TypeVar("T")
 # What reading a record of another kind raises; rich raises the last one.
 MALFORMED = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, ConsoleError)
 
@@ -44,6 +45,8 @@ def check_arguments(args: argparse.Namespace) -> None:
             check_int(option(name), value, LEAST[name], MOST.get(name))
     check_writable("--json", named.get("json"))
     check_picture("--plot", named.get("plot"))
+    if "json" in named and named["json"] == named.get("plot"):
+        raise ValueError(f"--json and --plot {named['plot']}: expected two files")
     trace = named.get("torch")
     check_writable("--torch", trace)
     if trace is not None and trace.suffix != ".json":
@@ -66,15 +69,14 @@ def check_shown(named: Iterable[str], effective: Sequence[str]) -> None:
         )
 
 
-def show_again(args: argparse.Namespace, show: Callable[[Any, Path | None], None]) -> int:
-    """`--from`: print the table and draw the picture of an earlier measurement."""
+def read_again(args: argparse.Namespace, read: Callable[[Any], T]) -> T:
+    """`--from`: what `read` makes of the JSON of an earlier measurement."""
     record = read_json(args.source)
     try:
-        show(record, args.plot)
+        return read(record)
     except MALFORMED as error:
         writer = f"dsb {args.command} --json"
         raise ValueError(f"--from {args.source}: expected what {writer} writes") from error
-    return 0
 
 
 def table_of(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,9 +19,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dsb_kernels.rows import CACHES
 from dsb_kernels.rules import RULES, Rule
-from dsb_runtime.config import DecodingConfig
+from dsb_runtime.config import DecodingConfig, check_int
 from dsb_runtime.demo.tasks import TASKS, Task
 from dsb_runtime.engine.batch import generate_batch
+from dsb_runtime.families import check_model
 from dsb_runtime.files import sole_writer
 from dsb_runtime.measure.command import add_output
 from dsb_runtime.measure.scores import Record, Score, show
@@ -67,8 +69,15 @@ def build_settings(
     every threshold, then confidences and refreshes that leave the prompt's K/V as they are, and
     then every other rule; thresholds and rules with every cache and block length."""
     length = task.gen_length if gen_length is None else gen_length
-    blocks = tuple(block_lengths) or task.block_lengths
-    compared = tuple(block_lengths) or task.compared
+    if length != task.gen_length and not task.any_length:
+        raise ValueError(
+            f"--gen-length {length}: expected {task.gen_length}, which every answer of "
+            f"{task.name} has"
+        )
+    check_int("--gen-length", length, 1)
+    # Of the task's own block lengths those are measured that fit in.
+    blocks = tuple(block_lengths) or tuple(b for b in task.block_lengths if b < length)
+    compared = tuple(block_lengths) or tuple(b for b in task.compared if b < length) or (length,)
     for block in blocks:
         DecodingConfig(gen_length=length, block_length=block)  # raises for a wrong one
     configs: dict[DecodingConfig, None] = {}  # in order, each of them once
@@ -113,7 +122,7 @@ def build_settings(
         add("naive", length, steps=length, confidence=confidence)
         add("greedy", compared[0], steps=length, confidence=confidence)
     # So small a block makes many refreshes, and one token a step even more.
-    small: dict[str, Any] = {"block": min(blocks), "cache": "dsb", "steps": length}
+    small: dict[str, Any] = {"block": min(blocks, default=length), "cache": "dsb", "steps": length}
     add("greedy", **small)
     for every in FULL_EVERY:
         add("greedy", **small, refresh_policy="response", full_refresh_every=every)
@@ -157,11 +166,18 @@ def encode_prompts(tokenizer: PreTrainedTokenizerBase, problems: Sequence[Any]) 
     return encoded["input_ids"]
 
 
-def digest(model: PreTrainedModel) -> str:
-    """Twelve digits that change with any weight of the model."""
+def digest(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task) -> str:
+    """Twelve digits that change with whatever the answers depend on: the weights, what they are
+    taken for, what the tokens stand for, and how a prompt of the task becomes tokens."""
     code = hashlib.sha256()
     for weight in model.parameters():
         code.update(weight.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+    info, config = check_model(model), model.config
+    heads = (config.num_attention_heads, config.num_key_value_heads)
+    read_as = [info.family.name, info.mask_id, info.eos_ids, heads, config.rms_norm_eps]
+    read_as += [config.rope_parameters, sorted(tokenizer.get_vocab().items())]
+    read_as += encode_prompts(tokenizer, task.heldout(1, 0))
+    code.update(json.dumps(read_as, sort_keys=True).encode())
     return code.hexdigest()[:12]
 
 
@@ -175,32 +191,45 @@ def run(
     that the options name."""
     task, length = TASKS[args.task], configs[0].gen_length
     with sole_writer("--json", args.json) as write:
-        new = Record(task.name, digest(model), args.limit, args.seed, length, [])
-        record = new.continued(args.json)
-        known = {score.config for score in record.scores}
-        missing = [config for config in configs if config not in known]
         # Rows are as wide as the widest beside them, so that neighbours should be of one length.
         problems = sorted(task.heldout(args.limit, args.seed), key=lambda p: len(p.prompt))
+        name = digest(model, tokenizer, task)
+        record = Record(task.name, name, args.limit, args.seed, length, []).continued(args.json)
+        known = {score.config for score in record.scores}
+        missing = [config for config in configs if config not in known]
         with tqdm(total=len(missing) * len(problems), unit="problem", disable=None) as bar:
-            for number, config in enumerate(missing, 1):
-                bar.set_description(f"setting {number} of {len(missing)}")
-                score = measure(task, model, tokenizer, problems, config, args.batch, bar.update)
-                record.scores.append(score)
-                write(record.as_json())  # so that an interrupt loses one setting only
-    show(record.only(configs), args.plot, args.markdown)
+            try:
+                for number, config in enumerate(missing, 1):
+                    bar.set_description(f"setting {number} of {len(missing)}")
+                    record.scores.append(
+                        measure(task, model, tokenizer, problems, config, args.batch, bar.update)
+                    )
+                    write(record.as_json())  # so that an interrupt loses one setting only
+            finally:
+                bar.close()
+                record = record.only(configs)
+                if record.scores:  # an interrupt leaves the settings that are done
+                    show(record, args.plot, args.markdown)
     return 0
 
 
-def show_file(written: Any, args: argparse.Namespace) -> None:
+def show_part(record: Record, args: argparse.Namespace) -> None:
     """Show what `--json` wrote; with `--quick` only the settings that it would measure, with
     `--block-length` only those of the lengths that it names."""
-    record = Record.of(written)
+    part = record
     if args.quick:
         task, length = TASKS[record.task], record.gen_length
         configs = build_settings(task, length, args.block_length or (), quick=True)
-        record = record.only(configs)
+        part = record.only(configs)
     elif args.block_length:
-        record = record.only(
+        part = record.only(
             [s.config for s in record.scores if s.config.block_length in args.block_length]
         )
-    show(record, args.plot, args.markdown)
+    if not part.scores:
+        lengths = sorted({score.config.block_length for score in record.scores})
+        named = f"--block-length {' '.join(map(str, args.block_length or ()))}".strip()
+        raise ValueError(
+            f"{'--quick ' * args.quick}{named * bool(args.block_length)}: {args.source} has no "
+            f"such score; its block lengths are {', '.join(map(str, lengths))}"
+        )
+    show(part, args.plot, args.markdown)

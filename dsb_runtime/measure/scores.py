@@ -115,7 +115,7 @@ class Record:
     """The scores of one model on the same problems."""
 
     task: str
-    model: str  # a digest of its weights
+    model: str  # a digest of its weights and of how they and the text are read
     problems: int
     seed: int
     gen_length: int  # of every setting
@@ -159,7 +159,7 @@ class Record:
             raise ValueError(
                 f"--json {path}: expected what dsb eval --json writes, or a new file"
             ) from error
-        for name in ("task", "model", "problems", "seed", "gen_length"):
+        for name in ("task", "problems", "seed", "gen_length", "model"):
             old, new = getattr(other, name), getattr(self, name)
             if old != new:
                 raise ValueError(
@@ -217,8 +217,6 @@ def print_table(record: Record) -> None:
 
 def show(record: Record, plot: Path | None, markdown: bool = False) -> None:
     """Print the table of a record, and draw its picture where `plot` names a file."""
-    if not record.scores:
-        raise ValueError("no scores of these settings")
     if markdown:
         print(record.markdown())
     else:
