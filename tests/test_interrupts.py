@@ -290,6 +290,26 @@ def test_a_turn_ends_with_its_function(
     assert not queue.queue
 
 
+def test_the_last_of_two_decodings_gives_the_mode_back(other_thread: ThreadPoolExecutor) -> None:
+    """Also to modules that two models share. Two engines of a model may decode at a time."""
+    model, other, cpu = small_model().train(), small_model(), torch.device("cpu")
+    model.model.layers[0].mlp.eval()
+    other.model = model.model
+    before = [m.training for m in model.modules()]
+    inside, go = threading.Event(), threading.Event()
+
+    def second() -> bool:
+        inside.set()
+        assert go.wait(20)
+        return any(m.training for m in other.modules())
+
+    with busy(lambda stay: turns.as_published(model, cpu, stay)):
+        call = other_thread.submit(turns.as_published, other, cpu, second)
+        assert inside.wait(20)
+    go.set()
+    assert not call.result(timeout=20) and [m.training for m in model.modules()] == before
+
+
 def test_a_call_from_a_signal_handler_is_refused() -> None:
     """It would wait for the call that it interrupts."""
     queue = turns.Turns()
@@ -344,7 +364,7 @@ def busy(run: Callable[[Callable[..., None]], object]) -> Iterator[None]:
 @pytest.mark.parametrize("where", ["decode", "pack", "capture"])
 def test_a_child_that_is_forked_while_a_thread_works(where: str) -> None:
     """The child's first thread and others that it starts decode, pack and may capture."""
-    model = small_model()
+    model = small_model().train()
     expected = dsb.generate(copy.deepcopy(model), PROMPT, **SHAPE).sequences
     locks = {
         "decode": lambda stay: dsb.generate(model, PROMPT, on_step=stay, **SHAPE),
@@ -362,7 +382,7 @@ def test_a_child_that_is_forked_while_a_thread_works(where: str) -> None:
         for thread in threads:
             thread.start()
             thread.join(20)
-        return len(results) == 4 and all(results)
+        return len(results) == 4 and all(results) and model.training
 
     with busy(locks):
         assert in_child(child)
