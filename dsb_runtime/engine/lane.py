@@ -246,8 +246,8 @@ class Lane:
             if row.failed:
                 said = f"step {row.forwards}: the model's logits are NaN (row 0)"
                 done.append(self.fail(index, FloatingPointError(said)))
-                for copy in range(index, self.session.step.cache.batch, len(self.requests)):
-                    self.session.step.cache.forget(copy)
+                # The row, and its copy if there is guidance.
+                self.session.step.cache.forget(slice(index, None, len(self.requests)))
                 continue
             request.commits.append(row.new)
             if request.end_row is not None:
