@@ -206,7 +206,7 @@ class BatchEngine:
                 inclusive. What it raises fails this request.
             on_step: a function that is called in the decoding thread with a `RowEvent` after each
                 forward that has committed tokens of the request. What it raises fails the request.
-            stop_strings, tokenizer: as for `generate`.
+            stop_strings, tokenizer: as for `generate`. What the tokenizer raises fails the request.
 
         Returns:
             A `Request`, whose `result()` is the `GenerationOutput` of a batch of one row.
