@@ -361,13 +361,14 @@ def busy(run: Callable[[Callable[..., None]], object]) -> Iterator[None]:
         thread.join(20)
 
 
-@pytest.mark.parametrize("where", ["decode", "pack", "capture"])
+@pytest.mark.parametrize("where", ["decode", "make", "pack", "capture"])
 def test_a_child_that_is_forked_while_a_thread_works(where: str) -> None:
     """The child's first thread and others that it starts decode, pack and may capture."""
     model = small_model().train()
     expected = dsb.generate(copy.deepcopy(model), PROMPT, **SHAPE).sequences
     locks = {
         "decode": lambda stay: dsb.generate(model, PROMPT, on_step=stay, **SHAPE),
+        "make": engine.MAKING.run,
         "pack": packing.PACKING.run,
         "capture": graphs.CAPTURING.run,
     }[where]
