@@ -390,6 +390,31 @@ def test_a_child_that_is_forked_while_a_thread_works(where: str) -> None:
     assert call()
 
 
+@pytest.mark.parametrize("first", ["drain", "release", None])
+def test_a_batch_engine_whose_lock_is_held_at_the_fork(first: str | None) -> None:
+    """Two threads of the child use it at the same time."""
+    engine = dsb.BatchEngine(small_model())
+    expected, new = engine.submit(PROMPT[0], **SHAPE).result(20).sequences, engine.new_batcher
+
+    def hold(stay: Callable[..., None]) -> None:
+        with engine.changed:
+            stay()
+
+    def call(_: int) -> bool:
+        if first is not None:
+            getattr(engine, first)()
+        return torch.equal(engine.submit(PROMPT[0], **SHAPE).result(20).sequences, expected)
+
+    def child() -> bool:
+        engine.new_batcher = lambda: time.sleep(0.1) or new()
+        with ThreadPoolExecutor(2) as pool:
+            return all(pool.map(call, range(2)))
+
+    engine.drain()
+    with busy(hold):
+        assert in_child(child)
+
+
 def test_a_child_that_is_forked_in_on_step() -> None:
     """Its own call goes on there: a call of the same engine is refused, one of the model is not."""
     model = small_model()
