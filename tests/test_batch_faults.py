@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -12,9 +15,11 @@ from transformers import PreTrainedModel
 
 import dsb_runtime as dsb
 from dsb_runtime.engine import lane
+from dsb_runtime.engine.batcher import Batcher
 from tests import golden
 from tests.golden import prompts, refusal
 from tests.test_batch_engine import SHAPE, alone, check
+from tests.test_stop_strings import byte_level
 
 
 def interrupted_once(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
@@ -66,6 +71,65 @@ def test_a_callback_that_raises():
         for i, row in enumerate(prompts(5))
     ]
     assert isinstance(check_others(model, requests, 1), KeyError)
+
+
+def test_a_tokenizer_that_raises(monkeypatch):
+    model, tokenizer = golden.model("llada"), byte_level()
+    monkeypatch.setattr(tokenizer, "decode", mock.Mock(side_effect=LookupError))
+    engine = dsb.BatchEngine(model, max_rows=2)
+    requests = [
+        engine.submit(row, stop_strings="a" if i == 1 else None, tokenizer=tokenizer, **SHAPE)
+        for i, row in enumerate(prompts(3))
+    ]
+    assert isinstance(check_others(model, requests, 1), LookupError)
+
+
+def test_a_request_that_cannot_enter_a_row(monkeypatch):
+    enter = lane.Lane.enter
+
+    def entering(self, request):
+        if len(request.ids) == 14:
+            raise MemoryError
+        enter(self, request)
+
+    monkeypatch.setattr(lane.Lane, "enter", entering)
+    model = golden.model("llada")
+    engine = dsb.BatchEngine(model, max_rows=3)
+    requests = [engine.submit(row, **SHAPE) for row in prompts(6)]
+    assert isinstance(check_others(model, requests, 1), MemoryError)
+
+
+def test_a_done_callback_that_exits():
+    engine, there = dsb.BatchEngine(golden.model("llada")), threading.Event()
+    first = engine.submit([5, 6], on_tokens=lambda _: there.wait(60), gen_length=1)
+    first.add_done_callback(lambda _: sys.exit())
+    reader = ThreadPoolExecutor(1).submit(list, first)
+    there.set()
+    assert first.result(60).nfe == 1 and reader.result(60)
+    assert engine.submit([5, 6], gen_length=1).result(60).nfe == 1
+
+
+def test_a_fault_of_ours_keeps_what_is_done(monkeypatch):
+    """One lane has finished its request when the other fails, and a third request waits."""
+    model, next_shape = golden.model("llada"), lane.Lane.next_shape
+
+    def faulty(self):
+        if self.requests[0].config.cache == "none":
+            raise LookupError
+        return next_shape(self)
+
+    monkeypatch.setattr(lane.Lane, "next_shape", faulty)
+    rows = Batcher(model, max_rows=2)
+    first, *others = (
+        dsb.Request(model, [5, 6], None, gen_length=1, cache=cache)
+        for cache in ("dsb", "none", "dsb")
+    )
+    rows.waiting.extend([first, *others])
+    with pytest.raises(LookupError) as raised:
+        rows.run(bool)
+    assert rows.abandon(raised.value) == [first, *others] and rows.idle
+    check(first.outcome, dsb.generate(model, first.ids[None], gen_length=1))
+    assert all(request.outcome is raised.value for request in others)
 
 
 @pytest.mark.parametrize("wrapped", [False, True])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import pickle
+import time
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 
@@ -16,6 +17,7 @@ from transformers import PreTrainedModel
 
 import dsb_runtime as dsb
 from dsb_kernels.rows import Column, StepKind, read_rows
+from dsb_runtime.engine import engine as engine_module
 from dsb_runtime.engine import loop
 from dsb_runtime.engine.step import StepShape
 from tests import golden
@@ -307,6 +309,15 @@ def test_threads_do_not_mix():
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(work, range(4)))  # which raises what a thread raised
     assert not wrong
+
+
+def test_the_first_calls_of_two_threads_make_one_engine(monkeypatch):
+    """Or they would decode at the same time, each in K/V memory of its own."""
+    model, make = copy.deepcopy(golden.model("llada")), dsb.Engine.__init__
+    monkeypatch.setattr(dsb.Engine, "__init__", lambda *args: time.sleep(0.1) or make(*args))
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(engine_module.engine_of, [model, model])
+    assert first is second
 
 
 def test_a_call_inside_a_call():

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 import transformers
 from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, unset_fake_temporarily
+from torch.multiprocessing.reductions import StorageWeakRef
 
 pytest.importorskip("triton")
 
@@ -21,6 +23,7 @@ from dsb_kernels.linear import MAX_TOKENS
 from dsb_kernels.rows import Column, StepKind
 from dsb_runtime.engine import layers, sampling
 from dsb_runtime.engine.graphs import HostCopy, refresh_class
+from dsb_runtime.engine.packing import packed
 from dsb_runtime.engine.session import Session
 from dsb_runtime.engine.step import StepShape
 from tests import golden
@@ -126,6 +129,22 @@ def test_torchs_products_serve_more_tokens_than_our_kernels_do(gpu, monkeypatch,
     calls = [name for name in gpu.calls if "kernel" in name or name in MANY]
     first, second, _ = (i for i, name in enumerate(calls) if name == "_rope_write_kv_kernel")
     assert calls[first + 1 : second] == ["_attention_kernel", "_combine_kernel", *expected]
+
+
+def test_no_stream_sees_packed_weights_before_they_are_there(gpu, monkeypatch):
+    """Nor is memory given back that another stream may read."""
+    weights = [torch.nn.Parameter(cuda(n, 4, dtype=torch.float32)) for n in (3, 2)]
+    old, waits = StorageWeakRef(weights[0].untyped_storage()), []
+
+    def wait(what: str) -> None:
+        places = {w.data.untyped_storage()._cdata for w in weights}
+        waits.append((what, len(places), old.expired()))
+
+    stream = SimpleNamespace(synchronize=lambda: wait("stream"))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: wait("device"))
+    packed(weights)
+    assert waits == [("stream", 2, False), ("device", 1, False)] and old.expired()
 
 
 SETTINGS = (

@@ -3,6 +3,7 @@ model's own forward, with every schedule, rule and cache, is a property in `test
 
 from __future__ import annotations
 
+import copy
 import functools
 import itertools
 
@@ -44,6 +45,21 @@ def test_a_hooked_model_and_replayed_steps_decode_the_same(family):
     finally:
         hook.remove()
     assert called.sequences[0].tolist() == expected
+
+
+def test_nan_of_both_runs_are_forgotten():
+    """The next call has padding where they were, and an attention that is called masks it only."""
+    model = copy.deepcopy(golden.model("llada"))
+    model.model.layers[0].register_forward_hook(lambda *_: None)
+    engine, weight = Engine(model), model.model.layers[0].self_attn.v_proj.weight.data
+    ids, mask = golden.left_pad([prompts(1)[0], prompts(1)[0][:3]])
+    expected, own = engine.generate(ids, attention_mask=mask, **SHAPE), weight.clone()
+    weight.fill_(torch.nan)
+    with pytest.raises(FloatingPointError):
+        engine.generate(ids, **SHAPE)
+    weight.copy_(own)
+    again = engine.generate(ids, attention_mask=mask, **SHAPE)
+    assert torch.equal(again.sequences, expected.sequences)
 
 
 def test_sampling_cuts_and_an_eos_see_the_guided_logits():

@@ -290,6 +290,26 @@ def test_a_turn_ends_with_its_function(
     assert not queue.queue
 
 
+def test_the_last_of_two_decodings_gives_the_mode_back(other_thread: ThreadPoolExecutor) -> None:
+    """Also to modules that two models share. Two engines of a model may decode at a time."""
+    model, other, cpu = small_model().train(), small_model(), torch.device("cpu")
+    model.model.layers[0].mlp.eval()
+    other.model = model.model
+    before = [m.training for m in model.modules()]
+    inside, go = threading.Event(), threading.Event()
+
+    def second() -> bool:
+        inside.set()
+        assert go.wait(20)
+        return any(m.training for m in other.modules())
+
+    with busy(lambda stay: turns.as_published(model, cpu, stay)):
+        call = other_thread.submit(turns.as_published, other, cpu, second)
+        assert inside.wait(20)
+    go.set()
+    assert not call.result(timeout=20) and [m.training for m in model.modules()] == before
+
+
 def test_a_call_from_a_signal_handler_is_refused() -> None:
     """It would wait for the call that it interrupts."""
     queue = turns.Turns()
@@ -341,13 +361,14 @@ def busy(run: Callable[[Callable[..., None]], object]) -> Iterator[None]:
         thread.join(20)
 
 
-@pytest.mark.parametrize("where", ["decode", "pack", "capture"])
+@pytest.mark.parametrize("where", ["decode", "make", "pack", "capture"])
 def test_a_child_that_is_forked_while_a_thread_works(where: str) -> None:
     """The child's first thread and others that it starts decode, pack and may capture."""
-    model = small_model()
+    model = small_model().train()
     expected = dsb.generate(copy.deepcopy(model), PROMPT, **SHAPE).sequences
     locks = {
         "decode": lambda stay: dsb.generate(model, PROMPT, on_step=stay, **SHAPE),
+        "make": engine.MAKING.run,
         "pack": packing.PACKING.run,
         "capture": graphs.CAPTURING.run,
     }[where]
@@ -362,11 +383,36 @@ def test_a_child_that_is_forked_while_a_thread_works(where: str) -> None:
         for thread in threads:
             thread.start()
             thread.join(20)
-        return len(results) == 4 and all(results)
+        return len(results) == 4 and all(results) and model.training
 
     with busy(locks):
         assert in_child(child)
     assert call()
+
+
+@pytest.mark.parametrize("first", ["drain", "release", None])
+def test_a_batch_engine_whose_lock_is_held_at_the_fork(first: str | None) -> None:
+    """Two threads of the child use it at the same time."""
+    engine = dsb.BatchEngine(small_model())
+    expected, new = engine.submit(PROMPT[0], **SHAPE).result(20).sequences, engine.new_batcher
+
+    def hold(stay: Callable[..., None]) -> None:
+        with engine.changed:
+            stay()
+
+    def call(_: int) -> bool:
+        if first is not None:
+            getattr(engine, first)()
+        return torch.equal(engine.submit(PROMPT[0], **SHAPE).result(20).sequences, expected)
+
+    def child() -> bool:
+        engine.new_batcher = lambda: time.sleep(0.1) or new()
+        with ThreadPoolExecutor(2) as pool:
+            return all(pool.map(call, range(2)))
+
+    engine.drain()
+    with busy(hold):
+        assert in_child(child)
 
 
 def test_a_child_that_is_forked_in_on_step() -> None:

@@ -368,9 +368,11 @@ def test_the_callers_modes_change_no_token(
             assert torch.equal(call().sequences, expected)
             assert torch.is_autocast_enabled("cpu")
     elif name == "dtype":
-        torch.set_default_dtype(torch.float64)
+        torch.set_default_dtype(torch.bfloat16)
+        seen: set[torch.dtype] = set()  # it is the whole process's, and stays what it is
+        settings["on_step"] = lambda event: seen.add(torch.get_default_dtype())
         assert torch.equal(call().sequences, expected)
-        assert torch.get_default_dtype() == torch.float64
+        assert seen == {torch.bfloat16}
     else:
         torch.set_default_device("meta")
         with warnings.catch_warnings():

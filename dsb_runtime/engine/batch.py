@@ -23,7 +23,9 @@ from dsb_runtime.engine.check import config_of
 from dsb_runtime.engine.graphs import Capture
 from dsb_runtime.engine.output import GenerationOutput
 from dsb_runtime.engine.request import OnStep, OnTokens, Request, check_settings
-from dsb_runtime.engine.turns import check_process
+from dsb_runtime.engine.turns import Turns, check_process
+
+STARTING = Turns()  # two threads of a forked process may use an engine first
 
 
 def generate_batch(
@@ -160,10 +162,21 @@ class BatchEngine:
 
     def start_anew(self) -> None:
         """Begin with nothing: no request, no thread, no memory."""
-        self.batcher, self.process = self.new_batcher(), os.getpid()
+        self.batcher = self.new_batcher()
         self.arrived: deque[Request] = deque()
         self.changed, self.worker = threading.Condition(), _Worker()
         weakref.finalize(self, _Worker.end, self.worker)  # also when the interpreter exits
+        self.process = os.getpid()  # from now on other threads of it use all this
+
+    def start_if_forked(self) -> None:
+        """Begin with nothing if this process was forked: the thread and the locks stayed behind."""
+
+        def start() -> None:
+            if self.process != os.getpid():
+                self.start_anew()
+
+        if self.process != os.getpid():
+            STARTING.run(start)
 
     @property
     def model(self) -> PreTrainedModel:
@@ -206,7 +219,7 @@ class BatchEngine:
                 inclusive. What it raises fails this request.
             on_step: a function that is called in the decoding thread with a `RowEvent` after each
                 forward that has committed tokens of the request. What it raises fails the request.
-            stop_strings, tokenizer: as for `generate`.
+            stop_strings, tokenizer: as for `generate`. What the tokenizer raises fails the request.
 
         Returns:
             A `Request`, whose `result()` is the `GenerationOutput` of a batch of one row.
@@ -214,9 +227,8 @@ class BatchEngine:
         Raises:
             TypeError, ValueError: an argument is not accepted; the message is one line.
         """
-        if self.process != os.getpid():  # the thread and the locks stayed behind
-            check_process(self.batcher.device)
-            self.start_anew()
+        check_process(self.batcher.device)
+        self.start_if_forked()
         request = Request(
             self.model, ids, config, generator, record, on_tokens, on_step, stop_strings, tokenizer,
             **settings,
@@ -238,9 +250,9 @@ class BatchEngine:
                 callback of a `Request` that is done) calls it, and would wait for itself.
         """
         self.check_caller("drain")
-        if self.process == os.getpid():
-            with self.changed:
-                self.changed.wait_for(lambda: self.worker.thread is None)
+        self.start_if_forked()
+        with self.changed:
+            self.changed.wait_for(lambda: self.worker.thread is None)
 
     def release(self) -> None:
         """`drain`, and give back the memory and every captured step.

@@ -57,6 +57,7 @@ class Batcher:
             )
         self.max_rows = MOST_ROWS if max_rows is None else int(max_rows)
         self.waiting: deque[Request] = deque()
+        self.done: list[Request] = []  # with their outcome, and not handed out yet
         self.steps = 0  # how many have run
         self.release()
 
@@ -75,30 +76,27 @@ class Batcher:
 
     # --- rows ---------------------------------------------------------------------------------
 
-    def admit(self) -> list[Request]:
-        """Let those enter that have waited longest. Returns those that were cancelled meanwhile,
-        and those that memory is too small for, with their outcome."""
-        done: list[Request] = []
+    def admit(self) -> None:
+        """Let those enter that have waited longest. Those that were cancelled meanwhile are done,
+        and so are those that fail, as when memory is too small for them."""
         resting = self.lanes and self.waiting and not self.running
         # Captured steps and packed layers have the weights of before, if these stand elsewhere now.
         if resting and self.lanes[0].fingerprint != fingerprint(self.model):
             self.release()
         while self.waiting and self.running < self.max_rows:
-            request = self.waiting[0]
-            if request.cancelled():
-                done.append(self.waiting.popleft())
-                continue
+            request, entered = self.waiting[0], False
             try:
-                lane = self.lane_for(request)
-            except torch.OutOfMemoryError as error:
+                if not request.cancelled():
+                    lane = self.lane_for(request)
+                    if lane is None:
+                        break
+                    lane.enter(request)
+                    entered = True
+            except Exception as error:
                 request.outcome = error
-                done.append(self.waiting.popleft())
-                continue
-            if lane is None:
-                break
             self.waiting.popleft()
-            lane.enter(request)
-        return done
+            if not entered:
+                self.done.append(request)
 
     def lane_for(self, request: Request) -> Lane | None:
         """A lane with a free row for the request, or None if it must wait for memory.
@@ -145,7 +143,7 @@ class Batcher:
             rows = min(rows, left // row_bytes(buffers_of(self.engine.loop, request), length))
         while rows > 0:
             try:
-                return Lane(self.engine.loop, request, rows, length)
+                return Lane(self.engine.loop, request, rows, length, self.done)
             except torch.OutOfMemoryError:
                 rows //= 2
         return None
@@ -161,39 +159,47 @@ class Batcher:
 
     # --- steps --------------------------------------------------------------------------------
 
-    def advance(self) -> list[Request]:
+    def advance(self) -> None:
         """Take out what was cancelled, let others enter, and run a step of each lane that has
-        requests. Returns the requests that are done, with their outcome."""
-        done = [request for lane in self.lanes for request in lane.leave_cancelled()]
-        done += self.admit()
+        requests."""
+        for lane in self.lanes:
+            lane.leave_cancelled()
+        self.admit()
         for lane in list(self.lanes):
             if lane.occupied:
                 self.steps += 1
-                done += lane.step()
+                lane.step()
+
+    def hand_out(self) -> list[Request]:
+        """The requests that are done, each of them once."""
+        done = self.done.copy()
+        self.done.clear()  # the lanes put more into this list
         return done
 
     def abandon(self, error: BaseException) -> list[Request]:
-        """Give up all requests, which fail of `error`, and everything that they used."""
+        """Give up all requests that are not done, which fail of `error`, and everything that they
+        used. Returns them, and those that were done."""
         running = [r for lane in self.lanes for r in lane.requests if r is not None]
-        done = [*running, *self.waiting]
-        for request in done:
+        for request in (*running, *self.waiting):
             request.outcome = error
+            self.done.append(request)
         self.waiting.clear()
         self.release()
-        return done
+        return self.hand_out()
 
     def run(self, until: Callable[[list[Request]], bool]) -> list[Request]:
-        """`advance` until nothing is left to do, or until(what was done last). Returns that."""
+        """`advance` until nothing is left to do, or until(what is done), which may take from that.
+        Returns what is done then."""
         check_process(self.device)
 
-        def work() -> list[Request]:
+        def work() -> None:
             self.engine.follow_last_call()
-            while True:
-                done = self.advance()
-                if self.idle or until(done):
-                    return done
+            self.advance()
+            while not self.idle and not until(self.done):
+                self.advance()
 
-        return as_published(self.model, self.device, work)
+        as_published(self.model, self.device, work)
+        return self.hand_out()
 
     def decode(self, requests: Iterable[Request]) -> Iterator[Request]:
         """Decode requests, and yield them as they are done. A request is taken from `requests` when
@@ -212,4 +218,4 @@ class Batcher:
                     self.waiting.append(request)
             if self.idle:
                 return
-            yield from self.run(lambda done: bool(done))
+            yield from self.run(bool)

@@ -86,11 +86,11 @@ class KVCache:
     scratch: bool
     storage: Tensor  # of both: (layers * 2 * batch, H_kv, capacity, D)
 
-    def forget(self, row: int) -> None:
-        """Clear a batch row that may hold NaN. Its next refresh leaves the padding as it is, and
+    def forget(self, rows: slice = slice(None)) -> None:
+        """Clear batch rows that may hold NaN. Their next refresh leaves the padding as it is, and
         not every attention that is called spares what it masks."""
         for buffer in (*self.keys, *self.values):
-            buffer[slice(None) if self.scratch else row].zero_()
+            buffer[slice(None) if self.scratch else rows].zero_()
 
     @classmethod
     def over(

@@ -38,6 +38,7 @@ from dsb_runtime.engine.turns import Turns, as_published, check_process
 from dsb_runtime.families import check_model, device_of, unwrap
 
 ENGINE = "_dsb_engine"  # where a model keeps the engine that `generate` made for it
+MAKING = Turns()  # two threads may make the first call
 
 
 @dataclass(frozen=True)
@@ -318,9 +319,17 @@ def engine_of(model: PreTrainedModel) -> Engine:
     model = unwrap(model)
     check_model(model)
     slot = vars(model).setdefault(ENGINE, EngineSlot())
-    if slot.engine is None or slot.engine.device != device_of(model):
-        # The engine gets a proxy: a model whose engine referred to it would never be freed.
-        slot.engine = Engine(cast(PreTrainedModel, weakref.proxy(model)))
+
+    def made() -> bool:
+        return slot.engine is not None and slot.engine.device == device_of(model)
+
+    def make() -> None:
+        if not made():
+            # The engine gets a proxy: a model whose engine referred to it would never be freed.
+            slot.engine = Engine(cast(PreTrainedModel, weakref.proxy(model)))
+
+    if not made():
+        MAKING.run(make)
     return Engine(model) if slot.engine.in_call() else slot.engine
 
 

@@ -82,14 +82,18 @@ def free_rows(state: DecodeState, rows: int, device: torch.device) -> DecodeStat
 
 
 class Lane:
-    """`rows` rows of `length` positions for requests of one group.
+    """`rows` rows of `length` positions for requests of one group. A request that leaves its row is
+    put into `done`, with its outcome unless it was cancelled.
 
     Raises:
         torch.OutOfMemoryError: there is no memory for that; the message names what would fit.
     """
 
-    def __init__(self, loop: Loop, request: Request, rows: int, length: int) -> None:
+    def __init__(
+        self, loop: Loop, request: Request, rows: int, length: int, done: list[Request]
+    ) -> None:
         self.model = model = loop.model
+        self.done = done
         self.info, self.group, self.length = check_model(model), request.group, length
         shape = buffers_of(loop, request)
         self.nbytes = rows * row_bytes(shape, length)
@@ -137,25 +141,20 @@ class Lane:
             buffer[row].copy_(value[0])
         self.requests[row], self.table[row] = request, read_rows(alone.table)[0]
 
-    def leave(self, row: int) -> Request:
-        """Free a row, whatever it still needs, and return its request."""
+    def leave(self, row: int, outcome: GenerationOutput | BaseException | None) -> None:
+        """Free a row, whatever it still needs. Its request is done."""
         request = self.requests[row]
         assert request is not None
-        self.requests[row] = None
+        request.outcome, self.requests[row] = outcome, None
+        self.done.append(request)
         self.session.state.table[row, Column.NEXT_KIND] = int(StepKind.NOTHING)
         self.table[row].next_kind = StepKind.NOTHING
-        return request
 
-    def fail(self, row: int, error: BaseException) -> Request:
-        """Free a row whose request has failed."""
-        request = self.leave(row)
-        request.outcome = error
-        return request
-
-    def leave_cancelled(self) -> list[Request]:
-        """Free the rows of cancelled requests, and return these."""
-        gone = [row for row in self.occupied if self.requests[row].cancelled()]  # type: ignore[union-attr]
-        return [self.leave(row) for row in gone]
+    def leave_cancelled(self) -> None:
+        """Free the rows of cancelled requests."""
+        for row in self.occupied:
+            if self.requests[row].cancelled():  # type: ignore[union-attr]
+                self.leave(row, None)
 
     # --- steps --------------------------------------------------------------------------------
 
@@ -217,8 +216,8 @@ class Lane:
                 logger.warning(f"a {shape.kind.label} step could not be captured: {error}")
         return table
 
-    def step(self) -> list[Request]:
-        """Run one step. Returns the requests that are done by it, with their outcome."""
+    def step(self) -> None:
+        """Run one step."""
         shape, rows = self.next_shape()
         try:
             self.table = self.launch(shape)
@@ -228,18 +227,18 @@ class Lane:
             self.session.replays.pop(shape, None)
             if len(rows) > 1:
                 self.most = len(rows) // 2
-                return []
+                return
             if isinstance(error, RuntimeError) and is_out_of_memory(error):
                 said = step_message(shape.kind.label, 1, shape.width, error)
                 error = torch.OutOfMemoryError(said)
             else:
                 self.most = len(self.requests)
-            return [self.fail(rows[0], error)]
-        return self.after_step()
+            self.leave(rows[0], error)
+        else:
+            self.after_step()
 
-    def after_step(self) -> list[Request]:
+    def after_step(self) -> None:
         """Count what the rows have committed, and let those leave that are done."""
-        done: list[Request] = []
         watched: list[int] = []
         for index in self.occupied:
             row, request = self.table[index], self.requests[index]
@@ -248,33 +247,31 @@ class Lane:
                 continue
             if row.failed:
                 said = f"step {row.forwards}: the model's logits are NaN (row 0)"
-                done.append(self.fail(index, FloatingPointError(said)))
-                for copy in range(index, self.session.step.cache.batch, len(self.requests)):
-                    self.session.step.cache.forget(copy)
+                self.leave(index, FloatingPointError(said))
+                # The row, and its copy if there is guidance.
+                self.session.step.cache.forget(slice(index, None, len(self.requests)))
                 continue
             request.commits.append(row.new)
-            if request.end_row is not None:
-                request.end_row(self.session.state, [index], self.table)
-            if row.next_kind == StepKind.NOTHING:
-                output = self.output(index, request)
-                try:
+            try:
+                if request.end_row is not None:
+                    request.end_row(self.session.state, [index], self.table)
+                if row.next_kind == StepKind.NOTHING:
+                    output = self.output(index, request)
                     if request.on_step is not None:
                         response = output.sequences[0, len(request.ids) :]
                         request.on_step(self.event(index, request, response.tolist()))
                     request.grow(response_of(output, request))
-                    request.outcome = output
-                except Exception as error:  # of the caller's own function
-                    request.outcome = error
-                done.append(self.leave(index))
-            elif row.new and request.watched:
-                watched.append(index)
-        return done + self.tell(watched)
+                    self.leave(index, output)
+                elif row.new and request.watched:
+                    watched.append(index)
+            except Exception as error:  # of the caller's own function or tokenizer
+                self.leave(index, error)
+        self.tell(watched)
 
-    def tell(self, watched: list[int]) -> list[Request]:
-        """Tell the requests of these rows what is finished. Returns those whose callback fails."""
-        failed: list[Request] = []
+    def tell(self, watched: list[int]) -> None:
+        """Tell the requests of these rows what is finished. Those whose callback fails leave."""
         if not watched:
-            return failed
+            return
         canvas = self.session.state.canvas[watched].tolist()
         for index, tokens in zip(watched, canvas, strict=True):
             request = self.requests[index]
@@ -287,8 +284,7 @@ class Lane:
                     request.on_step(self.event(index, request, response))
                 request.grow(response[: end + int(response[end] != self.info.mask_id)])
             except Exception as error:  # of the caller's own function
-                failed.append(self.fail(index, error))
-        return failed
+                self.leave(index, error)
 
     def event(self, index: int, request: Request, response: list[int]) -> RowEvent:
         """What `on_step` is called with after a step of this row."""

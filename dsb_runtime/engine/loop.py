@@ -284,8 +284,8 @@ class Loop:
             for step in ran:
                 failed = [index for index, row in enumerate(step.after) if row.failed]
                 if failed:
-                    for index in failed:
-                        session.step.cache.forget(index)
+                    # Also the copies of guidance, and what a step that is under way will leave.
+                    session.step.cache.forget()
                     raise FloatingPointError(
                         f"step {steps}: the model's logits are NaN (row {failed[0]})"
                     )

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dsb_runtime.engine.graphs import CAPTURING
 from dsb_runtime.engine.turns import Turns
 
 PACKING = Turns()  # two threads may pack the same model
@@ -35,11 +36,17 @@ def packed(parameters: Sequence[Tensor]) -> Tensor:
     same values. Inference mode must be off: a tensor made in it can never be trained."""
 
     def move() -> None:
-        if not neighbours([p.data for p in parameters]):
-            whole = torch.cat([p.data for p in parameters])
-            parts = whole.split([len(p) for p in parameters])
-            for parameter, part in zip(parameters, parts, strict=True):
-                parameter.data = part
+        old = [p.data for p in parameters]
+        if neighbours(old):
+            return
+        whole = torch.cat(old)
+        if whole.is_cuda:  # on other streams, what the parameters point to is read without a wait
+            torch.cuda.current_stream(whole.device).synchronize()
+        parts = whole.split([len(p) for p in parameters])
+        for parameter, part in zip(parameters, parts, strict=True):
+            parameter.data = part
+        if whole.is_cuda:  # other streams may still read `old`, whose memory is given back now
+            CAPTURING.run(lambda: torch.cuda.synchronize(whole.device))
 
     if not neighbours([p.data for p in parameters]):
         PACKING.run(move)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from dsb_kernels.rows import UnmaskSpec
 from dsb_runtime.config import DecodingConfig, check_bool
@@ -30,6 +31,7 @@ from dsb_runtime.engine.step import spec_of
 from dsb_runtime.engine.stops import RowEnds, check_stop_strings
 from dsb_runtime.families import DiffusionInfo, check_model, device_of
 
+logger = logging.get_logger(__name__)
 OnTokens = Callable[[list[int]], object]
 
 
@@ -136,13 +138,18 @@ class Request(Future[GenerationOutput]):
             self.on_tokens(new)
 
     def settle(self) -> None:
-        """Make `outcome` the result of the future, unless it was cancelled. Call this once."""
-        if not self.set_running_or_notify_cancel():
-            return
-        if isinstance(self.outcome, BaseException):
-            self.set_exception(self.outcome)
-        elif self.outcome is not None:
-            self.set_result(self.outcome)
+        """Make `outcome` the result of the future, unless it was cancelled. Call this once. What a
+        callback raises is logged, since the other requests have no part in it."""
+        try:
+            if not self.set_running_or_notify_cancel():
+                return
+            if isinstance(self.outcome, BaseException):
+                self.set_exception(self.outcome)
+            elif self.outcome is not None:
+                self.set_result(self.outcome)
+        except BaseException:  # as SystemExit; the future itself logs an Exception
+            logger.exception("a callback of a request that is done has raised")
+            self.wake()  # the callbacks after that one are not called
 
     def wake(self, _: Any = None) -> None:
         with self.grown:

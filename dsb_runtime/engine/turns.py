@@ -16,6 +16,7 @@ from types import FrameType
 from typing import Any, TypeVar
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
@@ -143,12 +144,44 @@ def take_one_thread(process: int) -> None:
         logger.warning("in a forked process: torch.set_num_threads(1)")
 
 
+MODES = Turns()  # one decoding at a time changes the mode of modules
+DECODINGS: list[Decoding] = []  # those for which modules are in eval mode
+
+
+class Decoding(Turn):
+    """A decoding, with which others of the model may run, of other engines. Meanwhile the model's
+    modules are in eval mode. The last decoding that needs that gives them the caller's mode."""
+
+    def __init__(self, frame: FrameType) -> None:
+        super().__init__(frame)
+        self.training: dict[int, nn.Module] = {}  # by id, the modules that the caller is training
+
+    def begin(self, model: PreTrainedModel) -> None:
+        """Put the model into eval mode."""
+        in_eval = {key for decoding in DECODINGS for key in decoding.training}
+        self.training = {id(m): m for m in model.modules() if m.training or id(m) in in_eval}
+        DECODINGS.append(self)
+        for module in self.training.values():
+            module.training = False
+
+    def finish(self) -> None:
+        """Give back the mode of every module that no decoding needs any more."""
+        others = [each for each in DECODINGS if each is not self and not each.is_over()]
+        in_eval = {key for decoding in others for key in decoding.training}
+        for decoding in (self, *DECODINGS):
+            for key, module in decoding.training.items():
+                if key not in in_eval:
+                    module.training = True
+        DECODINGS[:] = others
+
+
 def as_published(model: PreTrainedModel, device: torch.device, work: Callable[[], R]) -> R:
     """Return work(). The model computes inside what it was trained to, whatever the caller has set:
-    it is in eval mode, its GPU is the current device, and autocast, gradients, inference mode, the
-    default dtype and the default device are off or torch's own."""
-    training = [module for module in model.modules() if module.training]
-    dtype, default = torch.get_default_dtype(), torch.get_default_device()
+    it is in eval mode, its GPU is the current device, and autocast, gradients, inference mode and
+    the default device are off or torch's own. All of these but the mode of its modules belong to
+    the thread. The default dtype, which belongs to the process, stays the caller's."""
+    decoding = Decoding(sys._getframe())
+    default = torch.get_default_device()
     gradients, inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
     autocast = torch.is_autocast_enabled(device.type)
     # Buffers that are made in inference mode could not be written outside it.
@@ -156,9 +189,7 @@ def as_published(model: PreTrainedModel, device: torch.device, work: Callable[[]
     on_gpu: Any = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
     def change() -> R:
-        for module in training:
-            module.training = False
-        torch.set_default_dtype(torch.float32)
+        MODES.run(lambda: decoding.begin(model))
         # This context looks at every call of torch: on a CPU it costs a step a tenth of its time.
         if default.type != "cpu":
             cpu.__enter__()
@@ -170,9 +201,8 @@ def as_published(model: PreTrainedModel, device: torch.device, work: Callable[[]
         return work()
 
     def give_back() -> None:
-        for module in training:
-            module.training = True
-        torch.set_default_dtype(dtype)
+        MODES.run(decoding.finish)
+        decoding.end()
         if torch.get_default_device() != default:
             cpu.__exit__(None, None, None)
         if torch.is_inference_mode_enabled() != inference:
