@@ -26,7 +26,7 @@ from dsb_runtime.cli.process import run_process
 from dsb_runtime.config import DecodingConfig
 from dsb_runtime.demo.tasks import TASKS
 from dsb_runtime.engine.engine import Engine
-from dsb_runtime.engine.loop import Launched, Loop
+from dsb_runtime.engine.loop import LaunchedStep, Loop
 from dsb_runtime.engine.session import Session
 from dsb_runtime.engine.step import StepShape
 from dsb_runtime.measure.scores import wilson
@@ -48,7 +48,7 @@ class CountingLoop(Loop):
 
     positions = 0
 
-    def launch(self, session: Session, shape: StepShape) -> Launched:
+    def launch(self, session: Session, shape: StepShape) -> LaunchedStep:
         self.positions += shape.num_rows * shape.width
         return super().launch(session, shape)
 

@@ -32,7 +32,7 @@ from dsb_runtime.doors.openai.text import GrowingText
 from dsb_runtime.doors.server import served_name
 from dsb_runtime.engine.batch import BatchEngine
 from dsb_runtime.engine.batcher import READ_AHEAD
-from dsb_runtime.engine.request import check_settings
+from dsb_runtime.engine.request import check_request
 from dsb_runtime.families import check_model
 from dsb_runtime.files import check_writable
 
@@ -133,7 +133,7 @@ class Decoder:
         tokenizer: PreTrainedTokenizerBase,
         named: dict[str, Any],
     ) -> None:
-        check_settings(model, defaults_for(model, **named), None, False)
+        check_request(model, defaults_for(model, **named), None, False)
         self.args, self.engine = args, BatchEngine(model, args.max_rows)
         self.reader = Reader(model, tokenizer, served_name(args.model), streams=False, named=named)
         self.eos_ids = check_model(model).eos_ids

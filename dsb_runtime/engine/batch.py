@@ -22,7 +22,7 @@ from dsb_runtime.engine.batcher import Batcher
 from dsb_runtime.engine.check import config_of
 from dsb_runtime.engine.graphs import Capture
 from dsb_runtime.engine.output import GenerationOutput
-from dsb_runtime.engine.request import OnStep, OnTokens, Request, check_settings
+from dsb_runtime.engine.request import OnStep, OnTokens, Request, check_request
 from dsb_runtime.engine.turns import Turns, check_process
 
 STARTING = Turns()  # two threads of a forked process may use an engine first
@@ -68,7 +68,7 @@ def generate_batch(
     """
     batcher = Batcher(model, max_rows)
     config = config_of(batcher.model, config, settings)
-    check_settings(batcher.model, config, generator, record)
+    check_request(batcher.model, config, generator, record)
     return _yield_outputs(batcher, iter(prompts), config, generator, record)
 
 

@@ -75,7 +75,7 @@ def check_masks(model: Any, input_ids: Any, attention_mask: Any) -> tuple[Tensor
     return leftpad, (torch.where(masked, index, -1).amax(-1) + 1 - first).tolist()
 
 
-def check_settings(model: Any, config: DecodingConfig, lengths: list[int], generator: Any) -> None:
+def check_infill(model: Any, config: DecodingConfig, lengths: list[int], generator: Any) -> None:
     """Check the settings of `infill` for responses of these lengths.
 
     Raises:
@@ -117,10 +117,10 @@ def check_prompt(model: Any, input_ids: Any, gen_length: int) -> None:
     device = device_of(model)
     if input_ids.device != device:
         raise ValueError(f"input_ids is on {input_ids.device}: expected the model's {device}")
-    check_ids(model, input_ids, gen_length)
+    check_prompt_ids(model, input_ids, gen_length)
 
 
-def check_ids(model: Any, input_ids: Tensor, gen_length: int) -> None:
+def check_prompt_ids(model: Any, input_ids: Tensor, gen_length: int) -> None:
     """Check that the ids (B, P) are of the vocabulary, and that the model has enough positions for
     them and `gen_length` more."""
     vocab = model.config.vocab_size

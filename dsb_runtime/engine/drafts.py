@@ -27,7 +27,7 @@ from dsb_kernels.place import Layout, place_rows
 from dsb_kernels.rows import Column, StepKind, UnmaskSpec
 from dsb_runtime.config import DecodingConfig
 from dsb_runtime.engine.draft_windows import DraftWindows, beside
-from dsb_runtime.engine.step import DecodeState, Proposed, Step, StepShape
+from dsb_runtime.engine.step import DecodeState, Proposals, Step, StepShape
 
 
 class Drafts(NamedTuple):
@@ -166,7 +166,7 @@ class DraftingStep(Step):
 
     def propose(
         self, shape: StepShape, first: Layout, second: Layout | None, windows: DraftWindows | None
-    ) -> list[Proposed]:
+    ) -> list[Proposals]:
         """Run the forward of a step and of the drafts beside it. Returns the proposals of each."""
         both = first if second is None else beside(first, second)
         scored = self.backbone(
@@ -178,12 +178,12 @@ class DraftingStep(Step):
         split = len(first.eligible)
         return [proposed.map(lambda x: x[:split]), proposed.map(lambda x: x[split:])]
 
-    def unmask(self, layout: Layout, proposed: Proposed) -> None:
+    def unmask(self, layout: Layout, proposed: Proposals) -> None:
         """Commit candidates. What follows them among the proposals is left out."""
         num_rows, most = len(layout.rows), self.state.position.shape[1]
         super().unmask(layout, proposed.map(lambda x: x.view(num_rows, -1)[:, :most].contiguous()))
 
-    def remember(self, layout: Layout, position: Tensor, proposed: Proposed) -> None:
+    def remember(self, layout: Layout, position: Tensor, proposed: Proposals) -> None:
         """Keep what is proposed for each of the positions (B, n) of the rows that take part."""
         drafts, num_rows = self.drafts, len(layout.rows)
         rows = layout.rows if num_rows < len(position) else None

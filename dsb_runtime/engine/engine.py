@@ -20,10 +20,10 @@ from dsb_runtime.config import DecodingConfig, check_bool
 from dsb_runtime.defaults import infill_defaults
 from dsb_runtime.engine.check import (
     check_config,
+    check_infill,
     check_inputs,
     check_masks,
     check_samples,
-    check_settings,
     config_of,
 )
 from dsb_runtime.engine.drafts import NO_DRAFTS, DraftingStep, Drafts
@@ -209,7 +209,7 @@ class Engine:
             check_config(call.config, call.settings)
             leftpad, lengths = check_masks(self.model, call.input_ids, call.attention_mask)
             config = infill_defaults(self.model, max(lengths), call.config, **call.settings)
-            check_settings(self.model, config, lengths, call.generator)
+            check_infill(self.model, config, lengths, call.generator)
         else:
             config = config_of(self.model, call.config, call.settings)
             leftpad = check_inputs(
@@ -320,15 +320,15 @@ def engine_of(model: PreTrainedModel) -> Engine:
     check_model(model)
     slot = vars(model).setdefault(ENGINE, EngineSlot())
 
-    def made() -> bool:
+    def is_there() -> bool:
         return slot.engine is not None and slot.engine.device == device_of(model)
 
     def make() -> None:
-        if not made():
+        if not is_there():
             # The engine gets a proxy: a model whose engine referred to it would never be freed.
             slot.engine = Engine(cast(PreTrainedModel, weakref.proxy(model)))
 
-    if not made():
+    if not is_there():
         MAKING.run(make)
     return Engine(model) if slot.engine.in_call() else slot.engine
 

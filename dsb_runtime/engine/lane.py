@@ -38,7 +38,7 @@ from dsb_runtime.families import check_model, device_of
 
 logger = logging.get_logger(__name__)
 STEP_COST = 128  # what a step costs on a CPU besides its positions, in positions
-PATIENCE = 3  # so many refreshes in a row may leave out those that are wider
+MOST_NARROW = 3  # so many refreshes in a row may leave out those that are wider
 LENGTH_MULTIPLE = 64  # a lane has a multiple of so many positions, so that others fit in later
 
 
@@ -193,7 +193,7 @@ class Lane:
         saved, widest = max(
             (n * (ordered[-1] - width), width) for n, width in enumerate(ordered, 1)
         )
-        if self.session.captured or saved <= STEP_COST or self.passed_over == PATIENCE:
+        if self.session.captured or saved <= STEP_COST or self.passed_over == MOST_NARROW:
             self.passed_over = 0
             return rows
         self.passed_over += 1

@@ -48,7 +48,7 @@ SPECULATION_WINDOW = 8  # how many recent steps predict the most tokens that a r
 
 
 @dataclass
-class Launched:
+class LaunchedStep:
     """A step that has been launched, and the copy of the row tables as it will leave them."""
 
     shape: StepShape
@@ -222,7 +222,7 @@ class Loop:
 
     # --- steps --------------------------------------------------------------------------------
 
-    def launch(self, session: Session, shape: StepShape) -> Launched:
+    def launch(self, session: Session, shape: StepShape) -> LaunchedStep:
         """Run a step, or replay it if it has been captured.
 
         Raises:
@@ -235,7 +235,7 @@ class Loop:
                     replay()
                 else:
                     session.step(shape)
-                launched = Launched(shape, HostCopy(session.step.tables()))
+                launched = LaunchedStep(shape, HostCopy(session.step.tables()))
             if session.capture is not None and replay is None:
                 # The run above was a step of the decoding, and has compiled all kernels. The
                 # capture records the same launches without running them.
@@ -259,7 +259,7 @@ class Loop:
             FloatingPointError: the model's logits are NaN.
         """
         tables = read_tables(HostCopy(session.step.tables()).wait())
-        under_way: deque[Launched] = deque()
+        under_way: deque[LaunchedStep] = deque()
         # The most tokens that each recent step committed in one row.
         most_new: deque[int] = deque(maxlen=SPECULATION_WINDOW)
         steps, useful = 0, True

@@ -19,9 +19,9 @@ from dsb_runtime.config import DecodingConfig, check_bool
 from dsb_runtime.engine.check import (
     check_family_settings,
     check_generator,
-    check_ids,
     check_no_masks,
     check_positions,
+    check_prompt_ids,
     check_side_by_side,
     check_tokens,
     config_of,
@@ -35,7 +35,7 @@ logger = logging.get_logger(__name__)
 OnTokens = Callable[[list[int]], object]
 
 
-def check_settings(
+def check_request(
     model: PreTrainedModel, config: DecodingConfig, generator: Any, record: Any
 ) -> DiffusionInfo:
     """Check what a request has beside its prompt, and return what its model is."""
@@ -89,9 +89,9 @@ class Request(Future[GenerationOutput]):
         super().__init__()
         self.config = config_of(model, config, settings)
         # All of this on the CPU: the decoding thread has the GPU.
-        info = check_settings(model, self.config, generator, record)
+        info = check_request(model, self.config, generator, record)
         self.ids = as_ids(ids)
-        check_ids(model, self.ids[None], self.config.gen_length)
+        check_prompt_ids(model, self.ids[None], self.config.gen_length)
         check_no_masks(self.ids[None], torch.zeros(1), info)
         if on_tokens is not None and not callable(on_tokens):
             raise TypeError(

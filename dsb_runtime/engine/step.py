@@ -82,17 +82,17 @@ def new_state(
     )
 
 
-class Proposed(NamedTuple):
+class Proposals(NamedTuple):
     """The proposals of a step, row by row: (b * k,) each."""
 
     token: Tensor  # int64
     confidence: Tensor  # float32
     logprob: Tensor | None  # float32, of the token; None if the call does not record it
 
-    def map(self, change: Callable[[Tensor], Tensor]) -> Proposed:
+    def map(self, change: Callable[[Tensor], Tensor]) -> Proposals:
         """The same change of each tensor."""
         logprob = None if self.logprob is None else change(self.logprob)
-        return Proposed(change(self.token), change(self.confidence), logprob)
+        return Proposals(change(self.token), change(self.confidence), logprob)
 
 
 @dataclass(frozen=True)
@@ -239,7 +239,7 @@ class Step:
                 )
                 state.table[:, Column.CONTEXT] = seen.sum(-1)
 
-    def score(self, scored: Tensor, layout: Layout) -> Proposed:
+    def score(self, scored: Tensor, layout: Layout) -> Proposals:
         """Propose a token for each candidate of a layout. `scored` is what the forward returned."""
         config, lm_head, early = self.config, self.backbone.lm_head, None
         if config.cfg_scale > 0:
@@ -251,9 +251,9 @@ class Step:
             scored, lm_head, layout.eligible, config, self.info, seed, noise_ids, self.ban, early
         )
         logprob = log_probability(scored, lm_head, token) if self.recorded else None
-        return Proposed(token, confidence, logprob)
+        return Proposals(token, confidence, logprob)
 
-    def unmask(self, layout: Layout, proposed: Proposed) -> None:
+    def unmask(self, layout: Layout, proposed: Proposals) -> None:
         """Commit what the rule selects, and slide."""
         state, num_rows = self.state, len(layout.rows)
         token, confidence, logprob = proposed.map(lambda x: x.view(num_rows, -1))

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from dsb_runtime.config import DecodingConfig, check_int, rule_names, settings
 from dsb_runtime.defaults import defaults_for, fitted
 from dsb_runtime.doors.openai.errors import BodyError, as_json, refusal
-from dsb_runtime.engine.request import check_settings
+from dsb_runtime.engine.request import check_request
 from dsb_runtime.families import check_model
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
@@ -354,7 +354,7 @@ class Reader:
         for ids in prompts:
             self.check_prompt(name, ids, config, length)
         try:
-            check_settings(self.model, config, None, False)
+            check_request(self.model, config, None, False)
         except (TypeError, ValueError) as error:
             raise setting_error(error, vars(config)) from error
 
