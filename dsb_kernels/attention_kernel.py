@@ -119,6 +119,8 @@ def _find_block(
     seen = offset < tl.where(fresh, own_end, stop) - n0
     if indices_ptr is not None:  # a listed KV block may reach into the padding or the window
         seen &= offset >= tl.where(fresh, 0, leftpad - n0)
+        # As an unsigned number, an offset before the hole exceeds every length, so one comparison
+        # leaves out the window alone.
         hole = (offset - tl.where(fresh, W, window_start - n0)).to(tl.uint32)
         seen &= hole >= tl.where(fresh, 0, window_length).to(tl.uint32)
     return n0, seen
