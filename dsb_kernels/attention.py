@@ -193,7 +193,8 @@ def _listed_positions(kv_num_blocks: Tensor, kv_indices: Tensor, size: int, C: i
     # 2.13 leaves the last positions unwritten where `size` does not divide C.
     position = block[..., None] * size + torch.arange(size, device=block.device)
     listed = block.new_zeros(*block.shape[:-1], (blocks + 1) * size)
-    return listed.scatter(-1, position.flatten(-2), 1)[..., :C].view(len(block), -1, C) > 0
+    listed = listed.scatter(-1, position.flatten(-2), 1)[..., :C] > 0
+    return listed if listed.ndim == 3 else listed[:, None]
 
 
 # --- op ---------------------------------------------------------------------------------------

@@ -364,6 +364,6 @@ def constants(K: int, num_rows: int, spec: UnmaskSpec) -> dict[str, object]:
         "EOS_IDS": spec.eos_ids if spec.stop_at_eos else (),
         "EOS_BOUND": spec.eos_bound,
         "BLOCK_K": triton.next_power_of_2(K),
-        "BLOCK_R": triton.next_power_of_2(num_rows),
+        "BLOCK_R": triton.next_power_of_2(max(num_rows, 1)),
         **config_of(K).blocks,
     }

@@ -99,7 +99,7 @@ def lm_head_partial_reference(
         hidden, bias, eligible, excluding, temperature, seed, noise_ids, confidence: as in
             `lm_head_confidence`.
         weight: (V, E), the shard of the LM head.
-        vocab_start: the global id of the shard's first token.
+        vocab_start: the global id of the shard's first token. Its last one's is below 2**24.
         vocab_end: one past the global id of the shard's last token, for a shard that is padded with
             weights beyond the vocabulary. None means that no weights are padding.
         banned, excluded: global token ids, which may belong to other shards.
@@ -357,7 +357,7 @@ def _check_partial(a: Any) -> None:
             f"{name}: vocab_end={a.vocab_end} with vocab_start={a.vocab_start}: accepted are "
             f"{a.vocab_start + 1} to {a.vocab_start + size}"
         )
-    check_scoring(name, a, (len(a.hidden),), V, a.hidden.device, shard=True)
+    check_scoring(name, a, (len(a.hidden),), a.vocab_start + V, a.hidden.device, shard=True)
 
 
 lm_head_confidence = op(lm_head_confidence_reference, launch=_launch, check=_check)

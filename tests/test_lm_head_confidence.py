@@ -146,6 +146,9 @@ CASE = OpCase(
                sample=confidence == "margin", **excluding(19, 15, 24, 25, 74))
            for confidence in CONFIDENCES},
         "excluded_for_all": partial(inputs, 3, 41, 16, excluded=(0, 40)),
+        "nothing_allowed": partial(
+            inputs, 3, 41, 16, bias=dict.fromkeys({*range(41)} - {7}, -INF), banned=(7,),
+            excluded=(0,)),
         "edges": partial(finite_edges, 41, banned=(15,)),
         "margin": partial(inputs, 18, 53, 20, confidence="margin"),
         "sampled": partial(inputs, 5, 37, 16, sample=True),
@@ -242,6 +245,7 @@ def test_opcheck_of_shards(backend, monkeypatch):
     ("options", "words"),
     [
         ({"vocab_start": -1}, "vocab_start=-1: accepted is at least 0"),
+        ({"vocab_start": 1 << 24}, "vocabulary of 16777225 tokens: accepted are 1 to 16777216"),
         ({"vocab_end": 10}, "vocab_end=10 with vocab_start=0: accepted are 1 to 9"),
         ({"vocab_start": 9, "vocab_end": 9}, "vocab_end=9 with vocab_start=9: accepted are 10 to"),
         ({"temperature": 0.5}, "seed=None"),
