@@ -282,7 +282,8 @@ def _attention_kernel(
         if visible_ptr is not None:
             seen &= tl.load(visible_ptr + b * C + n0 + offset, mask=seen, other=0) != 0
         mask = seen[:, None] if HEAD_DIM == BLOCK_D else seen[:, None] & inside
-        # As unsigned 32-bit numbers these offsets fit in registers from KV block to KV block.
+        # As unsigned 32-bit numbers these offsets fit in registers from KV block to KV block. They
+        # suffice for every stride that `check_stride` accepts.
         offsets = (offset[:, None] * stride_n + d[None, :]).to(tl.uint32).to(tl.uint64)
         k = tl.load(k_ptr + n0.to(tl.int64) * stride_n + offsets, mask=mask, other=0.0)
         p, decay, top, total = _online_softmax(q, k, seen, top, total, scale)

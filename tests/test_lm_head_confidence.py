@@ -32,6 +32,7 @@ from tests.op_contract import (
     mistakes_of,
     sampling,
     small_tiles,
+    strided,
 )  # fmt: skip
 
 SMALL = tuning.Config(
@@ -164,6 +165,8 @@ CASE = OpCase(
     good=partial(some_eligible, 2, 8, 4, sample=True, **excluding(2, 3)),
     refused=[
         ({"weight": torch.zeros(8, 5)}, r"weight has shape \(8, 5\): accepted is \(V, 4\)"),
+        ({"weight": strided(0, 2**24 + 1)},
+         "weight has stride 16777217 in dimension 0: accepted is at most 16777216"),
         ({"bias": torch.zeros(9)}, r"bias has shape \(9,\): accepted is \(8\)"),
         *SCORING_REFUSED,
     ],

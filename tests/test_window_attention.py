@@ -29,6 +29,7 @@ from tests.op_contract import (
     exactly,
     ints,
     mistakes_of,
+    strided,
 )  # fmt: skip
 
 TENSORS = ("q", "k_window", "v_window", "k_cache", "v_cache")
@@ -294,6 +295,10 @@ CASE = OpCase(
         ({"num_splits": 0}, "num_splits=0"),
         ({"kv_visible": torch.ones(3, 90, dtype=torch.bool)}, "k_window with kv_visible"),
         ({"kv_visible": torch.ones(3, 89, dtype=torch.bool)}, r"kv_visible has shape \(3, 89\)"),
+        ({"k_window": strided(2, 2**26 + 1)}, "k_window has stride 67108865 in dimension 2"),
+        ({"v_window": strided(2, 2**26 + 1)}, "v_window has stride 67108865 in dimension 2"),
+        (dict.fromkeys(("k_cache", "v_cache"), strided(2, 2**26 + 1)),
+         "k_cache has stride 67108865 in dimension 2: accepted is at most 67108864"),
         ({"next_weight": lambda t: t[:, 1:]}, r"next_weight has shape \(3, 255\): .* \(F, 256\)"),
         *WINDOW_REFUSED,
     ],
