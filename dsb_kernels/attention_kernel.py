@@ -19,6 +19,7 @@ from dsb_kernels._launch import (
     PREFETCHED_LINES,
     launch_options,
     odd_lines,
+    peek,
     prefetch_odd_kib,
     prefetch_rows,
     wait_for_previous,
@@ -128,17 +129,20 @@ def _find_block(
 
 @jit
 def _prefetch_keys(
-    kc_ptr, vc_ptr, split, stride_n, C,
+    kc_ptr, vc_ptr, leftpad_ptr, b, split, stride_n, C,
     HEAD_DIM: tl.constexpr, NUM_SPLITS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
-    """Ask the L2 cache for the first keys and values that a split visits if it shares the whole
-    cache with the others. Padding shifts that by less than these are."""
+    """Ask the L2 cache for the first keys and values that a split visits if it shares all of the
+    cache after the row's padding with the others."""
     if PDL:
         BITS: tl.constexpr = kc_ptr.dtype.element_ty.primitive_bitwidth
         LINES: tl.constexpr = BLOCK_D * BITS // (8 * LINE_BYTES)  # of a key
-        share = tl.cdiv(tl.cdiv(C, BLOCK_N), NUM_SPLITS) * BLOCK_N
-        key = split * share + tl.arange(0, PREFETCHED_LINES // (2 * LINES))
+        padding = 0
+        if leftpad_ptr is not None:  # clamped, since any number may stand there still
+            padding = tl.maximum(tl.minimum(peek(leftpad_ptr + b), C), 0)
+        share = tl.cdiv(C - padding, NUM_SPLITS * BLOCK_N) * BLOCK_N
+        key = padding + split * share + tl.arange(0, PREFETCHED_LINES // (2 * LINES))
         prefetch_rows(kc_ptr, key, C, stride_n, 0, HEAD_DIM, PDL, 2)
         prefetch_rows(vc_ptr, key, C, stride_n, 0, HEAD_DIM, PDL, 2)
 
@@ -224,8 +228,8 @@ def _attention_kernel(
     if batch_idx_ptr is None and indices_ptr is None:  # otherwise what is visited is not known yet
         cached = b * stride_cb + kv_head * stride_ch
         _prefetch_keys(
-            kc_ptr + cached, vc_ptr + cached, split, stride_cn, C, HEAD_DIM, NUM_SPLITS, BLOCK_N,
-            BLOCK_D, PDL,
+            kc_ptr + cached, vc_ptr + cached, leftpad_ptr, b, split, stride_cn, C, HEAD_DIM,
+            NUM_SPLITS, BLOCK_N, BLOCK_D, PDL,
         )  # fmt: skip
     wait_for_previous(PDL)
     H = tl.num_programs(1) * GROUP
