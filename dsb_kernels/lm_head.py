@@ -102,7 +102,7 @@ def lm_head_partial_reference(
         hidden, bias, eligible, excluding, temperature, seed, noise_ids, confidence: as in
             `lm_head_confidence`.
         weight: (V, E), the shard of the LM head.
-        vocab_start: the global id of the shard's first token. Its last one's is below 2**24.
+        vocab_start: the global id of the shard's first token. That of its last one is below 2**24.
         vocab_end: one past the global id of the shard's last token, for a shard that is padded with
             weights beyond the vocabulary. None means that no weights are padding.
         banned, excluded: global token ids, which may belong to other shards.
