@@ -113,6 +113,17 @@ def _refuse(
     )
 
 
+def check_stride(op: str, name: str, tensor: Tensor, dim: int, tile: int) -> None:
+    """Raise ValueError if `tile` neighbours in a dimension of a tensor reach 2**32 elements: a
+    kernel keeps the offsets of a tile's elements in 32 bits, since registers are scarce."""
+    limit = (1 << 32) // tile
+    if tensor.shape[dim] > 1 and tensor.stride(dim) > limit:
+        raise ValueError(
+            f"{op}: {name} has stride {tensor.stride(dim)} in dimension {dim}: accepted is at most "
+            f"{limit}"
+        )
+
+
 def check_window(
     op: str, a: Any, optional: Sequence[str], head_dims: range, accepted: str
 ) -> functools.partial[None]:

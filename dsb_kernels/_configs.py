@@ -201,6 +201,12 @@ def of_dtype(op: str, dtype: torch.dtype) -> str:
     return f"{op} float32" if dtype == torch.float32 else op
 
 
+def largest_block(op: str, block: str) -> int:
+    """The largest value of a block in all the configurations of an op."""
+    tables = [classes for (name, _), classes in CONFIGS.items() if name.startswith(op)]
+    return max(config.blocks[block] for classes in tables for config in classes.values())
+
+
 def configuration(op: str, size: int, architecture: str) -> Config:
     """The configuration of `op` for the smallest shape class that holds `size`.
 

@@ -32,10 +32,18 @@ PDL_OPTIONS = {"PDL": True, "launch_pdl": True}  # of a launch that overlaps
 @jit
 def wait_for_previous(PDL: tl.constexpr):
     """Wait until the kernel before has ended and all that it wrote is visible, and let the next
-    kernel begin. Before this call a kernel must neither load nor store; it may prefetch."""
+    kernel begin. Before this call a kernel must neither load nor store; it may prefetch, and `peek`
+    at what says where."""
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
+
+
+@jit
+def peek(ptr):
+    """Read a number that says what to prefetch before `wait_for_previous`. The kernel before may
+    yet write it, so nothing but a prefetch may depend on it."""
+    return tl.load(ptr, volatile=True)  # so that the number after the wait is read again
 
 
 @jit

@@ -39,7 +39,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def fingerprint(folder: Path) -> str:
+def code_hash(folder: Path) -> str:
     """A short hash of the Python files in a folder."""
     files = sorted(folder.glob("*.py"))
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
@@ -47,7 +47,7 @@ def fingerprint(folder: Path) -> str:
 
 # torch.compile keeps what it compiled on disk, under a key that knows the names of our ops but not
 # their code. Without this tag, an edited or upgraded op would be answered by the code before it.
-torch.compiler.config.cache_key_tag += f" dsb_kernels {fingerprint(Path(__file__).parent)}"
+torch.compiler.config.cache_key_tag += f" dsb_kernels {code_hash(Path(__file__).parent)}"
 
 
 def jit(fn: Callable | None = None, **options: Any) -> Any:

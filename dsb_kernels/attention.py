@@ -17,9 +17,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from dsb_kernels._check import check_between, check_tensor, check_window
+from dsb_kernels._check import check_between, check_stride, check_tensor, check_window
+from dsb_kernels._configs import largest_block
 from dsb_kernels._op import op
 from dsb_kernels.attention_kernel import MAX_SPLITS, launch
+
+TILE_KEYS = largest_block("window_attention", "BLOCK_N")  # that a program loads at once
 
 # --- definition -------------------------------------------------------------------------------
 
@@ -93,7 +96,8 @@ def window_attention_reference(
             None. Half of it may be asked into a GPU's L2 cache; no result depends on it.
         return_lse: whether to return also the log-sum-exp (lse) of the scaled scores.
 
-    Tensors that are not called contiguous may have any strides with the last dimension contiguous.
+    Tensors that are not called contiguous may have any strides with the last dimension contiguous,
+    but neighbouring keys (and values) may be at most 2**26 elements apart.
 
     Returns:
         out (B, H, W, D), a transposed view of (B, W, H, D), 0 from column window_length on, and
@@ -193,7 +197,8 @@ def _listed_positions(kv_num_blocks: Tensor, kv_indices: Tensor, size: int, C: i
     # 2.13 leaves the last positions unwritten where `size` does not divide C.
     position = block[..., None] * size + torch.arange(size, device=block.device)
     listed = block.new_zeros(*block.shape[:-1], (blocks + 1) * size)
-    return listed.scatter(-1, position.flatten(-2), 1)[..., :C].view(len(block), -1, C) > 0
+    listed = listed.scatter(-1, position.flatten(-2), 1)[..., :C] > 0
+    return listed if listed.ndim == 3 else listed[:, None]
 
 
 # --- op ---------------------------------------------------------------------------------------
@@ -210,6 +215,9 @@ def _check(a: Any) -> None:
     if a.k_window is not None:
         like_q("k_window", a.k_window, shape=(B, H_kv, W, D))
         like_q("v_window", a.v_window, shape=(B, H_kv, W, D))
+        check_stride(name, "k_window", a.k_window, 2, TILE_KEYS)
+        check_stride(name, "v_window", a.v_window, 2, TILE_KEYS)
+    check_stride(name, "k_cache", a.k_cache, 2, TILE_KEYS)  # v_cache has the same strides
     _check_pair(name, "kv_num_blocks", a.kv_num_blocks, "kv_indices", a.kv_indices)
     if a.kv_num_blocks is not None:
         per_head = isinstance(a.kv_num_blocks, Tensor) and a.kv_num_blocks.ndim > 1

@@ -19,6 +19,7 @@ from dsb_kernels._launch import (
     PREFETCHED_LINES,
     launch_options,
     odd_lines,
+    peek,
     prefetch_odd_kib,
     prefetch_rows,
     wait_for_previous,
@@ -119,6 +120,8 @@ def _find_block(
     seen = offset < tl.where(fresh, own_end, stop) - n0
     if indices_ptr is not None:  # a listed KV block may reach into the padding or the window
         seen &= offset >= tl.where(fresh, 0, leftpad - n0)
+        # As an unsigned number, an offset before the hole exceeds every length, so one comparison
+        # leaves out the window alone.
         hole = (offset - tl.where(fresh, W, window_start - n0)).to(tl.uint32)
         seen &= hole >= tl.where(fresh, 0, window_length).to(tl.uint32)
     return n0, seen
@@ -126,17 +129,20 @@ def _find_block(
 
 @jit
 def _prefetch_keys(
-    kc_ptr, vc_ptr, split, stride_n, C,
+    kc_ptr, vc_ptr, leftpad_ptr, b, split, stride_n, C,
     HEAD_DIM: tl.constexpr, NUM_SPLITS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
-    """Ask the L2 cache for the first keys and values that a split visits if it shares the whole
-    cache with the others. Padding shifts that by less than these are."""
+    """Ask the L2 cache for the first keys and values that a split visits if it shares all of the
+    cache after the row's padding with the others."""
     if PDL:
         BITS: tl.constexpr = kc_ptr.dtype.element_ty.primitive_bitwidth
         LINES: tl.constexpr = BLOCK_D * BITS // (8 * LINE_BYTES)  # of a key
-        share = tl.cdiv(tl.cdiv(C, BLOCK_N), NUM_SPLITS) * BLOCK_N
-        key = split * share + tl.arange(0, PREFETCHED_LINES // (2 * LINES))
+        padding = 0
+        if leftpad_ptr is not None:  # clamped, since any number may stand there still
+            padding = tl.maximum(tl.minimum(peek(leftpad_ptr + b), C), 0)
+        share = tl.cdiv(C - padding, NUM_SPLITS * BLOCK_N) * BLOCK_N
+        key = padding + split * share + tl.arange(0, PREFETCHED_LINES // (2 * LINES))
         prefetch_rows(kc_ptr, key, C, stride_n, 0, HEAD_DIM, PDL, 2)
         prefetch_rows(vc_ptr, key, C, stride_n, 0, HEAD_DIM, PDL, 2)
 
@@ -222,8 +228,8 @@ def _attention_kernel(
     if batch_idx_ptr is None and indices_ptr is None:  # otherwise what is visited is not known yet
         cached = b * stride_cb + kv_head * stride_ch
         _prefetch_keys(
-            kc_ptr + cached, vc_ptr + cached, split, stride_cn, C, HEAD_DIM, NUM_SPLITS, BLOCK_N,
-            BLOCK_D, PDL,
+            kc_ptr + cached, vc_ptr + cached, leftpad_ptr, b, split, stride_cn, C, HEAD_DIM,
+            NUM_SPLITS, BLOCK_N, BLOCK_D, PDL,
         )  # fmt: skip
     wait_for_previous(PDL)
     H = tl.num_programs(1) * GROUP
@@ -280,7 +286,8 @@ def _attention_kernel(
         if visible_ptr is not None:
             seen &= tl.load(visible_ptr + b * C + n0 + offset, mask=seen, other=0) != 0
         mask = seen[:, None] if HEAD_DIM == BLOCK_D else seen[:, None] & inside
-        # As unsigned 32-bit numbers these offsets fit in registers from KV block to KV block.
+        # As unsigned 32-bit numbers these offsets fit in registers from KV block to KV block. They
+        # suffice for every stride that `check_stride` accepts.
         offsets = (offset[:, None] * stride_n + d[None, :]).to(tl.uint32).to(tl.uint64)
         k = tl.load(k_ptr + n0.to(tl.int64) * stride_n + offsets, mask=mask, other=0.0)
         p, decay, top, total = _online_softmax(q, k, seen, top, total, scale)

@@ -347,6 +347,8 @@ def _check(a: Any) -> None:
     check("token", a.token, dtype=torch.int64, shape=(b, "k"))
     check("confidence", a.confidence, dtype=torch.float32, shape=a.token.shape)
     check("active", a.active, dtype=torch.bool, shape=(b,))
+    if a.canvas.shape[1] < 1:
+        raise ValueError(f"{name}: canvas has no positions: accepted is L >= 1")
     if K < 1:
         raise ValueError(f"{name}: position has no candidates: accepted is K >= 1")
     if not 1 <= a.token.shape[1] <= K:

@@ -62,23 +62,22 @@ def _rank_candidates(
         precedes = (cj > c[:, None]) | ((cj == c[:, None]) & (j[None, :] < k[:, None]))
         precedes = precedes & valid[None, :]
         rank += tl.sum(precedes.to(tl.int32), 1)
-        if (
-            RULE == "frechet" or RULE == "eb"
-        ):  # float64, so that the order of adding does not matter
+        # In float64 the order of adding changes the last digits of a sum at most.
+        if RULE == "frechet" or RULE == "eb":
             total_before += tl.sum(tl.where(precedes, cj.to(tl.float64), 0.0), 1)
     return rank, total_before
 
 
 @jit
 def _commit_count(
-    c, rank, total_before, valid, m, K, due, block_size, RULE: tl.constexpr,
-    RULE_VALUE: tl.constexpr, PROGRESS: tl.constexpr,
+    c, rank, total, valid, m, K, due, block_size, RULE: tl.constexpr, RULE_VALUE: tl.constexpr,
+    PROGRESS: tl.constexpr,
 ):  # fmt: skip
     """How many of the best-ranked candidates the rule commits. The caller raises that to 1; the
     ranks themselves end at m.
 
-    `c` are the confidences in float64, -inf where not valid. `total_before` is, for each candidate,
-    the sum of its own confidence and of those that rank before it. A new rule is one more branch.
+    `c` are the confidences in float64, -inf where not valid. `total` is, for each candidate, the
+    sum of its confidence and of all that rank before it. A new rule is one more branch.
     """
     # Triton 3.6 rounds a literal to float32 before it meets a float64 tensor.
     value = tl.full(c.shape, RULE_VALUE, tl.float64)
@@ -94,12 +93,12 @@ def _commit_count(
         first = tl.min(tl.where(valid & (c < bound), rank, K + 1), 0)
         count = tl.where(first >= m, m, first - 1)
     elif RULE == "frechet":
-        bound = total_before - (rank - 1).to(tl.float64) - (1.0 - c)
+        bound = total - (rank - 1).to(tl.float64) - (1.0 - c)
         count = tl.sum((valid & (bound > value)).to(tl.int32), 0)
     elif RULE == "entropy":
         count = tl.sum((c >= -value).to(tl.int32), 0)
     elif RULE == "eb":
-        count = tl.sum((valid & (total_before - c >= -value)).to(tl.int32), 0)
+        count = tl.sum((valid & (total - c >= -value)).to(tl.int32), 0)
     else:
         tl.static_assert(False, "no branch of _commit_count for this rule")
     return count
@@ -365,6 +364,6 @@ def constants(K: int, num_rows: int, spec: UnmaskSpec) -> dict[str, object]:
         "EOS_IDS": spec.eos_ids if spec.stop_at_eos else (),
         "EOS_BOUND": spec.eos_bound,
         "BLOCK_K": triton.next_power_of_2(K),
-        "BLOCK_R": triton.next_power_of_2(num_rows),
+        "BLOCK_R": triton.next_power_of_2(max(num_rows, 1)),
         **config_of(K).blocks,
     }

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from dsb_kernels._check import FLOATS, check_tensor
-from dsb_kernels._configs import Launch, architecture_of, configuration, of_dtype
+from dsb_kernels._check import FLOATS, check_stride, check_tensor
+from dsb_kernels._configs import Launch, architecture_of, configuration, largest_block, of_dtype
 from dsb_kernels._launch import prefetch_rows, wait_for_previous, wrap_triton
 from dsb_kernels._op import jit, op, tl, triton
 from dsb_kernels.noise import gumbel
@@ -35,6 +35,8 @@ from dsb_kernels.score import (
     weigh,
 )
 from dsb_kernels.token_confidence import score_in_place
+
+TILE_ENTRIES = largest_block("lm_head_confidence", "BLOCK_V")  # that a program scores at once
 
 # --- definition -------------------------------------------------------------------------------
 
@@ -57,7 +59,8 @@ def lm_head_confidence_reference(
 
     Args:
         hidden: (N, E) float32, float16 or bfloat16, last dimension of stride 1.
-        weight: (V, E), the LM head, of the same dtype, last dimension of stride 1.
+        weight: (V, E), the LM head, of the same dtype, last dimension of stride 1, first one of at
+            most 2**24.
         bias: (V,) of the same dtype, or None.
         eligible, banned, excluded, excluding, temperature, seed, noise_ids, confidence: as in
             `token_confidence`, with (N,) in place of (...).
@@ -99,7 +102,7 @@ def lm_head_partial_reference(
         hidden, bias, eligible, excluding, temperature, seed, noise_ids, confidence: as in
             `lm_head_confidence`.
         weight: (V, E), the shard of the LM head.
-        vocab_start: the global id of the shard's first token.
+        vocab_start: the global id of the shard's first token. That of its last one is below 2**24.
         vocab_end: one past the global id of the shard's last token, for a shard that is padded with
             weights beyond the vocabulary. None means that no weights are padding.
         banned, excluded: global token ids, which may belong to other shards.
@@ -245,7 +248,8 @@ def _lm_head_kernel(
             return
     temperature = tl.cast(temperature, tl.float32)  # Inductor passes scalars as float64
     k = tl.arange(0, BLOCK_K)
-    # Unsigned 32 bits take half the registers of addresses, and a tile's are all alike.
+    # Unsigned 32 bits take half the registers of addresses, and a tile's are all alike. They
+    # suffice for every stride that `check_stride` accepts.
     weight_offset = tl.arange(0, BLOCK_V)[:, None] * stride_wv + k[None, :]
     weight_offset = weight_offset.to(tl.uint32).to(tl.uint64)
     hidden_ptrs = hidden_ptr + candidate.to(tl.int64)[None, :] * stride_hn + k[:, None]
@@ -335,6 +339,7 @@ def check_matmul(name: str, a: Any) -> None:
     check("hidden", a.hidden, dtype=FLOATS, shape=("N", "E"))
     dtype, device, E = a.hidden.dtype, a.hidden.device, a.hidden.shape[1]
     check("weight", a.weight, dtype=dtype, device=device, shape=("V", E))
+    check_stride(name, "weight", a.weight, 0, TILE_ENTRIES)
     if a.bias is not None:
         check("bias", a.bias, dtype=dtype, device=device, shape=a.weight.shape[:1])
 
@@ -357,7 +362,7 @@ def _check_partial(a: Any) -> None:
             f"{name}: vocab_end={a.vocab_end} with vocab_start={a.vocab_start}: accepted are "
             f"{a.vocab_start + 1} to {a.vocab_start + size}"
         )
-    check_scoring(name, a, (len(a.hidden),), V, a.hidden.device, shard=True)
+    check_scoring(name, a, (len(a.hidden),), a.vocab_start + V, a.hidden.device, shard=True)
 
 
 lm_head_confidence = op(lm_head_confidence_reference, launch=_launch, check=_check)

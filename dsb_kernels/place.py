@@ -33,7 +33,6 @@ class Layout(NamedTuple):
     rows: Tensor  # (b,) int32, the batch row
     start: Tensor  # (b,) int32, the canvas position of the window's first token
     length: Tensor  # (b,) int32, how many positions the window has, 0 to W
-    seqlens: Tensor  # (b,) int32, L for every row
     leftpad: Tensor  # (b,) int32, how many padding positions stand before the prompt
     num_scored: Tensor  # (b,) int32, k (at most L - leftpad) where the row takes part, else 0
     active: Tensor  # (b,) bool, whether the row takes part
@@ -123,7 +122,6 @@ def place_rows_reference(
         rows=rows.int(),
         start=start,
         length=length,
-        seqlens=torch.full_like(start, L),
         leftpad=leftpad.clone(),
         num_scored=torch.where(active, (L - leftpad).clamp(max=num_candidates), 0),
         active=active,
@@ -163,7 +161,7 @@ CONTEXT = constant(Column.CONTEXT)
 @jit
 def _place_rows_kernel(
     canvas_ptr, table_ptr, position_ptr,
-    rows_ptr, start_ptr, length_ptr, seqlens_ptr, leftpad_ptr, num_scored_ptr, active_ptr,
+    rows_ptr, start_ptr, length_ptr, leftpad_ptr, num_scored_ptr, active_ptr,
     input_ids_ptr, source_index_ptr, eligible_ptr, noise_ids_ptr,
     stride_cb, B, L, K, width, capacity, suffix_window,
     KIND: tl.constexpr, SHIFT: tl.constexpr, ALL: tl.constexpr,
@@ -218,7 +216,6 @@ def _place_rows_kernel(
         tl.store(rows_ptr + r, row)
         tl.store(start_ptr + r, start)
         tl.store(length_ptr + r, length)
-        tl.store(seqlens_ptr + r, L)
         leftpad = tl.load(table_ptr + LEFTPAD)
         tl.store(leftpad_ptr + r, leftpad)
         tl.store(num_scored_ptr + r, takes_part * tl.minimum(capacity, L - leftpad))
@@ -243,7 +240,7 @@ def _place_rows_kernel(
 
 def _launch(a: Any) -> tuple[Tensor, ...]:
     (B, L), b, k = a.canvas.shape, a.num_rows, a.num_candidates
-    numbers = [a.table.new_empty(b) for _ in range(6)]
+    numbers = [a.table.new_empty(b) for _ in range(5)]
     active, eligible = (a.canvas.new_empty(n, dtype=torch.bool) for n in (b, b * k))
     input_ids, source_index, noise_ids = (
         a.canvas.new_empty(shape) for shape in ((b, a.width), b * k, b * k)

@@ -56,10 +56,10 @@ def rope_write_kv_reference(
     Args:
         q: (B, H, W, D) float32, float16 or bfloat16; D even, H a multiple of H_kv.
         k, v: (B, H_kv, W, D), same dtype.
-        cos_sin_cache: (max_pos, D), for each rotary position the cosines of the D / 2 angles, then
-            their sines; float32 or the dtype of `q`. The kernel computes in float32 and rounds a
-            number once. So does the definition if `cos_sin_cache` is float32; otherwise it computes
-            in the dtype of `q`.
+        cos_sin_cache: (max_pos, D), max_pos >= 1, for each rotary position the cosines of the D / 2
+            angles, then their sines; float32 or the dtype of `q`. The kernel computes in float32
+            and rounds a number once. So does the definition if `cos_sin_cache` is float32;
+            otherwise it computes in the dtype of `q`.
         k_cache, v_cache: (B, H_kv, C, D), both with the same strides, C >= W. The op writes the
             window's positions in place and no others. With `cache_batch_idx` the first dimension
             may have any size from 1.
@@ -91,7 +91,7 @@ def rope_write_kv_reference(
     if position_offset is not None:
         angle = angle - position_offset[:, None]
     angle = angle.clamp(0, len(cos_sin_cache) - 1)
-    cos_sin = cos_sin_cache.index_select(0, angle.flatten()).view(B, 1, W, -1)
+    cos_sin = cos_sin_cache.index_select(0, angle.flatten()).view(B, 1, W, q.shape[3])
     cos, sin = cos_sin.chunk(2, -1)
     q, k = rotate(q, cos, sin), rotate(k, cos, sin)
     rows = range(B) if cache_batch_idx is None else cache_batch_idx.tolist()
@@ -211,6 +211,8 @@ def _check(a: Any) -> None:
         check_tensor("rope_write_kv", "position", a.position, dtype=torch.int32, shape=(B, W),
                      device=a.q.device, contiguous=True)  # fmt: skip
     like_q("cos_sin_cache", a.cos_sin_cache, dtype=(torch.float32, a.q.dtype), shape=("max_pos", D))
+    if len(a.cos_sin_cache) < 1:
+        raise ValueError("rope_write_kv: cos_sin_cache has no positions: accepted is max_pos >= 1")
 
 
 rope_write_kv = op(

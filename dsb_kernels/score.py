@@ -317,8 +317,9 @@ combine_partials = op(combine_partials_reference, launch=_launch, check=_check)
 def check_scoring(
     op: str, a: Any, shape: Sequence[int], V: int, device: torch.device, *, shard: bool = False
 ) -> None:
-    """Check the arguments `a` that the scoring ops share, for candidates of this shape. The token
-    ids of a vocabulary shard are global, and it may have no allowed token: they are not checked."""
+    """Check the arguments `a` that the scoring ops share, for candidates of this shape and token
+    ids below V. Those of a vocabulary shard are global, and it may have no allowed token: its
+    banned and excluded tokens are not checked."""
     check_choice(op, "confidence", a.confidence, CONFIDENCES)
     if not 1 <= V <= MAX_VOCABULARY:
         raise ValueError(f"{op}: vocabulary of {V} tokens: accepted are 1 to {MAX_VOCABULARY}")

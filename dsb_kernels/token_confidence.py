@@ -57,8 +57,7 @@ def token_confidence_reference(
         eligible: (...) bool, contiguous. A candidate for which it is False is skipped, and gets
             token -1 and confidence -inf.
         banned: token ids that are never proposed. Their logits stay in the softmax.
-        excluded: token ids whose logits count as -inf: they are never proposed, and have no part in
-            the softmax.
+        excluded: token ids whose logits count as -inf: they have no part in the softmax.
         excluding: (...) bool, contiguous, for which candidates they are excluded. None means for
             all.
         temperature: at 0 the token is the argmax (the lowest id among equals). Above 0 it is the
@@ -76,7 +75,9 @@ def token_confidence_reference(
     Returns:
         token (...) int64 and confidence (...) float32. A candidate that has a NaN logit, or whose
         logits are all -inf, gets token -1 and confidence NaN. If n logits are +inf, each of them
-        has probability 1 / n.
+        has probability 1 / n. Where every token that is not banned has the logit -inf, the lowest
+        of them is proposed, with probability 0. It may be an excluded one; otherwise these are
+        never proposed.
 
     Raises:
         TypeError, ValueError: an argument has the wrong dtype, shape, device, stride or value.

@@ -18,6 +18,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis.strategies import SearchStrategy
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dsb_kernels import _configs as tuning
 from tests.mutations import DEVICE, assert_caught, kernels, unwritten_is_nan
@@ -169,6 +170,19 @@ def registered(op: Callable, arguments: Arguments) -> tuple[Any, ...]:
     return tuple(
         x.encode() if hasattr(x, "encode") and not isinstance(x, str) else x for x in values
     )
+
+
+def strided(dim: int, stride: int) -> Callable[[Tensor], Tensor]:
+    """A function that returns a tensor of the same metadata with another stride in `dim`. Checks
+    read no more than metadata, so that it needs no memory."""
+
+    def change(t: Tensor) -> Tensor:
+        strides = [*t.stride()]
+        strides[dim] = stride
+        with FakeTensorMode():
+            return torch.empty_strided(t.shape, strides, dtype=t.dtype, device=t.device)
+
+    return change
 
 
 Check = str | Callable[[], None]

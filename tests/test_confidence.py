@@ -91,6 +91,7 @@ def any_rows(draw: st.DrawFn) -> partial:
     return partial(compare, arguments)
 
 
+NOTHING_ALLOWED = torch.tensor([[-INF, -INF, 5.0, -INF]])
 SPLITS, EDGE, SAMPLED, OWN_SEEDS = "banned_290", "margin_129", "sampled_70", "own_seeds"
 EXCLUDED = "excluded_entropy"
 KERNEL = "_token_confidence_kernel"
@@ -113,6 +114,7 @@ CASE = OpCase(
                edges, 290, confidence == "margin", banned=(0,), confidence=confidence,
                **excluding(21, 127, 145, 289)) for confidence in CONFIDENCES},
         "excluded_for_all": partial(edges, 130, excluded=(0, 129)),
+        "nothing_allowed": partial(of, NOTHING_ALLOWED, banned=(2,), excluded=(0,)),
         OWN_SEEDS: lambda: edges(130) | sampling(21, own=True),
         # 16-bit logits are scored in float32.
         **{f"{dtype}_{confidence}": partial(
@@ -236,6 +238,8 @@ def test_limits_at_infinity_and_nan_and_of_what_is_not_eligible():
         assert token[row].item() == -1 and c[row].isnan()
     token, c = token_confidence(torch.tensor([[INF, 1.0, 2.0]]), banned=(0,))
     assert (token.item(), c.item()) == (2, 0.0)
+    token, c = token_confidence(NOTHING_ALLOWED, banned=(2,), excluded=(0,))
+    assert (token.item(), c.item()) == (0, 0.0)
     token, c = token_confidence(x, eligible=torch.zeros(21, dtype=torch.bool))
     assert (token == -1).all() and (c == -INF).all()
 

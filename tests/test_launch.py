@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import dsb_kernels
 from dsb_kernels import _launch as launching
+from dsb_kernels import attention_kernel
 from dsb_kernels._op import jit, tl
 
 pytest.importorskip("triton")
@@ -116,6 +117,31 @@ def test_a_span_asks_for_each_of_its_lines_once(first, end, size, monkeypatch):
     assert torch.equal(counts, (inside & (index % 32 == 0)).int())
 
 
+@jit
+def keys_kernel(
+    ptr, leftpad_ptr, stride, C, HEAD_DIM: tl.constexpr, SPLITS: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    attention_kernel._prefetch_keys(
+        ptr, ptr, leftpad_ptr, 1, tl.program_id(0), stride, C, HEAD_DIM, SPLITS, BLOCK_N, HEAD_DIM,
+        True,
+    )  # fmt: skip
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="under the interpreter")
+@pytest.mark.parametrize("leftpad", [None, 0, 240, 1180, 1280, -7, 5000])  # the last two are stale
+def test_each_split_asks_for_the_first_keys_that_it_visits(leftpad, monkeypatch):
+    monkeypatch.setattr(launching, "prefetch", count_lines)
+    C, splits, size = 1280, 4, 64
+    counts = torch.zeros(C + size, size, dtype=torch.int32)
+    where = None if leftpad is None else torch.tensor([9, leftpad], dtype=torch.int32)
+    keys_kernel[(splits,)](counts[32:], where, size, C, HEAD_DIM=size, SPLITS=splits, BLOCK_N=size)
+    first = min(max(leftpad or 0, 0), C)
+    share = -(-(C - first) // size // splits) * size  # of a split, in whole KV blocks
+    asked = torch.zeros(C + size, dtype=torch.bool)
+    asked[32 + first : 32 + C] = torch.arange(C - first) % share < 128
+    assert torch.equal(counts[:, ::32] > 0, asked[:, None].expand(-1, 2))
+
+
 def functions() -> Iterator[ast.FunctionDef]:
     for path in FOLDER.glob("*.py"):
         for node in ast.parse(path.read_text()).body:
@@ -139,7 +165,11 @@ def called_before_waiting(kernel: ast.FunctionDef) -> list[str]:
     assert len(waits) == 1, f"{kernel.name} waits {len(waits)} times"
     early = [node for x in kernel.body[: waits[0]] for node in ast.walk(x)]
     assert not any(isinstance(node, ast.Return) for node in early), kernel.name
-    return [ast.unparse(node.func) for node in early if isinstance(node, ast.Call)]
+    return calls(early)
+
+
+def calls(nodes: Iterable[ast.AST]) -> list[str]:
+    return [ast.unparse(node.func) for node in nodes if isinstance(node, ast.Call)]
 
 
 def is_safe(call: str) -> bool:
@@ -159,10 +189,14 @@ def test_every_kernel_waits_before_it_loads_or_stores():
 
 
 def test_what_only_prefetches_neither_loads_nor_stores():
+    """It may peek at what says where. It returns nothing, so that nothing else depends on that."""
     helpers = [f for f in functions() if f.name.startswith(SAFE)]
     assert len(helpers) == 5
-    for text in map(ast.unparse, helpers):
+    for helper in helpers:
+        text = ast.unparse(helper)
         assert "tl.load(" not in text and "tl.store(" not in text
+        assert not any(isinstance(node, ast.Return) for node in ast.walk(helper))
+    assert [f.name for f in functions() if "peek" in calls(ast.walk(f))] == ["_prefetch_keys"]
 
 
 @pytest.mark.parametrize(

@@ -32,6 +32,7 @@ from tests.op_contract import (
     mistakes_of,
     sampling,
     small_tiles,
+    strided,
 )  # fmt: skip
 
 SMALL = tuning.Config(
@@ -146,6 +147,9 @@ CASE = OpCase(
                sample=confidence == "margin", **excluding(19, 15, 24, 25, 74))
            for confidence in CONFIDENCES},
         "excluded_for_all": partial(inputs, 3, 41, 16, excluded=(0, 40)),
+        "nothing_allowed": partial(
+            inputs, 3, 41, 16, bias=dict.fromkeys({*range(41)} - {7}, -INF), banned=(7,),
+            excluded=(0,)),
         "edges": partial(finite_edges, 41, banned=(15,)),
         "margin": partial(inputs, 18, 53, 20, confidence="margin"),
         "sampled": partial(inputs, 5, 37, 16, sample=True),
@@ -161,6 +165,8 @@ CASE = OpCase(
     good=partial(some_eligible, 2, 8, 4, sample=True, **excluding(2, 3)),
     refused=[
         ({"weight": torch.zeros(8, 5)}, r"weight has shape \(8, 5\): accepted is \(V, 4\)"),
+        ({"weight": strided(0, 2**24 + 1)},
+         "weight has stride 16777217 in dimension 0: accepted is at most 16777216"),
         ({"bias": torch.zeros(9)}, r"bias has shape \(9,\): accepted is \(8\)"),
         *SCORING_REFUSED,
     ],
@@ -242,6 +248,7 @@ def test_opcheck_of_shards(backend, monkeypatch):
     ("options", "words"),
     [
         ({"vocab_start": -1}, "vocab_start=-1: accepted is at least 0"),
+        ({"vocab_start": 1 << 24}, "vocabulary of 16777225 tokens: accepted are 1 to 16777216"),
         ({"vocab_end": 10}, "vocab_end=10 with vocab_start=0: accepted are 1 to 9"),
         ({"vocab_start": 9, "vocab_end": 9}, "vocab_end=9 with vocab_start=9: accepted are 10 to"),
         ({"temperature": 0.5}, "seed=None"),

@@ -98,9 +98,8 @@ def by_method(case: Case) -> list[dict[str, object]]:
         sources = [max(source(i, case.shift), row.leftpad) - first for i in candidates]
         listed.append({
             "rows": b, "start": first, "length": last - first if active else 0,
-            "seqlens": case.length, "leftpad": row.leftpad,
+            "leftpad": row.leftpad, "active": active,
             "num_scored": min(capacity, case.length - row.leftpad) if active else 0,
-            "active": active,
             "input_ids": [
                 int(canvas[b, min(first + j, case.length - 1)]) for j in range(case.width)
             ],

@@ -68,8 +68,8 @@ def test_every_tile_of_window_attention_that_the_runtime_launches_is_a_case(mode
 def test_every_kernel_is_fit_for_the_chips():
     """On sm_90: no spills, no stack, shared memory of a block, tensor cores, 128-bit loads and
     1.1 exponentials per element where the case asks for them. Elsewhere: it compiles and fits. From
-    sm_90 on a kernel waits for the one before it, once, before it loads or stores anything, and
-    attention asks for the next layer's weight in its loop."""
+    sm_90 on a kernel waits for the one before it, once, before it loads or stores anything, but
+    attention peeks at the row's padding, and asks for the next layer's weight in its loop."""
     output = run_module("tools.compile_report", "--json", "--jobs", "2")
     rows = [json.loads(line) for line in output.splitlines()]
     cases = [case for case in collect_cases() for _ in case.architectures]
@@ -80,7 +80,7 @@ def test_every_kernel_is_fit_for_the_chips():
     for case, row in zip(cases, rows, strict=True):
         assert row["shared_bytes"] <= CHIPS[row["architecture"]].shared_bytes_block, row
         assert row["resident_blocks"] >= 1, row
-        order = "P?WLA" + "(PA)+" * case.prefetches_in_loop
+        order = "V" * case.peeks + "P?WLA" + "(PA)+" * case.prefetches_in_loop
         order = order if row["architecture"] in OVERLAPPING else "A"
         assert re.fullmatch(order, row["overlap"]), row
         assert (row["loop_prefetches"] > 0) == case.prefetches_in_loop, row
@@ -173,6 +173,7 @@ def test_how_a_kernel_overlaps_with_the_one_before_it():
     assert overlap(sass) == "PWLA"
     assert overlap(sass.replace("CCTL.E.PF2 [R4]", "ATOMS.OR RZ, [R4], R5")) == "PWLA"  # is shared
     assert overlap(sass.replace("CCTL.E.PF2 [R4]", "LDG.E R2, desc[UR4][R4.64]")) == "PAWLA"
+    assert overlap(sass.replace("LDC R1", "LDG.E.STRONG.SYS R1")) == "VPWLA"
 
 
 def test_failures_are_named_and_printed(capsys):

@@ -92,6 +92,8 @@ CASES = {
     "start_middle_end": Case(),
     "one_row": Case(W=1, starts=(49,), lengths=(1,)),
     "empty_window": Case(lengths=(0, 3, 0)),
+    "empty_batch": Case(starts=(), lengths=()),
+    "no_columns": Case(W=0, lengths=(0, 0, 0)),
     "left_padding": Case(offsets=(0, 7, 42)),
     "no_gqa": Case(heads=3, kv_heads=3),
     "gqa_7": Case(heads=14, kv_heads=2, W=20, starts=(0, 20, 30), lengths=(20, 17, 20)),
@@ -176,6 +178,7 @@ CASE = OpCase(
     refused=[
         ({"k": lambda t: t[:, :, :7]}, r"k has shape \(3, 2, 7, 64\)"),
         ({"cos_sin_cache": torch.zeros(50, 32)}, "cos_sin_cache has shape"),
+        ({"cos_sin_cache": lambda t: t[:0]}, "cos_sin_cache has no positions"),
         ({"position": torch.zeros(3, 7, dtype=torch.int32)}, r"position has shape \(3, 7\)"),
         *WINDOW_REFUSED,
     ],

@@ -222,11 +222,17 @@ def late_candidate() -> Arguments:
     return result
 
 
+def no_row_scored() -> Arguments:
+    result = Run().arguments() | {"rows": ints()}
+    return result | {name: result[name][:0] for name in ("token", "confidence", "active")}
+
+
 LOOP = "begin // BLOCK_L * BLOCK_L, stop"
 CASE = OpCase(
     op=unmask_and_slide,
     module=module,
-    calls={"one_step": Run().arguments, "late_candidate": late_candidate},
+    calls={"one_step": Run().arguments}
+    | {f.__name__: f for f in (late_candidate, no_row_scored)},
     quick=("one_step",),
     any_check=runs().map(lambda run: run.check),
     examples=(6, 80),
@@ -239,6 +245,7 @@ CASE = OpCase(
         ({"table": lambda t: t[:, 1:].clone()}, r"table has shape \(3, 17\)"),
         ({"position": lambda t: t[0, 0]}, r"position has shape \(\): accepted is \(3, K\)"),
         ({"commit": lambda t: t[:2]}, "commit has shape"),
+        ({"canvas": lambda t: t[:, :0]}, "canvas has no positions"),
     ],
     mistakes=mistakes_of(
         (CASES["all_equal"].check, "_rank_candidates", [("j[None, :] < k[", "j[None, :] > k[")]),

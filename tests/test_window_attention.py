@@ -29,6 +29,7 @@ from tests.op_contract import (
     exactly,
     ints,
     mistakes_of,
+    strided,
 )  # fmt: skip
 
 TENSORS = ("q", "k_window", "v_window", "k_cache", "v_cache")
@@ -152,6 +153,11 @@ def keys_of_minus_infinity() -> Arguments:
     return arguments
 
 
+def empty_batch() -> Arguments:
+    lists = (ints(), ints().view(0, 2))
+    return Case(starts=(), lengths=(), seqlens=(), lists=lists).arguments()
+
+
 def lse_near_0() -> Arguments:
     """The terms of a query's only score cancel. As shares of such an lse, the errors of the kernel
     are several times the definition's with this seed."""
@@ -263,7 +269,7 @@ CASE = OpCase(
     rounds_once=False,
     calls={name: case.arguments for name, case in (FRESH | IN_CACHE).items()}
     | {f"model_2_{W}": partial(of_model, 2, W, num_splits=2) for W in (32, 64, 128)}
-    | {f.__name__: f for f in (one_huge_score, keys_of_minus_infinity, lse_near_0)},
+    | {f.__name__: f for f in (one_huge_score, keys_of_minus_infinity, empty_batch, lse_near_0)},
     quick=("splits-fresh", "lists_padded-fresh", "cache_rows-fresh"),
     any_check=cases().map(lambda case: case.check),
     examples=(15, 100),
@@ -289,6 +295,10 @@ CASE = OpCase(
         ({"num_splits": 0}, "num_splits=0"),
         ({"kv_visible": torch.ones(3, 90, dtype=torch.bool)}, "k_window with kv_visible"),
         ({"kv_visible": torch.ones(3, 89, dtype=torch.bool)}, r"kv_visible has shape \(3, 89\)"),
+        ({"k_window": strided(2, 2**26 + 1)}, "k_window has stride 67108865 in dimension 2"),
+        ({"v_window": strided(2, 2**26 + 1)}, "v_window has stride 67108865 in dimension 2"),
+        (dict.fromkeys(("k_cache", "v_cache"), strided(2, 2**26 + 1)),
+         "k_cache has stride 67108865 in dimension 2: accepted is at most 67108864"),
         ({"next_weight": lambda t: t[:, 1:]}, r"next_weight has shape \(3, 255\): .* \(F, 256\)"),
         *WINDOW_REFUSED,
     ],
@@ -406,11 +416,6 @@ def test_output_is_contiguous_token_by_token(backend: str) -> None:
     with contextlib.nullcontext() if backend == "definition" else kernels():
         for q in (arguments["q"], arguments["q"].contiguous()):
             assert window_attention(**arguments | {"q": q}).transpose(1, 2).is_contiguous()
-
-
-def test_empty_batch() -> None:
-    case = Case(starts=(), lengths=(), seqlens=())
-    assert case.run(case.tensors())[0].shape == (0, 4, 8, 64)
 
 
 def test_partial_results_may_be_more_than_an_int32_counts() -> None:

@@ -32,6 +32,7 @@ class CompileCase:
     architectures: tuple[str, ...] = ARCHITECTURES
     expects_tensor_cores: bool = False  # HGMMA on sm_90
     expects_wide_loads: bool = False  # global loads have 128 bits, except those of scalars
+    peeks: bool = False  # at what says where to prefetch, before it waits for the kernel before
     prefetches: bool = False  # into the L2 cache, before it waits for the kernel before
     prefetches_in_loop: bool = False  # into the L2 cache, beside its accesses
     scalar_load_bytes: int = 0  # bytes of these scalars (a flag, a seed)

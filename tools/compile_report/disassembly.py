@@ -73,11 +73,14 @@ class Disassembly:
 
 def overlap(sass: str) -> str:
     """How a kernel overlaps with the one before it, by one letter for each instruction, in order:
-    P prefetches into the L2 cache, W waits for that kernel, L lets the next one begin, and A
-    accesses global memory. Several prefetches or accesses in a row are one letter."""
+    V is a volatile load (`peek`), P prefetches into the L2 cache, W waits for that kernel, L lets
+    the next one begin, and A accesses global memory. Several prefetches or accesses in a row are
+    one letter."""
     letters = {PREFETCH: "P", "ACQBULK": "W", "PREEXIT": "L"} | dict.fromkeys(_ACCESSES, "A")
-    opcodes = (opcode.split(".")[0] for opcode in opcodes_of(sass))
-    order = [letters[opcode] for opcode in opcodes if opcode in letters]
+    order = [
+        "V" if name == "LDG" and "STRONG" in modifiers else letters.get(name, "")
+        for name, *modifiers in (opcode.split(".") for opcode in opcodes_of(sass))
+    ]
     return re.sub(r"([PA])\1+", r"\1", "".join(order))
 
 

@@ -145,7 +145,7 @@ def compile_all(
 def failures(case: CompileCase, resources: Resources) -> list[str]:
     """What keeps a kernel from being fit for sm_90, in words; empty if nothing does."""
     limit = CHIPS["sm_90"].shared_bytes_block
-    order = "P" * case.prefetches + "WLA" + "PA" * case.prefetches_in_loop
+    order = "V" * case.peeks + "P" * case.prefetches + "WLA" + "PA" * case.prefetches_in_loop
     checks = [
         (resources.spilled_bytes == 0, f"{resources.spilled_bytes} bytes spilled"),
         (resources.stack == 0, f"{resources.stack} bytes of stack"),

@@ -88,6 +88,7 @@ def attention_case(
     config = tile_of(H // H_kv * W, D, DTYPES[dtype], architecture)
     block_m = config.blocks["BLOCK_M"]
     listed, indexed, in_cache = "listed" in way, "indexed" in way, "in cache" in way
+    early = not listed and not indexed  # it prefetches keys and values before it waits
     prefetching = D <= 128 and in_cache and "full" not in way
     lists, window = ("num_blocks_ptr", "indices_ptr"), ("kw_ptr", "vw_ptr")
     # The next weight is the output projection, whose rows have the elements of all heads.
@@ -117,14 +118,16 @@ def attention_case(
         odd=("lists", "list_size"),
         architectures=(architecture,),
         expects_tensor_cores=block_m >= 64,
-        prefetches=not listed and not indexed,
+        peeks=early,
+        prefetches=early,
         prefetches_in_loop=prefetching and architecture in OVERLAPPING,
         expects_wide_loads="visible" not in way,  # each key's visibility is a byte
         max_loop=None if "visible" in way else max_loop,
         # These are the row's start, length and padding, its row of the cache, and the end of what
         # is stored where the cache is not full. With a list they are also its length, and an entry
-        # for each stage.
-        scalar_load_bytes=12 + 4 * (indexed + (not in_cache) + (1 + config.num_stages) * listed),
+        # for each stage. What the kernel peeks at is the padding.
+        scalar_load_bytes=12
+        + 4 * (indexed + (not in_cache) + (1 + config.num_stages) * listed + early),
     )  # fmt: skip
 
 
