@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 
 import pytest
+import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -43,6 +44,24 @@ def test_pieces_are_whole_characters_up_to_the_eos(tokenizer, size):
     pieces = text.pieces()
     assert "".join(piece for piece, _ in pieces) == TEXT
     assert all(TEXT[offset:].startswith(piece) for piece, offset in pieces)
+
+
+@pytest.mark.parametrize("stops", [(), ("zz",)])
+def test_pieces_of_a_long_text_are_those_of_decoding_all_of_it(tokenizer, stops):
+    ids = torch.randint(256, (300,), generator=torch.Generator().manual_seed(0)).tolist()
+    ids += tokenizer(TEXT * 9 + "zz").input_ids  # random bytes, then characters of several
+    text = fed(tokenizer, ids, 7, *stops)[1]
+    assert list(text.prefixes()) == [text.decoded(n) for n in range(1, len(text.ids) + 1)]
+    assert "".join(piece for piece, _ in text.pieces()) == text.text
+
+
+def test_a_text_that_depends_on_far_tokens_is_decoded_whole(tokenizer, monkeypatch):
+    """As that of a tokenizer whose text begins with the number of its tokens."""
+    text = fed(tokenizer, tokenizer(TEXT * 5).input_ids, 100)[1]
+    decoded = text.decoded
+    monkeypatch.setattr(text, "decoded", lambda n, first=0: f"{n - first:03}" + decoded(n, first))
+    text.text = text.decoded(len(text.ids))
+    assert "".join(piece for piece, _ in text.pieces()) == text.text
 
 
 def test_half_a_character_at_the_end_is_shown_as_such(tokenizer):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from transformers import PreTrainedTokenizerBase
@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from dsb_runtime.engine.stops import StopStrings
 
 HALF = "\ufffd"  # what the bytes of half a character are decoded to
+CONTEXT = 8  # with so many tokens before them tokens are decoded, at least
 
 
 @dataclass
@@ -34,9 +35,9 @@ class GrowingText:
     def __post_init__(self) -> None:
         self.stop = StopStrings(self.stops, self.tokenizer)
 
-    def decoded(self, count: int) -> str:
-        """The text of the first `count` tokens, up to an EOS."""
-        ids = self.ids[:count]
+    def decoded(self, count: int, first: int = 0) -> str:
+        """The text of the first `count` tokens from `first` on, up to an EOS."""
+        ids = self.ids[first:count]
         end = next((i for i, token in enumerate(ids) if token in self.eos_ids), count)
         return str(
             self.tokenizer.decode(
@@ -76,15 +77,28 @@ class GrowingText:
         self.text += new
         return new
 
+    def prefixes(self) -> Iterator[str]:
+        """The text of the first token, of the first two, and so on. Decoding all of them for each
+        token took 8 seconds for 4096 tokens, so that a few before it are decoded with it."""
+        known, first, before = "", 0, ""  # `before` is the end of `known`, decoded from `first` on
+        for count in range(1, len(self.ids) + 1):
+            text = known + self.decoded(count, first)[len(before) :]
+            yield text
+            if count - first >= 2 * CONTEXT and not text.endswith(HALF):
+                known, first = text, count - CONTEXT
+                before = self.decoded(count, first)
+
     def pieces(self) -> list[tuple[str, int]]:
         """The text that each token adds, and where in the text it begins. Tokens that add text
         behind the end (an EOS, a stop string) are left out."""
-        pieces, end = [], 0
-        for count in range(1, len(self.ids) + 1):
+        pieces, end, count = [], 0, len(self.ids)
+        texts = [*self.prefixes()]
+        if texts and texts[-1] != self.decoded(count):  # what is far before a token changes it
+            texts = [self.decoded(n) for n in range(1, count + 1)]
+        for number, text in enumerate(texts, 1):
             if end >= len(self.text):
                 break
-            text = self.decoded(count)
-            text = self.text[: len(text.rstrip(HALF))] if count < len(self.ids) else self.text
+            text = self.text[: len(text.rstrip(HALF))] if number < count else self.text
             pieces.append((text[end:], end))
             end = max(end, len(text))
         return pieces

@@ -13,6 +13,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.background import BackgroundTask
+from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from transformers import PreTrainedTokenizerBase
@@ -85,7 +86,9 @@ class Server:
                 return Response(status_code=499)  # which nobody reads
         finally:
             decoding.cancel()
-        return JSONResponse(answers.answer(decoding.answers, asked.samples))
+        # Log-probabilities of many tokens take long to write, while others wait for the loop.
+        body = await run_in_threadpool(answers.answer, decoding.answers, asked.samples)
+        return JSONResponse(body)
 
 
 async def body_of(request: Request) -> dict[str, Any]:
@@ -134,7 +137,10 @@ async def chunks(decoding: Decoding, answers: Completions) -> AsyncIterator[byte
         for answer in decoding.answers:
             yield answers.first(answer)
         async for event in decoding.events():
-            yield answers.event(event)
+            if event.answer.ended:  # as above
+                yield await run_in_threadpool(answers.event, event)
+            else:
+                yield answers.event(event)
         if asked.usage:
             yield answers.last(decoding.answers, asked.samples)
     except ApiError as error:
