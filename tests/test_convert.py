@@ -94,6 +94,19 @@ def test_nothing_is_overwritten(tmp_path, capsys):
     assert "no tokenizer in the source" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("name", [".", "link"])
+def test_an_empty_folder_that_stays_where_it_is(tmp_path, monkeypatch, name):
+    """As a mount point does."""
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    (tmp_path / "link").symlink_to(empty)
+    monkeypatch.chdir(empty if name == "." else tmp_path)
+    assert main(["convert", str(golden.DATA / "llada"), name]) == 0
+    names = {file.name for file in empty.iterdir()}
+    assert names == {"config.json", "generation_config.json", "model.safetensors"}
+    dsb.load_model(empty, device="cpu")
+
+
 @pytest.mark.parametrize(
     ("place", "options", "said"),
     [

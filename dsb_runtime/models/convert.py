@@ -56,6 +56,21 @@ def set_end_ids(model: PreTrainedModel) -> None:
     model.generation_config = GenerationConfig(eos_token_id=model.config.eos_token_id, **own)
 
 
+def move_up(folder: Path) -> None:
+    """Move all files of a folder into the one that it stands in, the config last, and remove it.
+    If that is interrupted, what was moved is removed."""
+    moved: list[Path] = []
+    try:
+        for file in sorted(folder.iterdir(), key=lambda file: file.name == "config.json"):
+            moved.append(folder.parent / file.name)
+            file.rename(moved[-1])
+        folder.rmdir()
+    except BaseException:
+        for file in moved:
+            file.unlink(missing_ok=True)
+        raise
+
+
 def convert(
     source: str | Path,
     target: str | Path,
@@ -71,7 +86,8 @@ def convert(
 
     Args:
         source, dtype, family, mask_id, revision: as `load_model` takes them.
-        target: a new or an empty folder; it appears once it is whole.
+        target: a new or an empty folder. A new one appears once it is whole, and the files of an
+            empty one (which may be a mount point) once all are written.
         max_shard_size: the largest size of a safetensors file, such as "5GB".
         say: called with each line of progress.
 
@@ -80,14 +96,15 @@ def convert(
         FileNotFoundError, OSError, ValueError: as `load_model` raises them; also where `target`
             cannot be written, or `max_shard_size` is no size.
     """
-    target = Path(target)
+    target = Path(target).resolve()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise FileExistsError(f"{target}: it exists; expected a new or an empty folder")
     if not SHARD_SIZE.fullmatch(max_shard_size):
         raise ValueError(f"max_shard_size={max_shard_size!r}: expected a size such as '5GB'")
     folder = find_folder(source, revision)
     # The target and the tokenizer come first, so that their errors do not wait for the weights.
-    partial = target.absolute().parent / f".{target.name}.{os.getpid()}"
+    place = target if target.is_dir() else target.parent
+    partial = place / f".{target.name}.{os.getpid()}"
     new_folders = [parent for parent in partial.parents if not parent.exists()]
     try:
         try:
@@ -102,7 +119,10 @@ def convert(
         set_end_ids(model)
         say(f"writing {target} ({', '.join(names) if names else 'no tokenizer in the source'})")
         model.save_pretrained(partial, max_shard_size=max_shard_size)
-        partial.rename(target)  # the target does not exist or is an empty folder
+        if place == target:
+            move_up(partial)
+        else:
+            partial.rename(target)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         with contextlib.suppress(OSError):  # a folder in which somebody else has put files stays
