@@ -132,9 +132,9 @@ def parts(small: bool, folder: Path) -> dict[str, Part]:
         # Their GPU work is small, and each takes its time to begin.
         "sanitizers": Part("one trajectory of each family under compute-sanitizer", 70, [
             command for tool in SANITIZERS for command in sanitize(tool)]),
-        "batches": Part("LLaDA-8B, batch 8 and 32", 90, [
-            decode("llada-8b", small, "--batch", *(("2", "3") if small else ("8", "32")),
-                   "--no-eager", "--rounds", "1")]),
+        "batches": Part("LLaDA-8B, batch 8 and 32, window 64", 90, bounded(
+            64, 1024, "--batch", *(("2", "3") if small else ("8", "32")), "--no-eager",
+            "--rounds", "1")),
         "sweep": Part("launch configurations at other sizes", 85,
                       [module("sweep", "--size", *OTHER_SIZES)]),
     }  # fmt: skip

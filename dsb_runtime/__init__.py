@@ -1,7 +1,7 @@
 """DSB Kernels' runtime: decode diffusion language models with DSB and DSB Cache.
 
-Importing this package registers the "dsb" attention implementation with transformers, and LLaDA
-and Dream with its Auto classes.
+Importing this package registers the "dsb" attention implementation with transformers, and LLaDA,
+Dream and A2D with its Auto classes.
 """
 
 from dsb_runtime.config import DecodingConfig

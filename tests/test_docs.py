@@ -25,6 +25,15 @@ def test_relative_links_lead_somewhere(page):
     assert [link for link in links if not (page.parent / link).exists()] == []
 
 
+def test_the_first_pages_lead_to_every_page():
+    """The README leaves out what stands on the pages that it names."""
+    nav = set(re.findall(r": (\w+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE))
+    start, readme = (TEXTS[ROOT / page] for page in ("docs/index.md", "README.md"))
+    assert nav - {"index.md"} == {link for link in LINK.findall(start) if link in nav}
+    named = {name.removeprefix("docs/").lower() for name in LINK.findall(readme)}
+    assert nav - named == {"index.md", "settings.md", "api.md", "scores.md", "measurements.md"}
+
+
 def test_the_first_pages_are_short_and_the_first_link_is_the_method():
     for name, longest in (("README.md", 150), ("CONTRIBUTING.md", 160)):
         assert len(TEXTS[ROOT / name].splitlines()) <= longest

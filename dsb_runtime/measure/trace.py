@@ -62,7 +62,7 @@ class Trace:
         each = [(p, step, c) for step, commits in enumerate(self.commits) for p, c in commits]
         positions, y, confidence = zip(*each, strict=True)
         x = [position - prompt + 0.5 for position in positions]
-        dots = axes.scatter(x, y, c=confidence, cmap="viridis", vmin=0, vmax=1, s=16, zorder=3)
+        dots = axes.scatter(x, y, c=confidence, cmap="viridis_r", vmin=0, vmax=1, s=16, zorder=3)
         figure.colorbar(dots, ax=axes, label="confidence at commit", pad=0.01)
         low = min([0, *(s - p - prompt for s, _, p in self.windows)])
         axes.set(xlim=(low, self.gen_length), ylim=(steps - 0.5, -0.5))
@@ -74,4 +74,4 @@ class Trace:
     def legend(self) -> str:
         """What the colours mean."""
         response = "green: response refresh;\n" if "response" in self.kinds else ""
-        return f"blue rows: refresh; {response}yellow: active block; light blue: prefix window"
+        return f"pale blue: refresh; {response}yellow: active block; blue: prefix window"
