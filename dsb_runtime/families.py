@@ -251,12 +251,12 @@ FAMILIES: dict[str, Family] = {
 DSB_FAMILY = "config.json has dsb_family"
 
 
-def find_family(raw: RawConfig, name: str | None = None) -> Family:
-    """The family of a checkpoint's config: by `name`, by the `dsb_family` that `dsb convert`
-    writes, or by its `model_type`.
+def config_family(raw: RawConfig, name: str | None = None) -> Family | None:
+    """The family that `name` or a config names: by the `dsb_family` that `dsb convert` writes, by
+    its `model_type`, or by a class of its `architectures`. None if the config names none.
 
     Raises:
-        ValueError: `name` is not a family, or the config's `model_type` belongs to none.
+        ValueError: `name` or `dsb_family` is not a family, or the model is none that runs here.
     """
     check_runs_here(raw)
     what, name = ("family", name) if name is not None else (DSB_FAMILY, raw.get("dsb_family"))
@@ -264,15 +264,28 @@ def find_family(raw: RawConfig, name: str | None = None) -> Family:
         return FAMILIES[name]
     if name is not None:
         raise ValueError(f"{what}={shown(name)}: expected one of {', '.join(FAMILIES)}")
-    model_type, classes = raw.get("model_type"), raw.get("architectures")
-    for each in (model_type, *(classes if isinstance(classes, list) else [])):
+    classes = raw.get("architectures")
+    for each in (raw.get("model_type"), *(classes if isinstance(classes, list) else [])):
         for family in FAMILIES.values():
             if each in family.model_types:
                 return family
+    return None
+
+
+def find_family(raw: RawConfig, name: str | None = None) -> Family:
+    """The family of a checkpoint's config, as `config_family` finds it.
+
+    Raises:
+        ValueError: `name` is not a family, or the config names none.
+    """
+    family = config_family(raw, name)
+    if family is not None:
+        return family
     known = ", ".join(t for f in FAMILIES.values() for t in f.model_types)
     raise ValueError(
-        f"config.json has model_type={shown(model_type)}: expected one of {known}, or name the "
-        f"family (family={' | '.join(map(repr, FAMILIES))}) for a checkpoint tuned from one of them"
+        f"config.json has model_type={shown(raw.get('model_type'))}: expected one of {known}, or "
+        f"name the family (family={' | '.join(map(repr, FAMILIES))}) for a checkpoint tuned from "
+        "one of them"
     )
 
 

@@ -8,11 +8,14 @@ import functools
 import pytest
 import torch
 import transformers
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import dsb_runtime as dsb
 from dsb_runtime.families import FAMILIES, supported_config
+from dsb_runtime.models.convert import convert
 from dsb_runtime.models.load import read_config
 from tests import golden
+from tests.checkpoints import write_adapted
 from tests.random_models import KINDS, SMALL, random_model
 
 IDS = torch.randint(2, 500, (1, 12), generator=torch.Generator().manual_seed(1))
@@ -103,12 +106,31 @@ def test_an_unknown_model_is_refused_with_the_reason():
         dsb.patch(transformers.MistralForCausalLM(sliding), family="llada", mask_id=511)
 
 
+def test_a_model_says_its_own_family_and_ids(tmp_path):
+    """A shifted family is the default of its class."""
+    write_adapted(tmp_path / "a", "a2d-qwen2")
+    convert(tmp_path / "a", tmp_path / "b", say=lambda _: None)
+    loaded = dsb.load_model(tmp_path / "a", device="cpu")
+    auto, plain = map(AutoModelForCausalLM.from_pretrained, (tmp_path / "a", tmp_path / "b"))
+    said = copy.deepcopy(loaded.dsb)
+    assert said.family.name == "a2d-qwen2" and said.eos_ids == (1,)
+    fresh = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path / "a"))
+    assert not hasattr(fresh, "dsb") and not hasattr(plain, "dsb")
+    for model in (loaded, auto, plain, fresh):
+        with golden.refusal("family='dream': model.", "says 'a2d-qwen2'"):
+            dsb.patch(model, family="dream", mask_id=511)
+        assert dsb.patch(model, mask_id=511).dsb == said
+
+
 def test_a_model_that_was_trained_otherwise_is_refused():
-    """Its class derives from Llama's."""
-    model = random_model("Llama")
+    """Its class derives from Llama's, or it was loaded as a Llama."""
+    model, other = random_model("Llama"), random_model("Llama")
     model.__class__ = type("StableDiffcoderForCausalLM", (type(model),), {})
-    with golden.refusal("patch: the model is", "block-causal", "Diffulex runs it", kind=TypeError):
-        dsb.patch(model, mask_id=511)
+    other.config.architectures = ["StableDiffcoderForCausalLM"]
+    said = "patch: the model is", "block-causal", "Diffulex runs it"
+    for each in (model, other):
+        with golden.refusal(*said, kind=TypeError):
+            dsb.patch(each, mask_id=511)
 
 
 LONGROPE = {

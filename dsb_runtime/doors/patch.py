@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from dsb_runtime.elsewhere import runs_elsewhere
 from dsb_runtime.engine.engine import ENGINE, generate
-from dsb_runtime.families import FAMILIES, DiffusionInfo, unwrap
+from dsb_runtime.families import FAMILIES, DiffusionInfo, config_family, unwrap
 from dsb_runtime.models.load import diffusion_attributes, special_id
 
 # Each model class and the family that its logits follow. Where that is None, the caller has to
@@ -33,7 +33,8 @@ def refusal(model: Any) -> str | None:
     """Why a model cannot be patched, None where it can."""
     if supported_class(model) is None:
         return f"{type(model).__name__} has other modules than theirs"
-    other = runs_elsewhere(c.__name__ for c in type(model).__mro__)
+    loaded_from = getattr(model.config, "architectures", None) or []
+    other = runs_elsewhere([*(c.__name__ for c in type(model).__mro__), *loaded_from])
     if other is not None:
         return f"the model is {other}"
     heads, groups = model.config.num_attention_heads, model.config.num_key_value_heads
@@ -53,6 +54,36 @@ def refusal(model: Any) -> str | None:
     return None
 
 
+def describe(
+    model: PreTrainedModel, family: str | None, mask_id: int | None,
+    eos_ids: tuple[int, ...] | list[int] | None,
+) -> DiffusionInfo:  # fmt: skip
+    """The arguments, and in place of each None what the model says: its `dsb`, its config, or for
+    the family its class.
+
+    Raises:
+        ValueError: an argument is not accepted, or names another family than the model does.
+    """
+    config, kind = model.config, str(supported_class(model))
+    own = getattr(model, "dsb", None)
+    if not isinstance(own, DiffusionInfo):
+        own = None
+    says = own.family if own is not None else config_family(config.to_dict())
+    name = SUPPORTED[kind] if family is None else family
+    if says is None and name not in FAMILIES:
+        raise ValueError(f"family={name!r}: expected one of {', '.join(FAMILIES)} for a {kind}")
+    if says is not None and family not in (None, says.name):
+        source = "config" if own is None else "dsb"
+        raise ValueError(f"family={family!r}: model.{source} says {says.name!r}; expected that")
+    token = own.mask_id if own is not None else getattr(config, "mask_token_id", None)
+    mask = special_id("mask_id", token if mask_id is None else mask_id, config.vocab_size)
+    if eos_ids is None:
+        ids = list(own.eos_ids) if own is not None else config.eos_token_id
+        eos_ids = ids if isinstance(ids, list) else [ids] if ids is not None else []
+    ends = tuple(special_id("eos_ids", i, config.vocab_size) for i in eos_ids)
+    return DiffusionInfo(says or FAMILIES[str(name)], mask, ends)
+
+
 def patch(
     model: PreTrainedModel,
     *,
@@ -69,14 +100,17 @@ def patch(
 
     Args:
         model: a causal or bidirectional model whose weights are a diffusion model's.
-        family: "llada" or "dream", whose logits, sampling and prefix window the model follows.
-            None means llada for a Llama and dream for a Qwen2.
-        mask_id: the mask token; None takes `config.mask_token_id`.
-        eos_ids: ids that end a response; None takes the config's.
+        family: a name in `dsb_runtime.families.FAMILIES`, such as "llada" or "dream", whose logits,
+            sampling and prefix window the model follows. None takes the one of `model.dsb`
+            (a model of `load_model` or of the Auto classes) or of the config (`dsb_family`, which
+            `dsb convert` writes, or `model_type`). Where neither names one, None means llada for a
+            Llama and dream for a Qwen2.
+        mask_id: the mask token; None takes the one of `model.dsb` or `config.mask_token_id`.
+        eos_ids: ids that end a response; None takes those of `model.dsb` or the config's.
 
     Raises:
         TypeError: a model that cannot be patched; the message says why, and what is supported.
-        ValueError: an argument that is not accepted.
+        ValueError: an argument that is not accepted, or a family other than the model's own.
     """
     given, model = model, unwrap(model)
     why = refusal(model)
@@ -86,23 +120,12 @@ def patch(
         if "dsb_generate" in vars(model):
             return given
         unpatch(model)  # an interrupt has left it half-way
-    kind = supported_class(model)
-    name = family or SUPPORTED[str(kind)]
-    if name not in FAMILIES:
-        raise ValueError(f"family={name!r}: expected one of {', '.join(FAMILIES)} for a {kind}")
-    config = model.config
-    token = getattr(config, "mask_token_id", None) if mask_id is None else mask_id
-    mask = special_id("mask_id", token, config.vocab_size)
-    if eos_ids is None:
-        ids = config.eos_token_id
-        eos_ids = ids if isinstance(ids, list) else [ids] if ids is not None else []
-    ends = tuple(special_id("eos_ids", i, config.vocab_size) for i in eos_ids)
-
-    attributes = diffusion_attributes(DiffusionInfo(FAMILIES[name], mask, ends))
+    config, info = model.config, describe(model, family, mask_id, eos_ids)
+    attributes = diffusion_attributes(info)
     # A model that has this one is patched: it is set last, and `unpatch` removes it first.
     attributes["dsb_generate"] = functools.partial(generate, model)
     ours: list[tuple[Any, dict[str, Any]]] = [
-        (config, {"is_causal": False, "mask_token_id": mask}), (model, attributes),
+        (config, {"is_causal": False, "mask_token_id": info.mask_id}), (model, attributes),
     ]  # fmt: skip
     replaced = [
         (target, {n: [vars(target)[n]] if n in vars(target) else [] for n in new})
