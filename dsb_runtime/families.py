@@ -14,7 +14,7 @@ import torch
 from transformers import PretrainedConfig
 
 from dsb_runtime.elsewhere import check_runs_here
-from dsb_runtime.fields import RawConfig, check_shared, shown
+from dsb_runtime.fields import RawConfig, check_shared, shown, special_id
 from dsb_runtime.networks import (
     build_llama,
     build_llama3,
@@ -62,6 +62,24 @@ class DiffusionInfo:
     family: Family
     mask_id: int
     eos_ids: tuple[int, ...]
+
+
+def checked_info(
+    family: Family, mask_id: Any, eos_ids: Any, vocab_size: int, hint: str = ""
+) -> DiffusionInfo:
+    """What a caller or a checkpoint says of a model; `hint` ends the error for a wrong mask id.
+
+    Raises:
+        TypeError: `eos_ids` is neither a tuple nor a list.
+        ValueError: an id is no token id, or the mask is also an EOS id.
+    """
+    mask = special_id("mask_id", mask_id, vocab_size, hint)
+    if not isinstance(eos_ids, (tuple, list)):
+        raise TypeError(f"eos_ids={eos_ids!r}: expected a tuple of token ids")
+    ends = tuple(special_id("eos_ids", end, vocab_size, " each") for end in eos_ids)
+    if mask in ends:
+        raise ValueError(f"mask_id={mask}: it is also an EOS id; expected different ids")
+    return DiffusionInfo(family, mask, ends)
 
 
 # Classes that hold a model and compute what it computes, and the attribute that has the model.

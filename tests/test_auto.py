@@ -108,6 +108,16 @@ def test_load_models_checks_hold(tmp_path):
     assert AutoModelForCausalLM.from_pretrained(folder, mask_id=511).dsb.mask_id == 511
 
 
+def test_a_mask_that_is_also_an_eos_is_refused(tmp_path):
+    folder = published(tmp_path, "llada", mask_token_id=1)
+    with golden.refusal("mask_id=1: it is also an EOS id"):
+        AutoModelForCausalLM.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, mask_id=511)
+    with golden.refusal("mask_id=511: it is also an EOS id"):
+        model.generate(torch.tensor([[5, 6]]), max_new_tokens=4, eos_token_id=511)
+    assert not hasattr(AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder)), "dsb")
+
+
 def test_tokenizers(tmp_path):
     folder = write_chat_model(tmp_path / "llada")
     tokenizer = AutoTokenizer.from_pretrained(folder)

@@ -74,9 +74,23 @@ def test_window_cache_equals_no_cache_where_everything_is_recomputed(kind):
 def test_patching_twice_is_harmless():
     model = random_model("Llama")
     logits = model(IDS).logits
-    assert dsb.patch(dsb.patch(model, mask_id=511), mask_id=511) is model
+    assert dsb.patch(dsb.patch(model, mask_id=511), mask_id=511) is model is dsb.patch(model)
     dsb.unpatch(dsb.unpatch(model))
     assert torch.equal(model(IDS).logits, logits)
+
+
+def test_patching_with_other_arguments_is_refused():
+    model = dsb.patch(random_model("Llama", eos_token_id=1), mask_id=511)
+    for other, said in (
+        ({"family": "dream"}, "family='dream': model.dsb says 'llada'; expected that, or unpatch"),
+        ({"mask_id": 510}, "mask_id=510, eos_ids=(1,): the model is patched with mask_id=511"),
+        ({"eos_ids": (3,)}, "eos_ids=(3,): the model is patched with mask_id=511, eos_ids=(1,)"),
+        ({"mask_id": -5}, "mask_id=-5"),
+    ):
+        with golden.refusal(said):
+            dsb.patch(model, **other)
+    other = dsb.patch(dsb.unpatch(model), family="dream", mask_id=510, eos_ids=[3])
+    assert (other.dsb.family.name, other.dsb.mask_id, other.dsb.eos_ids) == ("dream", 510, (3,))
 
 
 @pytest.mark.parametrize(
@@ -86,13 +100,15 @@ def test_patching_twice_is_harmless():
         ("Llama", {}, "mask_id=None"),
         ("Llama", {"mask_id": 511, "family": "gpt"}, "family='gpt'"),
         ("Llama", {"mask_id": 511, "eos_ids": [-1]}, "eos_ids=-1"),
+        ("Llama", {"mask_id": 511, "eos_ids": 1}, "eos_ids=1: expected a tuple"),
+        ("Llama", {"mask_id": 1, "eos_ids": [1]}, "mask_id=1: it is also an EOS id"),
         ("Qwen3", {"mask_id": 511}, "family=None"),
     ],
 )
 def test_bad_arguments(kind, arguments, named):
     model = random_model(kind)
     before = vars(model.config).copy()
-    with pytest.raises(ValueError, match=named):
+    with pytest.raises((TypeError, ValueError), match=named):
         dsb.patch(model, **arguments)
     assert vars(model.config) == before and not hasattr(model, "dsb")
 

@@ -75,9 +75,10 @@ class DiffusionModel(PreTrainedModel):
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
-        if config.mask_token_id is not None:
-            ends = [] if config.eos_token_id is None else config.eos_token_id
-            ends = tuple(ends) if isinstance(ends, (list, tuple)) else (ends,)
+        ends = [] if config.eos_token_id is None else config.eos_token_id
+        ends = tuple(ends) if isinstance(ends, (list, tuple)) else (ends,)
+        # A mask that also ends a response says nothing: `from_pretrained` may be given other ids.
+        if config.mask_token_id is not None and config.mask_token_id not in ends:
             info = DiffusionInfo(config.family, config.mask_token_id, ends)
             vars(self).update(diffusion_attributes(info))
 

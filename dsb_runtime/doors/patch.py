@@ -12,8 +12,16 @@ from transformers import PreTrainedModel
 
 from dsb_runtime.elsewhere import runs_elsewhere
 from dsb_runtime.engine.engine import ENGINE, generate
-from dsb_runtime.families import FAMILIES, DiffusionInfo, config_family, unwrap
-from dsb_runtime.models.load import diffusion_attributes, special_id
+from dsb_runtime.families import (
+    FAMILIES,
+    DiffusionInfo,
+    check_model,
+    checked_info,
+    config_family,
+    unwrap,
+)
+from dsb_runtime.fields import listed_ids
+from dsb_runtime.models.load import diffusion_attributes
 
 # Each model class and the family that its logits follow. Where that is None, the caller has to
 # name a family. All these classes have Llama's modules.
@@ -62,26 +70,28 @@ def describe(
     the family its class.
 
     Raises:
-        ValueError: an argument is not accepted, or names another family than the model does.
+        TypeError, ValueError: an argument is not accepted, or names another family than the model.
     """
     config, kind = model.config, str(supported_class(model))
-    own = getattr(model, "dsb", None)
-    if not isinstance(own, DiffusionInfo):
-        own = None
+    dsb = getattr(model, "dsb", None)
+    own = dsb if isinstance(dsb, DiffusionInfo) else None
     says = own.family if own is not None else config_family(config.to_dict())
     name = SUPPORTED[kind] if family is None else family
     if says is None and name not in FAMILIES:
         raise ValueError(f"family={name!r}: expected one of {', '.join(FAMILIES)} for a {kind}")
     if says is not None and family not in (None, says.name):
         source = "config" if own is None else "dsb"
-        raise ValueError(f"family={family!r}: model.{source} says {says.name!r}; expected that")
-    token = own.mask_id if own is not None else getattr(config, "mask_token_id", None)
-    mask = special_id("mask_id", token if mask_id is None else mask_id, config.vocab_size)
-    if eos_ids is None:
-        ids = list(own.eos_ids) if own is not None else config.eos_token_id
-        eos_ids = ids if isinstance(ids, list) else [ids] if ids is not None else []
-    ends = tuple(special_id("eos_ids", i, config.vocab_size) for i in eos_ids)
-    return DiffusionInfo(says or FAMILIES[str(name)], mask, ends)
+        hint = ", or unpatch(model) before" if REPLACED in vars(model) else ""
+        raise ValueError(
+            f"family={family!r}: model.{source} says {says.name!r}; expected that{hint}"
+        )
+    if mask_id is None:
+        mask_id = getattr(config, "mask_token_id", None) if own is None else own.mask_id
+    if eos_ids is None and own is not None:
+        eos_ids = own.eos_ids
+    elif eos_ids is None:
+        eos_ids = listed_ids("config.eos_token_id", config.eos_token_id, config.vocab_size)
+    return checked_info(says or FAMILIES[str(name)], mask_id, eos_ids, config.vocab_size)
 
 
 def patch(
@@ -109,18 +119,27 @@ def patch(
         eos_ids: ids that end a response; None takes those of `model.dsb` or the config's.
 
     Raises:
-        TypeError: a model that cannot be patched; the message says why, and what is supported.
-        ValueError: an argument that is not accepted, or a family other than the model's own.
+        TypeError: a model that cannot be patched; the message says why, and what is supported. Or
+            `eos_ids` is neither a tuple nor a list.
+        ValueError: an argument that is not accepted, a family other than the model's own, a mask
+            that is also an EOS id, or other arguments than those that the model is patched with.
     """
     given, model = model, unwrap(model)
     why = refusal(model)
     if why is not None:
         raise TypeError(f"patch: {why}; supported are {', '.join(SUPPORTED)} with full attention")
-    if REPLACED in vars(model):
-        if "dsb_generate" in vars(model):
-            return given
+    if REPLACED in vars(model) and "dsb_generate" not in vars(model):
         unpatch(model)  # an interrupt has left it half-way
     config, info = model.config, describe(model, family, mask_id, eos_ids)
+    if REPLACED in vars(model):
+        now = check_model(model)
+        if info != now:
+            raise ValueError(
+                f"mask_id={info.mask_id}, eos_ids={info.eos_ids}: the model is patched with "
+                f"mask_id={now.mask_id}, eos_ids={now.eos_ids}; expected these, or unpatch(model) "
+                "before"
+            )
+        return given
     attributes = diffusion_attributes(info)
     # A model that has this one is patched: it is set last, and `unpatch` removes it first.
     attributes["dsb_generate"] = functools.partial(generate, model)
