@@ -88,6 +88,22 @@ HOLDERS = {
 }  # fmt: skip
 
 
+def adapter_refusal(config: Any) -> str | None:
+    """Why a PEFT config's adapter acts through PEFT's own forward, and not through the layers that
+    it adapts alone. None where it does not."""
+    kind = config.peft_type.value
+    if config.is_prompt_learning or config.is_adaption_prompt:
+        return f"peft_type={kind!r} adds prompt tokens; expected one that changes layers, as 'LORA'"
+    if kind in ("XLORA", "POLY"):
+        return f"peft_type={kind!r} mixes adapters in each forward; expected one of fixed weights"
+    if tokens := getattr(config, "alora_invocation_tokens", None):
+        return (
+            f"alora_invocation_tokens={tokens!r}: only tokens after these are adapted, as in a "
+            "causal model; expected an adapter of all tokens"
+        )
+    return None
+
+
 def unwrap(model: Any) -> Any:
     """The transformers model inside torch.compile's, DDP's or PEFT's object, or `model` itself.
 
@@ -104,13 +120,13 @@ def unwrap(model: Any) -> Any:
             )
         if holder is not None:
             model = getattr(model, HOLDERS[holder])
-        elif "PeftModel" in names:
-            if model.active_peft_config.is_prompt_learning:
-                raise TypeError(
-                    f"model={names[0]}: its adapter ({model.active_peft_config.peft_type.value}) "
-                    "adds prompt tokens; expected one that changes layers, as LoRA"
-                )
-            model = model.get_base_model()
+        elif "PeftModel" in names or "PeftMixedModel" in names:
+            # X-LoRA's `active_adapters` are those that it mixes, and `active_adapter` is its own.
+            one = model.active_adapter
+            for adapter in (*model.active_adapters, *([one] if isinstance(one, str) else one)):
+                if (why := adapter_refusal(model.peft_config[adapter])) is not None:
+                    raise TypeError(f"model={names[0]}: {why}")
+            model = model.base_model.model
         else:
             return model
 
