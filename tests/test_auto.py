@@ -13,6 +13,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     LlamaForCausalLM,
+    Qwen2Config,
     Qwen2ForCausalLM,
     Qwen2Tokenizer,
 )
@@ -93,6 +94,22 @@ def test_arguments_reach_transformers(tmp_path):
     assert model.dsb.eos_ids == (3, 4)
     model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(golden.DATA / "dream"))
     assert model.dsb == golden.model("dream").dsb
+
+
+def test_transformers_own_arguments_are_read_or_refused(tmp_path):
+    folder, auto = published(tmp_path, "llada"), AutoModelForCausalLM.from_pretrained
+    for neutral in ({"use_safetensors": True}, {"use_safetensors": None}, {"key_mapping": {}}):
+        assert auto(folder, **neutral).dsb == golden.model("llada").dsb
+    for name, value in {"use_safetensors": False, "key_mapping": {"a": "b"}}.items():
+        with golden.refusal(f"{name}={value}: only safetensors are read"):
+            auto(folder, **{name: value})
+    model = auto(folder, eos_token_id=9, mask_token_id=8)
+    assert model.dsb.eos_ids == (9,) and model.dsb.mask_id == 8
+    assert model.generation_config.eos_token_id == 9
+    named = dsb.auto.LladaForCausalLM.from_pretrained(pretrained_model_name_or_path=folder)
+    assert named.dsb == golden.model("llada").dsb
+    with golden.refusal("config=Qwen2Config: expected LladaConfig", kind=TypeError):
+        type(named).from_pretrained(folder, config=Qwen2Config())
 
 
 def test_load_models_checks_hold(tmp_path):
