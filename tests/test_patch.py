@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
-import functools
+import gc
+import inspect
+import pickle
+import weakref
 
 import pytest
 import torch
@@ -169,11 +172,29 @@ def test_what_nothing_serves_is_refused(fields, said):
         dsb.patch(model, mask_id=511)
 
 
-def test_a_patched_model_can_be_copied():
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_a_patched_model_can_be_copied(duplicate):
     model = dsb.patch(in_memory("llada"), mask_id=511)
-    other = copy.deepcopy(model)
+    other = duplicate(model)
     ids = torch.arange(2, 14)[None]
     with torch.no_grad():
         model.model.layers[0].self_attn.q_proj.weight.zero_()
     assert not torch.equal(model(ids).logits, other(ids).logits)
-    golden.check_trajectory(functools.partial(dsb.generate, other), "llada", 0)
+    golden.check_trajectory(other.dsb_generate, "llada", 0)
+
+
+def test_a_patched_model_is_freed_with_its_last_reference():
+    """Without the garbage collector, which would come too late for the next model on a GPU."""
+    gc.collect()
+    gc.disable()
+    try:
+        model = dsb.patch(random_model("Llama"), mask_id=511)
+        model.dsb_generate(IDS, gen_length=4)
+        ours, alive = model.dsb_generate, weakref.ref(model)
+        del model
+        assert alive() is None
+    finally:
+        gc.enable()
+    assert next(iter(inspect.signature(ours).parameters)) == "input_ids"
+    with golden.refusal("dsb_generate: its model is gone", kind=ReferenceError):
+        ours(IDS)

@@ -6,12 +6,15 @@ No parameter is stored twice: patching sets a few attributes, and `unpatch` puts
 from __future__ import annotations
 
 import functools
+import inspect
+import weakref
 from typing import Any
 
 from transformers import PreTrainedModel
 
 from dsb_runtime.elsewhere import runs_elsewhere
 from dsb_runtime.engine.engine import ENGINE, generate
+from dsb_runtime.engine.output import GenerationOutput
 from dsb_runtime.families import (
     FAMILIES,
     DiffusionInfo,
@@ -62,6 +65,29 @@ def refusal(model: Any) -> str | None:
     return None
 
 
+class BoundGenerate:
+    """`dsb_runtime.generate` with the model that has this as its `dsb_generate`.
+
+    It does not keep the model alive: with a reference in a circle, `del model` would leave the
+    weights in memory until the next garbage collection. A copy of the model has its own.
+    """
+
+    __signature__ = inspect.signature(functools.partial(generate, None))  # type: ignore[arg-type]
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = weakref.ref(model)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return BoundGenerate, (self.model(),)
+
+    def __call__(self, *args: Any, **named: Any) -> GenerationOutput:
+        """Raises ReferenceError where the model is gone, and otherwise what `generate` does."""
+        model = self.model()
+        if model is None:
+            raise ReferenceError("dsb_generate: its model is gone; expected a variable for it")
+        return generate(model, *args, **named)
+
+
 def describe(
     model: PreTrainedModel, family: str | None, mask_id: int | None,
     eos_ids: tuple[int, ...] | list[int] | None,
@@ -106,7 +132,8 @@ def patch(
     Its attention becomes bidirectional and runs through the "dsb" implementation. At the first call
     its q, k and v weights become views of one storage, and so do its gate and up weights
     (`engine.packing`); `unpatch` leaves them so. It gains
-    `model.dsb_generate(input_ids, **settings)`, which scores without logits.
+    `model.dsb_generate(input_ids, **settings)`, which scores without logits and does not keep the
+    model in memory.
 
     Args:
         model: a causal or bidirectional model whose weights are a diffusion model's.
@@ -142,13 +169,12 @@ def patch(
         return given
     attributes = diffusion_attributes(info)
     # A model that has this one is patched: it is set last, and `unpatch` removes it first.
-    attributes["dsb_generate"] = functools.partial(generate, model)
+    attributes["dsb_generate"] = BoundGenerate(model)
     ours: list[tuple[Any, dict[str, Any]]] = [
         (config, {"is_causal": False, "mask_token_id": info.mask_id}), (model, attributes),
     ]  # fmt: skip
     replaced = [
-        (target, {n: [vars(target)[n]] if n in vars(target) else [] for n in new})
-        for target, new in ours
+        {n: [vars(target)[n]] if n in vars(target) else [] for n in new} for target, new in ours
     ]
     try:
         # This comes first, so that `unpatch` restores all from wherever an interrupt comes.
@@ -170,7 +196,7 @@ def unpatch(model: PreTrainedModel) -> PreTrainedModel:
         return given
     before, replaced = vars(model)[REPLACED]
     vars(model).pop(ENGINE, None)
-    for target, values in reversed(replaced):
+    for target, values in zip((model, model.config), reversed(replaced), strict=True):
         for name, value in reversed(values.items()):  # [the value before], [] where none was
             if value:
                 setattr(target, name, value[0])
