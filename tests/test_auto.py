@@ -103,9 +103,10 @@ def test_transformers_own_arguments_are_read_or_refused(tmp_path):
     for name, value in {"use_safetensors": False, "key_mapping": {"a": "b"}}.items():
         with golden.refusal(f"{name}={value}: only safetensors are read"):
             auto(folder, **{name: value})
-    model = auto(folder, eos_token_id=9, mask_token_id=8)
-    assert model.dsb.eos_ids == (9,) and model.dsb.mask_id == 8
-    assert model.generation_config.eos_token_id == 9
+    for load in (auto, dsb.auto.LladaForCausalLM.from_pretrained):
+        model = load(folder, eos_token_id=9, mask_token_id=8, dtype="bfloat16")
+        assert model.dsb.eos_ids == (9,) and model.dsb.mask_id == 8
+        assert model.generation_config.eos_token_id == 9 and model.dtype == torch.bfloat16
     named = dsb.auto.LladaForCausalLM.from_pretrained(pretrained_model_name_or_path=folder)
     assert named.dsb == golden.model("llada").dsb
     with golden.refusal("config=Qwen2Config: expected LladaConfig", kind=TypeError):

@@ -122,6 +122,9 @@ class DiffusionModel(PreTrainedModel):
         check_name(source, config_class.family)
         if config is None:
             config = config_class.from_dict(dict(raw))
+            fields = [n for n in kwargs if n not in ("dtype", "torch_dtype") and hasattr(config, n)]
+            for name in fields:  # as the Auto classes do, and transformers for its own classes
+                setattr(config, name, kwargs.pop(name))
         elif not isinstance(config, config_class):
             raise TypeError(
                 f"config={type(config).__name__}: expected {config_class.__name__} for {source}"
