@@ -103,6 +103,8 @@ def test_transformers_own_arguments_are_read_or_refused(tmp_path):
     for name, value in {"use_safetensors": False, "key_mapping": {"a": "b"}}.items():
         with golden.refusal(f"{name}={value}: only safetensors are read"):
             auto(folder, **{name: value})
+    with golden.refusal("is_causal=True: it attends both ways"):
+        auto(folder, is_causal=True)
     for load in (auto, dsb.auto.LladaForCausalLM.from_pretrained):
         model = load(folder, eos_token_id=9, mask_token_id=8, dtype="bfloat16")
         assert model.dsb.eos_ids == (9,) and model.dsb.mask_id == 8

@@ -129,6 +129,8 @@ class DiffusionModel(PreTrainedModel):
             raise TypeError(
                 f"config={type(config).__name__}: expected {config_class.__name__} for {source}"
             )
+        if config.is_causal:
+            raise ValueError(f"is_causal={config.is_causal}: it attends both ways; expected False")
         raw = {**raw, "eos_token_id": config.eos_token_id}  # a keyword may have changed it
         info = diffusion_info(
             folder, raw, config.family, config.vocab_size,
