@@ -14,7 +14,7 @@ import torch
 from transformers import PretrainedConfig
 
 from dsb_runtime.elsewhere import check_runs_here
-from dsb_runtime.fields import RawConfig, check_shared, shown
+from dsb_runtime.fields import RawConfig, check_shared, shown, special_id
 from dsb_runtime.networks import (
     build_llama,
     build_llama3,
@@ -64,10 +64,44 @@ class DiffusionInfo:
     eos_ids: tuple[int, ...]
 
 
+def checked_info(
+    family: Family, mask_id: Any, eos_ids: Any, vocab_size: int, hint: str = ""
+) -> DiffusionInfo:
+    """What a caller or a checkpoint says of a model; `hint` ends the error for a wrong mask id.
+
+    Raises:
+        TypeError: `eos_ids` is neither a tuple nor a list.
+        ValueError: an id is no token id, or the mask is also an EOS id.
+    """
+    mask = special_id("mask_id", mask_id, vocab_size, hint)
+    if not isinstance(eos_ids, (tuple, list)):
+        raise TypeError(f"eos_ids={eos_ids!r}: expected a tuple of token ids")
+    ends = tuple(special_id("eos_ids", end, vocab_size, " each") for end in eos_ids)
+    if mask in ends:
+        raise ValueError(f"mask_id={mask}: it is also an EOS id; expected different ids")
+    return DiffusionInfo(family, mask, ends)
+
+
 # Classes that hold a model and compute what it computes, and the attribute that has the model.
 HOLDERS = {
     "OptimizedModule": "_orig_mod", "DistributedDataParallel": "module", "DataParallel": "module",
 }  # fmt: skip
+
+
+def adapter_refusal(config: Any) -> str | None:
+    """Why a PEFT config's adapter acts through PEFT's own forward, and not through the layers that
+    it adapts alone. None where it does not."""
+    kind = config.peft_type.value
+    if config.is_prompt_learning or config.is_adaption_prompt:
+        return f"peft_type={kind!r} adds prompt tokens; expected one that changes layers, as 'LORA'"
+    if kind in ("XLORA", "POLY"):
+        return f"peft_type={kind!r} mixes adapters in each forward; expected one of fixed weights"
+    if tokens := getattr(config, "alora_invocation_tokens", None):
+        return (
+            f"alora_invocation_tokens={tokens!r}: only tokens after these are adapted, as in a "
+            "causal model; expected an adapter of all tokens"
+        )
+    return None
 
 
 def unwrap(model: Any) -> Any:
@@ -86,13 +120,13 @@ def unwrap(model: Any) -> Any:
             )
         if holder is not None:
             model = getattr(model, HOLDERS[holder])
-        elif "PeftModel" in names:
-            if model.active_peft_config.is_prompt_learning:
-                raise TypeError(
-                    f"model={names[0]}: its adapter ({model.active_peft_config.peft_type.value}) "
-                    "adds prompt tokens; expected one that changes layers, as LoRA"
-                )
-            model = model.get_base_model()
+        elif "PeftModel" in names or "PeftMixedModel" in names:
+            # X-LoRA's `active_adapters` are those that it mixes, and `active_adapter` is its own.
+            one = model.active_adapter
+            for adapter in (*model.active_adapters, *([one] if isinstance(one, str) else one)):
+                if (why := adapter_refusal(model.peft_config[adapter])) is not None:
+                    raise TypeError(f"model={names[0]}: {why}")
+            model = model.base_model.model
         else:
             return model
 
@@ -251,12 +285,12 @@ FAMILIES: dict[str, Family] = {
 DSB_FAMILY = "config.json has dsb_family"
 
 
-def find_family(raw: RawConfig, name: str | None = None) -> Family:
-    """The family of a checkpoint's config: by `name`, by the `dsb_family` that `dsb convert`
-    writes, or by its `model_type`.
+def config_family(raw: RawConfig, name: str | None = None) -> Family | None:
+    """The family that `name` or a config names: by the `dsb_family` that `dsb convert` writes, by
+    its `model_type`, or by a class of its `architectures`. None if the config names none.
 
     Raises:
-        ValueError: `name` is not a family, or the config's `model_type` belongs to none.
+        ValueError: `name` or `dsb_family` is not a family, or the model is none that runs here.
     """
     check_runs_here(raw)
     what, name = ("family", name) if name is not None else (DSB_FAMILY, raw.get("dsb_family"))
@@ -264,15 +298,28 @@ def find_family(raw: RawConfig, name: str | None = None) -> Family:
         return FAMILIES[name]
     if name is not None:
         raise ValueError(f"{what}={shown(name)}: expected one of {', '.join(FAMILIES)}")
-    model_type, classes = raw.get("model_type"), raw.get("architectures")
-    for each in (model_type, *(classes if isinstance(classes, list) else [])):
+    classes = raw.get("architectures")
+    for each in (raw.get("model_type"), *(classes if isinstance(classes, list) else [])):
         for family in FAMILIES.values():
             if each in family.model_types:
                 return family
+    return None
+
+
+def find_family(raw: RawConfig, name: str | None = None) -> Family:
+    """The family of a checkpoint's config, as `config_family` finds it.
+
+    Raises:
+        ValueError: `name` is not a family, or the config names none.
+    """
+    family = config_family(raw, name)
+    if family is not None:
+        return family
     known = ", ".join(t for f in FAMILIES.values() for t in f.model_types)
     raise ValueError(
-        f"config.json has model_type={shown(model_type)}: expected one of {known}, or name the "
-        f"family (family={' | '.join(map(repr, FAMILIES))}) for a checkpoint tuned from one of them"
+        f"config.json has model_type={shown(raw.get('model_type'))}: expected one of {known}, or "
+        f"name the family (family={' | '.join(map(repr, FAMILIES))}) for a checkpoint tuned from "
+        "one of them"
     )
 
 

@@ -13,6 +13,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     LlamaForCausalLM,
+    Qwen2Config,
     Qwen2ForCausalLM,
     Qwen2Tokenizer,
 )
@@ -95,6 +96,25 @@ def test_arguments_reach_transformers(tmp_path):
     assert model.dsb == golden.model("dream").dsb
 
 
+def test_transformers_own_arguments_are_read_or_refused(tmp_path):
+    folder, auto = published(tmp_path, "llada"), AutoModelForCausalLM.from_pretrained
+    for neutral in ({"use_safetensors": True}, {"use_safetensors": None}, {"key_mapping": {}}):
+        assert auto(folder, **neutral).dsb == golden.model("llada").dsb
+    for name, value in {"use_safetensors": False, "key_mapping": {"a": "b"}}.items():
+        with golden.refusal(f"{name}={value}: only safetensors are read"):
+            auto(folder, **{name: value})
+    with golden.refusal("is_causal=True: it attends both ways"):
+        auto(folder, is_causal=True)
+    for load in (auto, dsb.auto.LladaForCausalLM.from_pretrained):
+        model = load(folder, eos_token_id=9, mask_token_id=8, dtype="bfloat16")
+        assert model.dsb.eos_ids == (9,) and model.dsb.mask_id == 8
+        assert model.generation_config.eos_token_id == 9 and model.dtype == torch.bfloat16
+    named = dsb.auto.LladaForCausalLM.from_pretrained(pretrained_model_name_or_path=folder)
+    assert named.dsb == golden.model("llada").dsb
+    with golden.refusal("config=Qwen2Config: expected LladaConfig", kind=TypeError):
+        type(named).from_pretrained(folder, config=Qwen2Config())
+
+
 def test_load_models_checks_hold(tmp_path):
     weights = parts("llada")[1]
     del weights[next(name for name in weights if "attn_out" in name)]
@@ -106,6 +126,16 @@ def test_load_models_checks_hold(tmp_path):
     with golden.refusal("no mask_token_id: name it"):
         AutoModelForCausalLM.from_pretrained(folder)
     assert AutoModelForCausalLM.from_pretrained(folder, mask_id=511).dsb.mask_id == 511
+
+
+def test_a_mask_that_is_also_an_eos_is_refused(tmp_path):
+    folder = published(tmp_path, "llada", mask_token_id=1)
+    with golden.refusal("mask_id=1: it is also an EOS id"):
+        AutoModelForCausalLM.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, mask_id=511)
+    with golden.refusal("mask_id=511: it is also an EOS id"):
+        model.generate(torch.tensor([[5, 6]]), max_new_tokens=4, eos_token_id=511)
+    assert not hasattr(AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder)), "dsb")
 
 
 def test_tokenizers(tmp_path):

@@ -224,13 +224,14 @@ def test_an_object_that_holds_the_model_decodes_as_the_model(
 @pytest.mark.parametrize(
     "targets", [["q_proj", "v_proj"], ["lm_head"], ["embed_tokens", "up_proj"]]
 )
-def test_lora_of_peft(model: PreTrainedModel, targets: list[str]) -> None:
+@pytest.mark.parametrize("mixed", [False, True])
+def test_lora_of_peft(model: PreTrainedModel, targets: list[str], mixed: bool) -> None:
     """Not merged, switched off, switched on again, and merged."""
     peft = pytest.importorskip("peft")
     plain = decode_alone(model)
     torch.manual_seed(0)
     config = peft.LoraConfig(target_modules=targets, init_lora_weights=False, lora_alpha=64)
-    adapted = peft.get_peft_model(model, config)
+    adapted = peft.get_peft_model(model, config, mixed=mixed)
     expected = whole_canvas(model, PROMPT, 4, 8)
     assert decode_alone(adapted) == expected != plain
     with adapted.disable_adapter():
@@ -271,10 +272,38 @@ def test_a_model_that_accelerate_offloads(where: str, tmp_path: Path) -> None:
     assert torch.equal(dsb.generate(model, PROMPT, **SHAPE).sequences, expected)
 
 
-def test_an_adapter_of_prompt_tokens_is_refused(model: PreTrainedModel) -> None:
+ALORA = {"target_modules": ["q_proj"], "alora_invocation_tokens": [5, 6]}
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields", "said"),
+    [
+        ("PromptTuningConfig", {"num_virtual_tokens": 4}, "'PROMPT_TUNING' adds prompt tokens"),
+        ("AdaptionPromptConfig", {"adapter_len": 4, "adapter_layers": 1}, "adds prompt tokens"),
+        ("LoraConfig", ALORA, "alora_invocation_tokens=[5, 6]"),
+        ("PolyConfig", {"target_modules": ["q_proj"]}, "'POLY' mixes adapters"),
+    ],
+)
+def test_an_adapter_of_pefts_own_forward_is_refused(
+    kind: str, fields: dict[str, Any], said: str
+) -> None:
     peft = pytest.importorskip("peft")
-    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
-    with golden.refusal("model=PeftModelForCausalLM", "PROMPT_TUNING", kind=TypeError):
+    model = copy.deepcopy(golden.model("llada"))
+    config = getattr(peft, kind)(task_type="CAUSAL_LM", **fields)
+    with golden.refusal("model=PeftModelForCausalLM", said, kind=TypeError):
+        dsb.generate(peft.get_peft_model(model, config), PROMPT, **SHAPE)
+
+
+def test_adapters_that_are_mixed_are_refused(model: PreTrainedModel, tmp_path: Path) -> None:
+    """X-LoRA: the adapters that are switched on are plain LoRAs."""
+    peft = pytest.importorskip("peft")
+    lora = peft.LoraConfig(target_modules=["q_proj"])
+    peft.get_peft_model(copy.deepcopy(model), lora).save_pretrained(tmp_path)
+    model.config.use_cache = False
+    config = peft.XLoraConfig(
+        task_type="CAUSAL_LM", hidden_size=64, xlora_depth=2, adapters={"0": str(tmp_path)}
+    )
+    with golden.refusal("model=PeftModelForCausalLM", "'XLORA' mixes adapters", kind=TypeError):
         dsb.generate(peft.get_peft_model(model, config), PROMPT, **SHAPE)
 
 

@@ -75,9 +75,10 @@ class DiffusionModel(PreTrainedModel):
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
-        if config.mask_token_id is not None:
-            ends = [] if config.eos_token_id is None else config.eos_token_id
-            ends = tuple(ends) if isinstance(ends, (list, tuple)) else (ends,)
+        ends = [] if config.eos_token_id is None else config.eos_token_id
+        ends = tuple(ends) if isinstance(ends, (list, tuple)) else (ends,)
+        # A mask that also ends a response says nothing: `from_pretrained` may be given other ids.
+        if config.mask_token_id is not None and config.mask_token_id not in ends:
             info = DiffusionInfo(config.family, config.mask_token_id, ends)
             vars(self).update(diffusion_attributes(info))
 
@@ -89,9 +90,9 @@ class DiffusionModel(PreTrainedModel):
         return parent.generate(*args, custom_generate=recipe, **kwargs)
 
     @classmethod
-    def from_pretrained(  # type: ignore[override]  # `pretrained_model_name_or_path` is long
+    def from_pretrained(  # type: ignore[override]  # it has arguments of its own
         cls,
-        source: str | Path,
+        pretrained_model_name_or_path: str | Path,
         *args: Any,
         config: Any = None,
         mask_id: int | None = None,
@@ -105,15 +106,32 @@ class DiffusionModel(PreTrainedModel):
 
         Raises:
             FileNotFoundError, OSError: no such folder, file or hub repository.
-            ValueError: unsupported config field, wrong weight, damaged file.
+            TypeError: `config` is of another class.
+            ValueError: unsupported config field, wrong weight, damaged file, or an argument that is
+                not accepted.
         """
+        source = pretrained_model_name_or_path
+        for name, accepted in (("use_safetensors", (None, True)), ("key_mapping", (None, {}))):
+            if (value := kwargs.pop(name, None)) not in accepted:
+                why = "only safetensors are read, by the family's names"
+                raise ValueError(f"{name}={shown(value)}: {why}; expected None")
         hub = {name: kwargs.pop(name) for name in DOWNLOAD if name in kwargs}
         folder = find_folder(source, revision, **hub) / (subfolder or "")
         raw = read_config(folder)
         config_class: Any = cls.config_class
         check_name(source, config_class.family)
-        if not isinstance(config, config_class):
+        if config is None:
             config = config_class.from_dict(dict(raw))
+            fields = [n for n in kwargs if n not in ("dtype", "torch_dtype") and hasattr(config, n)]
+            for name in fields:  # as the Auto classes do, and transformers for its own classes
+                setattr(config, name, kwargs.pop(name))
+        elif not isinstance(config, config_class):
+            raise TypeError(
+                f"config={type(config).__name__}: expected {config_class.__name__} for {source}"
+            )
+        if config.is_causal:
+            raise ValueError(f"is_causal={config.is_causal}: it attends both ways; expected False")
+        raw = {**raw, "eos_token_id": config.eos_token_id}  # a keyword may have changed it
         info = diffusion_info(
             folder, raw, config.family, config.vocab_size,
             config.mask_token_id if mask_id is None else mask_id, eos_ids,

@@ -34,7 +34,7 @@ from dsb_runtime.config import DecodingConfig, Setting, check_bool, check_ids, c
 from dsb_runtime.defaults import defaults_for
 from dsb_runtime.engine.engine import ENGINE, generate
 from dsb_runtime.engine.output import StepEvent
-from dsb_runtime.families import check_model
+from dsb_runtime.families import check_model, checked_info
 
 DOOR = "custom_generate"
 DEFAULT_TOP_K = 50  # what transformers fills in where nobody named one
@@ -267,7 +267,8 @@ def model_with_eos(
         check_int("eos_token_id", eos, 0, model.config.vocab_size - 1)
     view = copy.copy(model)
     vars(view).pop(ENGINE, None)
-    vars(view)["dsb"] = dataclasses.replace(info, eos_ids=eos_ids)
+    size = model.config.vocab_size
+    vars(view)["dsb"] = checked_info(info.family, info.mask_id, eos_ids, size)
     return view
 
 

@@ -6,14 +6,25 @@ No parameter is stored twice: patching sets a few attributes, and `unpatch` puts
 from __future__ import annotations
 
 import functools
+import inspect
+import weakref
 from typing import Any
 
 from transformers import PreTrainedModel
 
 from dsb_runtime.elsewhere import runs_elsewhere
 from dsb_runtime.engine.engine import ENGINE, generate
-from dsb_runtime.families import FAMILIES, DiffusionInfo, unwrap
-from dsb_runtime.models.load import diffusion_attributes, special_id
+from dsb_runtime.engine.output import GenerationOutput
+from dsb_runtime.families import (
+    FAMILIES,
+    DiffusionInfo,
+    check_model,
+    checked_info,
+    config_family,
+    unwrap,
+)
+from dsb_runtime.fields import listed_ids
+from dsb_runtime.models.load import diffusion_attributes
 
 # Each model class and the family that its logits follow. Where that is None, the caller has to
 # name a family. All these classes have Llama's modules.
@@ -33,7 +44,8 @@ def refusal(model: Any) -> str | None:
     """Why a model cannot be patched, None where it can."""
     if supported_class(model) is None:
         return f"{type(model).__name__} has other modules than theirs"
-    other = runs_elsewhere(c.__name__ for c in type(model).__mro__)
+    loaded_from = getattr(model.config, "architectures", None) or []
+    other = runs_elsewhere([*(c.__name__ for c in type(model).__mro__), *loaded_from])
     if other is not None:
         return f"the model is {other}"
     heads, groups = model.config.num_attention_heads, model.config.num_key_value_heads
@@ -53,6 +65,61 @@ def refusal(model: Any) -> str | None:
     return None
 
 
+class BoundGenerate:
+    """`dsb_runtime.generate` with the model that has this as its `dsb_generate`.
+
+    It does not keep the model alive: with a reference in a circle, `del model` would leave the
+    weights in memory until the next garbage collection. A copy of the model has its own.
+    """
+
+    __signature__ = inspect.signature(functools.partial(generate, None))  # type: ignore[arg-type]
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = weakref.ref(model)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return BoundGenerate, (self.model(),)
+
+    def __call__(self, *args: Any, **named: Any) -> GenerationOutput:
+        """Raises ReferenceError where the model is gone, and otherwise what `generate` does."""
+        model = self.model()
+        if model is None:
+            raise ReferenceError("dsb_generate: its model is gone; expected a variable for it")
+        return generate(model, *args, **named)
+
+
+def describe(
+    model: PreTrainedModel, family: str | None, mask_id: int | None,
+    eos_ids: tuple[int, ...] | list[int] | None,
+) -> DiffusionInfo:  # fmt: skip
+    """The arguments, and in place of each None what the model says: its `dsb`, its config, or for
+    the family its class.
+
+    Raises:
+        TypeError, ValueError: an argument is not accepted, or names another family than the model.
+    """
+    config, kind = model.config, str(supported_class(model))
+    dsb = getattr(model, "dsb", None)
+    own = dsb if isinstance(dsb, DiffusionInfo) else None
+    says = own.family if own is not None else config_family(config.to_dict())
+    name = SUPPORTED[kind] if family is None else family
+    if says is None and name not in FAMILIES:
+        raise ValueError(f"family={name!r}: expected one of {', '.join(FAMILIES)} for a {kind}")
+    if says is not None and family not in (None, says.name):
+        source = "config" if own is None else "dsb"
+        hint = ", or unpatch(model) before" if REPLACED in vars(model) else ""
+        raise ValueError(
+            f"family={family!r}: model.{source} says {says.name!r}; expected that{hint}"
+        )
+    if mask_id is None:
+        mask_id = getattr(config, "mask_token_id", None) if own is None else own.mask_id
+    if eos_ids is None and own is not None:
+        eos_ids = own.eos_ids
+    elif eos_ids is None:
+        eos_ids = listed_ids("config.eos_token_id", config.eos_token_id, config.vocab_size)
+    return checked_info(says or FAMILIES[str(name)], mask_id, eos_ids, config.vocab_size)
+
+
 def patch(
     model: PreTrainedModel,
     *,
@@ -65,48 +132,49 @@ def patch(
     Its attention becomes bidirectional and runs through the "dsb" implementation. At the first call
     its q, k and v weights become views of one storage, and so do its gate and up weights
     (`engine.packing`); `unpatch` leaves them so. It gains
-    `model.dsb_generate(input_ids, **settings)`, which scores without logits.
+    `model.dsb_generate(input_ids, **settings)`, which scores without logits and does not keep the
+    model in memory.
 
     Args:
         model: a causal or bidirectional model whose weights are a diffusion model's.
-        family: "llada" or "dream", whose logits, sampling and prefix window the model follows.
-            None means llada for a Llama and dream for a Qwen2.
-        mask_id: the mask token; None takes `config.mask_token_id`.
-        eos_ids: ids that end a response; None takes the config's.
+        family: a name in `dsb_runtime.families.FAMILIES`, such as "llada" or "dream", whose logits,
+            sampling and prefix window the model follows. None takes the one of `model.dsb`
+            (a model of `load_model` or of the Auto classes) or of the config (`dsb_family`, which
+            `dsb convert` writes, or `model_type`). Where neither names one, None means llada for a
+            Llama and dream for a Qwen2.
+        mask_id: the mask token; None takes the one of `model.dsb` or `config.mask_token_id`.
+        eos_ids: ids that end a response; None takes those of `model.dsb` or the config's.
 
     Raises:
-        TypeError: a model that cannot be patched; the message says why, and what is supported.
-        ValueError: an argument that is not accepted.
+        TypeError: a model that cannot be patched; the message says why, and what is supported. Or
+            `eos_ids` is neither a tuple nor a list.
+        ValueError: an argument that is not accepted, a family other than the model's own, a mask
+            that is also an EOS id, or other arguments than those that the model is patched with.
     """
     given, model = model, unwrap(model)
     why = refusal(model)
     if why is not None:
         raise TypeError(f"patch: {why}; supported are {', '.join(SUPPORTED)} with full attention")
-    if REPLACED in vars(model):
-        if "dsb_generate" in vars(model):
-            return given
+    if REPLACED in vars(model) and "dsb_generate" not in vars(model):
         unpatch(model)  # an interrupt has left it half-way
-    kind = supported_class(model)
-    name = family or SUPPORTED[str(kind)]
-    if name not in FAMILIES:
-        raise ValueError(f"family={name!r}: expected one of {', '.join(FAMILIES)} for a {kind}")
-    config = model.config
-    token = getattr(config, "mask_token_id", None) if mask_id is None else mask_id
-    mask = special_id("mask_id", token, config.vocab_size)
-    if eos_ids is None:
-        ids = config.eos_token_id
-        eos_ids = ids if isinstance(ids, list) else [ids] if ids is not None else []
-    ends = tuple(special_id("eos_ids", i, config.vocab_size) for i in eos_ids)
-
-    attributes = diffusion_attributes(DiffusionInfo(FAMILIES[name], mask, ends))
+    config, info = model.config, describe(model, family, mask_id, eos_ids)
+    if REPLACED in vars(model):
+        now = check_model(model)
+        if info != now:
+            raise ValueError(
+                f"mask_id={info.mask_id}, eos_ids={info.eos_ids}: the model is patched with "
+                f"mask_id={now.mask_id}, eos_ids={now.eos_ids}; expected these, or unpatch(model) "
+                "before"
+            )
+        return given
+    attributes = diffusion_attributes(info)
     # A model that has this one is patched: it is set last, and `unpatch` removes it first.
-    attributes["dsb_generate"] = functools.partial(generate, model)
+    attributes["dsb_generate"] = BoundGenerate(model)
     ours: list[tuple[Any, dict[str, Any]]] = [
-        (config, {"is_causal": False, "mask_token_id": mask}), (model, attributes),
+        (config, {"is_causal": False, "mask_token_id": info.mask_id}), (model, attributes),
     ]  # fmt: skip
     replaced = [
-        (target, {n: [vars(target)[n]] if n in vars(target) else [] for n in new})
-        for target, new in ours
+        {n: [vars(target)[n]] if n in vars(target) else [] for n in new} for target, new in ours
     ]
     try:
         # This comes first, so that `unpatch` restores all from wherever an interrupt comes.
@@ -128,7 +196,7 @@ def unpatch(model: PreTrainedModel) -> PreTrainedModel:
         return given
     before, replaced = vars(model)[REPLACED]
     vars(model).pop(ENGINE, None)
-    for target, values in reversed(replaced):
+    for target, values in zip((model, model.config), reversed(replaced), strict=True):
         for name, value in reversed(values.items()):  # [the value before], [] where none was
             if value:
                 setattr(target, name, value[0])

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from dsb_runtime.families import check_model
+from dsb_runtime.families import adapter_refusal, check_model
 from dsb_runtime.models.folder import find_folder, first_line, read_object
 from dsb_runtime.models.weights import read_shapes, rename
 
@@ -86,15 +86,8 @@ def read_config(folder: Path) -> Any:
         config = peft.PeftConfig.from_pretrained(str(folder))
     except Exception as error:  # every type of adapter checks its own fields
         raise ValueError(f"{CONFIG}: {first_line(error)}") from error
-    if config.is_prompt_learning or config.is_adaption_prompt:
-        raise ValueError(
-            f"peft_type={kind!r} adds prompt tokens; expected one that changes layers, as 'LORA'"
-        )
-    if getattr(config, "alora_invocation_tokens", None):
-        raise ValueError(
-            f"alora_invocation_tokens={config.alora_invocation_tokens!r} in {CONFIG}: only tokens "
-            "after these are adapted, as in a causal model; expected an adapter of all tokens"
-        )
+    if (why := adapter_refusal(config)) is not None:
+        raise ValueError(f"{CONFIG}: {why}")
     config.inference_mode = True
     return config
 

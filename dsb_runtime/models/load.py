@@ -16,8 +16,14 @@ from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTr
 from transformers.distributed import DistributedConfig
 
 from dsb_runtime.engine.parallel import check_distributed
-from dsb_runtime.families import DiffusionInfo, Family, find_family, supported_config
-from dsb_runtime.fields import listed_ids, special_id
+from dsb_runtime.families import (
+    DiffusionInfo,
+    Family,
+    checked_info,
+    find_family,
+    supported_config,
+)
+from dsb_runtime.fields import listed_ids
 from dsb_runtime.models.adapter import add_adapter, read_adapter
 from dsb_runtime.models.folder import (
     find_folder,
@@ -184,16 +190,8 @@ def diffusion_info(
         if family.mask_of_tokenizer:
             mask_id = mask_of_tokenizer(folder)
             hint = " (neither config.json nor the tokenizer has a mask token: name it)"
-    mask = special_id("mask_id", mask_id, vocab_size, hint)
-    if eos_ids is None:
-        ends = end_ids(folder, raw, family, vocab_size)
-    elif isinstance(eos_ids, (tuple, list)):
-        ends = tuple(special_id("eos_ids", end, vocab_size, " each") for end in eos_ids)
-    else:
-        raise TypeError(f"eos_ids={eos_ids!r}: expected a tuple of token ids")
-    if mask in ends:
-        raise ValueError(f"mask_id={mask}: it is also an EOS id; expected different ids")
-    return DiffusionInfo(family, mask, ends)
+    ends = end_ids(folder, raw, family, vocab_size) if eos_ids is None else eos_ids
+    return checked_info(family, mask_id, ends, vocab_size, hint)
 
 
 def prepare_inputs_for_generation(
