@@ -75,14 +75,14 @@ OWN = [
     ("profile --tor trace.json", "unrecognized arguments: --tor"),
     ("eval --limit 99999999999", "--limit=99999999999: expected an int from 1 to 1000000"),
     ("eval --task chess", "argument --task: invalid choice: 'chess' (choose from"),
-    ("eval --gen-length 0", "gen_length=0: expected an int >= 1"),
+    ("eval --gen-length 0", "--gen-length=0: expected an int"),
     ("eval --block-length 4 0", "block_length=0: expected an int from 1 to 64"),
     (f"eval --json {ROOT}/benchmarks/bench_embedded.json",
      "expected what dsb eval --json writes, or a new file"),
     (f"bench --preset tiny --gen-length {2**31 - 1}", "positions: expected at most the model's"),
     (f"{H100} --tflops 1e999", "--tflops: '1e999': expected a number above 0"),
     ("eval --limit 0 --model /asked/before/it/is/read", "--limit=0"),
-    ("eval --gen-length 8", "block_length"),
+    ("eval --gen-length 8 --block-length 9", "block_length=9: expected an int from 1 to 8"),
     ("eval --from setup.py", "--from setup.py: expected a JSON file"),
     ("decode --batch 0", "argument --batch: '0': expected an int above 0"),
     ("decode --block 200", "block_length=200: expected an int from 1 to 128"),
@@ -127,7 +127,9 @@ def test_bad_arguments_are_one_line(line, message, capsys):
     captured = capsys.readouterr()
     assert message in captured.err and captured.out == ""
     assert captured.err.count("\n") == 1
-    assert captured.err.startswith(line.split()[0] if "roofline" in line else ("dsb", "decode"))
+    command = line.split()[0]
+    module = command in ("decode", "roofline")
+    assert captured.err.startswith(f"python -m benchmarks.{command}: " if module else "dsb")
 
 
 MEASURED = {"settings": {}, "ceilings": {}, "machine": {"device": ""}, "runs": [{"batch": 1}]}
