@@ -215,9 +215,18 @@ def test_what_a_request_asks_for(lm):
     for name, value in (("repetition_penalty", 1.2), ("num_beams", 4), ("stop_strings", ["a"])):
         with refusal(f"generation_kwargs {name}={value!r}: model dsb cannot honour it; expected"):
             lm.decoding_config({name: value})
-    # A named block shrinks with a short request.
+    # Named settings follow a short request.
     config = make("block_length=32").decoding_config({"max_gen_toks": 8})
     assert (config.gen_length, config.block_length) == (8, 8)
+    fitting = make("gen_length=32,steps=16,min_new_tokens=24")
+    for asked, steps in (
+        ({"max_gen_toks": 16}, 8), ({"gen_length": 16}, 8), ({"max_gen_toks": 16, "steps": 9}, 9),
+        ({"max_gen_toks": 40}, 16), ({"gen_length": 64}, 32),
+    ):  # fmt: skip
+        config = fitting.decoding_config(asked)
+        assert (config.steps, config.min_new_tokens) == (steps, min(24, config.gen_length))
+    with refusal("gen_length='x': expected an int", kind=TypeError):
+        fitting.decoding_config({"max_gen_toks": 8, "gen_length": "x"})
 
 
 def test_what_means_nothing_is_said_once(lm, caplog):

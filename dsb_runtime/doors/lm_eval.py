@@ -153,7 +153,7 @@ class DSBLM(TemplateLM):
         for name in check_request(kwargs):
             what = f"generation_kwargs {name}={kwargs[name]!r}"
             self.warn(name, f"{what} means nothing to model dsb")
-        return defaults_for(self.model, **request_settings(self.settings, kwargs))
+        return defaults_for(self.model, **request_settings(self.model, self.settings, kwargs))
 
     def warn(self, key: str, message: str) -> None:
         """Log a warning, once for each key."""

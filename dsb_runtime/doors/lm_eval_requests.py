@@ -7,9 +7,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from lm_eval.api.instance import Instance
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dsb_runtime.config import check_int, rule_names, settings
+from dsb_runtime.defaults import defaults_for, fitted
 from dsb_runtime.doors.hf_generate import NEUTRAL, RENAMED
 from dsb_runtime.engine.stops import special_stops
 
@@ -47,25 +48,37 @@ def read_ids(named: Mapping[str, Any]) -> dict[str, Any]:
     return read
 
 
-def request_settings(own: Mapping[str, Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+def request_settings(
+    model: PreTrainedModel, own: Mapping[str, Any], kwargs: Mapping[str, Any]
+) -> dict[str, Any]:
     """The settings of a request whose `generation_kwargs` are `kwargs`, for `defaults_for`. `own`
     are those of `--model_args`. The request's temperature, `top_p` and `top_k` hold where it asks
     for sampling; any other setting in it (`--gen_kwargs threshold=0.8`) overrides the model's. A
-    number of tokens makes the canvas shorter, never longer than the model's."""
+    number of tokens makes the canvas shorter, never longer than that of `--model_args`, whose other
+    settings are `fitted` to it.
+
+    Raises:
+        TypeError, ValueError: the request's length is not accepted.
+    """
     kwargs = read_ids({name: value for name, value in kwargs.items() if value is not None})
     left = set(settings())
     if not (kwargs.get("do_sample", True) and kwargs.get("temperature", 0) > 0):
         left -= {"temperature", "top_p", "top_k"}
     override = {k: v for k, v in kwargs.items() if k in left}
+    before = defaults_for(model, **own).gen_length
     if set(rule_names()) & set(override):  # the request's rule replaces the model's
         own = {k: v for k, v in own.items() if k not in rule_names()}
     merged = {**own, **override}
-    length = next((kwargs[name] for name in LENGTHS if name in kwargs), None)
-    if length is not None:
-        check_int("max_gen_toks", length, 1)
-        merged["gen_length"] = min(merged.get("gen_length", length), length)
-        if isinstance(merged.get("block_length"), int):
-            merged["block_length"] = min(merged["block_length"], merged["gen_length"])
+    name = next((name for name in LENGTHS if name in kwargs), "gen_length")
+    lengths = {k: v for k, v in {**kwargs, **merged}.items() if k in (name, "gen_length")}
+    for name, length in lengths.items():
+        check_int(name, length, 1)
+    if lengths:
+        merged["gen_length"] = min(lengths.values())
+        # The steps that a request names are those of its own length.
+        own_steps = {"steps"} & set(override)
+        fits = {k: v for k, v in merged.items() if k not in own_steps and isinstance(v, int)}
+        merged |= fitted(fits, before, merged["gen_length"])
     return merged
 
 
