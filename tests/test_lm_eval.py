@@ -207,6 +207,7 @@ def test_what_a_request_asks_for(lm):
         ({"temperature": 0.7, "do_sample": True}, {"temperature": 0.7}),
         ({"temperature": 0.7, "do_sample": False}, {"temperature": 0}),
         ({"temperature": 0.7, "top_p": 0.9}, {"top_p": 0.9}),
+        ({"temperature": 0.7, "top_p": 1.0, "top_k": 0}, {"top_p": None, "top_k": None}),
         ({"temperature": 0.0, "top_p": 0.9}, {"top_p": None}),
     ):
         assert vars(lm.decoding_config(asked)).items() >= expected.items()

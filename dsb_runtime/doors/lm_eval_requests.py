@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dsb_runtime.config import check_int, rule_names, settings
 from dsb_runtime.defaults import defaults_for, fitted
-from dsb_runtime.doors.hf_generate import NEUTRAL, RENAMED
+from dsb_runtime.doors.hf_generate import NEUTRAL, RENAMED, no_cuts
 from dsb_runtime.engine.stops import special_stops
 
 # Names under which a request may say how many tokens its answer has at most.
@@ -65,6 +65,7 @@ def request_settings(
     if not (kwargs.get("do_sample", True) and kwargs.get("temperature", 0) > 0):
         left -= {"temperature", "top_p", "top_k"}
     override = {k: v for k, v in kwargs.items() if k in left}
+    override |= no_cuts(override)
     before = defaults_for(model, **own).gen_length
     if set(rule_names()) & set(override):  # the request's rule replaces the model's
         own = {k: v for k, v in own.items() if k not in rule_names()}
