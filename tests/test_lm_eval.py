@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from typing import Any
 
@@ -11,12 +12,14 @@ import yaml
 
 import dsb_runtime as dsb
 from dsb_kernels.rows import Row
+from dsb_runtime.cli import main as command
 from dsb_runtime.demo import MODEL_DIR
 from dsb_runtime.demo.problems import heldout
 from dsb_runtime.demo.tokenizer import chat_text
 from dsb_runtime.doors.likelihood import Scored, are_greedy, log_likelihoods
 from dsb_runtime.engine.lane import Lane
 from dsb_runtime.engine.step import StepShape
+from tests.checkpoints import write_chat_model
 from tests.golden import refusal
 
 lm_eval = pytest.importorskip("lm_eval", reason="needs the extra: pip install .[eval]")
@@ -280,6 +283,26 @@ def test_stop_strings_are_honoured(lm):
     unknown = [lm.tokenizer.unk_token_id, ids[0]]
     assert answer_text(lm.tokenizer, unknown, eos_ids, ["nowhere"]) == "Monday"
     assert answer_text(lm.tokenizer, [ids[0], *eos_ids, ids[2]], eos_ids, []) == "Monday"
+
+
+def test_an_answer_keeps_its_spaces(tmp_path, capsys):
+    """A tokenizer may ask to remove those before punctuation. The text is that of stop strings."""
+    folder = write_chat_model(tmp_path)
+    for name, old, new in (
+        ("tokenizer.json", '"w401":', '",":'),
+        ("tokenizer_config.json", "{", '{"clean_up_tokenization_spaces": true,'),
+    ):
+        file = folder / name
+        file.write_text(file.read_text().replace(old, new, 1))
+    spaced = DSBLM(str(folder), device="cpu", gen_length=16)
+    assert spaced.tokenizer.decode([51, 401]) == "w51,"
+    (whole,) = answers(spaced, ["w5 w6"])
+    assert " , " in whole
+    assert answers(spaced, ["w5 w6"], until=[" ,"]) == [whole.split(" ,")[0]]
+    command.main(
+        ["generate", "w5 w6", "--raw", "--model", str(folder), "--gen-length", "16", "--json"]
+    )
+    assert json.loads(capsys.readouterr().out)["answer"] == whole
 
 
 def test_padding_of_the_harness_costs_nothing(lm):

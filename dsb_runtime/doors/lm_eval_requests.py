@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from dsb_runtime.config import check_int, rule_names, settings
 from dsb_runtime.defaults import defaults_for, fitted
 from dsb_runtime.doors.hf_generate import NEUTRAL, RENAMED, no_cuts
-from dsb_runtime.engine.stops import special_stops
+from dsb_runtime.engine.stops import decoded_text, special_stops
 
 # Names under which a request may say how many tokens its answer has at most.
 LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
@@ -136,4 +136,4 @@ def answer_text(
     special token ends the response as an EOS does."""
     ends = special_stops(stops, tokenizer) | set(eos_ids)
     end = next((i for i, token in enumerate(ids) if token in ends), len(ids))
-    return cut_at_stop(str(tokenizer.decode(ids[:end], skip_special_tokens=True)), stops)
+    return cut_at_stop(decoded_text(tokenizer, ids[:end]), stops)
