@@ -16,6 +16,7 @@ from dsb_runtime.cli import main as command
 from dsb_runtime.demo import MODEL_DIR
 from dsb_runtime.demo.problems import heldout
 from dsb_runtime.demo.tokenizer import chat_text
+from dsb_runtime.doors import likelihood
 from dsb_runtime.doors.likelihood import Scored, are_greedy, log_likelihoods
 from dsb_runtime.engine.lane import Lane
 from dsb_runtime.engine.step import StepShape
@@ -395,3 +396,34 @@ def test_loglikelihood_of_whole_texts(lm):
     expected = sum(log_likelihoods(short.model, windows, samples=8))
     (actual,) = short.loglikelihood_rolling(requests("loglikelihood_rolling", [(text,)]))
     assert actual == pytest.approx(expected, abs=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["loglikelihood", "loglikelihood_rolling"])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, torch.OutOfMemoryError])
+def test_what_is_done_is_kept(kind, error, monkeypatch):
+    texts = [problem.prompt for problem in PROBLEMS[:4]]
+    asked = requests(kind, [(t,) if kind.endswith("rolling") else (t, " Monday 7") for t in texts])
+    kept: list[Any] = []
+    plain, calls, failing = likelihood.masked_log_probs, [], 0
+
+    def counted(model: Any, items: Any, masks: Any) -> list[float]:
+        calls.append(len(items))
+        if len(calls) == failing:
+            raise error
+        return plain(model, items, masks)
+
+    monkeypatch.setattr(likelihood, "masked_log_probs", counted)
+    auto = make("mc_num=2", batch_size="auto", max_batch_size=2)
+    monkeypatch.setattr(auto.cache_hook, "add_partial", lambda *result: kept.append(result[2]))
+    expected = getattr(auto, kind)(asked)
+    failing = len(calls)
+    calls.clear()
+    kept.clear()
+    if error is KeyboardInterrupt:
+        with pytest.raises(KeyboardInterrupt):
+            getattr(auto, kind)(asked)
+        assert len(kept) >= 2 and {*kept} < {*expected}
+    else:
+        actual = getattr(auto, kind)(asked)
+        assert torch.allclose(torch.tensor(actual), torch.tensor(expected), atol=1e-3)
+        assert len(kept) == 4 and sum(calls[failing:]) <= 4, "the rest alone is done again"

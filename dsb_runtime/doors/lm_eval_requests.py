@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from lm_eval.api.instance import Instance
@@ -115,6 +115,24 @@ def first_copies(requests: Sequence[Instance]) -> list[int]:
         source.append(i if len(same) < request.repeats else same[0])
         same.append(i)
     return source
+
+
+def added_up(
+    pieces: Sequence[int], on_total: Callable[[int, float], None]
+) -> Callable[[int, float], None]:
+    """A function of a piece's index and score, which calls `on_total` with the index and the total
+    of a text once all of its pieces have come, in whatever order. `pieces` says how many each text
+    has; those of a text stand side by side."""
+    text_of = [text for text, count in enumerate(pieces) for _ in range(count)]
+    scores: list[dict[int, float]] = [{} for _ in pieces]
+
+    def add(piece: int, score: float) -> None:
+        text = text_of[piece]
+        scores[text][piece] = score
+        if len(scores[text]) == pieces[text]:  # they are added in the text's own order
+            on_total(text, sum(score for _, score in sorted(scores[text].items())))
+
+    return add
 
 
 def stops_of(request: Instance) -> list[str]:
