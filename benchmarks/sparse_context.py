@@ -29,6 +29,7 @@ from dsb_runtime.engine.engine import Engine
 from dsb_runtime.engine.loop import LaunchedStep, Loop
 from dsb_runtime.engine.session import Session
 from dsb_runtime.engine.step import StepShape
+from dsb_runtime.engine.stops import decoded_text
 from dsb_runtime.measure.scores import wilson
 
 # The cache, whether the block is the whole response, and whether `context_masks` and `eos_bound`
@@ -82,8 +83,7 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
             line["forwards"] += sum(out.row_nfe)
             for row, problem in enumerate(part):
                 answer = out.sequences[row, ids.shape[1] :][: out.row_tokens[row]]
-                text = str(tokenizer.decode(answer, skip_special_tokens=True))
-                line["exact"] += task.is_exact(problem, text)
+                line["exact"] += task.is_exact(problem, decoded_text(tokenizer, answer))
     for line in lines:
         del line["config"]
         line["positions"] = line.pop("engine").loop.positions

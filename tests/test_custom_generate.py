@@ -94,13 +94,15 @@ def test_sampling():
     assert actual(GenerationConfig(top_k=49), **hot) == expected(top_k=49, **hot) != expected(**hot)
     config = GenerationConfig(do_sample=True, top_k=7, top_p=0.8, temperature=0.5)
     assert actual(config) == expected(temperature=0.5, top_p=0.8, top_k=7)
+    uncut = {"top_p": 1.0, "top_k": 0}
+    assert actual(**hot, **uncut) == expected(**hot)
     free = []
     for _ in range(2):
         torch.manual_seed(3)
         free.append(actual(seed=None, temperature=2.0))
     assert free[0] == free[1]
     greedy = direct(model).sequences.tolist()
-    assert actual(do_sample=False, seed=None, temperature=1.0) == greedy
+    assert actual(do_sample=False, seed=None, temperature=1.0, **uncut) == greedy
 
 
 def test_transformers_stumbles_over_a_string_as_cache():
@@ -200,6 +202,8 @@ REFUSED: dict[str, Any] = {
     "no_repeat_ngram_size": 3,
     "begin_suppress_tokens": [5],
     "sequence_bias": {(5,): 1.0},
+    "force_words_ids": [[5]],
+    "constraints": [5],
     "min_p": 0.1,
     "max_time": 1.0,
     "prompt_lookup_num_tokens": 2,

@@ -112,12 +112,12 @@ def test_the_estimate_is_within_sampling_error_of_the_enumeration(family):
 def test_neither_batch_nor_order_changes_an_estimate(family, batch_size):
     model = golden.model(family)
     alone = [log_likelihoods(model, [item], samples=9)[0] for item in LONGER]
-    done: list[int] = []
+    done: dict[int, float] = {}
     actual = log_likelihoods(
-        model, LONGER[::-1], samples=9, batch_size=batch_size, on_done=done.append
+        model, LONGER[::-1], samples=9, batch_size=batch_size, on_done=done.__setitem__
     )
     assert actual[::-1] == pytest.approx(alone, abs=1e-4)
-    assert sum(done) == len(LONGER)
+    assert done == dict(enumerate(actual))
 
 
 # --- the greedy flag -----------------------------------------------------------------------------

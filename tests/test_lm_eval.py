@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from typing import Any
 
@@ -11,12 +12,15 @@ import yaml
 
 import dsb_runtime as dsb
 from dsb_kernels.rows import Row
+from dsb_runtime.cli import main as command
 from dsb_runtime.demo import MODEL_DIR
 from dsb_runtime.demo.problems import heldout
 from dsb_runtime.demo.tokenizer import chat_text
+from dsb_runtime.doors import likelihood
 from dsb_runtime.doors.likelihood import Scored, are_greedy, log_likelihoods
 from dsb_runtime.engine.lane import Lane
 from dsb_runtime.engine.step import StepShape
+from tests.checkpoints import write_chat_model
 from tests.golden import refusal
 
 lm_eval = pytest.importorskip("lm_eval", reason="needs the extra: pip install .[eval]")
@@ -207,6 +211,7 @@ def test_what_a_request_asks_for(lm):
         ({"temperature": 0.7, "do_sample": True}, {"temperature": 0.7}),
         ({"temperature": 0.7, "do_sample": False}, {"temperature": 0}),
         ({"temperature": 0.7, "top_p": 0.9}, {"top_p": 0.9}),
+        ({"temperature": 0.7, "top_p": 1.0, "top_k": 0}, {"top_p": None, "top_k": None}),
         ({"temperature": 0.0, "top_p": 0.9}, {"top_p": None}),
     ):
         assert vars(lm.decoding_config(asked)).items() >= expected.items()
@@ -215,9 +220,18 @@ def test_what_a_request_asks_for(lm):
     for name, value in (("repetition_penalty", 1.2), ("num_beams", 4), ("stop_strings", ["a"])):
         with refusal(f"generation_kwargs {name}={value!r}: model dsb cannot honour it; expected"):
             lm.decoding_config({name: value})
-    # A named block shrinks with a short request.
+    # Named settings follow a short request.
     config = make("block_length=32").decoding_config({"max_gen_toks": 8})
     assert (config.gen_length, config.block_length) == (8, 8)
+    fitting = make("gen_length=32,steps=16,min_new_tokens=24")
+    for asked, steps in (
+        ({"max_gen_toks": 16}, 8), ({"gen_length": 16}, 8), ({"max_gen_toks": 16, "steps": 9}, 9),
+        ({"max_gen_toks": 40}, 16), ({"gen_length": 64}, 32),
+    ):  # fmt: skip
+        config = fitting.decoding_config(asked)
+        assert (config.steps, config.min_new_tokens) == (steps, min(24, config.gen_length))
+    with refusal("gen_length='x': expected an int", kind=TypeError):
+        fitting.decoding_config({"max_gen_toks": 8, "gen_length": "x"})
 
 
 def test_what_means_nothing_is_said_once(lm, caplog):
@@ -270,6 +284,26 @@ def test_stop_strings_are_honoured(lm):
     unknown = [lm.tokenizer.unk_token_id, ids[0]]
     assert answer_text(lm.tokenizer, unknown, eos_ids, ["nowhere"]) == "Monday"
     assert answer_text(lm.tokenizer, [ids[0], *eos_ids, ids[2]], eos_ids, []) == "Monday"
+
+
+def test_an_answer_keeps_its_spaces(tmp_path, capsys):
+    """A tokenizer may ask to remove those before punctuation. The text is that of stop strings."""
+    folder = write_chat_model(tmp_path)
+    for name, old, new in (
+        ("tokenizer.json", '"w401":', '",":'),
+        ("tokenizer_config.json", "{", '{"clean_up_tokenization_spaces": true,'),
+    ):
+        file = folder / name
+        file.write_text(file.read_text().replace(old, new, 1))
+    spaced = DSBLM(str(folder), device="cpu", gen_length=16)
+    assert spaced.tokenizer.decode([51, 401]) == "w51,"
+    (whole,) = answers(spaced, ["w5 w6"])
+    assert " , " in whole
+    assert answers(spaced, ["w5 w6"], until=[" ,"]) == [whole.split(" ,")[0]]
+    command.main(
+        ["generate", "w5 w6", "--raw", "--model", str(folder), "--gen-length", "16", "--json"]
+    )
+    assert json.loads(capsys.readouterr().out)["answer"] == whole
 
 
 def test_padding_of_the_harness_costs_nothing(lm):
@@ -362,3 +396,34 @@ def test_loglikelihood_of_whole_texts(lm):
     expected = sum(log_likelihoods(short.model, windows, samples=8))
     (actual,) = short.loglikelihood_rolling(requests("loglikelihood_rolling", [(text,)]))
     assert actual == pytest.approx(expected, abs=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["loglikelihood", "loglikelihood_rolling"])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, torch.OutOfMemoryError])
+def test_what_is_done_is_kept(kind, error, monkeypatch):
+    texts = [problem.prompt for problem in PROBLEMS[:4]]
+    asked = requests(kind, [(t,) if kind.endswith("rolling") else (t, " Monday 7") for t in texts])
+    kept: list[Any] = []
+    plain, calls, failing = likelihood.masked_log_probs, [], 0
+
+    def counted(model: Any, items: Any, masks: Any) -> list[float]:
+        calls.append(len(items))
+        if len(calls) == failing:
+            raise error
+        return plain(model, items, masks)
+
+    monkeypatch.setattr(likelihood, "masked_log_probs", counted)
+    auto = make("mc_num=2", batch_size="auto", max_batch_size=2)
+    monkeypatch.setattr(auto.cache_hook, "add_partial", lambda *result: kept.append(result[2]))
+    expected = getattr(auto, kind)(asked)
+    failing = len(calls)
+    calls.clear()
+    kept.clear()
+    if error is KeyboardInterrupt:
+        with pytest.raises(KeyboardInterrupt):
+            getattr(auto, kind)(asked)
+        assert len(kept) >= 2 and {*kept} < {*expected}
+    else:
+        actual = getattr(auto, kind)(asked)
+        assert torch.allclose(torch.tensor(actual), torch.tensor(expected), atol=1e-3)
+        assert len(kept) == 4 and sum(calls[failing:]) <= 4, "the rest alone is done again"

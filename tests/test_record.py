@@ -114,6 +114,9 @@ def test_samples_of_a_prompt_have_their_own_noise():
     how["attention_mask"] = mask.repeat_interleave(3, 0)
     same = dsb.generate(model, ids.repeat_interleave(3, 0), generator=seed(1), **how)
     assert torch.equal(out.sequences, same.sequences)
+    drawn = {"gen_length": 16, "confidence": "random", "steps": 8, "num_return_sequences": 2}
+    out = dsb.generate(model, ids[:1], record=True, **drawn)
+    assert not torch.equal(*out.step_map), "a drawn order makes samples differ, too"
     blank = torch.cat([rows[0], torch.tensor([511, 511, 4])])[None]
     assert len(dsb.infill(model, blank, num_return_sequences=2, temperature=1.0).row_nfe) == 2
 

@@ -21,6 +21,7 @@ from dsb_runtime.config import DecodingConfig, check_int, check_real
 from dsb_runtime.doors.openai.asked import prompt_ids
 from dsb_runtime.engine.engine import generate, infill
 from dsb_runtime.engine.output import GenerationOutput, StepEvent
+from dsb_runtime.engine.stops import decoded_text
 from dsb_runtime.families import check_model
 from dsb_runtime.measure.plots import check_picture
 from dsb_runtime.measure.trace import Trace
@@ -154,8 +155,7 @@ def run(
 
     tokens = out.row_tokens[0]
     response = out.sequences[0, prompt : prompt + config.gen_length]
-    ids = response[:tokens]
-    answer = str(tokenizer.decode(ids, skip_special_tokens=True)).strip()
+    answer = decoded_text(tokenizer, response[:tokens]).strip()
     if args.json:
         print(json.dumps({
             "answer": answer, "tokens": tokens, "forwards": out.nfe,

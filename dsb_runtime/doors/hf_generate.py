@@ -46,7 +46,7 @@ NEUTRAL: dict[str, Any] = {
     "repetition_penalty": 1.0, "encoder_repetition_penalty": 1.0, "no_repeat_ngram_size": 0,
     "encoder_no_repeat_ngram_size": 0, "exponential_decay_length_penalty": None,
     "max_time": None, "min_p": None, "top_h": None, "typical_p": 1.0,
-    "epsilon_cutoff": 0.0, "eta_cutoff": 0.0,
+    "epsilon_cutoff": 0.0, "eta_cutoff": 0.0, "constraints": None, "force_words_ids": None,
     "renormalize_logits": False, "remove_invalid_values": False,
     "begin_suppress_tokens": None, "sequence_bias": None,
     "forced_bos_token_id": None, "forced_eos_token_id": None, "guidance_scale": None,
@@ -168,21 +168,25 @@ def check_fields(
             refuse(name, type(value).__name__, None)
 
 
+def no_cuts(named: dict[str, Any]) -> dict[str, None]:
+    """None for those of `top_p` and `top_k` by which transformers cuts nothing."""
+    cut = {name: value for name, value in named.items() if not isinstance(value, bool)}
+    return {name: None for name, value in (("top_p", 1), ("top_k", 0)) if cut.get(name) == value}
+
+
 def read_sampling(config: GenerationConfig, named: dict[str, Any]) -> dict[str, Any]:
     """The temperature, `top_p` and `top_k` of the call, or else those of the GenerationConfig."""
-    temperature, top_p, top_k = (named.get(n) for n in ("temperature", "top_p", "top_k"))
+    values = {name: named.get(name) for name in ("temperature", "top_p", "top_k")}
     if not config.do_sample:
-        for name, neutral in (("temperature", (0, 1)), ("top_p", (1,)), ("top_k", ())):
-            if named.get(name) is not None and named[name] not in neutral:
-                raise ValueError(f"{name}={named[name]!r}: expected do_sample=True with it")
-        return {"temperature": None, "top_p": None, "top_k": None}
-    if temperature is None:
-        temperature = config.temperature
-    if top_p is None and config.top_p not in (None, 1.0):
-        top_p = config.top_p
-    if top_k is None and config.top_k not in (None, 0, DEFAULT_TOP_K):
-        top_k = config.top_k
-    return {"temperature": temperature, "top_p": top_p, "top_k": top_k}
+        neutral = {"temperature": (0, 1), "top_p": (1,), "top_k": (0, DEFAULT_TOP_K)}
+        for name, value in values.items():
+            if value is not None and value not in neutral[name]:
+                raise ValueError(f"{name}={value!r}: expected do_sample=True with it")
+        return dict.fromkeys(values)
+    for name in [name for name, value in values.items() if value is None]:
+        if name != "top_k" or config.top_k != DEFAULT_TOP_K:
+            values[name] = getattr(config, name)
+    return values | no_cuts(values)
 
 
 def read_processors(

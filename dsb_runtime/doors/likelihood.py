@@ -100,18 +100,23 @@ def log_likelihoods(
     samples: int = 128,
     seed: int = 0,
     batch_size: int = 1,
-    on_done: Callable[[int], None] | None = None,
+    known: dict[int, float] | None = None,
+    on_done: Callable[[int, float], None] | None = None,
 ) -> list[float]:
     """The Monte-Carlo estimate for every item, which depends on the seed and not on the batch.
 
     Args:
         samples: number of masks for each item; equal ones are computed once.
         batch_size: masked texts in one forward, of one item or several.
-        on_done: called after each forward with the number of items that it finished.
+        known: estimates by the index of their items, which are not made again. Those of the other
+            items are added as they are finished.
+        on_done: called with the index and the estimate of each item that is finished.
     """
     # The longest items come first, so that batches have little padding and a batch that does not
     # fit into memory fails at once.
-    order = sorted(range(len(items)), key=lambda i: -len(items[i].prompt) - len(items[i].text))
+    known = {} if known is None else known
+    order = [i for i in range(len(items)) if i not in known]
+    order.sort(key=lambda i: -len(items[i].prompt) - len(items[i].text))
     left: dict[int, int] = {}
 
     def masked_texts() -> Iterator[tuple[int, Tensor, float]]:
@@ -128,9 +133,21 @@ def log_likelihoods(
         for i, weight, log_prob in zip(index, weights, log_probs, strict=True):
             total[i] += weight * log_prob
             left[i] -= 1
-        if on_done is not None:
-            on_done(sum(left[i] == 0 for i in set(index)))
-    return total
+        for i in dict.fromkeys(index):
+            if left[i] == 0:
+                known[i] = total[i]
+                if on_done is not None:
+                    on_done(i, total[i])
+    return [known[i] for i in range(len(items))]
+
+
+def by_text_length(items: Sequence[Scored]) -> dict[int, list[int]]:
+    """The indices of the items by the length of their text, the longest prompts first: in the order
+    in which `log_likelihoods` finishes those of one length."""
+    groups: dict[int, list[int]] = defaultdict(list)
+    for i in sorted(range(len(items)), key=lambda i: -len(items[i].prompt)):
+        groups[len(items[i].text)].append(i)
+    return groups
 
 
 def are_greedy(
@@ -138,12 +155,8 @@ def are_greedy(
 ) -> list[bool]:
     """Whether decoding as many tokens as the text has, one in each step, returns the text."""
     greedy = [False] * len(items)
-    by_length: dict[int, list[int]] = defaultdict(list)
-    for i, item in enumerate(items):
-        by_length[len(item.text)].append(i)
     device = model.device
-    for length, members in by_length.items():
-        members.sort(key=lambda i: -len(items[i].prompt))
+    for length, members in by_text_length(items).items():
         for first in range(0, len(members), batch_size):
             part = members[first : first + batch_size]
             ids, mask = left_pad([items[i].prompt for i in part])

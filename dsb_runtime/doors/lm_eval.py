@@ -34,8 +34,9 @@ from tqdm import tqdm
 
 from dsb_runtime.config import DecodingConfig, check_bool, check_int, settings
 from dsb_runtime.defaults import defaults_for
-from dsb_runtime.doors.likelihood import Scored, are_greedy, log_likelihoods
+from dsb_runtime.doors.likelihood import Scored, are_greedy, by_text_length, log_likelihoods
 from dsb_runtime.doors.lm_eval_requests import (
+    added_up,
     answer_text,
     check_request,
     first_batch_size,
@@ -153,7 +154,7 @@ class DSBLM(TemplateLM):
         for name in check_request(kwargs):
             what = f"generation_kwargs {name}={kwargs[name]!r}"
             self.warn(name, f"{what} means nothing to model dsb")
-        return defaults_for(self.model, **request_settings(self.settings, kwargs))
+        return defaults_for(self.model, **request_settings(self.model, self.settings, kwargs))
 
     def warn(self, key: str, message: str) -> None:
         """Log a warning, once for each key."""
@@ -289,13 +290,20 @@ class DSBLM(TemplateLM):
         **kwargs: Any,
     ) -> list[tuple[float, bool]]:
         items = [self.scored(prompt, text) for _, prompt, text in requests]
-        totals = self.score(items, "loglikelihood", disable_tqdm)
-        greedy = [False] * len(items)
-        if self.check_greedy:
-            greedy = self.fitting(lambda n: are_greedy(self.model, items, batch_size=n))
-        results = list(zip(totals, greedy, strict=True))
-        for (texts, _, _), result in zip(requests, results, strict=True):
-            self.cache_hook.add_partial("loglikelihood", texts, result)
+        results = [(0.0, False)] * len(items)
+        groups, greedy = by_text_length(items), dict[int, bool]()
+
+        def done(i: int, total: float) -> None:
+            if self.check_greedy and i not in greedy:  # a batch is checked at its first item
+                group, size = groups[len(items[i].text)], self.batch_size
+                part, group[:] = group[:size], group[size:]
+                texts = [items[k] for k in part]
+                flags = self.fitting(lambda n: are_greedy(self.model, texts, batch_size=n))
+                greedy.update(zip(part, flags, strict=True))
+            results[i] = total, greedy.get(i, False)
+            self.cache_hook.add_partial("loglikelihood", requests[i][0], results[i])
+
+        self.score(items, "loglikelihood", disable_tqdm, done)
         return results
 
     def loglikelihood_rolling(
@@ -310,11 +318,14 @@ class DSBLM(TemplateLM):
                 ids, self.prefix_token_id, max_seq_len=self.max_length - 1, context_len=1
             )
             pieces.append([self.scored(*make_disjoint_window(window)) for window in windows])
-        items = list(itertools.chain(*pieces))
-        scores = iter(self.score(items, "loglikelihood_rolling", disable_tqdm))
-        totals = [sum(itertools.islice(scores, len(of_text)), 0.0) for of_text in pieces]
-        for request, total in zip(requests, totals, strict=True):
-            self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
+        items, totals = list(itertools.chain(*pieces)), [0.0] * len(pieces)
+
+        def done(text: int, total: float) -> None:
+            totals[text] = total
+            self.cache_hook.add_partial("loglikelihood_rolling", requests[text].args, total)
+
+        adding = added_up([len(of_text) for of_text in pieces], done)
+        self.score(items, "loglikelihood_rolling", disable_tqdm, adding)
         return totals
 
     def scored(self, prompt: list[int], text: list[int]) -> Scored:
@@ -324,18 +335,26 @@ class DSBLM(TemplateLM):
             raise ValueError(f"a continuation of {len(text)} tokens: expected 1 to {most}")
         return Scored(tuple(self.cut_prompt(prompt, self.max_length - len(text))), tuple(text))
 
-    def score(self, items: list[Scored], name: str, disable_tqdm: bool) -> list[float]:
+    def score(
+        self, items: list[Scored], name: str, disable_tqdm: bool,
+        on_done: Callable[[int, float], None],
+    ) -> None:  # fmt: skip
+        """Call `on_done` with the index and the log-likelihood of each item once it is known. What
+        is known is lost neither by an interrupt nor by a batch that does not fit."""
         if scale := self.settings.get("cfg_scale"):
             raise ValueError(f"cfg_scale={scale}: {name} is that of the model alone; expected 0")
 
-        def run(batch_size: int) -> list[float]:
-            with self.bar(len(items), name, disable_tqdm) as bar:
-                return log_likelihoods(
-                    self.model, items, samples=self.mc_num, seed=self.seed, batch_size=batch_size,
-                    on_done=bar.update,
-                )  # fmt: skip
+        known: dict[int, float] = {}
 
-        return self.fitting(run)
+        def done(i: int, total: float) -> None:
+            on_done(i, total)
+            bar.update()
+
+        with self.bar(len(items), name, disable_tqdm) as bar:
+            self.fitting(lambda n: log_likelihoods(
+                self.model, items, samples=self.mc_num, seed=self.seed, batch_size=n, known=known,
+                on_done=done,
+            ))  # fmt: skip
 
     def bar(self, total: int, name: str, disable: bool) -> tqdm:
         return tqdm(total=total, desc=name, disable=disable or self._rank != 0)

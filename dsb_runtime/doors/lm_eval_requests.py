@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from lm_eval.api.instance import Instance
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dsb_runtime.config import check_int, rule_names, settings
-from dsb_runtime.doors.hf_generate import NEUTRAL, RENAMED
-from dsb_runtime.engine.stops import special_stops
+from dsb_runtime.defaults import defaults_for, fitted
+from dsb_runtime.doors.hf_generate import NEUTRAL, RENAMED, no_cuts
+from dsb_runtime.engine.stops import decoded_text, special_stops
 
 # Names under which a request may say how many tokens its answer has at most.
 LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
@@ -47,25 +48,38 @@ def read_ids(named: Mapping[str, Any]) -> dict[str, Any]:
     return read
 
 
-def request_settings(own: Mapping[str, Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+def request_settings(
+    model: PreTrainedModel, own: Mapping[str, Any], kwargs: Mapping[str, Any]
+) -> dict[str, Any]:
     """The settings of a request whose `generation_kwargs` are `kwargs`, for `defaults_for`. `own`
     are those of `--model_args`. The request's temperature, `top_p` and `top_k` hold where it asks
     for sampling; any other setting in it (`--gen_kwargs threshold=0.8`) overrides the model's. A
-    number of tokens makes the canvas shorter, never longer than the model's."""
+    number of tokens makes the canvas shorter, never longer than that of `--model_args`, whose other
+    settings are `fitted` to it.
+
+    Raises:
+        TypeError, ValueError: the request's length is not accepted.
+    """
     kwargs = read_ids({name: value for name, value in kwargs.items() if value is not None})
     left = set(settings())
     if not (kwargs.get("do_sample", True) and kwargs.get("temperature", 0) > 0):
         left -= {"temperature", "top_p", "top_k"}
     override = {k: v for k, v in kwargs.items() if k in left}
+    override |= no_cuts(override)
+    before = defaults_for(model, **own).gen_length
     if set(rule_names()) & set(override):  # the request's rule replaces the model's
         own = {k: v for k, v in own.items() if k not in rule_names()}
     merged = {**own, **override}
-    length = next((kwargs[name] for name in LENGTHS if name in kwargs), None)
-    if length is not None:
-        check_int("max_gen_toks", length, 1)
-        merged["gen_length"] = min(merged.get("gen_length", length), length)
-        if isinstance(merged.get("block_length"), int):
-            merged["block_length"] = min(merged["block_length"], merged["gen_length"])
+    name = next((name for name in LENGTHS if name in kwargs), "gen_length")
+    lengths = {k: v for k, v in {**kwargs, **merged}.items() if k in (name, "gen_length")}
+    for name, length in lengths.items():
+        check_int(name, length, 1)
+    if lengths:
+        merged["gen_length"] = min(lengths.values())
+        # The steps that a request names are those of its own length.
+        own_steps = {"steps"} & set(override)
+        fits = {k: v for k, v in merged.items() if k not in own_steps and isinstance(v, int)}
+        merged |= fitted(fits, before, merged["gen_length"])
     return merged
 
 
@@ -103,6 +117,24 @@ def first_copies(requests: Sequence[Instance]) -> list[int]:
     return source
 
 
+def added_up(
+    pieces: Sequence[int], on_total: Callable[[int, float], None]
+) -> Callable[[int, float], None]:
+    """A function of a piece's index and score, which calls `on_total` with the index and the total
+    of a text once all of its pieces have come, in whatever order. `pieces` says how many each text
+    has; those of a text stand side by side."""
+    text_of = [text for text, count in enumerate(pieces) for _ in range(count)]
+    scores: list[dict[int, float]] = [{} for _ in pieces]
+
+    def add(piece: int, score: float) -> None:
+        text = text_of[piece]
+        scores[text][piece] = score
+        if len(scores[text]) == pieces[text]:  # they are added in the text's own order
+            on_total(text, sum(score for _, score in sorted(scores[text].items())))
+
+    return add
+
+
 def stops_of(request: Instance) -> list[str]:
     """The strings at which the answer to a request ends."""
     stops = request.args[1].get("until") or []
@@ -122,4 +154,4 @@ def answer_text(
     special token ends the response as an EOS does."""
     ends = special_stops(stops, tokenizer) | set(eos_ids)
     end = next((i for i, token in enumerate(ids) if token in ends), len(ids))
-    return cut_at_stop(str(tokenizer.decode(ids[:end], skip_special_tokens=True)), stops)
+    return cut_at_stop(decoded_text(tokenizer, ids[:end]), stops)

@@ -242,10 +242,10 @@ def check_tokens(info: DiffusionInfo, config: DecodingConfig, vocab: int) -> Non
 def check_samples(num_return_sequences: Any, config: DecodingConfig) -> None:
     """Check how many samples of each row are wanted."""
     check_int("num_return_sequences", num_return_sequences, 1)
-    if num_return_sequences > 1 and config.temperature == 0:
+    if num_return_sequences > 1 and not config.draws:
         raise ValueError(
             f"num_return_sequences={num_return_sequences}: all of them are the same at "
-            "temperature=0; expected a temperature above 0"
+            "temperature=0; expected a temperature above 0, or an order that is drawn"
         )
 
 

@@ -26,6 +26,14 @@ def special_stops(stops: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> s
     return {token for token in special if tokenizer.convert_ids_to_tokens(token) in set(stops)}
 
 
+def decoded_text(tokenizer: PreTrainedTokenizerBase, ids: list[int] | Tensor) -> str:
+    """The text of a response's tokens, by every door. Spaces before punctuation stay, whatever the
+    tokenizer's own default is: otherwise later tokens would change the text of earlier ones, and a
+    stop string that was reached might not stand in the answer."""
+    text = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return str(text)
+
+
 class StopStrings:
     """Where a list of tokens first completes one of some strings. A stop string may begin and end
     inside of tokens. One that is a special token is that token, whatever the text is."""
@@ -37,9 +45,7 @@ class StopStrings:
     def reached(self, ids: list[int]) -> bool:
         """Whether the tokens contain a stop string. Half a character, with which they may end, is
         decoded to U+FFFD, and never to a part of a stop string."""
-        text = str(
-            self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        )
+        text = decoded_text(self.tokenizer, ids)
         return any(stop in text for stop in self.strings) or not self.tokens.isdisjoint(ids)
 
     def length(self, ids: list[int]) -> int | None:

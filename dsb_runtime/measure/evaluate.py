@@ -22,6 +22,7 @@ from dsb_kernels.rules import RULES, Rule
 from dsb_runtime.config import DecodingConfig, check_int
 from dsb_runtime.demo.tasks import TASKS, Task
 from dsb_runtime.engine.batch import generate_batch
+from dsb_runtime.engine.stops import decoded_text
 from dsb_runtime.families import check_model
 from dsb_runtime.files import sole_writer
 from dsb_runtime.measure.command import add_output
@@ -151,7 +152,7 @@ def measure(
     prompts = encode_prompts(tokenizer, problems)
     for index, out in generate_batch(model, prompts, config, max_rows=max_rows):
         length, response = out.row_tokens[0], out.sequences[0, len(prompts[index]) :]
-        answer = str(tokenizer.decode(response[:length], skip_special_tokens=True))
+        answer = decoded_text(tokenizer, response[:length])
         exact += task.is_exact(problems[index], answer)
         forwards += out.nfe
         tokens += length
