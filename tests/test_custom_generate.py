@@ -133,7 +133,7 @@ def test_confidences_by_their_published_names():
         run(model, IDS, remasking="random", confidence="random", steps=6)
 
 
-def test_eos():
+def test_eos(monkeypatch):
     width, asked = ENDING.shape[1], {"threshold": 0.5, "return_dict_in_generate": True}
     with biased_to_eos("llada") as model:
         whole = direct(model, ENDING, threshold=0.5, stop_at_eos=False)
@@ -151,6 +151,15 @@ def test_eos():
             assert actual.row_tokens == [count]
             assert actual.sequences[0, width + count :].tolist() == [other] * (24 - count)
         assert model.dsb == golden.model("llada").dsb, "the model keeps its own"
+        monkeypatch.setattr(model.generation_config, "eos_token_id", other)
+        for config in ([], [GenerationConfig(eos_token_id=other)]):
+            assert run(model, ENDING, *config, **asked).row_tokens == [count]
+        assert run(model, ENDING, min_new_tokens=24, **asked).row_tokens == [24]
+    named = dsb.load_model(golden.DATA / "llada", device="cpu", eos_ids=(other,))
+    assert (
+        run(named, ENDING, **asked).sequences.tolist()
+        == direct(named, ENDING, threshold=0.5).sequences.tolist()
+    ), "the ids that load_model was given"
 
 
 class Recorder(BaseStreamer):

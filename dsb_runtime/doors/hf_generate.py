@@ -262,8 +262,11 @@ def model_with_eos(
     model's own ids. For the call it makes another one, with buffers and captured steps of its own.
     """
     info = check_model(model)
-    if named is None and config.eos_token_id != model.generation_config.eos_token_id:
-        named = config.eos_token_id
+    if named is None:
+        theirs, own = config.eos_token_id, model.generation_config.eos_token_id
+        ids = theirs if isinstance(theirs, list) else [theirs]
+        # The model's own generation config may have got others since the model was loaded.
+        named = theirs if theirs != own or not {*ids} <= {*info.eos_ids} else None
     if named is None:
         return model
     eos_ids = tuple(named) if isinstance(named, (list, tuple)) else (named,)

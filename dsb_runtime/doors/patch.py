@@ -170,7 +170,10 @@ def patch(
     attributes = diffusion_attributes(info)
     # A model that has this one is patched: it is set last, and `unpatch` removes it first.
     attributes["dsb_generate"] = BoundGenerate(model)
+    # `custom_generate` follows the generation config's ids, which may be others than the caller's.
+    ends = {} if eos_ids is None else {"eos_token_id": list(info.eos_ids) or None}
     ours: list[tuple[Any, dict[str, Any]]] = [
+        (model.generation_config, ends),
         (config, {"is_causal": False, "mask_token_id": info.mask_id}), (model, attributes),
     ]  # fmt: skip
     replaced = [
@@ -196,7 +199,8 @@ def unpatch(model: PreTrainedModel) -> PreTrainedModel:
         return given
     before, replaced = vars(model)[REPLACED]
     vars(model).pop(ENGINE, None)
-    for target, values in zip((model, model.config), reversed(replaced), strict=True):
+    targets = (model, model.config, model.generation_config)
+    for target, values in zip(targets, reversed(replaced), strict=True):
         for name, value in reversed(values.items()):  # [the value before], [] where none was
             if value:
                 setattr(target, name, value[0])

@@ -245,7 +245,11 @@ def read_model(
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from None
     if arguments.get("generation_config") is None:
-        arguments["generation_config"] = read_generation(folder, raw)
+        generation = arguments["generation_config"] = read_generation(folder, raw)
+        ends = generation.eos_token_id
+        if any(end not in info.eos_ids for end in (ends if isinstance(ends, list) else [ends])):
+            # `custom_generate` follows these ids, and the caller's come before the checkpoint's.
+            generation.eos_token_id = [*info.eos_ids] or None
     model, report = from_pretrained(
         folder, config=config, key_mapping=mapping or None, use_safetensors=True,
         local_files_only=True, output_loading_info=True, **arguments,
