@@ -175,7 +175,9 @@ class Completions:
 
     def canvas(self, event: RowEvent) -> dict[str, Any]:
         for token in set(event.response) - set(self.words):
-            self.words[token] = str(self.tokenizer.decode([token]))
+            self.words[token] = str(
+                self.tokenizer.decode([token], clean_up_tokenization_spaces=False)
+            )
         tokens = [self.words[token] for token in event.response]
         return {"forward": event.forward, "block": list(event.block), "tokens": tokens}
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from transformers import PreTrainedTokenizerBase
 
-from dsb_runtime.engine.stops import StopStrings
+from dsb_runtime.engine.stops import StopStrings, decoded_text
 
 HALF = "\ufffd"  # what the bytes of half a character are decoded to
 CONTEXT = 8  # with so many tokens before them tokens are decoded, at least
@@ -39,11 +39,7 @@ class GrowingText:
         """The text of the first `count` tokens from `first` on, up to an EOS."""
         ids = self.ids[first:count]
         end = next((i for i, token in enumerate(ids) if token in self.eos_ids), count)
-        return str(
-            self.tokenizer.decode(
-                ids[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False
-            )
-        )
+        return decoded_text(self.tokenizer, ids[:end])
 
     def stop_at(self, text: str) -> int:
         """Where the first stop string begins in a text, or -1."""
