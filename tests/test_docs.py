@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import itertools
+import json
 import re
 
 import pytest
@@ -53,6 +55,23 @@ def test_every_op_has_an_api_entry_with_a_docstring():
 def test_every_module_says_what_it_is():
     for folder in re.findall(r"<!-- modules: (\S+) -->", TEXTS[ROOT / "docs/design.md"]):
         assert not re.findall(r"^\| `(\S+)` \|  \|$", hooks.modules(folder), re.MULTILINE)
+
+
+def test_the_times_of_a_step_are_those_of_the_kept_file():
+    runs = json.loads((ROOT / "benchmarks/decode_60m.json").read_text())["runs"]
+    kinds = runs[0]["seconds"]
+    ms = {kind: [f"{1000 * run['seconds'][kind]:.0f}" for run in runs] for kind in kinds}
+    others = [kind for kind in kinds if kind != "ours"]
+    ratio = {kind: [f"{run[f'ours_over_{kind}']:.2f}" for run in runs] for kind in others}
+    readme, results = (TEXTS[ROOT / page] for page in ("README.md", "docs/results.md"))
+    for name, values in (
+        ("this package", ms["ours"]), ("plain eager loop (`benchmarks/eager.py`)", ms["eager"]),
+        ("ratio, median of five rounds", ratio["eager"]),
+    ):  # fmt: skip
+        assert f"| {name} | {' | '.join(values)} |" in readme
+    for kind in ratio:
+        cells = itertools.chain.from_iterable(zip(ms[kind], ratio[kind], strict=True))
+        assert f" | {' | '.join(cells)} |\n" in results
 
 
 def messages() -> list[str]:
