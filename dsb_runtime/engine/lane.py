@@ -217,7 +217,7 @@ class Lane:
         return table
 
     def step(self) -> None:
-        """Run one step."""
+        """Run the lane's next step. Requests that end with it, or fail in it, leave their rows."""
         shape, rows = self.next_shape()
         try:
             self.table = self.launch(shape)

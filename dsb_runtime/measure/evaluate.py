@@ -228,9 +228,10 @@ def show_part(record: Record, args: argparse.Namespace) -> None:
         )
     if not part.scores:
         lengths = sorted({score.config.block_length for score in record.scores})
-        named = f"--block-length {' '.join(map(str, args.block_length or ()))}".strip()
+        named = ["--quick"] if args.quick else []
+        named += ["--block-length", *map(str, args.block_length)] if args.block_length else []
         raise ValueError(
-            f"{'--quick ' * args.quick}{named * bool(args.block_length)}: {args.source} has no "
-            f"such score; its block lengths are {', '.join(map(str, lengths))}"
+            f"{' '.join(named)}: {args.source} has no such score; its block lengths are "
+            f"{', '.join(map(str, lengths))}"
         )
     show(part, args.plot, args.markdown)
